@@ -1,0 +1,41 @@
+"""Export a packed folder as an ordinary dense HF folder with zeros, for every other tool."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gblm.checkpoint.packed_folder import PackedReader
+from gblm.checkpoint.writer import ShardWriter, copy_side_files, new_folder, write_json
+
+
+def export_dense(source: Path, output: Path, overwrite: bool = False) -> dict[str, Any]:
+    """Unpack every weight exactly; the rest of the folder goes along.
+
+    Args:
+        source: a packed folder.
+        output: the folder to make.
+        overwrite: replace an existing folder.
+
+    Returns:
+        Sizes and counts.
+    """
+    with PackedReader(source) as packed, new_folder(output, overwrite) as folder:
+        shards = ShardWriter(folder)
+        for name, linear in packed.linears.items():
+            parts = packed.parts(name)
+            linear.fmt.validate(name, parts, linear.shape)
+            shards.add(f"{name}.weight", linear.fmt.expand(parts, linear.shape))
+        for name in packed.dense_names():
+            shards.add(name, packed.tensor(name))
+        shards.finish()
+        copy_side_files(source, folder)
+        config = {k: v for k, v in packed.config.items() if k != "quantization_config"}
+        write_json(folder / "config.json", config)
+        return {
+            "source": str(source),
+            "output": str(output),
+            "linears": len(packed.linears),
+            "bytes_packed": sum(map(packed.num_bytes, packed)),
+            "bytes_dense": shards.total_bytes,
+        }

@@ -1,0 +1,94 @@
+"""Pack a dense-with-zeros HF folder made by any other pruning tool. Never prunes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from gblm.checkpoint.packed_folder import Packing, check_packable, check_room, write_packed
+from gblm.checkpoint.reader import Reader
+from gblm.errors import InputError, PatternError
+from gblm.model import load, prunable, resolve
+from gblm.patterns import NM, Pattern, Unstructured, parse
+from gblm.weights import SparseWeight
+
+# Tried in this order: the first that every weight follows stores the most.
+KNOWN_PATTERNS: tuple[NM, ...] = (NM(1, 4), NM(2, 8), NM(2, 4), NM(4, 8))
+MIN_SPARSITY = 1 / 16  # below this the bitmask of a bf16 weight outweighs what the zeros save
+
+
+def export_pack(
+    source: str | Path,
+    output: Path,
+    pattern: str | None = None,
+    ignore: tuple[str, ...] = (),
+    overwrite: bool = False,
+    on_tensor: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Pack the decoder layers' linears of a dense model whose zeros are already there.
+
+    Args:
+        source: a dense HF folder or hub id.
+        output: the folder to make.
+        pattern: what the weights must follow; found out if None.
+        ignore: glob patterns of module names that stay dense.
+        overwrite: replace an existing folder.
+        on_tensor: called after each weight.
+
+    Returns:
+        The sparsity report.
+
+    Raises:
+        PatternError: a weight does not follow `pattern`; packing never prunes.
+        InputError: the model has too few zeros for packing to save anything.
+    """
+    folder = resolve(source)
+    model = load(folder)
+    linears = tuple(prunable(model, ignore=ignore))
+    every = tuple(prunable(model))
+    del model
+    with Reader(folder) as reader:
+        check_room(reader, output, overwrite)
+        chosen = parse(pattern) if pattern else find_pattern(reader, linears)
+        check_packable(reader, linears, chosen)
+    recipe = {"model": str(source), "method": "pack", "pattern": str(chosen), "options": {}}
+    packing = Packing(folder, chosen, every, recipe, notes={})
+    return write_packed(packing, _weights(folder, linears, on_tensor), output, overwrite)
+
+
+def find_pattern(reader: Reader, linears: tuple[str, ...]) -> Pattern:
+    """The tightest N:M pattern that every weight follows, else their mean sparsity."""
+    candidates = list(KNOWN_PATTERNS)
+    zeros = weights = 0
+    for name in linears:
+        mask = reader.tensor(f"{name}.weight") != 0
+        zeros += int((~mask).sum())
+        weights += mask.numel()
+        candidates = [c for c in candidates if _follows(c, name, mask)]
+    if candidates:
+        return candidates[0]
+    sparsity = zeros / weights
+    if sparsity < MIN_SPARSITY:
+        raise InputError(
+            f"{reader.folder}: only {sparsity:.2%} of the weights are zero; packing would make it "
+            "larger. Prune it first: `gblm prune`."
+        )
+    return Unstructured(round(sparsity, 4))
+
+
+def _follows(pattern: NM, name: str, mask: Any) -> bool:
+    try:
+        pattern.check_mask(name, mask)
+    except PatternError:
+        return False
+    return True
+
+
+def _weights(
+    folder: Path, linears: tuple[str, ...], on_tensor: Callable[[], None]
+) -> Iterator[tuple[str, SparseWeight]]:
+    with Reader(folder) as reader:
+        for name in linears:
+            yield name, SparseWeight.from_zeros(reader.tensor(f"{name}.weight"))
+            on_tensor()

@@ -1,0 +1,1 @@
+"""Serving packed models in the servers people run."""

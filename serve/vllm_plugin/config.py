@@ -1,0 +1,93 @@
+"""SparseConfig: from the manifest in config.json to a method for each of vLLM's layers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+
+from gblm import kernels
+from gblm.errors import CheckpointError
+from gblm.formats import Format
+from gblm.formats.manifest import QUANT_METHOD, Manifest
+from gblm.kernels import Backend
+from gblm.serve.vllm_plugin.linear import SparseLinearMethod
+
+
+class SparseConfig(QuantizationConfig):
+    """The packed weights of one checkpoint, as vLLM asks for them."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        super().__init__()
+        self.manifest = manifest
+        self.num_created = 0
+        self._chosen: list[tuple[Backend, Sequence[str]]] = []
+        # vLLM shows its own loggers only; ours must speak in its server logs, too.
+        _show_logs()
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> SparseConfig:
+        """Check the "quantization_config" object."""
+        return cls(Manifest.from_config(config))
+
+    def get_name(self) -> str:
+        """The quant_method."""
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Values are stored in the activations' dtype."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Of CUDA devices; the backends here are plain PyTorch."""
+        return 70
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: the manifest stands in config.json."""
+        return []
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """SparseLinearMethod for packed linears; vLLM's own for all others."""
+        if not isinstance(layer, LinearBase):
+            return None
+        fmt = self._format_of(prefix)
+        if fmt is None:
+            return UnquantizedLinearMethod()
+        self.num_created += 1
+        return SparseLinearMethod(fmt, prefix, self.note_choice)
+
+    def note_choice(self, backend: Backend, reasons: Sequence[str]) -> None:
+        """Called for every prepared linear; the last one writes the log line of the model."""
+        self._chosen.append((backend, reasons))
+        if len(self._chosen) == self.num_created:
+            kernels.log_choice(self._chosen)
+            self._chosen.clear()
+
+    def _format_of(self, prefix: str) -> Format | None:
+        """The format of a layer; the parts of a fused one (q/k/v, gate/up) must agree."""
+        parent, _, name = prefix.rpartition(".")
+        pieces = self.packed_modules_mapping.get(name, [name])
+        found = [self.manifest.format_of(f"{parent}.{piece}") for piece in pieces]
+        if len({fmt.spec if fmt else None for fmt in found}) > 1:
+            raise CheckpointError(
+                f"{prefix}: vLLM fuses {', '.join(pieces)}, but they are stored in different "
+                "formats. Prune all of them alike, or ignore all of them."
+            )
+        return found[0]
+
+
+def _show_logs() -> None:
+    ours = logging.getLogger("gblm")
+    if not ours.handlers:
+        for handler in logging.getLogger("vllm").handlers:
+            ours.addHandler(handler)
+        ours.setLevel(logging.INFO)

@@ -1,0 +1,131 @@
+"""SparseLinearMethod: create the parts, let vLLM load and shard them, prepare, multiply."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.parameter import ModelWeightParameter
+
+from gblm import kernels
+from gblm.errors import CheckpointError, PatternError
+from gblm.formats import Format, Shape
+from gblm.formats.nm import NMFormat
+from gblm.kernels import Backend
+from gblm.serve.vllm_plugin.ragged import Pieces, RaggedParameter
+
+
+@register_weight_loader_v2_supported_method
+class SparseLinearMethod(LinearMethodBase):
+    """A packed linear; one instance per layer."""
+
+    def __init__(
+        self, fmt: Format, name: str, note_choice: Callable[[Backend, Sequence[str]], None]
+    ) -> None:
+        self.fmt = fmt
+        self.name = name
+        self.note_choice = note_choice
+        self.shape: Shape = (0, 0)
+        self.backend: Backend | None = None
+        self.dense: UnquantizedLinearMethod | None = None
+        self.num_prepared = 0
+        self.pieces: Pieces | None = None
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register an empty parameter for every part of the format's layout."""
+        self.shape = (sum(output_partition_sizes), input_size_per_partition)
+        self._check_shard(input_size)
+        loader = extra_weight_attrs["weight_loader"]
+        layout = self.fmt.layout(self.shape, params_dtype)
+        if isinstance(self.fmt, NMFormat):
+            for part, spec in layout.items():
+                # NaN and an empty bitmask are refused later, should the loader skip this layer.
+                fill = math.nan if spec.dtype.is_floating_point else 0
+                data = torch.full(spec.shape, fill, dtype=spec.dtype)
+                parameter = ModelWeightParameter(
+                    data=data, input_dim=1, output_dim=0, weight_loader=loader
+                )
+                layer.register_parameter(part, parameter)
+            return
+        self.pieces = Pieces(self.fmt, self.name, output_partition_sizes, self.shape[1])
+        for part, spec in layout.items():
+            empty = torch.empty(0, dtype=spec.dtype)
+            layer.register_parameter(
+                part,
+                RaggedParameter(data=empty, weight_loader=loader, part=part, pieces=self.pieces),
+            )
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Check the loaded parts and turn them into the layout of the chosen backend."""
+        parts = self._loaded_parts(layer)
+        self.fmt.validate(self.name, parts, self.shape)
+        values = parts["values"]
+        if bool(values.isnan().any()):
+            raise CheckpointError(f"{self.name}: values are missing in the checkpoint, or NaN.")
+        forced = kernels.requested_backend()
+        backend, reasons = kernels.select(self.fmt, self.shape, values.dtype, values.device, forced)
+        prepared = backend.prepare(self.fmt, parts, self.shape)
+        for part in self.fmt.parts:
+            delattr(layer, part)
+        self.note_choice(backend, reasons)
+        if not backend.packed:
+            # The expanded weight runs vLLM's own dense path, so that tokens equal the dense model's.
+            layer.register_parameter("weight", Parameter(prepared[0], requires_grad=False))
+            self.dense = UnquantizedLinearMethod()
+            self.dense.process_weights_after_loading(layer)
+            return
+        self.backend, self.num_prepared = backend, len(prepared)
+        for index, tensor in enumerate(prepared):
+            layer.register_parameter(_slot(index), Parameter(tensor, requires_grad=False))
+
+    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., in] → [..., out]."""
+        if self.dense is not None:
+            out: Tensor = self.dense.apply(layer, x, bias)
+            return out
+        if self.backend is None:
+            raise RuntimeError(f"{self.name} was used before its weight was loaded.")
+        prepared = [getattr(layer, _slot(index)) for index in range(self.num_prepared)]
+        out = kernels.linear(x, prepared, self.shape, self.fmt, self.backend)
+        return out if bias is None else out + bias
+
+    def _loaded_parts(self, layer: torch.nn.Module) -> dict[str, Tensor]:
+        if self.pieces is None:
+            return {part: getattr(layer, part).data for part in self.fmt.parts}
+        device = layer.values.device
+        parts = {part: tensor.to(device) for part, tensor in self.pieces.join().items()}
+        self.pieces = None
+        return parts
+
+    def _check_shard(self, input_size: int) -> None:
+        """A rank's columns must hold whole bytes of the bitmask and whole groups."""
+        try:
+            self.fmt.check_shape(self.name, self.shape)
+        except PatternError as error:
+            raise CheckpointError(
+                f"{error} {input_size} columns were split over tensor-parallel ranks; "
+                "use fewer of them."
+            ) from error
+
+
+def _slot(index: int) -> str:
+    """LoRA wrappers look for `weight_packed`."""
+    return "weight_packed" if index == 0 else f"weight_packed_{index}"

@@ -1,0 +1,1 @@
+"""Measuring speed: orchestration, statistics and records around existing load generators."""

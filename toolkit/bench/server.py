@@ -1,0 +1,124 @@
+"""One server as a subprocess: started by `gblm serve`, awaited, measured, stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from gblm.errors import MachineError
+
+logger = logging.getLogger(__name__)
+
+START_SECONDS = 900
+STOP_SECONDS = 60
+
+
+@dataclass
+class RunningServer:
+    """A server that answers /health.
+
+    Attributes:
+        url: base URL.
+        ready_seconds: from start to the first healthy answer.
+        process: the server's parent process.
+    """
+
+    url: str
+    ready_seconds: float
+    process: subprocess.Popen[bytes]
+
+    def memory_bytes(self) -> int:
+        """Memory of the whole process tree; shared pages are counted once (PSS)."""
+        total = 0
+        root = psutil.Process(self.process.pid)
+        for process in (root, *root.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                memory = process.memory_full_info()
+                total += getattr(memory, "pss", memory.rss)
+        return total
+
+
+@contextmanager
+def running_server(
+    folder: Path, backend: str | None, options: tuple[str, ...], log: Path
+) -> Iterator[RunningServer]:
+    """Start a server on a free port of 127.0.0.1 and stop it at the end.
+
+    Args:
+        folder: the model.
+        backend: for packed weights; the best one if None.
+        options: for vLLM.
+        log: file that receives the server's output.
+
+    Raises:
+        MachineError: the server ended, or was not healthy in time; the log's end is quoted.
+    """
+    port = free_port()
+    command = [sys.executable, "-m", "gblm", "serve", str(folder), "--port", str(port),
+               "--name", "model", "--shutdown-timeout", "5"]  # fmt: skip
+    if backend is not None:
+        command += ["--backend", backend]
+    began = time.monotonic()
+    with log.open("ab") as stream:
+        process = subprocess.Popen(
+            [*command, "--", *options], stdout=stream, stderr=stream, start_new_session=True
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _await_health(process, url, log)
+        yield RunningServer(url, time.monotonic() - began, process)
+    finally:
+        _stop(process)
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _await_health(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    limit = time.monotonic() + START_SECONDS
+    while time.monotonic() < limit:
+        if process.poll() is not None:
+            raise MachineError(f"the server ended with code {process.returncode}: {_tail(log)}")
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):  # noqa: S310 (own http URL)
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    raise MachineError(f"the server was not healthy after {START_SECONDS} s: {_tail(log)}")
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    errors = [line for line in lines if "Error" in line]
+    return f"{(errors or lines or ['no output'])[-1].strip()[:300]} (whole log: {log})"
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM first; the process group is killed when that does not end it."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        logger.warning("the server ignored SIGTERM for %d s and is killed", STOP_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,174 @@
+"""A/B benchmark of two servers: interleaved rounds of `vllm bench serve`, paired ratios, a record.
+
+The load comes from vLLM's own generator. Here: who runs when, the statistics, the evidence.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gblm.bench.server import RunningServer, running_server
+from gblm.checkpoint.inspect import inspect
+from gblm.errors import MachineError
+from gblm.model import resolve
+from gblm.provenance import provenance
+
+# Metric → (key of vLLM's result, unit, whether more is better).
+METRICS: dict[str, tuple[str, str, bool]] = {
+    "ttft_ms": ("median_ttft_ms", "ms", False),
+    "tpot_ms": ("median_tpot_ms", "ms", False),
+    "itl_p99_ms": ("p99_itl_ms", "ms", False),
+    "throughput_tok_s": ("output_throughput", "tok/s", True),
+}
+
+
+@dataclass(frozen=True)
+class Load:
+    """What every round asks of a server.
+
+    Attributes:
+        num_prompts: requests per round.
+        input_len: random prompt tokens per request.
+        output_len: tokens generated per request; the end-of-text token is ignored.
+        concurrency: requests in flight.
+        rounds: rounds per model; each starts both servers anew, in alternating order.
+        seed: of the prompts; both models get the same ones.
+        options: for both vLLM servers.
+    """
+
+    num_prompts: int = 8
+    input_len: int = 64
+    output_len: int = 32
+    concurrency: int = 1
+    rounds: int = 3
+    seed: int = 0
+    options: tuple[str, ...] = ()
+
+
+def bench_serving(
+    model: str | Path,
+    baseline: str | Path,
+    load: Load,
+    backend: str | None = None,
+    on_run: Callable[[], None] = lambda: None,
+    log: Path | None = None,
+) -> dict[str, Any]:
+    """Serve and load two models in turn.
+
+    Args:
+        model: a packed folder.
+        baseline: the dense folder to compare with.
+        load: the requests.
+        backend: for packed weights; the best one if None.
+        on_run: called after each server run.
+        log: file for the servers' output; a temporary one if None.
+
+    Returns:
+        The record: settings, every run, medians and paired ratios model/baseline, provenance.
+
+    Raises:
+        MachineError: a server or the load generator failed, or requests failed.
+    """
+    folders = {"model": resolve(model), "baseline": resolve(baseline)}
+    runs: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as work:
+        output = log or Path(work) / "servers.log"
+        for number in range(load.rounds):
+            # The order alternates, so that drift of the machine hits both sides alike.
+            order = ("baseline", "model") if number % 2 == 0 else ("model", "baseline")
+            for side in order:
+                chosen = backend if side == "model" else None
+                with running_server(folders[side], chosen, load.options, output) as server:
+                    measured = _measure(server, folders[side], load, Path(work))
+                runs.append({"round": number, "side": side, **measured})
+                on_run()
+    sizes = {side: inspect(folder)["bytes"] for side, folder in folders.items()}
+    return {
+        "kind": "bench serving",
+        "provenance": provenance(),
+        "model": Path(model).name,
+        "baseline": Path(baseline).name,
+        "backend": backend or "auto",
+        "load": asdict(load),
+        "bytes": sizes,
+        "summary": summarise(runs, sizes),
+        "runs": runs,
+    }
+
+
+def summarise(runs: list[dict[str, Any]], sizes: dict[str, int]) -> dict[str, dict[str, Any]]:
+    """Medians per side, and the ratio model/baseline paired by round: median, minimum, maximum.
+
+    Args:
+        runs: as in the record.
+        sizes: bytes of the weights by side.
+    """
+    table: dict[str, dict[str, Any]] = {}
+    for metric in (*METRICS, "decode_tok_s", "memory_mb", "ready_s"):
+        values = {
+            side: [
+                run[metric] for run in sorted(runs, key=lambda r: r["round"]) if run["side"] == side
+            ]
+            for side in ("model", "baseline")
+        }
+        pairs = zip(values["model"], values["baseline"], strict=True)
+        ratios = [a / b for a, b in pairs if b]
+        table[metric] = {
+            "model": statistics.median(values["model"]),
+            "baseline": statistics.median(values["baseline"]),
+            "ratio": statistics.median(ratios),
+            "ratio_min": min(ratios),
+            "ratio_max": max(ratios),
+        }
+    ratio = sizes["model"] / sizes["baseline"]
+    table["weights_mb"] = {
+        "model": sizes["model"] / 1e6, "baseline": sizes["baseline"] / 1e6,
+        "ratio": ratio, "ratio_min": ratio, "ratio_max": ratio,
+    }  # fmt: skip
+    return table
+
+
+def _measure(server: RunningServer, folder: Path, load: Load, work: Path) -> dict[str, Any]:
+    """One round of load against one server, after a warm-up request of the same shape."""
+    result = _vllm_bench(server, folder, load, work)
+    if result.get("completed") != load.num_prompts:
+        raise MachineError(
+            f"{result.get('completed')} of {load.num_prompts} requests succeeded; no figure stands."
+        )
+    measured = {metric: float(result[key]) for metric, (key, _, _) in METRICS.items()}
+    return {
+        **measured,
+        # Tokens per second of one stream after its first token.
+        "decode_tok_s": 1000.0 / measured["tpot_ms"],
+        "memory_mb": server.memory_bytes() / 1e6,
+        "ready_s": server.ready_seconds,
+    }
+
+
+def _vllm_bench(server: RunningServer, folder: Path, load: Load, work: Path) -> dict[str, Any]:
+    file = work / "result.json"
+    command = [
+        sys.executable, "-m", "gblm.serve.vllm_cli", "bench", "serve",
+        "--base-url", server.url, "--model", str(folder), "--tokenizer", str(folder),
+        "--served-model-name", "model", "--dataset-name", "random",
+        "--random-input-len", str(load.input_len), "--random-output-len", str(load.output_len),
+        "--num-prompts", str(load.num_prompts), "--max-concurrency", str(load.concurrency),
+        "--num-warmups", "1", "--ignore-eos", "--seed", str(load.seed), "--disable-tqdm",
+        "--save-result", "--result-dir", str(work), "--result-filename", file.name,
+        "--percentile-metrics", "ttft,tpot,itl,e2el",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode or not file.exists():
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise MachineError(f"vllm bench serve ended with code {done.returncode}: {last}")
+    result: dict[str, Any] = json.loads(file.read_text())
+    file.unlink()
+    return result

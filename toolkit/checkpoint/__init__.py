@@ -1,0 +1,1 @@
+"""Model folders on disk: reading safely, writing in one step, describing, verifying."""

@@ -1,0 +1,72 @@
+"""The model card of a packed folder: what it is, how it was made, how to use it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+CARD = """\
+---
+base_model: {base}
+base_model_relation: quantized
+library_name: transformers
+pipeline_tag: text-generation
+tags: [sparse, pruned, "{pattern}", {method}, gblm, vllm]
+---
+# {base}, pruned with {method} to {pattern}
+
+{linears} linears, {sparsity:.1%} of their weights zero, stored packed with
+{bits:.2f} bits per weight including the mask. Tensors: {packed:.1f} MB packed, {dense:.1f} MB dense.
+
+| | |
+|---|---|
+| method | {method} {options} |
+| pattern | {pattern} (N:M = N weights kept of M) |
+| calibration | {calibration} |
+| recipe | `recipe.json` |
+| per tensor | `sparsity_report.json` |
+| integrity | `gblm verify .` checks `MANIFEST.json` |
+
+## Use
+
+```
+pip install gblm-toolkit
+gblm serve .        # vLLM's OpenAI server, weights packed
+```
+
+```python
+import gblm.packed
+model = gblm.packed.load(".")
+```
+
+Its quality was not measured when this card was written: run `gblm eval . --baseline DENSE`.
+"""
+
+
+def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
+    """Markdown with a metadata header for model hubs."""
+    options = ", ".join(f"{k} = {v}" for k, v in recipe.get("options", {}).items())
+    return CARD.format(
+        base=_public_name(str(recipe["model"])),
+        method=recipe["method"],
+        options=f"({options})" if options else "",
+        pattern=recipe["pattern"],
+        calibration=_calibration(recipe.get("calibration")),
+        linears=report["linears"],
+        sparsity=report["sparsity"],
+        bits=report["bits_per_weight"],
+        packed=report["bytes_packed"] / 1e6,
+        dense=report["bytes_dense"] / 1e6,
+    )
+
+
+def _calibration(fields: dict[str, Any] | None) -> str:
+    if fields is None:
+        return "none"
+    source = _public_name(fields["source"])
+    return f"{fields['num_samples']} samples × {fields['seq_len']} tokens of {source}"
+
+
+def _public_name(model: str) -> str:
+    """A hub id as it is; of a local path only the last part, which says nothing of the machine."""
+    is_hub_id = model.count("/") == 1 and not model.startswith((".", "/", "~"))
+    return model if is_hub_id else model.rstrip("/").rpartition("/")[2]

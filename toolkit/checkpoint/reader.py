@@ -1,0 +1,151 @@
+"""Reader: the tensors of a model folder by name. Trusts nothing that stands in the files.
+
+Only safetensors are opened. A shard name may not lead out of the folder, headers are looked at
+before data, and every defect of a file becomes one sentence.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gblm.errors import CheckpointError
+from gblm.model import check_weights
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+Header = tuple[tuple[int, ...], torch.dtype]
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+class Reader:
+    """Open shards of one folder; a context manager.
+
+    Attributes:
+        folder: the model folder.
+        headers: shape and dtype by tensor name.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Open the shards and read their headers.
+
+        Raises:
+            CheckpointError: a file is missing, truncated, malformed or outside the folder.
+        """
+        check_weights(folder)
+        self.folder = folder
+        self.headers: dict[str, Header] = {}
+        self._handles: dict[str, Any] = {}
+        self._file_of: dict[str, str] = {}
+        for file, expected in _shards(folder).items():
+            handle = self._open(file)
+            names = set(handle.keys())
+            if expected is not None and (missing := expected - names):
+                raise CheckpointError(
+                    f"{folder / file}: {sorted(missing)[0]} is missing, though {INDEX} promises it."
+                )
+            for name in sorted(names if expected is None else expected):
+                self.headers[name] = self._header(file, handle, name)
+                self._file_of[name] = file
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._handles.clear()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.headers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.headers
+
+    @property
+    def shard_files(self) -> list[str]:
+        """File names of the shards."""
+        return list(self._handles)
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor into memory."""
+        if name not in self.headers:
+            raise CheckpointError(f"{self.folder}: tensor {name} is missing.")
+        try:
+            tensor: Tensor = self._handles[self._file_of[name]].get_tensor(name)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise CheckpointError(f"{self.folder}: {name} cannot be read: {error}") from error
+        return tensor
+
+    def num_bytes(self, name: str) -> int:
+        """Size of a tensor's data, from its header."""
+        shape, dtype = self.headers[name]
+        count = 1
+        for length in shape:
+            count *= length
+        return count * dtype.itemsize
+
+    def _open(self, file: str) -> Any:
+        path = _inside(self.folder, file)
+        try:
+            self._handles[file] = safe_open(path, framework="pt")
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} is missing.") from error
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path} is no intact safetensors file ({error}). Copy it again from its source."
+            ) from error
+        return self._handles[file]
+
+    def _header(self, file: str, handle: Any, name: str) -> Header:
+        part = handle.get_slice(name)
+        dtype = str(part.get_dtype())
+        if dtype not in DTYPES:
+            raise CheckpointError(f"{self.folder / file}: {name} has unknown dtype {dtype}.")
+        return tuple(part.get_shape()), DTYPES[dtype]
+
+
+def _shards(folder: Path) -> dict[str, set[str] | None]:
+    """Shard file → the tensors the index expects in it (None: whatever it holds)."""
+    if (folder / SINGLE).exists():
+        return {SINGLE: None}
+    index = folder / INDEX
+    if not index.exists():
+        raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}.")
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards: dict[str, set[str] | None] = {}
+        for name, file in weight_map.items():
+            expected = shards.setdefault(str(file), set())
+            if expected is not None:
+                expected.add(name)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index} is no safetensors index: {error}") from error
+    return shards
+
+
+def _inside(folder: Path, file: str) -> Path:
+    """A file of the folder, or of the blob store that a hub snapshot links to."""
+    path = folder / file
+    if Path(file).name != file or file in ("", ".", ".."):
+        raise CheckpointError(f"{folder}: shard name {file!r} leads out of the folder.")
+    target = path.resolve()
+    root = folder.resolve()
+    if target.parent != root and target.parent != root.parent.parent / "blobs":
+        raise CheckpointError(f"{path} is a link that leads out of the folder.")
+    return path

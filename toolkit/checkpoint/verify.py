@@ -1,0 +1,113 @@
+"""Verify a packed folder: hashes, headers, masks, patterns, exact unpacking."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gblm.checkpoint.packed_folder import MANIFEST_FILE, REPORT_FILE, PackedReader
+from gblm.checkpoint.reader import Reader
+from gblm.checkpoint.writer import sha256
+from gblm.errors import CheckpointError
+
+
+def verify(
+    folder: Path, against: Path | None = None, on_tensor: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """Re-open a packed folder and check everything that can be checked.
+
+    Args:
+        folder: a packed model folder.
+        against: a dense model folder whose tensors must equal the unpacked ones, zeros included.
+        on_tensor: called after each packed weight.
+
+    Returns:
+        Counts of what was checked.
+
+    Raises:
+        CheckpointError: the first thing that is wrong.
+        PatternError: a weight breaks its pattern.
+    """
+    files = _check_hashes(folder)
+    report = _read_json(folder / REPORT_FILE)
+    rows = {row["name"]: row for row in report.get("tensors", [])}
+    with PackedReader(folder) as packed:
+        for name, linear in packed.linears.items():
+            parts = packed.parts(name)
+            linear.fmt.validate(name, parts, linear.shape)
+            _check_round_trip(packed, name, parts, rows.get(name))
+            on_tensor()
+        if against is not None:
+            _compare(packed, against)
+        return {
+            "folder": str(folder),
+            "files": files,
+            "linears": len(packed.linears),
+            "dense_tensors": len(packed.dense_names()),
+            "compared_with": None if against is None else str(against),
+            "ok": True,
+        }
+
+
+def _check_hashes(folder: Path) -> int:
+    listed = _read_json(folder / MANIFEST_FILE).get("files")
+    if not isinstance(listed, dict) or not listed:
+        raise CheckpointError(f"{folder / MANIFEST_FILE} lists no files.")
+    for name, facts in listed.items():
+        path = folder / name
+        if Path(name).name != name:
+            raise CheckpointError(f"{MANIFEST_FILE}: file name {name!r} leads out of the folder.")
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing, though {MANIFEST_FILE} lists it.")
+        if path.stat().st_size != facts["size"] or sha256(path) != facts["sha256"]:
+            raise CheckpointError(f"{path} was changed: its sha256 is not the one written down.")
+    for path in folder.glob("*.safetensors"):
+        if path.name not in listed:
+            raise CheckpointError(f"{path} does not stand in {MANIFEST_FILE}.")
+    return len(listed)
+
+
+def _check_round_trip(
+    packed: PackedReader, name: str, parts: dict[str, torch.Tensor], row: dict[str, Any] | None
+) -> None:
+    linear = packed.linears[name]
+    weight = linear.fmt.unpack(parts, linear.shape)
+    again = linear.fmt.pack(name, weight)
+    for part, tensor in parts.items():
+        if not _same_bits(again[part], tensor):
+            raise CheckpointError(f"{name}.{part}: packing the unpacked weight gives other bytes.")
+    zeros = int((weight.weight == 0).sum())
+    if row is None or row["zeros"] != zeros or row["shape"] != list(linear.shape):
+        raise CheckpointError(f"{name}: {REPORT_FILE} does not describe the stored weight.")
+
+
+def _compare(packed: PackedReader, against: Path) -> None:
+    with Reader(against) as dense:
+        for name, linear in packed.linears.items():
+            weight = linear.fmt.expand(packed.parts(name), linear.shape)
+            # + 0.0: packing writes −0.0 as +0.0.
+            if not _same_bits(weight, dense.tensor(f"{name}.weight") + 0.0):
+                raise CheckpointError(f"{name}: the packed weight is not the one in {against}.")
+        for name in packed.dense_names():
+            if not _same_bits(packed.tensor(name), dense.tensor(name)):
+                raise CheckpointError(f"{name}: is not the tensor in {against}.")
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold one JSON object.")
+    return value

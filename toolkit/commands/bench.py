@@ -1,0 +1,90 @@
+"""`gblm bench DIR --baseline DENSE`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gblm.commands.common import Command, backend_option, emit, progress_bars, table
+
+LABELS = {
+    "ttft_ms": "TTFT, median (ms)",
+    "tpot_ms": "TPOT, median (ms)",
+    "itl_p99_ms": "ITL, p99 (ms)",
+    "decode_tok_s": "decode (tok/s per stream)",
+    "throughput_tok_s": "throughput (tok/s)",
+    "memory_mb": "server memory (MB)",
+    "ready_s": "start to healthy (s)",
+    "weights_mb": "weights on disk (MB)",
+}
+
+
+@click.command("bench", cls=Command)
+@click.argument("model")
+@click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
+@click.option("--baseline", required=True, help="Dense model to compare with.")
+@backend_option
+@click.option("--num-prompts", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--input-len", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--output-len", type=click.IntRange(2), default=32, show_default=True)
+@click.option("--concurrency", type=click.IntRange(1), default=1, show_default=True)
+@click.option(
+    "--repeat",
+    "rounds",
+    type=click.IntRange(1),
+    default=3,
+    show_default=True,
+    help="Rounds; each starts both servers anew, in alternating order.",
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--output", type=click.Path(path_type=Path), help="JSON file for the record.")
+@click.option("--log", type=click.Path(path_type=Path), help="File for the servers' output.")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    model: str,
+    vllm_options: tuple[str, ...],
+    baseline: str,
+    backend: str | None,
+    output: Path | None,
+    log: Path | None,
+    **load: Any,
+) -> None:
+    """Serve MODEL and --baseline in turn, load both with `vllm bench serve`, compare.
+
+    Options behind -- go to both vLLM servers.
+    """
+    with progress_bars(ctx) as progress:
+        from gblm.bench.serving import Load, bench_serving
+
+        settings = Load(options=vllm_options, **load)
+        step = progress("server runs", 2 * settings.rounds)
+        record = bench_serving(model, baseline, settings, backend, step, log)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    emit(ctx, record, lambda: print_summary(record))
+
+
+def print_summary(record: dict[str, Any]) -> None:
+    """Both sides, their ratio and its spread over the rounds."""
+    rows = [
+        [
+            LABELS[metric],
+            f"{row['baseline']:.2f}",
+            f"{row['model']:.2f}",
+            f"{row['ratio']:.2f}",
+            f"{row['ratio_min']:.2f}–{row['ratio_max']:.2f}",
+        ]
+        for metric, row in record["summary"].items()
+    ]
+    table(["", "baseline", "model", "ratio", "min–max"], rows)
+    load = record["load"]
+    click.echo(
+        f"{load['rounds']} interleaved rounds, {load['num_prompts']} prompts of "
+        f"{load['input_len']} + {load['output_len']} tokens, concurrency {load['concurrency']}, "
+        f"{record['provenance']['device']}"
+    )

@@ -1,0 +1,140 @@
+"""What the commands share: global options in any position, logging, progress bars, output."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+
+from gblm.errors import GblmError, MachineError
+
+F = TypeVar("F", bound=Callable[..., Any])
+METHODS = ("magnitude", "wanda", "gblm")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class Command(click.Command):
+    """A command that also takes the global options behind its name."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params += [
+            click.Option(["--json", "as_json"], is_flag=True, expose_value=False, callback=_keep,
+                         help="One JSON object on stdout, logs on stderr."),
+            click.Option(["-q", "--quiet"], is_flag=True, expose_value=False, callback=_keep,
+                         help="Errors only."),
+            click.Option(["-v", "--verbose"], count=True, expose_value=False, callback=_keep,
+                         help="More log lines; tracebacks."),
+            click.Option(["--no-progress"], is_flag=True, expose_value=False, callback=_keep,
+                         help="No progress bars (none without a terminal)."),
+        ]  # fmt: skip
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Set up logging, then run."""
+        configure_logging(ctx.ensure_object(dict))
+        return super().invoke(ctx)
+
+
+def _keep(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
+    if value:
+        ctx.ensure_object(dict)[parameter.name] = value
+
+
+def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Bundle option decorators; the first one stands first in the help."""
+
+    def apply(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing folder.")
+device_option = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N")
+dtype_option = click.option(
+    "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,
+    help="Of the computation; auto is the checkpoint's. Stored values keep the checkpoint's.",
+)  # fmt: skip
+backend_option = click.option(
+    "--backend", help="Kernel for packed weights: reference (packed in memory) or dense "
+    "(expanded at load). Default: the first that does not refuse.",
+)  # fmt: skip
+
+
+def configure_logging(state: dict[str, Any]) -> None:
+    """Our log lines to stderr, at the level of -q and -v; other libraries only when they warn."""
+    level = logging.INFO - 10 * min(1, state.get("verbose", 0))
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("gblm").setLevel(logging.ERROR if state.get("quiet") else level)
+
+
+def emit(ctx: click.Context, result: dict[str, Any], text: Callable[[], None]) -> None:
+    """Print the result: as JSON with --json, else with `text()` unless --quiet."""
+    if ctx.obj.get("as_json"):
+        click.echo(json.dumps(result, ensure_ascii=False))
+    elif not ctx.obj.get("quiet"):
+        text()
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A plain table: first column left, the others right."""
+    lines = [list(header), *[list(row) for row in rows]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    for line in lines:
+        first, rest = line[0].ljust(widths[0]), zip(line[1:], widths[1:], strict=True)
+        click.echo("  ".join([first, *(cell.rjust(width) for cell, width in rest)]).rstrip())
+
+
+@contextmanager
+def progress_bars(ctx: click.Context) -> Iterator[Callable[[str, int], Callable[[], None]]]:
+    """Progress bars on stderr, only on a terminal; transformers' own bars are switched off.
+
+    Yields:
+        Takes a phase and its number of steps, returns what to call per step.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+    from transformers.utils import logging as transformers_logging
+
+    if not ctx.obj.get("verbose"):
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+    shown = sys.stderr.isatty() and not (ctx.obj.get("no_progress") or ctx.obj.get("quiet"))
+    with Progress(console=Console(stderr=True), disable=not shown, transient=True) as bars:
+
+        def phase(name: str, steps: int) -> Callable[[], None]:
+            task = bars.add_task(name, total=steps)
+            return lambda: bars.advance(task)
+
+        yield phase
+
+
+def report_error(error: Exception, state: dict[str, Any]) -> int:
+    """One sentence and the exit code; with -v, or for a bug, the traceback as well."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        error = MachineError(f"{error.filename or 'a file'} cannot be written: {error.strerror}.")
+    known = isinstance(error, GblmError)
+    code = error.exit_code if isinstance(error, GblmError) else 1
+    if state.get("verbose") or not known:
+        traceback.print_exception(error, file=sys.stderr)
+    message = str(error) if known else f"bug: {type(error).__name__}: {error}"
+    if state.get("as_json"):
+        click.echo(json.dumps({"error": message, "exit_code": code}, ensure_ascii=False))
+    click.echo(f"gblm: error: {message}", err=True)
+    return code
+
+
+def megabytes(count: float) -> str:
+    """Bytes as MB with one digit."""
+    return f"{count / 1e6:.1f} MB"

@@ -1,0 +1,70 @@
+"""`gblm export dense|pack SOURCE --output OUT`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from gblm.commands.common import (
+    Command,
+    emit,
+    megabytes,
+    options,
+    overwrite_option,
+    progress_bars,
+)
+
+output_options = options(
+    click.argument("source"),
+    click.option(
+        "--output", type=click.Path(path_type=Path), required=True, help="Folder to make."
+    ),
+    overwrite_option,
+)
+
+
+@click.group("export")
+def command() -> None:
+    """Write a packed model for other tools, or pack a model pruned by other tools."""
+
+
+@command.command("dense", cls=Command)
+@output_options
+@click.pass_context
+def dense(ctx: click.Context, source: str, output: Path, overwrite: bool) -> None:
+    """Unpack the packed folder SOURCE into an ordinary HF folder with zeros."""
+    from gblm.export.dense import export_dense
+    from gblm.model import resolve
+
+    result = export_dense(resolve(source), output, overwrite)
+    emit(ctx, result, lambda: click.echo(
+        f"{output}: {result['linears']} linears unpacked, "
+        f"{megabytes(result['bytes_packed'])} packed -> {megabytes(result['bytes_dense'])} dense"
+    ))  # fmt: skip
+
+
+@command.command("pack", cls=Command)
+@output_options
+@click.option("--pattern", help="Pattern the zeros must follow; found out if left out.")
+@click.option("--ignore", multiple=True, help="Glob of module names to leave dense; repeatable.")
+@click.pass_context
+def pack(
+    ctx: click.Context,
+    source: str,
+    output: Path,
+    overwrite: bool,
+    pattern: str | None,
+    ignore: tuple[str, ...],
+) -> None:
+    """Pack SOURCE, a dense HF folder whose zeros are already there. Never prunes."""
+    with progress_bars(ctx) as progress:
+        from gblm.export.pack import export_pack
+
+        step = progress("packing", 0)
+        result = export_pack(source, output, pattern, ignore, overwrite, step)
+    facts = {key: value for key, value in result.items() if key != "tensors"}
+    emit(ctx, facts | {"output": str(output)}, lambda: click.echo(
+        f"{output}: {result['linears']} linears packed, {result['sparsity']:.1%} zeros, "
+        f"{megabytes(result['bytes_dense'])} dense -> {megabytes(result['bytes_packed'])} packed"
+    ))  # fmt: skip

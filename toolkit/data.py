@@ -1,0 +1,206 @@
+"""Text for calibration and evaluation, as seeded windows of tokens.
+
+Sources: a .txt, .jsonl (field "text") or .parquet (column "text") file, a named set, or `pydoc`:
+the English documentation that every CPython carries, which needs no network. It differs a little
+between Python versions; records therefore carry the hash of the tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gblm.errors import InputError, MachineError, UsageError
+
+Split = Literal["calibration", "held-out"]
+# A document is drawn until one is long enough, as in the papers' C4 loader; this bounds the search.
+MAX_DRAWS = 100_000
+
+
+def read_documents(source: str, split: Split) -> list[str]:
+    """Read a source.
+
+    Args:
+        source: a path or a name of NAMED_SETS.
+        split: which part of a named set; a file is always read whole.
+
+    Returns:
+        The documents. A .txt file, wikitext2 and pydoc are one document each.
+
+    Raises:
+        InputError: the file is missing, empty or malformed.
+        UsageError: the name is unknown.
+        MachineError: a package or the network is missing.
+    """
+    if source in NAMED_SETS:
+        return NAMED_SETS[source](split)
+    path = Path(source)
+    if path.suffix not in READERS:
+        raise UsageError(
+            f"text source {source!r} is neither a .txt, .jsonl or .parquet file "
+            f"nor one of {', '.join(NAMED_SETS)}."
+        )
+    if not path.is_file():
+        raise InputError(f"text file {source} does not exist.")
+    documents = READERS[path.suffix](path)
+    if not any(documents):
+        raise InputError(f"text file {source} holds no text.")
+    return documents
+
+
+def calibration_windows(
+    documents: list[str], tokenizer: Any, num_samples: int, seq_len: int, seed: int
+) -> Tensor:
+    """Draw windows at random, exactly as the papers' loaders do.
+
+    One document: a start per sample. Several: draw a document until one is longer than the
+    window, then a start in it (GBLM-Pruner lib/data.py). No special tokens are inserted.
+
+    Returns:
+        [num_samples, seq_len] int64.
+
+    Raises:
+        InputError: no document is longer than `seq_len` tokens.
+    """
+    rng = random.Random(seed)  # noqa: S311 (sampling text, not secrets)
+    encoded: dict[int, list[int]] = {}
+    windows: list[list[int]] = []
+    draws = 0
+    while len(windows) < num_samples:
+        pick = 0 if len(documents) == 1 else rng.randint(0, len(documents) - 1)
+        if pick not in encoded:
+            encoded[pick] = encode(tokenizer, documents[pick])
+        ids = encoded[pick]
+        draws += 1
+        if len(ids) > seq_len:
+            start = rng.randint(0, len(ids) - seq_len - 1)
+            windows.append(ids[start : start + seq_len])
+        elif len(encoded) == len(documents) or draws >= MAX_DRAWS:
+            if not any(len(ids) > seq_len for ids in encoded.values()):
+                raise InputError(
+                    f"calibration text: no document is longer than {seq_len} tokens (the longest "
+                    f"has {max(map(len, encoded.values()))}). Lower --seq-len or give more text."
+                )
+    return torch.tensor(windows, dtype=torch.int64)
+
+
+def evaluation_windows(
+    documents: list[str], tokenizer: Any, seq_len: int, max_windows: int | None = None
+) -> Tensor:
+    """Cut the text, joined by blank lines, into non-overlapping windows; the tail is dropped.
+
+    Returns:
+        [num_windows, seq_len] int64.
+    """
+    ids = encode(tokenizer, "\n\n".join(documents))
+    count = len(ids) // seq_len
+    if count == 0:
+        raise InputError(
+            f"evaluation text has {len(ids)} tokens, fewer than one window of {seq_len}."
+        )
+    count = min(count, max_windows or count)
+    return torch.tensor(ids[: count * seq_len], dtype=torch.int64).reshape(count, seq_len)
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids without special tokens."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def fingerprint(windows: Tensor) -> str:
+    """sha256 of token ids, so that two records can be known to rest on the same text."""
+    return hashlib.sha256(windows.to(torch.int64).numpy().tobytes()).hexdigest()
+
+
+def _pydoc(split: Split) -> list[str]:
+    from pydoc_data import topics
+
+    names = sorted(topics.topics)
+    # Every fifth topic is held out, so that both parts cover the whole language.
+    chosen = [n for i, n in enumerate(names) if (i % 5 == 4) == (split == "held-out")]
+    return ["\n\n".join(topics.topics[name] for name in chosen)]
+
+
+def _wikitext2(split: Split) -> list[str]:
+    part = "train" if split == "calibration" else "test"
+    rows = _hub_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=part)
+    # The papers join training lines by a space and test lines by a blank line.
+    return [(" " if split == "calibration" else "\n\n").join(rows["text"])]
+
+
+def _c4(split: Split) -> list[str]:
+    part, shard = (
+        ("train", "00000-of-01024") if split == "calibration" else ("validation", "00000-of-00008")
+    )
+    name = f"en/c4-{part}.{shard}.json.gz"
+    rows = _hub_dataset("allenai/c4", data_files={part: name}, split=part)
+    return list(rows["text"] if split == "calibration" else rows["text"][:1100])
+
+
+def _hub_dataset(*args: str, **kwargs: Any) -> Any:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise MachineError(
+            f"text set {args[0]} needs the `datasets` package: pip install 'gblm-toolkit[eval]'."
+        ) from error
+    try:
+        return load_dataset(*args, **kwargs)
+    except Exception as error:
+        raise MachineError(
+            f"text set {args[0]} could not be loaded ({type(error).__name__}: {error}). "
+            "Offline, use the default `pydoc` or a file of your own."
+        ) from error
+
+
+def _read_txt(path: Path) -> list[str]:
+    try:
+        return [path.read_text(encoding="utf-8")]
+    except UnicodeDecodeError as error:
+        raise InputError(f"text file {path} is not UTF-8: {error}") from error
+
+
+def _read_jsonl(path: Path) -> list[str]:
+    documents = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            documents.append(str(json.loads(line)["text"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f'{path} line {number}: not a JSON object with a "text" field.'
+            ) from error
+    return documents
+
+
+def _read_parquet(path: Path) -> list[str]:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise MachineError(f"{path}: reading parquet needs `pip install pyarrow`.") from error
+    try:
+        column = pyarrow.parquet.read_table(path, columns=["text"])["text"]
+    except (pyarrow.ArrowException, KeyError, OSError) as error:
+        raise InputError(f'{path}: no readable parquet column "text": {error}') from error
+    return [str(value) for value in column.to_pylist() if value]
+
+
+NAMED_SETS: dict[str, Callable[[Split], list[str]]] = {
+    "pydoc": _pydoc,
+    "wikitext2": _wikitext2,
+    "c4": _c4,
+}
+READERS: dict[str, Callable[[Path], list[str]]] = {
+    ".txt": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}

@@ -1,0 +1,70 @@
+"""bitmask: any mask, as the kept values row after row, a bitmask and row offsets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from gblm.errors import CheckpointError
+from gblm.formats.base import Format, Parts, Shape, TensorSpec
+from gblm.formats.bits import expand_bits, pack_bits, row_counts, unpack_bits
+from gblm.weights import SparseWeight
+
+
+class BitmaskFormat(Format):
+    """values [kept], bitmask u8 [out, in/8], row_offsets i64 [out + 1]."""
+
+    name = "bitmask"
+    parts = ("values", "bitmask", "row_offsets")
+
+    def layout(self, shape: Shape, dtype: torch.dtype) -> dict[str, TensorSpec]:
+        """See Format.layout."""
+        rows, columns = shape
+        return {
+            "values": TensorSpec((-1,), dtype),
+            "bitmask": TensorSpec((rows, columns // 8), torch.uint8),
+            "row_offsets": TensorSpec((rows + 1,), torch.int64),
+        }
+
+    def shape_of(self, parts: Mapping[str, tuple[int, ...]]) -> Shape:
+        """See Format.shape_of."""
+        rows, octets = parts["bitmask"]
+        return rows, 8 * octets
+
+    def pack(self, name: str, weight: SparseWeight) -> dict[str, Tensor]:
+        """See Format.pack."""
+        self.check_shape(name, (weight.mask.shape[0], weight.mask.shape[1]))
+        offsets = torch.zeros(weight.mask.shape[0] + 1, dtype=torch.int64)
+        offsets[1:] = weight.mask.sum(dim=1, dtype=torch.int64).cumsum(0)
+        return {
+            "values": weight.weight[weight.mask] + 0.0,
+            "bitmask": pack_bits(weight.mask),
+            "row_offsets": offsets,
+        }
+
+    def unpack(self, parts: Parts, shape: Shape) -> SparseWeight:
+        """See Format.unpack."""
+        return SparseWeight(self.expand(parts, shape), unpack_bits(parts["bitmask"]))
+
+    def expand(self, parts: Parts, shape: Shape) -> Tensor:
+        """See Format.expand."""
+        return expand_bits(parts["values"], parts["bitmask"])
+
+    def check_data(self, name: str, parts: Parts, shape: Shape) -> None:
+        """See Format.check_data."""
+        offsets = parts["row_offsets"]
+        counts = row_counts(parts["bitmask"])
+        if int(offsets[0]) != 0 or int(offsets[-1]) != parts["values"].shape[0]:
+            raise CheckpointError(
+                f"{name}.row_offsets: run from {int(offsets[0])} to {int(offsets[-1])}, but "
+                f"{parts['values'].shape[0]} values are stored. The file is damaged."
+            )
+        wrong = (offsets.diff() != counts).nonzero()
+        if len(wrong):
+            row = int(wrong[0])
+            raise CheckpointError(
+                f"{name}.row_offsets: row {row} has {int(offsets[row + 1] - offsets[row])} values, "
+                f"its bitmask {int(counts[row])} bits. The file is damaged."
+            )

@@ -1,0 +1,43 @@
+"""Bits of a mask: bit i, least significant first, of byte b is column 8·b + i."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# numpy cannot hold bfloat16; moving bits needs only the width.
+SAME_WIDTH = {2: torch.int16, 4: torch.int32}
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """[out, in] bool, in a multiple of 8 → [out, in/8] uint8."""
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
+    groups = mask.reshape(mask.shape[0], -1, 8).to(torch.uint8)
+    return (groups * weights).sum(dim=-1, dtype=torch.uint8)
+
+
+def unpack_bits(bitmask: Tensor) -> Tensor:
+    """[out, in/8] uint8 → [out, in] bool."""
+    if bitmask.device.type == "cpu":
+        bits = np.unpackbits(bitmask.numpy(), axis=1, bitorder="little")
+        return torch.from_numpy(bits.view(np.bool_))
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=bitmask.device)
+    return (bitmask.unsqueeze(-1) & weights).ne(0).reshape(bitmask.shape[0], -1)
+
+
+def expand_bits(values: Tensor, bitmask: Tensor) -> Tensor:
+    """Kept values in row order, and their bitmask [out, in/8] → dense [out, in]."""
+    mask = unpack_bits(bitmask)
+    dense = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
+    if values.device.type != "cpu":
+        return dense.masked_scatter_(mask, values)
+    # numpy's boolean assignment is twice as fast as torch's masked_scatter on CPU.
+    width = SAME_WIDTH[values.element_size()]
+    dense.view(width).numpy()[mask.numpy()] = values.reshape(-1).view(width).numpy()
+    return dense
+
+
+def row_counts(bitmask: Tensor) -> Tensor:
+    """Set bits per row: [out, in/8] uint8 → [out] int64."""
+    return unpack_bits(bitmask).sum(dim=1, dtype=torch.int64)

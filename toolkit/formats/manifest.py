@@ -1,0 +1,110 @@
+"""Manifest: what config.json says about the packed weights, under "quantization_config".
+
+Hosts (transformers, vLLM) look there and dispatch on "quant_method". Everything in it comes from
+a file and is checked before it is believed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gblm.errors import CheckpointError
+from gblm.formats import Format, make_format
+
+QUANT_METHOD = "gblm"
+VERSION = 1
+MAX_GROUPS = 1024
+TARGET = re.compile(r"[A-Za-z0-9_.*-]{1,200}")
+
+
+class Group(BaseModel):
+    """Linears stored alike.
+
+    Attributes:
+        format: a name of FORMATS.
+        pattern: as `gblm.patterns.parse` reads it.
+        targets: module names; `*` matches any run of characters.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: str
+    pattern: str
+    targets: tuple[str, ...] = Field(min_length=1)
+
+
+class Manifest(BaseModel):
+    """The packed weights of one checkpoint; modules that no group names are dense."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    quant_method: Literal["gblm"] = "gblm"
+    version: int = VERSION
+    groups: tuple[Group, ...] = Field(min_length=1, max_length=MAX_GROUPS)
+
+    @classmethod
+    def from_config(cls, fields: Any) -> Manifest:
+        """Read the "quantization_config" object of a config.json.
+
+        Raises:
+            CheckpointError: not ours, of another version, malformed, or with unknown names.
+        """
+        if not isinstance(fields, dict) or fields.get("quant_method") != QUANT_METHOD:
+            raise CheckpointError(
+                'config.json holds no packed weights of gblm ("quant_method": "gblm").'
+            )
+        if fields.get("version") != VERSION:
+            raise CheckpointError(
+                f"manifest version {fields.get('version')!r} is not supported: this gblm reads "
+                f"version {VERSION}. Update gblm-toolkit, or pack the model again."
+            )
+        try:
+            manifest = cls.model_validate(fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise CheckpointError(f"manifest: {where}: {first['msg']}.") from error
+        for group in manifest.groups:
+            make_format(group.format, group.pattern)
+            for target in group.targets:
+                if not TARGET.fullmatch(target):
+                    raise CheckpointError(f"manifest: target {target[:80]!r} is no module name.")
+        return manifest
+
+    def to_config(self) -> dict[str, Any]:
+        """The JSON object for config.json."""
+        return self.model_dump(mode="json")
+
+    def format_of(self, module: str) -> Format | None:
+        """The format of a module's weight, or None when it is stored dense."""
+        for group in self.groups:
+            if any(fnmatchcase(module, target) for target in group.targets):
+                return make_format(group.format, group.pattern)
+        return None
+
+
+def group_targets(modules: Iterable[str], all_modules: Iterable[str]) -> tuple[str, ...]:
+    """Shorten module names: a name that every decoder layer has gets `*` for its number.
+
+    Args:
+        modules: the names to match.
+        all_modules: every linear of the decoder layers; the targets match none of the others.
+    """
+    chosen, every = list(modules), list(all_modules)
+    members: dict[str, set[str]] = {}
+    for name in every:
+        members.setdefault(_starred(name), set()).add(name)
+    targets: dict[str, None] = {}
+    for name in chosen:
+        star = _starred(name)
+        targets[star if members[star] <= set(chosen) else name] = None
+    return tuple(targets)
+
+
+def _starred(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name, count=1)

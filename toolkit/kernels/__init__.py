@@ -1,0 +1,105 @@
+"""One PyTorch op for all formats and backends, and the choice of the backend.
+
+`torch.ops.gblm.linear(x, parts, shape, format, backend)` is opaque to torch.compile and has a
+shape function, so every host can trace it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from gblm.errors import UsageError
+from gblm.formats import Format, Shape, from_spec
+from gblm.kernels.base import Backend
+from gblm.kernels.dense import Dense
+from gblm.kernels.reference import Reference
+
+__all__ = ["BACKENDS", "Backend", "linear", "log_choice", "requested_backend", "select"]
+
+logger = logging.getLogger(__name__)
+
+# In order of preference: the first that does not refuse serves a weight.
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Reference(), Dense())}
+BACKEND_VARIABLE = "GBLM_BACKEND"
+
+
+def requested_backend() -> str | None:
+    """The backend that the environment variable GBLM_BACKEND forces, if any."""
+    return os.environ.get(BACKEND_VARIABLE) or None
+
+
+def select(
+    fmt: Format,
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    forced: str | None = None,
+) -> tuple[Backend, list[str]]:
+    """Choose the backend of one weight.
+
+    Args:
+        fmt: its format.
+        shape: [out, in].
+        dtype: of the values.
+        device: where it will be used.
+        forced: a name of BACKENDS that must be taken.
+
+    Returns:
+        The backend, and why better ones refused.
+
+    Raises:
+        UsageError: `forced` is unknown or refuses.
+    """
+    if forced is not None and forced not in BACKENDS:
+        raise UsageError(f"backend {forced!r} is unknown: choose from {', '.join(BACKENDS)}.")
+    reasons = []
+    for backend in [BACKENDS[forced]] if forced else BACKENDS.values():
+        reason = backend.refuses(fmt, shape, dtype, device)
+        if reason is None:
+            return backend, reasons
+        reasons.append(f"{backend.name}: {reason}")
+    raise UsageError(f"no backend can serve {fmt.spec} {list(shape)} {dtype}: {'; '.join(reasons)}")
+
+
+def log_choice(chosen: Iterable[tuple[Backend, Sequence[str]]]) -> None:
+    """One line per model: which backend runs, for how many linears, and why not a better one."""
+    picks = list(chosen)
+    counts = Counter(backend.name for backend, _ in picks)
+    reasons = dict.fromkeys(reason for _, why in picks for reason in why)
+    for name, count in counts.items():
+        state = "packed in memory" if BACKENDS[name].packed else "expanded at load"
+        because = f"; refused: {' · '.join(reasons)}" if reasons else ""
+        logger.info("gblm: %d linears run on backend %s (%s)%s", count, name, state, because)
+
+
+_LIBRARY = torch.library.Library("gblm", "DEF")
+_LIBRARY.define("linear(Tensor x, Tensor[] parts, int[] shape, str format, str backend) -> Tensor")
+
+
+def _linear(x: Tensor, parts: list[Tensor], shape: list[int], fmt: str, backend: str) -> Tensor:
+    return BACKENDS[backend].linear(x, parts, from_spec(fmt), (shape[0], shape[1]))
+
+
+def _linear_fake(
+    x: Tensor, parts: list[Tensor], shape: list[int], fmt: str, backend: str
+) -> Tensor:
+    torch._check(x.shape[-1] == shape[1], lambda: f"x has {x.shape[-1]} features, not {shape[1]}")
+    return x.new_empty((*x.shape[:-1], shape[0]))
+
+
+_LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear", _linear_fake, "Meta")
+
+
+def linear(
+    x: Tensor, prepared: list[Tensor], shape: Shape, fmt: Format, backend: Backend
+) -> Tensor:
+    """x [..., in] @ W.T → [..., out] with what `backend.prepare` returned."""
+    out: Tensor = torch.ops.gblm.linear(x, prepared, list(shape), fmt.spec, backend.name)
+    return out

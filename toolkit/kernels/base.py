@@ -1,0 +1,41 @@
+"""Backend: one implementation of x @ W.T for packed weights."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gblm.formats import Format, Parts, Shape
+
+
+class Backend(ABC):
+    """Prepares the parts of one weight once, then multiplies with them."""
+
+    name: ClassVar[str]
+    packed: ClassVar[bool]
+    """Whether the weight stays packed in memory."""
+
+    @abstractmethod
+    def refuses(
+        self, fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device
+    ) -> str | None:
+        """None when it can serve such a weight; else the reason, for people."""
+
+    @abstractmethod
+    def prepare(self, fmt: Format, parts: Parts, shape: Shape) -> list[Tensor]:
+        """Disk layout → kernel layout, once, at load."""
+
+    @abstractmethod
+    def linear(self, x: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape) -> Tensor:
+        """x [..., in] @ W.T → [..., out].
+
+        Args:
+            x: the activations.
+            prepared: what `prepare` returned.
+            fmt: the weight's format.
+            shape: [out, in] of the weight.
+        """

@@ -1,0 +1,51 @@
+"""Method: turns a dense weight, its statistics and a pattern into a SparseWeight.
+
+A method sees one linear at a time and knows nothing of models, files or devices. Its
+hyper-parameters are dataclass fields, so command-line options and recipe keys follow from them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import Tensor
+
+from gblm.patterns import Pattern, Scope
+from gblm.weights import SparseWeight
+
+# Statistics of one linear by name: "act_norm" [in], "grad_norm" [out, in]; float32.
+Stats = Mapping[str, Tensor]
+
+
+class Method(ABC):
+    """A training-free pruning method."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Names of the statistics it reads."""
+
+    scope: ClassVar[Scope] = "row"
+    """Who competes for the budget of an unstructured pattern."""
+
+    @abstractmethod
+    def prune(self, weight: Tensor, stats: Stats, pattern: Pattern) -> SparseWeight:
+        """Prune one linear.
+
+        Args:
+            weight: [out, in] floating point.
+            stats: the statistics named in `needs`.
+            pattern: which positions may stay.
+        """
+
+
+class ScoredMethod(Method):
+    """A method that scores every weight once and cuts once; kept values do not change."""
+
+    @abstractmethod
+    def score(self, weight: Tensor, stats: Stats) -> Tensor:
+        """[out, in] float32, larger = more important."""
+
+    def prune(self, weight: Tensor, stats: Stats, pattern: Pattern) -> SparseWeight:
+        """Keep the highest scores."""
+        return SparseWeight.cut(weight, pattern.keep(self.score(weight, stats), self.scope))

@@ -1,0 +1,203 @@
+"""A dense causal language model: find it, check it, load it, name its prunable linears.
+
+Nothing here is per model: decoder layers are found by type and count, linears by `nn.Linear`.
+Code that a checkpoint brings along is never run, pickle files are never opened.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gblm.errors import InputError, MachineError, UsageError
+
+HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def resolve(model: str | Path) -> Path:
+    """The local folder of a model: itself, or a snapshot of a hub id.
+
+    Raises:
+        InputError: neither a folder nor a reachable hub id.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    text = str(model)
+    if path.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise InputError(f"model {text}: there is no such folder.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(text, allow_patterns=HUB_FILES))
+    except Exception as error:
+        raise InputError(
+            f"model {text}: no such folder, and the hub could not give it "
+            f"({type(error).__name__}). Name a local HF folder, or run `gblm fetch smollm2`."
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder, refused when it would run code or is not JSON."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{folder} is no model folder: config.json is missing.") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path} must hold one JSON object.")
+    if "auto_map" in config:
+        raise InputError(
+            f"{path} names Python code to run (auto_map); gblm never executes code from a "
+            "checkpoint. If transformers knows the architecture, remove the auto_map entry."
+        )
+    return config
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse a folder whose weights are pickles or missing."""
+    if any(folder.glob("*.safetensors")):
+        return
+    for pattern in PICKLES:
+        for file in folder.glob(pattern):
+            raise InputError(
+                f"{folder} holds {file.name}, a pickle that can run code when opened, and no "
+                "safetensors. Convert it with transformers' save_pretrained() in a sandbox."
+            )
+    raise InputError(f"{folder} holds no *.safetensors file.")
+
+
+def load(
+    folder: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> nn.Module:
+    """Load a dense model for inference.
+
+    Args:
+        folder: a local HF folder with safetensors.
+        dtype: of the weights in memory; None keeps the checkpoint's.
+        device: where to put the model.
+
+    Raises:
+        InputError: the folder is not a dense causal language model that transformers knows.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = read_config(folder)
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "unknown")
+        way_out = "it is packed already" if method == "gblm" else "start from the dense model"
+        raise InputError(f"{folder}: the weights are stored as `{method}`; {way_out}.")
+    check_weights(folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype or "auto",
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(f"{folder} could not be loaded by transformers: {error}") from error
+    return model.to(check_device(device)).eval()  # type: ignore[no-any-return]
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise InputError(f"{folder}: the tokenizer could not be loaded: {error}") from error
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """A torch device that is there.
+
+    Raises:
+        UsageError: not a device name.
+        MachineError: this machine has no such device.
+    """
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"device {device!r} is unknown: use cpu, cuda or cuda:N.") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise MachineError("device cuda was asked for, but torch sees no CUDA device here.")
+    return found
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The decoder layers and their name, such as "model.layers".
+
+    Raises:
+        InputError: no list of `num_hidden_layers` modules that hold an nn.Linear.
+    """
+    config: Any = model.config
+    count = getattr(config.get_text_config(), "num_hidden_layers", None)
+    for name, module in model.named_modules():
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module) == count
+            and any(isinstance(part, nn.Linear) for part in module.modules())
+        ):
+            return name, module
+    raise InputError(
+        f"{type(model).__name__} has no decoder layers with nn.Linear weights: "
+        "gblm prunes LLaMA-like causal language models."
+    )
+
+
+def linears(layer: nn.Module) -> dict[str, nn.Linear]:
+    """Every nn.Linear of a decoder layer by its local name, such as "self_attn.q_proj"."""
+    return {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
+
+
+def prunable(
+    model: nn.Module, targets: tuple[str, ...] = (), ignore: tuple[str, ...] = ()
+) -> dict[str, nn.Linear]:
+    """The linears to prune by full name.
+
+    Args:
+        model: a causal language model.
+        targets: glob patterns that choose names; all if empty.
+        ignore: glob patterns that leave names out; wins over `targets`.
+
+    Raises:
+        UsageError: a pattern matches no linear, or none is left.
+    """
+    names = dict(_named_linears(model))
+    for flag, globs in (("--targets", targets), ("--ignore", ignore)):
+        for glob in globs:
+            if not any(_matches(name, (glob,)) for name in names):
+                raise UsageError(
+                    f"{flag} {glob!r} matches no linear; the first one is {next(iter(names))}."
+                )
+    chosen = {
+        name: linear
+        for name, linear in names.items()
+        if (not targets or _matches(name, targets)) and not _matches(name, ignore)
+    }
+    if not chosen:
+        raise UsageError("--targets and --ignore leave no linear to prune.")
+    return chosen
+
+
+def _named_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    prefix, layers = decoder_layers(model)
+    for index, layer in enumerate(layers):
+        for name, linear in linears(layer).items():
+            yield f"{prefix}.{index}.{name}", linear
+
+
+def _matches(name: str, globs: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, glob) or fnmatchcase(name, f"*.{glob}") for glob in globs)

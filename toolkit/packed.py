@@ -1,0 +1,207 @@
+"""Packed models in transformers: SparseLinear, and loading a packed folder.
+
+Importing this module registers `quant_method: gblm` with transformers, so that
+`AutoModelForCausalLM.from_pretrained(DIR)` works as well as `load(DIR)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from gblm import kernels
+from gblm.checkpoint.packed_folder import PackedLinear, PackedReader
+from gblm.errors import CheckpointError, InputError
+from gblm.formats import Format, Shape
+from gblm.kernels import Backend
+from gblm.model import check_device, check_weights, read_config, resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class SparseLinear(nn.Module):
+    """A linear whose weight stays in the parts of its format until a backend prepares them."""
+
+    def __init__(self, linear: PackedLinear, bias: nn.Parameter | None) -> None:
+        """Empty parts on the meta device, to be filled from the checkpoint."""
+        super().__init__()
+        self.fmt: Format = linear.fmt
+        self.shape: Shape = linear.shape
+        self.backend: Backend | None = None
+        self.num_prepared = 0
+        for part, (shape, dtype) in linear.headers.items():
+            data = torch.empty(shape, dtype=dtype, device="meta")
+            self.register_parameter(part, nn.Parameter(data, requires_grad=False))
+        self.bias = bias
+
+    def prepare(self, name: str, forced: str | None) -> tuple[Backend, Sequence[str]]:
+        """Check the loaded parts and turn them into the layout of the best backend.
+
+        Returns:
+            The backend, and why better ones refused.
+        """
+        parts = {part: getattr(self, part).data for part in self.fmt.parts}
+        self.fmt.validate(name, parts, self.shape)
+        values = parts["values"]
+        backend, reasons = kernels.select(self.fmt, self.shape, values.dtype, values.device, forced)
+        prepared = backend.prepare(self.fmt, parts, self.shape)
+        for part in self.fmt.parts:
+            delattr(self, part)
+        for index, tensor in enumerate(prepared):
+            self.register_buffer(f"prepared_{index}", tensor, persistent=False)
+        self.backend, self.num_prepared = backend, len(prepared)
+        return backend, reasons
+
+    @property
+    def prepared(self) -> list[Tensor]:
+        """What the backend multiplies with."""
+        return [getattr(self, f"prepared_{index}") for index in range(self.num_prepared)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] → [..., out]."""
+        if self.backend is None:
+            raise RuntimeError("SparseLinear was used before its weight was loaded.")
+        out = kernels.linear(x, self.prepared, self.shape, self.fmt, self.backend)
+        return out if self.bias is None else out + self.bias
+
+    def extra_repr(self) -> str:
+        """Shape, format and backend."""
+        name = self.backend.name if self.backend else "not loaded"
+        return f"in={self.shape[1]}, out={self.shape[0]}, format={self.fmt.spec}, backend={name}"
+
+
+def load(
+    folder: str | Path,
+    backend: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> PreTrainedModel:
+    """Load a packed folder as a transformers model.
+
+    Args:
+        folder: a packed folder or a hub id of one.
+        backend: a name of `gblm.kernels.BACKENDS`; the best one if None.
+        dtype: of values and activations; None keeps the checkpoint's.
+        device: where to put the model.
+
+    Raises:
+        CheckpointError: the folder is not an intact packed checkpoint.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = resolve(folder)
+    check_loadable(path)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        config.quantization_config["backend"] = backend
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype or "auto",
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{folder} could not be loaded by transformers: {error}") from error
+    return model.to(check_device(device)).eval()  # type: ignore[no-any-return]
+
+
+def check_loadable(folder: Path) -> None:
+    """Hold the packed weights against the model that config.json describes, before loading.
+
+    Costs headers and a model without memory; a config that claims absurd sizes is refused here.
+
+    Raises:
+        CheckpointError: they do not agree.
+    """
+    with PackedReader(folder) as packed:
+        claimed = packed.config.get("num_hidden_layers")
+        if not isinstance(claimed, int) or not 0 < claimed <= len(packed.headers):
+            raise CheckpointError(
+                f"{folder}: config.json claims {claimed!r} decoder layers; the files hold "
+                f"{len(packed.headers)} tensors in all."
+            )
+        model = _model_without_memory(folder)
+        for name, linear in packed.linears.items():
+            check_linear(model, linear)
+        for name in packed.dense_names():
+            _check_dense(model, name, packed.headers[name][0])
+
+
+def check_linear(model: nn.Module, linear: PackedLinear) -> nn.Linear:
+    """The module a packed weight belongs to.
+
+    Raises:
+        CheckpointError: there is no such linear, or it has another shape.
+    """
+    try:
+        module = model.get_submodule(linear.name)
+    except AttributeError as error:
+        raise CheckpointError(f"{linear.name}: the model has no such module.") from error
+    if not isinstance(module, nn.Linear) or tuple(module.weight.shape) != linear.shape:
+        found = (
+            list(module.weight.shape) if isinstance(module, nn.Linear) else type(module).__name__
+        )
+        raise CheckpointError(
+            f"{linear.name}: packed as {list(linear.shape)}, but config.json makes it {found}."
+        )
+    return module
+
+
+def _model_without_memory(folder: Path) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder}: config.json describes no model that can be built: {error}"
+        ) from error
+    return model  # type: ignore[no-any-return]
+
+
+def _check_dense(model: nn.Module, name: str, shape: tuple[int, ...]) -> None:
+    try:
+        wanted = tuple(model.get_parameter(name).shape)
+    except AttributeError:
+        return
+    if wanted != shape:
+        raise CheckpointError(
+            f"{name}: stored as {list(shape)}, but config.json makes it {list(wanted)}."
+        )
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a model folder holds our packed weights."""
+    fields = read_config(folder).get("quantization_config")
+    return isinstance(fields, dict) and fields.get("quant_method") == "gblm"
+
+
+def load_any(
+    folder: str | Path,
+    backend: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> nn.Module:
+    """Load a packed or a dense folder, whichever it is."""
+    from gblm import model
+
+    path = resolve(folder)
+    if is_packed(path):
+        return load(path, backend, dtype, device)
+    if backend is not None:
+        raise InputError(f"{folder} is dense: --backend applies to packed folders only.")
+    check_weights(path)
+    return model.load(path, dtype, device)
+
+
+# Last, because it needs SparseLinear: the registration with transformers.
+import gblm.hf  # noqa: E402, F401

