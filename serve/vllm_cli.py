@@ -49,7 +49,7 @@ def main() -> None:
     try:
         distribution("vllm")
     except PackageNotFoundError:
-        sys.meta_path.append(_VllmFinder())  # type: ignore[arg-type]
+        sys.meta_path.append(_VllmFinder())
     from vllm.entrypoints.cli.main import main as vllm_main
 
     sys.argv[0] = "vllm"

@@ -65,7 +65,7 @@ class LazyGroup(click.Group):
 @click.option("-v", "--verbose", count=True, help="More log lines; tracebacks.")
 @click.option("--no-progress", is_flag=True, help="No progress bars (none without a terminal).")
 @click.pass_context
-def cli(ctx: click.Context, **flags: Any) -> None:
+def cli(ctx: click.Context, /, **flags: Any) -> None:
     """Prune LLaMA-family models, pack the zeros away, serve the packed model."""
     ctx.ensure_object(dict).update({k: v for k, v in flags.items() if v})
 

@@ -82,13 +82,18 @@ def calibration_windows(
         if len(ids) > seq_len:
             start = rng.randint(0, len(ids) - seq_len - 1)
             windows.append(ids[start : start + seq_len])
-        elif len(encoded) == len(documents) or draws >= MAX_DRAWS:
-            if not any(len(ids) > seq_len for ids in encoded.values()):
-                raise InputError(
-                    f"calibration text: no document is longer than {seq_len} tokens (the longest "
-                    f"has {max(map(len, encoded.values()))}). Lower --seq-len or give more text."
-                )
+        elif _hopeless(encoded, len(documents), draws, seq_len):
+            raise InputError(
+                f"calibration text: no document is longer than {seq_len} tokens (the longest "
+                f"has {max(map(len, encoded.values()))}). Lower --seq-len or give more text."
+            )
     return torch.tensor(windows, dtype=torch.int64)
+
+
+def _hopeless(encoded: dict[int, list[int]], num_documents: int, draws: int, seq_len: int) -> bool:
+    """Whether drawing on would find no document longer than the window."""
+    searched = len(encoded) == num_documents or draws >= MAX_DRAWS
+    return searched and not any(len(ids) > seq_len for ids in encoded.values())
 
 
 def evaluation_windows(
@@ -123,10 +128,21 @@ def fingerprint(windows: Tensor) -> str:
 def _pydoc(split: Split) -> list[str]:
     from pydoc_data import topics
 
-    names = sorted(topics.topics)
-    # Every fifth topic is held out, so that both parts cover the whole language.
-    chosen = [n for i, n in enumerate(names) if (i % 5 == 4) == (split == "held-out")]
-    return ["\n\n".join(topics.topics[name] for name in chosen)]
+    parts: dict[Split, list[str]] = {"calibration": [], "held-out": []}
+    seen = held_out = 0
+    for name in sorted(topics.topics):
+        text = topics.topics[name]
+        seen += len(text)
+        # Whole topics, a fifth of the text, spread over the alphabet.
+        part: Split = "held-out" if held_out + len(text) <= seen / 5 else "calibration"
+        held_out += len(text) if part == "held-out" else 0
+        parts[part].append(text)
+    calibration, held = ("\n\n".join(parts[p]) for p in ("calibration", "held-out"))
+    if split == "calibration":
+        return [calibration]
+    # Topics quote each other; a paragraph that was calibrated on may not be measured on.
+    known = set(calibration.split("\n\n"))
+    return ["\n\n".join(p for p in held.split("\n\n") if p not in known)]
 
 
 def _wikitext2(split: Split) -> list[str]:

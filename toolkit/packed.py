@@ -39,15 +39,23 @@ class SparseLinear(nn.Module):
             self.register_parameter(part, nn.Parameter(data, requires_grad=False))
         self.bias = bias
 
-    def prepare(self, name: str, forced: str | None) -> tuple[Backend, Sequence[str]]:
+    def prepare(
+        self, name: str, dtype: torch.dtype | None, forced: str | None
+    ) -> tuple[Backend, Sequence[str]]:
         """Check the loaded parts and turn them into the layout of the best backend.
+
+        Args:
+            name: of the module, for messages.
+            dtype: of the values in memory; None keeps the checkpoint's.
+            forced: a backend that must be taken.
 
         Returns:
             The backend, and why better ones refused.
         """
         parts = {part: getattr(self, part).data for part in self.fmt.parts}
         self.fmt.validate(name, parts, self.shape)
-        values = parts["values"]
+        values = parts["values"].to(dtype or parts["values"].dtype)
+        parts["values"] = values
         backend, reasons = kernels.select(self.fmt, self.shape, values.dtype, values.device, forced)
         prepared = backend.prepare(self.fmt, parts, self.shape)
         for part in self.fmt.parts:
@@ -109,7 +117,7 @@ def load(
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{folder} could not be loaded by transformers: {error}") from error
-    return model.to(check_device(device)).eval()  # type: ignore[no-any-return]
+    return model.to(check_device(device)).eval()
 
 
 def check_loadable(folder: Path) -> None:
@@ -128,7 +136,7 @@ def check_loadable(folder: Path) -> None:
                 f"{len(packed.headers)} tensors in all."
             )
         model = _model_without_memory(folder)
-        for name, linear in packed.linears.items():
+        for linear in packed.linears.values():
             check_linear(model, linear)
         for name in packed.dense_names():
             _check_dense(model, name, packed.headers[name][0])
@@ -165,7 +173,8 @@ def _model_without_memory(folder: Path) -> nn.Module:
         raise CheckpointError(
             f"{folder}: config.json describes no model that can be built: {error}"
         ) from error
-    return model  # type: ignore[no-any-return]
+    built: nn.Module = model
+    return built
 
 
 def _check_dense(model: nn.Module, name: str, shape: tuple[int, ...]) -> None:
@@ -196,7 +205,8 @@ def load_any(
 
     path = resolve(folder)
     if is_packed(path):
-        return load(path, backend, dtype, device)
+        loaded: nn.Module = load(path, backend, dtype, device)
+        return loaded
     if backend is not None:
         raise InputError(f"{folder} is dense: --backend applies to packed folders only.")
     check_weights(path)

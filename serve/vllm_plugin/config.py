@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,8 +28,6 @@ class SparseConfig(QuantizationConfig):
         self.manifest = manifest
         self.num_created = 0
         self._chosen: list[tuple[Backend, Sequence[str]]] = []
-        # vLLM shows its own loggers only; ours must speak in its server logs, too.
-        _show_logs()
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SparseConfig:
@@ -84,10 +81,3 @@ class SparseConfig(QuantizationConfig):
             )
         return found[0]
 
-
-def _show_logs() -> None:
-    ours = logging.getLogger("gblm")
-    if not ours.handlers:
-        for handler in logging.getLogger("vllm").handlers:
-            ours.addHandler(handler)
-        ours.setLevel(logging.INFO)

@@ -87,7 +87,7 @@ class SparseLinearMethod(LinearMethodBase):
             delattr(layer, part)
         self.note_choice(backend, reasons)
         if not backend.packed:
-            # The expanded weight runs vLLM's own dense path, so that tokens equal the dense model's.
+            # vLLM's own dense path, so that tokens equal those of the dense model.
             layer.register_parameter("weight", Parameter(prepared[0], requires_grad=False))
             self.dense = UnquantizedLinearMethod()
             self.dense.process_weights_after_loading(layer)
@@ -110,7 +110,7 @@ class SparseLinearMethod(LinearMethodBase):
     def _loaded_parts(self, layer: torch.nn.Module) -> dict[str, Tensor]:
         if self.pieces is None:
             return {part: getattr(layer, part).data for part in self.fmt.parts}
-        device = layer.values.device
+        device = layer.get_parameter("values").device
         parts = {part: tensor.to(device) for part, tensor in self.pieces.join().items()}
         self.pieces = None
         return parts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -35,11 +36,22 @@ class RunningServer:
         url: base URL.
         ready_seconds: from start to the first healthy answer.
         process: the server's parent process.
+        log: file with its output.
+        log_start: where its output begins in that file.
     """
 
     url: str
     ready_seconds: float
     process: subprocess.Popen[bytes]
+    log: Path
+    log_start: int
+
+    def backends(self) -> set[str]:
+        """The backends that the plugin's log line says it runs on; empty for a dense model."""
+        with self.log.open("rb") as stream:
+            stream.seek(self.log_start)
+            text = stream.read().decode("utf-8", errors="replace")
+        return set(re.findall(r"gblm: \d+ linears run on backend (\w+)", text))
 
     def memory_bytes(self) -> int:
         """Memory of the whole process tree; shared pages are counted once (PSS)."""
@@ -73,6 +85,7 @@ def running_server(
     if backend is not None:
         command += ["--backend", backend]
     began = time.monotonic()
+    log_start = log.stat().st_size if log.exists() else 0
     with log.open("ab") as stream:
         process = subprocess.Popen(
             [*command, "--", *options], stdout=stream, stderr=stream, start_new_session=True
@@ -80,7 +93,7 @@ def running_server(
     try:
         url = f"http://127.0.0.1:{port}"
         _await_health(process, url, log)
-        yield RunningServer(url, time.monotonic() - began, process)
+        yield RunningServer(url, time.monotonic() - began, process, log, log_start)
     finally:
         _stop(process)
 

@@ -79,6 +79,7 @@ def bench_serving(
     """
     folders = {"model": resolve(model), "baseline": resolve(baseline)}
     runs: list[dict[str, Any]] = []
+    backends: set[str] = set()
     with tempfile.TemporaryDirectory() as work:
         output = log or Path(work) / "servers.log"
         for number in range(load.rounds):
@@ -88,8 +89,10 @@ def bench_serving(
                 chosen = backend if side == "model" else None
                 with running_server(folders[side], chosen, load.options, output) as server:
                     measured = _measure(server, folders[side], load, Path(work))
+                backends |= server.backends()
                 runs.append({"round": number, "side": side, **measured})
                 on_run()
+    used = "; ".join(sorted(backends)) or "unknown"
     sizes = {side: inspect(folder)["bytes"] for side, folder in folders.items()}
     return {
         "kind": "bench serving",
@@ -97,6 +100,7 @@ def bench_serving(
         "model": Path(model).name,
         "baseline": Path(baseline).name,
         "backend": backend or "auto",
+        "backend_used": used,
         "load": asdict(load),
         "bytes": sizes,
         "summary": summarise(runs, sizes),

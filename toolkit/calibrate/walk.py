@@ -68,7 +68,7 @@ def walk(
             hidden[batch] = calls[batch].run(layer, index, states)
 
 
-class _Captured(Exception):  # noqa: N818 (a signal that stops a forward pass, not an error)
+class _Captured(Exception):
     """Stops a forward pass once the first decoder layer has been reached."""
 
 

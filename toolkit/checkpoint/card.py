@@ -15,7 +15,8 @@ tags: [sparse, pruned, "{pattern}", {method}, gblm, vllm]
 # {base}, pruned with {method} to {pattern}
 
 {linears} linears, {sparsity:.1%} of their weights zero, stored packed with
-{bits:.2f} bits per weight including the mask. Tensors: {packed:.1f} MB packed, {dense:.1f} MB dense.
+{bits:.2f} bits per weight including the mask.
+Tensors: {packed:.1f} MB packed, {dense:.1f} MB dense.
 
 | | |
 |---|---|

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from typing_extensions import Self
 
 from gblm.errors import CheckpointError
 from gblm.model import check_weights
@@ -60,7 +61,7 @@ class Reader:
                 self.headers[name] = self._header(file, handle, name)
                 self._file_of[name] = file
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

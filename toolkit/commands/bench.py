@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from gblm.commands.common import Command, backend_option, emit, progress_bars, table
+from gblm.commands.common import (
+    Command,
+    backend_option,
+    emit,
+    progress_bars,
+    record_option,
+    save_record,
+    table,
+)
 
 LABELS = {
     "ttft_ms": "TTFT, median (ms)",
@@ -40,11 +47,12 @@ LABELS = {
     help="Rounds; each starts both servers anew, in alternating order.",
 )
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--output", type=click.Path(path_type=Path), help="JSON file for the record.")
+@record_option
 @click.option("--log", type=click.Path(path_type=Path), help="File for the servers' output.")
 @click.pass_context
 def command(
     ctx: click.Context,
+    /,
     model: str,
     vllm_options: tuple[str, ...],
     baseline: str,
@@ -63,9 +71,7 @@ def command(
         settings = Load(options=vllm_options, **load)
         step = progress("server runs", 2 * settings.rounds)
         record = bench_serving(model, baseline, settings, backend, step, log)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    save_record(output, record)
     emit(ctx, record, lambda: print_summary(record))
 
 

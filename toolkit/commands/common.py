@@ -5,15 +5,18 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from gblm.errors import GblmError, MachineError
+from gblm.provenance import provenance
 
 F = TypeVar("F", bound=Callable[..., Any])
 METHODS = ("magnitude", "wanda", "gblm")
@@ -87,6 +90,19 @@ def emit(ctx: click.Context, result: dict[str, Any], text: Callable[[], None]) -
         text()
 
 
+record_option = click.option(
+    "--output", type=click.Path(path_type=Path), help="JSON file for the record."
+)
+
+
+def save_record(path: Path | None, record: dict[str, Any]) -> None:
+    """Write a result with where it comes from; None writes nothing."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        full = record if "provenance" in record else {"provenance": provenance(), **record}
+        path.write_text(json.dumps(full, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A plain table: first column left, the others right."""
     lines = [list(header), *[list(row) for row in rows]]
@@ -103,6 +119,10 @@ def progress_bars(ctx: click.Context) -> Iterator[Callable[[str, int], Callable[
     Yields:
         Takes a phase and its number of steps, returns what to call per step.
     """
+    shown = sys.stderr.isatty() and not (ctx.obj.get("no_progress") or ctx.obj.get("quiet"))
+    if not shown:
+        # tqdm, inside other libraries, reads this once, when it is imported.
+        os.environ.setdefault("TQDM_DISABLE", "1")
     from rich.console import Console
     from rich.progress import Progress
     from transformers.utils import logging as transformers_logging
@@ -110,7 +130,6 @@ def progress_bars(ctx: click.Context) -> Iterator[Callable[[str, int], Callable[
     if not ctx.obj.get("verbose"):
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
-    shown = sys.stderr.isatty() and not (ctx.obj.get("no_progress") or ctx.obj.get("quiet"))
     with Progress(console=Console(stderr=True), disable=not shown, transient=True) as bars:
 
         def phase(name: str, steps: int) -> Callable[[], None]:

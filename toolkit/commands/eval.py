@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,6 +14,8 @@ from gblm.commands.common import (
     dtype_option,
     emit,
     progress_bars,
+    record_option,
+    save_record,
     table,
 )
 
@@ -34,13 +37,16 @@ from gblm.commands.common import (
 @dtype_option
 @device_option
 @backend_option
+@record_option
 @click.pass_context
 def command(
     ctx: click.Context,
+    /,
     model: str,
     baseline: str | None,
     device: str,
     backend: str | None,
+    output: Path | None,
     **protocol: Any,
 ) -> None:
     """Measure the perplexity of MODEL, packed or dense, and print the whole protocol with it."""
@@ -48,6 +54,7 @@ def command(
         from gblm.evaluate.perplexity import Protocol, evaluate
 
         result = evaluate(model, Protocol(**protocol), baseline, device, backend, progress)
+    save_record(output, {"kind": "perplexity", **result})
 
     def text() -> None:
         rows = [[model, f"{result['perplexity']:.2f}"]]

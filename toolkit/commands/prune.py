@@ -66,7 +66,7 @@ from gblm.commands.common import (
 @overwrite_option
 @click.pass_context
 def command(
-    ctx: click.Context, output: Path, overwrite: bool, recipe: Path | None, **given: Any
+    ctx: click.Context, /, output: Path, overwrite: bool, recipe: Path | None, **given: Any
 ) -> None:
     """Prune MODEL (a local HF folder or a hub id) and write it packed.
 

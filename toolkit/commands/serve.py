@@ -26,7 +26,9 @@ from gblm.commands.common import Command, backend_option
     help="Seconds that running requests get after SIGTERM.",
 )
 @click.pass_context
-def command(ctx: click.Context, folder: str, vllm_options: tuple[str, ...], **given: Any) -> None:
+def command(
+    ctx: click.Context, /, folder: str, vllm_options: tuple[str, ...], **given: Any
+) -> None:
     """Serve FOLDER with vLLM's OpenAI server; options behind -- go to vLLM."""
     from gblm.model import resolve
     from gblm.serve.launch import Server, serve

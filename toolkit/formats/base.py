@@ -46,11 +46,9 @@ class Format(ABC):
 
     def __init__(self, pattern: Pattern) -> None:
         self.pattern = pattern
-
-    @property
-    def spec(self) -> str:
-        """Text that identifies format and pattern, such as "nm/2:4"; see `from_spec`."""
-        return f"{self.name}/{self.pattern}"
+        # Identifies format and pattern, such as "nm/2:4"; see `from_spec`. A plain string, made
+        # once, so that torch.compile sees a constant.
+        self.spec = f"{self.name}/{pattern}"
 
     @abstractmethod
     def layout(self, shape: Shape, dtype: torch.dtype) -> dict[str, TensorSpec]:

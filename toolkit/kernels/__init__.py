@@ -58,7 +58,7 @@ def select(
     """
     if forced is not None and forced not in BACKENDS:
         raise UsageError(f"backend {forced!r} is unknown: choose from {', '.join(BACKENDS)}.")
-    reasons = []
+    reasons: list[str] = []
     for backend in [BACKENDS[forced]] if forced else BACKENDS.values():
         reason = backend.refuses(fmt, shape, dtype, device)
         if reason is None:

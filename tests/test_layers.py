@@ -1,0 +1,131 @@
+"""Who may import whom. The house of docs/architecture stands or falls with this table."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = {"toolkit": "gblm", "export": "gblm.export", "serve": "gblm.serve"}
+
+# Layer → the layers it may import, besides itself. A layer is the first part below gblm.
+MAY_IMPORT: dict[str, set[str]] = {
+    "__init__": set(),
+    "__main__": {"cli"},
+    "errors": set(),
+    "provenance": {"__init__"},
+    "patterns": {"errors"},
+    "weights": set(),
+    "recipe": {"errors"},
+    "model": {"errors"},
+    "data": {"errors"},
+    "formats": {"errors", "patterns", "weights"},
+    "methods": {"errors", "patterns", "weights"},
+    "kernels": {"errors", "formats"},
+    "calibrate": {"errors", "model"},
+    "checkpoint": {"errors", "formats", "model", "patterns", "provenance", "weights"},
+    "packed": {"checkpoint", "errors", "formats", "hf", "kernels", "model"},
+    "hf": {"checkpoint", "formats", "kernels", "packed"},
+    "fetch": {"checkpoint", "errors"},
+    "prune": {
+        "calibrate", "checkpoint", "data", "errors", "methods", "model", "patterns", "recipe",
+        "weights",
+    },
+    "evaluate": {"data", "model", "packed"},
+    "bench": {"checkpoint", "errors", "model", "provenance"},
+    "doctor": {"formats", "kernels", "patterns", "provenance", "weights"},
+    "export": {"checkpoint", "errors", "model", "patterns", "weights"},
+    "serve": {"errors", "formats", "kernels", "packed", "weights"},
+    "commands": {
+        "bench", "checkpoint", "doctor", "errors", "evaluate", "export", "fetch", "model",
+        "patterns", "provenance", "prune", "recipe", "serve",
+    },
+    "cli": {"__init__", "commands"},
+}  # fmt: skip
+
+# Package → the places that may import it.
+ONLY_IN = {
+    "vllm": ("gblm.serve.vllm_plugin", "gblm.serve.vllm_cli"),
+    "onnx": ("gblm.export.onnx_model",),
+    "onnxruntime": ("gblm.export.onnx_model",),
+    "triton": ("gblm.kernels.triton",),
+    "datasets": ("gblm.data",),
+    "pyarrow": ("gblm.data",),
+    "click": ("gblm.cli", "gblm.commands"),
+    "rich": ("gblm.commands",),
+}
+
+
+def modules() -> list[tuple[str, Path]]:
+    found = []
+    for folder, package in FOLDERS.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = [package, *path.relative_to(ROOT / folder).with_suffix("").parts]
+            found.append((".".join(parts), path))
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def layer(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+@pytest.mark.parametrize(("module", "path"), modules(), ids=lambda value: str(value))
+def test_module_imports_only_what_its_layer_may(module: str, path: Path) -> None:
+    own = layer(module)
+    known = set(MAY_IMPORT)
+    for name in imports(path):
+        if name.split(".")[0] == "gblm":
+            target = layer(name)
+            target = target if target in known else "__init__"
+            assert target == own or target in MAY_IMPORT[own], f"{module} imports {name}"
+        package = name.split(".")[0]
+        if package in ONLY_IN:
+            assert module.startswith(ONLY_IN[package]), f"{module} imports {name}"
+
+
+def test_no_module_is_opened_as_a_pickle() -> None:
+    for _, path in modules():
+        text = path.read_text()
+        assert "torch.load(" not in text, path
+        assert "import pickle" not in text, path
+
+
+@pytest.mark.parametrize("code", ["import gblm", "import gblm.cli", "import gblm.errors"])
+def test_light_import_loads_no_torch(code: str) -> None:
+    check = f"{code}; import sys; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_loads_no_torch() -> None:
+    check = (
+        "import sys; from gblm.cli import main; sys.argv = ['gblm', '--help']\n"
+        "try: main()\nexcept SystemExit as e: assert e.code == 0\n"
+        "assert 'torch' not in sys.modules and 'rich' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", check], capture_output=True, check=True)
+
+
+@pytest.mark.parametrize("package", ["vllm", "onnx", "onnxruntime", "triton"])
+def test_core_imports_without_optional_packages(package: str) -> None:
+    check = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        "import gblm.prune, gblm.packed, gblm.evaluate.perplexity, gblm.export.pack, gblm.doctor\n"
+        "import gblm.serve.launch, gblm.bench.serving"
+    )
+    subprocess.run([sys.executable, "-c", check], capture_output=True, check=True)

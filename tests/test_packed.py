@@ -1,0 +1,109 @@
+"""Packed folders in transformers: the same logits as the pruned dense model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import gblm.packed
+from gblm.errors import CheckpointError, InputError, UsageError
+from gblm.export.dense import export_dense
+from gblm.model import load
+
+Pack = Callable[..., Path]
+
+
+@pytest.mark.parametrize("backend", [None, "reference", "dense"])
+@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
+def test_logits_equal_the_dense_export(
+    pack_tiny: Pack, tmp_path: Path, pattern: str, backend: str | None
+) -> None:
+    folder = pack_tiny("wanda", pattern)
+    export_dense(folder, tmp_path / "dense")
+    ids = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        want = load(tmp_path / "dense")(input_ids=ids).logits
+        got = gblm.packed.load(folder, backend)(input_ids=ids).logits
+    assert torch.equal(got, want)
+
+
+def test_from_pretrained_works_after_one_import(pack_tiny: Pack) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(pack_tiny())
+    kinds = {type(m).__name__ for m in model.model.layers.modules()}
+    assert "SparseLinear" in kinds
+    assert "Linear" not in kinds
+    out = model.generate(torch.arange(4).reshape(1, 4), max_new_tokens=3, do_sample=False)
+    assert out.shape == (1, 7)
+
+
+def test_packed_weights_stay_packed_in_memory(pack_tiny: Pack) -> None:
+    model = gblm.packed.load(pack_tiny(), "reference")
+    linear = model.get_submodule("model.layers.0.mlp.up_proj")
+    size = sum(t.numel() * t.element_size() for t in linear.prepared)
+    assert size == 128 * 64 * 9 // 8
+    assert not [p for p in linear.parameters()]
+
+
+def test_forced_backend_is_taken_and_logged(
+    pack_tiny: Pack, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO", "gblm")
+    gblm.packed.load(pack_tiny(), "dense")
+    assert "14 linears run on backend dense (expanded at load)" in caplog.text
+    monkeypatch.setenv("GBLM_BACKEND", "dense")
+    model = gblm.packed.load(pack_tiny())
+    assert model.get_submodule("model.layers.0.mlp.up_proj").backend.name == "dense"
+
+
+def test_unknown_backend_is_refused(pack_tiny: Pack) -> None:
+    with pytest.raises(UsageError, match="'cuda' is unknown"):
+        gblm.packed.load(pack_tiny(), "cuda")
+
+
+def test_dtype_can_be_chosen(pack_tiny: Pack) -> None:
+    model = gblm.packed.load(pack_tiny(), dtype=torch.float32)
+    assert model(input_ids=torch.arange(4).reshape(1, 4)).logits.dtype == torch.float32
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"hidden_size": 2**40}, "config.json"),
+        ({"intermediate_size": 2**34}, r"packed as \[64, 128\], but config.json makes it"),
+        ({"vocab_size": 2**36}, "stored as"),
+        ({"num_hidden_layers": 10**9}, "claims 1000000000 decoder layers"),
+        ({"num_hidden_layers": "x"}, "claims 'x'"),
+        ({"num_hidden_layers": 1}, "no such module"),
+        ({"model_type": "nonsense"}, "no model that can be built"),
+    ],
+)
+def test_absurd_claims_are_refused_before_allocation(
+    packed: Path, change: dict[str, object], match: str
+) -> None:
+    edit_config(packed, **change)
+    with pytest.raises(CheckpointError, match=match):
+        gblm.packed.load(packed)
+
+
+def test_code_of_a_packed_checkpoint_is_never_run(packed: Path) -> None:
+    edit_config(packed, auto_map={"AutoConfig": "evil.Evil"})
+    with pytest.raises(InputError, match="never executes code"):
+        gblm.packed.load(packed)
+
+
+def test_dense_folder_is_not_loaded_as_packed(tiny: Path) -> None:
+    with pytest.raises(CheckpointError, match="no packed weights"):
+        gblm.packed.load(tiny)
+    with pytest.raises(InputError, match="--backend applies to packed folders only"):
+        gblm.packed.load_any(tiny, "dense")

@@ -1,0 +1,223 @@
+"""From recipe to packed folder, and everything that can go wrong on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Outcome, save_tiny_model
+
+from gblm.checkpoint import writer
+from gblm.checkpoint.packed_folder import PackedReader
+from gblm.checkpoint.reader import Reader
+from gblm.errors import InputError, MachineError, PatternError, UsageError
+from gblm.model import load, prunable
+from gblm.prune import prune, prune_model
+from gblm.recipe import Calibration, Recipe
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def recipe(tiny: Path, text_file: Path) -> Recipe:
+    calibration = Calibration(source=str(text_file), num_samples=2, seq_len=16)
+    return Recipe(model=str(tiny), method="wanda", calibration=calibration)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "gblm"])
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "0.5", "0.7"])
+def test_packed_weights_are_the_source_weights_where_kept(
+    tiny: Path, pack_tiny: Callable[..., Path], method: str, pattern: str
+) -> None:
+    with PackedReader(pack_tiny(method, pattern)) as packed, Reader(tiny) as dense:
+        assert len(packed.linears) == 14
+        for name, linear in packed.linears.items():
+            weight = linear.fmt.unpack(packed.parts(name), linear.shape)
+            source = dense.tensor(f"{name}.weight")
+            assert weight.weight.dtype == source.dtype == torch.bfloat16
+            assert torch.equal(weight.weight[weight.mask], source[weight.mask])
+            linear.fmt.pattern.check_mask(name, weight.mask)
+        for name in packed.dense_names():
+            assert torch.equal(packed.tensor(name), dense.tensor(name))
+
+
+def test_report_measures_what_is_stored(pack_tiny: Callable[..., Path]) -> None:
+    report = json.loads((pack_tiny() / "sparsity_report.json").read_text())
+    assert report["linears"] == 14
+    assert report["sparsity"] == 0.5
+    assert report["bits_per_weight"] == 9.0
+    assert report["tensors"][0]["shape"] == [128, 64]
+
+
+def test_recipe_in_the_folder_repeats_the_run(
+    pack_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = pack_tiny()
+    again = tmp_path / "again"
+    prune(Recipe.from_file(folder / "recipe.json"), again)
+    name = "model.safetensors"
+    assert (again / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_gblm_with_zero_alpha_writes_the_same_weights_as_wanda(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    prune(recipe, tmp_path / "wanda")
+    zero = recipe.model_copy(update={"method": "gblm", "options": {"alpha": 0.0}})
+    prune(zero, tmp_path / "gblm")
+    name = "model.safetensors"
+    assert (tmp_path / "wanda" / name).read_bytes() == (tmp_path / "gblm" / name).read_bytes()
+
+
+def test_magnitude_needs_no_text(recipe: Recipe, tmp_path: Path) -> None:
+    prune(recipe.model_copy(update={"method": "magnitude", "calibration": None}), tmp_path / "out")
+    assert json.loads((tmp_path / "out/recipe.json").read_text())["calibration"] is None
+
+
+def test_ignored_linears_stay_dense(recipe: Recipe, tmp_path: Path) -> None:
+    prune(recipe.model_copy(update={"ignore": ("*.0.mlp.down_proj",)}), tmp_path / "out")
+    with PackedReader(tmp_path / "out") as packed:
+        assert "model.layers.0.mlp.down_proj.weight" in packed.dense_names()
+        assert "model.layers.1.mlp.down_proj" in packed.linears
+
+
+def test_prune_model_changes_the_model_in_place(tiny: Path) -> None:
+    from gblm.methods import make_method
+    from gblm.patterns import NM
+
+    model = load(tiny)
+    linears = prunable(model)
+    done = dict(prune_model(model, [], make_method("magnitude", {}), NM(2, 4), linears))
+    for name, weight in done.items():
+        assert torch.equal(linears[name].weight, weight.weight)
+        assert float((linears[name].weight == 0).float().mean()) == 0.5
+
+
+def test_large_models_are_split_into_shards(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer.ShardWriter.__init__, "__defaults__", (20_000,))
+    prune(recipe, tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
+    from gblm.checkpoint.verify import verify
+
+    assert verify(tmp_path / "out")["ok"]
+
+
+def test_existing_output_is_kept_unless_overwritten(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine").write_text("precious")
+    with pytest.raises(InputError, match="exists; choose another name or pass --overwrite"):
+        prune(recipe, tmp_path / "out")
+    assert (tmp_path / "out/mine").read_text() == "precious"
+    prune(recipe, tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out/mine").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_indivisible_columns_are_refused_before_calibration(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    odd = recipe.model_copy(
+        update={"pattern": "2:5", "calibration": Calibration(source="missing.txt")}
+    )
+    with pytest.raises(PatternError, match=r"model\.layers\.0\.self_attn\.q_proj: 64 columns"):
+        prune(odd, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_weights_are_named(recipe: Recipe, tmp_path: Path) -> None:
+    model = load(Path(recipe.model))
+    with torch.no_grad():
+        model.get_submodule("model.layers.1.mlp.up_proj").weight[0, 0] = float("nan")
+    bad = save_tiny_model(tmp_path / "bad")
+    model.save_pretrained(bad)
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\."):
+        prune(recipe.model_copy(update={"model": str(bad)}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_little_disk_space_is_found_before_any_work(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: type("U", (), {"free": 10})())
+    with pytest.raises(MachineError, match="GB free"):
+        prune(recipe, tmp_path / "out")
+
+
+def test_a_disk_that_fills_up_leaves_nothing(
+    recipe: Recipe, tmp_path: Path, tiny: Path, text_file: Path
+) -> None:
+    """RLIMIT_FSIZE makes the kernel refuse the write of the shard, as a full disk does."""
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    done = subprocess.run(
+        [sys.executable, "-m", "gblm", "prune", str(tiny), "--method", "magnitude",
+         "--output", str(tmp_path / "out")],
+        capture_output=True, text=True, preexec_fn=limit, check=False,
+    )  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    assert "writing" in done.stderr
+    assert "failed" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("signal_number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
+def test_a_stopped_run_leaves_no_folder_under_the_final_name(
+    tiny: Path, tmp_path: Path, signal_number: signal.Signals, code: int
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gblm", "prune", str(tiny), "--method", "gblm",
+         "--num-samples", "100000", "--seq-len", "64", "--output", str(tmp_path / "out")],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    limit = time.monotonic() + 120
+    while not list(tmp_path.glob(".out.partial-*")) and time.monotonic() < limit:
+        time.sleep(0.1)
+    time.sleep(0.5)
+    process.send_signal(signal_number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert not (tmp_path / "out").exists()
+    if code > 0:
+        assert not list(tmp_path.iterdir())
+        assert "Traceback" not in err
+
+
+def test_read_only_parent_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        parent = Path("/proc/gblm")
+    else:
+        parent = tmp_path / "locked"
+        parent.mkdir(mode=0o500)
+    with pytest.raises(MachineError, match="cannot be made|not writable"):
+        prune(recipe, parent / "out")
+
+
+def test_packed_model_is_not_pruned_again(
+    recipe: Recipe, pack_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="packed already"):
+        prune(recipe.model_copy(update={"model": str(pack_tiny())}), tmp_path / "out")
+
+
+def test_unknown_recipe_keys_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="recipe: sparsty"):
+        Recipe.from_dict({"model": "m", "sparsty": 0.5})
+    (tmp_path / "r.json").write_text("[]")
+    with pytest.raises(InputError, match="one JSON object"):
+        Recipe.from_file(tmp_path / "r.json")
