@@ -25,7 +25,9 @@ def test_parse_round_trips(text: str) -> None:
     assert str(parse(text)) == text
 
 
-@pytest.mark.parametrize("text", ["4:2", "0:4", "4:4", "2:65", "1.5", "x", "", "2:4:8", "-0.5", "1"])
+@pytest.mark.parametrize(
+    "text", ["4:2", "0:4", "4:4", "2:65", "1.5", "x", "", "2:4:8", "-0.5", "1"]
+)
 def test_parse_refuses_nonsense(text: str) -> None:
     with pytest.raises(PatternError):
         parse(text)

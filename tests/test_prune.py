@@ -124,9 +124,7 @@ def test_existing_output_is_kept_unless_overwritten(recipe: Recipe, tmp_path: Pa
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_indivisible_columns_are_refused_before_calibration(
-    recipe: Recipe, tmp_path: Path
-) -> None:
+def test_indivisible_columns_are_refused_before_calibration(recipe: Recipe, tmp_path: Path) -> None:
     odd = recipe.model_copy(
         update={"pattern": "2:5", "calibration": Calibration(source="missing.txt")}
     )

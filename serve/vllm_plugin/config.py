@@ -80,4 +80,3 @@ class SparseConfig(QuantizationConfig):
                 "formats. Prune all of them alike, or ignore all of them."
             )
         return found[0]
-

@@ -86,9 +86,7 @@ def test_shared_inputs_share_one_statistic(
     model: torch.nn.Module, batches: list[torch.Tensor]
 ) -> None:
     stats = next(iter(walk(model, batches, NEEDS))).stats
-    assert torch.equal(
-        stats["self_attn.q_proj"]["act_norm"], stats["self_attn.v_proj"]["act_norm"]
-    )
+    assert torch.equal(stats["self_attn.q_proj"]["act_norm"], stats["self_attn.v_proj"]["act_norm"])
     assert stats["mlp.down_proj"]["act_norm"].shape == (128,)
 
 

