@@ -96,8 +96,8 @@ def tables() -> str:
     packages = ", ".join(f"{k} {v}" for k, v in origin["packages"].items() if k != "numpy")
     lines += [
         "",
-        f"`vllm bench serve`, {load['rounds']} interleaved rounds of {load['num_prompts']} prompts, "
-        f"{load['input_len']} + {load['output_len']} tokens, concurrency {load['concurrency']}, "
+        f"`vllm bench serve`, {load['rounds']} interleaved rounds of {load['num_prompts']} prompts "
+        f"of {load['input_len']} + {load['output_len']} tokens, concurrency {load['concurrency']}, "
         f"eager; ratios are paired by round. {origin['machine']['cpu']}, "
         f"{origin['machine']['cores']} cores; Python {origin['python']}, {packages}; commit "
         f"{origin['commit'][:12]}. Records: `benchmarks/results/`.",

@@ -71,10 +71,9 @@ def test_files_of_every_kind_are_read(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n')
     assert data.read_documents(str(tmp_path / "a.txt"), "calibration") == ["hello"]
     assert data.read_documents(str(tmp_path / "b.jsonl"), "held-out") == ["one", "two"]
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["x", "y"]}), tmp_path / "c.parquet")
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    parquet.write_table(pyarrow.table({"text": ["x", "y"]}), tmp_path / "c.parquet")
     assert data.read_documents(str(tmp_path / "c.parquet"), "calibration") == ["x", "y"]
 
 

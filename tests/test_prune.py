@@ -202,7 +202,7 @@ def test_read_only_parent_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     else:
         parent = tmp_path / "locked"
         parent.mkdir(mode=0o500)
-    with pytest.raises(MachineError, match="cannot be made|not writable"):
+    with pytest.raises(MachineError, match=r"cannot be made|not writable"):
         prune(recipe, parent / "out")
 
 
