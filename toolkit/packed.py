@@ -138,6 +138,10 @@ def check_loadable(folder: Path) -> None:
         model = _model_without_memory(folder)
         for linear in packed.linears.values():
             check_linear(model, linear)
+        for name, module in model.named_modules():
+            named = isinstance(module, nn.Linear) and packed.manifest.format_of(name)
+            if named and name not in packed.linears:
+                raise CheckpointError(f"{folder}: the packed weight of {name} is missing.")
         for name in packed.dense_names():
             _check_dense(model, name, packed.headers[name][0])
 

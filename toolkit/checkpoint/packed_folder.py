@@ -200,19 +200,31 @@ class PackedReader(Reader):
         return [name for name in self if name not in packed]
 
     def _find_linears(self) -> Iterator[PackedLinear]:
+        """Every module that the manifest names, with all of its parts; nothing packed besides."""
+        found: dict[str, dict[str, Header]] = {}
+        formats: dict[str, Format] = {}
         for tensor in self:
             name, _, part = tensor.rpartition(".")
             fmt = self.manifest.format_of(name)
-            if fmt is not None and f"{name}.weight" in self:
-                raise CheckpointError(f"{name}: stored dense, but the manifest says {fmt.name}.")
-            if part != "bitmask":
-                continue
             if fmt is None:
-                raise CheckpointError(f"{tensor}: a packed weight that the manifest does not name.")
-            headers = {p: self.headers[f"{name}.{p}"] for p in fmt.parts if f"{name}.{p}" in self}
-            shape = fmt.shape_of({p: header[0] for p, header in headers.items()})
-            if min(shape) < 1:
-                raise CheckpointError(f"{name}: a weight of shape {list(shape)} is impossible.")
-            fmt.check_shape(name, shape)
-            fmt.check_layout(name, headers, shape)
-            yield PackedLinear(name, fmt, shape, headers)
+                if part == "bitmask":
+                    raise CheckpointError(f"{tensor}: packed, but the manifest does not name it.")
+            elif part == "weight":
+                raise CheckpointError(f"{name}: stored dense, but the manifest says {fmt.name}.")
+            elif part in fmt.parts:
+                formats[name] = fmt
+                found.setdefault(name, {})[part] = self.headers[tensor]
+        for name, headers in found.items():
+            yield _packed_linear(name, formats[name], headers)
+
+
+def _packed_linear(name: str, fmt: Format, headers: dict[str, Header]) -> PackedLinear:
+    for part in fmt.parts:
+        if part not in headers:
+            raise CheckpointError(f"{name}: the part {part!r} of format {fmt.name} is missing.")
+    if len(headers["bitmask"][0]) != 2 or min(headers["bitmask"][0]) < 1:
+        raise CheckpointError(f"{name}.bitmask: shape {list(headers['bitmask'][0])} is impossible.")
+    shape = fmt.shape_of({part: header[0] for part, header in headers.items()})
+    fmt.check_shape(name, shape)
+    fmt.check_layout(name, headers, shape)
+    return PackedLinear(name, fmt, shape, headers)

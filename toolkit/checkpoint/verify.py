@@ -36,6 +36,8 @@ def verify(
     report = _read_json(folder / REPORT_FILE)
     rows = {row["name"]: row for row in report.get("tensors", [])}
     with PackedReader(folder) as packed:
+        if missing := rows.keys() - packed.linears.keys():
+            raise CheckpointError(f"{sorted(missing)[0]}: reported, but not stored.")
         for name, linear in packed.linears.items():
             parts = packed.parts(name)
             linear.fmt.validate(name, parts, linear.shape)

@@ -1,0 +1,117 @@
+"""Files that lie: every one is refused with a sentence."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from gblm.checkpoint.reader import Reader
+from gblm.errors import CheckpointError, InputError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_file({"a": torch.ones(4, 4), "b": torch.zeros(2)}, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def shard(folder: Path, weight_map: object) -> None:
+    (folder / "model.safetensors").rename(folder / "part.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+
+
+def with_header(path: Path, header: dict[str, object], data: bytes) -> None:
+    """Write a safetensors file by hand, true or not."""
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def test_headers_are_known_before_data_is_read(folder: Path) -> None:
+    with Reader(folder) as reader:
+        assert reader.headers == {"a": ((4, 4), torch.float32), "b": ((2,), torch.float32)}
+        assert reader.num_bytes("a") == 64
+        assert torch.equal(reader.tensor("a"), torch.ones(4, 4))
+        with pytest.raises(CheckpointError, match="tensor c is missing"):
+            reader.tensor("c")
+
+
+def test_shards_are_read_through_the_index(folder: Path) -> None:
+    shard(folder, {"a": "part.safetensors", "b": "part.safetensors"})
+    with Reader(folder) as reader:
+        assert sorted(reader) == ["a", "b"]
+
+
+@pytest.mark.parametrize("cut", [4, 50, 130])
+def test_truncated_file(folder: Path, cut: int) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(CheckpointError, match="no intact safetensors file"):
+        Reader(folder)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [1024, 1024, 1024], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 400]}},
+        {"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "EVIL", "shape": [1], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}},
+    ],
+)
+def test_header_that_claims_what_is_not_there(tmp_path: Path, header: dict[str, object]) -> None:
+    with_header(tmp_path / "model.safetensors", header, b"\0" * 4)
+    with pytest.raises(CheckpointError):
+        Reader(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "/etc/passwd", "sub/x.safetensors", "..", ""]
+)
+def test_shard_names_cannot_leave_the_folder(folder: Path, name: str) -> None:
+    shard(folder, {"a": name})
+    with pytest.raises(CheckpointError, match="leads out of the folder"):
+        Reader(folder)
+
+
+def test_links_cannot_leave_the_folder(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    outside = tmp_path_factory.mktemp("outside") / "model.safetensors"
+    (folder / "model.safetensors").rename(outside)
+    (folder / "model.safetensors").symlink_to(outside)
+    with pytest.raises(CheckpointError, match="link that leads out"):
+        Reader(folder)
+
+
+def test_links_of_a_hub_snapshot_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshots/abc").mkdir(parents=True)
+    save_file({"a": torch.ones(1)}, tmp_path / "blobs/1234")
+    (tmp_path / "snapshots/abc/model.safetensors").symlink_to("../../blobs/1234")
+    with Reader(tmp_path / "snapshots/abc") as reader:
+        assert list(reader) == ["a"]
+
+
+@pytest.mark.parametrize(
+    "weight_map", [None, [], {"a": "missing.safetensors"}, {"c": "part.safetensors"}]
+)
+def test_index_that_does_not_fit(folder: Path, weight_map: object) -> None:
+    shard(folder, weight_map)
+    with pytest.raises(CheckpointError):
+        Reader(folder)
+
+
+def test_folder_without_safetensors(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no"):
+        Reader(tmp_path)
+    (tmp_path / "odd-name.safetensors").touch()
+    with pytest.raises(CheckpointError, match="neither"):
+        Reader(tmp_path)

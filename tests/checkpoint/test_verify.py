@@ -1,0 +1,165 @@
+"""A damaged packed folder never passes; an intact one always does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import gblm.packed
+from gblm.checkpoint.inspect import inspect
+from gblm.checkpoint.packed_folder import PackedReader
+from gblm.checkpoint.verify import verify
+from gblm.checkpoint.writer import sha256
+from gblm.errors import CheckpointError
+from gblm.export.dense import export_dense
+
+Pack = Callable[..., Path]
+UP = "model.layers.0.mlp.up_proj"
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Change tensors and make the hash fit again, as a careful attacker would."""
+    path = folder / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    manifest = json.loads((folder / "MANIFEST.json").read_text())
+    manifest["files"][path.name] = {"sha256": sha256(path), "size": path.stat().st_size}
+    (folder / "MANIFEST.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
+def test_intact_folder_passes_and_equals_its_dense_export(
+    pack_tiny: Pack, tmp_path: Path, pattern: str
+) -> None:
+    folder = pack_tiny("wanda", pattern)
+    export_dense(folder, tmp_path / "dense")
+    facts = verify(folder, tmp_path / "dense")
+    assert facts["ok"]
+    assert facts["linears"] == 14
+
+
+def test_other_dense_weights_do_not_pass(pack_tiny: Pack, tiny: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not the one in"):
+        verify(pack_tiny(), tiny)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer.json", "recipe.json"]
+)
+def test_one_changed_byte_is_found(packed: Path, name: str) -> None:
+    path = packed / name
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match=name):
+        verify(packed)
+
+
+def test_missing_and_added_files_are_found(packed: Path) -> None:
+    (packed / "extra.safetensors").touch()
+    with pytest.raises(CheckpointError, match="does not stand in MANIFEST"):
+        verify(packed)
+    (packed / "extra.safetensors").unlink()
+    (packed / "README.md").unlink()
+    with pytest.raises(CheckpointError, match=r"README\.md is missing"):
+        verify(packed)
+
+
+def test_group_with_three_weights_is_found(packed: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{UP}.bitmask"][3, 0] = 0b01110011
+
+    rewrite(packed, change)
+    with pytest.raises(CheckpointError, match=rf"{UP}\.bitmask: row 3"):
+        verify(packed)
+
+
+def test_negative_zero_in_a_file_is_found(packed: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{UP}.values"][0, 0] = -0.0
+
+    rewrite(packed, change)
+    with pytest.raises(CheckpointError, match="gives other bytes"):
+        verify(packed)
+
+
+def test_report_that_tells_another_story_is_found(packed: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{UP}.values"][0, 0] = 0.0
+
+    rewrite(packed, change)
+    with pytest.raises(CheckpointError, match=r"sparsity_report\.json does not describe"):
+        verify(packed)
+
+
+def test_missing_weight_is_found(packed: Path) -> None:
+    rewrite(packed, lambda t: [t.pop(f"{UP}.{part}") for part in ("values", "bitmask")])
+    with pytest.raises(CheckpointError, match=f"{UP}: reported, but not stored"):
+        verify(packed)
+    with pytest.raises(CheckpointError, match=f"the packed weight of {UP} is missing"):
+        gblm.packed.load(packed)
+
+
+def test_parts_of_many_dimensions_are_refused(packed: Path) -> None:
+    rewrite(packed, lambda t: t.update({f"{UP}.bitmask": torch.zeros(2, 2, 2)}))
+    with pytest.raises(CheckpointError, match="is impossible"):
+        PackedReader(packed)
+
+
+@pytest.mark.parametrize("part", ["values", "bitmask"])
+def test_missing_part_is_found_in_the_headers(packed: Path, part: str) -> None:
+    rewrite(packed, lambda tensors: tensors.pop(f"{UP}.{part}"))
+    with pytest.raises(CheckpointError):
+        verify(packed)
+
+
+@pytest.mark.parametrize("shape", [(2**10, 16), (64, 8), (128, 17), (128, 0)])
+def test_part_of_an_impossible_shape_is_found_in_the_headers(
+    packed: Path, shape: tuple[int, int]
+) -> None:
+    rewrite(packed, lambda t: t.update({f"{UP}.bitmask": torch.zeros(shape, dtype=torch.uint8)}))
+    with pytest.raises(CheckpointError, match=UP):
+        PackedReader(packed)
+
+
+def test_manifest_file_names_cannot_leave_the_folder(packed: Path) -> None:
+    manifest = json.loads((packed / "MANIFEST.json").read_text())
+    manifest["files"]["../../x"] = {"sha256": "", "size": 0}
+    (packed / "MANIFEST.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="leads out"):
+        verify(packed)
+
+
+def test_a_weight_stored_twice_is_refused(packed: Path) -> None:
+    rewrite(packed, lambda t: t.update({f"{UP}.weight": torch.zeros(128, 64)}))
+    with pytest.raises(CheckpointError, match="stored dense, but the manifest says nm"):
+        PackedReader(packed)
+
+
+@pytest.mark.parametrize(("pattern", "bits"), [("2:4", 9.0), ("4:8", 9.0), ("1:4", 5.0)])
+def test_inspect_counts_bits_with_the_mask(pack_tiny: Pack, pattern: str, bits: float) -> None:
+    facts = inspect(pack_tiny("magnitude", pattern))
+    assert facts["kind"] == "packed"
+    (group,) = facts["groups"]
+    assert (group["pattern"], group["bits_per_weight"], group["linears"]) == (pattern, bits, 14)
+    assert facts["bytes"] < facts["bytes_if_dense"]
+
+
+def test_inspect_counts_zeros_of_a_dense_folder(pack_tiny: Pack, tmp_path: Path) -> None:
+    export_dense(pack_tiny(), tmp_path / "dense")
+    facts = inspect(tmp_path / "dense")
+    assert (facts["kind"], facts["sparsity"]) == ("dense", 0.5)
+
+
+def test_foreign_quantisation_is_refused(packed: Path) -> None:
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq"}
+    (packed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="'awq', which gblm cannot read"):
+        inspect(packed)

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gblm.evaluate.perplexity import Protocol, evaluate, perplexity
+from gblm.model import load
+
+
+def test_perplexity_follows_the_published_formula(tiny: Path) -> None:
+    model = load(tiny, torch.float32)
+    windows = torch.randint(256, (3, 20), generator=torch.Generator().manual_seed(0))
+    got = perplexity(model, windows)
+    losses = []
+    with torch.no_grad():
+        for window in windows:
+            logits = model(input_ids=window.unsqueeze(0)).logits[0].double().log_softmax(-1)
+            steps = [-logits[t, window[t + 1]] for t in range(19)]
+            losses.append(sum(steps) / 19)
+    # lib/eval.py: exp(Σ mean·seqlen / (windows·seqlen)) is the mean over windows.
+    assert got == pytest.approx(math.exp(sum(losses) / 3), rel=1e-5)
+
+
+def test_protocol_stands_beside_the_figure(tiny: Path, text_file: Path) -> None:
+    result = evaluate(tiny, Protocol(source=str(text_file), seq_len=32, max_windows=2), tiny)
+    assert "2 windows × 32 tokens" in result["protocol"]
+    assert "bfloat16" in result["protocol"]
+    assert str(text_file.parent) not in result["protocol"]
+    assert result["ratio"] == 1.0
+
+
+@pytest.mark.parametrize("backend", ["reference", "dense"])
+def test_packed_model_is_measured_on_the_same_tokens(
+    tiny: Path, text_file: Path, pack_tiny: Callable[..., Path], backend: str
+) -> None:
+    protocol = Protocol(source=str(text_file), seq_len=32, max_windows=2, dtype="float32")
+    result = evaluate(pack_tiny(), protocol, tiny, backend=backend)
+    assert result["perplexity"] != result["perplexity_baseline"]
+    assert result["ratio"] == result["perplexity"] / result["perplexity_baseline"]

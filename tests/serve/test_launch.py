@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gblm.errors import CheckpointError, InputError, UsageError
+from gblm.serve import launch
+from gblm.serve.launch import Server, check, command, environment
+
+Pack = Callable[..., Path]
+
+
+def test_command_is_vllms_own_server_with_safe_defaults(tmp_path: Path) -> None:
+    words = command(Server(tmp_path / "model-a", options=("--enforce-eager",)))
+    assert words[:5] == [
+        sys.executable,
+        "-m",
+        "gblm.serve.vllm_cli",
+        "serve",
+        str(tmp_path / "model-a"),
+    ]
+    pairs = dict(itertools.pairwise(words))
+    assert pairs["--host"] == "127.0.0.1"
+    assert pairs["--served-model-name"] == "model-a"
+    assert pairs["--shutdown-timeout"] == "30"
+    assert words[-1] == "--enforce-eager"
+
+
+def test_cpu_environment_bounds_the_cache_and_binds_all_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "on_cpu", lambda: True)
+    env = environment(Server(tmp_path, backend="dense"), {})
+    assert 1 <= int(env["VLLM_CPU_KVCACHE_SPACE"]) <= launch.MAX_KV_CACHE_GIB
+    assert env["VLLM_CPU_OMP_THREADS_BIND"]
+    assert env["GBLM_BACKEND"] == "dense"
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in environment(
+        Server(tmp_path, options=("--tensor-parallel-size", "2")), {}
+    )
+
+
+def test_what_the_user_set_wins(tmp_path: Path) -> None:
+    mine = {
+        "VLLM_CPU_KVCACHE_SPACE": "7",
+        "VLLM_CPU_OMP_THREADS_BIND": "0",
+        "VLLM_NO_USAGE_STATS": "0",
+    }
+    env = environment(Server(tmp_path), mine)
+    assert {key: env[key] for key in mine} == mine
+
+
+def test_gpu_environment_sets_no_cpu_variables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "on_cpu", lambda: False)
+    assert not [key for key in environment(Server(tmp_path), {}) if key.startswith("VLLM_CPU")]
+
+
+@pytest.mark.parametrize(
+    ("cores", "text"), [([0, 1], "0-1"), ([0, 2, 3, 4, 7], "0,2-4,7"), ([5], "5")]
+)
+def test_core_lists_are_written_as_ranges(cores: list[int], text: str) -> None:
+    assert launch._ranges(cores) == text
+
+
+def test_api_key_never_stands_on_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("secret\n")
+    server = Server(tmp_path, api_key_file=tmp_path / "key")
+    assert environment(server, {})["VLLM_API_KEY"] == "secret"
+    assert not [word for word in command(server) if "secret" in word]
+    (tmp_path / "key").write_text("\n")
+    with pytest.raises(InputError, match="is empty"):
+        environment(server, {})
+
+
+@pytest.mark.vllm
+def test_what_cannot_be_served_is_refused_before_vllm_starts(pack_tiny: Pack, tiny: Path) -> None:
+    check(Server(pack_tiny()))
+    check(Server(tiny))
+    with pytest.raises(UsageError, match="'cuda' is unknown"):
+        check(Server(pack_tiny(), backend="cuda"))
+
+
+@pytest.mark.vllm
+def test_damaged_folder_is_refused_before_vllm_starts(packed: Path) -> None:
+    path = packed / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="no intact safetensors"):
+        check(Server(packed))

@@ -1,0 +1,144 @@
+"""The command line as a user meets it: help, JSON, exit codes, one sentence per mistake."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Outcome
+
+from gblm.cli import COMMANDS
+
+Run = Callable[..., Outcome]
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "export dense", "export pack"])
+def test_every_command_has_help(gblm: Run, command: str) -> None:
+    done = gblm(*command.split(), "--help")
+    assert done.code == 0, done
+    assert "Usage: gblm" in done.out
+
+
+def test_help_lists_every_command(gblm: Run) -> None:
+    done = gblm("--help")
+    assert all(name in done.out for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "sentence"),
+    [
+        (["prone"], 2, "Commands: prune, eval"),
+        (["prune", "MODEL"], 2, "Missing option '--output'"),
+        (["prune", "--output", "o"], 2, "Missing argument 'MODEL'"),
+        (["prune", "MODEL", "--output", "o", "--method", "wunda"], 2, "choose from magnitude"),
+        (["prune", "MODEL", "--output", "o", "--pattern", "4:2"], 4, "N weights kept of M"),
+        (["prune", "MODEL", "--output", "o", "--alpha", "1", "--method", "wanda"], 2, "no options"),
+        (["prune", "MODEL", "--output", "o", "--ignore", "zzz"], 2, "matches no linear"),
+        (["prune", "MODEL", "--output", "o", "--pattern", "2:5"], 4, "q_proj: 64 columns"),
+        (["prune", "MODEL", "--output", "o", "--calibration", "x.txt"], 4, "does not exist"),
+        (["prune", "MODEL", "--output", "o", "--calibration", "pile"], 2, "pydoc, wikitext2, c4"),
+        (["prune", "MODEL", "--output", "."], 4, "exists"),
+        (["prune", "./nowhere", "--output", "o"], 4, "no such folder"),
+        (["prune", "MODEL", "--output", "o", "--device", "warp"], 2, "use cpu, cuda"),
+        (["eval", "./nowhere"], 4, "no such folder"),
+        (["inspect", "."], 4, "config.json is missing"),
+        (["verify", "MODEL"], 4, "no packed weights"),
+        (["export", "dense", "MODEL", "--output", "o"], 4, "no packed weights"),
+        (["export", "pack", "MODEL", "--output", "o"], 4, "packing would make it larger"),
+        (["fetch", "gpt5"], 2, "choose from smollm2"),
+        (["serve", "MODEL", "--backend", "dense"], 4, "applies to packed folders only"),
+        (["bench", "MODEL"], 2, "Missing option '--baseline'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_mistakes_get_one_sentence_and_their_exit_code(
+    gblm: Run, tiny: Path, words: list[str], code: int, sentence: str
+) -> None:
+    done = gblm(*[str(tiny) if word == "MODEL" else word for word in words], HF_HUB_OFFLINE="1")
+    assert done.code == code, done
+    assert sentence in done.err.replace("\n", " "), done
+    assert "Traceback" not in done.err
+    assert done.out == ""
+
+
+def test_whole_road_in_json(gblm: Run, tiny: Path, text_file: Path, tmp_path: Path) -> None:
+    pruned = gblm(
+        "--json", "prune", tiny, "--method", "gblm", "--pattern", "2:4", "--calibration", text_file,
+        "--num-samples", 2, "--seq-len", 16, "--seed", 0, "--dtype", "float32", "--output", "out",
+    )  # fmt: skip
+    assert pruned.code == 0, pruned
+    assert json.loads(pruned.out)["linears"] == 14
+    for words in (
+        ["inspect", "out"],
+        ["verify", "out"],
+        ["export", "dense", "out", "--output", "dense"],
+        ["verify", "out", "--against", "dense"],
+        ["export", "pack", "dense", "--output", "packed"],
+        [
+            "eval",
+            "out",
+            "--baseline",
+            tiny,
+            "--text",
+            text_file,
+            "--seq-len",
+            32,
+            "--max-windows",
+            1,
+        ],
+    ):
+        done = gblm(*words, "--json")
+        assert done.code == 0, done
+        assert len(done.out.strip().splitlines()) == 1
+        assert isinstance(json.loads(done.out), dict)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names >= {
+        "config.json", "model.safetensors", "recipe.json", "sparsity_report.json",
+        "MANIFEST.json", "README.md", "tokenizer.json",
+    }  # fmt: skip
+    again = gblm("prune", "--recipe", "out/recipe.json", "--output", "again", "-q")
+    assert (again.code, again.out, again.err) == (0, "", "")
+    conflict = gblm("prune", "--recipe", "out/recipe.json", "--output", "x", "--seed", 1)
+    assert conflict.code == 2
+
+
+def test_errors_are_json_too(gblm: Run) -> None:
+    done = gblm("inspect", "nowhere/at/all", "--json")
+    assert done.code == 4
+    assert json.loads(done.out) == {
+        "error": "model nowhere/at/all: there is no such folder.", "exit_code": 4,
+    }  # fmt: skip
+
+
+def test_verbose_shows_the_traceback(gblm: Run) -> None:
+    assert "Traceback" in gblm("inspect", ".", "-v").err
+
+
+def test_doctor_tests_every_backend(gblm: Run) -> None:
+    done = gblm("doctor", "--json")
+    assert done.code == 0, done
+    facts = json.loads(done.out)
+    assert facts["ok"]
+    assert set(facts["backends"]) == {"reference", "dense"}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_script_names_the_program(gblm: Run, shell: str) -> None:
+    done = gblm("completion", shell)
+    assert done.code == 0
+    assert "_GBLM_COMPLETE" in done.out
+
+
+def test_completion_answers_without_torch(gblm: Run) -> None:
+    done = gblm(_GBLM_COMPLETE="bash_complete", COMP_WORDS="gblm pr", COMP_CWORD="1")
+    assert "prune" in done.out
+
+
+def test_progress_bars_stay_away_without_a_terminal(gblm: Run, tiny: Path, text_file: Path) -> None:
+    done = gblm("prune", tiny, "--calibration", text_file, "--num-samples", 2, "--seq-len", 16,
+                "--output", "out")  # fmt: skip
+    assert done.code == 0, done
+    assert "\r" not in done.err
+    assert "%|" not in done.err
