@@ -11,6 +11,7 @@ from gblm.checkpoint.reader import Reader
 from gblm.errors import InputError, PatternError
 from gblm.model import load, prunable, resolve
 from gblm.patterns import NM, Pattern, Unstructured, parse
+from gblm.progress import Progress, no_progress
 from gblm.weights import SparseWeight
 
 # Tried in this order: the first that every weight follows stores the most.
@@ -24,7 +25,7 @@ def export_pack(
     pattern: str | None = None,
     ignore: tuple[str, ...] = (),
     overwrite: bool = False,
-    on_tensor: Callable[[], None] = lambda: None,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Pack the decoder layers' linears of a dense model whose zeros are already there.
 
@@ -34,7 +35,7 @@ def export_pack(
         pattern: what the weights must follow; found out if None.
         ignore: glob patterns of module names that stay dense.
         overwrite: replace an existing folder.
-        on_tensor: called after each weight.
+        progress: for a progress bar.
 
     Returns:
         The sparsity report.
@@ -54,7 +55,8 @@ def export_pack(
         check_packable(reader, linears, chosen)
     recipe = {"model": str(source), "method": "pack", "pattern": str(chosen), "options": {}}
     packing = Packing(folder, chosen, every, recipe, notes={})
-    return write_packed(packing, _weights(folder, linears, on_tensor), output, overwrite)
+    step = progress("packing", len(linears))
+    return write_packed(packing, _weights(folder, linears, step), output, overwrite)
 
 
 def find_pattern(reader: Reader, linears: tuple[str, ...]) -> Pattern:
@@ -86,9 +88,9 @@ def _follows(pattern: NM, name: str, mask: Any) -> bool:
 
 
 def _weights(
-    folder: Path, linears: tuple[str, ...], on_tensor: Callable[[], None]
+    folder: Path, linears: tuple[str, ...], step: Callable[[], None]
 ) -> Iterator[tuple[str, SparseWeight]]:
     with Reader(folder) as reader:
         for name in linears:
             yield name, SparseWeight.from_zeros(reader.tensor(f"{name}.weight"))
-            on_tensor()
+            step()

@@ -7,20 +7,17 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import published
 import pytest
 import torch
 
 from gblm import data
 from gblm.checkpoint.packed_folder import PackedReader
-from gblm.evaluate.perplexity import perplexity
+from gblm.checkpoint.reader import Reader
 from gblm.model import load_tokenizer
-from gblm.packed import load
-from gblm.prune import prune
-from gblm.recipe import Calibration, Recipe
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
-RUNS = [("wanda", "2:4", "wanda_2_4"), ("gblm", "2:4", "gblm_l2_2_4"),
-        ("wanda", "0.5", "wanda_0.5"), ("gblm", "0.5", "gblm_l2_0.5")]  # fmt: skip
+RUNS = [run for run in published.RUNS if run[0] != "magnitude"]
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +26,8 @@ def folders(smollm2: Path, shared: Path, tmp_path_factory: pytest.TempPathFactor
 
     @lru_cache
     def get(method: str, pattern: str) -> Path:
-        calibration = Calibration(
-            source=str(shared / "data/wikitext-2/valid.txt"), num_samples=16, seq_len=256, seed=0
-        )
-        recipe = Recipe(
-            model=str(smollm2), method=method, pattern=pattern, dtype="float32",
-            calibration=calibration,
-        )  # fmt: skip
         folder = tmp_path_factory.mktemp("golden") / "out"
-        prune(recipe, folder)
+        published.prune_as_published(smollm2, shared, method, pattern, folder)
         return folder
 
     return get
@@ -54,40 +44,25 @@ def test_calibration_windows_are_the_reference_ones(smollm2: Path, shared: Path)
 def test_masks_equal_the_published_code(
     folders: object, shared: Path, method: str, pattern: str, name: str
 ) -> None:
-    masks = np.load(shared / f"golden/{name}.npz")
-    different, total = dict.fromkeys((0, 15, 29), 0), 0
-    with PackedReader(folders(method, pattern)) as packed:
-        for key in masks:
-            if key.endswith(".shape"):
-                continue
-            shape = tuple(masks[f"{key}.shape"])
-            want = np.unpackbits(masks[key])[: shape[0] * shape[1]].reshape(shape).astype(bool)
-            linear = packed.linears[f"model.layers.{key}"]
-            got = linear.fmt.expand(packed.parts(linear.name), linear.shape) != 0
-            different[int(key.partition(".")[0])] += int((got.numpy() != want).sum())
-            total += want.size
+    different = published.different_bits(folders(method, pattern), shared / f"golden/{name}.npz")
     assert different[0] == 0
-    assert different[15] < total / 3 * 1e-3
-    assert different[29] < total / 3 * 1e-3
+    assert different[15] < 1e-3
+    assert different[29] < 1e-3
 
 
 @pytest.mark.parametrize(("method", "pattern", "name"), RUNS)
 def test_perplexity_is_within_two_percent_of_the_published_code(
-    folders: object, shared: Path, smollm2: Path, method: str, pattern: str, name: str
+    folders: object, shared: Path, method: str, pattern: str, name: str
 ) -> None:
     want = json.loads((shared / "golden/golden.json").read_text())["results"][name]
-    documents = data.read_documents(str(shared / "data/wikitext-2/test.txt"), "held-out")
-    windows = data.evaluation_windows(documents, load_tokenizer(smollm2), 512, 16)
-    model = load(folders(method, pattern), "dense", torch.bfloat16)
-    assert perplexity(model, windows) == pytest.approx(want["ppl_bf16_16x512"], rel=0.02)
+    got = published.perplexity_as_published(folders(method, pattern), shared)
+    assert got == pytest.approx(want["ppl_bf16_16x512"], rel=0.02)
 
 
 def test_magnitude_keeps_as_much_weight_as_the_published_code(
     folders: object, shared: Path, smollm2: Path
 ) -> None:
     """Ties decide 15 % of the 2:4 groups of this model; the kept sum of |w| does not see them."""
-    from gblm.checkpoint.reader import Reader
-
     masks = np.load(shared / "golden/magnitude_2_4.npz")
     with PackedReader(folders("magnitude", "2:4")) as packed, Reader(smollm2) as dense:
         for key in (k for k in masks if not k.endswith(".shape")):

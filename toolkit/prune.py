@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,11 @@ from gblm.errors import InputError, UsageError
 from gblm.methods import Method, make_method
 from gblm.model import load, load_tokenizer, prunable, resolve
 from gblm.patterns import Pattern, parse
+from gblm.progress import Progress, no_progress
 from gblm.recipe import Recipe
 from gblm.weights import SparseWeight
 
 logger = logging.getLogger(__name__)
-
-# Called with the name of a phase and the number of steps it has; returns what to call per step.
-Progress = Callable[[str, int], Callable[[], None]]
-
-
-def _no_progress(phase: str, steps: int) -> Callable[[], None]:
-    return lambda: None
 
 
 @torch.no_grad()
@@ -76,7 +70,7 @@ def prune(
     recipe: Recipe,
     output: str | Path,
     overwrite: bool = False,
-    progress: Progress = _no_progress,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Prune a model and write it as a packed folder.
 

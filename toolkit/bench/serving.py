@@ -10,7 +10,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from gblm.bench.server import RunningServer, running_server
 from gblm.checkpoint.inspect import inspect
 from gblm.errors import MachineError
 from gblm.model import resolve
+from gblm.progress import Progress, no_progress
 from gblm.provenance import provenance
 
 # Metric → (key of vLLM's result, unit, whether more is better).
@@ -58,7 +58,7 @@ def bench_serving(
     baseline: str | Path,
     load: Load,
     backend: str | None = None,
-    on_run: Callable[[], None] = lambda: None,
+    progress: Progress = no_progress,
     log: Path | None = None,
 ) -> dict[str, Any]:
     """Serve and load two models in turn.
@@ -68,7 +68,7 @@ def bench_serving(
         baseline: the dense folder to compare with.
         load: the requests.
         backend: for packed weights; the best one if None.
-        on_run: called after each server run.
+        progress: for a progress bar.
         log: file for the servers' output; a temporary one if None.
 
     Returns:
@@ -80,6 +80,7 @@ def bench_serving(
     folders = {"model": resolve(model), "baseline": resolve(baseline)}
     runs: list[dict[str, Any]] = []
     backends: set[str] = set()
+    step = progress("server runs", 2 * load.rounds)
     with tempfile.TemporaryDirectory() as work:
         output = log or Path(work) / "servers.log"
         for number in range(load.rounds):
@@ -91,7 +92,7 @@ def bench_serving(
                     measured = _measure(server, folders[side], load, Path(work))
                 backends |= server.backends()
                 runs.append({"round": number, "side": side, **measured})
-                on_run()
+                step()
     used = "; ".join(sorted(backends)) or "unknown"
     sizes = {side: inspect(folder)["bytes"] for side, folder in folders.items()}
     return {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,18 @@ from gblm.checkpoint.packed_folder import MANIFEST_FILE, REPORT_FILE, PackedRead
 from gblm.checkpoint.reader import Reader
 from gblm.checkpoint.writer import sha256
 from gblm.errors import CheckpointError
+from gblm.progress import Progress, no_progress
 
 
 def verify(
-    folder: Path, against: Path | None = None, on_tensor: Callable[[], None] = lambda: None
+    folder: Path, against: Path | None = None, progress: Progress = no_progress
 ) -> dict[str, Any]:
     """Re-open a packed folder and check everything that can be checked.
 
     Args:
         folder: a packed model folder.
         against: a dense model folder whose tensors must equal the unpacked ones, zeros included.
-        on_tensor: called after each packed weight.
+        progress: for a progress bar.
 
     Returns:
         Counts of what was checked.
@@ -38,11 +38,12 @@ def verify(
     with PackedReader(folder) as packed:
         if missing := rows.keys() - packed.linears.keys():
             raise CheckpointError(f"{sorted(missing)[0]}: reported, but not stored.")
+        step = progress("verifying", len(packed.linears))
         for name, linear in packed.linears.items():
             parts = packed.parts(name)
             linear.fmt.validate(name, parts, linear.shape)
             _check_round_trip(packed, name, parts, rows.get(name))
-            on_tensor()
+            step()
         if against is not None:
             _compare(packed, against)
         return {

@@ -69,8 +69,7 @@ def command(
         from gblm.bench.serving import Load, bench_serving
 
         settings = Load(options=vllm_options, **load)
-        step = progress("server runs", 2 * settings.rounds)
-        record = bench_serving(model, baseline, settings, backend, step, log)
+        record = bench_serving(model, baseline, settings, backend, progress, log)
     save_record(output, record)
     emit(ctx, record, lambda: print_summary(record))
 

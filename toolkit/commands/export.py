@@ -61,8 +61,7 @@ def pack(
     with progress_bars(ctx) as progress:
         from gblm.export.pack import export_pack
 
-        step = progress("packing", 0)
-        result = export_pack(source, output, pattern, ignore, overwrite, step)
+        result = export_pack(source, output, pattern, ignore, overwrite, progress)
     facts = {key: value for key, value in result.items() if key != "tensors"}
     emit(ctx, facts | {"output": str(output)}, lambda: click.echo(
         f"{output}: {result['linears']} linears packed, {result['sparsity']:.1%} zeros, "

@@ -14,14 +14,10 @@ from gblm.commands.common import Command, emit, progress_bars
 def command(ctx: click.Context, folder: str, against: str | None) -> None:
     """Re-open the packed FOLDER: hashes, headers, masks, pattern, exact unpacking."""
     with progress_bars(ctx) as progress:
-        from gblm.checkpoint.packed_folder import PackedReader
         from gblm.checkpoint.verify import verify
         from gblm.model import resolve
 
-        path = resolve(folder)
-        with PackedReader(path) as packed:
-            step = progress("verifying", len(packed.linears))
-        facts = verify(path, resolve(against) if against else None, step)
+        facts = verify(resolve(folder), resolve(against) if against else None, progress)
     compared = f", equal to {against}" if against else ""
     emit(ctx, facts, lambda: click.echo(
         f"{folder}: ok, {facts['files']} files, {facts['linears']} packed weights, "

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from gblm import data, packed
 from gblm.model import load_tokenizer, resolve
+from gblm.progress import Progress, no_progress
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def evaluate(
     baseline: str | Path | None = None,
     device: str = "cpu",
     backend: str | None = None,
-    progress: Callable[[str, int], Callable[[], None]] | None = None,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Perplexity of a packed or dense folder, with its dense baseline beside it.
 
@@ -99,7 +100,7 @@ def evaluate(
     dtype = None if protocol.dtype == "auto" else getattr(torch, protocol.dtype)
 
     def measure(path: Path, label: str, chosen: str | None) -> tuple[float, torch.dtype]:
-        step = progress(label, len(windows)) if progress else (lambda: None)
+        step = progress(label, len(windows))
         loaded = packed.load_any(path, chosen, dtype, device)
         return perplexity(loaded, windows, step), next(loaded.parameters()).dtype
 

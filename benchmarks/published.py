@@ -1,0 +1,100 @@
+"""Compare with the published GBLM-Pruner code: masks bit by bit, perplexity.
+
+    python benchmarks/published.py REFERENCE
+
+REFERENCE holds `golden/` (masks and figures of runs of that code) and `data/wikitext-2/`; it is not
+part of the repository. Writes benchmarks/results/published-code.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gblm import data
+from gblm.checkpoint.packed_folder import PackedReader
+from gblm.evaluate.perplexity import perplexity
+from gblm.fetch import fetch
+from gblm.model import load_tokenizer
+from gblm.packed import load
+from gblm.provenance import provenance
+from gblm.prune import prune
+from gblm.recipe import Calibration, Recipe
+
+RECORD = Path(__file__).resolve().parent / "results" / "published-code.json"
+# Method, pattern, name of the reference run.
+RUNS = (
+    ("wanda", "2:4", "wanda_2_4"),
+    ("gblm", "2:4", "gblm_l2_2_4"),
+    ("wanda", "0.5", "wanda_0.5"),
+    ("gblm", "0.5", "gblm_l2_0.5"),
+    ("magnitude", "2:4", "magnitude_2_4"),
+    ("magnitude", "0.5", "magnitude_0.5"),
+)
+
+
+def prune_as_published(
+    model: Path, reference: Path, method: str, pattern: str, output: Path
+) -> None:
+    """Prune with the calibration of the reference runs: 16 × 256 tokens of WikiText-2 valid."""
+    source = str(reference / "data/wikitext-2/valid.txt")
+    calibration = Calibration(source=source, num_samples=16, seq_len=256, seed=0)
+    recipe = Recipe(
+        model=str(model), method=method, pattern=pattern, dtype="float32", calibration=calibration
+    )
+    prune(recipe, output)
+
+
+def different_bits(packed_folder: Path, masks_file: Path) -> dict[int, float]:
+    """Share of mask bits that differ from the reference, by decoder layer."""
+    masks = np.load(masks_file)
+    different: dict[int, list[int]] = {}
+    with PackedReader(packed_folder) as packed:
+        for key in (key for key in masks if not key.endswith(".shape")):
+            shape = tuple(masks[f"{key}.shape"])
+            want = np.unpackbits(masks[key])[: shape[0] * shape[1]].reshape(shape).astype(bool)
+            linear = packed.linears[f"model.layers.{key}"]
+            got = linear.fmt.expand(packed.parts(linear.name), linear.shape) != 0
+            count = different.setdefault(int(key.partition(".")[0]), [0, 0])
+            count[0] += int((got.numpy() != want).sum())
+            count[1] += want.size
+    return {layer: wrong / total for layer, (wrong, total) in different.items()}
+
+
+def perplexity_as_published(packed_folder: Path, reference: Path) -> float:
+    """First 16 windows of 512 tokens of WikiText-2 test, bfloat16."""
+    documents = data.read_documents(str(reference / "data/wikitext-2/test.txt"), "held-out")
+    windows = data.evaluation_windows(documents, load_tokenizer(packed_folder), 512, 16)
+    return perplexity(load(packed_folder, "dense", torch.bfloat16), windows)
+
+
+def main() -> None:
+    """Run all and write the record."""
+    reference = Path(sys.argv[1])
+    published = json.loads((reference / "golden/golden.json").read_text())["results"]
+    rows: list[dict[str, Any]] = []
+    for method, pattern, name in RUNS:
+        with tempfile.TemporaryDirectory() as work:
+            folder = Path(work) / "out"
+            prune_as_published(fetch("smollm2"), reference, method, pattern, folder)
+            row = {
+                "method": method,
+                "pattern": pattern,
+                "different_bits": different_bits(folder, reference / f"golden/{name}.npz"),
+                "perplexity": perplexity_as_published(folder, reference),
+                "perplexity_published_code": published[name]["ppl_bf16_16x512"],
+            }
+        rows.append(row)
+        print(row, flush=True)
+    record = {"kind": "published code", "provenance": provenance(), "runs": rows}
+    RECORD.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
