@@ -100,6 +100,18 @@ def test_fewer_kept_weights_than_allowed_pack_exactly(
     assert same_bits(fmt.expand(parts, shape), torch.where(mask, weight, torch.zeros(())))
 
 
+@pytest.mark.parametrize(("name", "pattern"), CASES)
+def test_rows_are_the_parts_of_the_cut_weight(name: str, pattern: str) -> None:
+    fmt, shape = make_format(name, pattern), (7, 16)
+    weight = random_weight(fmt, shape, torch.float32)
+    parts = fmt.pack("w", weight)
+    for start, stop in ((0, 7), (2, 3), (3, 7)):
+        cut = SparseWeight(weight.weight[start:stop], weight.mask[start:stop])
+        rows = fmt.rows(parts, start, stop)
+        fmt.validate("w", rows, (stop - start, 16))
+        assert all(torch.equal(rows[p], tensor) for p, tensor in fmt.pack("w", cut).items())
+
+
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4"])
 @pytest.mark.parametrize("dim", [0, 1])
 def test_cut_parts_equal_packing_the_cut_weight(pattern: str, dim: int) -> None:

@@ -75,6 +75,10 @@ class Format(ABC):
         """The dense weight [out, in] alone, as fast as plain PyTorch can."""
 
     @abstractmethod
+    def rows(self, parts: Parts, start: int, stop: int) -> dict[str, Tensor]:
+        """The parts of the rows start ≤ row < stop, as views where possible."""
+
+    @abstractmethod
     def check_data(self, name: str, parts: Parts, shape: Shape) -> None:
         """Raise CheckpointError when masks, counts and offsets do not agree."""
 

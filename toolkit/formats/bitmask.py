@@ -52,6 +52,16 @@ class BitmaskFormat(Format):
         """See Format.expand."""
         return expand_bits(parts["values"], parts["bitmask"])
 
+    def rows(self, parts: Parts, start: int, stop: int) -> dict[str, Tensor]:
+        """See Format.rows."""
+        offsets = parts["row_offsets"][start : stop + 1]
+        first, last = int(offsets[0]), int(offsets[-1])
+        return {
+            "values": parts["values"][first:last],
+            "bitmask": parts["bitmask"][start:stop],
+            "row_offsets": offsets - first,
+        }
+
     def check_data(self, name: str, parts: Parts, shape: Shape) -> None:
         """See Format.check_data."""
         offsets = parts["row_offsets"]

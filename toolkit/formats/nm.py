@@ -55,6 +55,10 @@ class NMFormat(Format):
         """See Format.expand."""
         return expand_bits(parts["values"], parts["bitmask"])
 
+    def rows(self, parts: Parts, start: int, stop: int) -> dict[str, Tensor]:
+        """See Format.rows."""
+        return {name: parts[name][start:stop] for name in self.parts}
+
     def check_data(self, name: str, parts: Parts, shape: Shape) -> None:
         """See Format.check_data."""
         mask = unpack_bits(parts["bitmask"])

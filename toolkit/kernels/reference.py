@@ -1,4 +1,4 @@
-"""reference: expand the packed weight, multiply, forget it. The oracle for every other backend."""
+"""reference: expand some rows, multiply, forget them. The oracle for every other backend."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from torch.nn import functional
 from gblm.formats import Format, Parts, Shape
 from gblm.kernels.base import Backend
 
+# Measured best on CPU for 1 to 64 tokens: larger buffers cost page faults at every call.
+CHUNK_WEIGHTS = 1 << 18
+
 
 class Reference(Backend):
-    """Packed in memory; expands the whole weight in plain PyTorch at every call, so it is slow."""
+    """Packed in memory; expands the weight in plain PyTorch at every call, so it is slow."""
 
     name = "reference"
     packed = True
@@ -29,6 +32,13 @@ class Reference(Backend):
         return [parts[name].contiguous() for name in fmt.parts]
 
     def linear(self, x: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape) -> Tensor:
-        """Expand and multiply."""
+        """Expand and multiply, so many rows at a time that the expanded ones stay in cache."""
         parts = dict(zip(fmt.parts, prepared, strict=True))
-        return functional.linear(x, fmt.expand(parts, shape))
+        num_rows, columns = shape
+        step = max(1, CHUNK_WEIGHTS // columns)
+        out = x.new_empty((*x.shape[:-1], num_rows))
+        for start in range(0, num_rows, step):
+            stop = min(start + step, num_rows)
+            dense = fmt.expand(fmt.rows(parts, start, stop), (stop - start, columns))
+            out[..., start:stop] = functional.linear(x, dense)
+        return out
