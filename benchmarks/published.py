@@ -60,7 +60,7 @@ def different_bits(packed_folder: Path, masks_file: Path) -> dict[int, float]:
             shape = tuple(masks[f"{key}.shape"])
             want = np.unpackbits(masks[key])[: shape[0] * shape[1]].reshape(shape).astype(bool)
             linear = packed.linears[f"model.layers.{key}"]
-            got = linear.fmt.expand(packed.parts(linear.name), linear.shape) != 0
+            got = linear.fmt.expand(packed.parts(linear.name)) != 0
             count = different.setdefault(int(key.partition(".")[0]), [0, 0])
             count[0] += int((got.numpy() != want).sum())
             count[1] += want.size

@@ -22,8 +22,8 @@ METHODS, PATTERNS = ("magnitude", "wanda", "gblm"), ("2:4", "0.5")
 CALIBRATION = "--calibration pydoc --num-samples 16 --seq-len 256 --seed 0 --dtype float32"
 WINDOWS = "--text pydoc --seq-len 512 --dtype bfloat16"
 # Pattern and backend of each served run; the dense backend is the control for the packed one.
-SERVED = (("2:4", "reference"), ("2:4", "dense"), ("0.5", "reference"))
-LOAD = "--num-prompts 4 --input-len 64 --output-len 32 --repeat 3"
+SERVED = (("2:4", "reference"), ("2:4", "dense"))
+LOAD = "--num-prompts 3 --input-len 64 --output-len 16 --repeat 3"
 VLLM = "--enforce-eager --max-model-len 1024"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 

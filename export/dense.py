@@ -6,26 +6,42 @@ from pathlib import Path
 from typing import Any
 
 from gblm.checkpoint.packed_folder import PackedReader
-from gblm.checkpoint.writer import ShardWriter, copy_side_files, new_folder, write_json
+from gblm.checkpoint.writer import (
+    ShardWriter,
+    check_output,
+    copy_side_files,
+    new_folder,
+    write_json,
+)
+from gblm.progress import Progress, no_progress
 
 
-def export_dense(source: Path, output: Path, overwrite: bool = False) -> dict[str, Any]:
+def export_dense(
+    source: Path, output: Path, overwrite: bool = False, progress: Progress = no_progress
+) -> dict[str, Any]:
     """Unpack every weight exactly; the rest of the folder goes along.
 
     Args:
         source: a packed folder.
         output: the folder to make.
         overwrite: replace an existing folder.
+        progress: for a progress bar.
 
     Returns:
         Sizes and counts.
     """
+    with PackedReader(source) as packed:
+        dense = sum(shape[0] * shape[1] * 4 for shape in (x.shape for x in packed.linears.values()))
+        need = dense + sum(map(packed.num_bytes, packed.dense_names()))
+        check_output(output, overwrite, need, source)
     with PackedReader(source) as packed, new_folder(output, overwrite) as folder:
         shards = ShardWriter(folder)
+        step = progress("unpacking", len(packed.linears))
         for name, linear in packed.linears.items():
             parts = packed.parts(name)
             linear.fmt.validate(name, parts, linear.shape)
-            shards.add(f"{name}.weight", linear.fmt.expand(parts, linear.shape))
+            shards.add(f"{name}.weight", linear.fmt.expand(parts))
+            step()
         for name in packed.dense_names():
             shards.add(name, packed.tensor(name))
         shards.finish()

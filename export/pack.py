@@ -9,7 +9,8 @@ from typing import Any
 from gblm.checkpoint.packed_folder import Packing, check_packable, check_room, write_packed
 from gblm.checkpoint.reader import Reader
 from gblm.errors import InputError, PatternError
-from gblm.model import load, prunable, resolve
+from gblm.folder import resolve
+from gblm.model import load, prunable
 from gblm.patterns import NM, Pattern, Unstructured, parse
 from gblm.progress import Progress, no_progress
 from gblm.weights import SparseWeight
@@ -45,12 +46,13 @@ def export_pack(
         InputError: the model has too few zeros for packing to save anything.
     """
     folder = resolve(source)
+    with Reader(folder) as reader:
+        check_room(reader, output, overwrite)
     model = load(folder)
     linears = tuple(prunable(model, ignore=ignore))
     every = tuple(prunable(model))
     del model
     with Reader(folder) as reader:
-        check_room(reader, output, overwrite)
         chosen = parse(pattern) if pattern else find_pattern(reader, linears)
         check_packable(reader, linears, chosen)
     recipe = {"model": str(source), "method": "pack", "pattern": str(chosen), "options": {}}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from gblm.checkpoint.reader import Reader
 from gblm.errors import InputError, MachineError, UsageError
 from gblm.kernels import BACKEND_VARIABLE, BACKENDS
 from gblm.packed import check_loadable, is_packed
@@ -67,6 +68,8 @@ def environment(server: Server, base: Mapping[str, str]) -> dict[str, str]:
     """
     env = dict(base)
     env.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # `python -m` would import from the current folder first: `gblm serve .` must not run its files.
+    env["PYTHONSAFEPATH"] = "1"
     if server.backend is not None:
         env[BACKEND_VARIABLE] = server.backend
     if server.api_key_file is not None:
@@ -104,8 +107,11 @@ def check(server: Server) -> None:
         )
     if is_packed(server.folder):
         check_loadable(server.folder)
-    elif server.backend is not None:
+        return
+    if server.backend is not None:
         raise InputError(f"{server.folder} is dense: --backend applies to packed folders only.")
+    with Reader(server.folder):
+        pass  # vLLM would open a pickle, or follow a shard name out of the folder
 
 
 def serve(server: Server) -> None:

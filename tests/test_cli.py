@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,6 +112,33 @@ def test_errors_are_json_too(gblm: Run) -> None:
     assert json.loads(done.out) == {
         "error": "model nowhere/at/all: there is no such folder.", "exit_code": 4,
     }  # fmt: skip
+
+
+def test_usage_errors_are_json_too(gblm: Run) -> None:
+    done = gblm("--json", "prune")
+    assert done.code == 2
+    assert json.loads(done.out)["exit_code"] == 2
+
+
+def test_the_help_names_every_method() -> None:
+    from gblm.commands.common import METHODS as SHOWN
+    from gblm.methods import METHODS
+
+    assert tuple(METHODS) == SHOWN
+
+
+@pytest.mark.parametrize("name", ["torch.py", "vllm.py", "gblm/__init__.py"])
+def test_serving_the_current_folder_runs_none_of_its_files(
+    gblm: Run, packed: Path, tmp_path: Path, name: str
+) -> None:
+    from gblm.serve.launch import Server, command, environment
+
+    (packed / name).parent.mkdir(exist_ok=True)
+    (packed / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    server = Server(packed, options=("--help",))
+    env = environment(server, os.environ)
+    subprocess.run(command(server), cwd=packed, env=env, capture_output=True, check=False)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_verbose_shows_the_traceback(gblm: Run) -> None:

@@ -71,6 +71,8 @@ def test_files_of_every_kind_are_read(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n')
     assert data.read_documents(str(tmp_path / "a.txt"), "calibration") == ["hello"]
     assert data.read_documents(str(tmp_path / "b.jsonl"), "held-out") == ["one", "two"]
+    (tmp_path / "d.jsonl").write_text('{"text": "a\u2028b"}\n', encoding="utf-8")
+    assert data.read_documents(str(tmp_path / "d.jsonl"), "held-out") == ["a\u2028b"]
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
     parquet.write_table(pyarrow.table({"text": ["x", "y"]}), tmp_path / "c.parquet")
@@ -79,7 +81,13 @@ def test_files_of_every_kind_are_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("a.jsonl", '{"words": 1}'), ("b.jsonl", "no json"), ("c.txt", ""), ("d.parquet", "junk")],
+    [
+        ("a.jsonl", '{"words": 1}'),
+        ("b.jsonl", "no json"),
+        ("c.txt", ""),
+        ("d.parquet", "junk"),
+        ("e.jsonl", '{"text": null}'),
+    ],
 )
 def test_malformed_files_are_named(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)

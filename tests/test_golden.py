@@ -69,7 +69,7 @@ def test_magnitude_keeps_as_much_weight_as_the_published_code(
             shape = tuple(masks[f"{key}.shape"])
             keep = np.unpackbits(masks[key])[: shape[0] * shape[1]].reshape(shape).astype(bool)
             linear = packed.linears[f"model.layers.{key}"]
-            ours = linear.fmt.expand(packed.parts(linear.name), linear.shape).abs().float()
+            ours = linear.fmt.expand(packed.parts(linear.name)).abs().float()
             weight = dense.tensor(f"{linear.name}.weight").abs().float()
             want = torch.where(torch.from_numpy(keep), weight, 0)
             groups = (shape[0], shape[1] // 4, 4)

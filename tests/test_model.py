@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import save_tiny_model
 
-from gblm import model
+from gblm import folder, model
 from gblm.errors import InputError, MachineError, UsageError
 
 
@@ -92,14 +92,16 @@ def test_folders_that_are_no_model(tmp_path: Path) -> None:
 def test_unknown_model_names_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InputError, match="no such folder"):
-        model.resolve("./missing")
+        folder.resolve("./missing")
     with pytest.raises(InputError, match="gblm fetch smollm2"):
-        model.resolve("nobody/nothing")
+        folder.resolve("nobody/nothing")
 
 
 def test_devices_are_checked() -> None:
     with pytest.raises(UsageError):
         model.check_device("warp")
+    with pytest.raises(UsageError):
+        model.check_device("meta")
     if not torch.cuda.is_available():
         with pytest.raises(MachineError, match="no CUDA device"):
             model.check_device("cuda")

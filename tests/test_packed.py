@@ -83,7 +83,7 @@ def edit_config(folder: Path, **changes: object) -> None:
         ({"intermediate_size": 2**34}, r"packed as \[64, 128\], but config.json makes it"),
         ({"vocab_size": 2**36}, "stored as"),
         ({"num_hidden_layers": 10**9}, "claims 1000000000 decoder layers"),
-        ({"num_hidden_layers": "x"}, "claims 'x'"),
+        ({"num_hidden_layers": "x"}, "no model that can be built"),
         ({"num_hidden_layers": 1}, "no such module"),
         ({"model_type": "nonsense"}, "no model that can be built"),
     ],

@@ -20,7 +20,9 @@ def keep_by_loop(score: torch.Tensor, keep_n: int, group_m: int) -> torch.Tensor
     return mask
 
 
-@pytest.mark.parametrize("text", ["2:4", "4:8", "1:4", "3:4", "1:3", "0.5", "0.7", "0"])
+@pytest.mark.parametrize(
+    "text", ["2:4", "4:8", "1:4", "3:4", "1:3", "0.5", "0.7", "0", "0.00001", "0.1234567"]
+)
 def test_parse_round_trips(text: str) -> None:
     assert str(parse(text)) == text
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,7 +42,7 @@ def test_packed_weights_are_the_source_weights_where_kept(
     with PackedReader(pack_tiny(method, pattern)) as packed, Reader(tiny) as dense:
         assert len(packed.linears) == 14
         for name, linear in packed.linears.items():
-            weight = linear.fmt.unpack(packed.parts(name), linear.shape)
+            weight = linear.fmt.unpack(packed.parts(name))
             source = dense.tensor(f"{name}.weight")
             assert weight.weight.dtype == source.dtype == torch.bfloat16
             assert torch.equal(weight.weight[weight.mask], source[weight.mask])
@@ -118,10 +119,49 @@ def test_existing_output_is_kept_unless_overwritten(recipe: Recipe, tmp_path: Pa
     (tmp_path / "out/mine").write_text("precious")
     with pytest.raises(InputError, match="exists; choose another name or pass --overwrite"):
         prune(recipe, tmp_path / "out")
+    with pytest.raises(InputError, match="is no model folder and is not replaced"):
+        prune(recipe, tmp_path / "out", overwrite=True)
     assert (tmp_path / "out/mine").read_text() == "precious"
+    (tmp_path / "out/config.json").write_text("{}")
     prune(recipe, tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out/mine").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_overwriting_the_source_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(recipe.model, tmp_path / "models/m"))
+    inner = recipe.model_copy(update={"model": str(source)})
+    for output in (source, source.parent):
+        with pytest.raises(InputError, match="cannot be replaced: it holds"):
+            prune(inner, output, overwrite=True)
+    assert (source / "model.safetensors").exists()
+
+
+def test_output_that_appears_during_the_run_is_not_replaced(recipe: Recipe, tmp_path: Path) -> None:
+    def appear(phase: str, steps: int) -> Callable[[], None]:
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out/config.json").write_text("other")
+        return lambda: None
+
+    with pytest.raises(InputError, match="exists"):
+        prune(recipe, tmp_path / "out", progress=appear)
+    assert (tmp_path / "out/config.json").read_text() == "other"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_stored_values_do_not_depend_on_the_computations_dtype(
+    recipe: Recipe, tmp_path: Path, dtype: str
+) -> None:
+    source = save_tiny_model(tmp_path / "m", dtype="float32")
+    update = {"model": str(source), "dtype": dtype, "method": "magnitude"}
+    prune(recipe.model_copy(update=update), tmp_path / "out")
+    with PackedReader(tmp_path / "out") as packed, Reader(source) as dense:
+        for name, linear in packed.linears.items():
+            weight = linear.fmt.unpack(packed.parts(name))
+            want = dense.tensor(f"{name}.weight")
+            assert weight.weight.dtype == torch.float32
+            assert torch.equal(weight.weight[weight.mask], want[weight.mask])
 
 
 def test_indivisible_columns_are_refused_before_calibration(recipe: Recipe, tmp_path: Path) -> None:

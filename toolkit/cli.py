@@ -7,6 +7,7 @@ it is chosen, and imports the library when it runs.
 from __future__ import annotations
 
 import importlib
+import json
 import signal
 import sys
 from types import FrameType
@@ -80,15 +81,22 @@ def main() -> NoReturn:
         code = exit_.exit_code
     except click.ClickException as error:
         error.show()
-        code = error.exit_code
+        code = _say(error.format_message(), error.exit_code, state)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; nothing was kept.", err=True)
-        code = 130
+        click.echo("gblm: interrupted.", err=True)
+        code = _say("interrupted", 130, state)
     except Exception as error:
         from gblm.commands.common import report_error
 
         code = report_error(error, state)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say(message: str, code: int, state: dict[str, Any]) -> int:
+    """With --json, errors of the command line itself are an object on stdout, too."""
+    if state.get("as_json") or "--json" in sys.argv:
+        click.echo(json.dumps({"error": message, "exit_code": code}, ensure_ascii=False))
+    return code
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

@@ -178,23 +178,31 @@ def _hub_dataset(*args: str, **kwargs: Any) -> Any:
 
 
 def _read_txt(path: Path) -> list[str]:
+    return [_read_utf8(path)]
+
+
+def _read_utf8(path: Path) -> str:
     try:
-        return [path.read_text(encoding="utf-8")]
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"text file {path} is not UTF-8: {error}") from error
+    except OSError as error:
+        raise InputError(f"text file {path} cannot be read: {error}") from error
 
 
 def _read_jsonl(path: Path) -> list[str]:
     documents = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines(): JSON strings may hold other line separators unescaped.
+    for number, line in enumerate(_read_utf8(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            documents.append(str(json.loads(line)["text"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f'{path} line {number}: not a JSON object with a "text" field.'
-            ) from error
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            text = None
+        if not isinstance(text, str):
+            raise InputError(f'{path} line {number}: not a JSON object with a "text" string.')
+        documents.append(text)
     return documents
 
 

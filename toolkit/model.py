@@ -1,12 +1,10 @@
-"""A dense causal language model: find it, check it, load it, name its prunable linears.
+"""A dense causal language model: load it, name its prunable linears.
 
 Nothing here is per model: decoder layers are found by type and count, linears by `nn.Linear`.
-Code that a checkpoint brings along is never run, pickle files are never opened.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -15,65 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from gblm.checkpoint.reader import Reader
 from gblm.errors import InputError, MachineError, UsageError
-
-HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja", "LICENSE*"]
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-
-
-def resolve(model: str | Path) -> Path:
-    """The local folder of a model: itself, or a snapshot of a hub id.
-
-    Raises:
-        InputError: neither a folder nor a reachable hub id.
-    """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    text = str(model)
-    if path.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
-        raise InputError(f"model {text}: there is no such folder.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(text, allow_patterns=HUB_FILES))
-    except Exception as error:
-        raise InputError(
-            f"model {text}: no such folder, and the hub could not give it "
-            f"({type(error).__name__}). Name a local HF folder, or run `gblm fetch smollm2`."
-        ) from error
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder, refused when it would run code or is not JSON."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{folder} is no model folder: config.json is missing.") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path} must hold one JSON object.")
-    if "auto_map" in config:
-        raise InputError(
-            f"{path} names Python code to run (auto_map); gblm never executes code from a "
-            "checkpoint. If transformers knows the architecture, remove the auto_map entry."
-        )
-    return config
-
-
-def check_weights(folder: Path) -> None:
-    """Refuse a folder whose weights are pickles or missing."""
-    if any(folder.glob("*.safetensors")):
-        return
-    for pattern in PICKLES:
-        for file in folder.glob(pattern):
-            raise InputError(
-                f"{folder} holds {file.name}, a pickle that can run code when opened, and no "
-                "safetensors. Convert it with transformers' save_pretrained() in a sandbox."
-            )
-    raise InputError(f"{folder} holds no *.safetensors file.")
+from gblm.folder import quant_method, read_config
 
 
 def load(
@@ -91,23 +33,23 @@ def load(
     """
     from transformers import AutoModelForCausalLM
 
-    config = read_config(folder)
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
+    target = check_device(device)
+    if method := quant_method(read_config(folder)):
         way_out = "it is packed already" if method == "gblm" else "start from the dense model"
         raise InputError(f"{folder}: the weights are stored as `{method}`; {way_out}.")
-    check_weights(folder)
+    with Reader(folder):
+        pass  # transformers joins shard names unchecked and lets truncated files through
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype or "auto",
             trust_remote_code=False,
             use_safetensors=True,
             local_files_only=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:
         raise InputError(f"{folder} could not be loaded by transformers: {error}") from error
-    return model.to(check_device(device)).eval()  # type: ignore[no-any-return]
+    return model.to(target).eval()
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -131,8 +73,13 @@ def check_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
     except RuntimeError as error:
         raise UsageError(f"device {device!r} is unknown: use cpu, cuda or cuda:N.") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise MachineError("device cuda was asked for, but torch sees no CUDA device here.")
+    if found.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {device!r} is not supported: use cpu, cuda or cuda:N.")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise MachineError(
+            f"device {device} was asked for, but torch sees {torch.cuda.device_count()} CUDA "
+            "devices here, numbered from 0; there is no CUDA device of that number."
+        )
     return found
 
 

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from gblm import kernels
 from gblm.checkpoint.packed_folder import PackedLinear, PackedReader
-from gblm.errors import CheckpointError, InputError
+from gblm.errors import CheckpointError, GblmError, InputError
+from gblm.folder import quant_method, read_config, resolve
 from gblm.formats import Format, Shape
+from gblm.formats.manifest import QUANT_METHOD
 from gblm.kernels import Backend
-from gblm.model import check_device, check_weights, read_config, resolve
+from gblm.model import check_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -115,7 +117,9 @@ def load(
             use_safetensors=True,
             local_files_only=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except GblmError:
+        raise
+    except Exception as error:
         raise CheckpointError(f"{folder} could not be loaded by transformers: {error}") from error
     return model.to(check_device(device)).eval()
 
@@ -129,21 +133,24 @@ def check_loadable(folder: Path) -> None:
         CheckpointError: they do not agree.
     """
     with PackedReader(folder) as packed:
-        claimed = packed.config.get("num_hidden_layers")
-        if not isinstance(claimed, int) or not 0 < claimed <= len(packed.headers):
-            raise CheckpointError(
-                f"{folder}: config.json claims {claimed!r} decoder layers; the files hold "
-                f"{len(packed.headers)} tensors in all."
-            )
-        model = _model_without_memory(folder)
+        model = _model_without_memory(folder, len(packed.headers))
+        check_complete(model, packed)
         for linear in packed.linears.values():
             check_linear(model, linear)
-        for name, module in model.named_modules():
-            named = isinstance(module, nn.Linear) and packed.manifest.format_of(name)
-            if named and name not in packed.linears:
-                raise CheckpointError(f"{folder}: the packed weight of {name} is missing.")
         for name in packed.dense_names():
             _check_dense(model, name, packed.headers[name][0])
+
+
+def check_complete(model: nn.Module, reader: PackedReader) -> None:
+    """Every linear that the manifest names must be there.
+
+    Raises:
+        CheckpointError: the packed weight of a linear is missing.
+    """
+    for name, module in model.named_modules():
+        named = isinstance(module, nn.Linear) and reader.manifest.format_of(name)
+        if named and name not in reader.linears:
+            raise CheckpointError(f"{reader.folder}: the packed weight of {name} is missing.")
 
 
 def check_linear(model: nn.Module, linear: PackedLinear) -> nn.Linear:
@@ -166,19 +173,25 @@ def check_linear(model: nn.Module, linear: PackedLinear) -> nn.Linear:
     return module
 
 
-def _model_without_memory(folder: Path) -> nn.Module:
+def _model_without_memory(folder: Path, num_tensors: int) -> nn.Module:
+    """The model of config.json on the meta device."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        claimed = config.get_text_config().num_hidden_layers
+        if 0 < claimed <= num_tensors:
+            with torch.device("meta"):
+                built: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return built
     except Exception as error:
         raise CheckpointError(
             f"{folder}: config.json describes no model that can be built: {error}"
         ) from error
-    built: nn.Module = model
-    return built
+    raise CheckpointError(
+        f"{folder}: config.json claims {claimed} decoder layers; the files hold {num_tensors} "
+        "tensors in all."
+    )
 
 
 def _check_dense(model: nn.Module, name: str, shape: tuple[int, ...]) -> None:
@@ -194,8 +207,7 @@ def _check_dense(model: nn.Module, name: str, shape: tuple[int, ...]) -> None:
 
 def is_packed(folder: Path) -> bool:
     """Whether a model folder holds our packed weights."""
-    fields = read_config(folder).get("quantization_config")
-    return isinstance(fields, dict) and fields.get("quant_method") == "gblm"
+    return quant_method(read_config(folder)) == QUANT_METHOD
 
 
 def load_any(
@@ -213,7 +225,6 @@ def load_any(
         return loaded
     if backend is not None:
         raise InputError(f"{folder} is dense: --backend applies to packed folders only.")
-    check_weights(path)
     return model.load(path, dtype, device)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Literal, Protocol
 
 import torch
@@ -54,7 +55,8 @@ class Unstructured:
             raise PatternError(f"sparsity {self.sparsity:g} is outside 0 ≤ sparsity < 1.")
 
     def __str__(self) -> str:
-        return f"{self.sparsity:g}"
+        text = format(Decimal(repr(self.sparsity)), "f")
+        return text.rstrip("0").rstrip(".") if "." in text else text
 
     def keep(self, score: Tensor, scope: Scope) -> Tensor:
         """See Pattern.keep; the count that goes is exact also when scores tie."""

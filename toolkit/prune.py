@@ -18,8 +18,9 @@ from gblm.calibrate.walk import walk
 from gblm.checkpoint.packed_folder import Packing, check_packable, check_room, write_packed
 from gblm.checkpoint.reader import Reader
 from gblm.errors import InputError, UsageError
-from gblm.methods import Method, make_method
-from gblm.model import load, load_tokenizer, prunable, resolve
+from gblm.folder import resolve
+from gblm.methods import Method, ScoredMethod, make_method
+from gblm.model import check_device, load, load_tokenizer, prunable
 from gblm.patterns import Pattern, parse
 from gblm.progress import Progress, no_progress
 from gblm.recipe import Recipe
@@ -58,6 +59,10 @@ def prune_model(
             name = f"{layer.name}.{local}"
             if name not in linears:
                 continue
+            if local not in layer.stats:
+                raise InputError(
+                    f"{name} was never used on the calibration text; leave it dense: --ignore."
+                )
             if not bool(linear.weight.isfinite().all()):
                 raise InputError(f"{name}.weight holds NaN or Inf: the checkpoint is damaged.")
             stats = layer.stats[local] | ({"grad_norm": gradients[name]} if gradients else {})
@@ -89,6 +94,7 @@ def prune(
         GblmError: see the error classes; nothing is left under `output`.
     """
     began = time.monotonic()
+    check_device(recipe.device)
     method = make_method(recipe.method, recipe.options)
     pattern = parse(recipe.pattern)
     source, target = resolve(recipe.model), Path(output)
@@ -108,6 +114,7 @@ def prune(
         linears=tuple(prunable(model)),
         recipe=recipe.to_dict(),
         notes={"calibration_sha256": data.fingerprint(windows) if windows is not None else None},
+        keeps_values=isinstance(method, ScoredMethod),
     )
     pruned = _run(model, windows, method, pattern, linears, recipe, progress)
     report = write_packed(packing, pruned, target, overwrite)

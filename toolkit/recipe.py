@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from gblm.errors import InputError, UsageError
+from gblm.errors import UsageError
+from gblm.folder import read_json_object
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -81,12 +82,4 @@ class Recipe(BaseModel):
     @classmethod
     def from_file(cls, path: Path) -> Recipe:
         """Read a recipe.json, such as the one inside every packed checkpoint."""
-        import json
-
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"recipe {path} cannot be read as JSON: {error}") from error
-        if not isinstance(fields, dict):
-            raise InputError(f"recipe {path} must hold one JSON object.")
-        return cls.from_dict(fields)
+        return cls.from_dict(read_json_object(path))

@@ -35,6 +35,7 @@ class SparseLinearMethod(LinearMethodBase):
         self.name = name
         self.note_choice = note_choice
         self.shape: Shape = (0, 0)
+        self.dtype = torch.bfloat16
         self.backend: Backend | None = None
         self.dense: UnquantizedLinearMethod | None = None
         self.num_prepared = 0
@@ -52,6 +53,7 @@ class SparseLinearMethod(LinearMethodBase):
     ) -> None:
         """Register an empty parameter for every part of the format's layout."""
         self.shape = (sum(output_partition_sizes), input_size_per_partition)
+        self.dtype = params_dtype
         self._check_shard(input_size)
         loader = extra_weight_attrs["weight_loader"]
         layout = self.fmt.layout(self.shape, params_dtype)
@@ -77,7 +79,8 @@ class SparseLinearMethod(LinearMethodBase):
         """Check the loaded parts and turn them into the layout of the chosen backend."""
         parts = self._loaded_parts(layer)
         self.fmt.validate(self.name, parts, self.shape)
-        values = parts["values"]
+        # vLLM may serve in another dtype than the stored one; it says so in its own log.
+        parts["values"] = values = parts["values"].to(self.dtype)
         if bool(values.isnan().any()):
             raise CheckpointError(f"{self.name}: values are missing in the checkpoint, or NaN.")
         forced = kernels.requested_backend()

@@ -14,7 +14,7 @@ from torch import Tensor
 from vllm.model_executor.parameter import BasevLLMParameter
 
 from gblm.errors import CheckpointError
-from gblm.formats import Format, Shape
+from gblm.formats import Format
 from gblm.weights import SparseWeight
 
 Cut = Literal["rows", "columns"]
@@ -38,16 +38,33 @@ class Pieces:
     _arriving: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     _done: dict[int, SparseWeight] = field(default_factory=dict)
 
-    def take(self, piece: int, part: str, tensor: Tensor, rank: int, cut: Cut) -> None:
-        """Keep one part; when the piece has all of them, cut it to this rank."""
+    def take(
+        self, piece: int, part: str, tensor: Tensor, cut: Cut, rank: int, num_ranks: int
+    ) -> None:
+        """Keep one part; when the piece has all of them, cut it to this rank.
+
+        Args:
+            piece: which of q, k, v or gate, up.
+            part: local name.
+            tensor: the whole part, as stored.
+            cut: what is split over ranks.
+            rank: this rank's place among those that hold different slices.
+            num_ranks: how many slices there are.
+        """
         parts = self._arriving.setdefault(piece, {})
         parts[part] = tensor.detach().cpu()
         if parts.keys() < set(self.fmt.parts):
             return
         del self._arriving[piece]
-        shape = self.fmt.shape_of({name: tuple(t.shape) for name, t in parts.items()})
+        dim = 0 if cut == "rows" else 1
+        local = (self.rows[piece], self.columns)
+        shape = (local[0] * num_ranks, local[1]) if dim == 0 else (local[0], local[1] * num_ranks)
         self.fmt.validate(f"{self.name}[{piece}]", parts, shape)
-        self._done[piece] = self._cut(self.fmt.unpack(parts, shape), piece, rank, cut)
+        weight = self.fmt.unpack(parts)
+        self._done[piece] = SparseWeight(
+            weight.weight.narrow(dim, rank * local[dim], local[dim]).clone(),
+            weight.mask.narrow(dim, rank * local[dim], local[dim]).clone(),
+        )
 
     def join(self) -> dict[str, Tensor]:
         """The parts of the fused weight on this rank."""
@@ -62,27 +79,6 @@ class Pieces:
         self._done.clear()
         return self.fmt.pack(self.name, whole)
 
-    @property
-    def shape(self) -> Shape:
-        """[out, in] of the fused weight on this rank."""
-        return sum(self.rows), self.columns
-
-    def _cut(self, weight: SparseWeight, piece: int, rank: int, cut: Cut) -> SparseWeight:
-        dim, length = (0, self.rows[piece]) if cut == "rows" else (1, self.columns)
-        if weight.mask.shape[1 - dim] != (self.columns if dim == 0 else self.rows[piece]):
-            raise CheckpointError(
-                f"{self.name}: stored as {list(weight.mask.shape)}, which does not fit the model."
-            )
-        if weight.mask.shape[dim] < (rank + 1) * length:
-            raise CheckpointError(
-                f"{self.name}: stored as {list(weight.mask.shape)}, too small for the model."
-            )
-        start = rank * length
-        return SparseWeight(
-            weight.weight.narrow(dim, start, length).clone(),
-            weight.mask.narrow(dim, start, length).clone(),
-        )
-
 
 class RaggedParameter(BasevLLMParameter):
     """One part of all pieces of a linear; hands what vLLM loads to the linear's `Pieces`."""
@@ -94,19 +90,20 @@ class RaggedParameter(BasevLLMParameter):
 
     def load_column_parallel_weight(self, loaded_weight: Tensor) -> None:
         """Output features are split over ranks."""
-        self.pieces.take(0, self.part, loaded_weight, self.tp_rank, "rows")
+        self.pieces.take(0, self.part, loaded_weight, "rows", self.tp_rank, self.tp_size)
 
     def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
         """Input features are split over ranks."""
-        self.pieces.take(0, self.part, loaded_weight, self.tp_rank, "columns")
+        self.pieces.take(0, self.part, loaded_weight, "columns", self.tp_rank, self.tp_size)
 
     def load_merged_column_weight(self, loaded_weight: Tensor, **kwargs: Any) -> None:
         """One of gate and up."""
         piece = self._shard_id_as_int(kwargs["shard_id"])
-        self.pieces.take(piece, self.part, loaded_weight, self.tp_rank, "rows")
+        self.pieces.take(piece, self.part, loaded_weight, "rows", self.tp_rank, self.tp_size)
 
     def load_qkv_weight(self, loaded_weight: Tensor, **kwargs: Any) -> None:
         """One of q, k and v; `num_heads` ranks share a replicated key/value head."""
         piece = self._shard_id_as_int(kwargs["shard_id"])
-        rank = self.tp_rank if piece == 0 else self.tp_rank // kwargs["num_heads"]
-        self.pieces.take(piece, self.part, loaded_weight, rank, "rows")
+        shared_by = 1 if piece == 0 else kwargs["num_heads"]
+        rank, num_ranks = self.tp_rank // shared_by, self.tp_size // shared_by
+        self.pieces.take(piece, self.part, loaded_weight, "rows", rank, num_ranks)

@@ -62,9 +62,12 @@ def test_one_changed_byte_is_found(packed: Path, name: str) -> None:
 
 
 def test_missing_and_added_files_are_found(packed: Path) -> None:
-    (packed / "extra.safetensors").touch()
+    (packed / "extra.bin").touch()
     with pytest.raises(CheckpointError, match="does not stand in MANIFEST"):
         verify(packed)
+    (packed / "extra.bin").rename(packed / "extra.safetensors")
+    with pytest.raises(CheckpointError, match="belongs to no index"):
+        PackedReader(packed)
     (packed / "extra.safetensors").unlink()
     (packed / "README.md").unlink()
     with pytest.raises(CheckpointError, match=r"README\.md is missing"):

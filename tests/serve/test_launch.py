@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,14 @@ def test_what_cannot_be_served_is_refused_before_vllm_starts(pack_tiny: Pack, ti
     check(Server(tiny))
     with pytest.raises(UsageError, match="'cuda' is unknown"):
         check(Server(pack_tiny(), backend="cuda"))
+
+
+@pytest.mark.vllm
+def test_pickles_never_reach_vllm(tiny: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "m"))
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match="a pickle"):
+        check(Server(folder))
 
 
 @pytest.mark.vllm

@@ -131,6 +131,28 @@ def test_incomplete_checkpoint_is_refused(pack_tiny: Pack, tmp_path: Path, patte
     assert "model.layers.1.self_attn.qkv_proj" in log
 
 
+@pytest.mark.real
+@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
+def test_smollm2_expanded_equals_its_dense_self(
+    smollm2: Path, tmp_path: Path, pattern: str
+) -> None:
+    from gblm.prune import prune
+    from gblm.recipe import Recipe
+
+    recipe = Recipe(model=str(smollm2), method="magnitude", pattern=pattern, calibration=None)
+    prune(recipe, tmp_path / "out")
+    export_dense(tmp_path / "out", tmp_path / "dense")
+    got, log = generate(tmp_path / "out", "dense", **EAGER)
+    want, _ = generate(tmp_path / "dense", **EAGER)
+    assert len(got) == 8, log
+    assert got == want
+
+
+def test_served_dtype_may_differ_from_the_stored_one(pack_tiny: Pack) -> None:
+    rows, log = generate(pack_tiny("wanda", "0.5"), dtype="float32", **EAGER)
+    assert len(rows) == 8, log
+
+
 def test_plugin_registers_once_and_cheaply() -> None:
     code = (
         "import gblm.serve.vllm_plugin as p; import sys; assert 'torch' not in sys.modules\n"

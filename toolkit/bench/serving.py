@@ -14,20 +14,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gblm.bench.server import RunningServer, running_server
+from gblm.bench.server import RunningServer, child_environment, running_server
 from gblm.checkpoint.inspect import inspect
 from gblm.errors import MachineError
-from gblm.model import resolve
+from gblm.folder import resolve
 from gblm.progress import Progress, no_progress
 from gblm.provenance import provenance
 
-# Metric → (key of vLLM's result, unit, whether more is better).
-METRICS: dict[str, tuple[str, str, bool]] = {
-    "ttft_ms": ("median_ttft_ms", "ms", False),
-    "tpot_ms": ("median_tpot_ms", "ms", False),
-    "itl_p99_ms": ("p99_itl_ms", "ms", False),
-    "throughput_tok_s": ("output_throughput", "tok/s", True),
+# Metric → key of vLLM's result.
+METRICS = {
+    "ttft_ms": "median_ttft_ms",
+    "tpot_ms": "median_tpot_ms",
+    "itl_p99_ms": "p99_itl_ms",
+    "throughput_tok_s": "output_throughput",
 }
+LOAD_SECONDS = 3600
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def bench_serving(
         load: the requests.
         backend: for packed weights; the best one if None.
         progress: for a progress bar.
-        log: file for the servers' output; a temporary one if None.
+        log: file for the servers' output; if None, a temporary one that is kept on failure.
 
     Returns:
         The record: settings, every run, medians and paired ratios model/baseline, provenance.
@@ -82,7 +83,8 @@ def bench_serving(
     backends: set[str] = set()
     step = progress("server runs", 2 * load.rounds)
     with tempfile.TemporaryDirectory() as work:
-        output = log or Path(work) / "servers.log"
+        output = log or Path(tempfile.mkstemp(prefix="gblm-servers-", suffix=".log")[1])
+        output.parent.mkdir(parents=True, exist_ok=True)
         for number in range(load.rounds):
             # The order alternates, so that drift of the machine hits both sides alike.
             order = ("baseline", "model") if number % 2 == 0 else ("model", "baseline")
@@ -93,6 +95,8 @@ def bench_serving(
                 backends |= server.backends()
                 runs.append({"round": number, "side": side, **measured})
                 step()
+    if log is None:
+        output.unlink()
     used = "; ".join(sorted(backends)) or "unknown"
     sizes = {side: inspect(folder)["bytes"] for side, folder in folders.items()}
     return {
@@ -148,7 +152,7 @@ def _measure(server: RunningServer, folder: Path, load: Load, work: Path) -> dic
         raise MachineError(
             f"{result.get('completed')} of {load.num_prompts} requests succeeded; no figure stands."
         )
-    measured = {metric: float(result[key]) for metric, (key, _, _) in METRICS.items()}
+    measured = {metric: float(result[key]) for metric, key in METRICS.items()}
     return {
         **measured,
         # Tokens per second of one stream after its first token.
@@ -170,7 +174,17 @@ def _vllm_bench(server: RunningServer, folder: Path, load: Load, work: Path) -> 
         "--save-result", "--result-dir", str(work), "--result-filename", file.name,
         "--percentile-metrics", "ttft,tpot,itl,e2el",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=child_environment(),
+            timeout=LOAD_SECONDS,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise MachineError(f"vllm bench serve was not done after {LOAD_SECONDS} s.") from error
     if done.returncode or not file.exists():
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise MachineError(f"vllm bench serve ended with code {done.returncode}: {last}")

@@ -73,7 +73,7 @@ def _backward(model: nn.Module, sample: Tensor, index: int) -> None:
     with torch.enable_grad():
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         if not bool(loss.isfinite()):
-            raise InputError(f"calibration sample {index}: the loss is {float(loss)}.")
+            raise InputError(f"calibration sample {index}: the loss is {loss.item()}.")
         loss.backward()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 CARD = """\
@@ -69,5 +70,5 @@ def _calibration(fields: dict[str, Any] | None) -> str:
 
 def _public_name(model: str) -> str:
     """A hub id as it is; of a local path only the last part, which says nothing of the machine."""
-    is_hub_id = model.count("/") == 1 and not model.startswith((".", "/", "~"))
-    return model if is_hub_id else model.rstrip("/").rpartition("/")[2]
+    local = Path(model).expanduser().exists() or model.startswith((".", "/", "~"))
+    return Path(model).expanduser().resolve().name if local else model

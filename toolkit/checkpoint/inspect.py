@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
 from pathlib import Path
 from typing import Any
 
 from gblm.checkpoint.packed_folder import PackedReader
 from gblm.checkpoint.reader import Reader
 from gblm.errors import CheckpointError
+from gblm.folder import quant_method, read_config
 from gblm.formats.manifest import QUANT_METHOD
-from gblm.model import read_config
 
 
 def inspect(folder: Path) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def inspect(folder: Path) -> dict[str, Any]:
         CheckpointError: the folder is not readable.
     """
     config = read_config(folder)
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    method = quant_method(config)
     if method == QUANT_METHOD:
         with PackedReader(folder) as packed:
             facts = _packed(packed)
@@ -58,7 +58,7 @@ def _packed(packed: PackedReader) -> dict[str, Any]:
         kept_shape, value_dtype = linear.headers["values"]
         group["linears"] += 1
         group["weights"] += count
-        group["kept"] += _product(kept_shape)
+        group["kept"] += math.prod(kept_shape)
         group["bytes"] += sum(packed.num_bytes(f"{linear.name}.{p}") for p in linear.headers)
         group["bytes_dense"] += count * value_dtype.itemsize
     for group in groups.values():
@@ -83,17 +83,10 @@ def _dense(dense: Reader) -> dict[str, Any]:
         in_a_layer = any(piece.isdigit() for piece in name.split("."))
         if len(shape) == 2 and dtype.is_floating_point and in_a_layer:
             zeros += int((dense.tensor(name) == 0).sum())
-            weights += _product(shape)
+            weights += math.prod(shape)
     return {
         "kind": "dense",
         "bytes": sum(map(dense.num_bytes, dense)),
         "layer_weights": weights,
         "sparsity": round(zeros / weights, 6) if weights else 0.0,
     }
-
-
-def _product(numbers: Iterable[int]) -> int:
-    product = 1
-    for number in numbers:
-        product *= number
-    return product

@@ -24,9 +24,9 @@ from gblm.checkpoint.writer import (
     write_json,
 )
 from gblm.errors import CheckpointError
+from gblm.folder import read_config
 from gblm.formats import Format, Parts, Shape, format_for
 from gblm.formats.manifest import Group, Manifest, group_targets
-from gblm.model import read_config
 from gblm.patterns import Pattern
 from gblm.provenance import provenance
 from gblm.weights import SparseWeight
@@ -46,6 +46,8 @@ class Packing:
         linears: every linear of the decoder layers, pruned or not.
         recipe: for recipe.json.
         notes: further facts for MANIFEST.json, such as the calibration tokens' hash.
+        keeps_values: kept weights are the source's own, bit for bit; False for methods that
+            update them.
     """
 
     source: Path
@@ -53,6 +55,7 @@ class Packing:
     linears: tuple[str, ...]
     recipe: dict[str, Any]
     notes: dict[str, Any]
+    keeps_values: bool = True
 
 
 def check_packable(reader: Reader, linears: Iterable[str], pattern: Pattern) -> None:
@@ -74,7 +77,8 @@ def check_packable(reader: Reader, linears: Iterable[str], pattern: Pattern) -> 
 
 def check_room(reader: Reader, output: Path, overwrite: bool) -> None:
     """The output name is free and the disk can hold the packed model at its worst size."""
-    check_output(output, overwrite, int(1.1 * sum(map(reader.num_bytes, reader))) + (16 << 20))
+    need = int(1.1 * sum(map(reader.num_bytes, reader))) + (16 << 20)
+    check_output(output, overwrite, need, reader.folder)
 
 
 def write_packed(
@@ -103,6 +107,9 @@ def write_packed(
         for name, weight in pruned:
             dtype = reader.headers[f"{name}.weight"][1]
             stored = weight.to(dtype)
+            if packing.keeps_values:
+                # The computation's dtype may be narrower than the checkpoint's.
+                stored = SparseWeight.cut(reader.tensor(f"{name}.weight"), stored.mask)
             parts = fmt.pack(name, stored)
             for part, tensor in parts.items():
                 shards.add(f"{name}.{part}", tensor)
@@ -186,6 +193,10 @@ class PackedReader(Reader):
         self.config = read_config(folder)
         self.manifest = Manifest.from_config(self.config.get("quantization_config"))
         super().__init__(folder)
+        # Hosts load every shard they find, so an unlisted one could replace what was checked.
+        for path in folder.glob("*.safetensors*"):
+            if path.name not in self.files:
+                raise CheckpointError(f"{path} belongs to no index; remove it.")
         self.linears = {linear.name: linear for linear in self._find_linears()}
         if not self.linears:
             raise CheckpointError(f"{folder}: the manifest names no weight that is there.")
@@ -224,7 +235,7 @@ def _packed_linear(name: str, fmt: Format, headers: dict[str, Header]) -> Packed
             raise CheckpointError(f"{name}: the part {part!r} of format {fmt.name} is missing.")
     if len(headers["bitmask"][0]) != 2 or min(headers["bitmask"][0]) < 1:
         raise CheckpointError(f"{name}.bitmask: shape {list(headers['bitmask'][0])} is impossible.")
-    shape = fmt.shape_of({part: header[0] for part, header in headers.items()})
+    shape = fmt.shape_of(headers["bitmask"][0])
     fmt.check_shape(name, shape)
     fmt.check_layout(name, headers, shape)
     return PackedLinear(name, fmt, shape, headers)

@@ -6,7 +6,7 @@ before data, and every defect of a file becomes one sentence.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +18,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from gblm.errors import CheckpointError
-from gblm.model import check_weights
+from gblm.folder import check_weights, inside, read_json_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -37,6 +37,7 @@ class Reader:
     Attributes:
         folder: the model folder.
         headers: shape and dtype by tensor name.
+        files: names of the shards and of the index that lists them.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -48,9 +49,12 @@ class Reader:
         check_weights(folder)
         self.folder = folder
         self.headers: dict[str, Header] = {}
+        self.files: set[str] = set()
         self._handles: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
-        for file, expected in _shards(folder).items():
+        shards = _shards(folder)
+        self.files = {*shards} if SINGLE in shards else {*shards, INDEX}
+        for file, expected in shards.items():
             handle = self._open(file)
             names = set(handle.keys())
             if expected is not None and (missing := expected - names):
@@ -78,11 +82,6 @@ class Reader:
     def __contains__(self, name: object) -> bool:
         return name in self.headers
 
-    @property
-    def shard_files(self) -> list[str]:
-        """File names of the shards."""
-        return list(self._handles)
-
     def tensor(self, name: str) -> Tensor:
         """Read one tensor into memory."""
         if name not in self.headers:
@@ -96,13 +95,10 @@ class Reader:
     def num_bytes(self, name: str) -> int:
         """Size of a tensor's data, from its header."""
         shape, dtype = self.headers[name]
-        count = 1
-        for length in shape:
-            count *= length
-        return count * dtype.itemsize
+        return math.prod(shape) * dtype.itemsize
 
     def _open(self, file: str) -> Any:
-        path = _inside(self.folder, file)
+        path = inside(self.folder, file)
         try:
             self._handles[file] = safe_open(path, framework="pt")
         except FileNotFoundError as error:
@@ -128,25 +124,12 @@ def _shards(folder: Path) -> dict[str, set[str] | None]:
     index = folder / INDEX
     if not index.exists():
         raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}.")
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards: dict[str, set[str] | None] = {}
-        for name, file in weight_map.items():
-            expected = shards.setdefault(str(file), set())
-            if expected is not None:
-                expected.add(name)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{index} is no safetensors index: {error}") from error
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} is no safetensors index: it has no weight_map.")
+    shards: dict[str, set[str] | None] = {}
+    for name, file in weight_map.items():
+        expected = shards.setdefault(str(file), set())
+        if expected is not None:
+            expected.add(name)
     return shards
-
-
-def _inside(folder: Path, file: str) -> Path:
-    """A file of the folder, or of the blob store that a hub snapshot links to."""
-    path = folder / file
-    if Path(file).name != file or file in ("", ".", ".."):
-        raise CheckpointError(f"{folder}: shard name {file!r} leads out of the folder.")
-    target = path.resolve()
-    root = folder.resolve()
-    if target.parent != root and target.parent != root.parent.parent / "blobs":
-        raise CheckpointError(f"{path} is a link that leads out of the folder.")
-    return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from gblm.checkpoint.packed_folder import MANIFEST_FILE, REPORT_FILE, PackedRead
 from gblm.checkpoint.reader import Reader
 from gblm.checkpoint.writer import sha256
 from gblm.errors import CheckpointError
+from gblm.folder import inside, read_json_object
 from gblm.progress import Progress, no_progress
 
 
@@ -32,17 +32,16 @@ def verify(
         CheckpointError: the first thing that is wrong.
         PatternError: a weight breaks its pattern.
     """
-    files = _check_hashes(folder)
-    report = _read_json(folder / REPORT_FILE)
-    rows = {row["name"]: row for row in report.get("tensors", [])}
     with PackedReader(folder) as packed:
+        files = _check_hashes(folder)
+        rows = _report_rows(folder / REPORT_FILE)
         if missing := rows.keys() - packed.linears.keys():
             raise CheckpointError(f"{sorted(missing)[0]}: reported, but not stored.")
         step = progress("verifying", len(packed.linears))
         for name, linear in packed.linears.items():
             parts = packed.parts(name)
             linear.fmt.validate(name, parts, linear.shape)
-            _check_round_trip(packed, name, parts, rows.get(name))
+            _check_round_trip(packed, name, parts, rows.get(name, {}))
             step()
         if against is not None:
             _compare(packed, against)
@@ -57,41 +56,42 @@ def verify(
 
 
 def _check_hashes(folder: Path) -> int:
-    listed = _read_json(folder / MANIFEST_FILE).get("files")
+    listed = read_json_object(folder / MANIFEST_FILE).get("files")
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{folder / MANIFEST_FILE} lists no files.")
     for name, facts in listed.items():
-        path = folder / name
-        if Path(name).name != name:
-            raise CheckpointError(f"{MANIFEST_FILE}: file name {name!r} leads out of the folder.")
+        path = inside(folder, name)
         if not path.is_file():
             raise CheckpointError(f"{path} is missing, though {MANIFEST_FILE} lists it.")
-        if path.stat().st_size != facts["size"] or sha256(path) != facts["sha256"]:
+        if not isinstance(facts, dict) or sha256(path) != facts.get("sha256"):
             raise CheckpointError(f"{path} was changed: its sha256 is not the one written down.")
-    for path in folder.glob("*.safetensors"):
-        if path.name not in listed:
+    for path in folder.iterdir():
+        if path.name not in listed and path.name != MANIFEST_FILE:
             raise CheckpointError(f"{path} does not stand in {MANIFEST_FILE}.")
     return len(listed)
 
 
 def _check_round_trip(
-    packed: PackedReader, name: str, parts: dict[str, torch.Tensor], row: dict[str, Any] | None
+    packed: PackedReader, name: str, parts: dict[str, torch.Tensor], row: dict[str, Any]
 ) -> None:
     linear = packed.linears[name]
-    weight = linear.fmt.unpack(parts, linear.shape)
+    weight = linear.fmt.unpack(parts)
     again = linear.fmt.pack(name, weight)
     for part, tensor in parts.items():
         if not _same_bits(again[part], tensor):
             raise CheckpointError(f"{name}.{part}: packing the unpacked weight gives other bytes.")
     zeros = int((weight.weight == 0).sum())
-    if row is None or row["zeros"] != zeros or row["shape"] != list(linear.shape):
+    if (row.get("zeros"), row.get("shape")) != (zeros, list(linear.shape)):
         raise CheckpointError(f"{name}: {REPORT_FILE} does not describe the stored weight.")
 
 
 def _compare(packed: PackedReader, against: Path) -> None:
     with Reader(against) as dense:
+        wanted = {f"{name}.weight" for name in packed.linears} | {*packed.dense_names()}
+        if missing := wanted ^ {*dense}:
+            raise CheckpointError(f"{sorted(missing)[0]}: is in one of the two folders only.")
         for name, linear in packed.linears.items():
-            weight = linear.fmt.expand(packed.parts(name), linear.shape)
+            weight = linear.fmt.expand(packed.parts(name))
             # + 0.0: packing writes −0.0 as +0.0.
             if not _same_bits(weight, dense.tensor(f"{name}.weight") + 0.0):
                 raise CheckpointError(f"{name}: the packed weight is not the one in {against}.")
@@ -103,14 +103,12 @@ def _compare(packed: PackedReader, against: Path) -> None:
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold one JSON object.")
-    return value
+def _report_rows(path: Path) -> dict[str, dict[str, Any]]:
+    """The rows of sparsity_report.json by name of the weight."""
+    rows = read_json_object(path).get("tensors")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise CheckpointError(f"{path} has no list of tensors.")
+    return {str(row.get("name")): row for row in rows}

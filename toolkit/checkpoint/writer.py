@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gblm.checkpoint.reader import INDEX, SINGLE
 from gblm.errors import InputError, MachineError
+from gblm.folder import inside
 
 SHARD_BYTES = 5 * 10**9
 # Facts of the source folder that go along unchanged; weights, cards and records do not.
@@ -36,17 +37,20 @@ NOT_COPIED = {
 }
 
 
-def check_output(output: Path, overwrite: bool, need_bytes: int) -> None:
+def check_output(
+    output: Path, overwrite: bool, need_bytes: int = 0, source: Path | None = None
+) -> None:
     """Fail before any work: the name must be free, the parent writable, the disk large enough.
 
     Raises:
-        InputError: the output exists and `overwrite` is not set.
+        InputError: the output exists and `overwrite` is not set, or it may not be replaced: it
+            is no model folder, or holds `source` or the current folder.
         MachineError: the disk has less than `need_bytes` free, or the parent is not writable.
     """
     if output.exists() and not overwrite:
         raise InputError(f"output {output} exists; choose another name or pass --overwrite.")
-    if output.exists() and not output.is_dir():
-        raise InputError(f"output {output} is a file, not a folder.")
+    if output.exists():
+        _check_replaceable(output, source)
     parent = output.resolve().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -69,14 +73,14 @@ def new_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
         InputError: the output exists and `overwrite` is not set.
         MachineError: the disk is full or refuses a write.
     """
-    check_output(output, overwrite, 0)
+    check_output(output, overwrite)
     output = output.resolve()
     work = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
     try:
         yield work
         _open_modes(work)
         _flush(work)
-        _publish(work, output)
+        _publish(work, output, overwrite)
     except (SafetensorError, OSError) as error:
         raise MachineError(f"writing {output} failed: {error}. Nothing was kept.") from error
     finally:
@@ -133,7 +137,7 @@ def copy_side_files(source: Path, folder: Path) -> None:
     for pattern in SIDE_FILES:
         for file in sorted(source.glob(pattern)):
             if file.is_file() and file.name not in NOT_COPIED:
-                shutil.copyfile(file, folder / file.name)
+                shutil.copyfile(inside(source, file.name), folder / file.name)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -159,20 +163,32 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _publish(work: Path, output: Path) -> None:
+def _check_replaceable(output: Path, source: Path | None) -> None:
+    """Deleting the input, the user's own place, or a folder of something else is never meant."""
+    if not output.is_dir():
+        raise InputError(f"output {output} is a file, not a folder.")
+    for kept in (Path.cwd(), source):
+        if kept is not None and kept.resolve().is_relative_to(output.resolve()):
+            raise InputError(f"output {output} cannot be replaced: it holds {kept}.")
+    if any(output.iterdir()) and not (output / "config.json").exists():
+        raise InputError(f"output {output} is no model folder and is not replaced; remove it.")
+
+
+def _publish(work: Path, output: Path, overwrite: bool) -> None:
     """Rename into place; an older folder is moved aside first and removed last."""
     if not output.exists():
         work.rename(output)
         return
+    check_output(output, overwrite)
     aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
     output.rename(aside / "old")
     try:
         work.rename(output)
-    except OSError:
+    except BaseException:
         (aside / "old").rename(output)
+        aside.rmdir()
         raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _flush(folder: Path) -> None:

@@ -12,7 +12,6 @@ from gblm.commands.common import (
     backend_option,
     emit,
     progress_bars,
-    record_option,
     save_record,
     table,
 )
@@ -47,8 +46,16 @@ LABELS = {
     help="Rounds; each starts both servers anew, in alternating order.",
 )
 @click.option("--seed", type=int, default=0, show_default=True)
-@record_option
-@click.option("--log", type=click.Path(path_type=Path), help="File for the servers' output.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False, writable=True),
+    default=Path("bench.json"),
+    show_default=True,
+    help="JSON file for the record.",
+)
+@click.option(
+    "--log", type=click.Path(path_type=Path, dir_okay=False), help="File for the servers' output."
+)
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -57,7 +64,7 @@ def command(
     vllm_options: tuple[str, ...],
     baseline: str,
     backend: str | None,
-    output: Path | None,
+    output: Path,
     log: Path | None,
     **load: Any,
 ) -> None:
@@ -70,8 +77,8 @@ def command(
 
         settings = Load(options=vllm_options, **load)
         record = bench_serving(model, baseline, settings, backend, progress, log)
-    save_record(output, record)
     emit(ctx, record, lambda: print_summary(record))
+    save_record(output, record)
 
 
 def print_summary(record: dict[str, Any]) -> None:

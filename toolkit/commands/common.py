@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ from gblm.errors import GblmError, MachineError
 from gblm.provenance import provenance
 
 F = TypeVar("F", bound=Callable[..., Any])
+# Repeated here because the table itself needs torch; a test compares them.
 METHODS = ("magnitude", "wanda", "gblm")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -91,7 +91,9 @@ def emit(ctx: click.Context, result: dict[str, Any], text: Callable[[], None]) -
 
 
 record_option = click.option(
-    "--output", type=click.Path(path_type=Path), help="JSON file for the record."
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False, writable=True),
+    help="JSON file for the record.",
 )
 
 
@@ -141,8 +143,15 @@ def progress_bars(ctx: click.Context) -> Iterator[Callable[[str, int], Callable[
 
 def report_error(error: Exception, state: dict[str, Any]) -> int:
     """One sentence and the exit code; with -v, or for a bug, the traceback as well."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        error = MachineError(f"{error.filename or 'a file'} cannot be written: {error.strerror}.")
+    if isinstance(error, OSError):
+        error = MachineError(f"{error.filename or 'the system'}: {error.strerror or error}.")
+    elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        error = MachineError(f"out of memory: {error}. Lower --seq-len, or use another device.")
+    return fail(error, state)
+
+
+def fail(error: BaseException, state: dict[str, Any]) -> int:
+    """Print an error as every command does, and give its exit code."""
     known = isinstance(error, GblmError)
     code = error.exit_code if isinstance(error, GblmError) else 1
     if state.get("verbose") or not known:

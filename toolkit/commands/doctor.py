@@ -19,7 +19,7 @@ def command(ctx: click.Context) -> None:
     facts = doctor()
     emit(ctx, facts, lambda: _print(facts))
     if not facts["ok"]:
-        raise MachineError("a backend computes wrong results on this machine, see above.")
+        ctx.exit(MachineError.exit_code)
 
 
 def _print(facts: dict[str, Any]) -> None:

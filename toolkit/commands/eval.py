@@ -54,7 +54,6 @@ def command(
         from gblm.evaluate.perplexity import Protocol, evaluate
 
         result = evaluate(model, Protocol(**protocol), baseline, device, backend, progress)
-    save_record(output, {"kind": "perplexity", **result})
 
     def text() -> None:
         rows = [[model, f"{result['perplexity']:.2f}"]]
@@ -65,3 +64,4 @@ def command(
         click.echo(f"protocol: {result['protocol']}")
 
     emit(ctx, result, text)
+    save_record(output, {"kind": "perplexity", **result})

@@ -34,10 +34,11 @@ def command() -> None:
 @click.pass_context
 def dense(ctx: click.Context, source: str, output: Path, overwrite: bool) -> None:
     """Unpack the packed folder SOURCE into an ordinary HF folder with zeros."""
-    from gblm.export.dense import export_dense
-    from gblm.model import resolve
+    with progress_bars(ctx) as progress:
+        from gblm.export.dense import export_dense
+        from gblm.folder import resolve
 
-    result = export_dense(resolve(source), output, overwrite)
+        result = export_dense(resolve(source), output, overwrite, progress)
     emit(ctx, result, lambda: click.echo(
         f"{output}: {result['linears']} linears unpacked, "
         f"{megabytes(result['bytes_packed'])} packed -> {megabytes(result['bytes_dense'])} dense"

@@ -15,7 +15,7 @@ from gblm.commands.common import Command, emit, megabytes, table
 def command(ctx: click.Context, folder: str) -> None:
     """Show what is in FOLDER: pattern, bits per weight including the mask, size against dense."""
     from gblm.checkpoint.inspect import inspect
-    from gblm.model import resolve
+    from gblm.folder import resolve
 
     facts = inspect(resolve(folder))
     emit(ctx, facts, lambda: _print(facts))

@@ -30,7 +30,7 @@ def command(
     ctx: click.Context, /, folder: str, vllm_options: tuple[str, ...], **given: Any
 ) -> None:
     """Serve FOLDER with vLLM's OpenAI server; options behind -- go to vLLM."""
-    from gblm.model import resolve
+    from gblm.folder import resolve
     from gblm.serve.launch import Server, serve
 
     serve(Server(folder=resolve(folder), options=vllm_options, **given))

@@ -15,7 +15,7 @@ def command(ctx: click.Context, folder: str, against: str | None) -> None:
     """Re-open the packed FOLDER: hashes, headers, masks, pattern, exact unpacking."""
     with progress_bars(ctx) as progress:
         from gblm.checkpoint.verify import verify
-        from gblm.model import resolve
+        from gblm.folder import resolve
 
         facts = verify(resolve(folder), resolve(against) if against else None, progress)
     compared = f", equal to {against}" if against else ""

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gblm import data, packed
-from gblm.model import load_tokenizer, resolve
+from gblm.folder import resolve
+from gblm.model import load_tokenizer
 from gblm.progress import Progress, no_progress
 
 

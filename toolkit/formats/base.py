@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gblm.errors import CheckpointError, PatternError
+from gblm.formats.bits import expand_bits, unpack_bits
 from gblm.patterns import Pattern
 from gblm.weights import SparseWeight
 
@@ -54,9 +55,9 @@ class Format(ABC):
     def layout(self, shape: Shape, dtype: torch.dtype) -> dict[str, TensorSpec]:
         """Every part of a weight [out, in] of this dtype by local name; needs no data."""
 
-    @abstractmethod
-    def shape_of(self, parts: Mapping[str, tuple[int, ...]]) -> Shape:
-        """[out, in] of the weight, from the shapes of its parts."""
+    def shape_of(self, bitmask: tuple[int, ...]) -> Shape:
+        """[out, in] of the weight, from the shape of its bitmask."""
+        return bitmask[0], 8 * bitmask[1]
 
     @abstractmethod
     def pack(self, name: str, weight: SparseWeight) -> dict[str, Tensor]:
@@ -66,13 +67,13 @@ class Format(ABC):
             PatternError: the mask breaks the pattern, or the shape cannot be stored.
         """
 
-    @abstractmethod
-    def unpack(self, parts: Parts, shape: Shape) -> SparseWeight:
+    def unpack(self, parts: Parts) -> SparseWeight:
         """The exact inverse of `pack`, on the device of the parts. Trusts them: see `validate`."""
+        return SparseWeight(self.expand(parts), unpack_bits(parts["bitmask"]))
 
-    @abstractmethod
-    def expand(self, parts: Parts, shape: Shape) -> Tensor:
+    def expand(self, parts: Parts) -> Tensor:
         """The dense weight [out, in] alone, as fast as plain PyTorch can."""
+        return expand_bits(parts["values"], parts["bitmask"])
 
     @abstractmethod
     def rows(self, parts: Parts, start: int, stop: int) -> dict[str, Tensor]:

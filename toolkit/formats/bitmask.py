@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from gblm.errors import CheckpointError
 from gblm.formats.base import Format, Parts, Shape, TensorSpec
-from gblm.formats.bits import expand_bits, pack_bits, row_counts, unpack_bits
+from gblm.formats.bits import pack_bits, row_counts
 from gblm.weights import SparseWeight
 
 
@@ -28,11 +26,6 @@ class BitmaskFormat(Format):
             "row_offsets": TensorSpec((rows + 1,), torch.int64),
         }
 
-    def shape_of(self, parts: Mapping[str, tuple[int, ...]]) -> Shape:
-        """See Format.shape_of."""
-        rows, octets = parts["bitmask"]
-        return rows, 8 * octets
-
     def pack(self, name: str, weight: SparseWeight) -> dict[str, Tensor]:
         """See Format.pack."""
         self.check_shape(name, (weight.mask.shape[0], weight.mask.shape[1]))
@@ -43,14 +36,6 @@ class BitmaskFormat(Format):
             "bitmask": pack_bits(weight.mask),
             "row_offsets": offsets,
         }
-
-    def unpack(self, parts: Parts, shape: Shape) -> SparseWeight:
-        """See Format.unpack."""
-        return SparseWeight(self.expand(parts, shape), unpack_bits(parts["bitmask"]))
-
-    def expand(self, parts: Parts, shape: Shape) -> Tensor:
-        """See Format.expand."""
-        return expand_bits(parts["values"], parts["bitmask"])
 
     def rows(self, parts: Parts, start: int, stop: int) -> dict[str, Tensor]:
         """See Format.rows."""

@@ -6,14 +6,12 @@ fused projections and tensor parallelism need nothing of this format but `narrow
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from gblm.errors import CheckpointError
 from gblm.formats.base import Format, Parts, Shape, TensorSpec
-from gblm.formats.bits import expand_bits, pack_bits, unpack_bits
+from gblm.formats.bits import pack_bits, unpack_bits
 from gblm.patterns import NM
 from gblm.weights import SparseWeight
 
@@ -34,11 +32,6 @@ class NMFormat(Format):
             "bitmask": TensorSpec((rows, columns // 8), torch.uint8),
         }
 
-    def shape_of(self, parts: Mapping[str, tuple[int, ...]]) -> Shape:
-        """See Format.shape_of."""
-        rows, octets = parts["bitmask"]
-        return rows, 8 * octets
-
     def pack(self, name: str, weight: SparseWeight) -> dict[str, Tensor]:
         """See Format.pack; groups with fewer than N kept weights keep zeros, lowest first."""
         self.check_shape(name, (weight.mask.shape[0], weight.mask.shape[1]))
@@ -46,14 +39,6 @@ class NMFormat(Format):
         mask = self._complete(weight.mask)
         values = weight.weight[mask].reshape(mask.shape[0], -1)
         return {"values": values + 0.0, "bitmask": pack_bits(mask)}
-
-    def unpack(self, parts: Parts, shape: Shape) -> SparseWeight:
-        """See Format.unpack."""
-        return SparseWeight(self.expand(parts, shape), unpack_bits(parts["bitmask"]))
-
-    def expand(self, parts: Parts, shape: Shape) -> Tensor:
-        """See Format.expand."""
-        return expand_bits(parts["values"], parts["bitmask"])
 
     def rows(self, parts: Parts, start: int, stop: int) -> dict[str, Tensor]:
         """See Format.rows."""

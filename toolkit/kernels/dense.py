@@ -26,7 +26,7 @@ class Dense(Backend):
 
     def prepare(self, fmt: Format, parts: Parts, shape: Shape) -> list[Tensor]:
         """The dense weight [out, in]."""
-        return [fmt.expand(parts, shape)]
+        return [fmt.expand(parts)]
 
     def linear(self, x: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape) -> Tensor:
         """A dense multiplication."""

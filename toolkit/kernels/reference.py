@@ -39,6 +39,6 @@ class Reference(Backend):
         out = x.new_empty((*x.shape[:-1], num_rows))
         for start in range(0, num_rows, step):
             stop = min(start + step, num_rows)
-            dense = fmt.expand(fmt.rows(parts, start, stop), (stop - start, columns))
+            dense = fmt.expand(fmt.rows(parts, start, stop))
             out[..., start:stop] = functional.linear(x, dense)
         return out

@@ -6,6 +6,7 @@ loss on the calibration samples. With alpha = 0 it is Wanda, bit for bit.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -35,8 +36,8 @@ class GBLM(ScoredMethod):
     def __post_init__(self) -> None:
         if self.gradient_norm not in ("l1", "l2"):
             raise UsageError(f"gradient_norm {self.gradient_norm!r} is unknown: use l1 or l2.")
-        if not self.alpha >= 0:
-            raise UsageError(f"alpha {self.alpha} must not be negative.")
+        if not isinstance(self.alpha, int | float) or not 0 <= self.alpha < math.inf:
+            raise UsageError(f"alpha {self.alpha!r} must be a finite number, not negative.")
 
     def score(self, weight: Tensor, stats: Stats) -> Tensor:
         """|W| [out, in] · act_norm [in] + |W| · α·grad_norm [out, in]."""

@@ -1,0 +1,103 @@
+"""A model folder before anything in it is believed: where it is, its JSON, its file names.
+
+Code that a checkpoint brings along is never run, pickle files are never opened.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gblm.errors import CheckpointError, InputError
+
+HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def resolve(model: str | Path) -> Path:
+    """The local folder of a model: itself, or a snapshot of a hub id.
+
+    Raises:
+        InputError: neither a folder nor a reachable hub id.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    text = str(model)
+    if path.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise InputError(f"model {text}: there is no such folder.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(text, allow_patterns=HUB_FILES))
+    except Exception as error:
+        raise InputError(
+            f"model {text}: no such folder, and the hub could not give it "
+            f"({type(error).__name__}). Name a local HF folder, or run `gblm fetch smollm2`."
+        ) from error
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """One JSON object from a file.
+
+    Raises:
+        InputError: the file is missing, unreadable, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} must hold one JSON object.")
+    return value
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder, refused when it would run code or is not JSON."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{folder} is no model folder: config.json is missing.")
+    config = read_json_object(path)
+    if "auto_map" in config:
+        raise InputError(
+            f"{path} names Python code to run (auto_map); gblm never executes code from a "
+            "checkpoint. If transformers knows the architecture, remove the auto_map entry."
+        )
+    return config
+
+
+def quant_method(config: dict[str, Any]) -> str | None:
+    """How config.json says the weights are stored; None = as they are."""
+    fields = config.get("quantization_config")
+    if fields is None:
+        return None
+    return str(fields.get("quant_method")) if isinstance(fields, dict) else "unknown"
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse a folder whose weights are pickles or missing."""
+    if any(folder.glob("*.safetensors")):
+        return
+    for pattern in PICKLES:
+        for file in folder.glob(pattern):
+            raise InputError(
+                f"{folder} holds {file.name}, a pickle that can run code when opened, and no "
+                "safetensors. Convert it with transformers' save_pretrained() in a sandbox."
+            )
+    raise InputError(f"{folder} holds no *.safetensors file.")
+
+
+def inside(folder: Path, file: str) -> Path:
+    """A file of the folder, or of the blob store that a hub snapshot links to.
+
+    Raises:
+        CheckpointError: the name or a link leads elsewhere.
+    """
+    if "\0" in file or Path(file).name != file or file in ("", ".", ".."):
+        raise CheckpointError(f"{folder}: file name {file!r} leads out of the folder.")
+    path = folder / file
+    target, root = path.resolve(), folder.resolve()
+    if target.parent != root and target.parent != root.parent.parent / "blobs":
+        raise CheckpointError(f"{path} is a link that leads out of the folder.")
+    return path
