@@ -23,7 +23,6 @@ def register() -> None:
     from gblm.serve.vllm_plugin.config import SparseConfig
 
     register_quantization_config("gblm")(SparseConfig)
-    _show_logs()
     found = vllm_version()
     if not found.startswith(tuple(f"{tested}." for tested in TESTED_VERSIONS)):
         logger.warning(
@@ -41,12 +40,3 @@ def vllm_version() -> str:
         except PackageNotFoundError:
             continue
     return "unknown"
-
-
-def _show_logs() -> None:
-    """vLLM shows its own loggers only; ours must speak in its logs, too, in every process."""
-    ours = logging.getLogger("gblm")
-    if not ours.handlers:
-        for handler in logging.getLogger("vllm").handlers:
-            ours.addHandler(handler)
-        ours.setLevel(logging.INFO)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,6 +67,7 @@ class SparseConfig(QuantizationConfig):
         """Called for every prepared linear; the last one writes the log line of the model."""
         self._chosen.append((backend, reasons))
         if len(self._chosen) == self.num_created:
+            _show_logs()
             kernels.log_choice(self._chosen)
             self._chosen.clear()
 
@@ -80,3 +82,12 @@ class SparseConfig(QuantizationConfig):
                 "formats. Prune all of them alike, or ignore all of them."
             )
         return found[0]
+
+
+def _show_logs() -> None:
+    """vLLM shows its own loggers only; once they are set up, ours speaks through them, too."""
+    ours = logging.getLogger("gblm")
+    if not ours.handlers:
+        for handler in logging.getLogger("vllm").handlers:
+            ours.addHandler(handler)
+        ours.setLevel(logging.INFO)
