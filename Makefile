@@ -44,8 +44,7 @@ wheel: dist ## install the wheel in an empty environment, run it there
 	$(PYTHON) -m venv $(CHECK)
 	$(CHECK)/bin/pip install --quiet --disable-pip-version-check dist/*.whl pytest
 	cd build && check/bin/gblm --version && check/bin/gblm doctor
-	cd build && check/bin/python -m pytest -q -p no:cacheprovider --rootdir=. --import-mode=importlib \
-		-o pythonpath=$(CURDIR)/tests $(CURDIR)/tests/wheel_check.py
+	cd build && check/bin/pytest -q -p no:cacheprovider -o pythonpath=$(CURDIR)/tests $(CURDIR)/tests/wheel_check.py
 
 test: lint types unit wheel ## everything that CI runs
 

@@ -1,6 +1,7 @@
 """Ways to expand a packed 2:4 weight in plain PyTorch and numpy; the code has the best one.
 
-Writes benchmarks/results/expand.json: median nanoseconds per dense weight, interleaved.
+Writes benchmarks/results/expand.json: median nanoseconds per dense weight, and what the chunk size
+of the reference backend changes; interleaved.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from torch import Tensor
 
 from gblm.formats import make_format
 from gblm.formats.bits import expand_bits, unpack_bits
+from gblm.kernels import reference
 from gblm.provenance import provenance
 from gblm.weights import SparseWeight
 
 RECORD = Path(__file__).resolve().parent / "results" / "expand.json"
+CHUNKS = (1 << 15, 1 << 18, 1 << 30)
 SHAPE, REPEATS = (448, 576), 200  # about one chunk of the reference backend
 
 
@@ -65,6 +68,27 @@ WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+def chunk_seconds(num_tokens: int) -> dict[str, float]:
+    """Seconds for all linears of SmolLM2-135M, by weights per chunk of the reference backend."""
+    fmt, backend = make_format("nm", "2:4"), reference.Reference()
+    shapes = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
+    layers = []
+    for shape in shapes * 30:
+        weight = torch.randn(shape).bfloat16()
+        sparse = SparseWeight.cut(weight, fmt.pattern.keep(weight.float().abs(), "row"))
+        layers.append((shape, backend.prepare(fmt, fmt.pack("w", sparse), shape)))
+    inputs = {width: torch.randn(num_tokens, width).bfloat16() for width in (576, 1536)}
+    times: dict[str, list[float]] = {str(chunk): [] for chunk in CHUNKS}
+    for _ in range(7):
+        for chunk in CHUNKS:
+            reference.CHUNK_WEIGHTS = chunk
+            began = time.perf_counter()
+            for shape, prepared in layers:
+                backend.linear(inputs[shape[1]], prepared, fmt, shape)
+            times[str(chunk)].append(time.perf_counter() - began)
+    return {chunk: statistics.median(seconds) for chunk, seconds in times.items()}
+
+
 def main() -> None:
     """Check that all agree, time them in turn, write the record."""
     fmt = make_format("nm", "2:4")
@@ -84,7 +108,9 @@ def main() -> None:
     for name, nanoseconds in result.items():
         print(f"{name:40}{nanoseconds:6.2f} ns/weight")
     record = {"kind": "expand", "provenance": provenance(), "shape": SHAPE, "repeats": REPEATS,
-              "threads": torch.get_num_threads(), "ns_per_weight": result}  # fmt: skip
+              "threads": torch.get_num_threads(), "ns_per_weight": result,
+              "chunk_seconds": {str(n): chunk_seconds(n) for n in (1, 8, 64)}}  # fmt: skip
+    print(record["chunk_seconds"])
     RECORD.write_text(json.dumps(record, indent=2) + "\n")
 
 
