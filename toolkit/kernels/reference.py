@@ -11,7 +11,7 @@ from torch.nn import functional
 from gblm.formats import Format, Parts, Shape
 from gblm.kernels.base import Backend
 
-# Measured best on CPU for 1 to 64 tokens: larger buffers cost page faults at every call.
+# Bounds the scratch memory; smaller pieces cost more calls (benchmarks/results/expand.json).
 CHUNK_WEIGHTS = 1 << 18
 
 
@@ -32,7 +32,7 @@ class Reference(Backend):
         return [parts[name].contiguous() for name in fmt.parts]
 
     def linear(self, x: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape) -> Tensor:
-        """Expand and multiply, so many rows at a time that the expanded ones stay in cache."""
+        """Expand and multiply a bounded number of rows at a time."""
         parts = dict(zip(fmt.parts, prepared, strict=True))
         num_rows, columns = shape
         step = max(1, CHUNK_WEIGHTS // columns)
