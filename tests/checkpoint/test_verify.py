@@ -15,7 +15,7 @@ from gblm.checkpoint.inspect import inspect
 from gblm.checkpoint.packed_folder import PackedReader
 from gblm.checkpoint.verify import verify
 from gblm.checkpoint.writer import sha256
-from gblm.errors import CheckpointError
+from gblm.errors import CheckpointError, InputError
 from gblm.export.dense import export_dense
 
 Pack = Callable[..., Path]
@@ -57,7 +57,7 @@ def test_one_changed_byte_is_found(packed: Path, name: str) -> None:
     data = bytearray(path.read_bytes())
     data[-2] ^= 1
     path.write_bytes(bytes(data))
-    with pytest.raises(CheckpointError, match=name):
+    with pytest.raises(InputError, match=name):
         verify(packed)
 
 
