@@ -105,11 +105,11 @@ def write_packed(
         shards = ShardWriter(folder)
         done = set()
         for name, weight in pruned:
-            dtype = reader.headers[f"{name}.weight"][1]
-            stored = weight.to(dtype)
             if packing.keeps_values:
                 # The computation's dtype may be narrower than the checkpoint's.
-                stored = SparseWeight.cut(reader.tensor(f"{name}.weight"), stored.mask)
+                stored = SparseWeight.cut(reader.tensor(f"{name}.weight"), weight.mask.cpu())
+            else:
+                stored = weight.to(reader.headers[f"{name}.weight"][1])
             parts = fmt.pack(name, stored)
             for part, tensor in parts.items():
                 shards.add(f"{name}.{part}", tensor)
