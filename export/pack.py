@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gblm.checkpoint.packed_folder import Packing, check_packable, check_room, write_packed
+from gblm.checkpoint.packer import Packing, check_packable, check_room, write_packed
 from gblm.checkpoint.reader import Reader
 from gblm.errors import InputError, PatternError
 from gblm.folder import resolve
-from gblm.model import load, prunable
+from gblm.layers import StreamedLayers
+from gblm.model import head_dim, prunable, refuse_packed
 from gblm.patterns import NM, Pattern, Unstructured, parse
 from gblm.progress import Progress, no_progress
 from gblm.weights import SparseWeight
@@ -46,19 +47,18 @@ def export_pack(
         InputError: the model has too few zeros for packing to save anything.
     """
     folder = resolve(source)
+    refuse_packed(folder)
     with Reader(folder) as reader:
         check_room(reader, output, overwrite)
-    model = load(folder)
-    linears = tuple(prunable(model, ignore=ignore))
-    every = tuple(prunable(model))
-    del model
-    with Reader(folder) as reader:
+        model = StreamedLayers(reader).model
+        linears, every = tuple(prunable(model, ignore=ignore)), tuple(prunable(model))
         chosen = parse(pattern) if pattern else find_pattern(reader, linears)
         check_packable(reader, linears, chosen)
-    recipe = {"model": str(source), "method": "pack", "pattern": str(chosen), "options": {}}
-    packing = Packing(folder, chosen, every, recipe, notes={})
-    step = progress("packing", len(linears))
-    return write_packed(packing, _weights(folder, linears, step), output, overwrite)
+        recipe = {"model": str(source), "method": "pack", "pattern": str(chosen), "options": {}}
+        packing = Packing(folder, chosen, every, recipe, notes={}, head_dim=head_dim(model))
+        step = progress("packing", len(linears))
+        pieces = (packing.pack(reader, weight) for weight in _weights(reader, linears, step))
+        return write_packed(packing, pieces, output, overwrite)
 
 
 def find_pattern(reader: Reader, linears: tuple[str, ...]) -> Pattern:
@@ -90,9 +90,9 @@ def _follows(pattern: NM, name: str, mask: Any) -> bool:
 
 
 def _weights(
-    folder: Path, linears: tuple[str, ...], step: Callable[[], None]
-) -> Iterator[tuple[str, SparseWeight]]:
-    with Reader(folder) as reader:
-        for name in linears:
-            yield name, SparseWeight.from_zeros(reader.tensor(f"{name}.weight"))
-            step()
+    reader: Reader, linears: tuple[str, ...], step: Callable[[], None]
+) -> Iterator[dict[str, SparseWeight]]:
+    for name in linears:
+        yield {name: SparseWeight.from_zeros(reader.tensor(f"{name}.weight"))}
+        reader.release()
+        step()

@@ -30,8 +30,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def save_tiny_model(folder: Path, dtype: str = "bfloat16", **config: object) -> Path:
     """A seeded two-layer LLaMA with grouped-query attention, and a tokenizer of bytes."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     fields: dict[str, object] = {
@@ -50,6 +49,14 @@ def save_tiny_model(folder: Path, dtype: str = "bfloat16", **config: object) -> 
     }
     model = LlamaForCausalLM(LlamaConfig(**(fields | config))).to(getattr(torch, dtype))
     model.save_pretrained(folder)
+    return save_byte_tokenizer(folder)
+
+
+def save_byte_tokenizer(folder: Path) -> Path:
+    """256 bytes, BOS 256, EOS 257."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

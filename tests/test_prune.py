@@ -21,8 +21,10 @@ from gblm.checkpoint import writer
 from gblm.checkpoint.packed_folder import PackedReader
 from gblm.checkpoint.reader import Reader
 from gblm.errors import InputError, MachineError, PatternError, UsageError
+from gblm.layers import Layers
+from gblm.loop import Loop, prune_layers
 from gblm.model import load, prunable
-from gblm.prune import prune, prune_model
+from gblm.prune import Output, prune
 from gblm.recipe import Calibration, Recipe
 
 Run = Callable[..., Outcome]
@@ -34,8 +36,8 @@ def recipe(tiny: Path, text_file: Path) -> Recipe:
     return Recipe(model=str(tiny), method="wanda", calibration=calibration)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "gblm"])
-@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "0.5", "0.7"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "gradient", "gblm"])
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "0.5", "0.7", "8x8@0.5"])
 def test_packed_weights_are_the_source_weights_where_kept(
     tiny: Path, pack_tiny: Callable[..., Path], method: str, pattern: str
 ) -> None:
@@ -91,16 +93,21 @@ def test_ignored_linears_stay_dense(recipe: Recipe, tmp_path: Path) -> None:
         assert "model.layers.1.mlp.down_proj" in packed.linears
 
 
-def test_prune_model_changes_the_model_in_place(tiny: Path) -> None:
+def test_a_model_in_memory_is_changed_in_place(tiny: Path) -> None:
+    from gblm.calibrate.walk import Walk
     from gblm.methods import make_method
     from gblm.patterns import NM
 
     model = load(tiny)
     linears = prunable(model)
-    done = dict(prune_model(model, [], make_method("magnitude", {}), NM(2, 4), linears))
-    for name, weight in done.items():
-        assert torch.equal(linears[name].weight, weight.weight)
-        assert float((linears[name].weight == 0).float().mean()) == 0.5
+    loop = Loop(make_method("magnitude", {}), NM(2, 4), frozenset(linears), Walk(frozenset()))
+    done = 0
+    for pruned in prune_layers(Layers(model), [], loop):
+        for name, weight in pruned.weights.items():
+            assert torch.equal(linears[name].weight, weight.weight)
+            assert float((linears[name].weight == 0).float().mean()) == 0.5
+            done += 1
+    assert done == 14
 
 
 def test_large_models_are_split_into_shards(
@@ -120,10 +127,10 @@ def test_existing_output_is_kept_unless_overwritten(recipe: Recipe, tmp_path: Pa
     with pytest.raises(InputError, match="exists; choose another name or pass --overwrite"):
         prune(recipe, tmp_path / "out")
     with pytest.raises(InputError, match="is no model folder and is not replaced"):
-        prune(recipe, tmp_path / "out", overwrite=True)
+        prune(recipe, Output(tmp_path / "out", overwrite=True))
     assert (tmp_path / "out/mine").read_text() == "precious"
     (tmp_path / "out/config.json").write_text("{}")
-    prune(recipe, tmp_path / "out", overwrite=True)
+    prune(recipe, Output(tmp_path / "out", overwrite=True))
     assert not (tmp_path / "out/mine").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -133,7 +140,7 @@ def test_overwriting_the_source_is_refused(recipe: Recipe, tmp_path: Path) -> No
     inner = recipe.model_copy(update={"model": str(source)})
     for output in (source, source.parent):
         with pytest.raises(InputError, match="cannot be replaced: it holds"):
-            prune(inner, output, overwrite=True)
+            prune(inner, Output(output, overwrite=True))
     assert (source / "model.safetensors").exists()
 
 
@@ -146,6 +153,8 @@ def test_output_that_appears_during_the_run_is_not_replaced(recipe: Recipe, tmp_
     with pytest.raises(InputError, match="exists"):
         prune(recipe, tmp_path / "out", progress=appear)
     assert (tmp_path / "out/config.json").read_text() == "other"
+    # The work is not lost either.
+    prune(recipe, Output(tmp_path / "out", overwrite=True), progress=lambda *phase: pytest.fail)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -192,24 +201,31 @@ def test_too_little_disk_space_is_found_before_any_work(
         prune(recipe, tmp_path / "out")
 
 
-def test_a_disk_that_fills_up_leaves_nothing(
-    recipe: Recipe, tmp_path: Path, tiny: Path, text_file: Path
+@pytest.mark.parametrize(("file_bytes", "layers_kept"), [(10_000, 0), (60_000, 2)])
+def test_a_disk_that_fills_up_leaves_finished_layers_only(
+    tmp_path: Path, tiny: Path, gblm: Run, file_bytes: int, layers_kept: int
 ) -> None:
-    """RLIMIT_FSIZE makes the kernel refuse the write of the shard, as a full disk does."""
+    """RLIMIT_FSIZE makes the kernel refuse the write of a file, as a full disk does."""
 
     def limit() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
 
+    arguments = ["prune", tiny, "--method", "magnitude", "--output", tmp_path / "out"]
     done = subprocess.run(
-        [sys.executable, "-m", "gblm", "prune", str(tiny), "--method", "magnitude",
-         "--output", str(tmp_path / "out")],
+        [sys.executable, "-m", "gblm", *map(str, arguments)],
         capture_output=True, text=True, preexec_fn=limit, check=False,
     )  # fmt: skip
     assert done.returncode == 3, done.stderr
     assert "writing" in done.stderr
     assert "failed" in done.stderr
-    assert not list(tmp_path.iterdir())
+    if not layers_kept:
+        assert not list(tmp_path.iterdir())
+        return
+    assert f"{layers_kept} finished decoder layers are kept" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == [".out.work"]
+    assert gblm(*arguments).code == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(
@@ -224,7 +240,7 @@ def test_a_stopped_run_leaves_no_folder_under_the_final_name(
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     limit = time.monotonic() + 120
-    while not list(tmp_path.glob(".out.partial-*")) and time.monotonic() < limit:
+    while not (tmp_path / ".out.work/run.json").exists() and time.monotonic() < limit:
         time.sleep(0.1)
     time.sleep(0.5)
     process.send_signal(signal_number)

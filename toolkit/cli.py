@@ -101,4 +101,5 @@ def _say(message: str, code: int, state: dict[str, Any]) -> int:
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     """SIGTERM unwinds the stack, so that half-written folders are removed."""
+    click.echo("gblm: stopped by SIGTERM (under torchrun: another rank has ended).", err=True)
     sys.exit(128 + number)

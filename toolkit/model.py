@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from gblm.checkpoint.reader import Reader
-from gblm.errors import InputError, MachineError, UsageError
+from gblm.errors import CheckpointError, InputError, MachineError, UsageError
 from gblm.folder import quant_method, read_config
 
 
@@ -34,9 +34,7 @@ def load(
     from transformers import AutoModelForCausalLM
 
     target = check_device(device)
-    if method := quant_method(read_config(folder)):
-        way_out = "it is packed already" if method == "gblm" else "start from the dense model"
-        raise InputError(f"{folder}: the weights are stored as `{method}`; {way_out}.")
+    refuse_packed(folder)
     with Reader(folder):
         pass  # transformers joins shard names unchecked and lets truncated files through
     try:
@@ -50,6 +48,44 @@ def load(
     except Exception as error:
         raise InputError(f"{folder} could not be loaded by transformers: {error}") from error
     return model.to(target).eval()
+
+
+def skeleton(folder: Path, num_tensors: int) -> nn.Module:
+    """The model of config.json with its weights on the meta device and its buffers in memory.
+
+    Args:
+        folder: a local HF folder, dense or packed.
+        num_tensors: how many tensors its files hold; a config that claims more decoder layers than
+            that is refused before they are built.
+
+    Raises:
+        CheckpointError: config.json describes no model that can be built.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        claimed = config.get_text_config().num_hidden_layers
+        if 0 < claimed <= num_tensors:
+            with init_empty_weights(include_buffers=False):
+                model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return model
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder}: config.json describes no model that can be built: {error}"
+        ) from error
+    raise CheckpointError(
+        f"{folder}: config.json claims {claimed} decoder layers; the files hold {num_tensors} "
+        "tensors in all."
+    )
+
+
+def refuse_packed(folder: Path) -> None:
+    """Raise InputError when a folder's weights are stored quantised or packed."""
+    if method := quant_method(read_config(folder)):
+        way_out = "it is packed already" if method == "gblm" else "start from the dense model"
+        raise InputError(f"{folder}: the weights are stored as `{method}`; {way_out}.")
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -104,6 +140,22 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     )
 
 
+def hidden_size(model: nn.Module) -> int:
+    """Width of the hidden states."""
+    config: Any = model.config
+    return int(config.get_text_config().hidden_size)
+
+
+def head_dim(model: nn.Module) -> int | None:
+    """Rows of a query projection per attention head; None when config.json does not tell."""
+    config: Any = model.config
+    text = config.get_text_config()
+    if found := getattr(text, "head_dim", None):
+        return int(found)
+    heads = getattr(text, "num_attention_heads", None)
+    return int(text.hidden_size) // int(heads) if heads else None
+
+
 def linears(layer: nn.Module) -> dict[str, nn.Linear]:
     """Every nn.Linear of a decoder layer by its local name, such as "self_attn.q_proj"."""
     return {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
@@ -142,8 +194,21 @@ def prunable(
 def _named_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     prefix, layers = decoder_layers(model)
     for index, layer in enumerate(layers):
-        for name, linear in linears(layer).items():
+        found = linears(layer)
+        _refuse_other_matrices(f"{prefix}.{index}", layer, found)
+        for name, linear in found.items():
             yield f"{prefix}.{index}.{name}", linear
+
+
+def _refuse_other_matrices(prefix: str, layer: nn.Module, found: dict[str, nn.Linear]) -> None:
+    """Mixture-of-experts weights that are no nn.Linear would stay dense without a word."""
+    known = {f"{name}.weight" for name in found}
+    for name, parameter in layer.named_parameters():
+        if parameter.ndim > 1 and name not in known:
+            raise InputError(
+                f"{prefix}.{name} {list(parameter.shape)} is no weight of an nn.Linear (fused "
+                "mixture-of-experts weights are not): gblm does not prune this architecture."
+            )
 
 
 def _matches(name: str, globs: tuple[str, ...]) -> bool:

@@ -20,7 +20,7 @@ from gblm.folder import quant_method, read_config, resolve
 from gblm.formats import Format, Shape
 from gblm.formats.manifest import QUANT_METHOD
 from gblm.kernels import Backend
-from gblm.model import check_device
+from gblm.model import check_device, skeleton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -133,7 +133,7 @@ def check_loadable(folder: Path) -> None:
         CheckpointError: they do not agree.
     """
     with PackedReader(folder) as packed:
-        model = _model_without_memory(folder, len(packed.headers))
+        model = skeleton(folder, len(packed.headers))
         check_complete(model, packed)
         for linear in packed.linears.values():
             check_linear(model, linear)
@@ -171,27 +171,6 @@ def check_linear(model: nn.Module, linear: PackedLinear) -> nn.Linear:
             f"{linear.name}: packed as {list(linear.shape)}, but config.json makes it {found}."
         )
     return module
-
-
-def _model_without_memory(folder: Path, num_tensors: int) -> nn.Module:
-    """The model of config.json on the meta device."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        claimed = config.get_text_config().num_hidden_layers
-        if 0 < claimed <= num_tensors:
-            with torch.device("meta"):
-                built: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-            return built
-    except Exception as error:
-        raise CheckpointError(
-            f"{folder}: config.json describes no model that can be built: {error}"
-        ) from error
-    raise CheckpointError(
-        f"{folder}: config.json claims {claimed} decoder layers; the files hold {num_tensors} "
-        "tensors in all."
-    )
 
 
 def _check_dense(model: nn.Module, name: str, shape: tuple[int, ...]) -> None:

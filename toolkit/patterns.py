@@ -17,6 +17,7 @@ from torch import Tensor
 from gblm.errors import PatternError
 
 Scope = Literal["row", "matrix"]
+MAX_BLOCK = 1024
 
 
 class Pattern(Protocol):
@@ -44,6 +45,41 @@ class Pattern(Protocol):
         """Raise PatternError naming the first place where a keep mask [out, in] breaks it."""
 
 
+def keep_highest(score: Tensor, num_pruned: int) -> Tensor:
+    """Drop exactly `num_pruned` of each row, the lowest scores; of equal ones the lowest index.
+
+    Args:
+        score: [rows, n] floating point without NaN; −0.0 equals +0.0.
+        num_pruned: 0 ≤ num_pruned ≤ n.
+
+    Returns:
+        [rows, n] bool, True = kept.
+    """
+    if num_pruned == 0:
+        return torch.ones_like(score, dtype=torch.bool)
+    # A threshold beats a full sort; kthvalue finds it too, but takes n² steps on a sorted row.
+    lowest = score.topk(num_pruned, dim=1, largest=False, sorted=False).values
+    threshold = lowest.amax(dim=1, keepdim=True)
+    keep = score > threshold
+    missing = score.shape[1] - num_pruned - keep.sum(dim=1, dtype=torch.int32)
+    rows = missing.nonzero()[:, 0]
+    ties = score[rows] == threshold[rows]
+    first_kept = ties.sum(dim=1) - missing[rows]
+    keep[rows] |= ties & (ties.cumsum(dim=1) > first_kept[:, None])
+    return keep
+
+
+def _check_sparsity(sparsity: float) -> None:
+    if not 0.0 <= sparsity < 1.0:
+        raise PatternError(f"sparsity {sparsity:g} is outside 0 ≤ sparsity < 1.")
+
+
+def _decimal(sparsity: float) -> str:
+    """The shortest decimal that reads back as the same number, never with an exponent."""
+    text = format(Decimal(repr(sparsity)), "f")
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
 @dataclass(frozen=True)
 class Unstructured:
     """Any position; floor(sparsity · n) weights go, counted per row or per matrix."""
@@ -51,20 +87,15 @@ class Unstructured:
     sparsity: float
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.sparsity < 1.0:
-            raise PatternError(f"sparsity {self.sparsity:g} is outside 0 ≤ sparsity < 1.")
+        _check_sparsity(self.sparsity)
 
     def __str__(self) -> str:
-        text = format(Decimal(repr(self.sparsity)), "f")
-        return text.rstrip("0").rstrip(".") if "." in text else text
+        return _decimal(self.sparsity)
 
     def keep(self, score: Tensor, scope: Scope) -> Tensor:
         """See Pattern.keep; the count that goes is exact also when scores tie."""
         flat = score if scope == "row" else score.reshape(1, -1)
-        num_pruned = int(flat.shape[1] * self.sparsity)
-        order = torch.sort(flat, dim=1, stable=True).indices[:, :num_pruned]
-        keep = torch.ones_like(flat, dtype=torch.bool).scatter_(1, order, False)
-        return keep.reshape(score.shape)
+        return keep_highest(flat, int(flat.shape[1] * self.sparsity)).reshape(score.shape)
 
     def check_shape(self, name: str, shape: tuple[int, int]) -> None:
         """Every shape will do."""
@@ -126,8 +157,77 @@ class NM:
         )
 
 
+@dataclass(frozen=True)
+class Block:
+    """Whole tiles of `block_rows` outputs × `block_cols` inputs stay or go.
+
+    floor(sparsity · n) of n tiles go, counted per row of tiles or per matrix.
+    """
+
+    sparsity: float
+    block_rows: int
+    block_cols: int
+
+    def __post_init__(self) -> None:
+        _check_sparsity(self.sparsity)
+        sides = (self.block_rows, self.block_cols)
+        if not 1 <= min(sides) <= max(sides) <= MAX_BLOCK or sides == (1, 1):
+            raise PatternError(
+                f"pattern {self}: a block has 1 to {MAX_BLOCK} rows and columns, and more than one "
+                "weight."
+            )
+
+    def __str__(self) -> str:
+        return f"{self.block_rows}x{self.block_cols}@{_decimal(self.sparsity)}"
+
+    def keep(self, score: Tensor, scope: Scope) -> Tensor:
+        """See Pattern.keep; a tile's score is the sum over its weights, in float32."""
+        tiles = self._tiles(score).sum(dim=(1, 3), dtype=torch.float32)
+        flat = tiles if scope == "row" else tiles.reshape(1, -1)
+        keep = keep_highest(flat, int(flat.shape[1] * self.sparsity)).reshape(tiles.shape)
+        size = (-1, self.block_rows, -1, self.block_cols)
+        return keep[:, None, :, None].expand(size).reshape(score.shape)
+
+    def check_shape(self, name: str, shape: tuple[int, int]) -> None:
+        """Rows and columns must be multiples of the block's."""
+        sides = (self.block_rows, self.block_cols)
+        for what, length, block in zip(("rows", "columns"), shape, sides, strict=True):
+            if length % block:
+                raise PatternError(
+                    f"{name}: {length} {what} do not divide into blocks of {block} "
+                    f"(pattern {self}). Choose another pattern or leave it dense with --ignore."
+                )
+
+    def check_mask(self, name: str, mask: Tensor) -> None:
+        """Every tile must be kept whole or dropped whole; kept zeros count as kept.
+
+        A mask read off a weight's non-zeros may therefore fail for a tile that holds a zero.
+        """
+        self.check_shape(name, (mask.shape[0], mask.shape[1]))
+        counts = self._tiles(mask).sum(dim=(1, 3), dtype=torch.int32)
+        size = self.block_rows * self.block_cols
+        broken = ((counts > 0) & (counts < size)).nonzero()
+        if not len(broken):
+            return
+        row, col = (int(i) for i in broken[0])
+        top, left = row * self.block_rows, col * self.block_cols
+        raise PatternError(
+            f"{name}: rows {top}..{top + self.block_rows - 1}, "
+            f"columns {left}..{left + self.block_cols - 1} keep {int(counts[row, col])} of {size} "
+            f"weights; {self} keeps all or none. Re-run `gblm prune --pattern {self}`."
+        )
+
+    def _tiles(self, matrix: Tensor) -> Tensor:
+        """[out, in] as [tile rows, block_rows, tile columns, block_cols]."""
+        return matrix.reshape(
+            matrix.shape[0] // self.block_rows, self.block_rows, -1, self.block_cols
+        )
+
+
 def parse(text: str, sparsity: float | None = None) -> Pattern:
-    """Read a pattern: "2:4", "0.5", or "unstructured" with `sparsity` beside it.
+    """Read a pattern: "2:4", "0.5", "16x16@0.5" (rows x columns of a block @ sparsity).
+
+    "unstructured" and "16x16" take `sparsity`, 0.5 if it is None.
 
     Raises:
         PatternError: the text is none of these, or contradicts `sparsity`.
@@ -138,10 +238,13 @@ def parse(text: str, sparsity: float | None = None) -> Pattern:
         pattern = Unstructured(0.5 if sparsity is None else sparsity)
     elif re.fullmatch(r"0?\.\d+|0", text):
         pattern = Unstructured(float(text))
+    elif match := re.fullmatch(r"(\d{1,4})x(\d{1,4})(?:@(0?\.\d+|0))?", text):
+        share = match[3] or (0.5 if sparsity is None else sparsity)
+        pattern = Block(float(share), int(match[1]), int(match[2]))
     else:
         raise PatternError(
             f"pattern {text!r} is unknown: give N:M (2:4 keeps 2 of 4), a sparsity such as 0.5, "
-            "or `unstructured` with --sparsity."
+            "a block such as 16x16@0.5, or `unstructured` with --sparsity."
         )
     if sparsity is not None and abs(pattern.sparsity - sparsity) > 1e-9:
         raise PatternError(

@@ -1,161 +1,226 @@
-"""Prune a model: the loop over decoder layers, and the run from recipe to packed folder."""
+"""One pruning run: from a recipe to a packed folder, in little memory, restartable, on many ranks."""
 
 from __future__ import annotations
 
 import logging
+import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from gblm import data
-from gblm.calibrate.gradients import gradient_norms
-from gblm.calibrate.stats import STATS
-from gblm.calibrate.walk import walk
-from gblm.checkpoint.packed_folder import Packing, check_packable, check_room, write_packed
+from gblm.calibrate.saved import StatsFolder
+from gblm.calibrate.walk import DecoderLayer
+from gblm.checkpoint.packer import Packing, check_packable, check_room, write_packed
 from gblm.checkpoint.reader import Reader
-from gblm.errors import InputError, UsageError
+from gblm.checkpoint.work import WorkFolder, open_work, work_path
+from gblm.checkpoint.writer import check_output, folder_sha256
+from gblm.errors import UsageError
 from gblm.folder import resolve
+from gblm.formats import format_for
+from gblm.layers import StreamedLayers
+from gblm.loop import Loop, prune_layers
 from gblm.methods import Method, ScoredMethod, make_method
-from gblm.model import check_device, load, load_tokenizer, prunable
+from gblm.model import check_device, head_dim, prunable, refuse_packed
 from gblm.patterns import Pattern, parse
 from gblm.progress import Progress, no_progress
+from gblm.provenance import versions
+from gblm.ranks import Ranks, rank_device, ranks_from_environment
 from gblm.recipe import Recipe
-from gblm.weights import SparseWeight
+from gblm.statistics import Statistics
 
 logger = logging.getLogger(__name__)
 
 
-@torch.no_grad()
-def prune_model(
-    model: nn.Module,
-    batches: Sequence[Tensor],
-    method: Method,
-    pattern: Pattern,
-    linears: Mapping[str, nn.Linear],
-    gradients: Mapping[str, Tensor] | None = None,
-) -> Iterator[tuple[str, SparseWeight]]:
-    """Prune in place, one decoder layer after another, and yield every pruned weight.
+@dataclass(frozen=True)
+class Output:
+    """Where a run writes, and what it does with what is there.
 
-    Args:
-        model: a causal language model in eval mode; its weights become the pruned ones.
-        batches: calibration token ids, each [samples, tokens].
-        method: how weights are judged.
-        pattern: which positions may stay.
-        linears: what to prune, by full name.
-        gradients: "grad_norm" [out, in] by full name, for methods that need it.
-
-    Yields:
-        Full name and pruned weight, in the model's dtype.
-
-    Raises:
-        InputError: a weight is not finite.
+    Attributes:
+        folder: the packed folder to make; it appears complete or not at all.
+        overwrite: replace an existing folder.
+        resume: go on after the finished layers of an earlier run of the same recipe.
+        save_stats: a folder for the statistics, to be used by other recipes.
     """
-    for layer in walk(model, batches, method.needs & STATS.keys()):
-        for local, linear in layer.linears.items():
-            name = f"{layer.name}.{local}"
-            if name not in linears:
-                continue
-            if local not in layer.stats:
-                raise InputError(
-                    f"{name} was never used on the calibration text; leave it dense: --ignore."
-                )
-            if not bool(linear.weight.isfinite().all()):
-                raise InputError(f"{name}.weight holds NaN or Inf: the checkpoint is damaged.")
-            stats = layer.stats[local] | ({"grad_norm": gradients[name]} if gradients else {})
-            pruned = method.prune(linear.weight, stats, pattern)
-            linear.weight.copy_(pruned.weight)
-            yield name, pruned
+
+    folder: Path
+    overwrite: bool = False
+    resume: bool = True
+    save_stats: Path | None = None
 
 
 def prune(
-    recipe: Recipe,
-    output: str | Path,
-    overwrite: bool = False,
-    progress: Progress = no_progress,
+    recipe: Recipe, output: Output | str | Path, progress: Progress = no_progress
 ) -> dict[str, Any]:
     """Prune a model and write it as a packed folder.
 
-    Everything that can be refused is refused before the first forward pass.
+    Everything that can be refused is refused before the first forward pass. Under torchrun all
+    ranks call this; rank 0 writes.
 
     Args:
         recipe: all inputs of the run.
-        output: the folder to make; it appears complete or not at all.
-        overwrite: replace an existing folder.
+        output: the folder to make, or more about it.
         progress: for progress bars.
 
     Returns:
-        The sparsity report of the folder, with "output" and "seconds" added.
+        The sparsity report of the folder, with "output" and "seconds" added; empty on other ranks.
 
     Raises:
-        GblmError: see the error classes; nothing is left under `output`.
+        GblmError: see the error classes; nothing is left under the output's name.
     """
     began = time.monotonic()
-    check_device(recipe.device)
-    method = make_method(recipe.method, recipe.options)
-    pattern = parse(recipe.pattern)
-    source, target = resolve(recipe.model), Path(output)
-    with Reader(source) as reader:
-        check_room(reader, target, overwrite)
-    dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    model = load(source, dtype, recipe.device)
-    linears = prunable(model, recipe.targets, recipe.ignore)
-    with Reader(source) as reader:
-        check_packable(reader, linears, pattern)
-    if not method.needs:
-        recipe = recipe.model_copy(update={"calibration": None})
-    windows = _calibration_windows(recipe, source) if method.needs else None
-    packing = Packing(
-        source=source,
-        pattern=pattern,
-        linears=tuple(prunable(model)),
-        recipe=recipe.to_dict(),
-        notes={"calibration_sha256": data.fingerprint(windows) if windows is not None else None},
-        keeps_values=isinstance(method, ScoredMethod),
-    )
-    pruned = _run(model, windows, method, pattern, linears, recipe, progress)
-    report = write_packed(packing, pruned, target, overwrite)
+    target = output if isinstance(output, Output) else Output(Path(output))
+    device = rank_device(recipe.device)
+    check_device(device)
+    with ranks_from_environment(device) as ranks, Reader(resolve(recipe.model)) as reader:
+        report = _prepare(recipe, target, reader, device, ranks).execute(progress)
+    if not ranks.leads:
+        return {}
     logger.info(
         "wrote %s: %.1f MB packed, %.1f MB dense",
-        target,
+        target.folder,
         report["bytes_packed"] / 1e6,
         report["bytes_dense"] / 1e6,
     )
-    return report | {"output": str(target), "seconds": round(time.monotonic() - began, 1)}
+    return report | {"output": str(target.folder), "seconds": round(time.monotonic() - began, 1)}
 
 
-def _run(
-    model: nn.Module,
-    windows: Tensor | None,
-    method: Method,
-    pattern: Pattern,
-    linears: Mapping[str, nn.Linear],
-    recipe: Recipe,
-    progress: Progress,
-) -> Iterator[tuple[str, SparseWeight]]:
-    """Gradients when the method needs them, then the loop, each with its progress bar."""
-    batches: list[Tensor] = []
-    if windows is not None and recipe.calibration is not None:
-        batches = list(windows.split(recipe.calibration.batch_size))
-    gradients = None
-    if windows is not None and "grad_norm" in method.needs:
-        norm = getattr(method, "gradient_norm", "l2")
-        step = progress("gradients", len(windows))
-        gradients = gradient_norms(model, list(windows), linears, norm, step)
-    step = progress("pruning", len(linears))
-    for item in prune_model(model, batches, method, pattern, linears, gradients):
-        yield item
-        step()
-
-
-def _calibration_windows(recipe: Recipe, source: Path) -> Tensor:
-    wanted = recipe.calibration
-    if wanted is None:
-        raise UsageError(f"method {recipe.method} needs calibration text; the recipe has none.")
-    documents = data.read_documents(wanted.source, "calibration")
-    return data.calibration_windows(
-        documents, load_tokenizer(source), wanted.num_samples, wanted.seq_len, wanted.seed
+def _prepare(recipe: Recipe, output: Output, reader: Reader, device: str, ranks: Ranks) -> _Run:
+    """Check everything that can be checked without computing."""
+    method, pattern = make_method(recipe.method, recipe.options), parse(recipe.pattern)
+    method.check_pattern(pattern)
+    refuse_packed(reader.folder)
+    dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    layers = StreamedLayers(reader, dtype, device)
+    names = prunable(layers.model, recipe.targets, recipe.ignore)
+    check_packable(reader, names, pattern)
+    if ranks.leads:
+        _check_output(output, reader, frozenset(names), method)
+    if not method.needs or recipe.stats is not None:
+        recipe = recipe.model_copy(update={"calibration": None})
+    sha256 = folder_sha256(reader.folder, {"config.json", *reader.files})
+    statistics = Statistics.prepare(recipe, method, layers, ranks, reader.folder, sha256)
+    packing = Packing(
+        source=reader.folder,
+        pattern=pattern,
+        linears=tuple(prunable(layers.model)),
+        recipe=recipe.to_dict(),
+        notes={"calibration_sha256": statistics.calibration_sha256, "model_sha256": sha256},
+        keeps_values=isinstance(method, ScoredMethod),
+        head_dim=head_dim(layers.model),
     )
+    return _Run(packing, output, reader, layers, frozenset(names), method, statistics)
+
+
+def _check_output(output: Output, reader: Reader, names: frozenset[str], method: Method) -> None:
+    """The outputs are free, and the disk holds finished layers besides the folder itself."""
+    shapes = [reader.headers[f"{name}.weight"][0] for name in names]
+    gradients = 4 * sum(rows * columns for rows, columns in shapes)
+    layers = int(1.1 * sum(reader.num_bytes(f"{name}.weight") for name in names))
+    extra = layers + (gradients if "grad_norm" in method.needs else 0)
+    check_room(reader, output.folder, output.overwrite, extra)
+    if output.save_stats is not None:
+        if not method.needs:
+            raise UsageError("--save-stats: this method collects no statistics.")
+        check_output(output.save_stats, overwrite=False)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run whose inputs have been checked."""
+
+    packing: Packing
+    output: Output
+    reader: Reader
+    layers: StreamedLayers
+    names: frozenset[str]
+    method: Method
+    statistics: Statistics
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.statistics.ranks
+
+    def execute(self, progress: Progress) -> dict[str, Any]:
+        """Gradients when the method needs them, then the loop, then the folder."""
+        with self._work() as work, self._scratch() as scratch:
+            first = self.ranks.agree(len(work.finished) if work else 0)
+            gradients = StatsFolder(work_path(self.output.folder) / "gradients")
+            if first < len(self.layers):
+                self._gradients(gradients, scratch, progress)
+                step = progress("pruning", len(self.layers) - first)
+                loop = self._loop(work, gradients, scratch, first)
+                for pruned in prune_layers(self.layers, self.statistics.batches(), loop):
+                    if work is not None:
+                        work.add(*self.packing.pack(self.reader, pruned.weights))
+                        self.reader.release()
+                    step()
+            return self._publish(work) if work is not None else {}
+
+    def _gradients(self, folder: StatsFolder, scratch: Path, progress: Progress) -> None:
+        """Take gradient norms unless they are saved, or an earlier run has finished them."""
+        if "grad_norm" in self.method.needs and self.statistics.saved is None:
+            if not self.ranks.agree(int(folder.complete)):
+                self.statistics.make_gradients(folder, self.names, scratch, progress)
+
+    def _loop(
+        self, work: WorkFolder | None, gradients: StatsFolder, scratch: Path, first: int
+    ) -> Loop:
+        how = self.statistics.walk(scratch, first)
+        loop = Loop(self.method, self.packing.pattern, self.names, how)
+        if work is None:
+            return loop
+        if self.output.save_stats is not None:
+            saved = StatsFolder(work.path / "stats")
+            loop = replace(loop, observed=lambda layer: saved.write(layer.index, layer.stats))
+        restore = partial(_restore, work, self.packing.pattern)
+        return replace(loop, restore=restore, more=self.statistics.stored(gradients))
+
+    def _publish(self, work: WorkFolder) -> dict[str, Any]:
+        pieces = ((layer.tensors(), layer.rows) for layer in work.finished)
+        target = self.output
+        report = write_packed(self.packing, pieces, target.folder, target.overwrite, work.path)
+        if self.output.save_stats is not None:
+            stats = StatsFolder(work.path / "stats")
+            stats.finish(self.statistics.facts(self.method.needs))
+            stats.path.rename(self.output.save_stats)
+        return report
+
+    @contextmanager
+    def _work(self) -> Iterator[WorkFolder | None]:
+        """The work folder, on rank 0."""
+        if not self.ranks.leads:
+            yield None
+            return
+        fingerprint = {
+            **{f"recipe.{key}": value for key, value in self.packing.recipe.items()},
+            **self.packing.notes,
+            "save_stats": self.output.save_stats is not None,
+            "versions": {key: versions()[key] for key in ("torch", "transformers")},
+        }
+        with open_work(self.output.folder, fingerprint, self.output.resume) as work:
+            yield work
+
+    @contextmanager
+    def _scratch(self) -> Iterator[Path]:
+        """This rank's own folder for activations; made when it is written to."""
+        folder = work_path(self.output.folder) / f"scratch-{self.ranks.rank}"
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _restore(work: WorkFolder, pattern: Pattern, layer: DecoderLayer) -> None:
+    """Give a layer the weights that an earlier run found for it."""
+    fmt, tensors = format_for(pattern), work.finished[layer.index].tensors()
+    for local, linear in layer.linears.items():
+        name = f"{layer.name}.{local}"
+        if f"{name}.bitmask" in tensors:
+            parts = {part: tensors[f"{name}.{part}"] for part in fmt.parts}
+            linear.weight.copy_(fmt.expand(parts))

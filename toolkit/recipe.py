@@ -22,6 +22,8 @@ class Calibration(BaseModel):
         seq_len: tokens per window; never taken from the model's maximum.
         seed: of the window positions.
         batch_size: windows per forward pass; 1 is the papers' order of summation.
+        prefix: whose activations a decoder layer sees: "pruned", the pruned layers' before it as in
+            the papers; "dense", the unchanged model's, at one forward pass less.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -31,6 +33,7 @@ class Calibration(BaseModel):
     seq_len: int = Field(default=2048, ge=2)
     seed: int = 0
     batch_size: int = Field(default=1, ge=1)
+    prefix: Literal["pruned", "dense"] = "pruned"
 
 
 class Recipe(BaseModel):
@@ -41,7 +44,8 @@ class Recipe(BaseModel):
         method: a name of `gblm.methods.METHODS`.
         pattern: "2:4", "0.5", …; see `gblm.patterns.parse`.
         options: the method's own fields, such as {"alpha": 100.0}; unknown ones are refused.
-        calibration: None for methods that need no data.
+        calibration: None for methods that need no data, and with `stats`.
+        stats: a folder of saved statistics, used instead of calibration text.
         targets: glob patterns of module names to prune; all linears of the decoder layers if empty.
         ignore: glob patterns of module names that stay dense; wins over `targets`.
         dtype: of the computation. "auto" is the checkpoint's own. Stored values keep the
@@ -54,8 +58,9 @@ class Recipe(BaseModel):
     model: str
     method: str = "gblm"
     pattern: str = "2:4"
-    options: dict[str, float | int | str] = Field(default_factory=dict)
+    options: dict[str, bool | float | int | str] = Field(default_factory=dict)
     calibration: Calibration | None = Calibration()
+    stats: str | None = None
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     dtype: DType = "auto"

@@ -1,15 +1,24 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from gblm.calibrate.walk import walk
+from gblm.calibrate.walk import DecoderLayer, Walk
+from gblm.calibrate.walk import walk as walk_layers
 from gblm.errors import InputError
+from gblm.layers import Layers
 from gblm.model import load
 
 NEEDS = frozenset({"act_norm"})
+
+
+def walk(
+    model: torch.nn.Module, batches: list[torch.Tensor], needs: frozenset[str], **how: object
+) -> Iterator[DecoderLayer]:
+    return walk_layers(Layers(model), batches, Walk(needs, **how))
 
 
 @pytest.fixture
@@ -72,6 +81,49 @@ def test_walk_propagates_the_changed_weights(
     )
 
 
+def test_dense_prefix_sees_the_unchanged_model(
+    model: torch.nn.Module, batches: list[torch.Tensor]
+) -> None:
+    want = inputs_by_hooks(model, batches)
+    for layer in walk(model, batches, NEEDS, prefix="dense"):
+        for local, stats in layer.stats.items():
+            torch.testing.assert_close(stats["act_norm"], want[f"{layer.name}.{local}"])
+        with torch.no_grad():
+            layer.linears["mlp.down_proj"].weight.mul_(0)
+
+
+def test_activations_on_disk_are_the_same(
+    model: torch.nn.Module, batches: list[torch.Tensor], tmp_path: Path
+) -> None:
+    memory = [layer.stats for layer in walk(model, batches, NEEDS)]
+    disk = []
+    for layer in walk(model, batches, NEEDS, scratch=tmp_path / "s"):
+        disk.append(layer.stats)
+        assert len(list((tmp_path / "s").iterdir())) == 3
+    for a, b in zip(memory, disk, strict=True):
+        assert all(torch.equal(a[n]["act_norm"], b[n]["act_norm"]) for n in a)
+    assert not list((tmp_path / "s").iterdir())
+
+
+def test_layers_before_first_are_run_but_not_observed(
+    model: torch.nn.Module, batches: list[torch.Tensor]
+) -> None:
+    want = [layer.stats for layer in walk(model, batches, NEEDS)]
+    got = [layer.stats for layer in walk(model, batches, NEEDS, first=1)]
+    assert got[0] == {}
+    assert torch.equal(
+        got[1]["self_attn.q_proj"]["act_norm"], want[1]["self_attn.q_proj"]["act_norm"]
+    )
+
+
+def test_every_linear_sees_every_batch(model: torch.nn.Module, batches: list[torch.Tensor]) -> None:
+    """The last linear of a layer is not computed while observing; its input must still count."""
+    want = inputs_by_hooks(model, batches)
+    for layer in walk(model, batches, NEEDS):
+        got = layer.stats["mlp.down_proj"]["act_norm"]
+        torch.testing.assert_close(got, want[f"{layer.name}.mlp.down_proj"])
+
+
 def test_batch_size_only_changes_rounding(
     model: torch.nn.Module, batches: list[torch.Tensor]
 ) -> None:
@@ -91,7 +143,7 @@ def test_shared_inputs_share_one_statistic(
 
 
 def test_walk_without_needs_runs_no_forward_pass(model: torch.nn.Module) -> None:
-    model.forward = None
+    model.model.forward = None
     assert [layer.index for layer in walk(model, [], frozenset())] == [0, 1]
 
 
@@ -101,6 +153,7 @@ def test_walk_leaves_no_hooks_behind(model: torch.nn.Module, batches: list[torch
     for _ in walk(model, batches, NEEDS):
         pass
     assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_infinite_activations_name_the_linear(

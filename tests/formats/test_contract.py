@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from gblm.errors import CheckpointError, PatternError
 from gblm.formats import FORMATS, Format, format_for, from_spec, make_format
 from gblm.formats.bits import pack_bits, unpack_bits
-from gblm.patterns import parse
+from gblm.patterns import Block, Scope, parse
 from gblm.weights import SparseWeight
 
 CASES = [("nm", "2:4"), ("nm", "4:8"), ("nm", "1:4"), ("nm", "3:4"), ("bitmask", "0.5"),
-         ("bitmask", "0.9"), ("bitmask", "0")]  # fmt: skip
+         ("bitmask", "0.9"), ("bitmask", "0"), ("bitmask", "1x4@0.5")]  # fmt: skip
 SHAPES = [(1, 8), (3, 16), (16, 64), (7, 40)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -152,11 +152,33 @@ def test_spec_round_trips(name: str, pattern: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "pattern"), [("zip", "2:4"), ("nm", "0.5"), ("bitmask", "2:4"), ("nm", "9:4"),
-                          ("os:system", "2:4"), ("nm", "__import__")]
+                          ("os:system", "2:4"), ("nm", "__import__"), ("nm", "16x16@0.5"),
+                          ("bitmask", "0x16@0.5"), ("bitmask", "16x2000@0.5")]
 )  # fmt: skip
 def test_hostile_or_unknown_names_are_refused(name: str, pattern: str) -> None:
     with pytest.raises(CheckpointError):
         make_format(name, pattern)
+
+
+@pytest.mark.parametrize("scope", ["row", "matrix"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks_are_stored_as_they_are(dtype: torch.dtype, scope: Scope) -> None:
+    fmt = from_spec("bitmask/16x8@0.75")
+    assert fmt.pattern == Block(0.75, 16, 8)
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    pruned = SparseWeight.cut(weight, fmt.pattern.keep(weight.float().abs(), scope))
+    parts = fmt.pack("w", pruned)
+    fmt.validate("w", parts, (32, 64))
+    back = fmt.unpack(parts)
+    fmt.pattern.check_mask("w", back.mask)
+    assert same_bits(back.weight, pruned.weight)
+    assert torch.equal(back.mask, pruned.mask)
+
+
+def test_blocks_that_do_not_fit_are_refused() -> None:
+    weight = SparseWeight.from_zeros(torch.zeros(24, 64))
+    with pytest.raises(PatternError, match=r"w: 24 rows do not divide into blocks of 16"):
+        make_format("bitmask", "16x8@0.5").pack("w", weight)
 
 
 def test_bit_order_is_least_significant_first() -> None:

@@ -1,83 +1,224 @@
 """Gradient norms: ‖G_ij‖ over the calibration samples, of the dense model's own loss.
 
-G_s is the gradient of the mean next-token cross-entropy of sample s. One backward pass per
-sample; a weight's gradient is folded into a float32 sum and freed as soon as it is there.
+G_s is the gradient of the mean next-token cross-entropy of sample s. The backward pass runs one
+decoder layer at a time: inputs of all layers are stored on the way up; on the way down each layer
+is run again from its inputs and differentiated. Only one layer is ever in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from gblm.calibrate.activations import Activations
+from gblm.calibrate.frame import Call, capture, loss
 from gblm.errors import InputError, UsageError
+from gblm.layers import Layers
+from gblm.model import linears
+from gblm.ranks import ALONE, Ranks
+
+NORMS = ("l1", "l2")
+# float16 gradients are kept near this size: in the middle of the exponents float16 has.
+HALF_TARGET = 2.0**6
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """How to take gradient norms.
+
+    Attributes:
+        norm: over samples; l1: Σ|g|, l2: √Σ g².
+        names: full names of the linears whose weights to differentiate.
+        scratch: folder for the layers' inputs; None keeps them in memory.
+        ranks: the processes that share the samples.
+        on_step: called after each layer's turn, forward and backward, for a progress bar.
+    """
+
+    norm: str
+    names: frozenset[str]
+    scratch: Path | None = None
+    ranks: Ranks = ALONE
+    on_step: Callable[[], None] = lambda: None
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise UsageError(f"gradient norm {self.norm!r} is unknown: use l1 or l2.")
 
 
 def gradient_norms(
-    model: nn.Module,
-    samples: Sequence[Tensor],
-    linears: Mapping[str, nn.Linear],
-    norm: str,
-    on_sample: Callable[[], None] = lambda: None,
-) -> dict[str, Tensor]:
-    """Sum gradients over samples: l1 Σ|g|, l2 √Σ g².
+    layers: Layers, samples: Sequence[Tensor], how: Gradients
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Norms over the samples, decoder layer by decoder layer, the last layer first.
 
     Args:
-        model: a causal language model; its weights are not changed.
-        samples: token ids, each [tokens] int64. A sample is one calibration sequence.
-        linears: whose weights to differentiate, by full name.
-        norm: "l1" or "l2".
-        on_sample: called after each sample, for a progress bar.
+        layers: of a causal language model; the weights are not changed.
+        samples: this rank's token ids, each [tokens] int64. A sample is one calibration sequence.
+        how: see Gradients.
 
-    Returns:
-        [out, in] float32 per name.
+    Yields:
+        Index of the decoder layer; [out, in] float32 by full name, summed over all ranks.
 
     Raises:
         InputError: a loss or gradient is not finite.
     """
-    if norm not in ("l1", "l2"):
-        raise UsageError(f"gradient norm {norm!r} is unknown: use l1 or l2.")
-    sums = {name: torch.zeros_like(m.weight, dtype=torch.float32) for name, m in linears.items()}
-    handles = []
+    layers.load_frame(head=True)
+    rows = [sample.reshape(1, -1) for sample in samples]
+    inputs, calls = _forward(layers, rows, how)
+    errors = _Errors(how.scratch)
+    for index, row in enumerate(rows):
+        hidden = inputs[-1].get(index, layers.device).requires_grad_(True)
+        with torch.enable_grad():
+            value = loss(layers, row, hidden)
+            if not bool(value.isfinite()):
+                raise InputError(f"calibration sample {index}: the loss is {value.item()}.")
+            (error,) = torch.autograd.grad(value * errors.scale(hidden.dtype), hidden)
+        errors.append(error, errors.scale(hidden.dtype))
+    inputs.pop().clear()
+    for index in reversed(range(len(layers))):
+        sums = _backward(layers, index, inputs[index], calls, errors, how)
+        inputs.pop().clear()
+        yield index, {name: _finish(name, total, how) for name, total in sums.items()}
+        how.on_step()
 
-    def fold(name: str) -> Callable[[Tensor], None]:
+
+@torch.no_grad()
+def _forward(
+    layers: Layers, rows: Sequence[Tensor], how: Gradients
+) -> tuple[list[Activations], list[Call]]:
+    """The inputs of every decoder layer, and the output of the last one."""
+
+    def place(index: int) -> Activations:
+        return Activations(how.scratch / f"inputs-{index:05d}" if how.scratch else None)
+
+    stores, calls = [place(0)], []
+    for states, call in capture(layers, rows):
+        stores[0].append(states)
+        calls.append(call)
+    for index in range(len(layers)):
+        stores.append(place(index + 1))
+        with layers.open(index) as module:
+            for sample, call in enumerate(calls):
+                states = stores[index].get(sample, layers.device)
+                stores[-1].append(call.run(module, index, states))
+        how.on_step()
+    return stores, calls
+
+
+def _backward(
+    layers: Layers,
+    index: int,
+    inputs: Activations,
+    calls: Sequence[Call],
+    errors: _Errors,
+    how: Gradients,
+) -> dict[str, Tensor]:
+    """Run one layer again for every sample and differentiate it; `errors` becomes its input's."""
+    with layers.open(index) as module:
+        weights = {
+            f"{layers.name(index)}.{local}": linear.weight
+            for local, linear in linears(module).items()
+            if f"{layers.name(index)}.{local}" in how.names
+        }
+        with _folding(weights, how.norm) as fold:
+            for sample, call in enumerate(calls):
+                hidden = inputs.get(sample, layers.device).requires_grad_(index > 0)
+                error, fold.scale = errors.get(sample, layers.device)
+                if not weights and index == 0:
+                    break
+                with torch.enable_grad():
+                    out = call.run(module, index, hidden)
+                torch.autograd.backward(out, error)
+                if hidden.grad is not None:
+                    errors.replace(sample, hidden.grad, fold.scale)
+    for total in fold.sums.values():
+        how.ranks.sum_(total)
+    return fold.sums
+
+
+@dataclass
+class _Fold:
+    """Sums of |g| or g² by full name; `scale` is what the current gradients are multiplied by."""
+
+    sums: dict[str, Tensor]
+    scale: float = 1.0
+
+
+@contextmanager
+def _folding(weights: Mapping[str, nn.Parameter], norm: str) -> Iterator[_Fold]:
+    """Fold a weight's gradient into a float32 sum, and free it, as soon as it is there."""
+    fold = _Fold({n: torch.zeros_like(w, dtype=torch.float32) for n, w in weights.items()})
+
+    def hook(name: str) -> Callable[[Tensor], None]:
         def accumulate(weight: Tensor) -> None:
-            gradient = weight.grad
-            if gradient is not None:
-                gradient = gradient.float()
-                sums[name] += gradient.abs() if norm == "l1" else gradient.square()
-                weight.grad = None
+            if weight.grad is None:
+                return
+            gradient = weight.grad.float()
+            weight.grad = None
+            if fold.scale != 1.0:
+                gradient = gradient / fold.scale
+            if norm == "l1":
+                fold.sums[name] += gradient.abs_()
+            else:
+                fold.sums[name].addcmul_(gradient, gradient)
 
         return accumulate
 
-    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.requires_grad_(False)
-    for name, linear in linears.items():
-        linear.weight.requires_grad_(True)
-        handles.append(linear.weight.register_post_accumulate_grad_hook(fold(name)))
+    handles = []
+    for name, weight in weights.items():
+        weight.requires_grad_(True)
+        handles.append(weight.register_post_accumulate_grad_hook(hook(name)))
     try:
-        for index, sample in enumerate(samples):
-            _backward(model, sample, index)
-            on_sample()
+        yield fold
     finally:
         for handle in handles:
             handle.remove()
-        for parameter, flag in trainable.items():
-            parameter.requires_grad_(flag)
-    return {name: _finish(name, total, norm) for name, total in sums.items()}
+        for weight in weights.values():
+            weight.requires_grad_(False)
 
 
-def _backward(model: nn.Module, sample: Tensor, index: int) -> None:
-    ids = sample.reshape(1, -1).to(next(model.parameters()).device)
-    with torch.enable_grad():
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        if not bool(loss.isfinite()):
-            raise InputError(f"calibration sample {index}: the loss is {loss.item()}.")
-        loss.backward()
+class _Errors:
+    """The loss's gradient at the current layer's output, per sample.
+
+    float16 ones are kept multiplied by a power of two: as they are, most would round to zero.
+    """
+
+    def __init__(self, scratch: Path | None) -> None:
+        self._stored = Activations(scratch / "errors" if scratch else None)
+        self._scales: list[float] = []
+
+    @staticmethod
+    def scale(dtype: torch.dtype) -> float:
+        """What the loss is multiplied by."""
+        return HALF_TARGET if dtype == torch.float16 else 1.0
+
+    def append(self, error: Tensor, scale: float) -> None:
+        """Add a sample's error, which is multiplied by `scale`."""
+        self._scales.append(1.0)
+        self._stored.append(error)
+        self.replace(len(self._scales) - 1, error, scale)
+
+    def replace(self, sample: int, error: Tensor, scale: float) -> None:
+        """Put the next error in the place of a sample's."""
+        if error.dtype == torch.float16:
+            largest = float(error.abs().max())
+            if 0 < largest < math.inf:
+                factor = 2.0 ** round(math.log2(HALF_TARGET / largest))
+                error, scale = (error.float() * factor).half(), scale * factor
+        self._stored[sample] = error
+        self._scales[sample] = scale
+
+    def get(self, sample: int, device: torch.device) -> tuple[Tensor, float]:
+        """A sample's error and what it is multiplied by."""
+        return self._stored.get(sample, device), self._scales[sample]
 
 
-def _finish(name: str, total: Tensor, norm: str) -> Tensor:
+def _finish(name: str, total: Tensor, how: Gradients) -> Tensor:
     if not bool(total.isfinite().all()):
         raise InputError(f"{name}: its gradient is not finite. Run with --dtype float32.")
-    return total if norm == "l1" else total.sqrt_()
+    return total if how.norm == "l1" else total.sqrt_()

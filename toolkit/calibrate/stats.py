@@ -1,4 +1,8 @@
-"""Streaming statistics of a linear's input; accumulated in float32, never stored as activations."""
+"""Streaming statistics of a linear's input; accumulated in float32, never stored as activations.
+
+Every statistic is a mean over samples, so those of several processes join into one:
+Σ_r mean_r · num_samples_r / Σ_r num_samples_r.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,26 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+# The Hessian is symmetric: strips of its upper triangle take two thirds of a full product's time.
+STRIPS = 4
+
 
 class Stat(Protocol):
-    """One statistic, fed batch by batch."""
+    """One statistic, fed batch by batch.
+
+    Attributes:
+        num_samples: samples seen.
+        mean: float32, over samples; of what, the statistic says.
+    """
+
+    num_samples: int
+    mean: Tensor
 
     def update(self, inputs: Tensor) -> None:
-        """Add a batch of inputs [samples, tokens, in]."""
+        """Add a batch of inputs [samples, tokens, in], or one sample [tokens, in]."""
 
     def value(self) -> Tensor:
-        """The statistic so far, float32."""
+        """The statistic so far, float32; may be `mean` itself, so read it before the next batch."""
 
 
 class ActNorm:
@@ -26,22 +41,65 @@ class ActNorm:
 
     def __init__(self) -> None:
         self.num_samples = 0
-        self.mean_square = torch.zeros(())
+        self.mean = torch.zeros(())
 
     def update(self, inputs: Tensor) -> None:
-        """Add a batch of inputs [samples, tokens, in]."""
-        samples = inputs.shape[0]
-        total = self.num_samples + samples
+        """See Stat.update."""
+        total = self.num_samples + _num_samples(inputs)
         # float16 norms overflow beyond about 2k tokens, so square in float32.
         columns = inputs.reshape(-1, inputs.shape[-1]).float().t()
         square = torch.linalg.vector_norm(columns, dim=1) ** 2
-        self.mean_square = self.mean_square.to(square.device) * (self.num_samples / total)
-        self.mean_square = self.mean_square + square / total
+        self.mean = self.mean.to(square.device) * (self.num_samples / total)
+        self.mean = self.mean + square / total
         self.num_samples = total
 
     def value(self) -> Tensor:
         """[in] float32."""
-        return self.mean_square.sqrt()
+        return self.mean.sqrt()
 
 
-STATS: dict[str, type[Stat]] = {"act_norm": ActNorm}
+class Hessian:
+    """H = 2 · the mean over samples of Σ over tokens x xᵀ: second derivatives of the output error.
+
+    Frantar and Alistarh 2023, https://arxiv.org/abs/2301.00774, eq. 2. `mean` is H itself; what
+    lies below its diagonal is filled in by `value`.
+    """
+
+    def __init__(self) -> None:
+        self.num_samples = 0
+        self.mean = torch.zeros(())
+
+    def update(self, inputs: Tensor) -> None:
+        """See Stat.update."""
+        tokens = inputs.reshape(-1, inputs.shape[-1]).float()
+        if self.num_samples == 0:
+            self.mean = tokens.new_zeros(tokens.shape[1], tokens.shape[1])
+        total = self.num_samples + _num_samples(inputs)
+        for start, stop in self._strips():
+            self.mean[start:stop, start:].addmm_(
+                tokens[:, start:stop].t(),
+                tokens[:, start:],
+                beta=self.num_samples / total,
+                alpha=2 / total,
+            )
+        self.num_samples = total
+
+    def value(self) -> Tensor:
+        """[in, in] float32, symmetric; `mean` itself, since a copy takes 4·in² bytes."""
+        for start, stop in self._strips():
+            self.mean[stop:, start:stop] = self.mean[start:stop, stop:].t()
+        return self.mean
+
+    def _strips(self) -> list[tuple[int, int]]:
+        """Row ranges whose columns from the diagonal on are computed."""
+        size = self.mean.shape[0]
+        step = -(-size // STRIPS)
+        return [(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+def _num_samples(inputs: Tensor) -> int:
+    """The first of [samples, tokens, in]; [tokens, in], as an expert sees it, is one sample."""
+    return 1 if inputs.ndim == 2 else inputs.shape[0]
+
+
+STATS: dict[str, type[Stat]] = {"act_norm": ActNorm, "hessian": Hessian}

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gblm.calibrate.activations import Activations
+from gblm.calibrate.frame import Call, capture
 from gblm.calibrate.stats import STATS, Stat
 from gblm.errors import InputError
-from gblm.model import decoder_layers, linears
+from gblm.layers import Layers
+from gblm.model import linears
+from gblm.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -27,148 +32,178 @@ class DecoderLayer:
         index: position in the model.
         name: full name, such as "model.layers.7".
         linears: by local name, such as "self_attn.q_proj".
-        stats: the statistics asked for, by local name of the linear.
+        stats: the statistics asked for, by local name of the linear; linears with the same input
+            share one dict. Empty for layers that were not observed.
     """
 
     index: int
     name: str
     linears: dict[str, nn.Linear]
-    stats: dict[str, dict[str, Tensor]]
+    stats: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How to walk.
+
+    Attributes:
+        needs: names in STATS; with none, no forward pass is run at all.
+        first: the layers before it are changed and run, but not observed (they are finished).
+        prefix: "pruned": a layer sees the activations of the changed layers before it, as the
+            papers do; "dense": those of the unchanged model, which saves one pass of two.
+        scratch: folder for activations; None keeps them in memory.
+        ranks: the processes that share the batches.
+    """
+
+    needs: frozenset[str]
+    first: int = 0
+    prefix: str = "pruned"
+    scratch: Path | None = None
+    ranks: Ranks = ALONE
 
 
 @torch.no_grad()
-def walk(
-    model: nn.Module, batches: Sequence[Tensor], needs: frozenset[str]
-) -> Iterator[DecoderLayer]:
+def walk(layers: Layers, batches: Sequence[Tensor], how: Walk) -> Iterator[DecoderLayer]:
     """Yield every decoder layer with statistics taken while its weights are still unchanged.
 
     Args:
-        model: a causal language model in eval mode.
-        batches: token ids, each [samples, tokens] int64, on any device.
-        needs: names in STATS; with none, no forward pass is run at all.
+        layers: of a causal language model.
+        batches: this rank's token ids, each [samples, tokens] int64, on any device.
+        how: see Walk.
 
     Raises:
         InputError: an activation is not finite.
     """
-    prefix, layers = decoder_layers(model)
-    if not needs:
-        for index, layer in enumerate(layers):
-            found = linears(layer)
-            yield DecoderLayer(index, f"{prefix}.{index}", found, {name: {} for name in found})
-        return
-    hidden, calls = _capture(model, layers, batches)
-    for index, layer in enumerate(layers):
-        with _observe(layer, needs) as stats:
-            for batch, states in enumerate(hidden):
-                calls[batch].run(layer, index, states)
-        collected = {name: {n: s.value() for n, s in own.items()} for name, own in stats.items()}
-        _check_finite(f"{prefix}.{index}", collected)
-        yield DecoderLayer(index, f"{prefix}.{index}", linears(layer), collected)
-        for batch, states in enumerate(hidden):
-            hidden[batch] = calls[batch].run(layer, index, states)
-
-
-class _Captured(Exception):
-    """Stops a forward pass once the first decoder layer has been reached."""
+    hidden, calls = Activations(how.scratch), []
+    if how.needs:
+        layers.load_frame(head=False)
+        for states, call in capture(layers, batches):
+            hidden.append(states)
+            calls.append(call)
+    for index in range(len(layers)):
+        with layers.open(index) as module:
+            layer = _Running(module, index, hidden, calls, layers.device)
+            stats: dict[str, dict[str, Tensor]] = {}
+            if how.needs and index >= how.first:
+                # Not kept in a variable here: the loop body drops large statistics early.
+                stats = _values(
+                    layers.name(index),
+                    layer.observe(how.needs, keep_outputs=how.prefix == "dense"),
+                    how.ranks,
+                )
+            observed = bool(stats) and how.prefix == "dense"
+            yield DecoderLayer(index, layers.name(index), linears(module), stats)
+            if how.needs and index + 1 < len(layers) and not observed:
+                layer.propagate()
+    hidden.clear()
 
 
 @dataclass(frozen=True)
-class _Call:
-    """The arguments, other than the hidden states, that each layer gets for one batch shape."""
+class _Running:
+    """A decoder layer and the activations that are about to pass through it."""
 
-    args: list[tuple[Any, ...]]
-    kwargs: list[dict[str, Any]]
+    module: nn.Module
+    index: int
+    hidden: Activations
+    calls: list[Call]
+    device: torch.device
 
-    def run(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
-        out = layer(hidden, *self.args[index], **self.kwargs[index])
-        return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
+    def propagate(self) -> None:
+        """Replace the activations by the layer's outputs."""
+        for batch, call in enumerate(self.calls):
+            states = self.hidden.get(batch, self.device)
+            self.hidden[batch] = call.run(self.module, self.index, states)
 
-
-def _capture(
-    model: nn.Module, layers: nn.ModuleList, batches: Sequence[Tensor]
-) -> tuple[list[Tensor], list[_Call]]:
-    """Inputs of the first layer per batch, and what every layer is called with.
-
-    Masks and rotary embeddings are recorded as the model makes them, so no architecture or
-    transformers version is written down here. They depend on the batch's shape alone.
-    """
-    device = next(model.parameters()).device
-    calls: dict[torch.Size, _Call] = {}
-    hidden: list[Tensor] = []
-    for batch in batches:
-        if batch.shape not in calls:
-            calls[batch.shape] = _record_call(model, layers, batch.to(device))
-
-        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden.append(args[0] if args else kwargs["hidden_states"])
-            raise _Captured
-
-        handle = layers[0].register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            model(input_ids=batch.to(device), use_cache=False)
-        except _Captured:
-            pass
-        finally:
-            handle.remove()
-    return hidden, [calls[batch.shape] for batch in batches]
+    def observe(self, needs: frozenset[str], keep_outputs: bool) -> dict[str, dict[str, Stat]]:
+        """Statistics of every linear's input; with `keep_outputs` also propagate."""
+        with _observe(self.module, needs) as observer:
+            for batch, call in enumerate(self.calls):
+                states = self.hidden.get(batch, self.device)
+                observer.begin(stop_early=not keep_outputs)
+                try:
+                    out = call.run(self.module, self.index, states)
+                except _Enough:
+                    continue
+                if keep_outputs:
+                    self.hidden[batch] = out
+        return observer.stats
 
 
-def _record_call(model: nn.Module, layers: nn.ModuleList, batch: Tensor) -> _Call:
-    """Run one batch through the whole model and note each layer's arguments."""
-    call = _Call([], [])
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call.args.append(args[1:])
-        call.kwargs.append({k: v for k, v in kwargs.items() if k != "hidden_states"})
-
-    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
-    try:
-        model(input_ids=batch, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return call
+class _Enough(Exception):
+    """Stops a forward pass once every linear has shown its input."""
 
 
-@contextmanager
-def _observe(layer: nn.Module, needs: frozenset[str]) -> Iterator[dict[str, dict[str, Stat]]]:
-    """Collect statistics of every linear's input while the block runs.
+class _Observer:
+    """Feeds the inputs of linears to statistics.
 
     Linears that are handed the very same tensor (q, k, v; gate, up) share one accumulator.
     """
-    stats: dict[str, dict[str, Stat]] = {}
-    leader_of: dict[str, str] = {}
-    seen: dict[str, Tensor] = {}
-    handles = []
+
+    def __init__(self, names: set[str], needs: frozenset[str]) -> None:
+        self.stats: dict[str, dict[str, Stat]] = {}
+        self._names, self._needs = names, needs
+        self._leader_of: dict[str, str] = {}
+        self._seen: dict[str, Tensor] = {}
+        self._order: list[str] = []
+        self._last: str | None = None
+
+    def begin(self, stop_early: bool) -> None:
+        """Start a batch; from the second one on the last linear need not be computed."""
+        # Only when each linear ran exactly once: conditional layers may differ between batches.
+        once = len(self._order) == len(self._names) and set(self._order) == self._names
+        self._last = self._order[-1] if stop_early and once else None
+        self._order, self._seen = [], {}
+
+    def see(self, name: str, inputs: Tensor) -> None:
+        """Take the input of a linear."""
+        self._order.append(name)
+        if name not in self._leader_of:
+            same = (other for other, tensor in self._seen.items() if tensor is inputs)
+            self._leader_of[name] = leader = next(same, name)
+            self.stats[name] = self.stats.get(leader) or {n: STATS[n]() for n in self._needs}
+        if self._leader_of[name] == name:
+            self._seen[name] = inputs
+            for stat in self.stats[name].values():
+                stat.update(inputs)
+        if name == self._last:
+            raise _Enough
+
+
+@contextmanager
+def _observe(layer: nn.Module, needs: frozenset[str]) -> Iterator[_Observer]:
+    found = linears(layer)
+    observer = _Observer(set(found), needs)
 
     def hook(name: str) -> Any:
-        def observe(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs = args[0]
-            if name not in leader_of:
-                same = (other for other, tensor in seen.items() if tensor is inputs)
-                leader_of[name] = leader = next(same, name)
-                stats[name] = stats.get(leader) or {need: STATS[need]() for need in needs}
-            if leader_of[name] == name:
-                seen[name] = inputs
-                for stat in stats[name].values():
-                    stat.update(inputs)
+        return lambda module, args: observer.see(name, args[0])
 
-        return observe
-
-    for name, linear in linears(layer).items():
-        handles.append(linear.register_forward_pre_hook(hook(name)))
+    handles = [m.register_forward_pre_hook(hook(name)) for name, m in found.items()]
     try:
-        yield stats
+        yield observer
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _check_finite(layer: str, stats: dict[str, dict[str, Tensor]]) -> None:
+def _values(
+    layer: str, stats: dict[str, dict[str, Stat]], ranks: Ranks
+) -> dict[str, dict[str, Tensor]]:
+    """Join the ranks' statistics and read them, once per shared accumulator."""
+    values: dict[int, dict[str, Tensor]] = {}
     for name, own in stats.items():
-        for stat, value in own.items():
-            if not bool(value.isfinite().all()):
-                raise InputError(
-                    f"{layer}.{name}: the {stat} of its input is not finite. "
-                    "Run with --dtype float32, or check the model's weights."
-                )
+        if id(own) in values:
+            continue
+        for stat in own.values():
+            stat.mean, stat.num_samples = ranks.mean(stat.mean, stat.num_samples)
+        values[id(own)] = {n: stat.value() for n, stat in own.items()}
+        _check_finite(f"{layer}.{name}", values[id(own)])
+    return {name: values[id(own)] for name, own in stats.items()}
+
+
+def _check_finite(name: str, stats: dict[str, Tensor]) -> None:
+    for stat, value in stats.items():
+        if not bool(value.isfinite().all()):
+            raise InputError(
+                f"{name}: the {stat} of its input is not finite. "
+                "Run with --dtype float32, or check the model's weights."
+            )

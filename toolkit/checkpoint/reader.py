@@ -87,10 +87,17 @@ class Reader:
         if name not in self.headers:
             raise CheckpointError(f"{self.folder}: tensor {name} is missing.")
         try:
-            tensor: Tensor = self._handles[self._file_of[name]].get_tensor(name)
+            tensor: Tensor = self._open(self._file_of[name]).get_tensor(name)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise CheckpointError(f"{self.folder}: {name} cannot be read: {error}") from error
         return tensor
+
+    def release(self) -> None:
+        """Let go of the files' pages, which count as this process's memory while they are mapped.
+
+        The next read maps the file again; tensors read before and not copied keep theirs.
+        """
+        self._handles.clear()
 
     def num_bytes(self, name: str) -> int:
         """Size of a tensor's data, from its header."""
@@ -98,6 +105,8 @@ class Reader:
         return math.prod(shape) * dtype.itemsize
 
     def _open(self, file: str) -> Any:
+        if file in self._handles:
+            return self._handles[file]
         path = inside(self.folder, file)
         try:
             self._handles[file] = safe_open(path, framework="pt")

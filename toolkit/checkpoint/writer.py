@@ -23,7 +23,8 @@ from gblm.checkpoint.reader import INDEX, SINGLE
 from gblm.errors import InputError, MachineError
 from gblm.folder import inside
 
-SHARD_BYTES = 5 * 10**9
+# A shard is held in memory until it is written.
+SHARD_BYTES = 2 * 10**9
 # Facts of the source folder that go along unchanged; weights, cards and records do not.
 SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*")
 NOT_COPIED = {
@@ -66,8 +67,13 @@ def check_output(
 
 
 @contextmanager
-def new_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Give a temporary folder beside `output`; rename it there when the block succeeds.
+def new_folder(output: Path, overwrite: bool = False, within: Path | None = None) -> Iterator[Path]:
+    """Give a temporary folder; rename it to `output` when the block succeeds.
+
+    Args:
+        output: the folder to make.
+        overwrite: replace an existing folder.
+        within: where the temporary folder lies, on the same disk; beside `output` if None.
 
     Raises:
         InputError: the output exists and `overwrite` is not set.
@@ -75,14 +81,14 @@ def new_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     check_output(output, overwrite)
     output = output.resolve()
-    work = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    work = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=within or output.parent))
     try:
         yield work
         _open_modes(work)
         _flush(work)
         _publish(work, output, overwrite)
     except (SafetensorError, OSError) as error:
-        raise MachineError(f"writing {output} failed: {error}. Nothing was kept.") from error
+        raise MachineError(f"writing {output} failed: {error}.") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -160,6 +166,14 @@ def sha256(path: Path) -> str:
         digest = hashlib.sha256()
         while block := stream.read(1 << 20):
             digest.update(block)
+    return digest.hexdigest()
+
+
+def folder_sha256(folder: Path, names: set[str]) -> str:
+    """One hash of the named files of a folder and their names."""
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        digest.update(f"{name} {sha256(inside(folder, name))}\n".encode())
     return digest.hexdigest()
 
 

@@ -19,7 +19,7 @@ from gblm.provenance import provenance
 
 F = TypeVar("F", bound=Callable[..., Any])
 # Repeated here because the table itself needs torch; a test compares them.
-METHODS = ("magnitude", "wanda", "gblm")
+METHODS = ("magnitude", "wanda", "sparsegpt", "gradient", "gblm")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from gblm.patterns import Pattern, Scope
 from gblm.weights import SparseWeight
 
-# Statistics of one linear by name: "act_norm" [in], "grad_norm" [out, in]; float32.
+# Statistics of one linear by name, float32: "act_norm" [in], "hessian" [in, in], "grad_norm"
+# [out, in] with the "num_samples" [] that it sums over.
 Stats = Mapping[str, Tensor]
 
 
@@ -28,13 +29,27 @@ class Method(ABC):
     scope: ClassVar[Scope] = "row"
     """Who competes for the budget of an unstructured pattern."""
 
+    def check_pattern(self, pattern: Pattern) -> None:  # noqa: B027
+        """Raise UsageError when the method cannot follow this pattern."""
+
+    def prepare(self, stats: Stats) -> Stats:
+        """Derive what several linears with the same input share; called once per input.
+
+        Args:
+            stats: the statistics named in `needs`; not changed.
+
+        Returns:
+            What `prune` reads; by default the statistics as they are.
+        """
+        return stats
+
     @abstractmethod
     def prune(self, weight: Tensor, stats: Stats, pattern: Pattern) -> SparseWeight:
         """Prune one linear.
 
         Args:
             weight: [out, in] floating point.
-            stats: the statistics named in `needs`.
+            stats: what `prepare` returned.
             pattern: which positions may stay.
         """
 

@@ -15,35 +15,54 @@ from torch import Tensor
 
 from gblm.errors import UsageError
 from gblm.methods.base import ScoredMethod, Stats
-
-GradientNorm = Literal["l1", "l2"]
+from gblm.methods.gradient import GradientNorm
 
 
 @dataclass(frozen=True)
 class GBLM(ScoredMethod):
     """score = |W| · (‖X‖ + α·‖G‖).
 
+    ‖X‖ is a mean over the N calibration samples s. The published code adds gradients up instead,
+    so that its effective alpha grows with N.
+
     Attributes:
         alpha: weight of the gradient term.
-        gradient_norm: over the calibration samples s, l1: Σ|g_s|, l2: √Σ g_s².
+        gradient_norm: how the samples' gradients g_s are joined, see gradient_mode.
+        gradient_mode: "mean": l1: Σ|g_s| / N, l2: √(Σ g_s² / N), in float32.
+            "reference", the published code: l1: Σ|g_s|, l2: √Σ g_s², α·‖G‖ rounded to float16.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"act_norm", "grad_norm"})
 
     alpha: float = 100.0
     gradient_norm: GradientNorm = "l2"
+    gradient_mode: Literal["mean", "reference"] = "mean"
 
     def __post_init__(self) -> None:
-        if self.gradient_norm not in ("l1", "l2"):
-            raise UsageError(f"gradient_norm {self.gradient_norm!r} is unknown: use l1 or l2.")
-        if not isinstance(self.alpha, int | float) or not 0 <= self.alpha < math.inf:
+        if not 0 <= self.alpha < math.inf:
             raise UsageError(f"alpha {self.alpha!r} must be a finite number, not negative.")
 
     def score(self, weight: Tensor, stats: Stats) -> Tensor:
-        """|W| [out, in] · act_norm [in] + |W| · α·grad_norm [out, in]."""
+        """|W| [out, in] · act_norm [in] + |W| · α·‖G‖ [out, in].
+
+        Args:
+            weight: [out, in] floating point.
+            stats: "act_norm" [in]; "grad_norm" [out, in], summed over samples; in the mode "mean"
+                also "num_samples" [].
+        """
         magnitude = weight.float().abs()
-        # The published code stores α·‖G‖ in float16; the rounding decides near ties, so keep it.
-        limit = torch.finfo(torch.float16).max
-        gradient = (self.alpha * stats["grad_norm"]).clamp(max=limit).half().float()
+        gradient = self._gradient(stats)
         # Two products and a sum, not |W|·(…): only this order rounds as the published code does.
         return magnitude * stats["act_norm"] + magnitude * gradient
+
+    def _gradient(self, stats: Stats) -> Tensor:
+        """α·‖G‖ [out, in] float32."""
+        total = stats["grad_norm"]
+        if self.gradient_mode == "mean":
+            samples = stats["num_samples"]
+            return total * (
+                self.alpha / (samples if self.gradient_norm == "l1" else samples.sqrt())
+            )
+        # The published code stores α·‖G‖ in float16; the rounding decides near ties, so keep it.
+        limit = torch.finfo(torch.float16).max
+        return (self.alpha * total).clamp(max=limit).half().float()

@@ -1,0 +1,152 @@
+"""A run that is cut off goes on where it was, and ends in the same bytes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from killing import killed_run
+
+from gblm.checkpoint import work as work_module
+from gblm.checkpoint.work import open_work, work_path
+from gblm.errors import InputError, MachineError
+from gblm.prune import Output, prune
+from gblm.recipe import Calibration, Recipe
+
+MANY_STEPS = 80
+
+
+@pytest.fixture
+def recipe(tiny: Path, text_file: Path) -> Recipe:
+    calibration = Calibration(source=str(text_file), num_samples=2, seq_len=16)
+    return Recipe(model=str(tiny), method="gblm", pattern="0.5", calibration=calibration)
+
+
+def content(folder: Path) -> dict[str, object]:
+    """Every file's bytes; of MANIFEST.json all but where and when it was made."""
+    files: dict[str, object] = {f.name: f.read_bytes() for f in folder.iterdir()}
+    manifest = json.loads((folder / "MANIFEST.json").read_text())
+    del manifest["provenance"]
+    return files | {"MANIFEST.json": manifest}
+
+
+def cut_off(recipe: Recipe, output: Path, monkeypatch: pytest.MonkeyPatch, after: int = 1) -> None:
+    """Run until `after` layers are finished, then fail."""
+    real = work_module.WorkFolder.add
+
+    def add(self: work_module.WorkFolder, *args: object) -> None:
+        if len(self.finished) == after:
+            raise KeyboardInterrupt
+        real(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(work_module.WorkFolder, "add", add)
+        with pytest.raises(KeyboardInterrupt):
+            prune(recipe, output)
+
+
+@pytest.mark.parametrize("method", ["gblm", "sparsegpt"])
+@pytest.mark.timeout(600)
+def test_killed_at_any_step_it_ends_in_the_same_bytes(
+    recipe: Recipe, tmp_path: Path, method: str
+) -> None:
+    recipe = recipe.model_copy(update={"method": method})
+    prune(recipe, tmp_path / "whole")
+    want = content(tmp_path / "whole")
+    output = tmp_path / "out"
+    for step in range(1, MANY_STEPS):
+        code = killed_run(recipe.to_dict(), output, step)
+        if code == 0:
+            break
+        assert code == -9
+        # Killed after the folder got its name: nothing is left to do but to clean up.
+        prune(recipe, Output(output, overwrite=True))
+        assert content(output) == want, f"killed at step {step}"
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
+        shutil.rmtree(output)
+    assert code == 0
+    assert step > 20
+
+
+def test_finished_layers_are_not_made_again(
+    recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "gblm")
+    cut_off(recipe, tmp_path / "out", monkeypatch)
+    assert "1 finished decoder layers and the gradients are kept" in caplog.text
+    assert not (tmp_path / "out").exists()
+    steps = []
+
+    def progress(phase: str, count: int) -> Callable[[], None]:
+        steps.append((phase, count))
+        return lambda: None
+
+    prune(recipe, tmp_path / "out", progress)
+    assert steps == [("pruning", 1)]
+    assert "going on after 1 finished decoder layers" in caplog.text
+    assert not work_path(tmp_path / "out").exists()
+
+
+def test_the_rest_of_another_recipe_is_refused(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_off(recipe, tmp_path / "out", monkeypatch)
+    other = recipe.model_copy(update={"pattern": "2:4"})
+    with pytest.raises(InputError, match=r"recipe\.pattern was '0\.5', now it is '2:4'.*--no-res"):
+        prune(other, tmp_path / "out")
+    prune(other, Output(tmp_path / "out", resume=False))
+    assert json.loads((tmp_path / "out/recipe.json").read_text())["pattern"] == "2:4"
+
+
+def test_a_changed_model_is_another_run(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Path(shutil.copytree(recipe.model, tmp_path / "model"))
+    recipe = recipe.model_copy(update={"model": str(model)})
+    cut_off(recipe, tmp_path / "out", monkeypatch)
+    data = bytearray((model / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (model / "model.safetensors").write_bytes(data)
+    with pytest.raises(InputError, match="model_sha256 was"):
+        prune(recipe, tmp_path / "out")
+
+
+@pytest.mark.parametrize("damage", ["flip", "remove", "torn journal"])
+def test_damaged_layers_are_made_again(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    prune(recipe, tmp_path / "whole")
+    cut_off(recipe, tmp_path / "out", monkeypatch)
+    work = work_path(tmp_path / "out")
+    layer = work / "layer-00000.safetensors"
+    if damage == "flip":
+        data = bytearray(layer.read_bytes())
+        data[-1] ^= 1
+        layer.write_bytes(data)
+    elif damage == "remove":
+        layer.unlink()
+    else:
+        journal = work / "journal.jsonl"
+        journal.write_bytes(journal.read_bytes()[:-20])
+    prune(recipe, tmp_path / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_two_runs_on_one_output_are_refused(recipe: Recipe, tmp_path: Path) -> None:
+    with open_work(tmp_path / "out", {}, resume=True):
+        with pytest.raises(MachineError, match="another process is working on this output"):
+            prune(recipe, tmp_path / "out")
+    prune(recipe, tmp_path / "out")
+
+
+def test_a_run_that_fails_before_the_first_layer_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), open_work(tmp_path / "out", {}, resume=True):
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())

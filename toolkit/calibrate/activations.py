@@ -1,0 +1,69 @@
+"""Activations: one tensor per calibration batch, in CPU memory or, when there are many, on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from gblm.checkpoint.durable import write_scratch
+
+# The rest is for the layer, its statistics and the method.
+MEMORY_SHARE = 0.25
+
+
+class Activations:
+    """A list of tensors that may lie on disk."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """Keep tensors in memory, or with `folder` as one safetensors file each."""
+        self._folder = folder
+        self._tensors: list[Tensor] = []
+        self._count = 0
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def append(self, tensor: Tensor) -> None:
+        """Add one at the end."""
+        self._count += 1
+        if self._folder is None:
+            self._tensors.append(tensor.cpu())
+        else:
+            self[self._count - 1] = tensor
+
+    def __setitem__(self, index: int, tensor: Tensor) -> None:
+        if self._folder is None:
+            self._tensors[index] = tensor.cpu()
+        else:
+            write_scratch(self._file(index), {"x": tensor.detach().cpu().contiguous()})
+
+    def get(self, index: int, device: torch.device) -> Tensor:
+        """The tensor on a device; in-place changes to it are not kept."""
+        if self._folder is None:
+            return self._tensors[index].to(device)
+        with safe_open(self._file(index), framework="pt") as file:
+            tensor: Tensor = file.get_tensor("x")
+            return tensor.to(device) if device.type != "cpu" else tensor.clone()
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        for index in range(self._count if self._folder is not None else 0):
+            self._file(index).unlink(missing_ok=True)
+        self._tensors.clear()
+        self._count = 0
+
+    def _file(self, index: int) -> Path:
+        if self._folder is None:
+            raise RuntimeError("these activations are in memory.")
+        return self._folder / f"{index:05d}.safetensors"
+
+
+def place(folder: Path, num_bytes: int) -> Path | None:
+    """Where activations of this size go: None for memory, else the folder."""
+    return None if num_bytes <= MEMORY_SHARE * psutil.virtual_memory().available else folder

@@ -1,0 +1,74 @@
+"""Files that are there completely or not at all, also after a power cut."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gblm.errors import MachineError
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file under a temporary name, force it to disk, rename it.
+
+    Raises:
+        MachineError: the disk is full or refuses the write.
+    """
+    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    _publish(path, lambda temporary: save_file(plain, temporary, metadata=metadata))
+
+
+def write_scratch(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file that need not survive anything.
+
+    Raises:
+        MachineError: the disk is full or refuses the write.
+    """
+    try:
+        save_file(dict(tensors), path)
+    except (SafetensorError, OSError) as error:
+        raise MachineError(f"{path} cannot be written: {error}") from error
+
+
+def write_object(path: Path, value: Any) -> None:
+    """The same for one JSON value."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    _publish(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def append_line(path: Path, value: Any) -> None:
+    """Add one JSON line and force it to disk; a reader must expect a torn last line."""
+    with path.open("ab") as stream:
+        stream.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def flush(path: Path) -> None:
+    """Force a file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _publish(path: Path, write: Callable[[Path], Any]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        flush(temporary)
+        os.replace(temporary, path)
+        flush(path.parent)
+    except (SafetensorError, OSError) as error:
+        temporary.unlink(missing_ok=True)
+        raise MachineError(f"writing {path} failed: {error}.") from error

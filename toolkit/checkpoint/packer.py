@@ -1,0 +1,195 @@
+"""Make a packed model folder from a dense one and its pruned weights. Never prunes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from gblm.checkpoint.card import model_card
+from gblm.checkpoint.packed_folder import MANIFEST_FILE, RECIPE_FILE, REPORT_FILE
+from gblm.checkpoint.reader import Reader
+from gblm.checkpoint.writer import (
+    ShardWriter,
+    check_output,
+    copy_side_files,
+    file_hashes,
+    new_folder,
+    write_json,
+)
+from gblm.errors import CheckpointError
+from gblm.folder import read_config
+from gblm.formats import Format, Parts, format_for
+from gblm.formats.manifest import Group, Manifest, group_targets
+from gblm.patterns import Pattern
+from gblm.provenance import provenance
+from gblm.structure import heads_of, structure
+from gblm.weights import SparseWeight
+
+# Packed tensors by full name, and their linears' rows of the sparsity report.
+Piece = tuple[Mapping[str, Tensor], list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What a packed folder is made from, besides the pruned weights themselves.
+
+    Attributes:
+        source: the dense model's folder.
+        pattern: of all the pruned weights.
+        linears: every linear of the decoder layers, pruned or not.
+        recipe: for recipe.json.
+        notes: further facts for MANIFEST.json, such as the calibration tokens' hash.
+        keeps_values: kept weights are the source's own, bit for bit; False for methods that
+            update them.
+        head_dim: rows or columns per attention head, for the report.
+    """
+
+    source: Path
+    pattern: Pattern
+    linears: tuple[str, ...]
+    recipe: dict[str, Any]
+    notes: dict[str, Any]
+    keeps_values: bool = True
+    head_dim: int | None = None
+
+    def pack(self, reader: Reader, weights: Mapping[str, SparseWeight]) -> Piece:
+        """Pack linears by full name, in the dtype of the source checkpoint.
+
+        Args:
+            reader: of `source`.
+            weights: the pruned weights.
+        """
+        fmt = format_for(self.pattern)
+        tensors: dict[str, Tensor] = {}
+        rows = []
+        for name, weight in weights.items():
+            if self.keeps_values:
+                # The computation's dtype may be narrower than the checkpoint's.
+                stored = SparseWeight.cut(reader.tensor(f"{name}.weight"), weight.mask.cpu())
+            else:
+                stored = weight.to(reader.headers[f"{name}.weight"][1])
+            parts = fmt.pack(name, stored)
+            tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+            rows.append(_report_row(name, stored, parts, fmt, self.head_dim))
+        return tensors, rows
+
+
+def check_packable(reader: Reader, linears: Iterable[str], pattern: Pattern) -> None:
+    """Fail before the first forward pass when a weight cannot be pruned to, or stored in, pattern.
+
+    Raises:
+        CheckpointError: a weight is missing or not a floating-point matrix.
+        PatternError: its columns do not divide.
+    """
+    fmt = format_for(pattern)
+    for name in linears:
+        if f"{name}.weight" not in reader:
+            raise CheckpointError(f"{reader.folder}: tensor {name}.weight is missing.")
+        shape, dtype = reader.headers[f"{name}.weight"]
+        if len(shape) != 2 or not dtype.is_floating_point:
+            raise CheckpointError(f"{name}.weight is {list(shape)} {dtype}, no floating matrix.")
+        fmt.check_shape(name, (shape[0], shape[1]))
+
+
+def check_room(reader: Reader, output: Path, overwrite: bool, extra: int = 0) -> None:
+    """The output name is free and the disk can hold the packed model at its worst size.
+
+    Args:
+        reader: of the dense model.
+        output: the folder to make.
+        overwrite: an existing folder may be replaced.
+        extra: bytes that are needed besides.
+    """
+    need = int(1.1 * sum(map(reader.num_bytes, reader))) + (16 << 20)
+    check_output(output, overwrite, need + extra, reader.folder)
+
+
+def write_packed(
+    packing: Packing,
+    pieces: Iterable[Piece],
+    output: Path,
+    overwrite: bool = False,
+    within: Path | None = None,
+) -> dict[str, Any]:
+    """Write the folder; it appears under its name complete or not at all.
+
+    Args:
+        packing: where it comes from.
+        pieces: packed linears, consumed one piece at a time.
+        output: the folder to make.
+        overwrite: replace an existing folder.
+        within: see `new_folder`.
+
+    Returns:
+        The sparsity report, as in sparsity_report.json.
+    """
+    rows: list[dict[str, Any]] = []
+    with Reader(packing.source) as reader, new_folder(output, overwrite, within) as folder:
+        shards = ShardWriter(folder)
+        for tensors, own_rows in pieces:
+            rows += own_rows
+            for name, tensor in tensors.items():
+                shards.add(name, tensor)
+        done = {row["name"] for row in rows}
+        for tensor_name in reader:
+            if tensor_name.removesuffix(".weight") not in done:
+                shards.add(tensor_name, reader.tensor(tensor_name))
+        shards.finish()
+        report = _report(rows, sum(map(reader.num_bytes, reader)), shards.total_bytes)
+        group = Group(
+            format=format_for(packing.pattern).name,
+            pattern=str(packing.pattern),
+            targets=group_targets(sorted(done), packing.linears),
+        )
+        _write_side_files(packing, folder, Manifest(groups=(group,)), report)
+    return report
+
+
+def _write_side_files(
+    packing: Packing, folder: Path, manifest: Manifest, report: dict[str, Any]
+) -> None:
+    copy_side_files(packing.source, folder)
+    config = read_config(packing.source) | {"quantization_config": manifest.to_config()}
+    write_json(folder / "config.json", config)
+    write_json(folder / RECIPE_FILE, packing.recipe)
+    write_json(folder / REPORT_FILE, report)
+    (folder / "README.md").write_text(model_card(packing.recipe, report), encoding="utf-8")
+    facts = {"schema": 1, "provenance": provenance(), **packing.notes}
+    write_json(folder / MANIFEST_FILE, facts | {"files": file_hashes(folder)})
+
+
+def _report_row(
+    name: str, weight: SparseWeight, parts: Parts, fmt: Format, head_dim: int | None
+) -> dict[str, Any]:
+    shape = list(weight.mask.shape)
+    heads_on = heads_of(name) if head_dim else None
+    size = sum(t.numel() * t.element_size() for t in parts.values())
+    return {
+        "name": name,
+        "shape": shape,
+        "format": fmt.name,
+        "pattern": str(fmt.pattern),
+        "dtype": str(weight.weight.dtype).removeprefix("torch."),
+        "zeros": int((weight.weight == 0).sum()),
+        "sparsity": round(float((weight.weight == 0).float().mean()), 6),
+        "bytes_dense": weight.weight.numel() * weight.weight.element_size(),
+        "bytes_packed": size,
+        "bits_per_weight": round(8 * size / weight.mask.numel(), 4),
+        "structure": structure(weight.mask, head_dim, heads_on),
+    }
+
+
+def _report(rows: list[dict[str, Any]], dense: int, packed: int) -> dict[str, Any]:
+    weights = sum(row["shape"][0] * row["shape"][1] for row in rows)
+    return {
+        "linears": len(rows),
+        "sparsity": round(sum(row["zeros"] for row in rows) / weights, 6),
+        "bits_per_weight": round(8 * sum(row["bytes_packed"] for row in rows) / weights, 4),
+        "bytes_dense": dense,
+        "bytes_packed": packed,
+        "tensors": rows,
+    }

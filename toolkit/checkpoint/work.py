@@ -1,0 +1,199 @@
+"""WorkFolder: the finished decoder layers of a run that is not done yet.
+
+It lies beside the output, as `.NAME.work`. A layer counts as finished once its file is on disk and
+a line of journal.jsonl gives the file's sha256. A run is continued only under the same fingerprint.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gblm.checkpoint.durable import append_line, write_object, write_tensors
+from gblm.checkpoint.writer import sha256
+from gblm.errors import InputError, MachineError
+from gblm.folder import read_json_object
+
+logger = logging.getLogger(__name__)
+JOURNAL, RUN = "journal.jsonl", "run.json"
+
+
+@dataclass(frozen=True)
+class FinishedLayer:
+    """One decoder layer as the journal describes it.
+
+    Attributes:
+        path: safetensors with the packed parts of its linears, by full name.
+        rows: the linears' rows of the sparsity report.
+    """
+
+    path: Path
+    rows: list[dict[str, Any]]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Read the packed parts."""
+        return load_file(self.path)
+
+
+class WorkFolder:
+    """An unfinished run, locked by this process. Made by `open_work`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.finished: list[FinishedLayer] = []
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether the gradient norms of all layers are there."""
+        return (self.path / "gradients" / "stats.json").exists()
+
+    def add(self, tensors: Mapping[str, Tensor], rows: list[dict[str, Any]]) -> None:
+        """Make the next decoder layer durable."""
+        index = len(self.finished)
+        path = self.path / f"layer-{index:05d}.safetensors"
+        write_tensors(path, tensors)
+        line = {"layer": index, "file": path.name, "sha256": sha256(path), "rows": rows}
+        append_line(self.path / JOURNAL, line)
+        self.finished.append(FinishedLayer(path, rows))
+
+    def load(self, fingerprint: dict[str, Any]) -> None:
+        """Take up what an earlier process finished, or start.
+
+        Raises:
+            InputError: what is there belongs to a different run.
+        """
+        for stale in (*self.path.glob("scratch-*"), *self.path.glob(".*.partial-*")):
+            shutil.rmtree(stale)
+        if not (self.path / JOURNAL).exists() and not self.has_gradients:
+            _empty(self.path)
+            write_object(self.path / RUN, fingerprint)
+            return
+        _check_same(read_json_object(self.path / RUN), fingerprint, self.path)
+        intact = list(self._intact())
+        kept = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line, _ in intact)
+        journal = self.path / JOURNAL
+        if journal.exists() and journal.read_text(encoding="utf-8") != kept:
+            journal.unlink()
+            for line, _ in intact:
+                append_line(journal, line)
+        self.finished = [layer for _, layer in intact]
+
+    def _intact(self) -> Iterator[tuple[dict[str, Any], FinishedLayer]]:
+        """Journalled layers from the first one on, up to the first damage."""
+        journal = self.path / JOURNAL
+        lines = journal.read_bytes().split(b"\n") if journal.exists() else []
+        for index, text in enumerate(lines):
+            try:
+                line = json.loads(text)
+                path = self.path / f"layer-{index:05d}.safetensors"
+                if line["layer"] != index or line["sha256"] != sha256(path):
+                    break
+                rows = list(line["rows"])
+                load_file(path)
+            except (ValueError, KeyError, TypeError, OSError, SafetensorError):
+                break  # torn by a crash; this layer and those after it are made again
+            yield line, FinishedLayer(path, rows)
+
+
+def work_path(output: Path) -> Path:
+    """Where the unfinished run of an output lies."""
+    output = output.resolve()
+    return output.parent / f".{output.name}.work"
+
+
+@contextmanager
+def open_work(output: Path, fingerprint: dict[str, Any], resume: bool) -> Iterator[WorkFolder]:
+    """Lock the work folder of an output and take up what is in it.
+
+    It is removed when the block succeeds, or fails before the first layer is finished.
+
+    Args:
+        output: the folder that the run will make.
+        fingerprint: JSON facts that must be equal for finished layers to count.
+        resume: False throws away what an earlier run left.
+
+    Raises:
+        MachineError: another process works on this output.
+        InputError: the rest of a different run is there.
+    """
+    path = work_path(output)
+    lock = _lock(path)
+    try:
+        work = WorkFolder(path)
+        if not resume:
+            _empty(path)
+        work.load(fingerprint)
+        if work.finished:
+            logger.info("going on after %d finished decoder layers", len(work.finished))
+        try:
+            yield work
+        except BaseException:
+            if work.finished or work.has_gradients:
+                logger.warning(
+                    "%d finished decoder layers%s are kept in %s: the same command goes on from "
+                    "there, --no-resume starts anew.",
+                    len(work.finished),
+                    " and the gradients" if work.has_gradients else "",
+                    path,
+                )
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+            raise
+        shutil.rmtree(path, ignore_errors=True)
+    finally:
+        lock.close()
+
+
+def _lock(path: Path) -> IO[bytes]:
+    """Make the folder and lock it; the lock goes with the process, however it ends."""
+    while True:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            stream = (path / "lock").open("wb")
+        except FileNotFoundError:
+            continue  # removed by the process that just finished
+        except OSError as error:
+            raise MachineError(f"{path} cannot be made: {error.strerror}.") from error
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.stat(path / "lock").st_ino == os.fstat(stream.fileno()).st_ino:
+                return stream
+        except BlockingIOError as error:
+            stream.close()
+            raise MachineError(
+                f"another process is working on this output ({path} is locked). "
+                "Wait for it, or choose another --output."
+            ) from error
+        except FileNotFoundError:
+            pass
+        stream.close()
+
+
+def _empty(path: Path) -> None:
+    for entry in path.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != "lock":
+            entry.unlink()
+
+
+def _check_same(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
+    for key in (*wanted, *found):
+        if found.get(key) != wanted.get(key):
+            raise InputError(
+                f"{path} holds finished layers of another run: {key} was {found.get(key)!r}, now "
+                f"it is {wanted.get(key)!r}. Repeat the old command, or pass --no-resume to "
+                "start anew."
+            )

@@ -1,0 +1,182 @@
+"""Where a run's statistics come from: its calibration text, or a folder that another run saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gblm import data
+from gblm.calibrate.activations import place
+from gblm.calibrate.gradients import Gradients, gradient_norms
+from gblm.calibrate.saved import LayerStats, StatsFolder
+from gblm.calibrate.stats import STATS
+from gblm.calibrate.walk import Walk
+from gblm.errors import UsageError
+from gblm.layers import Layers
+from gblm.methods import Method
+from gblm.model import hidden_size, load_tokenizer
+from gblm.progress import Progress
+from gblm.ranks import Ranks
+from gblm.recipe import Recipe
+
+GRADIENTS = frozenset({"grad_norm"})
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What one run knows about its model besides the weights.
+
+    Attributes:
+        recipe: of the run.
+        method: what it needs.
+        layers: the model.
+        ranks: the processes that share the samples.
+        windows: calibration token ids [samples, tokens], or None.
+        saved: statistics that another run saved; no forward pass is run then.
+        model_sha256: identifies the model's files.
+    """
+
+    recipe: Recipe
+    method: Method
+    layers: Layers
+    ranks: Ranks
+    windows: Tensor | None
+    saved: StatsFolder | None
+    model_sha256: str
+
+    @classmethod
+    def prepare(
+        cls, recipe: Recipe, method: Method, layers: Layers, ranks: Ranks, folder: Path, sha256: str
+    ) -> Statistics:
+        """Draw the calibration windows, or check the saved statistics.
+
+        Args:
+            recipe: of the run.
+            method: made from it.
+            layers: the model.
+            ranks: the processes that share the samples.
+            folder: the model's, for its tokenizer.
+            sha256: of the model's files.
+
+        Raises:
+            InputError: the saved statistics are of another model.
+            UsageError: there is no text or too little, or statistics lack something.
+        """
+        windows = saved = None
+        if method.needs and recipe.stats is not None:
+            saved = StatsFolder(Path(recipe.stats))
+            saved.check(sha256, len(layers), method.needs, gradient_norm(method))
+        elif method.needs:
+            windows = _draw(recipe, folder)
+            if len(windows) < ranks.size:
+                raise UsageError(f"{ranks.size} ranks cannot share {len(windows)} samples.")
+        return cls(recipe, method, layers, ranks, windows, saved, sha256)
+
+    @property
+    def calibration_sha256(self) -> str | None:
+        """Of the token ids that the statistics were taken on."""
+        if self.saved is not None:
+            found: str | None = self.saved.facts().get("calibration_sha256")
+            return found
+        return data.fingerprint(self.windows) if self.windows is not None else None
+
+    def batches(self) -> list[Tensor]:
+        """This rank's token ids, each [samples, tokens]."""
+        if self.windows is None or self.recipe.calibration is None:
+            return []
+        return self.ranks.share(self.windows.split(self.recipe.calibration.batch_size))
+
+    def walk(self, scratch: Path, first: int) -> Walk:
+        """How to walk over the decoder layers, of which `first` are finished."""
+        calibration = self.recipe.calibration
+        return Walk(
+            needs=frozenset(STATS) & self.method.needs if self.saved is None else frozenset(),
+            first=first,
+            prefix=calibration.prefix if calibration else "pruned",
+            scratch=place(scratch, self._activation_bytes()),
+            ranks=self.ranks,
+        )
+
+    def make_gradients(
+        self, folder: StatsFolder, names: frozenset[str], scratch: Path, progress: Progress
+    ) -> None:
+        """Fill the folder with gradient norms of the dense model; rank 0 writes.
+
+        Args:
+            folder: to write to.
+            names: full names of the linears to differentiate.
+            scratch: for the inputs of all decoder layers, if memory is short.
+            progress: for a progress bar.
+        """
+        if self.windows is None:
+            return
+        how = Gradients(
+            norm=gradient_norm(self.method) or "l2",
+            names=names,
+            scratch=place(scratch, self._activation_bytes() * (len(self.layers) + 2)),
+            ranks=self.ranks,
+            on_step=progress("gradients", 2 * len(self.layers)),
+        )
+        samples = self.ranks.share(list(self.windows))
+        for index, norms in gradient_norms(self.layers, samples, how):
+            prefix = self.layers.name(index) + "."
+            if self.ranks.leads:
+                own = {n.removeprefix(prefix): {"grad_norm": t} for n, t in norms.items()}
+                folder.write(index, own)
+        if self.ranks.leads:
+            folder.finish(self.facts(GRADIENTS))
+
+    def stored(self, gradients: StatsFolder) -> Callable[[int], LayerStats]:
+        """What the walk does not collect itself, by decoder layer."""
+        if self.saved is not None:
+            return partial(_read, self.saved, self.method.needs)
+        if "grad_norm" in self.method.needs:
+            return partial(_read, gradients, GRADIENTS)
+        return lambda index: {}
+
+    def facts(self, needs: frozenset[str]) -> dict[str, Any]:
+        """What stands in stats.json."""
+        pruned = self.recipe.calibration is None or self.recipe.calibration.prefix == "pruned"
+        return {
+            "model": self.model_sha256,
+            "needs": sorted(needs),
+            "gradient_norm": gradient_norm(self.method),
+            "num_samples": len(self.windows) if self.windows is not None else 0,
+            "calibration_sha256": self.calibration_sha256,
+            "prefix": f"{self.recipe.method} {self.recipe.pattern}" if pruned else "dense",
+        }
+
+    def _activation_bytes(self) -> int:
+        """Of this rank's samples at the input of one decoder layer."""
+        tokens = sum(batch.numel() for batch in self.batches())
+        return tokens * hidden_size(self.layers.model) * self.layers.dtype.itemsize
+
+
+def gradient_norm(method: Method) -> str | None:
+    """Which norm of the gradients a method reads; None when it reads none."""
+    return getattr(method, "gradient_norm", "l2") if "grad_norm" in method.needs else None
+
+
+def _read(folder: StatsFolder, wanted: frozenset[str], index: int) -> LayerStats:
+    stats = folder.read(index, wanted)
+    if "grad_norm" not in wanted:
+        return stats
+    # The method's formula may divide by it; see GBLM's mode "mean".
+    samples = torch.tensor(float(folder.facts()["num_samples"]))
+    return {local: own | {"num_samples": samples} for local, own in stats.items()}
+
+
+def _draw(recipe: Recipe, folder: Path) -> Tensor:
+    wanted = recipe.calibration
+    if wanted is None:
+        raise UsageError(f"method {recipe.method} needs calibration text; the recipe has none.")
+    documents = data.read_documents(wanted.source, "calibration")
+    return data.calibration_windows(
+        documents, load_tokenizer(folder), wanted.num_samples, wanted.seq_len, wanted.seed
+    )
