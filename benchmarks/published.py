@@ -34,6 +34,8 @@ RUNS = (
     ("gblm", "2:4", "gblm_l2_2_4"),
     ("wanda", "0.5", "wanda_0.5"),
     ("gblm", "0.5", "gblm_l2_0.5"),
+    ("sparsegpt", "2:4", "sparsegpt_2_4"),
+    ("sparsegpt", "0.5", "sparsegpt_0.5"),
     ("magnitude", "2:4", "magnitude_2_4"),
     ("magnitude", "0.5", "magnitude_0.5"),
 )
@@ -46,7 +48,12 @@ def prune_as_published(
     source = str(reference / "data/wikitext-2/valid.txt")
     calibration = Calibration(source=source, num_samples=16, seq_len=256, seed=0)
     recipe = Recipe(
-        model=str(model), method=method, pattern=pattern, dtype="float32", calibration=calibration
+        model=str(model),
+        method=method,
+        pattern=pattern,
+        options={"gradient_mode": "reference"} if method == "gblm" else {},
+        dtype="float32",
+        calibration=calibration,
     )
     prune(recipe, output)
 

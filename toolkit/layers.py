@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gblm.checkpoint.reader import Reader
 from gblm.errors import CheckpointError
-from gblm.model import check_device, decoder_layers, linears, skeleton
+from gblm.model import check_device, decoder_layers, linears, prunable, skeleton
 
 META = torch.device("meta")
 
@@ -33,7 +33,7 @@ class Layers:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model.eval().requires_grad_(False)
+        self.model: Any = model.eval().requires_grad_(False)
         self.prefix, self.modules = decoder_layers(model)
         self.device = next(model.parameters()).device
         self.dtype = next(self.modules.parameters()).dtype
@@ -52,10 +52,6 @@ class Layers:
 
     def load_frame(self, head: bool) -> None:
         """Have everything outside the decoder layers in memory; `head`: the output head too."""
-
-    def stored_dtype(self, name: str) -> torch.dtype:
-        """What the weight of a linear is stored in."""
-        return self.model.get_submodule(name).weight.dtype  # type: ignore[return-value, union-attr]
 
 
 class StreamedLayers(Layers):
@@ -80,9 +76,10 @@ class StreamedLayers(Layers):
         target = check_device(device)
         super().__init__(skeleton(reader.folder, len(reader.headers)))
         self.reader, self.device = reader, target
+        prunable(self.model)  # says first if the architecture is one that cannot be pruned
         self._check_headers()
         first = next(iter(linears(self.modules[0])))
-        self.dtype = dtype or self.stored_dtype(f"{self.name(0)}.{first}")
+        self.dtype = dtype or reader.headers[f"{self.name(0)}.{first}.weight"][1]
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
         self._pool = ThreadPoolExecutor(1) if target.type == "cuda" else None
         for buffer_owner in self.model.modules():
@@ -111,10 +108,6 @@ class StreamedLayers(Layers):
                 _assign(self.model, name, self._read(name).to(self.device))
         if head:
             self.model.tie_weights()
-
-    def stored_dtype(self, name: str) -> torch.dtype:
-        """What the checkpoint holds."""
-        return self.reader.headers[f"{name}.weight"][1]
 
     def _take(self, index: int) -> dict[str, Tensor]:
         """The layer's tensors, read ahead or now; starts reading the next one."""

@@ -23,7 +23,7 @@ class Pruned:
 
     Attributes:
         index: position in the model.
-        weights: by full name, in the dtype of the checkpoint; empty on ranks other than 0.
+        weights: by full name, in the dtype of the computation; empty on ranks other than 0.
     """
 
     index: int
@@ -82,7 +82,7 @@ def prune_layers(layers: Layers, batches: Sequence[Tensor], loop: Loop) -> Itera
         elif ranks.leads:
             _join(layer, loop.more(layer.index))
             loop.observed(layer)
-            weights = _prune_layer(layer, chosen, layers, loop)
+            weights = _prune_layer(layer, chosen, loop)
         for linear in chosen.values():
             ranks.broadcast_(linear.weight.data)
         if not finished:
@@ -96,7 +96,7 @@ def _join(layer: DecoderLayer, more: LayerStats) -> None:
 
 
 def _prune_layer(
-    layer: DecoderLayer, chosen: Mapping[str, nn.Linear], layers: Layers, loop: Loop
+    layer: DecoderLayer, chosen: Mapping[str, nn.Linear], loop: Loop
 ) -> dict[str, SparseWeight]:
     """Prune the chosen linears in place; statistics are dropped as soon as they are used."""
     _check(layer, chosen, loop.method)
@@ -108,9 +108,7 @@ def _prune_layer(
             # Half a gigabyte at 11,008 inputs, and used up by `prepare`.
             own.pop("hessian", None)
             name, linear = f"{layer.name}.{local}", chosen[local]
-            pruned = loop.method.prune(linear.weight, {**own, **prepared}, loop.pattern)
-            # What later layers see is what will be stored, rounding included.
-            weights[name] = pruned.to(layers.stored_dtype(name))
+            weights[name] = loop.method.prune(linear.weight, {**prepared, **own}, loop.pattern)
             linear.weight.copy_(weights[name].weight)
     return {f"{layer.name}.{local}": weights[f"{layer.name}.{local}"] for local in chosen}
 

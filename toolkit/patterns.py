@@ -125,14 +125,15 @@ class NM:
 
     def keep(self, score: Tensor, scope: Scope) -> Tensor:
         """See Pattern.keep; groups compete alone, so the scope makes no difference."""
-        groups = score.reshape(score.shape[0], -1, self.group_m)
-        index = torch.arange(self.group_m, device=score.device)
-        # A rank by comparison beats a sort of tiny rows, and breaks ties by index exactly.
-        rank = torch.zeros(groups.shape, dtype=torch.uint8, device=score.device)
-        for i in range(self.group_m):
-            other = groups[..., i : i + 1]
-            rank += (other < groups) | ((other == groups) & (i < index))
-        return (rank >= self.group_m - self.keep_n).reshape(score.shape)
+        # A rank by comparison beats a sort of tiny rows; one row per place makes the rows long.
+        places = score.reshape(-1, self.group_m).t().contiguous()
+        rank = torch.zeros(places.shape, dtype=torch.uint8, device=score.device)
+        for i in range(self.group_m - 1):
+            later = places[i + 1 :] >= places[i]
+            rank[i + 1 :] += later
+            rank[i] += (self.group_m - 1 - i) - later.sum(dim=0, dtype=torch.uint8)
+        keep = rank >= self.group_m - self.keep_n
+        return keep.t().contiguous().reshape(score.shape)
 
     def check_shape(self, name: str, shape: tuple[int, int]) -> None:
         """Columns must be a multiple of M."""

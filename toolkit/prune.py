@@ -1,11 +1,11 @@
-"""One pruning run: from a recipe to a packed folder, in little memory, restartable, on many ranks."""
+"""One pruning run: from a recipe to a packed folder; restartable, on one process or many."""
 
 from __future__ import annotations
 
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gblm.calibrate.saved import StatsFolder
 from gblm.calibrate.walk import DecoderLayer
@@ -33,6 +34,7 @@ from gblm.provenance import versions
 from gblm.ranks import Ranks, rank_device, ranks_from_environment
 from gblm.recipe import Recipe
 from gblm.statistics import Statistics
+from gblm.weights import SparseWeight
 
 logger = logging.getLogger(__name__)
 
@@ -157,16 +159,28 @@ class _Run:
                 loop = self._loop(work, gradients, scratch, first)
                 for pruned in prune_layers(self.layers, self.statistics.batches(), loop):
                     if work is not None:
-                        work.add(*self.packing.pack(self.reader, pruned.weights))
+                        tensors, rows = self.packing.pack(self.reader, pruned.weights)
+                        work.add(tensors, rows, self._exact_values(pruned.weights))
                         self.reader.release()
                     step()
             return self._publish(work) if work is not None else {}
 
+    def _exact_values(self, weights: Mapping[str, SparseWeight]) -> dict[str, Tensor]:
+        """What a resumed run needs besides the packed parts, to go on with the very same bits."""
+        if self.packing.keeps_values:
+            return {}
+        return {
+            f"{name}.values": format_for(self.packing.pattern).pack(name, weight)["values"]
+            for name, weight in weights.items()
+            if weight.weight.dtype != self.reader.headers[f"{name}.weight"][1]
+        }
+
     def _gradients(self, folder: StatsFolder, scratch: Path, progress: Progress) -> None:
         """Take gradient norms unless they are saved, or an earlier run has finished them."""
-        if "grad_norm" in self.method.needs and self.statistics.saved is None:
-            if not self.ranks.agree(int(folder.complete)):
-                self.statistics.make_gradients(folder, self.names, scratch, progress)
+        if "grad_norm" not in self.method.needs or self.statistics.saved is not None:
+            return
+        if not self.ranks.agree(int(folder.complete)):
+            self.statistics.make_gradients(folder, self.names, scratch, progress)
 
     def _loop(
         self, work: WorkFolder | None, gradients: StatsFolder, scratch: Path, first: int
@@ -182,7 +196,7 @@ class _Run:
         return replace(loop, restore=restore, more=self.statistics.stored(gradients))
 
     def _publish(self, work: WorkFolder) -> dict[str, Any]:
-        pieces = ((layer.tensors(), layer.rows) for layer in work.finished)
+        pieces = ((layer.packed(), layer.rows) for layer in work.finished)
         target = self.output
         report = write_packed(self.packing, pieces, target.folder, target.overwrite, work.path)
         if self.output.save_stats is not None:
@@ -218,7 +232,8 @@ class _Run:
 
 def _restore(work: WorkFolder, pattern: Pattern, layer: DecoderLayer) -> None:
     """Give a layer the weights that an earlier run found for it."""
-    fmt, tensors = format_for(pattern), work.finished[layer.index].tensors()
+    fmt, finished = format_for(pattern), work.finished[layer.index]
+    tensors = finished.packed() | finished.exact_values()
     for local, linear in layer.linears.items():
         name = f"{layer.name}.{local}"
         if f"{name}.bitmask" in tensors:

@@ -74,9 +74,13 @@ class Statistics:
             saved.check(sha256, len(layers), method.needs, gradient_norm(method))
         elif method.needs:
             windows = _draw(recipe, folder)
-            if len(windows) < ranks.size:
-                raise UsageError(f"{ranks.size} ranks cannot share {len(windows)} samples.")
-        return cls(recipe, method, layers, ranks, windows, saved, sha256)
+        made = cls(recipe, method, layers, ranks, windows, saved, sha256)
+        if windows is not None and not made.batches():
+            raise UsageError(
+                f"{ranks.size} ranks cannot share {len(windows)} samples: give each a batch of its "
+                "own (--num-samples, --batch-size)."
+            )
+        return made
 
     @property
     def calibration_sha256(self) -> str | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gblm.calibrate.activations import Activations
 from gblm.calibrate.frame import Call, capture, loss
@@ -150,7 +150,7 @@ class _Fold:
 
 
 @contextmanager
-def _folding(weights: Mapping[str, nn.Parameter], norm: str) -> Iterator[_Fold]:
+def _folding(weights: Mapping[str, Tensor], norm: str) -> Iterator[_Fold]:
     """Fold a weight's gradient into a float32 sum, and free it, as soon as it is there."""
     fold = _Fold({n: torch.zeros_like(w, dtype=torch.float32) for n, w in weights.items()})
 

@@ -67,7 +67,7 @@ def _publish(path: Path, write: Callable[[Path], Any]) -> None:
     try:
         write(temporary)
         flush(temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
         flush(path.parent)
     except (SafetensorError, OSError) as error:
         temporary.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,7 +27,7 @@ from gblm.errors import InputError, MachineError
 from gblm.folder import read_json_object
 
 logger = logging.getLogger(__name__)
-JOURNAL, RUN = "journal.jsonl", "run.json"
+JOURNAL, RUN, EXACT = "journal.jsonl", "run.json", "exact:"
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,23 @@ class FinishedLayer:
     """One decoder layer as the journal describes it.
 
     Attributes:
-        path: safetensors with the packed parts of its linears, by full name.
+        path: safetensors with the packed parts of its linears, by full name; and, under `exact:`,
+            values as they were before rounding to the checkpoint's dtype.
         rows: the linears' rows of the sparsity report.
     """
 
     path: Path
     rows: list[dict[str, Any]]
 
-    def tensors(self) -> dict[str, Tensor]:
+    def packed(self) -> dict[str, Tensor]:
         """Read the packed parts."""
-        return load_file(self.path)
+        return {name: t for name, t in load_file(self.path).items() if not name.startswith(EXACT)}
+
+    def exact_values(self) -> dict[str, Tensor]:
+        """Read the values before rounding, by the full name of the part."""
+        with safe_open(self.path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(EXACT)]  # noqa: SIM118
+            return {name.removeprefix(EXACT): file.get_tensor(name).clone() for name in names}
 
 
 class WorkFolder:
@@ -59,11 +66,17 @@ class WorkFolder:
         """Whether the gradient norms of all layers are there."""
         return (self.path / "gradients" / "stats.json").exists()
 
-    def add(self, tensors: Mapping[str, Tensor], rows: list[dict[str, Any]]) -> None:
-        """Make the next decoder layer durable."""
+    def add(
+        self,
+        packed: Mapping[str, Tensor],
+        rows: list[dict[str, Any]],
+        exact_values: Mapping[str, Tensor],
+    ) -> None:
+        """Make the next decoder layer durable; see FinishedLayer."""
         index = len(self.finished)
         path = self.path / f"layer-{index:05d}.safetensors"
-        write_tensors(path, tensors)
+        exact = {EXACT + name: tensor for name, tensor in exact_values.items()}
+        write_tensors(path, {**packed, **exact})
         line = {"layer": index, "file": path.name, "sha256": sha256(path), "rows": rows}
         append_line(self.path / JOURNAL, line)
         self.finished.append(FinishedLayer(path, rows))
@@ -168,7 +181,7 @@ def _lock(path: Path) -> IO[bytes]:
             raise MachineError(f"{path} cannot be made: {error.strerror}.") from error
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.stat(path / "lock").st_ino == os.fstat(stream.fileno()).st_ino:
+            if (path / "lock").stat().st_ino == os.fstat(stream.fileno()).st_ino:
                 return stream
         except BlockingIOError as error:
             stream.close()

@@ -60,9 +60,8 @@ class GBLM(ScoredMethod):
         total = stats["grad_norm"]
         if self.gradient_mode == "mean":
             samples = stats["num_samples"]
-            return total * (
-                self.alpha / (samples if self.gradient_norm == "l1" else samples.sqrt())
-            )
+            divisor = samples if self.gradient_norm == "l1" else samples.sqrt()
+            return total * (self.alpha / divisor)
         # The published code stores α·‖G‖ in float16; the rounding decides near ties, so keep it.
         limit = torch.finfo(torch.float16).max
         return (self.alpha * total).clamp(max=limit).half().float()
