@@ -47,6 +47,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "calibrate", "checkpoint", "errors", "folder", "formats", "layers", "loop", "methods",
         "model", "patterns", "progress", "provenance", "ranks", "recipe", "statistics",
     },
+    "plan": {
+        "calibrate", "checkpoint", "errors", "folder", "formats", "layers", "methods", "model",
+        "patterns", "recipe", "structure",
+    },
     "evaluate": {"data", "folder", "model", "packed", "progress"},
     "bench": {"checkpoint", "errors", "folder", "progress", "provenance"},
     "doctor": {"formats", "kernels", "patterns", "provenance", "weights"},
@@ -56,7 +60,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serve": {"checkpoint", "errors", "formats", "kernels", "packed", "weights"},
     "commands": {
         "bench", "checkpoint", "doctor", "errors", "evaluate", "export", "fetch", "folder",
-        "patterns", "provenance", "prune", "recipe", "serve",
+        "patterns", "plan", "provenance", "prune", "recipe", "serve",
     },
     "cli": {"__init__", "commands"},
 }  # fmt: skip

@@ -182,15 +182,32 @@ def test_indivisible_columns_are_refused_before_calibration(recipe: Recipe, tmp_
     assert not list(tmp_path.iterdir())
 
 
-def test_damaged_weights_are_named(recipe: Recipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "gblm"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_damaged_weights_are_named(
+    recipe: Recipe, tmp_path: Path, method: str, value: float
+) -> None:
     model = load(Path(recipe.model))
     with torch.no_grad():
-        model.get_submodule("model.layers.1.mlp.up_proj").weight[0, 0] = float("nan")
+        model.get_submodule("model.layers.1.mlp.up_proj").weight[0, 0] = value
     bad = save_tiny_model(tmp_path / "bad")
     model.save_pretrained(bad)
-    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\."):
-        prune(recipe.model_copy(update={"model": str(bad)}), tmp_path / "out")
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
+        prune(recipe.model_copy(update={"model": str(bad), "method": method}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "gblm"])
+def test_activations_that_overflow_are_named(recipe: Recipe, tmp_path: Path, method: str) -> None:
+    model = load(Path(recipe.model), torch.float16)
+    with torch.no_grad():
+        for name in ("up_proj", "gate_proj"):
+            model.get_submodule(f"model.layers.0.mlp.{name}").weight.fill_(3000)
+    bad = save_tiny_model(tmp_path / "bad")
+    model.save_pretrained(bad)
+    wanted = r"sample 0: the loss" if method == "gblm" else r"layers\.0\.mlp\.down_proj: the \w+ of"
+    with pytest.raises(InputError, match=wanted):
+        prune(recipe.model_copy(update={"model": str(bad), "method": method}), tmp_path / "out")
 
 
 def test_too_little_disk_space_is_found_before_any_work(

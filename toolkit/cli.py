@@ -19,6 +19,7 @@ from gblm import __version__
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "prune": ("gblm.commands.prune", "Prune a model and write it packed."),
+    "plan": ("gblm.commands.plan", "Predict memory, disk and time of a pruning run."),
     "eval": ("gblm.commands.eval", "Perplexity, with the dense baseline beside it."),
     "export": ("gblm.commands.export", "Write a packed model for other tools, or pack theirs."),
     "serve": ("gblm.commands.serve", "Serve a model with vLLM's OpenAI server."),

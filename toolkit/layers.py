@@ -57,7 +57,7 @@ class Layers:
 class StreamedLayers(Layers):
     """Decoder layers read from safetensors when opened and dropped when closed.
 
-    On a GPU the next layer in order is read ahead while this one computes.
+    On a GPU the layer that follows is read ahead while this one computes.
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class StreamedLayers(Layers):
         first = next(iter(linears(self.modules[0])))
         self.dtype = dtype or reader.headers[f"{self.name(0)}.{first}.weight"][1]
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
+        self._last = -1
         self._pool = ThreadPoolExecutor(1) if target.type == "cuda" else None
         for buffer_owner in self.model.modules():
             for name, buffer in buffer_owner.named_buffers(recurse=False):
@@ -110,14 +111,16 @@ class StreamedLayers(Layers):
             self.model.tie_weights()
 
     def _take(self, index: int) -> dict[str, Tensor]:
-        """The layer's tensors, read ahead or now; starts reading the next one."""
+        """The layer's tensors, read ahead or now; starts reading the one that follows."""
         if self._pool is None:
             return self._read_layer(index)
         ahead, self._ahead = self._ahead, None
         hit = ahead is not None and ahead[0] == index
         tensors = ahead[1].result() if ahead is not None and hit else self._read_layer(index)
-        if index + 1 < len(self):
-            self._ahead = (index + 1, self._pool.submit(self._read_layer, index + 1))
+        # Backward passes visit the layers from the last to the first.
+        following, self._last = (index - 1 if index == self._last - 1 else index + 1), index
+        if 0 <= following < len(self):
+            self._ahead = (following, self._pool.submit(self._read_layer, following))
         return tensors
 
     def _read_layer(self, index: int) -> dict[str, Tensor]:
@@ -129,6 +132,8 @@ class StreamedLayers(Layers):
 
     def _read(self, name: str) -> Tensor:
         tensor = self.reader.tensor(name)
+        if not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{name} holds NaN or Inf: the checkpoint is damaged.")
         # clone(): a tensor of the file's mapping would be changed in place by pruning.
         converted = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
         return converted.clone() if converted is tensor else converted

@@ -103,14 +103,20 @@ def _prune_layer(
     weights: dict[str, SparseWeight] = {}
     for members in _same_input(layer.stats, chosen):
         inputs = {local: layer.stats.pop(local, {}) for local in members}
-        prepared = loop.method.prepare(inputs[members[0]])
+        device = chosen[members[0]].weight.device
+        prepared = loop.method.prepare(_on(device, inputs[members[0]]))
         for local, own in inputs.items():
             # Half a gigabyte at 11,008 inputs, and used up by `prepare`.
             own.pop("hessian", None)
             name, linear = f"{layer.name}.{local}", chosen[local]
-            weights[name] = loop.method.prune(linear.weight, {**prepared, **own}, loop.pattern)
+            stats = {**prepared, **_on(device, own)}
+            weights[name] = loop.method.prune(linear.weight, stats, loop.pattern)
             linear.weight.copy_(weights[name].weight)
     return {f"{layer.name}.{local}": weights[f"{layer.name}.{local}"] for local in chosen}
+
+
+def _on(device: torch.device, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in stats.items()}
 
 
 def _same_input(stats: LayerStats, chosen: Mapping[str, nn.Linear]) -> list[list[str]]:

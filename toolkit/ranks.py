@@ -6,6 +6,7 @@ writes, and sends the pruned weights to the others.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -93,6 +94,8 @@ def ranks_from_environment(device: str) -> Iterator[Ranks]:
         raise MachineError(f"the process group of torchrun cannot be joined: {error}") from error
     try:
         yield Ranks(dist.get_rank(), size)
+        # Leaving while rank 0 still writes would look like a lost rank to the launcher.
+        dist.barrier()
     except RuntimeError as error:
         if not _is_from_the_group(error):
             raise
@@ -102,6 +105,8 @@ def ranks_from_environment(device: str) -> Iterator[Ranks]:
         ) from error
     finally:
         dist.destroy_process_group()
+        # A group that garbage still refers to would end at exit, with an abort.
+        gc.collect()
 
 
 def rank_device(device: str) -> str:

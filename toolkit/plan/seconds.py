@@ -1,0 +1,191 @@
+"""Seconds of a run: operations of each phase over rates that are probed on this machine, now.
+
+Disks cannot be probed without writing, so their rates are assumed; reading and tokenising text is
+not counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import linear
+
+from gblm.formats import format_for
+from gblm.plan.disk import Disk
+from gblm.plan.memory import Setting
+from gblm.plan.shapes import Layer
+from gblm.structure import structure
+
+PROBE_SECONDS = 0.25
+# Matrices of the probes are no larger, so that one product stays well below the limit.
+PROBE_SIDE, PROBE_TOKENS, HASHED = 2048, 512, 1 << 22
+# Wide enough for every pattern's groups and blocks; SparseGPT's products then count for little.
+PROBE_ROWS, PROBE_COLUMNS = 1024, 128
+# Python, torch and transformers; the skeleton of the model.
+START_SECONDS = 8.0
+READ_BYTES, WRITE_BYTES = 0.8e9, 0.25e9
+# The upper triangle of a Hessian in four strips.
+HESSIAN_SHARE = 5 / 8
+# Two Cholesky factors and an inverse take so many times in³; LAPACK reaches a share of the rate.
+FACTOR_OPERATIONS, LAPACK_SHARE = 4 / 3, 0.5
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this machine does just now, in things per second; infinite where nothing is needed.
+
+    Attributes:
+        forward: operations of a linear in the computation's dtype.
+        backward: operations of its backward pass.
+        float32: operations of a float32 product.
+        fold: weights that a sample's gradient is added to.
+        prune: weights through the method, without its large products.
+        pack: weights into the format, the report included.
+        sha256: bytes.
+    """
+
+    forward: float
+    backward: float
+    float32: float
+    fold: float
+    prune: float
+    pack: float
+    sha256: float
+
+
+def probe(setting: Setting, device: torch.device) -> Rates:
+    """Measure each rate that the run depends on for a quarter of a second."""
+    shapes, wanted = setting.shapes, setting.collects
+    wide = max(own.rows for own in shapes.largest.linears)
+    tokens, side = min(shapes.tokens or 1, PROBE_TOKENS), min(shapes.hidden, PROBE_SIDE)
+    inputs = torch.randn(tokens, side, device=device)
+    weight = torch.randn(min(wide, PROBE_SIDE), side, device=device)
+    x = inputs.to(shapes.dtype).requires_grad_(True)
+    w = weight.to(shapes.dtype).requires_grad_(True)
+    out = linear(x, w)
+    error, total, gradient = torch.ones_like(out), torch.zeros_like(weight), w.detach()
+
+    def rate(count: float, needed: bool, action: Callable[[], object]) -> float:
+        return count / _seconds(action, device) if needed else math.inf
+
+    def backward() -> object:
+        return torch.autograd.grad(out, (x, w), error, retain_graph=True)
+
+    back, hessian = "grad_norm" in wanted, "hessian" in setting.method.needs
+    operations, size = 2.0 * tokens * weight.numel(), weight.numel()
+    prune, pack = _probe_pruning(setting, device)
+    return Rates(
+        forward=rate(operations, bool(wanted), lambda: linear(x.detach(), gradient)),
+        backward=rate(2 * operations, back, backward),
+        float32=rate(operations, hessian, lambda: inputs @ weight.t()),
+        fold=rate(size, back, lambda: total.addcmul_(gradient.float(), gradient.float())),
+        prune=prune,
+        pack=pack,
+        sha256=rate(HASHED, True, lambda: hashlib.sha256(bytes(HASHED))),
+    )
+
+
+def _probe_pruning(setting: Setting, device: torch.device) -> tuple[float, float]:
+    """Weights per second through the method and into the format, on a random weight."""
+    rows, columns = PROBE_ROWS, PROBE_COLUMNS
+    if setting.name != "sparsegpt":
+        columns = max(min(setting.shapes.hidden, PROBE_SIDE) // PROBE_COLUMNS, 1) * PROBE_COLUMNS
+    weight = torch.randn(rows, columns, device=device).to(setting.shapes.dtype)
+    one, pattern = torch.ones(columns, device=device), setting.pattern
+    stats = {"act_norm": one, "hessian": one.diag(), "grad_norm": weight.float().abs(),
+             "num_samples": one[0]}  # fmt: skip
+    needed = setting.method.needs | {"num_samples"}
+    prepared = setting.method.prepare({key: stats[key] for key in stats if key in needed})
+    pruned = setting.method.prune(weight, prepared, pattern).to(setting.shapes.stored_dtype)
+    fmt = format_for(pattern)
+
+    def pack() -> None:
+        fmt.pack("probe", pruned)
+        structure(pruned.mask)
+        (pruned.weight == 0).float().mean()
+
+    prune = _seconds(lambda: setting.method.prune(weight, prepared, pattern), device)
+    return weight.numel() / prune, weight.numel() / _seconds(pack, device)
+
+
+def _seconds(action: Callable[[], object], device: torch.device) -> float:
+    """Mean seconds of an action, once it is warm."""
+    action()
+    began, count = _now(device), 0
+    while count == 0 or _now(device) - began < PROBE_SECONDS:
+        action()
+        count += 1
+    return (_now(device) - began) / count
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def spend(setting: Setting, rates: Rates, disk: Disk) -> dict[str, float]:
+    """Seconds by phase.
+
+    Args:
+        setting: of the run.
+        rates: as probed.
+        disk: bytes that go to disk.
+    """
+    shapes, found = setting.shapes, {"start": START_SECONDS}
+    found["start"] += shapes.stored * (1 / READ_BYTES + 1 / rates.sha256)
+    read = sum(layer.stored for layer in shapes.layers) / READ_BYTES
+    if "grad_norm" in setting.collects:
+        found["gradients"] = 2 * read + disk.gradients / WRITE_BYTES + _gradients(setting, rates)
+    observes = bool(setting.collects - {"grad_norm"})
+    if observes:
+        found["capture"] = shapes.frame * shapes.stored_dtype.itemsize / READ_BYTES
+    pruning = 2 * read + (disk.layers / WRITE_BYTES) + disk.layers / rates.sha256
+    pruning += disk.gradients / READ_BYTES
+    pruning += sum(_pruning(setting, layer, rates) for layer in shapes.layers)
+    if observes:
+        passes = 2 if setting.pruned_prefix else 1
+        pruning += passes * _forward(setting) / rates.forward
+    found["pruning"] = pruning
+    moved = disk.layers + disk.output
+    found["publishing"] = moved / READ_BYTES + disk.output * (1 / WRITE_BYTES + 1 / rates.sha256)
+    return found
+
+
+def _forward(setting: Setting) -> float:
+    """Operations of one pass of all this rank's samples through all decoder layers."""
+    shapes = setting.shapes
+    weights = sum(own.weights for layer in shapes.layers for own in layer.linears)
+    attention = 2 * len(shapes.layers) * shapes.seq_len * shapes.hidden
+    return 2.0 * shapes.samples * shapes.seq_len * (weights + attention)
+
+
+def _gradients(setting: Setting, rates: Rates) -> float:
+    """Up; down, with every layer once more and its backward; the loss, and a fold per sample."""
+    shapes = setting.shapes
+    once = _forward(setting)
+    logits = 2.0 * shapes.samples * shapes.seq_len * shapes.hidden * shapes.vocab
+    weights = sum(layer.weights for layer in shapes.layers)
+    compute = (2 * once + logits) / rates.forward + (2 * once + logits) / rates.backward
+    return compute + shapes.samples * weights / rates.fold
+
+
+def _pruning(setting: Setting, layer: Layer, rates: Rates) -> float:
+    """One decoder layer through the method and into the format."""
+    spent = layer.weights / rates.prune + layer.weights / rates.pack
+    if "hessian" not in setting.method.needs:
+        return spent
+    operations = 0.0
+    tokens = setting.shapes.samples * setting.shapes.seq_len
+    for group in layer.groups(pruned="hessian" in setting.reads):
+        operations += 2.0 * tokens * HESSIAN_SHARE * group[0].columns ** 2
+    for group in layer.groups(pruned=True):
+        columns = group[0].columns
+        operations += FACTOR_OPERATIONS / LAPACK_SHARE * columns**3
+        operations += sum(columns**2 * own.rows for own in group)
+    return spent + operations / rates.float32

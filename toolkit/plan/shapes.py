@@ -1,0 +1,217 @@
+"""Shapes of a run: what stands in headers, config.json and recipe. No weight is read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gblm.checkpoint.packer import check_packable
+from gblm.checkpoint.reader import Reader
+from gblm.checkpoint.writer import NOT_COPIED, SIDE_FILES
+from gblm.formats import format_for
+from gblm.layers import StreamedLayers
+from gblm.model import hidden_size, linears, prunable
+from gblm.patterns import Pattern
+from gblm.recipe import Calibration, Recipe
+
+# Linears that are handed the same tensor as another one, by the last part of their name.
+SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear of a decoder layer.
+
+    Attributes:
+        rows: outputs.
+        columns: inputs.
+        inputs: equal for linears of a layer that share their input.
+        pruned: whether the recipe prunes it.
+        stored: bytes in the checkpoint.
+        packed: bytes in the output; `stored` if it is not pruned.
+    """
+
+    rows: int
+    columns: int
+    inputs: str
+    pruned: bool
+    stored: int
+    packed: int
+
+    @property
+    def weights(self) -> int:
+        """How many."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer: its linears, all its parameters, their bytes in the checkpoint."""
+
+    linears: tuple[Linear, ...]
+    parameters: int
+    stored: int
+
+    @property
+    def pruned(self) -> list[Linear]:
+        """The linears to prune."""
+        return [linear for linear in self.linears if linear.pruned]
+
+    @property
+    def weights(self) -> int:
+        """Of the linears to prune."""
+        return sum(linear.weights for linear in self.pruned)
+
+    @property
+    def packed(self) -> int:
+        """Bytes of the pruned linears in the output."""
+        return sum(linear.packed for linear in self.pruned)
+
+    def groups(self, pruned: bool) -> list[list[Linear]]:
+        """The linears to prune, or all of them, by shared input, in order."""
+        found: dict[str, list[Linear]] = {}
+        for linear in self.pruned if pruned else self.linears:
+            found.setdefault(linear.inputs, []).append(linear)
+        return list(found.values())
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What memory, disk and time follow from.
+
+    Attributes:
+        layers: the decoder layers.
+        hidden: width of the hidden states.
+        vocab: width of the logits.
+        dtype: of the computation.
+        stored_dtype: of the checkpoint's linears.
+        frame: parameters outside the layers, without the head.
+        head: parameters of the head; 0 if it is the embeddings.
+        stored: bytes of all tensors of the checkpoint.
+        side_files: bytes of the files that are copied along.
+        tensors: how many the checkpoint holds.
+        samples: calibration sequences of one rank; 0 without text.
+        batch: of them per forward pass.
+        seq_len: tokens per sequence.
+    """
+
+    layers: tuple[Layer, ...]
+    hidden: int
+    vocab: int
+    dtype: torch.dtype
+    stored_dtype: torch.dtype
+    frame: int
+    head: int
+    stored: int
+    side_files: int
+    tensors: int
+    samples: int
+    batch: int
+    seq_len: int
+
+    @property
+    def largest(self) -> Layer:
+        """The decoder layer with the most weights."""
+        return max(self.layers, key=lambda layer: layer.parameters)
+
+    @property
+    def output(self) -> int:
+        """Bytes of all tensors of the output."""
+        changed = (linear for layer in self.layers for linear in layer.pruned)
+        return self.stored + sum(linear.packed - linear.stored for linear in changed)
+
+    @property
+    def tokens(self) -> int:
+        """Of one forward pass."""
+        return self.batch * self.seq_len
+
+    def hidden_states(self, sequences: int) -> int:
+        """Bytes of what enters one decoder layer."""
+        return sequences * self.seq_len * self.hidden * self.dtype.itemsize
+
+
+def read_shapes(
+    recipe: Recipe, reader: Reader, pattern: Pattern, calibration: Calibration | None, ranks: int
+) -> Shapes:
+    """Read headers and config.json, and lay out what the recipe does with them.
+
+    Args:
+        recipe: of the run.
+        reader: the open checkpoint.
+        pattern: the recipe's.
+        calibration: the text that is run through the model, if any.
+        ranks: the processes that share the samples.
+
+    Raises:
+        GblmError: whatever `prune` would refuse before it computes.
+    """
+    dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    model = StreamedLayers(reader, dtype)
+    names = prunable(model.model, recipe.targets, recipe.ignore)
+    check_packable(reader, names, pattern)
+    layers = tuple(_layer(model, i, reader, frozenset(names), pattern) for i in range(len(model)))
+    frame, head = _outside(model)
+    text: Any = model.model.config
+    samples, batch = 0, 1
+    if calibration is not None:
+        batch = min(calibration.batch_size, calibration.num_samples)
+        samples = batch * math.ceil(math.ceil(calibration.num_samples / batch) / ranks)
+    return Shapes(
+        layers=layers,
+        hidden=hidden_size(model.model),
+        vocab=int(text.get_text_config().vocab_size),
+        dtype=model.dtype,
+        stored_dtype=reader.headers[f"{next(iter(names))}.weight"][1],
+        frame=frame,
+        head=head,
+        stored=sum(map(reader.num_bytes, reader)),
+        side_files=_side_files(reader),
+        tensors=len(reader.headers),
+        samples=samples,
+        batch=batch,
+        seq_len=calibration.seq_len if calibration is not None else 0,
+    )
+
+
+def _layer(
+    model: StreamedLayers, index: int, reader: Reader, names: frozenset[str], pattern: Pattern
+) -> Layer:
+    prefix = model.name(index)
+    found = []
+    for local, linear in linears(model.modules[index]).items():
+        name, parent = f"{prefix}.{local}", local.rpartition(".")
+        rows, columns = linear.weight.shape
+        dtype, stored = reader.headers[f"{name}.weight"][1], reader.num_bytes(f"{name}.weight")
+        pruned = name in names
+        packed = packed_bytes(pattern, (rows, columns), dtype) if pruned else stored
+        inputs = f"{parent[0]}.{SAME_INPUT.get(parent[2], parent[2])}"
+        found.append(Linear(rows, columns, inputs, pruned, stored, packed))
+    state = model.modules[index].state_dict()
+    stored = sum(reader.num_bytes(f"{prefix}.{local}") for local in state)
+    return Layer(tuple(found), sum(t.numel() for t in state.values()), stored)
+
+
+def packed_bytes(pattern: Pattern, shape: tuple[int, int], dtype: torch.dtype) -> int:
+    """Bytes of one packed weight [out, in] of a dtype."""
+    kept = shape[0] * shape[1] - int(shape[0] * shape[1] * pattern.sparsity)
+    specs = format_for(pattern).layout(shape, dtype).values()
+    return sum(
+        math.prod(kept if side == -1 else side for side in spec.shape) * spec.dtype.itemsize
+        for spec in specs
+    )
+
+
+def _outside(model: StreamedLayers) -> tuple[int, int]:
+    """Parameters outside the decoder layers: without the head, and of the head alone."""
+    parts = {id(p): p for n, p in model.model.named_parameters() if not n.startswith(model.prefix)}
+    base = {id(p) for p in model.model.base_model.parameters()}
+    frame = sum(p.numel() for key, p in parts.items() if key in base)
+    return frame, sum(p.numel() for p in parts.values()) - frame
+
+
+def _side_files(reader: Reader) -> int:
+    found = {file for glob in SIDE_FILES for file in reader.folder.glob(glob)}
+    return sum(file.stat().st_size for file in found if file.name not in NOT_COPIED)
