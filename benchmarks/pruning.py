@@ -4,7 +4,7 @@
 
 SmolLM2-135M, float32, 16 × 256 tokens, batch 1; every run is a fresh process with one thread. The
 plain side has the structure and cost of the published code of Wanda, SparseGPT and GBLM-Pruner,
-less its checks, files and printing. Its "total" leaves "setup" out (model, tokenizer, text); ours
+less its checks, files and printing; ours runs in both orders. Its "total" leaves "setup" out (model, tokenizer, text); ours
 is the whole of prune(), and its "pruning" packs and writes the weights as well.
 """
 
@@ -37,7 +37,7 @@ from gblm.prune import prune
 from gblm.recipe import Calibration, Recipe
 
 RECORD = Path(__file__).resolve().parent / "results" / "pruning-speed.json"
-METHODS, SIDES = ("wanda", "gblm", "sparsegpt"), ("plain", "ours")
+METHODS, SIDES = ("wanda", "gblm", "sparsegpt"), ("plain", "ours", "sequential")
 CALIBRATION = Calibration(source="pydoc", num_samples=16, seq_len=256, seed=0, batch_size=1)
 # Ours is given options only where its defaults are not the published method.
 OPTIONS: dict[str, dict[str, Any]] = {"gblm": {"gradient_mode": "reference"}}
@@ -210,10 +210,13 @@ def run_plain(method: str, pattern: str, seconds: dict[str, float]) -> Any:
     return model
 
 
-def run_ours(method: str, pattern: str, seconds: dict[str, float], output: Path) -> None:
+def run_ours(
+    method: str, pattern: str, seconds: dict[str, float], output: Path, order: str
+) -> None:
     """The whole of prune(); a phase lasts from its announcement to its last step."""
     recipe = Recipe(model=str(fetch("smollm2")), method=method, pattern=pattern, dtype="float32",
-                    options=OPTIONS.get(method, {}), calibration=CALIBRATION)  # fmt: skip
+                    options=OPTIONS.get(method, {}),
+                    calibration=CALIBRATION.model_copy(update={"order": order}))  # fmt: skip
 
     def progress(phase: str, steps: int) -> Callable[[], None]:
         began = cpu_seconds() - seconds.get(phase, 0.0)
@@ -230,8 +233,9 @@ def measure(side: str, method: str, pattern: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as work:
         output = Path(work) / "out"
         if side != "plain":
-            run_ours(method, pattern, seconds, output)
-        if side != "ours":
+            order = "sequential" if side == "sequential" else "layer"
+            run_ours(method, pattern, seconds, output, order)
+        if side in ("plain", "check"):
             model = run_plain(method, pattern, seconds)
         if side == "check":
             return different_bits(model, output)
@@ -267,10 +271,11 @@ def run_method(method: str, pattern: str, rounds: int) -> dict[str, Any]:
     bits = child("check", method, pattern)
     runs = [{side: child(side, method, pattern) for side in SIDES} for _ in range(rounds)]
     medians = {s: {k: statistics.median(r[s][k] for r in runs) for k in runs[0][s]} for s in SIDES}
-    ratios = {}
-    for key in [key for key in medians["plain"] if key in medians["ours"]]:
-        paired = [run["ours"][key] / run["plain"][key] for run in runs]
-        ratios[key] = {"median": statistics.median(paired), "min": min(paired), "max": max(paired)}
+    ratios: dict[str, dict[str, Any]] = {side: {} for side in SIDES[1:]}
+    for side, own in ratios.items():
+        for key in [key for key in medians["plain"] if key in medians[side]]:
+            found = [run[side][key] / run["plain"][key] for run in runs]
+            own[key] = {"median": statistics.median(found), "min": min(found), "max": max(found)}
     print(method, json.dumps(ratios, indent=1))
     return {"method": method, "check": bits, "medians": medians, "ratios": ratios, "rounds": runs}
 

@@ -33,6 +33,9 @@ MORE = (
     ("gblm", "gblm", "", ("0.7",)),
     ("sparsegpt", "sparsegpt", "", ("0.7",)),
     ("sparsegpt-dense-prefix", "sparsegpt", "--prefix dense", ("2:4",)),
+    ("wanda-sequential", "wanda", "--order sequential", ("2:4", "0.5")),
+    ("gblm-sequential", "gblm", "--order sequential", ("2:4",)),
+    ("sparsegpt-sequential", "sparsegpt", "--order sequential", ("2:4", "0.5")),
 )
 Runs = Iterable[tuple[str, str, str, tuple[str, ...]]]
 
@@ -139,15 +142,24 @@ def speed() -> str:
     cells = []
     for run in record["runs"]:
         for phase in phases if run["method"] == "gblm" else ("pruning",):
-            ratio = run["ratios"][phase]
-            cells.append([
+            cell = [
                 f"{run['method']} {record['pattern']}, {phase}",
                 f"{run['medians']['plain'][phase]:.1f}",
-                f"{run['medians']['ours'][phase]:.1f}",
-                f"{ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})",
-            ])  # fmt: skip
+            ]
+            for side in ("ours", "sequential"):
+                ratio = run["ratios"][side][phase]
+                cell.append(f"{run['medians'][side][phase]:.1f}")
+                cell.append(f"{ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})")
+            cells.append(cell)
     rounds = len(record["runs"][0]["rounds"])
-    header = ["", "plain, CPU s", "gblm, CPU s", "ratio (min–max)"]
+    header = [
+        "CPU seconds",
+        "plain",
+        "gblm",
+        "ratio (min–max)",
+        "gblm `--order sequential`",
+        "ratio",
+    ]
     return (
         f"{table(header, cells)}\n\nSmolLM2-135M, 16 × 256 tokens, float32, one thread, {rounds} "
         "interleaved rounds, medians; gblm's side also packs and writes. "

@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fetch": {"checkpoint", "errors"},
     "prune": {
         "calibrate", "checkpoint", "errors", "folder", "formats", "layers", "loop", "methods",
-        "model", "patterns", "progress", "provenance", "ranks", "recipe", "statistics",
+        "model", "patterns", "progress", "provenance", "ranks", "recipe", "statistics", "weights",
     },
     "plan": {
         "calibrate", "checkpoint", "errors", "folder", "formats", "layers", "methods", "model",

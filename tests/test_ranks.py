@@ -36,15 +36,18 @@ def torchrun(tmp_path: Path) -> Launch:
 
 
 def prune_arguments(
-    tiny: Path, text: Path, output: Path, method: str, samples: int
+    tiny: Path, text: Path, output: Path, method: str, samples: int, *more: object
 ) -> list[object]:
     return [
         "prune", tiny, "--method", method, "--calibration", text, "--num-samples", samples,
-        "--seq-len", 32, "--dtype", "float32", "--output", output,
+        "--seq-len", 32, "--dtype", "float32", "--output", output, *more,
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("method", "size"), [("gblm", 2), ("wanda", 3), ("sparsegpt", 3)])
+@pytest.mark.parametrize(
+    ("method", "size", "order"),
+    [("gblm", 2, "layer"), ("wanda", 3, "sequential"), ("sparsegpt", 3, "layer")],
+)
 def test_masks_equal_the_single_process_ones(
     gblm: Callable[..., Outcome],
     torchrun: Launch,
@@ -53,11 +56,13 @@ def test_masks_equal_the_single_process_ones(
     tmp_path: Path,
     method: str,
     size: int,
+    order: str,
 ) -> None:
     """Five samples do not divide by two or three. Sums differ in rounding, so ties could differ."""
-    one = gblm(*prune_arguments(tiny, text_file, tmp_path / "one", method, 5))
+    arguments = (tiny, text_file), (method, 5, "--order", order)
+    one = gblm(*prune_arguments(*arguments[0], tmp_path / "one", *arguments[1]))
     assert one.code == 0, one
-    many = torchrun(size, *prune_arguments(tiny, text_file, tmp_path / "many", method, 5))
+    many = torchrun(size, *prune_arguments(*arguments[0], tmp_path / "many", *arguments[1]))
     out, err = many.communicate(timeout=240)
     assert many.returncode == 0, err
     assert out.count("14 linears") == 1, out

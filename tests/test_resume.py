@@ -94,6 +94,18 @@ def test_finished_layers_are_not_made_again(
     assert not work_path(tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_the_sequential_order_goes_on_as_well(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    calibration = recipe.calibration.model_copy(update={"order": "sequential"})
+    recipe = recipe.model_copy(update={"method": method, "calibration": calibration})
+    prune(recipe, tmp_path / "whole")
+    cut_off(recipe, tmp_path / "out", monkeypatch)
+    prune(recipe, tmp_path / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
 def test_the_rest_of_another_recipe_is_refused(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,11 +32,13 @@ def forbid_forward_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gblm.calibrate.gradients.capture", forbidden)
 
 
+@pytest.mark.parametrize("order", ["layer", "sequential"])
 @pytest.mark.parametrize("method", ["gblm", "sparsegpt", "wanda", "gradient"])
 def test_saved_statistics_repeat_the_run_without_a_forward_pass(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, order: str
 ) -> None:
-    recipe = recipe.model_copy(update={"method": method})
+    calibration = recipe.calibration.model_copy(update={"order": order})
+    recipe = recipe.model_copy(update={"method": method, "calibration": calibration})
     prune(recipe, Output(tmp_path / "first", save_stats=tmp_path / "stats"))
     forbid_forward_passes(monkeypatch)
     second = recipe.model_copy(update={"stats": str(tmp_path / "stats")})

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +30,6 @@ class Pruned:
     weights: dict[str, SparseWeight]
 
 
-def _nothing(layer: DecoderLayer) -> None:
-    """A hook that does nothing."""
-
-
 @dataclass(frozen=True)
 class Loop:
     """What the loop does with each decoder layer.
@@ -45,7 +41,7 @@ class Loop:
         how: how to walk; `how.needs` are the statistics that the walk itself collects.
         more: further statistics of a layer by index, such as gradient norms.
         restore: fills in the weights of a layer that an earlier run finished.
-        observed: called with each layer's statistics before they are used up.
+        save: takes the statistics of each layer, to be used again; None keeps none.
     """
 
     method: Method
@@ -53,8 +49,8 @@ class Loop:
     names: frozenset[str]
     how: Walk
     more: Callable[[int], LayerStats] = lambda index: {}
-    restore: Callable[[DecoderLayer], None] = _nothing
-    observed: Callable[[DecoderLayer], None] = _nothing
+    restore: Callable[[DecoderLayer], None] = lambda layer: None
+    save: Callable[[int, LayerStats], None] | None = None
 
 
 @torch.no_grad()
@@ -70,70 +66,89 @@ def prune_layers(layers: Layers, batches: Sequence[Tensor], loop: Loop) -> Itera
         The layers that no earlier run finished.
 
     Raises:
-        InputError: a weight is not finite, or was never used on the calibration text.
+        InputError: a weight was never used on the calibration text.
     """
-    ranks = loop.how.ranks
-    for layer in walk(layers, batches, loop.how):
-        chosen = {n: m for n, m in layer.linears.items() if f"{layer.name}.{n}" in loop.names}
-        weights: dict[str, SparseWeight] = {}
-        finished = layer.index < loop.how.first
-        if ranks.leads and finished:
-            loop.restore(layer)
-        elif ranks.leads:
-            _join(layer, loop.more(layer.index))
-            loop.observed(layer)
-            weights = _prune_layer(layer, chosen, loop)
-        for linear in chosen.values():
-            ranks.broadcast_(linear.weight.data)
-        if not finished:
-            yield Pruned(layer.index, weights)
+    under_way: dict[int, _Pruning] = {}
+
+    def at_linear(layer: DecoderLayer, local: str) -> None:
+        under_way.setdefault(layer.index, _Pruning(layer, loop)).prune(local)
+
+    for layer in walk(layers, batches, replace(loop.how, at_linear=at_linear)):
+        pruning = under_way.pop(layer.index, None) or _Pruning(layer, loop)
+        if layer.index < loop.how.first:
+            pruning.restore()
+        else:
+            yield pruning.finish()
 
 
-def _join(layer: DecoderLayer, more: LayerStats) -> None:
-    """Add statistics to those of the walk; linears that share a dict go on sharing it."""
-    for local, own in more.items():
-        layer.stats[local] = layer.stats[local] | own if local in layer.stats else own
+class _Pruning:
+    """One decoder layer that is being pruned, linear by linear."""
 
+    def __init__(self, layer: DecoderLayer, loop: Loop) -> None:
+        self._layer, self._loop, self._ranks = layer, loop, loop.how.ranks
+        self._chosen = [n for n in layer.linears if f"{layer.name}.{n}" in loop.names]
+        self._weights: dict[str, SparseWeight] = {}
+        self._done: set[str] = set()
+        self._seen: LayerStats = {}
+        self._more: LayerStats | None = None
+        self._input: Mapping[str, Tensor] | None = None
+        self._prepared: Mapping[str, Tensor] = {}
+        self._whole: dict[str, Tensor] = {}
 
-def _prune_layer(
-    layer: DecoderLayer, chosen: Mapping[str, nn.Linear], loop: Loop
-) -> dict[str, SparseWeight]:
-    """Prune the chosen linears in place; statistics are dropped as soon as they are used."""
-    _check(layer, chosen, loop.method)
-    weights: dict[str, SparseWeight] = {}
-    for members in _same_input(layer.stats, chosen):
-        inputs = {local: layer.stats.pop(local, {}) for local in members}
-        device = chosen[members[0]].weight.device
-        prepared = loop.method.prepare(_on(device, inputs[members[0]]))
-        for local, own in inputs.items():
+    def restore(self) -> None:
+        """Take the weights of an earlier run."""
+        if self._ranks.leads:
+            self._loop.restore(self._layer)
+        for local in self._chosen:
+            self._ranks.broadcast_(self._layer.linears[local].weight.data)
+
+    def finish(self) -> Pruned:
+        """Prune what is left of the layer."""
+        for local in self._chosen:
+            self.prune(local)
+        if self._loop.save is not None and self._ranks.leads:
+            self._loop.save(self._layer.index, self._seen)
+        # Not in the order of the calls: what is written should not depend on it.
+        names = [f"{self._layer.name}.{local}" for local in self._chosen]
+        return Pruned(self._layer.index, {n: self._weights[n] for n in names if n in self._weights})
+
+    def prune(self, local: str) -> None:
+        """Prune one linear in place, unless it is done or not wanted."""
+        if local in self._done or local not in self._chosen:
+            return
+        self._done.add(local)
+        linear = self._layer.linears[local]
+        if self._ranks.leads:
+            weight = self._choose(local, linear)
+            linear.weight.copy_(weight.weight)
+            self._weights[f"{self._layer.name}.{local}"] = weight
+        self._ranks.broadcast_(linear.weight.data)
+
+    def _choose(self, local: str, linear: nn.Linear) -> SparseWeight:
+        if self._more is None:
+            self._more = self._loop.more(self._layer.index)
+        more = self._more.get(local, {})
+        # Statistics from a file stand alone; linears with the same input share a dict there, too.
+        stats = self._layer.stats.pop(local, more)
+        device = linear.weight.device
+        if self._input is not stats:
+            self._check(local, stats.keys() | more.keys())
+            self._whole = dict(stats) if self._loop.save is not None else {}
+            self._input, self._prepared = stats, self._loop.method.prepare(_on(device, stats))
             # Half a gigabyte at 11,008 inputs, and used up by `prepare`.
-            own.pop("hessian", None)
-            name, linear = f"{layer.name}.{local}", chosen[local]
-            stats = {**prepared, **_on(device, own)}
-            weights[name] = loop.method.prune(linear.weight, stats, loop.pattern)
-            linear.weight.copy_(weights[name].weight)
-    return {f"{layer.name}.{local}": weights[f"{layer.name}.{local}"] for local in chosen}
+            stats.pop("hessian", None)
+        if self._loop.save is not None:
+            self._seen[local] = {**self._whole, **more}
+        own = {**self._prepared, **_on(device, stats), **_on(device, more)}
+        return self._loop.method.prune(linear.weight, own, self._loop.pattern)
+
+    def _check(self, local: str, found: Set[str]) -> None:
+        if self._loop.method.needs - found:
+            raise InputError(
+                f"{self._layer.name}.{local} was never used on the calibration text; "
+                "leave it dense: --ignore."
+            )
 
 
 def _on(device: torch.device, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in stats.items()}
-
-
-def _same_input(stats: LayerStats, chosen: Mapping[str, nn.Linear]) -> list[list[str]]:
-    """Group linears whose Hessian, the one statistic that is costly to prepare, is the same."""
-    groups: dict[int | str, list[str]] = {}
-    for local in chosen:
-        hessian = stats.get(local, {}).get("hessian")
-        groups.setdefault(local if hessian is None else id(hessian), []).append(local)
-    return list(groups.values())
-
-
-def _check(layer: DecoderLayer, chosen: Mapping[str, nn.Linear], method: Method) -> None:
-    for local, linear in chosen.items():
-        name = f"{layer.name}.{local}"
-        if method.needs - layer.stats.get(local, {}).keys():
-            raise InputError(
-                f"{name} was never used on the calibration text; leave it dense: --ignore."
-            )
-        if not bool(linear.weight.isfinite().all()):
-            raise InputError(f"{name}.weight holds NaN or Inf: the checkpoint is damaged.")

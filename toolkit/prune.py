@@ -190,8 +190,7 @@ class _Run:
         if work is None:
             return loop
         if self.output.save_stats is not None:
-            saved = StatsFolder(work.path / "stats")
-            loop = replace(loop, observed=lambda layer: saved.write(layer.index, layer.stats))
+            loop = replace(loop, save=StatsFolder(work.path / "stats").write)
         restore = partial(_restore, work, self.packing.pattern)
         return replace(loop, restore=restore, more=self.statistics.stored(gradients))
 

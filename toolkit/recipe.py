@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gblm.errors import UsageError
 from gblm.folder import read_json_object
@@ -24,6 +24,9 @@ class Calibration(BaseModel):
         batch_size: windows per forward pass; 1 is the papers' order of summation.
         prefix: whose activations a decoder layer sees: "pruned", the pruned layers' before it as in
             the papers; "dense", the unchanged model's, at one forward pass less.
+        order: within a decoder layer: "layer", all linears are observed before one is pruned, as in
+            the papers; "sequential", each linear sees what the pruned ones before it make of the
+            text, in one forward pass instead of two, with all samples in one batch.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,6 +37,13 @@ class Calibration(BaseModel):
     seed: int = 0
     batch_size: int = Field(default=1, ge=1)
     prefix: Literal["pruned", "dense"] = "pruned"
+    order: Literal["layer", "sequential"] = "layer"
+
+    @model_validator(mode="after")
+    def _one_or_the_other(self) -> Calibration:
+        if self.order == "sequential" and self.prefix == "dense":
+            raise ValueError("order sequential has no dense prefix")
+        return self
 
 
 class Recipe(BaseModel):

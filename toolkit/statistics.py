@@ -94,7 +94,11 @@ class Statistics:
         """This rank's token ids, each [samples, tokens]."""
         if self.windows is None or self.recipe.calibration is None:
             return []
-        return self.ranks.share(self.windows.split(self.recipe.calibration.batch_size))
+        calibration = self.recipe.calibration
+        if calibration.order == "sequential":
+            own = self.ranks.share(list(self.windows))
+            return [torch.stack(own)] if own else []
+        return self.ranks.share(self.windows.split(calibration.batch_size))
 
     def walk(self, scratch: Path, first: int) -> Walk:
         """How to walk over the decoder layers, of which `first` are finished."""
@@ -103,6 +107,7 @@ class Statistics:
             needs=frozenset(STATS) & self.method.needs if self.saved is None else frozenset(),
             first=first,
             prefix=calibration.prefix if calibration else "pruned",
+            order=calibration.order if calibration else "layer",
             scratch=place(scratch, self._activation_bytes()),
             ranks=self.ranks,
         )
@@ -154,6 +159,7 @@ class Statistics:
             "num_samples": len(self.windows) if self.windows is not None else 0,
             "calibration_sha256": self.calibration_sha256,
             "prefix": f"{self.recipe.method} {self.recipe.pattern}" if pruned else "dense",
+            "order": self.recipe.calibration.order if self.recipe.calibration else "layer",
         }
 
     def _activation_bytes(self) -> int:

@@ -124,6 +124,29 @@ def test_every_linear_sees_every_batch(model: torch.nn.Module, batches: list[tor
         torch.testing.assert_close(got, want[f"{layer.name}.mlp.down_proj"])
 
 
+def test_sequential_order_sees_what_was_pruned_before_in_the_same_layer(
+    model: torch.nn.Module, batches: list[torch.Tensor]
+) -> None:
+    """The oracle: statistics of a plain pass, taken when all linears before are zeroed."""
+    seen: dict[str, torch.Tensor] = {}
+    norms = inputs_by_hooks(model, batches)
+
+    def halve(layer: DecoderLayer, local: str) -> None:
+        seen[f"{layer.name}.{local}"] = layer.stats[local]["act_norm"]
+        layer.linears[local].weight.mul_(0.5)
+
+    joined = [torch.cat(batches)]
+    layers = list(walk(model, joined, NEEDS, order="sequential", at_linear=halve))
+    assert list(seen) == [f"{layer.name}.{local}" for layer in layers for local in layer.linears]
+    first = "model.layers.0.self_attn."
+    torch.testing.assert_close(seen[first + "q_proj"], norms[first + "q_proj"])
+    # Values are halved before o_proj sees them; scores are quartered, so only about so.
+    assert not torch.allclose(seen[first + "o_proj"], norms[first + "o_proj"])
+    pruned = inputs_by_hooks(model, batches)
+    for name, norm in seen.items():
+        torch.testing.assert_close(norm, pruned[name])
+
+
 def test_batch_size_only_changes_rounding(
     model: torch.nn.Module, batches: list[torch.Tensor]
 ) -> None:

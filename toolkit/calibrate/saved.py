@@ -49,7 +49,7 @@ class StatsFolder:
         write_tensors(self._file(index), tensors, {"names": json.dumps(names)})
 
     def read(self, index: int, wanted: frozenset[str]) -> LayerStats:
-        """Read one decoder layer; linears that shared a tensor share it again.
+        """Read one decoder layer; linears whose tensors are all the same share a dict.
 
         Args:
             index: of the decoder layer.
@@ -64,10 +64,11 @@ class StatsFolder:
                 names: dict[str, dict[str, str]] = json.loads((file.metadata() or {})["names"])
                 keys = {own[stat] for own in names.values() for stat in wanted if stat in own}
                 tensors = {key: file.get_tensor(key).clone() for key in keys}
-            return {
-                local: {stat: tensors[own[stat]] for stat in wanted if stat in own}
-                for local, own in names.items()
-            }
+            shared: dict[tuple[str, ...], dict[str, Tensor]] = {}
+            for own in names.values():
+                found = {stat: tensors[own[stat]] for stat in sorted(wanted) if stat in own}
+                shared.setdefault(_keys(own, wanted), found)
+            return {local: shared[_keys(own, wanted)] for local, own in names.items()}
         except (OSError, SafetensorError, KeyError, ValueError, AttributeError) as error:
             raise InputError(
                 f"{path} holds no statistics ({error}). Collect them again."
@@ -124,3 +125,7 @@ class StatsFolder:
 
     def _file(self, index: int) -> Path:
         return self.path / f"layer-{index:05d}.safetensors"
+
+
+def _keys(own: dict[str, str], wanted: frozenset[str]) -> tuple[str, ...]:
+    return tuple(own[stat] for stat in sorted(wanted) if stat in own)

@@ -6,7 +6,7 @@ one sees the activations of the pruned prefix (Wanda, SparseGPT and GBLM all cal
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +53,11 @@ class Walk:
             papers do; "dense": those of the unchanged model, which saves one pass of two.
         scratch: folder for activations; None keeps them in memory.
         ranks: the processes that share the batches.
+        order: "layer": all linears of a decoder layer are observed before any is changed, as the
+            papers do, in two passes; "sequential": in one pass, each linear is observed and may be
+            changed just before it runs. All samples must be in one batch then.
+        at_linear: called in the sequential order with the layer and the local name of the linear
+            that is about to run; its statistics are in the layer's.
     """
 
     needs: frozenset[str]
@@ -60,6 +65,8 @@ class Walk:
     prefix: str = "pruned"
     scratch: Path | None = None
     ranks: Ranks = ALONE
+    order: str = "layer"
+    at_linear: Callable[[DecoderLayer, str], None] = lambda layer, local: None
 
 
 @torch.no_grad()
@@ -82,19 +89,21 @@ def walk(layers: Layers, batches: Sequence[Tensor], how: Walk) -> Iterator[Decod
             calls.append(call)
     for index in range(len(layers)):
         with layers.open(index) as module:
-            layer = _Running(module, index, hidden, calls, layers.device)
-            stats: dict[str, dict[str, Tensor]] = {}
-            if how.needs and index >= how.first:
+            running = _Running(module, index, hidden, calls, layers.device)
+            layer = DecoderLayer(index, layers.name(index), linears(module))
+            observe = bool(how.needs) and index >= how.first
+            passed = False
+            if observe and how.order == "sequential":
+                passed = _on_the_way(running, layer, how)
+            elif observe:
+                passed = how.prefix == "dense"
                 # Not kept in a variable here: the loop body drops large statistics early.
-                stats = _values(
-                    layers.name(index),
-                    layer.observe(how.needs, keep_outputs=how.prefix == "dense"),
-                    how.ranks,
+                layer.stats.update(
+                    _values(layer.name, running.observe(how.needs, passed), how.ranks)
                 )
-            observed = bool(stats) and how.prefix == "dense"
-            yield DecoderLayer(index, layers.name(index), linears(module), stats)
-            if how.needs and index + 1 < len(layers) and not observed:
-                layer.propagate()
+            yield layer
+            if how.needs and index + 1 < len(layers) and not passed:
+                running.propagate()
     hidden.clear()
 
 
@@ -116,7 +125,8 @@ class _Running:
 
     def observe(self, needs: frozenset[str], keep_outputs: bool) -> dict[str, dict[str, Stat]]:
         """Statistics of every linear's input; with `keep_outputs` also propagate."""
-        with _observe(self.module, needs) as observer:
+        observer = _Observer(set(linears(self.module)), needs)
+        with _before_each_linear(self.module, observer.see):
             for batch, call in enumerate(self.calls):
                 states = self.hidden.get(batch, self.device)
                 observer.begin(stop_early=not keep_outputs)
@@ -169,17 +179,37 @@ class _Observer:
             raise _Enough
 
 
+def _on_the_way(running: _Running, layer: DecoderLayer, how: Walk) -> bool:
+    """Run a layer once; each linear is shown, with statistics of its input, before it runs."""
+    last: list[Tensor] = []
+    shared: dict[str, Tensor] = {}
+
+    def see(local: str, inputs: Tensor) -> None:
+        nonlocal shared
+        if not last or last[0] is not inputs:
+            stats = {need: STATS[need]() for need in how.needs}
+            for stat in stats.values():
+                stat.update(inputs)
+            shared = _values(layer.name, {local: stats}, how.ranks)[local]
+            last[:] = [inputs]
+        layer.stats[local] = shared
+        how.at_linear(layer, local)
+
+    with _before_each_linear(running.module, see):
+        running.propagate()
+    return True
+
+
 @contextmanager
-def _observe(layer: nn.Module, needs: frozenset[str]) -> Iterator[_Observer]:
-    found = linears(layer)
-    observer = _Observer(set(found), needs)
+def _before_each_linear(layer: nn.Module, see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call `see` with the local name and the input of every linear that is about to run."""
 
     def hook(name: str) -> Any:
-        return lambda module, args: observer.see(name, args[0])
+        return lambda module, args: see(name, args[0])
 
-    handles = [m.register_forward_pre_hook(hook(name)) for name, m in found.items()]
+    handles = [m.register_forward_pre_hook(hook(n)) for n, m in linears(layer).items()]
     try:
-        yield observer
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -38,7 +38,7 @@ recipe_options = options(
         "--pattern",
         default="2:4",
         show_default=True,
-        help="N:M (N kept of M), a sparsity such as 0.5, or unstructured.",
+        help="N:M (N kept of M), a sparsity such as 0.5, tiles (16x16@0.5), or unstructured.",
     ),
     click.option("--sparsity", type=float, help="Fraction of zeros for --pattern unstructured."),
     method_options,
@@ -70,6 +70,13 @@ recipe_options = options(
         default="pruned",
         show_default=True,
         help="Whose activations a layer sees: the pruned layers' before it, or the dense model's.",
+    ),
+    click.option(
+        "--order",
+        type=click.Choice(["layer", "sequential"]),
+        default="layer",
+        show_default=True,
+        help="Observe a whole decoder layer before pruning it, or linear by linear in one pass.",
     ),
     click.option(
         "--stats",

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from gblm.formats import format_for
 from gblm.methods import ScoredMethod
 from gblm.plan.memory import Setting
 
-# Of each tensor in a safetensors header, each linear in the report, each shard and folder.
-HEADER, REPORT, RECORDS = 130, 1100, 8 << 10
+# Of each tensor in a header, of each linear in the report, of config, card and manifest.
+HEADER, REPORT, RECORDS = 100, 700, 4400
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def occupy(setting: Setting) -> Disk:
     shapes = setting.shapes
     pruned = [own for layer in shapes.layers for own in layer.pruned]
     layers = sum(own.packed for own in pruned)
-    records = REPORT * len(pruned) + HEADER * (shapes.tensors + 2 * len(pruned)) + RECORDS
+    tensors = shapes.tensors + len(pruned) * (len(format_for(setting.pattern).parts) - 1)
+    records = REPORT * len(pruned) + HEADER * tensors + RECORDS
     if not isinstance(setting.method, ScoredMethod) and shapes.dtype != shapes.stored_dtype:
         # Updated values are kept as they were before rounding, for a resumed run.
         kept = (1 - setting.pattern.sparsity) * sum(own.weights for own in pruned)

@@ -163,7 +163,7 @@ def _mapped(setting: Setting) -> list[Term]:
 
 
 def _activations(setting: Setting, layers: int = 1, in_memory: bool | None = None) -> list[Term]:
-    """Hidden states at the inputs of so many decoder layers; one batch of them where it computes."""
+    """Hidden states at the inputs of so many decoder layers, and one batch where it computes."""
     shapes = setting.shapes
     stays = setting.in_memory[0] if in_memory is None else in_memory
     size = layers * shapes.hidden_states(shapes.samples) if stays else 0

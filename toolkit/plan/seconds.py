@@ -13,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import linear
+from torch.nn.functional import linear, silu
 
 from gblm.formats import format_for
 from gblm.plan.disk import Disk
-from gblm.plan.memory import Setting
+from gblm.plan.memory import BACKWARD, FORWARD, Setting
 from gblm.plan.shapes import Layer
 from gblm.structure import structure
 
@@ -29,6 +29,8 @@ PROBE_ROWS, PROBE_COLUMNS = 1024, 128
 # Python, torch and transformers; the skeleton of the model.
 START_SECONDS = 8.0
 READ_BYTES, WRITE_BYTES = 0.8e9, 0.25e9
+# Of each logit through the loss and its gradient.
+LOGIT_PASSES = 16
 # The upper triangle of a Hessian in four strips.
 HESSIAN_SHARE = 5 / 8
 # Two Cholesky factors and an inverse take so many times in³; LAPACK reaches a share of the rate.
@@ -43,6 +45,7 @@ class Rates:
         forward: operations of a linear in the computation's dtype.
         backward: operations of its backward pass.
         float32: operations of a float32 product.
+        values: values of the computation's dtype through an elementwise function.
         fold: weights that a sample's gradient is added to.
         prune: weights through the method, without its large products.
         pack: weights into the format, the report included.
@@ -52,6 +55,7 @@ class Rates:
     forward: float
     backward: float
     float32: float
+    values: float
     fold: float
     prune: float
     pack: float
@@ -83,6 +87,7 @@ def probe(setting: Setting, device: torch.device) -> Rates:
         forward=rate(operations, bool(wanted), lambda: linear(x.detach(), gradient)),
         backward=rate(2 * operations, back, backward),
         float32=rate(operations, hessian, lambda: inputs @ weight.t()),
+        values=rate(2.0 * out.numel(), bool(wanted), lambda: silu(error).mul_(error)),
         fold=rate(size, back, lambda: total.addcmul_(gradient.float(), gradient.float())),
         prune=prune,
         pack=pack,
@@ -150,29 +155,43 @@ def spend(setting: Setting, rates: Rates, disk: Disk) -> dict[str, float]:
     pruning += sum(_pruning(setting, layer, rates) for layer in shapes.layers)
     if observes:
         passes = 2 if setting.pruned_prefix else 1
-        pruning += passes * _forward(setting) / rates.forward
+        pruning += passes * _forward(setting, rates)
     found["pruning"] = pruning
     moved = disk.layers + disk.output
     found["publishing"] = moved / READ_BYTES + disk.output * (1 / WRITE_BYTES + 1 / rates.sha256)
     return found
 
 
-def _forward(setting: Setting) -> float:
-    """Operations of one pass of all this rank's samples through all decoder layers."""
+def _operations(setting: Setting) -> float:
+    """Of one pass of all this rank's samples through the linears and attention of all layers."""
     shapes = setting.shapes
     weights = sum(own.weights for layer in shapes.layers for own in layer.linears)
     attention = 2 * len(shapes.layers) * shapes.seq_len * shapes.hidden
     return 2.0 * shapes.samples * shapes.seq_len * (weights + attention)
 
 
+def _values(setting: Setting, factors: tuple[int, int]) -> float:
+    """What passes through norms, rotations and activations meanwhile."""
+    shapes = setting.shapes
+    wide = [max(own.rows for own in layer.linears) for layer in shapes.layers]
+    hidden = len(shapes.layers) * shapes.hidden
+    return shapes.samples * shapes.seq_len * float(factors[0] * hidden + factors[1] * sum(wide))
+
+
+def _forward(setting: Setting, rates: Rates) -> float:
+    return _operations(setting) / rates.forward + _values(setting, FORWARD) / rates.values
+
+
 def _gradients(setting: Setting, rates: Rates) -> float:
     """Up; down, with every layer once more and its backward; the loss, and a fold per sample."""
     shapes = setting.shapes
-    once = _forward(setting)
-    logits = 2.0 * shapes.samples * shapes.seq_len * shapes.hidden * shapes.vocab
+    logits = float(shapes.samples * shapes.seq_len * shapes.vocab)
+    head = 2 * shapes.hidden * logits
     weights = sum(layer.weights for layer in shapes.layers)
-    compute = (2 * once + logits) / rates.forward + (2 * once + logits) / rates.backward
-    return compute + shapes.samples * weights / rates.fold
+    up = 2 * _forward(setting, rates) + head / rates.forward
+    down = (2 * _operations(setting) + head) / rates.backward
+    down += _values(setting, BACKWARD) / rates.values
+    return up + down + LOGIT_PASSES * logits / rates.values + shapes.samples * weights / rates.fold
 
 
 def _pruning(setting: Setting, layer: Layer, rates: Rates) -> float:
