@@ -3,17 +3,14 @@
     python benchmarks/pruning.py [--rounds 3] [--methods wanda gblm sparsegpt] [--pattern 2:4]
 
 SmolLM2-135M, float32, 16 × 256 tokens, batch 1; every run is a fresh process with one thread. The
-plain side has the structure and cost of the published code of Wanda, SparseGPT and GBLM-Pruner,
-less its checks, files and printing; ours runs in both orders. Its "total" leaves "setup" out (model, tokenizer, text); ours
-is the whole of prune(), and its "pruning" packs and writes the weights as well.
+plain side is benchmarks/plain.py; ours runs in both orders. The plain "total" leaves "setup" out
+(model, tokenizer, text); ours is the whole of prune(), and its "pruning" packs and writes too.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import math
 import os
 import re
 import statistics
@@ -25,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from plain import linears, plain_gradients, plain_prune
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gblm import data
 from gblm.checkpoint.packed_folder import PackedReader
 from gblm.fetch import fetch
-from gblm.patterns import NM, Pattern, parse
+from gblm.patterns import parse
 from gblm.provenance import provenance
 from gblm.prune import prune
 from gblm.recipe import Calibration, Recipe
@@ -41,150 +39,6 @@ METHODS, SIDES = ("wanda", "gblm", "sparsegpt"), ("plain", "ours", "sequential")
 CALIBRATION = Calibration(source="pydoc", num_samples=16, seq_len=256, seed=0, batch_size=1)
 # Ours is given options only where its defaults are not the published method.
 OPTIONS: dict[str, dict[str, Any]] = {"gblm": {"gradient_mode": "reference"}}
-SCALE, BLOCK, DAMP = 100, 128, 0.01  # of GBLM's gradients; of SparseGPT
-
-
-def observe(value: Tensor) -> Callable[..., None]:
-    """A hook: the mean over samples of Σ over tokens x² [in] (Wanda), or of 2·x·xᵀ [in, in]."""
-    seen = 0
-
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal seen
-        columns = inputs[0].reshape(-1, inputs[0].shape[-1]).t()
-        value.mul_(seen / (seen + 1))
-        seen += 1
-        if value.dim() == 1:
-            value.add_(torch.norm(columns.float(), p=2, dim=1) ** 2 / seen)
-        else:
-            columns = math.sqrt(2 / seen) * columns.float()
-            value.add_(columns @ columns.t())
-
-    return hook
-
-
-def linears(module: nn.Module) -> dict[str, nn.Linear]:
-    """By their names in the module."""
-    return {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
-
-
-def plain_gradients(model: Any, windows: Tensor) -> dict[str, Tensor]:
-    """Backward through the whole model per sample; both norms are summed, l2 is handed on."""
-    found = linears(model.model.layers)
-    l1 = {name: torch.zeros_like(m.weight, dtype=torch.float16) for name, m in found.items()}
-    l2 = {name: torch.zeros_like(m.weight, dtype=torch.float32) for name, m in found.items()}
-    for ids in windows.split(1):
-        model(input_ids=ids, labels=ids).loss.backward()
-        for name, linear in found.items():
-            gradient = linear.weight.grad.detach().clone().float()  # type: ignore[union-attr]
-            l1[name] = l1[name] + torch.abs(gradient * SCALE).half()
-            l2[name] = l2[name] + torch.abs((gradient * SCALE) ** 2)
-        model.zero_grad()
-    return {name: torch.sqrt(total).half() for name, total in l2.items()}
-
-
-@torch.no_grad()
-def plain_prune(
-    model: Any, windows: Tensor, method: str, pattern: Pattern, gradients: dict[str, Tensor]
-) -> None:
-    """Per layer: all samples forward with hooks, prune the linears, all samples forward again."""
-    hidden, kwargs = first_inputs(model, windows)
-    outputs, dims = torch.zeros_like(hidden), 2 if method == "sparsegpt" else 1
-    for index, layer in enumerate(model.model.layers):
-        found = linears(layer)
-        stats = {name: torch.zeros([m.in_features] * dims) for name, m in found.items()}
-        handles = [m.register_forward_hook(observe(stats[name])) for name, m in found.items()]
-        for sample, inputs in enumerate(hidden):
-            outputs[sample] = layer(inputs.unsqueeze(0), **kwargs)
-        for handle in handles:
-            handle.remove()
-        for name, linear in found.items():
-            weight = linear.weight.data
-            if method == "sparsegpt":
-                linear.weight.data = update_columns(weight.clone(), stats[name], pattern)
-                continue
-            metric = torch.abs(weight) * torch.sqrt(stats[name].reshape(1, -1))
-            if method == "gblm":
-                metric = metric + torch.abs(weight) * torch.abs(gradients[f"{index}.{name}"])
-            weight[lowest(metric, pattern)] = 0
-        for sample, inputs in enumerate(hidden):
-            outputs[sample] = layer(inputs.unsqueeze(0), **kwargs)
-        hidden, outputs = outputs, hidden
-
-
-def first_inputs(model: Any, windows: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """What the first layer is called with; the other layers get the same keyword arguments."""
-    hidden: list[Tensor] = []
-    caught: dict[str, Any] = {}
-
-    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden.append(args[0])
-        caught.update(kwargs)
-        raise InterruptedError
-
-    handle = model.model.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
-    for ids in windows.split(1):
-        with contextlib.suppress(InterruptedError):
-            model(input_ids=ids, use_cache=False)
-    handle.remove()
-    return torch.cat(hidden), caught
-
-
-def lowest(metric: Tensor, pattern: Pattern) -> Tensor:
-    """Mask of what goes: a topk per group of columns, or a stable sort of every row."""
-    mask = torch.zeros_like(metric) == 1
-    if isinstance(pattern, NM):
-        for column in range(0, metric.shape[1], pattern.group_m):
-            mark_group(mask, metric[:, column : column + pattern.group_m], column, pattern)
-    else:
-        order = torch.sort(metric, dim=-1, stable=True)[1]
-        mask.scatter_(1, order[:, : int(metric.shape[1] * pattern.sparsity)], True)
-    return mask
-
-
-def mark_group(mask: Tensor, metric: Tensor, column: int, pattern: NM) -> None:
-    """Mark the lowest of one group of columns, row by row."""
-    num_pruned = pattern.group_m - pattern.keep_n
-    chosen = torch.topk(metric.float(), num_pruned, dim=1, largest=False)[1]
-    mask.scatter_(1, column + chosen, True)
-
-
-def update_columns(weight: Tensor, hessian: Tensor, pattern: Pattern) -> Tensor:
-    """SparseGPT: column by column, what a cut breaks is mended in the columns to its right."""
-    dead = torch.diag(hessian) == 0
-    hessian[dead, dead] = 1
-    weight[:, dead] = 0
-    hessian.diagonal().add_(DAMP * torch.mean(torch.diag(hessian)))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    upper = torch.linalg.cholesky(inverse, upper=True)
-    for begin in range(0, weight.shape[1], BLOCK):
-        block, rest = slice(begin, begin + BLOCK), slice(begin + BLOCK, None)
-        work = weight[:, block].clone()
-        weight[:, block], error = prune_block(work, upper[block, block], pattern)
-        weight[:, rest] -= error @ upper[block, rest]
-    return weight
-
-
-def prune_block(work: Tensor, upper: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-    """One block of columns: the pruned weights, and the error to carry to the right of it."""
-    pruned, error, loss = (torch.zeros_like(work) for _ in range(3))
-    mask = torch.zeros_like(work) == 1
-    diagonal = torch.diag(upper).reshape(1, -1)
-    if not isinstance(pattern, NM):
-        score = work**2 / diagonal**2
-        mask = score <= torch.sort(score.flatten())[0][int(score.numel() * pattern.sparsity)]
-    for column in range(work.shape[1]):
-        if isinstance(pattern, NM) and column % pattern.group_m == 0:
-            group = slice(column, column + pattern.group_m)
-            mark_group(mask, work[:, group] ** 2 / diagonal[:, group] ** 2, column, pattern)
-        old, pivot = work[:, column], upper[column, column]
-        new = old.clone()
-        new[mask[:, column]] = 0
-        pruned[:, column] = new
-        loss[:, column] = (old - new) ** 2 / pivot**2
-        wrong = (old - new) / pivot
-        work[:, column:] -= wrong.unsqueeze(1) @ upper[column, column:].unsqueeze(0)
-        error[:, column] = wrong
-    return pruned, error
 
 
 def cpu_seconds() -> float:

@@ -1,4 +1,4 @@
-"""Whole runs against the papers' algorithms written plainly (benchmarks/pruning.py).
+"""Whole runs against the papers' algorithms written plainly (benchmarks/plain.py).
 
 Where ../shared has masks of the published code itself, test_golden.py compares with those; this
 covers other patterns, sparsities and norms, on the tiny model.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pruning
+import plain
 import pytest
 import torch
 from torch import Tensor
@@ -25,11 +25,11 @@ from gblm.recipe import Calibration, Recipe
 def gradients(model: Any, windows: Tensor, norm: str) -> dict[str, Tensor]:
     """As published: scaled by 100, summed over samples, float16."""
     if norm == "l2":
-        return pruning.plain_gradients(model, windows)
+        return plain.plain_gradients(model, windows)
     sums: dict[str, Tensor] = {}
     for ids in windows.split(1):
         model(input_ids=ids, labels=ids).loss.backward()
-        for name, linear in pruning.linears(model.model.layers).items():
+        for name, linear in plain.linears(model.model.layers).items():
             gradient = (100 * linear.weight.grad).abs().half()
             sums[name] = sums.get(name, torch.zeros_like(gradient)) + gradient
         model.zero_grad()
@@ -54,7 +54,7 @@ def test_run_equals_the_published_algorithm(
     documents = data.read_documents(str(text_file), "calibration")
     windows = data.calibration_windows(documents, load_tokenizer(tiny), 8, 48, 0)
     found = gradients(model, windows, norm) if norm else {}
-    pruning.plain_prune(model, windows, method, parse(pattern), found)
+    plain.plain_prune(model, windows, method, parse(pattern), found)
     wrong = total = pruned_more = 0
     with PackedReader(tmp_path / "out") as packed:
         for name, linear in packed.linears.items():

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from gblm import data
-from gblm.calibrate.activations import place
-from gblm.calibrate.gradients import Gradients, gradient_norms
+from gblm.calibrate.activations import fits, place
+from gblm.calibrate.gradients import Gradients, gradient_norms, num_steps
 from gblm.calibrate.saved import LayerStats, StatsFolder
 from gblm.calibrate.stats import STATS
 from gblm.calibrate.walk import Walk
@@ -125,14 +125,17 @@ class Statistics:
         """
         if self.windows is None:
             return
+        samples = self.ranks.share(list(self.windows))
+        resident = self.ranks.agree(int(self._resident(names))) == 1
+        steps = num_steps(self.layers, len(samples), resident)
         how = Gradients(
             norm=gradient_norm(self.method) or "l2",
             names=names,
             scratch=place(scratch, self._activation_bytes() * (len(self.layers) + 2)),
             ranks=self.ranks,
-            on_step=progress("gradients", 2 * len(self.layers)),
+            resident=resident,
+            on_step=progress("gradients", steps),
         )
-        samples = self.ranks.share(list(self.windows))
         for index, norms in gradient_norms(self.layers, samples, how):
             prefix = self.layers.name(index) + "."
             if self.ranks.leads:
@@ -161,6 +164,16 @@ class Statistics:
             "prefix": f"{self.recipe.method} {self.recipe.pattern}" if pruned else "dense",
             "order": self.recipe.calibration.order if self.recipe.calibration else "layer",
         }
+
+    def _resident(self, names: frozenset[str]) -> bool:
+        """Whether there is room for all layers, and a sum per weight, at once."""
+        model, dtype = self.layers.model, self.layers.dtype
+        count = sum(
+            p.numel() for n, p in model.named_parameters() if n.startswith(self.layers.prefix)
+        )
+        sums = sum(model.get_submodule(name).weight.numel() for name in names)
+        room = fits(count * dtype.itemsize + sums * 4, self.layers.device)
+        return room and dtype != torch.float16
 
     def _activation_bytes(self) -> int:
         """Of this rank's samples at the input of one decoder layer."""

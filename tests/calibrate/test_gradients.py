@@ -18,8 +18,9 @@ def gradient_norms(
     linears: dict[str, torch.nn.Linear],
     norm: str,
     scratch: Path | None = None,
+    resident: bool = False,
 ) -> dict[str, torch.Tensor]:
-    how = Gradients(norm, frozenset(linears), scratch)
+    how = Gradients(norm, frozenset(linears), scratch, resident=resident)
     found: dict[str, torch.Tensor] = {}
     for _, norms in norms_by_layer(Layers(model), samples, how):
         found |= norms
@@ -36,16 +37,17 @@ def samples() -> list[torch.Tensor]:
     return list(torch.randint(256, (3, 16), generator=torch.Generator().manual_seed(0)))
 
 
+@pytest.mark.parametrize("resident", [False, True])
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 @pytest.mark.parametrize(
     "name", ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.gate_proj"]
 )
 def test_gradient_norms_equal_autograd(
-    model: torch.nn.Module, samples: list[torch.Tensor], norm: str, name: str
+    model: torch.nn.Module, samples: list[torch.Tensor], norm: str, name: str, resident: bool
 ) -> None:
     linears = prunable(model)
     before = {name: linear.weight.clone() for name, linear in linears.items()}
-    got = gradient_norms(model, samples, linears, norm)
+    got = gradient_norms(model, samples, linears, norm, resident=resident)
     weight = linears[name].weight.requires_grad_(True)
     grads = []
     for sample in samples:
@@ -65,6 +67,17 @@ def test_inputs_on_disk_give_the_same(
     memory = gradient_norms(model, samples, prunable(model), "l2")
     disk = gradient_norms(model, samples, prunable(model), "l2", tmp_path)
     assert all(torch.equal(memory[name], disk[name]) for name in memory)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layer_by_layer_equals_all_at_once_to_the_bit(
+    tiny: Path, samples: list[torch.Tensor], dtype: torch.dtype
+) -> None:
+    model = load(tiny, dtype)
+    streamed = gradient_norms(model, samples, prunable(model), "l2")
+    resident = gradient_norms(model, samples, prunable(model), "l2", resident=True)
+    assert list(streamed) == list(resident)
+    assert all(torch.equal(streamed[name], resident[name]) for name in streamed)
 
 
 def test_half_precision_keeps_small_gradients(tiny: Path, samples: list[torch.Tensor]) -> None:

@@ -64,6 +64,15 @@ class Activations:
         return self._folder / f"{index:05d}.safetensors"
 
 
+def fits(num_bytes: int, device: torch.device) -> bool:
+    """Whether this much may be held in a device's memory for the length of a run."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    return num_bytes <= MEMORY_SHARE * free
+
+
 def place(folder: Path, num_bytes: int) -> Path | None:
     """Where activations of this size go: None for memory, else the folder."""
-    return None if num_bytes <= MEMORY_SHARE * psutil.virtual_memory().available else folder
+    return None if fits(num_bytes, torch.device("cpu")) else folder

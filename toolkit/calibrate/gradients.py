@@ -2,19 +2,20 @@
 
 G_s is the gradient of the mean next-token cross-entropy of sample s. The backward pass runs one
 decoder layer at a time: inputs of all layers are stored on the way up; on the way down each layer
-is run again from its inputs and differentiated. Only one layer is ever in memory.
+is run again from its inputs and differentiated. Only one layer is ever in memory. Where memory
+has room for all layers, that second run is saved: each sample goes up and down at once.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gblm.calibrate.activations import Activations
 from gblm.calibrate.frame import Call, capture, loss
@@ -37,13 +38,16 @@ class Gradients:
         names: full names of the linears whose weights to differentiate.
         scratch: folder for the layers' inputs; None keeps them in memory.
         ranks: the processes that share the samples.
-        on_step: called after each layer's turn, forward and backward, for a progress bar.
+        resident: hold all layers and their sums at once; not for float16, whose gradients need
+            a scale for each layer.
+        on_step: called as often as `num_steps` says, for a progress bar.
     """
 
     norm: str
     names: frozenset[str]
     scratch: Path | None = None
     ranks: Ranks = ALONE
+    resident: bool = False
     on_step: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
@@ -69,22 +73,68 @@ def gradient_norms(
     """
     layers.load_frame(head=True)
     rows = [sample.reshape(1, -1) for sample in samples]
+    by_layer = _resident(layers, rows, how) if how.resident else _streamed(layers, rows, how)
+    for index, sums in by_layer:
+        for total in sums.values():
+            how.ranks.sum_(total)
+        yield index, {name: _finish(name, total, how) for name, total in sums.items()}
+
+
+def num_steps(layers: Layers, num_samples: int, resident: bool) -> int:
+    """How often `on_step` will be called."""
+    return num_samples if resident else 2 * len(layers)
+
+
+def _resident(
+    layers: Layers, rows: Sequence[Tensor], how: Gradients
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Every sample up and down through all layers at once."""
+    with ExitStack() as stack:
+        modules = [stack.enter_context(layers.open(index)) for index in range(len(layers))]
+        weights = [_wanted(layers, index, module, how) for index, module in enumerate(modules)]
+        every = {name: weight for own in weights for name, weight in own.items()}
+        fold = stack.enter_context(_folding(every, how.norm))
+        for sample, (hidden, call) in enumerate(capture(layers, rows)):
+            with torch.enable_grad():
+                for index, module in enumerate(modules):
+                    hidden = call.run(module, index, hidden)
+                _finite_loss(layers, rows[sample], hidden, sample).backward()
+            how.on_step()
+    for index in reversed(range(len(layers))):
+        yield index, {name: fold.sums.pop(name) for name in weights[index]}
+
+
+def _streamed(
+    layers: Layers, rows: Sequence[Tensor], how: Gradients
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """All samples up, then all samples down, layer by layer."""
     inputs, calls = _forward(layers, rows, how)
     errors = _Errors(how.scratch)
     for index, row in enumerate(rows):
         hidden = inputs[-1].get(index, layers.device).requires_grad_(True)
         with torch.enable_grad():
-            value = loss(layers, row, hidden)
-            if not bool(value.isfinite()):
-                raise InputError(f"calibration sample {index}: the loss is {value.item()}.")
+            value = _finite_loss(layers, row, hidden, index)
             (error,) = torch.autograd.grad(value * errors.scale(hidden.dtype), hidden)
         errors.append(error, errors.scale(hidden.dtype))
     inputs.pop().clear()
     for index in reversed(range(len(layers))):
         sums = _backward(layers, index, inputs[index], calls, errors, how)
         inputs.pop().clear()
-        yield index, {name: _finish(name, total, how) for name, total in sums.items()}
+        yield index, sums
         how.on_step()
+
+
+def _finite_loss(layers: Layers, row: Tensor, hidden: Tensor, sample: int) -> Tensor:
+    value = loss(layers, row, hidden)
+    if not bool(value.isfinite()):
+        raise InputError(f"calibration sample {sample}: the loss is {value.item()}.")
+    return value
+
+
+def _wanted(layers: Layers, index: int, module: nn.Module, how: Gradients) -> dict[str, Tensor]:
+    """Weights to differentiate, by full name."""
+    named = {f"{layers.name(index)}.{local}": m.weight for local, m in linears(module).items()}
+    return {name: weight for name, weight in named.items() if name in how.names}
 
 
 @torch.no_grad()
@@ -120,11 +170,7 @@ def _backward(
 ) -> dict[str, Tensor]:
     """Run one layer again for every sample and differentiate it; `errors` becomes its input's."""
     with layers.open(index) as module:
-        weights = {
-            f"{layers.name(index)}.{local}": linear.weight
-            for local, linear in linears(module).items()
-            if f"{layers.name(index)}.{local}" in how.names
-        }
+        weights = _wanted(layers, index, module, how)
         with _folding(weights, how.norm) as fold:
             for sample, call in enumerate(calls):
                 hidden = inputs.get(sample, layers.device).requires_grad_(index > 0)
@@ -136,8 +182,6 @@ def _backward(
                 torch.autograd.backward(out, error)
                 if hidden.grad is not None:
                     errors.replace(sample, hidden.grad, fold.scale)
-    for total in fold.sums.values():
-        how.ranks.sum_(total)
     return fold.sums
 
 

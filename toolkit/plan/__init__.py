@@ -18,7 +18,7 @@ from gblm.plan.disk import occupy
 from gblm.plan.memory import Setting, peaks
 from gblm.plan.seconds import probe, spend
 from gblm.plan.shapes import Shapes, read_shapes
-from gblm.recipe import Recipe
+from gblm.recipe import Calibration, Recipe
 
 
 def plan(recipe: Recipe, ranks: int = 1) -> dict[str, Any]:
@@ -50,6 +50,7 @@ def plan(recipe: Recipe, ranks: int = 1) -> dict[str, Any]:
         if method.needs and recipe.stats is None and calibration is None:
             raise UsageError(f"method {recipe.method} needs calibration text.")
         shapes = read_shapes(recipe, reader, pattern, calibration, ranks)
+    inputs = shapes.hidden_states(shapes.samples)
     setting = Setting(
         shapes=shapes,
         method=method,
@@ -57,8 +58,10 @@ def plan(recipe: Recipe, ranks: int = 1) -> dict[str, Any]:
         pattern=pattern,
         collects=method.needs if calibration is not None else frozenset(),
         reads=method.needs if recipe.stats is not None else frozenset(),
-        pruned_prefix=calibration is not None and calibration.prefix == "pruned",
-        in_memory=_in_memory(shapes),
+        passes=_passes(calibration),
+        sequential=calibration is not None and calibration.order == "sequential",
+        in_memory=(_fits(inputs), _fits(inputs * (len(shapes.layers) + 2))),
+        resident=_resident(shapes),
         device=torch.device(recipe.device).type,
     )
     return _predict(setting, device, ranks)
@@ -72,11 +75,24 @@ def _device(name: str) -> torch.device | None:
         return None
 
 
-def _in_memory(shapes: Shapes) -> tuple[bool, bool]:
-    """Whether the inputs of one decoder layer, and those of all, would stay in memory now."""
-    one = shapes.hidden_states(shapes.samples)
-    every = one * (len(shapes.layers) + 2)
-    return place(Path(), one) is None, place(Path(), every) is None
+def _passes(calibration: Calibration | None) -> int:
+    """How often the text runs through each layer while it is pruned."""
+    if calibration is None:
+        return 0
+    twice = calibration.prefix == "pruned" and calibration.order == "layer"
+    return 2 if twice else 1
+
+
+def _fits(num_bytes: int) -> bool:
+    """Whether this much would stay in memory now."""
+    return place(Path(), num_bytes) is None
+
+
+def _resident(shapes: Shapes) -> bool:
+    """Whether gradients would be taken with all layers in memory."""
+    layers = sum(layer.parameters for layer in shapes.layers) * shapes.dtype.itemsize
+    sums = sum(layer.weights for layer in shapes.layers) * 4
+    return _fits(layers + sums) and shapes.dtype != torch.float16
 
 
 def _predict(setting: Setting, device: torch.device | None, ranks: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ TEXT, KERNELS = 70 << 20, 24 << 20
 CONTEXT_RAM, CONTEXT_CARD = 1 << 30, 512 << 20
 # glibc gives larger blocks back when they are freed; smaller ones stay with the process.
 HEAP_BLOCK = 32 << 20
+NEVER_FREED = 1 << 60
 FLOAT32 = 4
 # Bytes per weight while a scored method has all its float32 matrices of the weight's size.
 SCORE = {"magnitude": 8, "wanda": 8, "gradient": 12, "gblm": 20}
@@ -30,12 +31,16 @@ VARIANT = 28  # scores, sorted scores, their int64 order, sums
 # ... while N:M ranks; while a threshold is sought: by value and index of what goes, and, over a
 # whole matrix, by a pair per weight.
 RANKS, THRESHOLD, PER_PRUNED, PAIR = 9, 6, 12, 16
-# SparseGPT, float32: weights, errors, drops, a copy being transposed; Hessian, its copy, inverse.
-SWEEP, FACTOR = 16, 12
-# ... while a weight is packed: indices of the kept ones, counts, comparisons.
-PACK = 10
-# Values per token, of the layer's hidden and its widest size, in a forward and a backward pass.
-FORWARD, BACKWARD = (8, 4), (24, 10)
+# SparseGPT: weights, errors, drops, a copy being transposed, all float32.
+SWEEP = 16
+# Matrices of the Hessian's size that it is copied to, factored and inverted in.
+FACTORS = 2
+# ... while a weight is packed: indices of the kept ones, counts, comparisons; while one that is read
+# is searched for NaN, beside the checkpoint's width.
+PACK, SEARCH = 10, 3
+# Values per token, of the layer's hidden and its widest size, in a forward and a backward pass, and
+# what a forward pass keeps for a backward one.
+FORWARD, BACKWARD, KEPT = (8, 4), (24, 10), (12, 5)
 # Bytes per logit in the loss of one sample and its gradient.
 LOGIT = 16
 
@@ -68,8 +73,10 @@ class Setting:
         pattern: which positions may stay.
         collects: statistics that the run takes on text.
         reads: statistics that another run saved.
-        pruned_prefix: a layer sees the pruned layers' activations, at one more pass.
+        passes: of the text through each layer while pruning.
+        sequential: a linear is observed and pruned just before it runs.
         in_memory: whether the inputs of one decoder layer, and those of all, stay in memory.
+        resident: gradients are taken with all layers in memory.
         device: "cpu" or "cuda".
     """
 
@@ -79,8 +86,10 @@ class Setting:
     pattern: Pattern
     collects: frozenset[str]
     reads: frozenset[str]
-    pruned_prefix: bool
+    passes: int
+    sequential: bool
     in_memory: tuple[bool, bool]
+    resident: bool
     device: str
 
     @property
@@ -140,13 +149,13 @@ def _by_name(terms: Iterable[Term]) -> dict[str, int]:
 
 def _always(setting: Setting) -> list[Term]:
     """What a run holds from its first moment to its last."""
-    terms = [Term("interpreter and libraries", psutil.Process().memory_info().rss, 1 << 40)]
+    terms = [Term("interpreter and libraries", psutil.Process().memory_info().rss, NEVER_FREED)]
     if setting.collects:
-        terms += [Term("tokenizer and text", TEXT, 1 << 40)]
-        terms += [Term("kernels", KERNELS, 1 << 40)]
+        terms += [Term("tokenizer and text", TEXT, NEVER_FREED)]
+        terms += [Term("kernels", KERNELS, NEVER_FREED)]
     if setting.device != "cpu":
-        terms += [Term("CUDA context", CONTEXT_RAM, 1 << 40)]
-        terms += [Term("CUDA context", CONTEXT_CARD, 1 << 40, True)]
+        terms += [Term("CUDA context", CONTEXT_RAM, NEVER_FREED)]
+        terms += [Term("CUDA context", CONTEXT_CARD, NEVER_FREED, True)]
     return terms
 
 
@@ -158,8 +167,19 @@ def _frame(setting: Setting, always: list[Term], head: bool) -> list[Term]:
 
 def _mapped(setting: Setting) -> list[Term]:
     """Pages of the embeddings' file, until the first decoder layer is read."""
-    size = (setting.shapes.frame + setting.shapes.head) * setting.shapes.stored_dtype.itemsize
-    return [Term("mapped pages of the checkpoint", size, 1 << 40)]
+    width = setting.shapes.stored_dtype.itemsize
+    size = (setting.shapes.frame + setting.shapes.head) * width
+    return [Term("mapped pages of the checkpoint", size, NEVER_FREED)]
+
+
+def _reading(setting: Setting, layer: Layer) -> list[Term]:
+    """Pages of a layer's file, and the search for NaN in its largest linear."""
+    largest = max(linear.weights for linear in layer.linears)
+    width = setting.shapes.stored_dtype.itemsize
+    return [
+        Term("mapped pages of the checkpoint", layer.stored, NEVER_FREED),
+        Term("search for NaN", largest * (width + SEARCH), largest * width),
+    ]
 
 
 def _activations(setting: Setting, layers: int = 1, in_memory: bool | None = None) -> list[Term]:
@@ -185,12 +205,12 @@ def _layer(setting: Setting, layer: Layer) -> list[Term]:
 
 
 def _pass(setting: Setting, layer: Layer, factors: tuple[int, int], tokens: int) -> list[Term]:
+    """What one batch holds on its way through a layer; norms and statistics are in float32."""
     wide = max(max(linear.rows, linear.columns) for linear in layer.linears)
     values = tokens * (factors[0] * setting.shapes.hidden + factors[1] * wide)
-    # Norms and statistics are taken in float32.
     block = tokens * wide * FLOAT32
-    return [Term("forward pass" if factors is FORWARD else "backward pass",
-                 values * setting.width + 2 * block, block, True)]  # fmt: skip
+    name = "forward pass" if factors == FORWARD else "backward pass"
+    return [Term(name, values * setting.width + 2 * block, block, True)]
 
 
 def _matrices(name: str, linears: Iterable[Linear], *widths: int) -> list[Term]:
@@ -200,86 +220,114 @@ def _matrices(name: str, linears: Iterable[Linear], *widths: int) -> list[Term]:
 
 
 def _gradients(setting: Setting, always: list[Term]) -> Iterator[Moment]:
+    """All samples up and down, layer by layer; or each through all layers at once."""
+    if setting.resident:
+        yield _resident(setting, always)
+        return
     shapes, layer = setting.shapes, setting.shapes.largest
     count, stays = len(shapes.layers), setting.in_memory[1]
-    always = always + _layer(setting, layer)
     inputs = always + _activations(setting, count + 1, stays)
-    one = shapes.seq_len
-    mapped = Term("mapped pages of the checkpoint", layer.stored, 1 << 40)
-    yield Moment("gradients", "reading the last layer", [*inputs, mapped])
-    yield Moment("gradients", "forward", inputs + _pass(setting, layer, FORWARD, one))
-    logits = one * shapes.vocab
-    loss = Term("logits", logits * LOGIT, logits * FLOAT32, True)
-    yield Moment("gradients", "loss", [*always, *_activations(setting, count + 2, stays), loss])
+    alive, one = _layer(setting, layer), shapes.seq_len
+    forward = _pass(setting, layer, FORWARD, one)
+    yield Moment("gradients", "reading the last layer", inputs + alive + _reading(setting, layer))
+    yield Moment("gradients", "forward", inputs + alive + forward)
+    loss = [*always, *_activations(setting, count + 2, stays), _logits(setting)]
+    yield Moment("gradients", "loss", loss)
     # The sums of the layer before are alive until those of this one are handed over.
     sums = _matrices("gradient norms", layer.pruned, *[FLOAT32] * min(count, 2))
-    down = always + _activations(setting, max(count, 2), stays) + sums
+    down = always + _activations(setting, max(count, 2), stays) + alive + sums
+    backward = _pass(setting, layer, BACKWARD, one) + _fresh(setting, layer)
+    yield Moment("gradients", "backward", down + backward)
+    yield Moment("gradients", "reading a layer", down + _reading(setting, layer))
+
+
+def _resident(setting: Setting, always: list[Term]) -> Moment:
+    terms = list(always)
+    for layer in setting.shapes.layers:
+        terms += _layer(setting, layer) + _matrices("gradient norms", layer.pruned, FLOAT32)
+        terms += _pass(setting, layer, KEPT, setting.shapes.seq_len)
+    terms += [_logits(setting), *_fresh(setting, setting.shapes.largest)]
+    return Moment("gradients", "loss", terms)
+
+
+def _logits(setting: Setting) -> Term:
+    logits = setting.shapes.seq_len * setting.shapes.vocab
+    return Term("logits", logits * LOGIT, logits * FLOAT32, True)
+
+
+def _fresh(setting: Setting, layer: Layer) -> list[Term]:
     largest = max(layer.pruned, key=lambda linear: linear.weights)
-    fresh = _matrices("gradient of one linear", [largest], setting.width, FLOAT32)
-    yield Moment("gradients", "backward", down + _pass(setting, layer, BACKWARD, one) + fresh)
-    yield Moment("gradients", "reading a layer", [*down, mapped])
+    return _matrices("gradient of one linear", [largest], setting.width, FLOAT32)
 
 
-def _statistics(setting: Setting, groups: list[list[Linear]]) -> list[Term]:
+def _hessians(setting: Setting, groups: list[list[Linear]]) -> list[Term]:
     """Of linears by shared input; the activations' norms are too small to count."""
-    terms = []
-    wanted = setting.collects | setting.reads
-    for group in groups:
-        if "hessian" in wanted:
-            size = FLOAT32 * group[0].columns ** 2
-            terms.append(Term("Hessians", size, size, True))
-        if "grad_norm" in wanted:
-            # They come from a file and stay in host memory until they are used.
-            terms += [t._replace(on_device=False)
-                      for t in _matrices("gradient norms", group, FLOAT32)]  # fmt: skip
-    return terms
+    if "hessian" not in setting.method.needs:
+        return []
+    return [_square("Hessians", group) for group in groups]
+
+
+def _square(name: str, group: list[Linear], matrices: int = 1) -> Term:
+    size = FLOAT32 * group[0].columns ** 2
+    return Term(name, matrices * size, size, True)
+
+
+def _from_file(setting: Setting, layer: Layer) -> list[Term]:
+    """Gradient norms, of this run or another one, wait in host memory."""
+    if "grad_norm" not in setting.method.needs:
+        return []
+    norms = _matrices("gradient norms", layer.pruned, FLOAT32)
+    return [term._replace(on_device=False) for term in norms]
 
 
 def _pruning(setting: Setting, always: list[Term]) -> Iterator[Moment]:
     shapes, layer = setting.shapes, setting.shapes.largest
-    mapped = Term("mapped pages of the checkpoint", layer.stored, 1 << 40)
-    again = len(shapes.layers) > 1
-    largest = max(linear.packed for linear in layer.pruned)
-    packed = Term("packed layer", layer.packed, largest)
-    before = [packed] if again else []
-    alive = always + _layer(setting, layer) + before
-    kept = _matrices("pruned weights and masks", layer.pruned, setting.width, 1) if again else []
-    yield Moment("pruning", "reading a layer", [*alive, *kept, mapped])
-    stats = _statistics(setting, layer.groups(pruned="hessian" not in setting.collects))
-    hessians = [term for term in stats if term.name == "Hessians"]
+    groups, more = layer.groups(pruned=True), _from_file(setting, layer)
+    weights = _matrices("pruned weights and masks", layer.pruned, setting.width, 1)
+    packed = Term("packed layer", layer.packed, max(own.packed for own in layer.pruned))
+    factor = [_square("factor", groups[-1])] if setting.name == "sparsegpt" else []
+    # Of the layer before: its statistics go when this one's come, the rest when it is packed.
+    before = [*weights, packed] if len(shapes.layers) > 1 else []
+    used = more + factor if before else []
+    alive = always + _layer(setting, layer)
+    yield Moment("pruning", "reading a layer", alive + before + used + _reading(setting, layer))
+    observed = [] if setting.reads else _hessians(setting, layer.groups(pruned=False))
+    step: list[Term] = []
     if setting.collects - {"grad_norm"}:
         step = _pass(setting, layer, FORWARD, shapes.tokens)
-        yield Moment("pruning", "observing", alive + kept + hessians + step)
-    if len(stats) > len(hessians) or setting.reads:
-        size = sum(term.size for term in stats if setting.reads or term.name != "Hessians")
-        pages = Term("mapped pages of the statistics", size, 1 << 40)
-        yield Moment("pruning", "reading statistics", [*alive, *kept, *stats, pages])
-    yield from _choosing(setting, layer, alive + kept)
-    done = _matrices("pruned weights and masks", layer.pruned, setting.width, 1)
-    one = max(layer.pruned, key=lambda linear: linear.weights)
-    width = shapes.stored_dtype.itemsize
-    packing = [t._replace(on_device=False)
-               for t in _matrices("packing", [one], PACK, 2 * width)]  # fmt: skip
-    yield Moment("pruning", "packing", [*alive, *done, packed, *packing, mapped])
+        seen = observed if not setting.sequential else []
+        yield Moment("pruning", "observing", alive + before + used + seen + step)
+    read = more + (_hessians(setting, groups) if setting.reads else [])
+    if read:
+        pages = Term("mapped pages of the statistics", sum(t.size for t in read), NEVER_FREED)
+        waiting = observed if not setting.sequential else step
+        yield Moment("pruning", "reading statistics", [*alive, *before, *waiting, *read, pages])
+    on_the_way = step if setting.sequential else []
+    yield from _choosing(setting, groups, alive + before + more + on_the_way)
+    largest = max(layer.pruned, key=lambda linear: linear.weights)
+    packing = _matrices("packing", [largest], PACK, 2 * shapes.stored_dtype.itemsize)
+    host = [term._replace(on_device=False) for term in packing]
+    mapped = Term("mapped pages of the checkpoint", layer.stored, NEVER_FREED)
+    now = [*weights, packed, packed] if before else [*weights, packed]
+    yield Moment("pruning", "packing", [*alive, *now, *more, *factor, *host, mapped])
 
 
-def _choosing(setting: Setting, layer: Layer, alive: list[Term]) -> Iterator[Moment]:
+def _choosing(setting: Setting, groups: list[list[Linear]], alive: list[Term]) -> Iterator[Moment]:
     """Group after group is prepared and pruned; its statistics go, its weights come."""
-    groups = layer.groups(pruned=True)
     done: list[Linear] = []
     for index, group in enumerate(groups):
-        rest = _statistics(setting, groups[index + 1 :])
-        finished = _matrices("pruned weights and masks", done, setting.width, 1)
-        own = _statistics(setting, [group])
+        later = [] if setting.sequential else _hessians(setting, groups[index + 1 :])
+        now = alive + later + _matrices("pruned weights and masks", done, setting.width, 1)
+        factor: list[Term] = []
         if setting.name == "sparsegpt":
-            size = FLOAT32 * group[0].columns ** 2
-            factor = Term("factor", FACTOR * group[0].columns ** 2 - size, size, True)
-            yield Moment("pruning", "preparing", [*alive, *rest, *finished, *own, factor])
-            own = [Term("factor", size, size, True)]
+            last = [_square("factor", groups[index - 1])] if index else []
+            working = [*_hessians(setting, [group]), _square("factor", group, FACTORS), *last]
+            yield Moment("pruning", "preparing", now + working)
+            factor = [_square("factor", group)]
         largest = max(group, key=lambda linear: linear.weights)
         work = _matrices("choosing", [largest], _per_weight(setting))
-        now = _matrices("pruned weights and masks", group, setting.width, 1)
-        yield Moment("pruning", "choosing", [*alive, *rest, *finished, *own, *work, *now])
+        own = _matrices("pruned weights and masks", group, setting.width, 1)
+        yield Moment("pruning", "choosing", now + factor + work + own)
         done += group
 
 
@@ -299,7 +347,7 @@ def _per_weight(setting: Setting) -> int:
 def _publishing(setting: Setting, always: list[Term]) -> Moment:
     """A shard is a set of mapped files until it is written; the last layer is still there."""
     layer = setting.shapes.largest
-    shard = Term("pages of one shard", min(setting.shapes.output, SHARD_BYTES), 1 << 40)
+    shard = Term("pages of one shard", min(setting.shapes.output, SHARD_BYTES), NEVER_FREED)
     kept = _matrices("pruned weights and masks", layer.pruned, setting.width, 1)
     packed = Term("packed layer", layer.packed, max(own.packed for own in layer.pruned))
     return Moment("publishing", "writing a shard", [*always, *kept, packed, shard])

@@ -29,8 +29,8 @@ PROBE_ROWS, PROBE_COLUMNS = 1024, 128
 # Python, torch and transformers; the skeleton of the model.
 START_SECONDS = 8.0
 READ_BYTES, WRITE_BYTES = 0.8e9, 0.25e9
-# Of each logit through the loss and its gradient.
-LOGIT_PASSES = 16
+# What the layers hold passes through several elementwise functions, casts to float32 among them.
+PASSES, LOGIT_PASSES = 4, 64
 # The upper triangle of a Hessian in four strips.
 HESSIAN_SHARE = 5 / 8
 # Two Cholesky factors and an inverse take so many times in³; LAPACK reaches a share of the rate.
@@ -45,6 +45,7 @@ class Rates:
         forward: operations of a linear in the computation's dtype.
         backward: operations of its backward pass.
         float32: operations of a float32 product.
+        read: weights through the search for NaN and a copy.
         values: values of the computation's dtype through an elementwise function.
         fold: weights that a sample's gradient is added to.
         prune: weights through the method, without its large products.
@@ -55,6 +56,7 @@ class Rates:
     forward: float
     backward: float
     float32: float
+    read: float
     values: float
     fold: float
     prune: float
@@ -87,6 +89,7 @@ def probe(setting: Setting, device: torch.device) -> Rates:
         forward=rate(operations, bool(wanted), lambda: linear(x.detach(), gradient)),
         backward=rate(2 * operations, back, backward),
         float32=rate(operations, hessian, lambda: inputs @ weight.t()),
+        read=rate(size, True, lambda: (gradient.isfinite().all(), gradient.clone())),
         values=rate(2.0 * out.numel(), bool(wanted), lambda: silu(error).mul_(error)),
         fold=rate(size, back, lambda: total.addcmul_(gradient.float(), gradient.float())),
         prune=prune,
@@ -144,18 +147,21 @@ def spend(setting: Setting, rates: Rates, disk: Disk) -> dict[str, float]:
     """
     shapes, found = setting.shapes, {"start": START_SECONDS}
     found["start"] += shapes.stored * (1 / READ_BYTES + 1 / rates.sha256)
-    read = sum(layer.stored for layer in shapes.layers) / READ_BYTES
+    stored = sum(layer.stored for layer in shapes.layers) / READ_BYTES
+    read = stored + sum(layer.parameters for layer in shapes.layers) / rates.read
     if "grad_norm" in setting.collects:
-        found["gradients"] = 2 * read + disk.gradients / WRITE_BYTES + _gradients(setting, rates)
+        times = 1 if setting.resident else 2
+        found["gradients"] = (
+            times * read + disk.gradients / WRITE_BYTES + _gradients(setting, rates)
+        )
     observes = bool(setting.collects - {"grad_norm"})
     if observes:
         found["capture"] = shapes.frame * shapes.stored_dtype.itemsize / READ_BYTES
-    pruning = 2 * read + (disk.layers / WRITE_BYTES) + disk.layers / rates.sha256
+    pruning = read + stored + disk.layers * (1 / WRITE_BYTES + 1 / rates.sha256)
     pruning += disk.gradients / READ_BYTES
     pruning += sum(_pruning(setting, layer, rates) for layer in shapes.layers)
     if observes:
-        passes = 2 if setting.pruned_prefix else 1
-        pruning += passes * _forward(setting, rates)
+        pruning += setting.passes * _forward(setting, rates)
     found["pruning"] = pruning
     moved = disk.layers + disk.output
     found["publishing"] = moved / READ_BYTES + disk.output * (1 / WRITE_BYTES + 1 / rates.sha256)
@@ -175,7 +181,8 @@ def _values(setting: Setting, factors: tuple[int, int]) -> float:
     shapes = setting.shapes
     wide = [max(own.rows for own in layer.linears) for layer in shapes.layers]
     hidden = len(shapes.layers) * shapes.hidden
-    return shapes.samples * shapes.seq_len * float(factors[0] * hidden + factors[1] * sum(wide))
+    held = factors[0] * hidden + factors[1] * sum(wide)
+    return float(PASSES * shapes.samples * shapes.seq_len * held)
 
 
 def _forward(setting: Setting, rates: Rates) -> float:
@@ -188,7 +195,8 @@ def _gradients(setting: Setting, rates: Rates) -> float:
     logits = float(shapes.samples * shapes.seq_len * shapes.vocab)
     head = 2 * shapes.hidden * logits
     weights = sum(layer.weights for layer in shapes.layers)
-    up = 2 * _forward(setting, rates) + head / rates.forward
+    forward = _forward(setting, rates)
+    up = (forward if setting.resident else 2 * forward) + head / rates.forward
     down = (2 * _operations(setting) + head) / rates.backward
     down += _values(setting, BACKWARD) / rates.values
     return up + down + LOGIT_PASSES * logits / rates.values + shapes.samples * weights / rates.fold

@@ -158,6 +158,8 @@ def read_shapes(
     samples, batch = 0, 1
     if calibration is not None:
         batch = min(calibration.batch_size, calibration.num_samples)
+        if calibration.order == "sequential":
+            batch = math.ceil(calibration.num_samples / ranks)
         samples = batch * math.ceil(math.ceil(calibration.num_samples / batch) / ranks)
     return Shapes(
         layers=layers,
