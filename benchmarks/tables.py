@@ -27,15 +27,12 @@ METHODS = (
 # Further rows of docs/methods.md.
 MORE = (
     ("wanda-variant", "wanda", "--variant", ("0.5",)),
-    ("gblm-l1", "gblm", "--gradient-norm l1", ("2:4", "0.5")),
-    ("gblm-reference", "gblm", "--gradient-mode reference", ("2:4", "0.5")),
+    ("wanda-sequential", "wanda", "--order sequential", ("2:4", "0.5")),
+    ("gblm-reference", "gblm", "--gradient-mode reference", ("2:4",)),
+    ("sparsegpt-sequential", "sparsegpt", "--order sequential", ("2:4", "0.5")),
     ("wanda", "wanda", "", ("0.7",)),
     ("gblm", "gblm", "", ("0.7",)),
     ("sparsegpt", "sparsegpt", "", ("0.7",)),
-    ("sparsegpt-dense-prefix", "sparsegpt", "--prefix dense", ("2:4",)),
-    ("wanda-sequential", "wanda", "--order sequential", ("2:4", "0.5")),
-    ("gblm-sequential", "gblm", "--order sequential", ("2:4",)),
-    ("sparsegpt-sequential", "sparsegpt", "--order sequential", ("2:4", "0.5")),
 )
 Runs = Iterable[tuple[str, str, str, tuple[str, ...]]]
 
@@ -64,7 +61,7 @@ def quality(runs: Runs) -> str:
     """Perplexity and size of pruned models beside the dense one."""
     listed = sorted(
         ((pattern, label) for label, _, _, patterns in runs for pattern in patterns),
-        key=lambda pair: pair[0] != "2:4",
+        key=lambda pair: ("2:4", "0.5", "0.7").index(pair[0]),
     )
     rows = [(label, read(f"quality-{label}-{slug(pattern)}")) for pattern, label in listed]
     first = rows[0][1]

@@ -35,9 +35,11 @@ RANKS, THRESHOLD, PER_PRUNED, PAIR = 9, 6, 12, 16
 SWEEP = 16
 # Matrices of the Hessian's size that it is copied to, factored and inverted in.
 FACTORS = 2
-# ... while a weight is packed: indices of the kept ones, counts, comparisons; while one that is read
-# is searched for NaN, beside the checkpoint's width.
-PACK, SEARCH = 10, 3
+# ... while a weight is packed: indices of the kept ones, counts, comparisons. As here, so many bytes
+# of those above are masks.
+PACK, MASKS = 10, 4
+# ... while a weight that is read is searched for NaN, beside the checkpoint's width.
+SEARCH = 3
 # Values per token, of the layer's hidden and its widest size, in a forward and a backward pass, and
 # what a forward pass keeps for a backward one.
 FORWARD, BACKWARD, KEPT = (8, 4), (24, 10), (12, 5)
@@ -304,12 +306,12 @@ def _pruning(setting: Setting, always: list[Term]) -> Iterator[Moment]:
         yield Moment("pruning", "reading statistics", [*alive, *before, *waiting, *read, pages])
     on_the_way = step if setting.sequential else []
     yield from _choosing(setting, groups, alive + before + more + on_the_way)
-    largest = max(layer.pruned, key=lambda linear: linear.weights)
-    packing = _matrices("packing", [largest], PACK, 2 * shapes.stored_dtype.itemsize)
-    host = [term._replace(on_device=False) for term in packing]
     mapped = Term("mapped pages of the checkpoint", layer.stored, NEVER_FREED)
-    now = [*weights, packed, packed] if before else [*weights, packed]
-    yield Moment("pruning", "packing", [*alive, *now, *more, *factor, *host, mapped])
+    now = [*alive, *weights, *more, *factor, packed, *([packed] if before else []), mapped]
+    for group in groups:
+        packing = _temporary("packing", group, PACK + 2 * shapes.stored_dtype.itemsize)
+        host = [term._replace(on_device=False) for term in packing]
+        yield Moment("pruning", "packing", now + host)
 
 
 def _choosing(setting: Setting, groups: list[list[Linear]], alive: list[Term]) -> Iterator[Moment]:
@@ -324,11 +326,16 @@ def _choosing(setting: Setting, groups: list[list[Linear]], alive: list[Term]) -
             working = [*_hessians(setting, [group]), _square("factor", group, FACTORS), *last]
             yield Moment("pruning", "preparing", now + working)
             factor = [_square("factor", group)]
-        largest = max(group, key=lambda linear: linear.weights)
-        work = _matrices("choosing", [largest], _per_weight(setting))
+        work = _temporary("choosing", group, _per_weight(setting))
         own = _matrices("pruned weights and masks", group, setting.width, 1)
         yield Moment("pruning", "choosing", now + factor + work + own)
         done += group
+
+
+def _temporary(name: str, group: list[Linear], width: int) -> list[Term]:
+    """Matrices of the group's largest linear, some of them masks; so many bytes per weight."""
+    largest = max(group, key=lambda linear: linear.weights)
+    return _matrices(name, [largest], width - MASKS, *[1] * MASKS)
 
 
 def _per_weight(setting: Setting) -> int:
