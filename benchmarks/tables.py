@@ -168,15 +168,23 @@ def plan() -> str:
     """What `gblm plan` predicted and what the run then took."""
     record = read("memory")
     cells = []
-    for run in record["runs"]:
-        cell = [f"{run['model']}, {run['method']}"]
-        for key, unit, digits in (("ram", 1e9, 2), ("disk", 1e9, 2), ("seconds", 1, 0)):
+    for run in record["rows"]:
+        cell = [f"{run['size']}, {run['method']}, {run['samples']} × {run['seq_len']} tokens"]
+        for key, unit, digits in (
+            ("peak_rss_bytes", 1e9, 2), ("disk_peak_bytes", 1e9, 2), ("seconds", 1, 0),
+        ):  # fmt: skip
             predicted, measured = run["predicted"][key] / unit, run["measured"][key] / unit
-            cell.append(f"{predicted:.{digits}f} / {measured:.{digits}f}")
-            cell.append(f"{predicted / measured:.2f}")
-        cells.append(cell)
-    header = ["predicted / measured", "peak RAM, GB", "", "peak disk, GB", "", "seconds", ""]
-    return f"{table(header, cells)}\n\n{origin(record, 'torch', 'transformers')}"
+            ratio = predicted / measured
+            cell.append(f"{predicted:.{digits}f} / {measured:.{digits}f} ({ratio:.2f})")
+        cells.append([*cell, f"{run['load_average_at_start']:.1f}"])
+    header = [
+        "predicted / measured (ratio)", "peak RAM, GB", "peak disk, GB", "seconds", "load before",
+    ]  # fmt: skip
+    return (
+        f"{table(header, cells)}\n\nThe load average at the start tells how many other processes "
+        f"shared the {record['provenance']['machine']['cores']} cores. "
+        f"{origin(record, 'torch', 'transformers')}"
+    )
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -94,11 +94,16 @@ def test_finished_layers_are_not_made_again(
     assert not work_path(tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("way", [{"order": "sequential"}, {"prefix": "dense"}])
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_the_sequential_order_goes_on_as_well(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+def test_other_ways_to_calibrate_go_on_as_well(
+    recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    way: dict[str, str],
 ) -> None:
-    calibration = recipe.calibration.model_copy(update={"order": "sequential"})
+    calibration = recipe.calibration.model_copy(update=way)
     recipe = recipe.model_copy(update={"method": method, "calibration": calibration})
     prune(recipe, tmp_path / "whole")
     cut_off(recipe, tmp_path / "out", monkeypatch)

@@ -91,20 +91,26 @@ def walk(layers: Layers, batches: Sequence[Tensor], how: Walk) -> Iterator[Decod
         with layers.open(index) as module:
             running = _Running(module, index, hidden, calls, layers.device)
             layer = DecoderLayer(index, layers.name(index), linears(module))
-            observe = bool(how.needs) and index >= how.first
-            passed = False
-            if observe and how.order == "sequential":
-                passed = _on_the_way(running, layer, how)
-            elif observe:
-                passed = how.prefix == "dense"
-                # Not kept in a variable here: the loop body drops large statistics early.
-                layer.stats.update(
-                    _values(layer.name, running.observe(how.needs, passed), how.ranks)
-                )
+            passed = bool(how.needs) and _before_changes(running, layer, how)
             yield layer
             if how.needs and index + 1 < len(layers) and not passed:
                 running.propagate()
     hidden.clear()
+
+
+def _before_changes(running: _Running, layer: DecoderLayer, how: Walk) -> bool:
+    """Observe a layer; True if the activations have passed through it already."""
+    dense = how.prefix == "dense"
+    if layer.index < how.first:
+        if dense:
+            running.propagate()
+        return dense
+    if how.order == "sequential":
+        _on_the_way(running, layer, how)
+        return True
+    # Not kept in a variable here: the loop body drops large statistics early.
+    layer.stats.update(_values(layer.name, running.observe(how.needs, dense), how.ranks))
+    return dense
 
 
 @dataclass(frozen=True)
@@ -179,7 +185,7 @@ class _Observer:
             raise _Enough
 
 
-def _on_the_way(running: _Running, layer: DecoderLayer, how: Walk) -> bool:
+def _on_the_way(running: _Running, layer: DecoderLayer, how: Walk) -> None:
     """Run a layer once; each linear is shown, with statistics of its input, before it runs."""
     last: list[Tensor] = []
     shared: dict[str, Tensor] = {}
@@ -197,7 +203,6 @@ def _on_the_way(running: _Running, layer: DecoderLayer, how: Walk) -> bool:
 
     with _before_each_linear(running.module, see):
         running.propagate()
-    return True
 
 
 @contextmanager
