@@ -49,6 +49,8 @@ def test_layers_are_read_ahead_and_dropped(tiny: Path) -> None:
     with stream(tiny, device="cuda") as layers:
         with layers.open(0) as module:
             assert all(p.is_cuda for p in module.parameters())
+            assert layers._ahead is not None
+            assert layers._ahead[0] == 1
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         with layers.open(1):

@@ -44,7 +44,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hf": {"checkpoint", "formats", "kernels", "packed"},
     "fetch": {"checkpoint", "errors"},
     "prune": {
-        "calibrate", "checkpoint", "errors", "folder", "formats", "layers", "loop", "methods",
+        "__init__", "calibrate", "checkpoint", "errors", "folder", "formats", "layers", "loop",
+        "methods",
         "model", "patterns", "progress", "provenance", "ranks", "recipe", "statistics", "weights",
     },
     "plan": {

@@ -13,8 +13,11 @@ from conftest import Outcome, save_tiny_model
 
 from gblm.checkpoint.reader import Reader
 from gblm.errors import PatternError, UsageError
+from gblm.formats import format_for
 from gblm.methods import METHODS
+from gblm.patterns import parse
 from gblm.plan import plan
+from gblm.plan.seconds import strip_shape
 from gblm.recipe import Calibration, Recipe
 
 Run = Callable[..., Outcome]
@@ -116,6 +119,19 @@ def test_a_gpu_that_is_not_there_can_be_planned_for(
     facts = predict(tiny, device="cuda")
     assert facts["seconds"] is None
     assert facts["gpu_bytes"] > 0
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "5:12", "0.5", "16x16@0.5", "100x9@0.5", "1x1024@0.5"])
+def test_every_pattern_can_be_probed(pattern: str) -> None:
+    shape = strip_shape(parse(pattern), 128)
+    format_for(parse(pattern)).check_shape("probe", shape)
+
+
+def test_sequential_order_holds_all_samples_at_once(tiny: Path) -> None:
+    text = TEXT.model_copy(update={"num_samples": 512, "order": "sequential"})
+    whole = predict(tiny, "sparsegpt", calibration=text.model_copy(update={"order": "layer"}))
+    once = predict(tiny, "sparsegpt", calibration=text)
+    assert working_bytes(once) > working_bytes(whole)  # all samples in one batch
 
 
 def test_what_prune_refuses_is_refused(tiny: Path) -> None:

@@ -205,7 +205,9 @@ def test_activations_that_overflow_are_named(recipe: Recipe, tmp_path: Path, met
             model.get_submodule(f"model.layers.0.mlp.{name}").weight.fill_(3000)
     bad = save_tiny_model(tmp_path / "bad")
     model.save_pretrained(bad)
-    wanted = r"sample 0: the loss" if method == "gblm" else r"layers\.0\.mlp\.down_proj: the \w+ of"
+    wanted = (
+        r"model\.layers\.0: its output" if method == "gblm" else r"0\.mlp\.down_proj: the \w+ of"
+    )
     with pytest.raises(InputError, match=wanted):
         prune(recipe.model_copy(update={"model": str(bad), "method": method}), tmp_path / "out")
 

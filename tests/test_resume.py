@@ -135,7 +135,7 @@ def test_a_changed_model_is_another_run(
         prune(recipe, tmp_path / "out")
 
 
-@pytest.mark.parametrize("damage", ["flip", "remove", "torn journal"])
+@pytest.mark.parametrize("damage", ["flip", "remove", "torn journal", "garbage"])
 def test_damaged_layers_are_made_again(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
@@ -149,11 +149,43 @@ def test_damaged_layers_are_made_again(
         layer.write_bytes(data)
     elif damage == "remove":
         layer.unlink()
+    elif damage == "garbage":
+        with (work / "journal.jsonl").open("ab") as journal:
+            journal.write(b"\xff\x00{")
     else:
-        journal = work / "journal.jsonl"
-        journal.write_bytes(journal.read_bytes()[:-20])
+        path = work / "journal.jsonl"
+        path.write_bytes(path.read_bytes()[:-20])
     prune(recipe, tmp_path / "out")
     assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_a_run_that_was_cut_off_after_publishing_is_cleaned_up(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(work_module, "_remove", lambda path: None)
+        prune(recipe, tmp_path / "out")
+    assert work_path(tmp_path / "out").exists()
+    with pytest.raises(InputError, match="exists"):
+        prune(recipe, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_finished_layers_outlive_a_refused_repetition(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut off while replacing an older output: what stands there is not the run's own."""
+    prune(recipe, tmp_path / "out")
+    other = recipe.model_copy(update={"pattern": "2:4"})
+    with monkeypatch.context() as patch:
+        patch.setattr("gblm.prune.write_packed", lambda *args: (_ for _ in ()).throw(OSError("x")))
+        with pytest.raises(OSError, match="x"):
+            prune(other, Output(tmp_path / "out", overwrite=True))
+    with pytest.raises(InputError, match="exists"):
+        prune(other, tmp_path / "out")
+    assert work_path(tmp_path / "out").exists()
+    prune(other, Output(tmp_path / "out", overwrite=True), lambda *phase: pytest.fail)
+    assert json.loads((tmp_path / "out/recipe.json").read_text())["pattern"] == "2:4"
 
 
 def test_two_runs_on_one_output_are_refused(recipe: Recipe, tmp_path: Path) -> None:

@@ -88,11 +88,52 @@ def test_statistics_that_do_not_fit_are_refused(recipe: Recipe, tmp_path: Path, 
 
 def test_places_for_statistics_are_checked_first(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "stats").mkdir()
-    with pytest.raises(InputError, match="exists"):
-        prune(recipe, Output(tmp_path / "out", save_stats=tmp_path / "stats"))
-    magnitude = recipe.model_copy(update={"method": "magnitude"})
-    with pytest.raises(UsageError, match="collects no statistics"):
-        prune(magnitude, Output(tmp_path / "out", save_stats=tmp_path / "new"))
+
+    def refuse(error: type[Exception], match: str, place: str, **update: object) -> None:
+        with pytest.raises(error, match=match):
+            prune(
+                recipe.model_copy(update=update),
+                Output(tmp_path / "out", save_stats=tmp_path / place),
+            )
+        assert [p.name for p in tmp_path.iterdir()] == ["stats"]
+
+    refuse(InputError, "exists; choose another --save-stats", "stats")
+    refuse(UsageError, "collects no statistics", "new", method="magnitude")
+    refuse(UsageError, "nothing new is collected", "new", stats=str(tmp_path / "stats"))
+    refuse(UsageError, "lie in one another", "out/stats")
+    refuse(UsageError, "lie in one another", "out")
+
+
+def test_statistics_of_fewer_linears_are_refused(recipe: Recipe, tmp_path: Path) -> None:
+    stats = tmp_path / "stats"
+    some = recipe.model_copy(update={"targets": ("*.mlp.*",)})
+    prune(some, Output(tmp_path / "first", save_stats=stats))
+    prune(some.model_copy(update={"stats": str(stats)}), tmp_path / "second")
+    with pytest.raises(UsageError, match=r"holds nothing of model\.layers\.0\.self_attn"):
+        prune(recipe.model_copy(update={"stats": str(stats)}), tmp_path / "third")
+
+
+def test_foreign_prefixes_are_told(
+    recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prune(recipe, Output(tmp_path / "first", save_stats=tmp_path / "stats"))
+    prune(recipe.model_copy(update={"stats": str(tmp_path / "stats")}), tmp_path / "second")
+    assert "taken behind layers pruned by gblm 2:4" in caplog.text
+
+
+def test_statistics_are_whole_after_a_resumed_run(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prune(recipe, Output(tmp_path / "one", save_stats=tmp_path / "stats-one"))
+    broken = Output(tmp_path / "two", save_stats=tmp_path / "stats-two")
+    with monkeypatch.context() as patch:
+        patch.setattr("gblm.prune.write_packed", lambda *args: (_ for _ in ()).throw(OSError("x")))
+        with pytest.raises(OSError, match="x"):
+            prune(recipe, broken)
+    assert (tmp_path / "stats-two/stats.json").exists()
+    prune(recipe, broken)
+    for file in (tmp_path / "stats-one").iterdir():
+        assert file.read_bytes() == (tmp_path / "stats-two" / file.name).read_bytes()
 
 
 def test_shared_tensors_are_stored_once_and_shared_again(tmp_path: Path) -> None:

@@ -101,6 +101,7 @@ class StreamedLayers(Layers):
 
     def load_frame(self, head: bool) -> None:
         """Read embeddings and norms, and with `head` the output head."""
+        self._drop_outside()
         wanted = self.model if head else self.model.base_model
         outer = "" if head else f"{self.model.base_model_prefix}."
         for local in wanted.state_dict():
@@ -109,6 +110,11 @@ class StreamedLayers(Layers):
                 _assign(self.model, name, self._read(name).to(self.device))
         if head:
             self.model.tie_weights()
+
+    def _drop_outside(self) -> None:
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if not name.startswith(self.prefix + "."):
+                _assign(self.model, name, torch.empty_like(parameter, device=META))
 
     def _take(self, index: int) -> dict[str, Tensor]:
         """The layer's tensors, read ahead or now; starts reading the one that follows."""

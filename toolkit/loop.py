@@ -108,6 +108,8 @@ class _Pruning:
             self.prune(local)
         if self._loop.save is not None and self._ranks.leads:
             self._loop.save(self._layer.index, self._seen)
+        # This object lives until the next layer has been observed.
+        self._prepared, self._more, self._input = {}, None, None
         # Not in the order of the calls: what is written should not depend on it.
         names = [f"{self._layer.name}.{local}" for local in self._chosen]
         return Pruned(self._layer.index, {n: self._weights[n] for n in names if n in self._weights})
@@ -130,23 +132,23 @@ class _Pruning:
         more = self._more.get(local, {})
         # Statistics from a file stand alone; linears with the same input share a dict there, too.
         stats = self._layer.stats.pop(local, more)
-        device = linear.weight.device
+        name, device = f"{self._layer.name}.{local}", linear.weight.device
         if self._input is not stats:
-            self._check(local, stats.keys() | more.keys())
+            self._check(name, stats.keys() | more.keys())
             self._whole = dict(stats) if self._loop.save is not None else {}
-            self._input, self._prepared = stats, self._loop.method.prepare(_on(device, stats))
+            prepared = self._loop.method.prepare(_on(device, stats), name)
+            self._input, self._prepared = stats, prepared
             # Half a gigabyte at 11,008 inputs, and used up by `prepare`.
             stats.pop("hessian", None)
         if self._loop.save is not None:
             self._seen[local] = {**self._whole, **more}
         own = {**self._prepared, **_on(device, stats), **_on(device, more)}
-        return self._loop.method.prune(linear.weight, own, self._loop.pattern)
+        return self._loop.method.prune(linear.weight, own, self._loop.pattern, name)
 
-    def _check(self, local: str, found: Set[str]) -> None:
+    def _check(self, name: str, found: Set[str]) -> None:
         if self._loop.method.needs - found:
             raise InputError(
-                f"{self._layer.name}.{local} was never used on the calibration text; "
-                "leave it dense: --ignore."
+                f"{name} was never used on the calibration text; leave it dense: --ignore."
             )
 
 

@@ -15,13 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gblm import __version__
 from gblm.calibrate.saved import StatsFolder
 from gblm.calibrate.walk import DecoderLayer
 from gblm.checkpoint.packer import Packing, check_packable, check_room, write_packed
 from gblm.checkpoint.reader import Reader
-from gblm.checkpoint.work import WorkFolder, open_work, work_path
-from gblm.checkpoint.writer import check_output, folder_sha256
-from gblm.errors import UsageError
+from gblm.checkpoint.work import (
+    WorkFolder,
+    is_complete,
+    open_work,
+    remove_leftovers,
+    work_path,
+)
+from gblm.checkpoint.writer import check_output, folder_bytes, folder_sha256
+from gblm.errors import InputError, UsageError
 from gblm.folder import resolve
 from gblm.formats import format_for
 from gblm.layers import StreamedLayers
@@ -102,11 +109,11 @@ def _prepare(recipe: Recipe, output: Output, reader: Reader, device: str, ranks:
     names = prunable(layers.model, recipe.targets, recipe.ignore)
     check_packable(reader, names, pattern)
     if ranks.leads:
-        _check_output(output, reader, frozenset(names), method)
+        _check_output(output, recipe, reader, frozenset(names), method)
     if not method.needs or recipe.stats is not None:
         recipe = recipe.model_copy(update={"calibration": None})
     sha256 = folder_sha256(reader.folder, {"config.json", *reader.files})
-    statistics = Statistics.prepare(recipe, method, layers, ranks, reader.folder, sha256)
+    statistics = Statistics.prepare(recipe, method, layers, frozenset(names), ranks, sha256)
     packing = Packing(
         source=reader.folder,
         pattern=pattern,
@@ -116,20 +123,43 @@ def _prepare(recipe: Recipe, output: Output, reader: Reader, device: str, ranks:
         keeps_values=isinstance(method, ScoredMethod),
         head_dim=head_dim(layers.model),
     )
-    return _Run(packing, output, reader, layers, frozenset(names), method, statistics)
+    return _Run(packing, output, reader, layers, method, statistics)
 
 
-def _check_output(output: Output, reader: Reader, names: frozenset[str], method: Method) -> None:
+def _check_output(
+    output: Output, recipe: Recipe, reader: Reader, names: frozenset[str], method: Method
+) -> None:
     """The outputs are free, and the disk holds finished layers besides the folder itself."""
+    remove_leftovers(output.folder)
+    _check_save_stats(output, recipe, method)
     shapes = [reader.headers[f"{name}.weight"][0] for name in names]
-    gradients = 4 * sum(rows * columns for rows, columns in shapes)
+    weights = sum(rows * columns for rows, columns in shapes)
     layers = int(1.1 * sum(reader.num_bytes(f"{name}.weight") for name in names))
-    extra = layers + (gradients if "grad_norm" in method.needs else 0)
+    # Updated values are kept unrounded as well.
+    exact = 0 if isinstance(method, ScoredMethod) else 4 * weights
+    gradients = 4 * weights if "grad_norm" in method.needs and recipe.stats is None else 0
+    saved = gradients if output.save_stats is not None else 0
+    there = folder_bytes(work_path(output.folder))
+    extra = layers + exact + gradients + saved - there
     check_room(reader, output.folder, output.overwrite, extra)
-    if output.save_stats is not None:
-        if not method.needs:
-            raise UsageError("--save-stats: this method collects no statistics.")
-        check_output(output.save_stats, overwrite=False)
+
+
+def _check_save_stats(output: Output, recipe: Recipe, method: Method) -> None:
+    target = output.save_stats
+    if target is None:
+        return
+    if not method.needs:
+        raise UsageError("--save-stats: this method collects no statistics.")
+    if recipe.stats is not None:
+        raise UsageError("--save-stats does not go with --stats: nothing new is collected.")
+    folder, place = output.folder.resolve(), target.resolve()
+    if place.is_relative_to(folder) or folder.is_relative_to(place):
+        raise UsageError(f"--save-stats {target} and --output {output.folder} lie in one another.")
+    if is_complete(output.folder) and target.exists():
+        return
+    if target.exists():
+        raise InputError(f"{target} exists; choose another --save-stats, or remove it.")
+    check_output(target, overwrite=False)
 
 
 @dataclass(frozen=True)
@@ -140,7 +170,6 @@ class _Run:
     output: Output
     reader: Reader
     layers: StreamedLayers
-    names: frozenset[str]
     method: Method
     statistics: Statistics
 
@@ -180,13 +209,13 @@ class _Run:
         if "grad_norm" not in self.method.needs or self.statistics.saved is not None:
             return
         if not self.ranks.agree(int(folder.complete)):
-            self.statistics.make_gradients(folder, self.names, scratch, progress)
+            self.statistics.make_gradients(folder, scratch, progress)
 
     def _loop(
         self, work: WorkFolder | None, gradients: StatsFolder, scratch: Path, first: int
     ) -> Loop:
         how = self.statistics.walk(scratch, first)
-        loop = Loop(self.method, self.packing.pattern, self.names, how)
+        loop = Loop(self.method, self.packing.pattern, self.statistics.names, how)
         if work is None:
             return loop
         if self.output.save_stats is not None:
@@ -195,14 +224,15 @@ class _Run:
         return replace(loop, restore=restore, more=self.statistics.stored(gradients))
 
     def _publish(self, work: WorkFolder) -> dict[str, Any]:
-        pieces = ((layer.packed(), layer.rows) for layer in work.finished)
         target = self.output
-        report = write_packed(self.packing, pieces, target.folder, target.overwrite, work.path)
-        if self.output.save_stats is not None:
-            stats = StatsFolder(work.path / "stats")
+        work.mark_complete(target.folder)
+        stats = StatsFolder(work.path / "stats")
+        # Gone already when an earlier run was cut off after it.
+        if target.save_stats is not None and stats.path.exists():
             stats.finish(self.statistics.facts(self.method.needs))
-            stats.path.rename(self.output.save_stats)
-        return report
+            stats.publish(target.save_stats.resolve())
+        pieces = ((layer.packed(), layer.rows) for layer in work.finished)
+        return write_packed(self.packing, pieces, target.folder, target.overwrite, work.path)
 
     @contextmanager
     def _work(self) -> Iterator[WorkFolder | None]:
@@ -214,7 +244,10 @@ class _Run:
             **{f"recipe.{key}": value for key, value in self.packing.recipe.items()},
             **self.packing.notes,
             "save_stats": self.output.save_stats is not None,
-            "versions": {key: versions()[key] for key in ("torch", "transformers")},
+            "statistics": self.statistics.saved.facts() if self.statistics.saved else None,
+            "ranks": self.ranks.size,
+            "versions": {"gblm": __version__}
+            | {key: versions()[key] for key in ("torch", "transformers")},
         }
         with open_work(self.output.folder, fingerprint, self.output.resume) as work:
             yield work

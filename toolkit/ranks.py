@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gblm.errors import MachineError
+from gblm.errors import MachineError, UsageError
 
 T = TypeVar("T")
 # A layer of a large model takes minutes, never an hour; a dead peer is noticed at once anyway.
@@ -27,10 +27,11 @@ TIMEOUT = timedelta(hours=1)
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `size`, numbered from 0."""
+    """This process among `size`, numbered from 0, and the device of its group's messages."""
 
     rank: int = 0
     size: int = 1
+    device: str = "cpu"
 
     @property
     def leads(self) -> bool:
@@ -58,9 +59,9 @@ class Ranks:
         """Rank 0's value on every rank."""
         if self.size == 1:
             return value
-        told = [value]
-        dist.broadcast_object_list(told, 0)
-        return told[0]
+        told = torch.tensor(value, device=self.device)
+        dist.broadcast(told, 0)
+        return int(told)
 
     def sum_(self, tensor: Tensor) -> None:
         """Add up over the ranks, in place."""
@@ -87,13 +88,15 @@ def ranks_from_environment(device: str) -> Iterator[Ranks]:
     if size == 1:
         yield ALONE
         return
-    backend = "nccl" if device.startswith("cuda") else "gloo"
+    cuda = device.startswith("cuda")
     try:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        if cuda:
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise MachineError(f"the process group of torchrun cannot be joined: {error}") from error
     try:
-        yield Ranks(dist.get_rank(), size)
+        yield Ranks(dist.get_rank(), size, device)
         # Leaving while rank 0 still writes would look like a lost rank to the launcher.
         dist.barrier()
     except RuntimeError as error:
@@ -110,8 +113,14 @@ def ranks_from_environment(device: str) -> Iterator[Ranks]:
 
 
 def rank_device(device: str) -> str:
-    """Under torchrun a plain `cuda` becomes this rank's own GPU."""
+    """Under torchrun a plain `cuda` becomes this rank's own GPU.
+
+    Raises:
+        UsageError: one GPU is named for all ranks.
+    """
     local = os.environ.get("LOCAL_RANK")
+    if local is not None and device.startswith("cuda:"):
+        raise UsageError(f"--device {device} under torchrun: say cuda, each rank takes its own.")
     return f"cuda:{local}" if device == "cuda" and local is not None else device
 
 

@@ -43,6 +43,8 @@ class Calibration(BaseModel):
     def _one_or_the_other(self) -> Calibration:
         if self.order == "sequential" and self.prefix == "dense":
             raise ValueError("order sequential has no dense prefix")
+        if self.order == "sequential" and self.batch_size > 1:
+            raise ValueError("order sequential takes all samples at once: leave batch_size out")
         return self
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,13 +19,14 @@ from gblm.calibrate.saved import LayerStats, StatsFolder
 from gblm.calibrate.stats import STATS
 from gblm.calibrate.walk import Walk
 from gblm.errors import UsageError
-from gblm.layers import Layers
+from gblm.layers import StreamedLayers
 from gblm.methods import Method
 from gblm.model import hidden_size, load_tokenizer
 from gblm.progress import Progress
 from gblm.ranks import Ranks
 from gblm.recipe import Recipe
 
+logger = logging.getLogger(__name__)
 GRADIENTS = frozenset({"grad_norm"})
 
 
@@ -36,6 +38,7 @@ class Statistics:
         recipe: of the run.
         method: what it needs.
         layers: the model.
+        names: full names of the linears to prune.
         ranks: the processes that share the samples.
         windows: calibration token ids [samples, tokens], or None.
         saved: statistics that another run saved; no forward pass is run then.
@@ -44,7 +47,8 @@ class Statistics:
 
     recipe: Recipe
     method: Method
-    layers: Layers
+    layers: StreamedLayers
+    names: frozenset[str]
     ranks: Ranks
     windows: Tensor | None
     saved: StatsFolder | None
@@ -52,7 +56,13 @@ class Statistics:
 
     @classmethod
     def prepare(
-        cls, recipe: Recipe, method: Method, layers: Layers, ranks: Ranks, folder: Path, sha256: str
+        cls,
+        recipe: Recipe,
+        method: Method,
+        layers: StreamedLayers,
+        names: frozenset[str],
+        ranks: Ranks,
+        sha256: str,
     ) -> Statistics:
         """Draw the calibration windows, or check the saved statistics.
 
@@ -60,8 +70,8 @@ class Statistics:
             recipe: of the run.
             method: made from it.
             layers: the model.
+            names: full names of the linears to prune.
             ranks: the processes that share the samples.
-            folder: the model's, for its tokenizer.
             sha256: of the model's files.
 
         Raises:
@@ -71,10 +81,12 @@ class Statistics:
         windows = saved = None
         if method.needs and recipe.stats is not None:
             saved = StatsFolder(Path(recipe.stats))
-            saved.check(sha256, len(layers), method.needs, gradient_norm(method))
+            saved.check(sha256, len(layers), names, method.needs, gradient_norm(method))
+            if (prefix := saved.facts().get("prefix")) != "dense":
+                logger.warning("the statistics were taken behind layers pruned by %s", prefix)
         elif method.needs:
-            windows = _draw(recipe, folder)
-        made = cls(recipe, method, layers, ranks, windows, saved, sha256)
+            windows = _draw(recipe, layers.reader.folder)
+        made = cls(recipe, method, layers, names, ranks, windows, saved, sha256)
         if windows is not None and not made.batches():
             raise UsageError(
                 f"{ranks.size} ranks cannot share {len(windows)} samples: give each a batch of its "
@@ -112,25 +124,22 @@ class Statistics:
             ranks=self.ranks,
         )
 
-    def make_gradients(
-        self, folder: StatsFolder, names: frozenset[str], scratch: Path, progress: Progress
-    ) -> None:
+    def make_gradients(self, folder: StatsFolder, scratch: Path, progress: Progress) -> None:
         """Fill the folder with gradient norms of the dense model; rank 0 writes.
 
         Args:
             folder: to write to.
-            names: full names of the linears to differentiate.
             scratch: for the inputs of all decoder layers, if memory is short.
             progress: for a progress bar.
         """
         if self.windows is None:
             return
         samples = self.ranks.share(list(self.windows))
-        resident = self.ranks.agree(int(self._resident(names))) == 1
+        resident = self.ranks.agree(int(self._resident())) == 1
         steps = num_steps(self.layers, len(samples), resident)
         how = Gradients(
             norm=gradient_norm(self.method) or "l2",
-            names=names,
+            names=self.names,
             scratch=place(scratch, self._activation_bytes() * (len(self.layers) + 2)),
             ranks=self.ranks,
             resident=resident,
@@ -157,6 +166,7 @@ class Statistics:
         pruned = self.recipe.calibration is None or self.recipe.calibration.prefix == "pruned"
         return {
             "model": self.model_sha256,
+            "linears": sorted(self.names),
             "needs": sorted(needs),
             "gradient_norm": gradient_norm(self.method),
             "num_samples": len(self.windows) if self.windows is not None else 0,
@@ -165,13 +175,13 @@ class Statistics:
             "order": self.recipe.calibration.order if self.recipe.calibration else "layer",
         }
 
-    def _resident(self, names: frozenset[str]) -> bool:
+    def _resident(self) -> bool:
         """Whether there is room for all layers, and a sum per weight, at once."""
         model, dtype = self.layers.model, self.layers.dtype
         count = sum(
             p.numel() for n, p in model.named_parameters() if n.startswith(self.layers.prefix)
         )
-        sums = sum(model.get_submodule(name).weight.numel() for name in names)
+        sums = sum(model.get_submodule(name).weight.numel() for name in self.names)
         room = fits(count * dtype.itemsize + sums * 4, self.layers.device)
         return room and dtype != torch.float16
 

@@ -96,8 +96,9 @@ def test_variant_is_true_or_false(value: object) -> None:
 
 
 def test_variant_says_when_a_sparsity_is_out_of_reach(caplog: pytest.LogCaptureFixture) -> None:
-    keep_by_share(random_score(24, 64), 0.99)
-    assert "wanda's variant reached sparsity" in caplog.text
+    method, stats = make_method("wanda", {"variant": True}), {"act_norm": torch.ones(256)}
+    method.prune(random_score(128, 256), stats, Unstructured(0.99), "layers.0.q_proj")
+    assert "layers.0.q_proj: wanda's variant reached sparsity" in caplog.text
     caplog.clear()
-    keep_by_share(random_score(128, 256), 0.5)
+    method.prune(random_score(128, 256), stats, Unstructured(0.5))
     assert not caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import psutil
@@ -25,9 +26,6 @@ class Activations:
         self._count = 0
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-
-    def __len__(self) -> int:
-        return self._count
 
     def append(self, tensor: Tensor) -> None:
         """Add one at the end."""
@@ -69,7 +67,8 @@ def fits(num_bytes: int, device: torch.device) -> bool:
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
-        free = psutil.virtual_memory().available
+        # Ranks on one machine share its memory.
+        free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return num_bytes <= MEMORY_SHARE * free
 
 

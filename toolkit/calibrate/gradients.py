@@ -97,7 +97,7 @@ def _resident(
         for sample, (hidden, call) in enumerate(capture(layers, rows)):
             with torch.enable_grad():
                 for index, module in enumerate(modules):
-                    hidden = call.run(module, index, hidden)
+                    hidden = _finite(layers, index, call.run(module, index, hidden), sample)
                 _finite_loss(layers, rows[sample], hidden, sample).backward()
             how.on_step()
     for index in reversed(range(len(layers))):
@@ -122,6 +122,15 @@ def _streamed(
         inputs.pop().clear()
         yield index, sums
         how.on_step()
+
+
+def _finite(layers: Layers, index: int, hidden: Tensor, sample: int) -> Tensor:
+    if not bool(hidden.isfinite().all()):
+        raise InputError(
+            f"{layers.name(index)}: its output on calibration sample {sample} is not finite. "
+            "Run with --dtype float32, or check the model's weights."
+        )
+    return hidden
 
 
 def _finite_loss(layers: Layers, row: Tensor, hidden: Tensor, sample: int) -> Tensor:
@@ -155,7 +164,7 @@ def _forward(
         with layers.open(index) as module:
             for sample, call in enumerate(calls):
                 states = stores[index].get(sample, layers.device)
-                stores[-1].append(call.run(module, index, states))
+                stores[-1].append(_finite(layers, index, call.run(module, index, states), sample))
         how.on_step()
     return stores, calls
 

@@ -7,6 +7,8 @@ stats.json is there.
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +17,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gblm.checkpoint.durable import write_object, write_tensors
-from gblm.errors import InputError, UsageError
+from gblm.checkpoint.durable import flush, write_object, write_tensors
+from gblm.errors import InputError, MachineError, UsageError
 from gblm.folder import read_json_object
 
 FACTS = "stats.json"
@@ -78,6 +80,24 @@ class StatsFolder:
         """Say what was collected; the folder is complete from now on."""
         write_object(self.path / FACTS, {"version": VERSION, **facts})
 
+    def publish(self, target: Path) -> None:
+        """Move the folder, on another disk or not; it appears under its new name complete."""
+        if target.exists():
+            shutil.rmtree(self.path, ignore_errors=True)
+            return
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+        try:
+            shutil.copytree(self.path, partial, dirs_exist_ok=True)
+            for path in (*partial.iterdir(), partial):
+                flush(path)
+            partial.rename(target)
+            flush(target.parent)
+        except OSError as error:
+            raise MachineError(f"writing {target} failed: {error}.") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(self.path)
+
     def facts(self) -> dict[str, Any]:
         """What was collected.
 
@@ -96,12 +116,20 @@ class StatsFolder:
             )
         return facts
 
-    def check(self, model: str, layers: int, needs: frozenset[str], norm: str | None) -> None:
-        """Refuse statistics of another model, or without what a method needs.
+    def check(
+        self,
+        model: str,
+        layers: int,
+        names: frozenset[str],
+        needs: frozenset[str],
+        norm: str | None,
+    ) -> None:
+        """Refuse statistics of another model, or without what a run needs.
 
         Args:
             model: fingerprint of the model to prune.
             layers: its number of decoder layers.
+            names: full names of the linears to prune.
             needs: names of statistics.
             norm: of the gradients, if they are needed.
 
@@ -119,6 +147,12 @@ class StatsFolder:
                 f"{self.path} holds {facts.get('gradient_norm')} gradient norms, the method asks "
                 f"for {norm}: pass --gradient-norm {facts.get('gradient_norm')}."
             )
+        if others := sorted(names - set(facts.get("linears", ()))):
+            raise UsageError(
+                f"{self.path} holds nothing of {others[0]}: collect without --targets."
+            )
+        if not isinstance(facts.get("num_samples"), int) or facts["num_samples"] < 1:
+            raise InputError(f"{self.path}: {FACTS} names no samples. Collect them again.")
         for index in range(layers):
             if not self._file(index).exists():
                 raise InputError(f"{self._file(index)} is missing. Collect the statistics again.")

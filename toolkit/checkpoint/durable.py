@@ -42,15 +42,28 @@ def write_scratch(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def write_object(path: Path, value: Any) -> None:
     """The same for one JSON value."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    _publish(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """The same for any content."""
+    _publish(path, lambda temporary: temporary.write_bytes(content))
 
 
 def append_line(path: Path, value: Any) -> None:
-    """Add one JSON line and force it to disk; a reader must expect a torn last line."""
-    with path.open("ab") as stream:
-        stream.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
-        stream.flush()
-        os.fsync(stream.fileno())
+    """Add one JSON line and force it to disk; a reader must expect a torn last line.
+
+    Raises:
+        MachineError: the disk is full or refuses the write.
+    """
+    try:
+        with path.open("ab") as stream:
+            stream.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        flush(path.parent)
+    except OSError as error:
+        raise MachineError(f"writing {path} failed: {error}.") from error
 
 
 def flush(path: Path) -> None:

@@ -21,13 +21,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gblm.checkpoint.durable import append_line, write_object, write_tensors
+from gblm.checkpoint.durable import append_line, write_bytes, write_object, write_tensors
 from gblm.checkpoint.writer import sha256
 from gblm.errors import InputError, MachineError
 from gblm.folder import read_json_object
 
 logger = logging.getLogger(__name__)
-JOURNAL, RUN, EXACT = "journal.jsonl", "run.json", "exact:"
+JOURNAL, RUN, COMPLETE, EXACT = "journal.jsonl", "run.json", "complete.json", "exact:"
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,10 @@ class WorkFolder:
         """Whether the gradient norms of all layers are there."""
         return (self.path / "gradients" / "stats.json").exists()
 
+    def mark_complete(self, output: Path) -> None:
+        """Note that nothing but publishing is left, and what stands in the output's place now."""
+        write_object(self.path / COMPLETE, {"replaces": _identity(output)})
+
     def add(
         self,
         packed: Mapping[str, Tensor],
@@ -95,12 +99,10 @@ class WorkFolder:
             return
         _check_same(read_json_object(self.path / RUN), fingerprint, self.path)
         intact = list(self._intact())
-        kept = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line, _ in intact)
+        kept = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line, _ in intact).encode()
         journal = self.path / JOURNAL
-        if journal.exists() and journal.read_text(encoding="utf-8") != kept:
-            journal.unlink()
-            for line, _ in intact:
-                append_line(journal, line)
+        if journal.exists() and journal.read_bytes() != kept:
+            write_bytes(journal, kept)
         self.finished = [layer for _, layer in intact]
 
     def _intact(self) -> Iterator[tuple[dict[str, Any], FinishedLayer]]:
@@ -124,6 +126,26 @@ def work_path(output: Path) -> Path:
     """Where the unfinished run of an output lies."""
     output = output.resolve()
     return output.parent / f".{output.name}.work"
+
+
+def is_complete(output: Path) -> bool:
+    """Whether an earlier run had only to publish its result."""
+    return (work_path(output) / COMPLETE).exists()
+
+
+def remove_leftovers(output: Path) -> None:
+    """Clean up after a run that was cut off when its output was already in place."""
+    path = work_path(output)
+    if not is_complete(output) or not output.exists():
+        return
+    if read_json_object(path / COMPLETE).get("replaces") != _identity(output):
+        lock = _lock(path)
+        _remove(path)
+        lock.close()
+
+
+def _identity(output: Path) -> int | None:
+    return output.stat().st_ino if output.exists() else None
 
 
 @contextmanager
@@ -162,9 +184,11 @@ def open_work(output: Path, fingerprint: dict[str, Any], resume: bool) -> Iterat
                     path,
                 )
             else:
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
             raise
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
+        for replaced in path.parent.glob(f".{output.name}.old-*"):
+            shutil.rmtree(replaced, ignore_errors=True)
     finally:
         lock.close()
 
@@ -192,6 +216,12 @@ def _lock(path: Path) -> IO[bytes]:
         except FileNotFoundError:
             pass
         stream.close()
+
+
+def _remove(path: Path) -> None:
+    """The lock goes last: whoever gets a new one must not find what this process deletes."""
+    _empty(path)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _empty(path: Path) -> None:

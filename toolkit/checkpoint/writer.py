@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gblm.checkpoint.durable import flush
 from gblm.checkpoint.reader import INDEX, SINGLE
 from gblm.errors import InputError, MachineError
 from gblm.folder import inside
@@ -87,6 +88,7 @@ def new_folder(output: Path, overwrite: bool = False, within: Path | None = None
         _open_modes(work)
         _flush(work)
         _publish(work, output, overwrite)
+        flush(output.parent)
     except (SafetensorError, OSError) as error:
         raise MachineError(f"writing {output} failed: {error}.") from error
     finally:
@@ -169,6 +171,11 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def folder_bytes(folder: Path) -> int:
+    """Size of all files below a folder; 0 if there is none."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def folder_sha256(folder: Path, names: set[str]) -> str:
     """One hash of the named files of a folder and their names."""
     digest = hashlib.sha256()
@@ -208,11 +215,7 @@ def _publish(work: Path, output: Path, overwrite: bool) -> None:
 def _flush(folder: Path) -> None:
     """Force the files to disk, so that the rename never publishes an empty one after a crash."""
     for path in (*folder.iterdir(), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        flush(path)
 
 
 def _open_modes(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,9 @@ from gblm.commands.common import METHODS, device_option, dtype_option, options
 if TYPE_CHECKING:
     from gblm.recipe import Recipe
 
+CALIBRATION_OPTIONS = (
+    "calibration", "num_samples", "seq_len", "batch_size", "seed", "prefix", "order",
+)  # fmt: skip
 METHOD_OPTIONS = ("alpha", "gradient_norm", "gradient_mode", "damping", "variant")
 method_options = options(
     click.option("--alpha", type=float, help="gblm: weight of the gradient term (default 100)."),
@@ -110,21 +114,23 @@ def read_recipe(
     """
     from gblm.recipe import Recipe
 
+    if given["stats"] is not None:
+        _refuse_given(ctx, CALIBRATION_OPTIONS, "does not go with --stats")
     if recipe is None:
         return Recipe.from_dict(_fields(**given))
-    _only_recipe(ctx, own | {"recipe", "model"})
+    others = ctx.params.keys() - own - {"recipe", "model"}
+    _refuse_given(ctx, others, "does not go with --recipe: edit the recipe instead")
     chosen = Recipe.from_file(recipe)
     return chosen.model_copy(update={"model": given["model"]}) if given["model"] else chosen
 
 
-def _only_recipe(ctx: click.Context, own: frozenset[str]) -> None:
-    """Refuse options that a recipe would silently win over."""
+def _refuse_given(ctx: click.Context, names: Iterable[str], why: str) -> None:
+    """Refuse options that something else would silently win over."""
     from click.core import ParameterSource
 
-    for name in ctx.params:
-        if name not in own and ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE:
-            flag = "--" + name.replace("_", "-")
-            raise click.UsageError(f"{flag} does not go with --recipe: edit the recipe instead.")
+    for name in names:
+        if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name.replace('_', '-')} {why}.")
 
 
 def _fields(

@@ -32,11 +32,12 @@ class Method(ABC):
     def check_pattern(self, pattern: Pattern) -> None:  # noqa: B027
         """Raise UsageError when the method cannot follow this pattern."""
 
-    def prepare(self, stats: Stats) -> Stats:
+    def prepare(self, stats: Stats, name: str = "") -> Stats:
         """Derive what several linears with the same input share; called once per input.
 
         Args:
             stats: the statistics named in `needs`; not changed.
+            name: of the first of these linears, for messages.
 
         Returns:
             What `prune` reads; by default the statistics as they are.
@@ -44,13 +45,14 @@ class Method(ABC):
         return stats
 
     @abstractmethod
-    def prune(self, weight: Tensor, stats: Stats, pattern: Pattern) -> SparseWeight:
+    def prune(self, weight: Tensor, stats: Stats, pattern: Pattern, name: str = "") -> SparseWeight:
         """Prune one linear.
 
         Args:
             weight: [out, in] floating point.
             stats: what `prepare` returned.
             pattern: which positions may stay.
+            name: of the linear, for messages.
         """
 
 
@@ -61,6 +63,6 @@ class ScoredMethod(Method):
     def score(self, weight: Tensor, stats: Stats) -> Tensor:
         """[out, in] float32, larger = more important."""
 
-    def prune(self, weight: Tensor, stats: Stats, pattern: Pattern) -> SparseWeight:
+    def prune(self, weight: Tensor, stats: Stats, pattern: Pattern, name: str = "") -> SparseWeight:
         """Keep the highest scores."""
         return SparseWeight.cut(weight, pattern.keep(self.score(weight, stats), self.scope))

@@ -59,11 +59,12 @@ class SparseGPT(Method):
         if not isinstance(pattern, Unstructured | NM | Block):
             raise UsageError(f"sparsegpt cannot follow the pattern {pattern}: use another method.")
 
-    def prepare(self, stats: Stats) -> Stats:
+    def prepare(self, stats: Stats, name: str = "") -> Stats:
         """Factor H⁻¹ = Uᵀ U = (I + V)ᵀ diag(d) (I + V), V strictly upper triangular.
 
         Args:
             stats: "hessian" [in, in] float32, which is not changed.
+            name: of the first linear with this input, for messages.
 
         Returns:
             The statistics without "hessian", with "inverse_factor" V [in, in] and "pivots" d [in]
@@ -74,7 +75,7 @@ class SparseGPT(Method):
         """
         hessian = stats["hessian"]
         dead = hessian.diagonal() == 0
-        factor = _upper_factor(hessian, dead, self.damping)
+        factor = _upper_factor(hessian, dead, self.damping, name)
         diagonal = factor.diagonal().clone()
         factor /= diagonal.unsqueeze(1)
         factor.fill_diagonal_(0)
@@ -83,12 +84,13 @@ class SparseGPT(Method):
         return rest | own
 
     @torch.no_grad()
-    def prune(self, weight: Tensor, stats: Stats, pattern: Pattern) -> SparseWeight:
+    def prune(self, weight: Tensor, stats: Stats, pattern: Pattern, name: str = "") -> SparseWeight:
         """Prune one linear and update the weights that stay.
 
         Args:
             weight: [out, in] floating point.
             stats: as `prepare` returns them.
+            name: of the linear, for messages.
             pattern: which positions may stay. N:M is chosen per group, from the weights as updated
                 so far; other patterns per block of columns, over all rows.
         """
@@ -229,7 +231,7 @@ def _lowest_of_block(
     return drop.expand(-1, tile[1], -1, tile[0]).reshape(score.shape)
 
 
-def _upper_factor(hessian: Tensor, dead: Tensor, damping: float) -> Tensor:
+def _upper_factor(hessian: Tensor, dead: Tensor, damping: float, name: str) -> Tensor:
     """U [in, in], upper triangular, of (H + damping)⁻¹ = Uᵀ U, with as little damping as works."""
     while True:
         factor = _try_upper_factor(hessian, dead, damping)
@@ -237,12 +239,15 @@ def _upper_factor(hessian: Tensor, dead: Tensor, damping: float) -> Tensor:
             return factor
         if damping >= 1:
             raise InputError(
-                f"the Hessian {list(hessian.shape)} is not positive definite even with damping 1: "
+                f"{name}: the Hessian is not positive definite even with damping 1: "
                 "calibrate on more text, or use a method without it, such as wanda."
             )
         raised = min(damping * 10, 1.0)
         logger.warning(
-            "the Hessian is not positive definite with damping %g; trying %g", damping, raised
+            "%s: the Hessian is not positive definite with damping %g; trying %g",
+            name,
+            damping,
+            raised,
         )
         damping = raised
 

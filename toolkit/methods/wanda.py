@@ -48,12 +48,17 @@ class Wanda(ScoredMethod):
                 "number of weights they keep. Give a sparsity such as 0.5, or leave it out."
             )
 
-    def prune(self, weight: Tensor, stats: Stats, pattern: Pattern) -> SparseWeight:
+    def prune(self, weight: Tensor, stats: Stats, pattern: Pattern, name: str = "") -> SparseWeight:
         """Keep the highest scores."""
         if not self.variant:
-            return super().prune(weight, stats, pattern)
+            return super().prune(weight, stats, pattern, name)
         self.check_pattern(pattern)
         keep = keep_by_share(self.score(weight, stats), pattern.sparsity)
+        reached = 1 - float(keep.float().mean())
+        if abs(reached - pattern.sparsity) > 2 * TOLERANCE:
+            logger.warning(
+                "%s: wanda's variant reached sparsity %.3f, not %g", name, reached, pattern.sparsity
+            )
         return SparseWeight.cut(weight, keep)
 
 
@@ -74,12 +79,7 @@ def keep_by_share(score: Tensor, sparsity: float) -> Tensor:
         keep = _keep_over(score, ordered, sums, total * share)
         # A float32 tensor, as in the published code: its rounding decides when to stop.
         error = keep.logical_not().sum() / keep.numel() - sparsity
-        if error.abs() <= TOLERANCE:
-            return keep
-        if high - low < TOLERANCE:
-            logger.warning(
-                "wanda's variant reached sparsity %.3f, not %g", float(error) + sparsity, sparsity
-            )
+        if error.abs() <= TOLERANCE or high - low < TOLERANCE:
             return keep
         if error > 0:
             share, high = (share + low) / 2, share

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gblm.calibrate.activations import place
+from gblm.calibrate.activations import fits, place
 from gblm.checkpoint.reader import Reader
 from gblm.errors import MachineError, UsageError
 from gblm.folder import resolve
@@ -15,8 +15,9 @@ from gblm.methods import make_method
 from gblm.model import check_device, refuse_packed
 from gblm.patterns import parse
 from gblm.plan.disk import occupy
-from gblm.plan.memory import Setting, peaks
+from gblm.plan.memory import peaks
 from gblm.plan.seconds import probe, spend
+from gblm.plan.setting import Setting
 from gblm.plan.shapes import Shapes, read_shapes
 from gblm.recipe import Calibration, Recipe
 
@@ -61,7 +62,7 @@ def plan(recipe: Recipe, ranks: int = 1) -> dict[str, Any]:
         passes=_passes(calibration),
         sequential=calibration is not None and calibration.order == "sequential",
         in_memory=(_fits(inputs), _fits(inputs * (len(shapes.layers) + 2))),
-        resident=_resident(shapes),
+        resident=device is not None and _resident(shapes, device),
         device=torch.device(recipe.device).type,
     )
     return _predict(setting, device, ranks)
@@ -88,11 +89,11 @@ def _fits(num_bytes: int) -> bool:
     return place(Path(), num_bytes) is None
 
 
-def _resident(shapes: Shapes) -> bool:
+def _resident(shapes: Shapes, device: torch.device) -> bool:
     """Whether gradients would be taken with all layers in memory."""
     layers = sum(layer.parameters for layer in shapes.layers) * shapes.dtype.itemsize
     sums = sum(layer.weights for layer in shapes.layers) * 4
-    return _fits(layers + sums) and shapes.dtype != torch.float16
+    return fits(layers + sums, device) and shapes.dtype != torch.float16
 
 
 def _predict(setting: Setting, device: torch.device | None, ranks: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from gblm.formats import format_for
 from gblm.methods import ScoredMethod
-from gblm.plan.memory import Setting
+from gblm.plan.setting import Setting
 
 # Of each tensor in a header, of each linear in the report, of config, card and manifest.
 HEADER, REPORT, RECORDS = 100, 700, 4400

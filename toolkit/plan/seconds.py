@@ -16,15 +16,16 @@ import torch
 from torch.nn.functional import linear, silu
 
 from gblm.formats import format_for
+from gblm.patterns import NM, Block, Pattern
 from gblm.plan.disk import Disk
-from gblm.plan.memory import BACKWARD, FORWARD, Setting
+from gblm.plan.setting import Setting
 from gblm.plan.shapes import Layer
+from gblm.plan.terms import BACKWARD, FORWARD
 from gblm.structure import structure
 
 PROBE_SECONDS = 0.25
 # Matrices of the probes are no larger, so that one product stays well below the limit.
 PROBE_SIDE, PROBE_TOKENS, HASHED = 2048, 512, 1 << 22
-# Wide enough for every pattern's groups and blocks; SparseGPT's products then count for little.
 PROBE_ROWS, PROBE_COLUMNS = 1024, 128
 # Python, torch and transformers; the skeleton of the model.
 START_SECONDS = 8.0
@@ -100,9 +101,10 @@ def probe(setting: Setting, device: torch.device) -> Rates:
 
 def _probe_pruning(setting: Setting, device: torch.device) -> tuple[float, float]:
     """Weights per second through the method and into the format, on a random weight."""
-    rows, columns = PROBE_ROWS, PROBE_COLUMNS
-    if setting.name != "sparsegpt":
-        columns = max(min(setting.shapes.hidden, PROBE_SIDE) // PROBE_COLUMNS, 1) * PROBE_COLUMNS
+    # SparseGPT's products grow with the columns; on few of them they count for little.
+    sparsegpt = setting.name == "sparsegpt"
+    wanted = PROBE_COLUMNS if sparsegpt else min(setting.shapes.hidden, PROBE_SIDE)
+    rows, columns = strip_shape(setting.pattern, wanted)
     weight = torch.randn(rows, columns, device=device).to(setting.shapes.dtype)
     one, pattern = torch.ones(columns, device=device), setting.pattern
     stats = {"act_norm": one, "hessian": one.diag(), "grad_norm": weight.float().abs(),
@@ -119,6 +121,16 @@ def _probe_pruning(setting: Setting, device: torch.device) -> tuple[float, float
 
     prune = _seconds(lambda: setting.method.prune(weight, prepared, pattern), device)
     return weight.numel() / prune, weight.numel() / _seconds(pack, device)
+
+
+def strip_shape(pattern: Pattern, columns: int) -> tuple[int, int]:
+    """A weight's shape [out, in] near PROBE_ROWS and `columns` that the pattern divides."""
+    tall, wide = 1, 8
+    if isinstance(pattern, NM):
+        wide = math.lcm(wide, pattern.group_m)
+    elif isinstance(pattern, Block):
+        tall, wide = pattern.block_rows, math.lcm(wide, pattern.block_cols)
+    return max(PROBE_ROWS // tall, 1) * tall, max(columns // wide, 1) * wide
 
 
 def _seconds(action: Callable[[], object], device: torch.device) -> float:
