@@ -46,7 +46,7 @@ VOCAB, SCALE = 32000, 0.02
 BOS, EOS = "<s>", "</s>"
 # Threads that wait by spinning stand still when they share two cores with other work.
 THREADS = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.1
 
 
 def shape_folder(root: Path, size: str) -> Path:

@@ -30,9 +30,6 @@ MORE = (
     ("wanda-sequential", "wanda", "--order sequential", ("2:4", "0.5")),
     ("gblm-reference", "gblm", "--gradient-mode reference", ("2:4",)),
     ("sparsegpt-sequential", "sparsegpt", "--order sequential", ("2:4", "0.5")),
-    ("wanda", "wanda", "", ("0.7",)),
-    ("gblm", "gblm", "", ("0.7",)),
-    ("sparsegpt", "sparsegpt", "", ("0.7",)),
 )
 Runs = Iterable[tuple[str, str, str, tuple[str, ...]]]
 
@@ -54,6 +51,7 @@ def blocks() -> list[tuple[Path, str, str]]:
         (methods, "plan", plan()),
         (methods, "speed", speed()),
         (methods, "quality", quality((*METHODS, *MORE))),
+        (methods, "structure", structure()),
     ]
 
 
@@ -61,7 +59,7 @@ def quality(runs: Runs) -> str:
     """Perplexity and size of pruned models beside the dense one."""
     listed = sorted(
         ((pattern, label) for label, _, _, patterns in runs for pattern in patterns),
-        key=lambda pair: ("2:4", "0.5", "0.7").index(pair[0]),
+        key=lambda pair: ("2:4", "0.5").index(pair[0]),
     )
     rows = [(label, read(f"quality-{label}-{slug(pattern)}")) for pattern, label in listed]
     first = rows[0][1]
@@ -84,6 +82,20 @@ def quality(runs: Runs) -> str:
         "of the other part of that text. Bits per pruned weight include the mask. "
         f"{origin(first, 'torch', 'transformers')}"
     )
+
+
+def structure() -> str:
+    """What the masks at 50 % look like, averaged over the linears."""
+    keys = {
+        "dead_rows": "dead rows", "dead_columns": "dead columns", "dead_heads": "dead heads",
+        "row_kept_std": "std of kept, rows", "column_kept_std": "columns",
+        "live_tiles_16x16": "live 16×16 tiles", "live_tiles_1x8": "1×8",
+    }  # fmt: skip
+    cells = []
+    for label, _, _, _ in METHODS:
+        found = read(f"quality-{label}-0.5")["report"]["structure"]
+        cells.append([f"{label} 0.5", *(f"{found[key]:.2%}" for key in keys)])
+    return table(["", *keys.values()], cells)
 
 
 def serving() -> str:
