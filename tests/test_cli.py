@@ -48,6 +48,7 @@ def test_help_lists_every_command(gblm: Run) -> None:
         ),
         (["prune", "MODEL", "--output", "o", "--stats", "s"], 4, "stats.json is missing"),
         (["plan", "MODEL", "--pattern", "2:5"], 4, "q_proj: 64 columns"),
+        (["plan", "MODEL", "--stats", "s"], 4, "stats.json is missing"),
         (["prune", "MODEL", "--output", "o", "--ignore", "zzz"], 2, "matches no linear"),
         (["prune", "MODEL", "--output", "o", "--pattern", "2:5"], 4, "q_proj: 64 columns"),
         (["prune", "MODEL", "--output", "o", "--calibration", "x.txt"], 4, "does not exist"),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from gblm.calibrate.activations import fits, place
+from gblm.calibrate.saved import StatsFolder
 from gblm.checkpoint.reader import Reader
 from gblm.errors import MachineError, UsageError
 from gblm.folder import resolve
@@ -51,7 +52,10 @@ def plan(recipe: Recipe, ranks: int = 1) -> dict[str, Any]:
         if method.needs and recipe.stats is None and calibration is None:
             raise UsageError(f"method {recipe.method} needs calibration text.")
         shapes = read_shapes(recipe, reader, pattern, calibration, ranks)
-    inputs = shapes.hidden_states(shapes.samples)
+    if method.needs and recipe.stats is not None:
+        StatsFolder(Path(recipe.stats)).facts()
+    # Ranks are taken to share this machine's memory.
+    inputs = ranks * shapes.hidden_states(shapes.samples)
     setting = Setting(
         shapes=shapes,
         method=method,
@@ -62,7 +66,7 @@ def plan(recipe: Recipe, ranks: int = 1) -> dict[str, Any]:
         passes=_passes(calibration),
         sequential=calibration is not None and calibration.order == "sequential",
         in_memory=(_fits(inputs), _fits(inputs * (len(shapes.layers) + 2))),
-        resident=device is not None and _resident(shapes, device),
+        resident=device is not None and _resident(shapes, device, ranks),
         device=torch.device(recipe.device).type,
     )
     return _predict(setting, device, ranks)
@@ -89,11 +93,12 @@ def _fits(num_bytes: int) -> bool:
     return place(Path(), num_bytes) is None
 
 
-def _resident(shapes: Shapes, device: torch.device) -> bool:
+def _resident(shapes: Shapes, device: torch.device, ranks: int) -> bool:
     """Whether gradients would be taken with all layers in memory."""
     layers = sum(layer.parameters for layer in shapes.layers) * shapes.dtype.itemsize
     sums = sum(layer.weights for layer in shapes.layers) * 4
-    return fits(layers + sums, device) and shapes.dtype != torch.float16
+    shared = ranks if device.type == "cpu" else 1
+    return fits(shared * (layers + sums), device) and shapes.dtype != torch.float16
 
 
 def _predict(setting: Setting, device: torch.device | None, ranks: int) -> dict[str, Any]:
