@@ -1,6 +1,6 @@
 """CPU seconds of pruning: gblm against the papers' algorithm written plainly, in turn.
 
-    python benchmarks/pruning.py [--rounds 3] [--methods wanda gblm sparsegpt] [--pattern 2:4]
+    python benchmarks/pruning.py [--rounds 3] [--methods wanda gblm sparsegpt] [--check]
 
 SmolLM2-135M, float32, 16 × 256 tokens, batch 1; every run is a fresh process with one thread. The
 plain side is benchmarks/plain.py; ours runs in both orders. The plain "total" leaves "setup" out
@@ -120,8 +120,8 @@ def child(side: str, method: str, pattern: str) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def run_method(method: str, pattern: str, rounds: int) -> dict[str, Any]:
-    """Time all sides in turn, then check: medians, and ratios ours / plain paired by round."""
+def run_method(method: str, pattern: str, rounds: int, check: bool) -> dict[str, Any]:
+    """Time all sides in turn: medians, and ratios ours / plain paired by round."""
     runs = [{side: child(side, method, pattern) for side in SIDES} for _ in range(rounds)]
     medians = {s: {k: statistics.median(r[s][k] for r in runs) for k in runs[0][s]} for s in SIDES}
     ratios: dict[str, dict[str, Any]] = {side: {} for side in SIDES[1:]}
@@ -130,7 +130,7 @@ def run_method(method: str, pattern: str, rounds: int) -> dict[str, Any]:
             found = [run[side][key] / run["plain"][key] for run in runs]
             own[key] = {"median": statistics.median(found), "min": min(found), "max": max(found)}
     print(method, json.dumps(ratios, indent=1))
-    bits = child("check", method, pattern)
+    bits = child("check", method, pattern) if check else None
     return {"method": method, "check": bits, "medians": medians, "ratios": ratios, "rounds": runs}
 
 
@@ -141,6 +141,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--pattern", default="2:4")
     parser.add_argument("--output", type=Path, default=RECORD)
+    parser.add_argument("--check", action="store_true", help="compare the masks, too")
     parser.add_argument("--one", nargs=2, metavar=("SIDE", "METHOD"))
     given = parser.parse_args()
     if given.one:
@@ -152,7 +153,7 @@ def main() -> None:
               "calibration": CALIBRATION.model_dump(), "options": OPTIONS}  # fmt: skip
     record["runs"] = []
     for method in given.methods:
-        record["runs"].append(run_method(method, given.pattern, given.rounds))
+        record["runs"].append(run_method(method, given.pattern, given.rounds, given.check))
         given.output.write_text(json.dumps(record, indent=2) + "\n")
 
 
