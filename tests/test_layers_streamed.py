@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -100,3 +101,12 @@ def test_memory_of_the_file_is_let_go(tmp_path: Path) -> None:
             with layers.open(index):
                 pass
         assert psutil.Process().memory_info().rss - start < 3 * layer
+
+
+def test_absurd_sizes_are_refused_before_allocation(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 2**40}))
+    absurd = pytest.raises(CheckpointError, match=r"but config\.json makes it")
+    with absurd, stream(folder):
+        pass

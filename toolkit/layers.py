@@ -74,10 +74,11 @@ class StreamedLayers(Layers):
             CheckpointError: a weight is missing or has another shape.
         """
         target = check_device(device)
-        super().__init__(skeleton(reader.folder, len(reader.headers)))
+        weightless = skeleton(reader.folder, len(reader.headers))
+        prunable(weightless)  # says first if the architecture is one that cannot be pruned
+        _check_headers(reader, weightless)
+        super().__init__(skeleton(reader.folder, len(reader.headers), buffers=True))
         self.reader, self.device = reader, target
-        prunable(self.model)  # says first if the architecture is one that cannot be pruned
-        self._check_headers()
         first = next(iter(linears(self.modules[0])))
         self.dtype = dtype or reader.headers[f"{self.name(0)}.{first}.weight"][1]
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
@@ -144,19 +145,6 @@ class StreamedLayers(Layers):
         converted = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
         return converted.clone() if converted is tensor else converted
 
-    def _check_headers(self) -> None:
-        tied = set(getattr(self.model, "all_tied_weights_keys", {}) or {})
-        for name, tensor in self.model.state_dict().items():
-            if name in self.reader:
-                shape = self.reader.headers[name][0]
-                if shape != tuple(tensor.shape):
-                    raise CheckpointError(
-                        f"{self.reader.folder}: {name} is stored as {list(shape)}, but config.json "
-                        f"makes it {list(tensor.shape)}."
-                    )
-            elif name not in tied:
-                raise CheckpointError(f"{self.reader.folder}: tensor {name} is missing.")
-
 
 @contextmanager
 def stream(
@@ -175,3 +163,17 @@ def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
         owner._parameters[local] = nn.Parameter(tensor, requires_grad=False)
     else:
         owner._buffers[local] = tensor
+
+
+def _check_headers(reader: Reader, model: Any) -> None:
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    for name, tensor in model.state_dict().items():
+        if name in reader:
+            shape = reader.headers[name][0]
+            if shape != tuple(tensor.shape):
+                raise CheckpointError(
+                    f"{reader.folder}: {name} is stored as {list(shape)}, but config.json makes it "
+                    f"{list(tensor.shape)}."
+                )
+        elif name not in tied:
+            raise CheckpointError(f"{reader.folder}: tensor {name} is missing.")

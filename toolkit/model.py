@@ -50,13 +50,15 @@ def load(
     return model.to(target).eval()
 
 
-def skeleton(folder: Path, num_tensors: int) -> nn.Module:
-    """The model of config.json with its weights on the meta device and its buffers in memory.
+def skeleton(folder: Path, num_tensors: int, buffers: bool = False) -> nn.Module:
+    """The model of config.json without memory for its weights.
 
     Args:
         folder: a local HF folder, dense or packed.
         num_tensors: how many tensors its files hold; a config that claims more decoder layers than
             that is refused before they are built.
+        buffers: compute the buffers, such as rotary frequencies. Weights are then allocated for a
+            moment each, so sizes must have been held against the files before.
 
     Raises:
         CheckpointError: config.json describes no model that can be built.
@@ -68,7 +70,7 @@ def skeleton(folder: Path, num_tensors: int) -> nn.Module:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         claimed = config.get_text_config().num_hidden_layers
         if 0 < claimed <= num_tensors:
-            with init_empty_weights(include_buffers=False):
+            with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
                 model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
             return model
     except Exception as error:
