@@ -1,7 +1,7 @@
 """What `gblm plan` predicts against what `gblm prune` then shows, for three sizes of model.
 
     python benchmarks/memory.py [--sizes smollm2 tinyllama llama2] [--methods …] [--append]
-        [--folder /tmp/gblm-shapes] [--keep]
+        [--folder DIR] [--keep]
 
 SmolLM2-135M is real; the others are LLaMA shapes with random bf16 weights, made once in the
 folder, which takes 14 GB for llama2 and up to 41 GB more during its gblm run. Each prediction is
