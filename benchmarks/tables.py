@@ -194,7 +194,8 @@ def plan() -> str:
     ]  # fmt: skip
     return (
         f"{table(header, cells)}\n\nThe load average at the start tells how many other processes "
-        f"shared the {record['provenance']['machine']['cores']} cores. Each row's commit is in the record. "
+        f"shared the {record['provenance']['machine']['cores']} cores. Each row's commit stands in "
+        "the record. "
         f"{origin(record, 'torch', 'transformers')}"
     )
 
