@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from gblm import data
-from gblm.calibrate.activations import fits, place
-from gblm.calibrate.gradients import Gradients, gradient_norms, num_steps
+from gblm.calibrate.activations import place
+from gblm.calibrate.gradients import Gradients, gradient_norms, num_steps, resident_fits
 from gblm.calibrate.saved import LayerStats, StatsFolder
 from gblm.calibrate.stats import STATS
 from gblm.calibrate.walk import Walk
@@ -177,13 +177,10 @@ class Statistics:
 
     def _resident(self) -> bool:
         """Whether there is room for all layers, and a sum per weight, at once."""
-        model, dtype = self.layers.model, self.layers.dtype
-        count = sum(
-            p.numel() for n, p in model.named_parameters() if n.startswith(self.layers.prefix)
-        )
-        sums = sum(model.get_submodule(name).weight.numel() for name in self.names)
-        room = fits(count * dtype.itemsize + sums * 4, self.layers.device)
-        return room and dtype != torch.float16
+        model, prefix = self.layers.model, self.layers.prefix
+        count = sum(p.numel() for n, p in model.named_parameters() if n.startswith(prefix))
+        weights = sum(model.get_submodule(name).weight.numel() for name in self.names)
+        return resident_fits(count, weights, self.layers.dtype, self.layers.device)
 
     def _activation_bytes(self) -> int:
         """Of this rank's samples at the input of one decoder layer."""

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gblm.calibrate.activations import Activations
+from gblm.calibrate.activations import Activations, fits
 from gblm.calibrate.frame import Call, capture, loss
 from gblm.errors import InputError, UsageError
 from gblm.layers import Layers
@@ -78,6 +78,18 @@ def gradient_norms(
         for total in sums.values():
             how.ranks.sum_(total)
         yield index, {name: _finish(name, total, how) for name, total in sums.items()}
+
+
+def resident_fits(parameters: int, weights: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether gradients are taken with all layers, and a sum per weight, in memory at once.
+
+    Args:
+        parameters: of all decoder layers.
+        weights: to be differentiated.
+        dtype: of the layers.
+        device: where they would lie.
+    """
+    return fits(parameters * dtype.itemsize + weights * 4, device) and dtype != torch.float16
 
 
 def num_steps(layers: Layers, num_samples: int, resident: bool) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gblm.checkpoint.durable import flush, write_object, write_tensors
+from gblm.checkpoint.durable import flush, flush_folder, write_object, write_tensors
 from gblm.errors import InputError, MachineError, UsageError
 from gblm.folder import read_json_object
 
@@ -88,8 +88,7 @@ class StatsFolder:
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
         try:
             shutil.copytree(self.path, partial, dirs_exist_ok=True)
-            for path in (*partial.iterdir(), partial):
-                flush(path)
+            flush_folder(partial)
             partial.rename(target)
             flush(target.parent)
         except OSError as error:

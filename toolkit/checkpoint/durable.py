@@ -75,6 +75,12 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def flush_folder(folder: Path) -> None:
+    """Force a folder's files to disk, so that a rename never publishes an empty one."""
+    for path in (*folder.iterdir(), folder):
+        flush(path)
+
+
 def _publish(path: Path, write: Callable[[Path], Any]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:

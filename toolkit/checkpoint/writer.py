@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gblm.checkpoint.durable import flush
+from gblm.checkpoint.durable import flush, flush_folder
 from gblm.checkpoint.reader import INDEX, SINGLE
 from gblm.errors import InputError, MachineError
 from gblm.folder import inside
@@ -86,7 +86,7 @@ def new_folder(output: Path, overwrite: bool = False, within: Path | None = None
     try:
         yield work
         _open_modes(work)
-        _flush(work)
+        flush_folder(work)
         _publish(work, output, overwrite)
         flush(output.parent)
     except (SafetensorError, OSError) as error:
@@ -210,12 +210,6 @@ def _publish(work: Path, output: Path, overwrite: bool) -> None:
         aside.rmdir()
         raise
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _flush(folder: Path) -> None:
-    """Force the files to disk, so that the rename never publishes an empty one after a crash."""
-    for path in (*folder.iterdir(), folder):
-        flush(path)
 
 
 def _open_modes(folder: Path) -> None:

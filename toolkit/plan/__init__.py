@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from gblm.calibrate.activations import fits, place
+from gblm.calibrate.activations import fits
+from gblm.calibrate.gradients import resident_fits
 from gblm.calibrate.saved import StatsFolder
 from gblm.checkpoint.reader import Reader
 from gblm.errors import MachineError, UsageError
@@ -55,7 +56,7 @@ def plan(recipe: Recipe, ranks: int = 1) -> dict[str, Any]:
     if method.needs and recipe.stats is not None:
         StatsFolder(Path(recipe.stats)).facts()
     # Ranks are taken to share this machine's memory.
-    inputs = ranks * shapes.hidden_states(shapes.samples)
+    inputs, host = ranks * shapes.hidden_states(shapes.samples), torch.device("cpu")
     setting = Setting(
         shapes=shapes,
         method=method,
@@ -65,7 +66,7 @@ def plan(recipe: Recipe, ranks: int = 1) -> dict[str, Any]:
         reads=method.needs if recipe.stats is not None else frozenset(),
         passes=_passes(calibration),
         sequential=calibration is not None and calibration.order == "sequential",
-        in_memory=(_fits(inputs), _fits(inputs * (len(shapes.layers) + 2))),
+        in_memory=(fits(inputs, host), fits(inputs * (len(shapes.layers) + 2), host)),
         resident=device is not None and _resident(shapes, device, ranks),
         device=torch.device(recipe.device).type,
     )
@@ -88,17 +89,12 @@ def _passes(calibration: Calibration | None) -> int:
     return 2 if twice else 1
 
 
-def _fits(num_bytes: int) -> bool:
-    """Whether this much would stay in memory now."""
-    return place(Path(), num_bytes) is None
-
-
 def _resident(shapes: Shapes, device: torch.device, ranks: int) -> bool:
     """Whether gradients would be taken with all layers in memory."""
-    layers = sum(layer.parameters for layer in shapes.layers) * shapes.dtype.itemsize
-    sums = sum(layer.weights for layer in shapes.layers) * 4
     shared = ranks if device.type == "cpu" else 1
-    return fits(shared * (layers + sums), device) and shapes.dtype != torch.float16
+    parameters = sum(layer.parameters for layer in shapes.layers)
+    weights = sum(layer.weights for layer in shapes.layers)
+    return resident_fits(shared * parameters, shared * weights, shapes.dtype, device)
 
 
 def _predict(setting: Setting, device: torch.device | None, ranks: int) -> dict[str, Any]:
