@@ -38,8 +38,8 @@ def main() -> None:
     gblm(f"inspect {PACKED}")
     gblm(f"verify {PACKED}")
     gblm(f"eval {PACKED} --baseline {MODEL} {WINDOWS} --backend dense --output {EVAL}")
-    gblm(f"bench {PACKED} --baseline {MODEL} {LOAD} --output {BENCH} --log {RUN}/servers.log "
-         f"-- {VLLM}")  # fmt: skip
+    gblm(f"bench serving {PACKED} --baseline {MODEL} {LOAD} --output {BENCH} "
+         f"--log {RUN}/servers.log -- {VLLM}")  # fmt: skip
     summary = summarise()
     SUMMARY.write_text(json.dumps(summary, indent=2) + "\n")
     print_table(summary)

@@ -38,8 +38,8 @@ def main() -> None:
     if "serving" in wanted:
         for pattern, backend in tables.SERVED:
             record = RESULTS / f"serving-gblm-{slug(pattern)}-{backend}.json"
-            gblm(f"bench {packed('gblm', pattern)} --baseline {DENSE} --backend {backend} {LOAD} "
-                 f"--output {record} --log {RUN}/servers.log -- {VLLM}")  # fmt: skip
+            gblm(f"bench serving {packed('gblm', pattern)} --baseline {DENSE} --backend {backend} "
+                 f"{LOAD} --output {record} --log {RUN}/servers.log -- {VLLM}")  # fmt: skip
     tables.main()
 
 

@@ -19,7 +19,7 @@ from gblm.progress import Progress, no_progress
 def export_dense(
     source: Path, output: Path, overwrite: bool = False, progress: Progress = no_progress
 ) -> dict[str, Any]:
-    """Unpack every weight exactly; the rest of the folder goes along.
+    """Unpack every weight exactly, codes as what they stand for; the rest goes along.
 
     Args:
         source: a packed folder.
@@ -40,7 +40,7 @@ def export_dense(
         for name, linear in packed.linears.items():
             parts = packed.parts(name)
             linear.fmt.validate(name, parts, linear.shape)
-            shards.add(f"{name}.weight", linear.fmt.expand(parts))
+            shards.add(f"{name}.weight", linear.fmt.expand(parts, packed.dtype))
             step()
         for name in packed.dense_names():
             shards.add(name, packed.tensor(name))

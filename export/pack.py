@@ -1,4 +1,7 @@
-"""Pack a dense-with-zeros HF folder made by any other pruning tool. Never prunes."""
+"""Pack a dense-with-zeros HF folder made by any other pruning tool. Never prunes.
+
+Any dense folder is packed with the pattern `dense`. Integer values are rounded to nearest.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gblm.checkpoint.packer import Packing, check_packable, check_room, write_packed
 from gblm.checkpoint.reader import Reader
 from gblm.errors import InputError, PatternError
 from gblm.folder import resolve
 from gblm.layers import StreamedLayers
 from gblm.model import head_dim, prunable, refuse_packed
-from gblm.patterns import NM, Pattern, Unstructured, parse
+from gblm.patterns import NM, Dense, Pattern, Unstructured, parse
 from gblm.progress import Progress, no_progress
+from gblm.values import parse_values, quantize
 from gblm.weights import SparseWeight
 
 # Tried in this order: the first that every weight follows stores the most.
@@ -28,36 +34,45 @@ def export_pack(
     ignore: tuple[str, ...] = (),
     overwrite: bool = False,
     progress: Progress = no_progress,
+    values: str = "float",
 ) -> dict[str, Any]:
     """Pack the decoder layers' linears of a dense model whose zeros are already there.
 
     Args:
         source: a dense HF folder or hub id.
         output: the folder to make.
-        pattern: what the weights must follow; found out if None.
+        pattern: what the weights must follow; found out if None. "dense" keeps every position.
         ignore: glob patterns of module names that stay dense.
         overwrite: replace an existing folder.
         progress: for a progress bar.
+        values: how they are stored, as `gblm.values.parse_values` reads it.
 
     Returns:
         The sparsity report.
 
     Raises:
-        PatternError: a weight does not follow `pattern`; packing never prunes.
+        PatternError: a weight does not follow `pattern`, for packing never prunes; or its columns
+            do not divide into groups.
         InputError: the model has too few zeros for packing to save anything.
     """
-    folder = resolve(source)
+    folder, kind = resolve(source), parse_values(values)
     refuse_packed(folder)
     with Reader(folder) as reader:
         check_room(reader, output, overwrite)
         model = StreamedLayers(reader).model
         linears, every = tuple(prunable(model, ignore=ignore)), tuple(prunable(model))
         chosen = parse(pattern) if pattern else find_pattern(reader, linears)
-        check_packable(reader, linears, chosen)
+        check_packable(reader, linears, chosen, kind)
         recipe = {"model": str(source), "method": "pack", "pattern": str(chosen), "options": {}}
-        packing = Packing(folder, chosen, every, recipe, notes={}, head_dim=head_dim(model))
+        if not kind.is_float:
+            recipe["values"] = values
+        packing = Packing(
+            folder, chosen, every, recipe, notes={}, head_dim=head_dim(model), values=kind
+        )
         step = progress("packing", len(linears))
-        pieces = (packing.pack(reader, weight) for weight in _weights(reader, linears, step))
+        pieces = (
+            packing.pack(reader, weight) for weight in _weights(packing, reader, linears, step)
+        )
         return write_packed(packing, pieces, output, overwrite)
 
 
@@ -76,7 +91,7 @@ def find_pattern(reader: Reader, linears: tuple[str, ...]) -> Pattern:
     if sparsity < MIN_SPARSITY:
         raise InputError(
             f"{reader.folder}: only {sparsity:.2%} of the weights are zero; packing would make it "
-            "larger. Prune it first: `gblm prune`."
+            "larger. Prune it first: `gblm prune`; or keep every weight: --pattern dense."
         )
     return Unstructured(round(sparsity, 4))
 
@@ -90,9 +105,14 @@ def _follows(pattern: NM, name: str, mask: Any) -> bool:
 
 
 def _weights(
-    reader: Reader, linears: tuple[str, ...], step: Callable[[], None]
+    packing: Packing, reader: Reader, linears: tuple[str, ...], step: Callable[[], None]
 ) -> Iterator[dict[str, SparseWeight]]:
     for name in linears:
-        yield {name: SparseWeight.from_zeros(reader.tensor(f"{name}.weight"))}
+        weight = reader.tensor(f"{name}.weight")
+        keeps_zeros = isinstance(packing.pattern, Dense)
+        mask = torch.ones_like(weight, dtype=torch.bool) if keeps_zeros else weight != 0
+        values = packing.values.resolve(name, weight.shape[1])
+        floats = SparseWeight.cut(weight, mask)
+        yield {name: floats if values.is_float else quantize(weight, mask, values, name)}
         reader.release()
         step()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -84,22 +86,23 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pack_tiny(
     tiny: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """Prune the tiny model once per (method, pattern) and give the packed folder."""
-    made: dict[tuple[str, str], Path] = {}
+    """Prune the tiny model once per (method, pattern, values) and give the packed folder."""
+    made: dict[tuple[str, str, str], Path] = {}
 
-    def pack(method: str = "wanda", pattern: str = "2:4") -> Path:
+    def pack(method: str = "wanda", pattern: str = "2:4", values: str = "float") -> Path:
         from gblm.prune import prune
         from gblm.recipe import Calibration, Recipe
 
-        if (method, pattern) not in made:
+        if (method, pattern, values) not in made:
             folder = tmp_path_factory.mktemp("packed") / "out"
             calibration = Calibration(source=str(text_file), num_samples=4, seq_len=32)
             recipe = Recipe(
-                model=str(tiny), method=method, pattern=pattern, calibration=calibration
-            )
+                model=str(tiny), method=method, pattern=pattern, values=values,
+                calibration=calibration,
+            )  # fmt: skip
             prune(recipe, folder)
-            made[method, pattern] = folder
-        return made[method, pattern]
+            made[method, pattern, values] = folder
+        return made[method, pattern, values]
 
     return pack
 
@@ -126,6 +129,14 @@ def shared() -> Path:
     if not (SHARED / "golden").is_dir():
         pytest.skip("no ../shared with reference results beside the checkout")
     return SHARED
+
+
+def content(folder: Path) -> dict[str, object]:
+    """Every file's sha256; of MANIFEST.json all but where and when it was made."""
+    files = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()}
+    manifest = json.loads((folder / "MANIFEST.json").read_text())
+    del manifest["provenance"]
+    return files | {"MANIFEST.json": manifest}
 
 
 class Outcome:

@@ -33,13 +33,15 @@ def _run(recipe: dict[str, Any], output: Path, step: int) -> None:
 
     left = [step]
     for name in ("fsync", "replace", "rename"):
-        setattr(os, name, _dying(left, getattr(os, name), lambda *args: None))
+        setattr(os, name, dying(left, getattr(os, name), lambda *args: None))
     for module in (durable, writer):
-        module.save_file = _dying(left, module.save_file, _half_a_file)
+        module.save_file = dying(left, module.save_file, _half_a_file)
     prune(Recipe.from_dict(recipe), output)
 
 
-def _dying(left: list[int], real: Callable[..., Any], last: Callable[..., None]) -> Any:
+def dying(left: list[int], real: Callable[..., Any], last: Callable[..., None]) -> Any:
+    """`real`, until the call at which `left` runs out: that one is `last`, and then SIGKILL."""
+
     def call(*args: Any, **kwargs: Any) -> Any:
         left[0] -= 1
         if left[0] == 0:

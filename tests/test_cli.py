@@ -16,7 +16,9 @@ from gblm.cli import COMMANDS
 Run = Callable[..., Outcome]
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "export dense", "export pack"])
+@pytest.mark.parametrize(
+    "command", [*COMMANDS, "bench serving", "bench kernels", "export dense", "export pack"]
+)
 def test_every_command_has_help(gblm: Run, command: str) -> None:
     done = gblm(*command.split(), "--help")
     assert done.code == 0, done
@@ -63,7 +65,7 @@ def test_help_lists_every_command(gblm: Run) -> None:
         (["export", "pack", "MODEL", "--output", "o"], 4, "packing would make it larger"),
         (["fetch", "gpt5"], 2, "choose from smollm2"),
         (["serve", "MODEL", "--backend", "dense"], 4, "applies to packed folders only"),
-        (["bench", "MODEL"], 2, "Missing option '--baseline'"),
+        (["bench", "serving", "MODEL"], 2, "Missing option '--baseline'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -162,7 +164,7 @@ def test_doctor_tests_every_backend(gblm: Run) -> None:
     assert done.code == 0, done
     facts = json.loads(done.out)
     assert facts["ok"]
-    assert set(facts["backends"]) == {"reference", "dense"}
+    assert set(facts["backends"]) == {"cpu", "reference", "dense"}
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

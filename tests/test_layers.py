@@ -20,45 +20,50 @@ MAY_IMPORT: dict[str, set[str]] = {
     "provenance": {"__init__"},
     "patterns": {"errors"},
     "weights": set(),
+    "values": {"errors", "weights"},
     "progress": set(),
     "structure": set(),
     "recipe": {"errors", "folder"},
     "folder": {"errors"},
     "model": {"checkpoint", "errors", "folder"},
     "data": {"errors"},
-    "formats": {"errors", "patterns", "weights"},
+    "formats": {"errors", "patterns", "values", "weights"},
     "methods": {"errors", "patterns", "weights"},
     "kernels": {"errors", "formats"},
     "layers": {"checkpoint", "errors", "model"},
     "ranks": {"errors"},
     "calibrate": {"checkpoint", "errors", "folder", "layers", "model", "ranks"},
-    "loop": {"calibrate", "errors", "layers", "methods", "patterns", "weights"},
+    "loop": {"calibrate", "errors", "layers", "methods", "patterns", "values", "weights"},
     "statistics": {
         "calibrate", "data", "errors", "layers", "methods", "model", "progress", "ranks", "recipe",
     },
     "checkpoint": {
         "errors", "folder", "formats", "patterns", "progress", "provenance", "structure",
-        "weights",
+        "values", "weights",
     },
     "packed": {"checkpoint", "errors", "folder", "formats", "hf", "kernels", "model"},
     "hf": {"checkpoint", "formats", "kernels", "packed"},
     "fetch": {"checkpoint", "errors"},
     "prune": {
         "__init__", "calibrate", "checkpoint", "errors", "folder", "formats", "layers", "loop",
-        "methods",
-        "model", "patterns", "progress", "provenance", "ranks", "recipe", "statistics", "weights",
+        "methods", "model", "patterns", "progress", "provenance", "ranks", "recipe", "statistics",
+        "values", "weights",
     },
     "plan": {
         "calibrate", "checkpoint", "errors", "folder", "formats", "layers", "methods", "model",
-        "patterns", "recipe", "structure",
+        "patterns", "recipe", "structure", "values", "weights",
     },
     "evaluate": {"data", "folder", "model", "packed", "progress"},
-    "bench": {"checkpoint", "errors", "folder", "progress", "provenance"},
-    "doctor": {"formats", "kernels", "patterns", "provenance", "weights"},
-    "export": {
-        "checkpoint", "errors", "folder", "layers", "model", "patterns", "progress", "weights",
+    "bench": {
+        "checkpoint", "errors", "folder", "formats", "kernels", "patterns", "progress",
+        "provenance", "values", "weights",
     },
-    "serve": {"checkpoint", "errors", "formats", "kernels", "packed", "weights"},
+    "doctor": {"formats", "kernels", "patterns", "provenance", "values", "weights"},
+    "export": {
+        "checkpoint", "errors", "folder", "layers", "model", "patterns", "progress", "values",
+        "weights",
+    },
+    "serve": {"checkpoint", "errors", "formats", "kernels", "packed", "values", "weights"},
     "commands": {
         "bench", "checkpoint", "doctor", "errors", "evaluate", "export", "fetch", "folder",
         "patterns", "plan", "provenance", "prune", "recipe", "serve",
@@ -68,7 +73,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 # Package → the places that may import it.
 ONLY_IN = {
-    "vllm": ("gblm.serve.vllm_plugin", "gblm.serve.vllm_cli"),
+    "vllm": ("gblm.serve.vllm_plugin", "gblm.serve.vllm_cli", "gblm.bench.vllm_linears"),
     "onnx": ("gblm.export.onnx_model",),
     "onnxruntime": ("gblm.export.onnx_model",),
     "triton": ("gblm.kernels.triton",),
@@ -145,6 +150,6 @@ def test_core_imports_without_optional_packages(package: str) -> None:
     check = (
         f"import sys; sys.modules[{package!r}] = None\n"
         "import gblm.prune, gblm.packed, gblm.evaluate.perplexity, gblm.export.pack, gblm.doctor\n"
-        "import gblm.serve.launch, gblm.bench.serving"
+        "import gblm.serve.launch, gblm.bench.serving, gblm.bench.kernels"
     )
     subprocess.run([sys.executable, "-c", check], capture_output=True, check=True)

@@ -95,14 +95,23 @@ def test_activations_go_to_disk_when_memory_is_short(
     assert predict(tiny)["disk"]["activations_bytes"] == (layers + 2) * inputs
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
+@pytest.mark.parametrize("values", ["float", "int8", "int4"])
+@pytest.mark.parametrize("pattern", ["2:4", "0.5", "dense"])
 def test_the_output_is_as_large_as_predicted(
-    tiny: Path, pack_tiny: Callable[..., Path], pattern: str
+    tiny: Path, pack_tiny: Callable[..., Path], pattern: str, values: str
 ) -> None:
-    found = sum(file.stat().st_size for file in pack_tiny("wanda", pattern).iterdir())
-    wanted = predict(tiny, "wanda", pattern=pattern)["disk"]
+    found = sum(file.stat().st_size for file in pack_tiny("wanda", pattern, values).iterdir())
+    wanted = predict(tiny, "wanda", pattern=pattern, values=values)["disk"]
     assert wanted["output_bytes"] == pytest.approx(found, rel=0.05)
     assert wanted["peak_bytes"] == wanted["output_bytes"] + wanted["finished_layers_bytes"]
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_codes_take_memory_and_save_disk(tiny: Path, method: str) -> None:
+    floats, codes = (predict(tiny, method, dtype="float32", values=v) for v in ("float", "int8"))
+    assert working_bytes(codes) >= working_bytes(floats)
+    assert codes["disk"]["peak_bytes"] < floats["disk"]["peak_bytes"]
+    assert codes["seconds"] is not None
 
 
 def test_gradient_norms_take_four_bytes_per_weight(tiny: Path) -> None:

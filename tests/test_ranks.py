@@ -12,19 +12,23 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import Outcome
+from conftest import Outcome, content
 
 from gblm.ranks import Ranks
 
 Launch = Callable[..., subprocess.Popen[str]]
+RANK = str(Path(__file__).with_name("rank.py"))
 
 
 @pytest.fixture
 def torchrun(tmp_path: Path) -> Launch:
-    def launch(num_processes: int, *arguments: object) -> subprocess.Popen[str]:
+    def launch(
+        num_processes: int, *arguments: object, circumstance: str = ""
+    ) -> subprocess.Popen[str]:
+        program = (RANK, circumstance) if circumstance else ("-m", "gblm")
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", str(num_processes), "-m", "gblm", *map(str, arguments)),
+            *("--nproc-per-node", str(num_processes), *program, *map(str, arguments)),
         ]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
@@ -42,6 +46,23 @@ def prune_arguments(
         "prune", tiny, "--method", method, "--calibration", text, "--num-samples", samples,
         "--seq-len", 32, "--dtype", "float32", "--output", output, *more,
     ]  # fmt: skip
+
+
+def finished(job: subprocess.Popen[str]) -> str:
+    """What a job that must succeed says on stderr."""
+    _, err = job.communicate(timeout=240)
+    assert job.returncode == 0, err
+    return err
+
+
+def assert_same_masks(one: Path, many: Path) -> None:
+    from gblm.checkpoint.packed_folder import PackedReader
+
+    with PackedReader(one) as first, PackedReader(many) as second:
+        for name in first.linears:
+            a, b = first.parts(name), second.parts(name)
+            assert torch.equal(a["bitmask"], b["bitmask"]), name
+            torch.testing.assert_close(a["values"], b["values"], rtol=2e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -66,14 +87,40 @@ def test_masks_equal_the_single_process_ones(
     out, err = many.communicate(timeout=240)
     assert many.returncode == 0, err
     assert out.count("14 linears") == 1, out
-    from gblm.checkpoint.packed_folder import PackedReader
-
-    with PackedReader(tmp_path / "one") as first, PackedReader(tmp_path / "many") as second:
-        for name in first.linears:
-            a, b = first.parts(name), second.parts(name)
-            assert torch.equal(a["bitmask"], b["bitmask"]), name
-            torch.testing.assert_close(a["values"], b["values"], rtol=2e-2, atol=1e-3)
+    assert_same_masks(tmp_path / "one", tmp_path / "many")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["many", "one"]
+
+
+def test_gradients_streamed_layer_by_layer_give_the_single_process_masks(
+    gblm: Callable[..., Outcome], torchrun: Launch, tiny: Path, text_file: Path, tmp_path: Path
+) -> None:
+    one = gblm(*prune_arguments(tiny, text_file, tmp_path / "one", "gblm", 5))
+    assert one.code == 0, one
+    arguments = prune_arguments(tiny, text_file, tmp_path / "many", "gblm", 5)
+    finished(torchrun(2, *arguments, circumstance="short_of_memory"))
+    assert_same_masks(tmp_path / "one", tmp_path / "many")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["many", "one"]
+
+
+@pytest.mark.parametrize(
+    ("method", "values"), [("gblm", "float"), ("sparsegpt", "float"), ("sparsegpt", "int8")]
+)
+def test_a_killed_job_goes_on_where_it_was_and_ends_in_the_same_bytes(
+    torchrun: Launch, tiny: Path, text_file: Path, tmp_path: Path, method: str, values: str
+) -> None:
+    whole, out = (
+        [*prune_arguments(tiny, text_file, tmp_path / name, method, 5), "--values", values]
+        for name in ("whole", "out")
+    )
+    finished(torchrun(2, *whole))
+    job = torchrun(2, *out, circumstance="killed_after_one_layer")
+    _, err = job.communicate(timeout=240)
+    assert job.returncode != 0
+    assert "SIGKILL" in err, err
+    assert not (tmp_path / "out").exists()
+    assert "going on after 1 finished decoder layers" in finished(torchrun(2, *out))
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import content
 from killing import killed_run
+from safetensors.torch import load_file
 
 from gblm.checkpoint import work as work_module
 from gblm.checkpoint.work import open_work, work_path
@@ -24,14 +26,6 @@ MANY_STEPS = 80
 def recipe(tiny: Path, text_file: Path) -> Recipe:
     calibration = Calibration(source=str(text_file), num_samples=2, seq_len=16)
     return Recipe(model=str(tiny), method="gblm", pattern="0.5", calibration=calibration)
-
-
-def content(folder: Path) -> dict[str, object]:
-    """Every file's bytes; of MANIFEST.json all but where and when it was made."""
-    files: dict[str, object] = {f.name: f.read_bytes() for f in folder.iterdir()}
-    manifest = json.loads((folder / "MANIFEST.json").read_text())
-    del manifest["provenance"]
-    return files | {"MANIFEST.json": manifest}
 
 
 def cut_off(recipe: Recipe, output: Path, monkeypatch: pytest.MonkeyPatch, after: int = 1) -> None:
@@ -199,3 +193,21 @@ def test_a_run_that_fails_before_the_first_layer_leaves_nothing(tmp_path: Path) 
     with pytest.raises(RuntimeError), open_work(tmp_path / "out", {}, resume=True):
         raise RuntimeError
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("values", ["int8", "int4:32"])
+@pytest.mark.parametrize(("method", "dtype"), [("gblm", "auto"), ("sparsegpt", "float32")])
+def test_codes_go_on_in_the_same_bytes(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, dtype: str,
+    values: str,
+) -> None:  # fmt: skip
+    recipe = recipe.model_copy(update={"method": method, "dtype": dtype, "values": values})
+    prune(recipe, tmp_path / "whole")
+    cut_off(recipe, tmp_path / "out", monkeypatch)
+    assert not any("exact:" in name for name in _stored(work_path(tmp_path / "out")))
+    prune(recipe, tmp_path / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def _stored(work: Path) -> list[str]:
+    return [name for file in work.glob("layer-*.safetensors") for name in load_file(file)]

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 from importlib.metadata import entry_points
+from itertools import product
 from typing import Any
 
 import torch
 
 from gblm.formats import format_for
-from gblm.kernels import BACKENDS, linear, select
-from gblm.patterns import NM, Pattern, Unstructured
+from gblm.kernels import BACKENDS, linear
+from gblm.patterns import NM, Dense, Pattern, Unstructured
 from gblm.provenance import provenance
+from gblm.values import FLOAT, ValueType, quantize
 from gblm.weights import SparseWeight
 
 PLUGIN_GROUP = "vllm.general_plugins"
+# Of the relative error; the first dtype that a backend takes is tested.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 OPTIONAL = (
     "vllm",
     "onnx",
@@ -49,17 +53,24 @@ def doctor() -> dict[str, Any]:
 
 
 def _self_test(name: str) -> str:
-    """Multiply with small random weights of every format and compare with a dense product."""
+    """Multiply with small weights of every format and value type; compare with dense products."""
     generator = torch.Generator().manual_seed(0)
-    patterns: tuple[Pattern, ...] = (NM(2, 4), NM(4, 8), Unstructured(0.5))
-    for pattern in patterns:
+    patterns: tuple[Pattern, ...] = (NM(2, 4), NM(4, 8), Unstructured(0.5), Dense())
+    for pattern, values in product(patterns, (FLOAT, ValueType("int8", 64), ValueType("int4", 32))):
         weight = torch.randn(48, 64, generator=generator)
         sparse = SparseWeight.cut(weight, pattern.keep(weight.abs(), "row"))
-        fmt, x = format_for(pattern), torch.randn(3, 64, generator=generator)
-        parts, shape = fmt.pack("self-test", sparse), (48, 64)
-        backend, _ = select(fmt, shape, torch.float32, x.device, forced=name)
-        got = linear(x, backend.prepare(fmt, parts, shape), shape, fmt, backend)
-        if not torch.allclose(got, x @ sparse.weight.t(), atol=1e-5):
+        if not values.is_float:
+            sparse = quantize(weight, sparse.mask, values)
+        fmt, x = format_for(pattern, values), torch.randn(3, 64, generator=generator)
+        backend, shape = BACKENDS[name], (48, 64)
+        refusals = {d: backend.refuses(fmt, shape, d, x.device) for d in TOLERANCE}
+        dtype = next((d for d, reason in refusals.items() if reason is None), None)
+        if dtype is None:
+            return f"refuses {fmt.spec}: {refusals[torch.float32]}"
+        parts = fmt.pack("self-test", sparse.to(dtype))
+        prepared = backend.prepare(fmt, parts, shape, dtype)
+        got, want = linear(x.to(dtype), prepared, shape, fmt, backend), x @ sparse.weight.t()
+        if not float((got.float() - want).norm() / want.norm()) < TOLERANCE[dtype]:
             return f"wrong result for {fmt.spec}"
     return "ok"
 

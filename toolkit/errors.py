@@ -32,7 +32,7 @@ class InputError(GblmError):
 
 
 class PatternError(InputError):
-    """A pattern does not fit a weight, or a weight breaks its pattern."""
+    """A pattern or value type does not exist or fit a weight, or a weight breaks its pattern."""
 
 
 class CheckpointError(InputError):

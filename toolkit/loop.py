@@ -14,6 +14,7 @@ from gblm.errors import InputError
 from gblm.layers import Layers
 from gblm.methods import Method
 from gblm.patterns import Pattern
+from gblm.values import FLOAT, ValueType, quantize
 from gblm.weights import SparseWeight
 
 
@@ -42,6 +43,7 @@ class Loop:
         more: further statistics of a layer by index, such as gradient norms.
         restore: fills in the weights of a layer that an earlier run finished.
         save: takes the statistics of each layer, to be used again; None keeps none.
+        values: what the kept weights are rounded to, before anything sees them.
     """
 
     method: Method
@@ -51,6 +53,7 @@ class Loop:
     more: Callable[[int], LayerStats] = lambda index: {}
     restore: Callable[[DecoderLayer], None] = lambda layer: None
     save: Callable[[int, LayerStats], None] | None = None
+    values: ValueType = FLOAT
 
 
 @torch.no_grad()
@@ -143,7 +146,9 @@ class _Pruning:
         if self._loop.save is not None:
             self._seen[local] = {**self._whole, **more}
         own = {**self._prepared, **_on(device, stats), **_on(device, more)}
-        return self._loop.method.prune(linear.weight, own, self._loop.pattern, name)
+        pruned = self._loop.method.prune(linear.weight, own, self._loop.pattern, name)
+        values = self._loop.values.resolve(name, linear.in_features)
+        return pruned if values.is_float else quantize(pruned.weight, pruned.mask, values, name)
 
     def _check(self, name: str, found: Set[str]) -> None:
         if self._loop.method.needs - found:

@@ -48,7 +48,8 @@ class SparseLinear(nn.Module):
 
         Args:
             name: of the module, for messages.
-            dtype: of the values in memory; None keeps the checkpoint's.
+            dtype: of the activations, and of floating values in memory; None keeps the
+                checkpoint's, and takes bfloat16 for codes. Codes and scales are never cast.
             forced: a backend that must be taken.
 
         Returns:
@@ -56,10 +57,12 @@ class SparseLinear(nn.Module):
         """
         parts = {part: getattr(self, part).data for part in self.fmt.parts}
         self.fmt.validate(name, parts, self.shape)
-        values = parts["values"].to(dtype or parts["values"].dtype)
-        parts["values"] = values
-        backend, reasons = kernels.select(self.fmt, self.shape, values.dtype, values.device, forced)
-        prepared = backend.prepare(self.fmt, parts, self.shape)
+        if self.fmt.values.is_float:
+            dtype = dtype or parts["values"].dtype
+            parts["values"] = parts["values"].to(dtype)
+        dtype, device = dtype or torch.bfloat16, parts["values"].device
+        backend, reasons = kernels.select(self.fmt, self.shape, dtype, device, forced)
+        prepared = backend.prepare(self.fmt, parts, self.shape, dtype)
         for part in self.fmt.parts:
             delattr(self, part)
         for index, tensor in enumerate(prepared):
@@ -96,7 +99,7 @@ def load(
     Args:
         folder: a packed folder or a hub id of one.
         backend: a name of `gblm.kernels.BACKENDS`; the best one if None.
-        dtype: of values and activations; None keeps the checkpoint's.
+        dtype: of activations and floating values; None keeps the checkpoint's.
         device: where to put the model.
 
     Raises:

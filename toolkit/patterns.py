@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -102,6 +102,32 @@ class Unstructured:
 
     def check_mask(self, name: str, mask: Tensor) -> None:
         """Every mask will do."""
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Every position stays: nothing is pruned. The control of all other patterns."""
+
+    sparsity: ClassVar[float] = 0.0
+
+    def __str__(self) -> str:
+        return "dense"
+
+    def keep(self, score: Tensor, scope: Scope) -> Tensor:
+        """See Pattern.keep; all of them, whatever the score."""
+        return torch.ones_like(score, dtype=torch.bool)
+
+    def check_shape(self, name: str, shape: tuple[int, int]) -> None:
+        """Every shape will do."""
+
+    def check_mask(self, name: str, mask: Tensor) -> None:
+        """The mask must keep everything."""
+        if not bool(mask.all()):
+            row, col = (int(i) for i in (~mask).nonzero()[0])
+            raise PatternError(
+                f"{name}: row {row}, column {col} is dropped; dense keeps all. "
+                "Give the pattern of the zeros, such as 2:4 or 0.5."
+            )
 
 
 @dataclass(frozen=True)
@@ -226,7 +252,7 @@ class Block:
 
 
 def parse(text: str, sparsity: float | None = None) -> Pattern:
-    """Read a pattern: "2:4", "0.5", "16x16@0.5" (rows x columns of a block @ sparsity).
+    """Read a pattern: "2:4", "0.5", "16x16@0.5" (rows x columns of a block @ sparsity), "dense".
 
     "unstructured" and "16x16" take `sparsity`, 0.5 if it is None.
 
@@ -235,6 +261,8 @@ def parse(text: str, sparsity: float | None = None) -> Pattern:
     """
     if match := re.fullmatch(r"(\d{1,2}):(\d{1,2})", text):
         pattern: Pattern = NM(int(match[1]), int(match[2]))
+    elif text == "dense":
+        pattern = Dense()
     elif text == "unstructured":
         pattern = Unstructured(0.5 if sparsity is None else sparsity)
     elif re.fullmatch(r"0?\.\d+|0", text):
@@ -245,7 +273,7 @@ def parse(text: str, sparsity: float | None = None) -> Pattern:
     else:
         raise PatternError(
             f"pattern {text!r} is unknown: give N:M (2:4 keeps 2 of 4), a sparsity such as 0.5, "
-            "a block such as 16x16@0.5, or `unstructured` with --sparsity."
+            "a block such as 16x16@0.5, `unstructured` with --sparsity, or dense."
         )
     if sparsity is not None and abs(pattern.sparsity - sparsity) > 1e-9:
         raise PatternError(

@@ -35,12 +35,13 @@ from gblm.layers import StreamedLayers
 from gblm.loop import Loop, prune_layers
 from gblm.methods import Method, ScoredMethod, make_method
 from gblm.model import check_device, head_dim, prunable, refuse_packed
-from gblm.patterns import Pattern, parse
+from gblm.patterns import parse
 from gblm.progress import Progress, no_progress
 from gblm.provenance import versions
 from gblm.ranks import Ranks, rank_device, ranks_from_environment
 from gblm.recipe import Recipe
 from gblm.statistics import Statistics
+from gblm.values import parse_values
 from gblm.weights import SparseWeight
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,8 @@ def _prepare(recipe: Recipe, output: Output, reader: Reader, device: str, ranks:
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     layers = StreamedLayers(reader, dtype, device)
     names = prunable(layers.model, recipe.targets, recipe.ignore)
-    check_packable(reader, names, pattern)
+    values = parse_values(recipe.values)
+    check_packable(reader, names, pattern, values)
     if ranks.leads:
         _check_output(output, recipe, reader, frozenset(names), method)
     if not method.needs or recipe.stats is not None:
@@ -122,6 +124,7 @@ def _prepare(recipe: Recipe, output: Output, reader: Reader, device: str, ranks:
         notes={"calibration_sha256": statistics.calibration_sha256, "model_sha256": sha256},
         keeps_values=isinstance(method, ScoredMethod),
         head_dim=head_dim(layers.model),
+        values=values,
     )
     return _Run(packing, output, reader, layers, method, statistics)
 
@@ -135,8 +138,9 @@ def _check_output(
     shapes = [reader.headers[f"{name}.weight"][0] for name in names]
     weights = sum(rows * columns for rows, columns in shapes)
     layers = int(1.1 * sum(reader.num_bytes(f"{name}.weight") for name in names))
-    # Updated values are kept unrounded as well.
-    exact = 0 if isinstance(method, ScoredMethod) else 4 * weights
+    # Updated values are kept unrounded as well; codes are exact.
+    floats = parse_values(recipe.values).is_float
+    exact = 4 * weights if floats and not isinstance(method, ScoredMethod) else 0
     gradients = 4 * weights if "grad_norm" in method.needs and recipe.stats is None else 0
     saved = gradients if output.save_stats is not None else 0
     there = folder_bytes(work_path(output.folder))
@@ -196,7 +200,7 @@ class _Run:
 
     def _exact_values(self, weights: Mapping[str, SparseWeight]) -> dict[str, Tensor]:
         """What a resumed run needs besides the packed parts, to go on with the very same bits."""
-        if self.packing.keeps_values:
+        if self.packing.keeps_values or not self.packing.values.is_float:
             return {}
         return {
             f"{name}.values": format_for(self.packing.pattern).pack(name, weight)["values"]
@@ -215,12 +219,15 @@ class _Run:
         self, work: WorkFolder | None, gradients: StatsFolder, scratch: Path, first: int
     ) -> Loop:
         how = self.statistics.walk(scratch, first)
-        loop = Loop(self.method, self.packing.pattern, self.statistics.names, how)
+        loop = Loop(
+            self.method, self.packing.pattern, self.statistics.names, how,
+            values=self.packing.values,
+        )  # fmt: skip
         if work is None:
             return loop
         if self.output.save_stats is not None:
             loop = replace(loop, save=StatsFolder(work.path / "stats").write)
-        restore = partial(_restore, work, self.packing.pattern)
+        restore = partial(_restore, work, self.packing)
         return replace(loop, restore=restore, more=self.statistics.stored(gradients))
 
     def _publish(self, work: WorkFolder) -> dict[str, Any]:
@@ -262,12 +269,13 @@ class _Run:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _restore(work: WorkFolder, pattern: Pattern, layer: DecoderLayer) -> None:
+def _restore(work: WorkFolder, packing: Packing, layer: DecoderLayer) -> None:
     """Give a layer the weights that an earlier run found for it."""
-    fmt, finished = format_for(pattern), work.finished[layer.index]
+    finished = work.finished[layer.index]
     tensors = finished.packed() | finished.exact_values()
     for local, linear in layer.linears.items():
         name = f"{layer.name}.{local}"
-        if f"{name}.bitmask" in tensors:
+        if f"{name}.values" in tensors:
+            fmt = packing.format_of(name, linear.in_features)
             parts = {part: tensors[f"{name}.{part}"] for part in fmt.parts}
-            linear.weight.copy_(fmt.expand(parts))
+            linear.weight.copy_(fmt.expand(parts, linear.weight.dtype))

@@ -55,6 +55,9 @@ class Recipe(BaseModel):
         model: a local HF folder or a hub id.
         method: a name of `gblm.methods.METHODS`.
         pattern: "2:4", "0.5", …; see `gblm.patterns.parse`.
+        values: of the packed weights: "float", the checkpoint's own dtype; "int8", "int4", rounded
+            to codes with a scale per group of columns: "int8:128", "int4:row"; see
+            `gblm.values.parse_values`.
         options: the method's own fields, such as {"alpha": 100.0}; unknown ones are refused.
         calibration: None for methods that need no data, and with `stats`.
         stats: a folder of saved statistics, used instead of calibration text.
@@ -70,6 +73,7 @@ class Recipe(BaseModel):
     model: str
     method: str = "gblm"
     pattern: str = "2:4"
+    values: str = "float"
     options: dict[str, bool | float | int | str] = Field(default_factory=dict)
     calibration: Calibration | None = Calibration()
     stats: str | None = None

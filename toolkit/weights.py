@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,16 +11,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SparseWeight:
-    """A weight and the mask of the positions that stay.
+    """A weight and the mask of the positions that stay; quantised, its codes and scales, too.
 
     Attributes:
         weight: [out, in] floating point, zero wherever `mask` is False. A kept weight may be
-            zero too.
+            zero too. With codes it is what they stand for, rounded once to its dtype.
         mask: [out, in] bool, True = kept.
+        codes: [out, in] int8, zero wherever `mask` is False; None for floating values.
+        scales: [out, groups] bfloat16, of groups of consecutive columns; None without codes.
     """
 
     weight: Tensor
     mask: Tensor
+    codes: Tensor | None = None
+    scales: Tensor | None = None
 
     @classmethod
     def cut(cls, weight: Tensor, mask: Tensor) -> SparseWeight:
@@ -31,6 +36,74 @@ class SparseWeight:
         """Read the mask off a dense weight: every non-zero is kept (−0.0 counts as zero)."""
         return cls.cut(weight, weight != 0)
 
+    @classmethod
+    def from_codes(
+        cls, codes: Tensor, scales: Tensor, mask: Tensor, dtype: torch.dtype
+    ) -> SparseWeight:
+        """What codes and scales stand for, in a floating dtype."""
+        return cls(dequantize(codes, scales, dtype), mask, codes, scales)
+
+    @classmethod
+    def cat(cls, pieces: Sequence[SparseWeight]) -> SparseWeight:
+        """Join weights that have the same columns and groups, row after row."""
+        codes = [piece.codes for piece in pieces if piece.codes is not None]
+        scales = [piece.scales for piece in pieces if piece.scales is not None]
+        return cls(
+            torch.cat([piece.weight for piece in pieces]),
+            torch.cat([piece.mask for piece in pieces]),
+            torch.cat(codes) if codes else None,
+            torch.cat(scales) if scales else None,
+        )
+
+    @property
+    def zeros(self) -> Tensor:
+        """[out, in] bool, True = zero, kept or not. Does not depend on the dtype of `weight`."""
+        return (self.weight if self.codes is None else self.codes) == 0
+
+    def narrow(self, dim: int, start: int, length: int) -> SparseWeight:
+        """A copy of the rows (`dim` 0) or columns (1) start ≤ i < start + length.
+
+        Columns must be cut between groups; a scale of whole rows goes along with every cut.
+        """
+        weight, mask = (t.narrow(dim, start, length).clone() for t in (self.weight, self.mask))
+        if self.codes is None or self.scales is None:
+            return SparseWeight(weight, mask)
+        scales, num_groups = self.scales, self.scales.shape[1]
+        if dim == 0:
+            scales = scales.narrow(0, start, length)
+        elif num_groups > 1:
+            size = self.codes.shape[1] // num_groups
+            if start % size or length % size:
+                raise ValueError(f"columns {start}..{start + length} cut groups of {size}.")
+            scales = scales.narrow(1, start // size, length // size)
+        return SparseWeight(
+            weight, mask, self.codes.narrow(dim, start, length).clone(), scales.clone()
+        )
+
     def to(self, dtype: torch.dtype, device: str | torch.device = "cpu") -> SparseWeight:
-        """The same weight in another dtype, on another device."""
-        return SparseWeight(self.weight.to(device, dtype), self.mask.to(device))
+        """The same weight in another dtype, on another device; codes and scales do not change."""
+        mask = self.mask.to(device)
+        if self.codes is None or self.scales is None:
+            return SparseWeight(self.weight.to(device, dtype), mask)
+        codes, scales = self.codes.to(device), self.scales.to(device)
+        if self.weight.dtype == dtype:
+            return SparseWeight(self.weight.to(device), mask, codes, scales)
+        return SparseWeight.from_codes(codes, scales, mask, dtype)
+
+
+def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """What codes stand for: the exact product with the group's scale, rounded once.
+
+    Args:
+        codes: [out, in] int8.
+        scales: [out, groups] bfloat16; groups divides in.
+        dtype: floating point, of the result.
+
+    Returns:
+        [out, in], without −0.0.
+    """
+    groups = codes.reshape(codes.shape[0], scales.shape[1], -1).float()
+    # An int8 code times a bfloat16 scale has 15 significant bits: exact in float32.
+    product = groups.mul_(scales.float().unsqueeze(-1)).reshape(codes.shape)
+    # A small negative product may round to −0.0.
+    return product.to(dtype).add_(0.0)

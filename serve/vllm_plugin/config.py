@@ -12,12 +12,14 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from gblm import kernels
 from gblm.errors import CheckpointError
 from gblm.formats import Format
 from gblm.formats.manifest import QUANT_METHOD, Manifest
 from gblm.kernels import Backend
+from gblm.serve.vllm_plugin.head import HeadMethod
 from gblm.serve.vllm_plugin.linear import SparseLinearMethod
 
 
@@ -40,7 +42,7 @@ class SparseConfig(QuantizationConfig):
         return QUANT_METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """Values are stored in the activations' dtype."""
+        """Floating values are cast to it at load; codes and scales serve any."""
         return [torch.bfloat16, torch.float16, torch.float32]
 
     @classmethod
@@ -55,6 +57,8 @@ class SparseConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """SparseLinearMethod for packed linears; vLLM's own for all others."""
+        if isinstance(layer, ParallelLMHead):
+            return HeadMethod()
         if not isinstance(layer, LinearBase):
             return None
         fmt = self._format_of(prefix)

@@ -14,14 +14,21 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
     register_weight_loader_v2_supported_method,
 )
-from vllm.model_executor.parameter import ModelWeightParameter
+from vllm.model_executor.parameter import (
+    BasevLLMParameter,
+    ChannelQuantScaleParameter,
+    ModelWeightParameter,
+)
 
 from gblm import kernels
 from gblm.errors import CheckpointError, PatternError
-from gblm.formats import Format, Shape
-from gblm.formats.nm import NMFormat
+from gblm.formats import Format, Shape, TensorSpec
+from gblm.formats.rectangle import RectangleFormat
 from gblm.kernels import Backend
 from gblm.serve.vllm_plugin.ragged import Pieces, RaggedParameter
+from gblm.values import ROW
+
+MAX_RANKS = 64  # looked at for the way out of a refusal
 
 
 @register_weight_loader_v2_supported_method
@@ -57,15 +64,9 @@ class SparseLinearMethod(LinearMethodBase):
         self._check_shard(input_size)
         loader = extra_weight_attrs["weight_loader"]
         layout = self.fmt.layout(self.shape, params_dtype)
-        if isinstance(self.fmt, NMFormat):
+        if isinstance(self.fmt, RectangleFormat):
             for part, spec in layout.items():
-                # NaN and an empty bitmask are refused later, should the loader skip this layer.
-                fill = math.nan if spec.dtype.is_floating_point else 0
-                data = torch.full(spec.shape, fill, dtype=spec.dtype)
-                parameter = ModelWeightParameter(
-                    data=data, input_dim=1, output_dim=0, weight_loader=loader
-                )
-                layer.register_parameter(part, parameter)
+                layer.register_parameter(part, _rectangle(self.fmt, part, spec, loader))
             return
         self.pieces = Pieces(self.fmt, self.name, output_partition_sizes, self.shape[1])
         for part, spec in layout.items():
@@ -79,13 +80,14 @@ class SparseLinearMethod(LinearMethodBase):
         """Check the loaded parts and turn them into the layout of the chosen backend."""
         parts = self._loaded_parts(layer)
         self.fmt.validate(self.name, parts, self.shape)
-        # vLLM may serve in another dtype than the stored one; it says so in its own log.
-        parts["values"] = values = parts["values"].to(self.dtype)
-        if bool(values.isnan().any()):
-            raise CheckpointError(f"{self.name}: values are missing in the checkpoint, or NaN.")
-        forced = kernels.requested_backend()
-        backend, reasons = kernels.select(self.fmt, self.shape, values.dtype, values.device, forced)
-        prepared = backend.prepare(self.fmt, parts, self.shape)
+        if self.fmt.values.is_float:
+            # vLLM may serve in another dtype than the stored one; it says so in its own log.
+            parts["values"] = parts["values"].to(self.dtype)
+            if bool(parts["values"].isnan().any()):
+                raise CheckpointError(f"{self.name}: values are missing in the checkpoint, or NaN.")
+        forced, device = kernels.requested_backend(), parts["values"].device
+        backend, reasons = kernels.select(self.fmt, self.shape, self.dtype, device, forced)
+        prepared = backend.prepare(self.fmt, parts, self.shape, self.dtype)
         for part in self.fmt.parts:
             delattr(layer, part)
         self.note_choice(backend, reasons)
@@ -119,14 +121,44 @@ class SparseLinearMethod(LinearMethodBase):
         return parts
 
     def _check_shard(self, input_size: int) -> None:
-        """A rank's columns must hold whole bytes of the bitmask and whole groups."""
-        try:
-            self.fmt.check_shape(self.name, self.shape)
-        except PatternError as error:
+        """A rank's columns must hold whole bytes of every part, and whole groups."""
+        fits = [
+            ranks
+            for ranks in range(1, MAX_RANKS + 1)
+            if input_size % ranks == 0 and self._refusal(input_size // ranks, ranks) is None
+        ]
+        why = self._refusal(self.shape[1], input_size // self.shape[1])
+        if why is not None:
             raise CheckpointError(
-                f"{error} {input_size} columns were split over tensor-parallel ranks; "
-                "use fewer of them."
-            ) from error
+                f"{why} {input_size} columns were split over {input_size // self.shape[1]} "
+                f"tensor-parallel ranks; sizes that work: {', '.join(map(str, fits)) or 'none'}."
+            )
+
+    def _refusal(self, columns: int, num_ranks: int) -> str | None:
+        """Why one of so many ranks cannot hold its columns; None when it can."""
+        try:
+            self.fmt.check_shape(self.name, (self.shape[0], columns))
+        except PatternError as error:
+            return str(error)
+        if num_ranks == 1 or not isinstance(self.fmt, RectangleFormat):
+            return None
+        within = self.fmt.values.kind == "int4" and self.fmt.kept_per_row(columns) % 2
+        return (
+            f"{self.name}: int4 codes of {columns} columns end within a byte." if within else None
+        )
+
+
+def _rectangle(fmt: Format, part: str, spec: TensorSpec, loader: Any) -> BasevLLMParameter:
+    """An empty part that vLLM cuts like a dense weight: at the same relative place.
+
+    NaN and an empty bitmask are refused later, should the loader skip this layer.
+    """
+    fill = math.nan if spec.dtype.is_floating_point else 0
+    data = torch.full(spec.shape, fill, dtype=spec.dtype)
+    if part == "scales" and fmt.values.group_size == ROW:
+        # A scale of a whole row goes to every rank that holds some of its columns.
+        return ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=loader)
+    return ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
 
 
 def _slot(index: int) -> str:

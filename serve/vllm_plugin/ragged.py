@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from vllm.model_executor.parameter import BasevLLMParameter
 
@@ -60,11 +59,7 @@ class Pieces:
         local = (self.rows[piece], self.columns)
         shape = (local[0] * num_ranks, local[1]) if dim == 0 else (local[0], local[1] * num_ranks)
         self.fmt.validate(f"{self.name}[{piece}]", parts, shape)
-        weight = self.fmt.unpack(parts)
-        self._done[piece] = SparseWeight(
-            weight.weight.narrow(dim, rank * local[dim], local[dim]).clone(),
-            weight.mask.narrow(dim, rank * local[dim], local[dim]).clone(),
-        )
+        self._done[piece] = self.fmt.unpack(parts).narrow(dim, rank * local[dim], local[dim])
 
     def join(self) -> dict[str, Tensor]:
         """The parts of the fused weight on this rank."""
@@ -72,10 +67,7 @@ class Pieces:
             raise CheckpointError(
                 f"{self.name}: parts of its weight are missing in the checkpoint."
             )
-        whole = SparseWeight(
-            torch.cat([self._done[i].weight for i in range(len(self.rows))]),
-            torch.cat([self._done[i].mask for i in range(len(self.rows))]),
-        )
+        whole = SparseWeight.cat([self._done[i] for i in range(len(self.rows))])
         self._done.clear()
         return self.fmt.pack(self.name, whole)
 

@@ -7,7 +7,7 @@ import pytest
 from gblm.errors import CheckpointError
 from gblm.formats.manifest import Group, Manifest, group_targets
 
-GOOD = {
+GOOD: dict[str, Any] = {
     "quant_method": "gblm",
     "version": 1,
     "groups": [{"format": "nm", "pattern": "2:4", "targets": ["model.layers.*.mlp.up_proj"]}],
@@ -23,6 +23,16 @@ def test_manifest_round_trips() -> None:
     assert manifest.format_of("lm_head") is None
 
 
+def test_float_values_are_not_written_so_old_manifests_read_and_write_the_same() -> None:
+    assert Manifest.from_config(GOOD).to_config() == GOOD
+    groups = [GOOD["groups"][0] | {"values": "int8:64"}]
+    manifest = Manifest.from_config(GOOD | {"groups": groups})
+    assert manifest.to_config()["groups"] == groups
+    fmt = manifest.format_of("model.layers.7.mlp.up_proj")
+    assert fmt is not None
+    assert fmt.spec == "nm/2:4/int8:64"
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -36,6 +46,8 @@ def test_manifest_round_trips() -> None:
         ({"groups": [{"format": "nm", "pattern": "2:4", "targets": ["a/../b"]}]}, "no module name"),
         ({"groups": [{"format": "nm", "pattern": "2:4", "targets": []}]}, "targets"),
         ({"groups": "nm"}, "groups"),
+        ({"groups": [GOOD["groups"][0] | {"values": "int8"}]}, "leave the group size open"),
+        ({"groups": [GOOD["groups"][0] | {"values": "int9:64"}]}, "'int9:64' are unknown"),
     ],
 )
 def test_bad_manifests_are_refused(change: dict[str, Any], match: str) -> None:

@@ -7,14 +7,19 @@ import torch
 
 from gblm.errors import CheckpointError
 from gblm.formats import Format, make_format
+from gblm.values import quantize
 from gblm.weights import SparseWeight
 
 SHAPE = (4, 16)
+FORMATS = [("nm", "2:4"), ("bitmask", "0.5"), ("dense", "dense")]
+INTEGERS = [(*fmt, values) for values in ("int8:row", "int4:row") for fmt in FORMATS]
 
 
 def good(fmt: Format) -> dict[str, torch.Tensor]:
     weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     mask = fmt.pattern.keep(weight.abs(), "row")
+    if not fmt.values.is_float:
+        return fmt.pack("w", quantize(weight, mask, fmt.values))
     return fmt.pack("w", SparseWeight.cut(weight, mask))
 
 
@@ -43,9 +48,11 @@ def test_bitmask_offsets_that_lie(case: str) -> None:
     refuse(fmt, parts, r"w\.row_offsets")
 
 
-@pytest.mark.parametrize(("name", "pattern"), [("nm", "2:4"), ("bitmask", "0.5")])
-def test_missing_misshapen_or_mistyped_parts(name: str, pattern: str) -> None:
-    fmt = make_format(name, pattern)
+@pytest.mark.parametrize(
+    ("name", "pattern", "values"), [*((*fmt, "float") for fmt in FORMATS), *INTEGERS]
+)
+def test_missing_misshapen_or_mistyped_parts(name: str, pattern: str, values: str) -> None:
+    fmt = make_format(name, pattern, values)
     for part in fmt.parts:
         parts = good(fmt)
         del parts[part]
@@ -58,3 +65,44 @@ def test_missing_misshapen_or_mistyped_parts(name: str, pattern: str) -> None:
 def test_integer_values_are_refused() -> None:
     fmt = make_format("nm", "2:4")
     refuse(fmt, good(fmt) | {"values": torch.zeros(4, 8, dtype=torch.int8)}, "floating point")
+
+
+@pytest.mark.parametrize(("name", "pattern", "values"), INTEGERS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), -1.0, 0.0])
+def test_scales_that_scale_nothing(name: str, pattern: str, values: str, bad: float) -> None:
+    fmt = make_format(name, pattern, values)
+    parts = good(fmt)
+    parts["scales"][2, 0] = bad
+    refuse(fmt, parts, r"w\.scales: row 2, group 0 is")
+
+
+@pytest.mark.parametrize(("name", "pattern", "values"), INTEGERS)
+def test_codes_without_an_opposite(name: str, pattern: str, values: str) -> None:
+    fmt = make_format(name, pattern, values)
+    for nibble in (0x08, 0x80):
+        parts = good(fmt)
+        parts["values"].view(-1)[1] = 0x80 - 256 if fmt.values.kind == "int8" else nibble
+        refuse(fmt, parts, r"w\.values: holds the code -(128|8); int\d codes are -(127|7) to")
+
+
+def test_codes_of_another_width() -> None:
+    refuse(make_format("nm", "2:4", "int8:row"), good(make_format("nm", "2:4", "int4:row")),
+           r"w\.values: is \[4, 4\] torch.uint8, but .* needs \[4, 8\] torch.int8")  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "pattern"), [("nm", "1:16"), ("bitmask", "1x16@0.5")])
+def test_padding_that_is_not_zero(name: str, pattern: str) -> None:
+    fmt = make_format(name, pattern, "int4:row")
+    weight = torch.ones(SHAPE)
+    mask = torch.zeros(SHAPE, dtype=torch.bool)
+    mask[:, 3] = True
+    parts = fmt.pack("w", quantize(weight, mask, fmt.values))
+    fmt.validate("w", parts, SHAPE)
+    parts["values"].view(-1)[2] |= 0x10
+    refuse(fmt, parts, r"w\.values: the last nibble of a row with an odd number of codes is not 0")
+
+
+def test_ragged_codes_that_are_cut_off() -> None:
+    fmt = make_format("bitmask", "0.5", "int4:row")
+    parts = good(fmt)
+    refuse(fmt, parts | {"values": parts["values"][:-1]}, r"w\.row_offsets: run from 0 to 32, but")

@@ -16,6 +16,8 @@ from gblm.export.dense import export_dense
 pytestmark = pytest.mark.vllm
 Pack = Callable[..., Path]
 EAGER = {"enforce_eager": True}
+CASES = [("2:4", "float", True), ("0.5", "float", True), ("2:4", "float", False),
+         ("2:4", "int8", True), ("0.5", "int4", True), ("dense", "int4:row", True)]  # fmt: skip
 
 
 def generate(
@@ -47,39 +49,39 @@ def tokens(rows: list[dict]) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def dense_tokens(
     pack_tiny: Pack, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, bool], list[dict]]:
-    """Tokens of the dense export, once per pattern and mode."""
-    known: dict[tuple[str, bool], list[dict]] = {}
+) -> Callable[[str, str, bool], list[dict]]:
+    """Tokens of the dense export, once per pattern, value type and mode."""
+    known: dict[tuple[str, str, bool], list[dict]] = {}
 
-    def get(pattern: str, eager: bool) -> list[dict]:
-        if (pattern, eager) not in known:
+    def get(pattern: str, values: str, eager: bool) -> list[dict]:
+        if (pattern, values, eager) not in known:
             folder = tmp_path_factory.mktemp("dense") / "dense"
-            export_dense(pack_tiny("wanda", pattern), folder)
+            export_dense(pack_tiny("wanda", pattern, values), folder)
             rows, log = generate(folder, enforce_eager=eager)
             assert len(rows) == 8, log
-            known[pattern, eager] = rows
-        return known[pattern, eager]
+            known[pattern, values, eager] = rows
+        return known[pattern, values, eager]
 
     return get
 
 
-@pytest.mark.parametrize(("pattern", "eager"), [("2:4", True), ("0.5", True), ("2:4", False)])
+@pytest.mark.parametrize(("pattern", "values", "eager"), CASES)
 def test_expanded_tokens_and_logprobs_equal_the_dense_model(
-    pack_tiny: Pack, dense_tokens: Callable, pattern: str, eager: bool
+    pack_tiny: Pack, dense_tokens: Callable, pattern: str, values: str, eager: bool
 ) -> None:
-    rows, log = generate(pack_tiny("wanda", pattern), "dense", enforce_eager=eager)
-    assert rows == dense_tokens(pattern, eager), log
+    rows, log = generate(pack_tiny("wanda", pattern, values), "dense", enforce_eager=eager)
+    assert rows == dense_tokens(pattern, values, eager), log
     # q/k/v and gate/up are fused: four linears in each of the two layers.
     assert "8 linears run on backend dense (expanded at load)" in log
 
 
-@pytest.mark.parametrize(("pattern", "eager"), [("2:4", True), ("0.5", True), ("2:4", False)])
+@pytest.mark.parametrize(("pattern", "values", "eager"), CASES)
 def test_packed_in_memory_differs_by_rounding_only(
-    pack_tiny: Pack, dense_tokens: Callable, pattern: str, eager: bool
+    pack_tiny: Pack, dense_tokens: Callable, pattern: str, values: str, eager: bool
 ) -> None:
-    rows, log = generate(pack_tiny("wanda", pattern), enforce_eager=eager)
+    rows, log = generate(pack_tiny("wanda", pattern, values), "reference", enforce_eager=eager)
     assert "8 linears run on backend reference (packed in memory)" in log
-    want = dense_tokens(pattern, eager)
+    want = dense_tokens(pattern, values, eager)
     assert len(rows) == 8, log
     for got, dense in zip(rows, want, strict=True):
         same = 0
@@ -148,8 +150,9 @@ def test_smollm2_expanded_equals_its_dense_self(
 
 
 def test_served_dtype_may_differ_from_the_stored_one(pack_tiny: Pack) -> None:
-    rows, log = generate(pack_tiny("wanda", "0.5"), dtype="float32", **EAGER)
-    assert len(rows) == 8, log
+    for values in ("float", "int8"):
+        rows, log = generate(pack_tiny("wanda", "0.5", values), dtype="float32", **EAGER)
+        assert len(rows) == 8, log
 
 
 def test_plugin_registers_once_and_cheaply() -> None:

@@ -11,18 +11,18 @@ base_model: {base}
 base_model_relation: quantized
 library_name: transformers
 pipeline_tag: text-generation
-tags: [sparse, pruned, "{pattern}", {method}, gblm, vllm]
+tags: [sparse, pruned, "{pattern}",{tag} {method}, gblm, vllm]
 ---
 # {base}, pruned with {method} to {pattern}
 
 {linears} linears, {sparsity:.1%} of their weights zero, stored packed with
-{bits:.2f} bits per weight including the mask.
+{bits:.2f} bits per weight including the {included}.
 Tensors: {packed:.1f} MB packed, {dense:.1f} MB dense.
 
 | | |
 |---|---|
 | method | {method} {options} |
-| pattern | {pattern} (N:M = N weights kept of M) |
+| pattern | {pattern} (N:M = N weights kept of M) |{values}
 | calibration | {calibration} |
 | recipe | `recipe.json` |
 | per tensor | `sparsity_report.json` |
@@ -47,7 +47,12 @@ Its quality was not measured when this card was written: run `gblm eval . --base
 def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
     """Markdown with a metadata header for model hubs."""
     options = ", ".join(f"{k} = {v}" for k, v in recipe.get("options", {}).items())
+    values = str(recipe.get("values", "float"))
+    floats = values == "float"
     return CARD.format(
+        tag="" if floats else f" {values.partition(':')[0]},",
+        included="mask" if floats else "mask, codes and scales",
+        values="" if floats else f"\n| values | {values} (codes, columns that share a scale) |",
         base=_public_name(str(recipe["model"])),
         method=recipe["method"],
         options=f"({options})" if options else "",

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from gblm.checkpoint.packed_folder import PackedReader
+from gblm.checkpoint.packed_folder import PackedLinear, PackedReader
 from gblm.checkpoint.reader import Reader
 from gblm.errors import CheckpointError
 from gblm.folder import quant_method, read_config
@@ -16,8 +16,8 @@ from gblm.formats.manifest import QUANT_METHOD
 def inspect(folder: Path) -> dict[str, Any]:
     """Facts of a packed or dense model folder.
 
-    Packed: groups of linears with pattern, bits per weight including the mask, and size against
-    dense. Dense: sizes, and the share of zeros in the matrices of numbered layers.
+    Packed: groups of linears with pattern, bits per weight including mask, codes and scales, and
+    size against dense. Dense: sizes, and the share of zeros in the matrices of numbered layers.
 
     Raises:
         CheckpointError: the folder is not readable.
@@ -40,7 +40,8 @@ def inspect(folder: Path) -> dict[str, Any]:
 def _packed(packed: PackedReader) -> dict[str, Any]:
     groups: dict[str, dict[str, Any]] = {}
     for linear in packed.linears.values():
-        dtype = str(linear.headers["values"][1]).removeprefix("torch.")
+        floats, value_dtype = linear.fmt.values.is_float, linear.headers["values"][1]
+        dtype = str(value_dtype).removeprefix("torch.") if floats else str(linear.fmt.values)
         group = groups.setdefault(
             f"{linear.fmt.spec} {dtype}",
             {
@@ -55,12 +56,11 @@ def _packed(packed: PackedReader) -> dict[str, Any]:
             },
         )
         count = linear.shape[0] * linear.shape[1]
-        kept_shape, value_dtype = linear.headers["values"]
         group["linears"] += 1
         group["weights"] += count
-        group["kept"] += math.prod(kept_shape)
+        group["kept"] += _kept(packed, linear)
         group["bytes"] += sum(packed.num_bytes(f"{linear.name}.{p}") for p in linear.headers)
-        group["bytes_dense"] += count * value_dtype.itemsize
+        group["bytes_dense"] += count * (value_dtype if floats else packed.dtype).itemsize
     for group in groups.values():
         group["bits_per_weight"] = round(8 * group["bytes"] / group["weights"], 4)
         group["sparsity"] = round(1 - group["kept"] / group["weights"], 6)
@@ -75,6 +75,15 @@ def _packed(packed: PackedReader) -> dict[str, Any]:
         "bytes_if_dense": dense,
         "size_ratio": round(total / dense, 4),
     }
+
+
+def _kept(packed: PackedReader, linear: PackedLinear) -> int:
+    """How many positions are kept; bytes of int4 codes do not tell, because rows are padded."""
+    if linear.fmt.values.kind != "int4":
+        return math.prod(linear.headers["values"][0])
+    if "row_offsets" in linear.fmt.parts:
+        return int(packed.tensor(f"{linear.name}.row_offsets")[-1])
+    return round(math.prod(linear.shape) * (1 - linear.fmt.pattern.sparsity))
 
 
 def _dense(dense: Reader) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from gblm.checkpoint.reader import Header, Reader
 from gblm.errors import CheckpointError
 from gblm.folder import read_config
-from gblm.formats import Format, Shape
+from gblm.formats import VALUE_DTYPES, Format, Shape
 from gblm.formats.manifest import Manifest
 
 MANIFEST_FILE = "MANIFEST.json"
@@ -53,6 +53,16 @@ class PackedReader(Reader):
         if not self.linears:
             raise CheckpointError(f"{folder}: the manifest names no weight that is there.")
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What codes are expanded to: the dtype that config.json names, or bfloat16."""
+        named = getattr(torch, str(self.config.get("dtype", self.config.get("torch_dtype"))), None)
+        return named if named in VALUE_DTYPES else torch.bfloat16
+
+    def weight(self, name: str) -> torch.Tensor:
+        """Expand one packed linear to its dense weight [out, in]; codes in `dtype`."""
+        return self.linears[name].fmt.expand(self.parts(name), self.dtype)
+
     def parts(self, name: str) -> dict[str, torch.Tensor]:
         """Read the parts of one packed linear."""
         return {part: self.tensor(f"{name}.{part}") for part in self.linears[name].headers}
@@ -70,7 +80,7 @@ class PackedReader(Reader):
             name, _, part = tensor.rpartition(".")
             fmt = self.manifest.format_of(name)
             if fmt is None:
-                if part == "bitmask":
+                if part in ("values", "bitmask"):
                     raise CheckpointError(f"{tensor}: packed, but the manifest does not name it.")
             elif part == "weight":
                 raise CheckpointError(f"{name}: stored dense, but the manifest says {fmt.name}.")
@@ -84,10 +94,8 @@ class PackedReader(Reader):
 def _packed_linear(name: str, fmt: Format, headers: dict[str, Header]) -> PackedLinear:
     for part in fmt.parts:
         if part not in headers:
-            raise CheckpointError(f"{name}: the part {part!r} of format {fmt.name} is missing.")
-    if len(headers["bitmask"][0]) != 2 or min(headers["bitmask"][0]) < 1:
-        raise CheckpointError(f"{name}.bitmask: shape {list(headers['bitmask'][0])} is impossible.")
-    shape = fmt.shape_of(headers["bitmask"][0])
+            raise CheckpointError(f"{name}: the part {part!r} of format {fmt.spec} is missing.")
+    shape = fmt.shape_of(name, headers)
     fmt.check_shape(name, shape)
     fmt.check_layout(name, headers, shape)
     return PackedLinear(name, fmt, shape, headers)

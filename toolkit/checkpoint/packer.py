@@ -27,6 +27,7 @@ from gblm.formats.manifest import Group, Manifest, group_targets
 from gblm.patterns import Pattern
 from gblm.provenance import provenance
 from gblm.structure import heads_of, structure
+from gblm.values import FLOAT, ValueType
 from gblm.weights import SparseWeight
 
 # Packed tensors by full name, and their linears' rows of the sparsity report.
@@ -40,11 +41,12 @@ class Packing:
     Attributes:
         source: the dense model's folder.
         pattern: of all the pruned weights.
+        values: how they are stored; AUTO groups are settled for each of them.
         linears: every linear of the decoder layers, pruned or not.
         recipe: for recipe.json.
         notes: further facts for MANIFEST.json, such as the calibration tokens' hash.
-        keeps_values: kept weights are the source's own, bit for bit; False for methods that
-            update them.
+        keeps_values: kept weights are the source's own, bit for bit, until they are rounded to
+            codes; False for methods that update them.
         head_dim: rows or columns per attention head, for the report.
     """
 
@@ -55,19 +57,20 @@ class Packing:
     notes: dict[str, Any]
     keeps_values: bool = True
     head_dim: int | None = None
+    values: ValueType = FLOAT
 
     def pack(self, reader: Reader, weights: Mapping[str, SparseWeight]) -> Piece:
-        """Pack linears by full name, in the dtype of the source checkpoint.
+        """Pack linears by full name, in the dtype of the source checkpoint or as codes.
 
         Args:
             reader: of `source`.
-            weights: the pruned weights.
+            weights: the pruned weights, with codes if `values` are integers.
         """
-        fmt = format_for(self.pattern)
         tensors: dict[str, Tensor] = {}
         rows = []
         for name, weight in weights.items():
-            if self.keeps_values:
+            fmt = self.format_of(name, weight.mask.shape[1])
+            if self.keeps_values and self.values.is_float:
                 # The computation's dtype may be narrower than the checkpoint's.
                 stored = SparseWeight.cut(reader.tensor(f"{name}.weight"), weight.mask.cpu())
             else:
@@ -77,21 +80,27 @@ class Packing:
             rows.append(_report_row(name, stored, parts, fmt, self.head_dim))
         return tensors, rows
 
+    def format_of(self, name: str, columns: int) -> Format:
+        """The format of a linear with so many inputs."""
+        return format_for(self.pattern, self.values.resolve(name, columns))
 
-def check_packable(reader: Reader, linears: Iterable[str], pattern: Pattern) -> None:
+
+def check_packable(
+    reader: Reader, linears: Iterable[str], pattern: Pattern, values: ValueType = FLOAT
+) -> None:
     """Fail before the first forward pass when a weight cannot be pruned to, or stored in, pattern.
 
     Raises:
         CheckpointError: a weight is missing or not a floating-point matrix.
         PatternError: its columns do not divide.
     """
-    fmt = format_for(pattern)
     for name in linears:
         if f"{name}.weight" not in reader:
             raise CheckpointError(f"{reader.folder}: tensor {name}.weight is missing.")
         shape, dtype = reader.headers[f"{name}.weight"]
         if len(shape) != 2 or not dtype.is_floating_point:
             raise CheckpointError(f"{name}.weight is {list(shape)} {dtype}, no floating matrix.")
+        fmt = format_for(pattern, values.resolve(name, shape[1]))
         fmt.check_shape(name, (shape[0], shape[1]))
 
 
@@ -140,13 +149,24 @@ def write_packed(
                 shards.add(tensor_name, reader.tensor(tensor_name))
         shards.finish()
         report = _report(rows, sum(map(reader.num_bytes, reader)), shards.total_bytes)
-        group = Group(
-            format=format_for(packing.pattern).name,
-            pattern=str(packing.pattern),
-            targets=group_targets(sorted(done), packing.linears),
-        )
-        _write_side_files(packing, folder, Manifest(groups=(group,)), report)
+        _write_side_files(packing, folder, _manifest(packing, rows), report)
     return report
+
+
+def _manifest(packing: Packing, rows: list[dict[str, Any]]) -> Manifest:
+    """One group for each way that linears are stored; AUTO groups may differ between them."""
+    stored: dict[tuple[str, str, str], list[str]] = {}
+    for row in sorted(rows, key=lambda row: str(row["name"])):
+        way = (row["format"], row["pattern"], row.get("values", "float"))
+        stored.setdefault(way, []).append(row["name"])
+    groups = (
+        Group(
+            format=name, pattern=pattern, values=values,
+            targets=group_targets(names, packing.linears),
+        )
+        for (name, pattern, values), names in stored.items()
+    )  # fmt: skip
+    return Manifest(groups=tuple(groups))
 
 
 def _write_side_files(
@@ -173,9 +193,10 @@ def _report_row(
         "shape": shape,
         "format": fmt.name,
         "pattern": str(fmt.pattern),
+        **({} if fmt.values.is_float else {"values": str(fmt.values)}),
         "dtype": str(weight.weight.dtype).removeprefix("torch."),
-        "zeros": int((weight.weight == 0).sum()),
-        "sparsity": round(float((weight.weight == 0).float().mean()), 6),
+        "zeros": int(weight.zeros.sum()),
+        "sparsity": round(float(weight.zeros.float().mean()), 6),
         "bytes_dense": weight.weight.numel() * weight.weight.element_size(),
         "bytes_packed": size,
         "bits_per_weight": round(8 * size / weight.mask.numel(), 4),

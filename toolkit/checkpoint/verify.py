@@ -80,7 +80,7 @@ def _check_round_trip(
     for part, tensor in parts.items():
         if not _same_bits(again[part], tensor):
             raise CheckpointError(f"{name}.{part}: packing the unpacked weight gives other bytes.")
-    zeros = int((weight.weight == 0).sum())
+    zeros = int(weight.zeros.sum())
     if (row.get("zeros"), row.get("shape")) != (zeros, list(linear.shape)):
         raise CheckpointError(f"{name}: {REPORT_FILE} does not describe the stored weight.")
 
@@ -90,8 +90,8 @@ def _compare(packed: PackedReader, against: Path) -> None:
         wanted = {f"{name}.weight" for name in packed.linears} | {*packed.dense_names()}
         if missing := wanted ^ {*dense}:
             raise CheckpointError(f"{sorted(missing)[0]}: is in one of the two folders only.")
-        for name, linear in packed.linears.items():
-            weight = linear.fmt.expand(packed.parts(name))
+        for name in packed.linears:
+            weight = packed.weight(name)
             # + 0.0: packing writes −0.0 as +0.0.
             if not _same_bits(weight, dense.tensor(f"{name}.weight") + 0.0):
                 raise CheckpointError(f"{name}: the packed weight is not the one in {against}.")

@@ -1,4 +1,4 @@
-"""`gblm bench DIR --baseline DENSE`."""
+"""`gblm bench serving|kernels`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from gblm.commands.bench_kernels import command as kernels
 from gblm.commands.common import (
     Command,
     backend_option,
@@ -28,7 +29,15 @@ LABELS = {
 }
 
 
-@click.command("bench", cls=Command)
+@click.group("bench")
+def command() -> None:
+    """Measure speed: a packed model beside its dense one in vLLM, or the kernels alone."""
+
+
+command.add_command(kernels)
+
+
+@command.command("serving", cls=Command)
 @click.argument("model")
 @click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
 @click.option("--baseline", required=True, help="Dense model to compare with.")
@@ -57,7 +66,7 @@ LABELS = {
     "--log", type=click.Path(path_type=Path, dir_okay=False), help="File for the servers' output."
 )
 @click.pass_context
-def command(
+def serving(
     ctx: click.Context,
     /,
     model: str,

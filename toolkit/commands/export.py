@@ -14,6 +14,7 @@ from gblm.commands.common import (
     overwrite_option,
     progress_bars,
 )
+from gblm.commands.recipe_options import values_options, values_spec
 
 output_options = options(
     click.argument("source"),
@@ -47,7 +48,10 @@ def dense(ctx: click.Context, source: str, output: Path, overwrite: bool) -> Non
 
 @command.command("pack", cls=Command)
 @output_options
-@click.option("--pattern", help="Pattern the zeros must follow; found out if left out.")
+@click.option(
+    "--pattern", help="Pattern the zeros must follow, found out if left out; dense keeps all."
+)
+@values_options
 @click.option("--ignore", multiple=True, help="Glob of module names to leave dense; repeatable.")
 @click.pass_context
 def pack(
@@ -56,13 +60,19 @@ def pack(
     output: Path,
     overwrite: bool,
     pattern: str | None,
+    values: str,
+    group_size: str | None,
     ignore: tuple[str, ...],
 ) -> None:
-    """Pack SOURCE, a dense HF folder whose zeros are already there. Never prunes."""
+    """Pack SOURCE, a dense HF folder whose zeros are already there. Never prunes.
+
+    With --values int8 or int4 the weights are rounded to the nearest code.
+    """
+    spec = values_spec(values, group_size)
     with progress_bars(ctx) as progress:
         from gblm.export.pack import export_pack
 
-        result = export_pack(source, output, pattern, ignore, overwrite, progress)
+        result = export_pack(source, output, pattern, ignore, overwrite, progress, values=spec)
     facts = {key: value for key, value in result.items() if key != "tensors"}
     emit(ctx, facts | {"output": str(output)}, lambda: click.echo(
         f"{output}: {result['linears']} linears packed, {result['sparsity']:.1%} zeros, "

@@ -51,15 +51,18 @@ def command(
     if not report:
         return  # rank 0 tells
 
+    floats = chosen.values == "float"
+    values, included = ("", "mask") if floats else (f" {chosen.values}", "mask and scales")
+
     def text() -> None:
         click.echo(
-            f"{report['output']}: {chosen.method} {chosen.pattern}, "
+            f"{report['output']}: {chosen.method} {chosen.pattern}{values}, "
             f"{report['linears']} linears, {report['sparsity']:.1%} zeros"
         )
         click.echo(
             f"{megabytes(report['bytes_dense'])} dense -> "
             f"{megabytes(report['bytes_packed'])} packed "
-            f"({report['bits_per_weight']:.2f} bits per pruned weight, mask included), "
+            f"({report['bits_per_weight']:.2f} bits per pruned weight, {included} included), "
             f"{report['seconds']:.0f} s"
         )
 

@@ -34,6 +34,21 @@ method_options = options(
         "--variant", is_flag=True, default=None, help="wanda: a budget of its own for each row."
     ),
 )
+values_options = options(
+    click.option(
+        "--values",
+        type=click.Choice(["float", "int8", "int4"]),
+        default="float",
+        show_default=True,
+        help="How kept weights are stored: as they are, or rounded to codes with group scales.",
+    ),
+    click.option(
+        "--group-size",
+        type=click.Choice(["auto", "32", "64", "128", "256", "row"]),
+        help="Columns per scale of int8 and int4; auto (default) is the largest of 128, 64, 32 "
+        "that divides the linear's.",
+    ),
+)
 recipe_options = options(
     click.option(
         "--method", default="gblm", show_default=True, help=f"One of {', '.join(METHODS)}."
@@ -42,9 +57,10 @@ recipe_options = options(
         "--pattern",
         default="2:4",
         show_default=True,
-        help="N:M (N kept of M), a sparsity such as 0.5, tiles (16x16@0.5), or unstructured.",
+        help="N:M (N kept of M), a sparsity such as 0.5, tiles (16x16@0.5), unstructured, dense.",
     ),
     click.option("--sparsity", type=float, help="Fraction of zeros for --pattern unstructured."),
+    values_options,
     method_options,
     click.option(
         "--calibration",
@@ -124,6 +140,15 @@ def read_recipe(
     return chosen.model_copy(update={"model": given["model"]}) if given["model"] else chosen
 
 
+def values_spec(values: str, group_size: str | None) -> str:
+    """What `values_options` ask for, as `gblm.values.parse_values` reads it."""
+    if values != "float":
+        return f"{values}:{group_size or 'auto'}"
+    if group_size is not None:
+        raise click.UsageError("--group-size goes with --values int8 or int4.")
+    return values
+
+
 def _refuse_given(ctx: click.Context, names: Iterable[str], why: str) -> None:
     """Refuse options that something else would silently win over."""
     from click.core import ParameterSource
@@ -138,6 +163,8 @@ def _fields(
     method: str,
     pattern: str,
     sparsity: float | None,
+    values: str,
+    group_size: str | None,
     targets: tuple[str, ...],
     ignore: tuple[str, ...],
     dtype: str,
@@ -156,6 +183,7 @@ def _fields(
         "model": model,
         "method": method,
         "pattern": str(parse(pattern, sparsity)),
+        "values": values_spec(values, group_size),
         "options": {key: value for key, value in options.items() if value is not None},
         "calibration": {"source": calibration, **rest},
         "stats": stats,

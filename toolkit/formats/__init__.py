@@ -5,14 +5,18 @@ from __future__ import annotations
 from functools import lru_cache
 
 from gblm.errors import CheckpointError, PatternError
-from gblm.formats.base import Format, Parts, Shape, TensorSpec
+from gblm.formats.base import VALUE_DTYPES, Format, Headers, Parts, Shape, TensorSpec
 from gblm.formats.bitmask import BitmaskFormat
+from gblm.formats.dense import DenseFormat
 from gblm.formats.nm import NMFormat
-from gblm.patterns import NM, Pattern, parse
+from gblm.patterns import NM, Dense, Pattern, parse
+from gblm.values import AUTO, FLOAT, ValueType, parse_values
 
 __all__ = [
     "FORMATS",
+    "VALUE_DTYPES",
     "Format",
+    "Headers",
     "Parts",
     "Shape",
     "TensorSpec",
@@ -21,35 +25,52 @@ __all__ = [
     "make_format",
 ]
 
-FORMATS: dict[str, type[Format]] = {"nm": NMFormat, "bitmask": BitmaskFormat}
+FORMATS: dict[str, type[Format]] = {
+    "nm": NMFormat,
+    "bitmask": BitmaskFormat,
+    "dense": DenseFormat,
+}
 
 
-def format_for(pattern: Pattern) -> Format:
-    """The format that stores a pattern's weights in the fewest bytes."""
-    return NMFormat(pattern) if isinstance(pattern, NM) else BitmaskFormat(pattern)
+def format_for(pattern: Pattern, values: ValueType = FLOAT) -> Format:
+    """The format that stores a pattern's weights in the fewest bytes.
+
+    Args:
+        pattern: which positions may be kept.
+        values: how kept values are stored; see `ValueType.resolve`.
+    """
+    return FORMATS[_name_for(pattern)](pattern, values)
 
 
-def make_format(name: str, pattern: str) -> Format:
+def make_format(name: str, pattern: str, values: str = "float") -> Format:
     """Build a format from the names in a manifest.
 
     Raises:
-        CheckpointError: a name is unknown, or the two do not go together.
+        CheckpointError: a name is unknown, or they do not go together.
     """
     if name not in FORMATS:
         raise CheckpointError(
             f"format {name!r} is unknown: this version reads {', '.join(FORMATS)}."
         )
     try:
-        parsed = parse(pattern)
+        parsed, kind = parse(pattern), parse_values(values)
     except PatternError as error:
         raise CheckpointError(f"manifest: {error}") from error
-    if isinstance(parsed, NM) != (name == "nm"):
+    if _name_for(parsed) != name:
         raise CheckpointError(f"format {name!r} cannot hold weights of pattern {pattern!r}.")
-    return FORMATS[name](parsed)
+    if not kind.is_float and kind.group_size == AUTO:
+        raise CheckpointError(f"manifest: values {values!r} leave the group size open.")
+    return FORMATS[name](parsed, kind)
 
 
 @lru_cache(maxsize=64)
 def from_spec(spec: str) -> Format:
     """The inverse of Format.spec."""
-    name, _, pattern = spec.partition("/")
-    return make_format(name, pattern)
+    name, pattern, *values = spec.split("/")
+    return make_format(name, pattern, *values)
+
+
+def _name_for(pattern: Pattern) -> str:
+    if isinstance(pattern, Dense):
+        return "dense"
+    return "nm" if isinstance(pattern, NM) else "bitmask"

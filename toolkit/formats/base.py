@@ -16,11 +16,14 @@ from torch import Tensor
 from gblm.errors import CheckpointError, PatternError
 from gblm.formats.bits import expand_bits, unpack_bits
 from gblm.patterns import Pattern
-from gblm.weights import SparseWeight
+from gblm.values import AUTO, FLOAT, SCALE_DTYPE, ValueType
+from gblm.weights import SparseWeight, dequantize
 
 Parts = Mapping[str, Tensor]
+Headers = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 Shape = tuple[int, int]
 VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+CODE_DTYPES = {"int8": torch.int8, "int4": torch.uint8}
 
 
 class TensorSpec(NamedTuple):
@@ -40,61 +43,169 @@ class TensorSpec(NamedTuple):
 
 
 class Format(ABC):
-    """One on-disk layout for weights of one pattern."""
+    """One on-disk layout for weights of one pattern and value type.
+
+    Attributes:
+        pattern: which positions may be kept.
+        values: how kept values are stored.
+        parts: local names of the tensors, in order; integer values add `scales`.
+        spec: identifies all of it, such as "nm/2:4" or "nm/2:4/int8:128"; see `from_spec`.
+    """
 
     name: ClassVar[str]
-    parts: ClassVar[tuple[str, ...]]
+    own_parts: ClassVar[tuple[str, ...]]
 
-    def __init__(self, pattern: Pattern) -> None:
+    def __init__(self, pattern: Pattern, values: ValueType = FLOAT) -> None:
+        if not values.is_float and values.group_size == AUTO:
+            raise PatternError(f"values {values}: resolve the group size before packing.")
         self.pattern = pattern
-        # Identifies format and pattern, such as "nm/2:4"; see `from_spec`. A plain string, made
-        # once, so that torch.compile sees a constant.
-        self.spec = f"{self.name}/{pattern}"
+        self.values = values
+        self.parts = self.own_parts if values.is_float else (*self.own_parts, "scales")
+        # A plain string, made once, so that torch.compile sees a constant.
+        self.spec = f"{self.name}/{pattern}" + ("" if values.is_float else f"/{values}")
+
+    def layout(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> dict[str, TensorSpec]:
+        """Every part of a weight [out, in] by local name; needs no data.
+
+        Args:
+            shape: [out, in].
+            dtype: of floating values; codes and scales have their own.
+        """
+        stored = dtype if self.values.is_float else CODE_DTYPES[self.values.kind]
+        specs = {"values": TensorSpec(self.values_shape(shape), stored)} | self.mask_layout(shape)
+        if not self.values.is_float:
+            groups = shape[1] // self.values.group(shape[1])
+            specs["scales"] = TensorSpec((shape[0], groups), SCALE_DTYPE)
+        return specs
 
     @abstractmethod
-    def layout(self, shape: Shape, dtype: torch.dtype) -> dict[str, TensorSpec]:
-        """Every part of a weight [out, in] of this dtype by local name; needs no data."""
-
-    def shape_of(self, bitmask: tuple[int, ...]) -> Shape:
-        """[out, in] of the weight, from the shape of its bitmask."""
-        return bitmask[0], 8 * bitmask[1]
+    def values_shape(self, shape: Shape) -> tuple[int, ...]:
+        """Shape of the part `values` of a weight [out, in]; int4 counts bytes."""
 
     @abstractmethod
-    def pack(self, name: str, weight: SparseWeight) -> dict[str, Tensor]:
-        """Store without loss; −0.0 becomes +0.0. Never prunes.
+    def mask_layout(self, shape: Shape) -> dict[str, TensorSpec]:
+        """The parts of a weight [out, in] that say which positions are kept."""
+
+    def shape_of(self, name: str, headers: Headers) -> Shape:
+        """[out, in] of the weight, from the headers of all its parts.
 
         Raises:
-            PatternError: the mask breaks the pattern, or the shape cannot be stored.
+            CheckpointError: no weight has such a bitmask.
         """
+        shape = headers["bitmask"][0]
+        if len(shape) != 2 or min(shape) < 1:
+            raise CheckpointError(f"{name}.bitmask: shape {list(shape)} is impossible.")
+        return shape[0], 8 * shape[1]
 
-    def unpack(self, parts: Parts) -> SparseWeight:
-        """The exact inverse of `pack`, on the device of the parts. Trusts them: see `validate`."""
-        return SparseWeight(self.expand(parts), unpack_bits(parts["bitmask"]))
+    def pack(self, name: str, weight: SparseWeight) -> dict[str, Tensor]:
+        """Store without loss; −0.0 becomes +0.0. Never prunes, never rounds.
 
-    def expand(self, parts: Parts) -> Tensor:
-        """The dense weight [out, in] alone, as fast as plain PyTorch can."""
-        return expand_bits(parts["values"], parts["bitmask"])
+        Raises:
+            PatternError: the mask breaks the pattern, the shape cannot be stored, or the weight's
+                codes and scales are not those of the value type.
+        """
+        self.check_shape(name, (weight.mask.shape[0], weight.mask.shape[1]))
+        self._check_weight(name, weight)
+        mask = self.stored_mask(name, weight.mask)
+        kept = weight.weight[mask] + 0.0 if weight.codes is None else weight.codes[mask]
+        parts = {"values": self.store(kept, mask), **self.mask_parts(mask)}
+        if weight.scales is not None:
+            parts["scales"] = weight.scales
+        return parts
+
+    def stored_mask(self, name: str, mask: Tensor) -> Tensor:
+        """The mask that is written for a keep mask [out, in]; it may keep more zeros."""
+        return mask
 
     @abstractmethod
+    def store(self, kept: Tensor, mask: Tensor) -> Tensor:
+        """The part `values`, from the kept values or codes in row order and the written mask."""
+
+    @abstractmethod
+    def kept(self, parts: Parts) -> Tensor:
+        """The inverse of `store`: values in their dtype, or codes int8, in row order."""
+
+    @abstractmethod
+    def mask_parts(self, mask: Tensor) -> dict[str, Tensor]:
+        """The parts of `mask_layout`."""
+
+    def mask(self, parts: Parts) -> Tensor:
+        """[out, in] bool, True = kept."""
+        return unpack_bits(parts["bitmask"])
+
+    def unpack(self, parts: Parts, dtype: torch.dtype = torch.bfloat16) -> SparseWeight:
+        """The exact inverse of `pack`, on the device of the parts. Trusts them: see `validate`.
+
+        Args:
+            parts: by local name.
+            dtype: of what codes stand for; floating values keep their own.
+        """
+        if self.values.is_float:
+            return SparseWeight(self.expand(parts), self.mask(parts))
+        return SparseWeight.from_codes(
+            self.scatter(parts), parts["scales"], self.mask(parts), dtype
+        )
+
+    def expand(self, parts: Parts, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """The dense weight [out, in] alone, as fast as PyTorch can; `dtype` as in `unpack`."""
+        dense = self.scatter(parts)
+        return dense if self.values.is_float else dequantize(dense, parts["scales"], dtype)
+
+    def scatter(self, parts: Parts) -> Tensor:
+        """Values in their dtype, or codes int8, at their places: [out, in], zero elsewhere."""
+        return expand_bits(self.kept(parts), parts["bitmask"])
+
     def rows(self, parts: Parts, start: int, stop: int) -> dict[str, Tensor]:
         """The parts of the rows start ≤ row < stop, as views where possible."""
+        return {name: parts[name][start:stop] for name in self.parts}
+
+    def check_data(self, name: str, parts: Parts, shape: Shape) -> None:
+        """Raise CheckpointError when masks and counts do not agree, or codes and scales are none.
+
+        The layout has been checked.
+        """
+        self.check_mask_data(name, parts, shape)
+        if self.values.is_float:
+            return
+        scales = parts["scales"]
+        wrong = (~(scales.isfinite() & (scales > 0))).nonzero()
+        if len(wrong):
+            row, group = (int(i) for i in wrong[0])
+            raise CheckpointError(
+                f"{name}.scales: row {row}, group {group} is {float(scales[row, group])}; scales "
+                "are finite and greater than 0. The file is damaged."
+            )
+        codes = self.kept(parts)
+        if codes.numel() and int(codes.min()) < -self.values.limit:
+            raise CheckpointError(
+                f"{name}.values: holds the code {int(codes.min())}; {self.values.kind} codes are "
+                f"-{self.values.limit} to {self.values.limit}. The file is damaged."
+            )
+        if self.values.kind == "int4" and bool((self.padding(parts) != 0).any()):
+            raise CheckpointError(
+                f"{name}.values: the last nibble of a row with an odd number of codes is not 0. "
+                "The file is damaged."
+            )
 
     @abstractmethod
-    def check_data(self, name: str, parts: Parts, shape: Shape) -> None:
+    def check_mask_data(self, name: str, parts: Parts, shape: Shape) -> None:
         """Raise CheckpointError when masks, counts and offsets do not agree."""
+
+    @abstractmethod
+    def padding(self, parts: Parts) -> Tensor:
+        """The nibbles of int4 `values` that belong to no code, [any number]."""
 
     def check_shape(self, name: str, shape: Shape) -> None:
         """Raise PatternError when a weight of this shape [out, in] cannot be stored."""
         self.pattern.check_shape(name, shape)
+        self.values.check_columns(name, shape[1])
         if shape[1] % 8:
             raise PatternError(
-                f"{name}: {shape[1]} columns are not a multiple of 8, which the bitmask needs. "
+                f"{name}: {shape[1]} columns are not a multiple of 8, which the format needs. "
                 "Leave it dense with --ignore."
             )
 
-    def check_layout(
-        self, name: str, found: Mapping[str, tuple[tuple[int, ...], torch.dtype]], shape: Shape
-    ) -> None:
+    def check_layout(self, name: str, found: Headers, shape: Shape) -> None:
         """Compare the parts' shapes and dtypes with what a weight of this shape must have.
 
         Needs headers only, so that a false claim is refused before anything is allocated.
@@ -105,12 +216,12 @@ class Format(ABC):
             shape: [out, in] of the weight.
         """
         dtype = found["values"][1] if "values" in found else None
-        if dtype not in VALUE_DTYPES:
+        if self.values.is_float and dtype not in VALUE_DTYPES:
             raise CheckpointError(f"{name}: values have dtype {dtype}; floating point is needed.")
-        for part, want in self.layout(shape, dtype).items():
+        for part, want in self.layout(shape, dtype or torch.bfloat16).items():
             if part not in found:
                 raise CheckpointError(
-                    f"{name}: the part {part!r} of format {self.name} is missing."
+                    f"{name}: the part {part!r} of format {self.spec} is missing."
                 )
             if not want.fits(*found[part]):
                 raise CheckpointError(
@@ -123,3 +234,27 @@ class Format(ABC):
         headers = {part: (tuple(t.shape), t.dtype) for part, t in parts.items()}
         self.check_layout(name, headers, shape)
         self.check_data(name, parts, shape)
+
+    def _check_weight(self, name: str, weight: SparseWeight) -> None:
+        """Codes and scales are there exactly when the value type has them, and fit it."""
+        if self.values.is_float:
+            if weight.codes is not None:
+                raise PatternError(f"{name}: format {self.spec} would lose the weight's codes.")
+            return
+        codes, scales = weight.codes, weight.scales
+        if codes is None or scales is None:
+            raise PatternError(
+                f"{name}: format {self.spec} stores codes, but the weight has none. `quantize` it."
+            )
+        columns, limit = weight.mask.shape[1], self.values.limit
+        shape = (weight.mask.shape[0], columns // self.values.group(columns))
+        if tuple(scales.shape) != shape or scales.dtype != SCALE_DTYPE:
+            raise PatternError(
+                f"{name}: scales are {list(scales.shape)} {scales.dtype}; format {self.spec} needs "
+                f"{list(shape)} {SCALE_DTYPE}."
+            )
+        if int(codes.min()) < -limit or int(codes.max()) > limit:
+            raise PatternError(
+                f"{name}: codes {int(codes.min())} to {int(codes.max())} do not fit "
+                f"{self.values.kind}, which has -{limit} to {limit}."
+            )

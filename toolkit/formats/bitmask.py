@@ -8,58 +8,79 @@ from torch import Tensor
 from gblm.errors import CheckpointError
 from gblm.formats.base import Format, Parts, Shape, TensorSpec
 from gblm.formats.bits import pack_bits, row_counts
-from gblm.weights import SparseWeight
+from gblm.formats.nibbles import byte_offsets, pack_ragged, unpack_ragged
 
 
 class BitmaskFormat(Format):
-    """values [kept], bitmask u8 [out, in/8], row_offsets i64 [out + 1]."""
+    """values [kept], bitmask u8 [out, in/8], row_offsets i64 [out + 1].
+
+    int4 values are bytes, ceil(count/2) a row; `row_offsets` count codes all the same.
+    """
 
     name = "bitmask"
-    parts = ("values", "bitmask", "row_offsets")
+    own_parts = ("values", "bitmask", "row_offsets")
 
-    def layout(self, shape: Shape, dtype: torch.dtype) -> dict[str, TensorSpec]:
-        """See Format.layout."""
-        rows, columns = shape
+    def values_shape(self, shape: Shape) -> tuple[int, ...]:
+        """See Format.values_shape."""
+        return (-1,)
+
+    def mask_layout(self, shape: Shape) -> dict[str, TensorSpec]:
+        """See Format.mask_layout."""
         return {
-            "values": TensorSpec((-1,), dtype),
-            "bitmask": TensorSpec((rows, columns // 8), torch.uint8),
-            "row_offsets": TensorSpec((rows + 1,), torch.int64),
+            "bitmask": TensorSpec((shape[0], shape[1] // 8), torch.uint8),
+            "row_offsets": TensorSpec((shape[0] + 1,), torch.int64),
         }
 
-    def pack(self, name: str, weight: SparseWeight) -> dict[str, Tensor]:
-        """See Format.pack."""
-        self.check_shape(name, (weight.mask.shape[0], weight.mask.shape[1]))
-        offsets = torch.zeros(weight.mask.shape[0] + 1, dtype=torch.int64)
-        offsets[1:] = weight.mask.sum(dim=1, dtype=torch.int64).cumsum(0)
-        return {
-            "values": weight.weight[weight.mask] + 0.0,
-            "bitmask": pack_bits(weight.mask),
-            "row_offsets": offsets,
-        }
+    def store(self, kept: Tensor, mask: Tensor) -> Tensor:
+        """See Format.store."""
+        if self.values.kind != "int4":
+            return kept
+        return pack_ragged(kept, mask.sum(dim=1, dtype=torch.int64))
+
+    def kept(self, parts: Parts) -> Tensor:
+        """See Format.kept; [kept]."""
+        if self.values.kind != "int4":
+            return parts["values"]
+        return unpack_ragged(parts["values"], parts["row_offsets"].diff())
+
+    def mask_parts(self, mask: Tensor) -> dict[str, Tensor]:
+        """See Format.mask_parts."""
+        offsets = torch.zeros(mask.shape[0] + 1, dtype=torch.int64)
+        offsets[1:] = mask.sum(dim=1, dtype=torch.int64).cumsum(0)
+        return {"bitmask": pack_bits(mask), "row_offsets": offsets}
 
     def rows(self, parts: Parts, start: int, stop: int) -> dict[str, Tensor]:
         """See Format.rows."""
-        offsets = parts["row_offsets"][start : stop + 1]
-        first, last = int(offsets[0]), int(offsets[-1])
-        return {
-            "values": parts["values"][first:last],
-            "bitmask": parts["bitmask"][start:stop],
-            "row_offsets": offsets - first,
-        }
+        offsets = parts["row_offsets"]
+        begins = self._begins(offsets)
+        cut = {name: parts[name][start:stop] for name in self.parts}
+        cut["values"] = parts["values"][int(begins[start]) : int(begins[stop])]
+        cut["row_offsets"] = offsets[start : stop + 1] - offsets[start]
+        return cut
 
-    def check_data(self, name: str, parts: Parts, shape: Shape) -> None:
-        """See Format.check_data."""
+    def padding(self, parts: Parts) -> Tensor:
+        """See Format.padding."""
+        counts = parts["row_offsets"].diff()
+        last = byte_offsets(counts)[1:][counts % 2 == 1] - 1
+        return parts["values"][last] >> 4
+
+    def check_mask_data(self, name: str, parts: Parts, shape: Shape) -> None:
+        """See Format.check_mask_data."""
         offsets = parts["row_offsets"]
         counts = row_counts(parts["bitmask"])
-        if int(offsets[0]) != 0 or int(offsets[-1]) != parts["values"].shape[0]:
-            raise CheckpointError(
-                f"{name}.row_offsets: run from {int(offsets[0])} to {int(offsets[-1])}, but "
-                f"{parts['values'].shape[0]} values are stored. The file is damaged."
-            )
         wrong = (offsets.diff() != counts).nonzero()
-        if len(wrong):
+        if int(offsets[0]) == 0 and len(wrong):
             row = int(wrong[0])
             raise CheckpointError(
                 f"{name}.row_offsets: row {row} has {int(offsets[row + 1] - offsets[row])} values, "
                 f"its bitmask {int(counts[row])} bits. The file is damaged."
             )
+        if int(offsets[0]) != 0 or int(self._begins(offsets)[-1]) != len(parts["values"]):
+            raise CheckpointError(
+                f"{name}.row_offsets: run from {int(offsets[0])} to {int(offsets[-1])}, but "
+                f"`values` has {len(parts['values'])} entries. The file is damaged."
+            )
+
+    def _begins(self, offsets: Tensor) -> Tensor:
+        """Where each row's values begin in the part `values`, and where the last one ends."""
+        return byte_offsets(offsets.diff()) if self.values.kind == "int4" else offsets

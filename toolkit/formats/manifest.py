@@ -28,6 +28,7 @@ class Group(BaseModel):
     Attributes:
         format: a name of FORMATS.
         pattern: as `gblm.patterns.parse` reads it.
+        values: as `gblm.values.parse_values` reads it; not written when it is "float".
         targets: module names; `*` matches any run of characters.
     """
 
@@ -35,6 +36,7 @@ class Group(BaseModel):
 
     format: str
     pattern: str
+    values: str = "float"
     targets: tuple[str, ...] = Field(min_length=1)
 
 
@@ -70,21 +72,25 @@ class Manifest(BaseModel):
             where = ".".join(str(part) for part in first["loc"])
             raise CheckpointError(f"manifest: {where}: {first['msg']}.") from error
         for group in manifest.groups:
-            make_format(group.format, group.pattern)
+            make_format(group.format, group.pattern, group.values)
             for target in group.targets:
                 if not TARGET.fullmatch(target):
                     raise CheckpointError(f"manifest: target {target[:80]!r} is no module name.")
         return manifest
 
     def to_config(self) -> dict[str, Any]:
-        """The JSON object for config.json."""
-        return self.model_dump(mode="json")
+        """The JSON object for config.json; float groups read as before there were others."""
+        fields = self.model_dump(mode="json")
+        for group in fields["groups"]:
+            if group["values"] == "float":
+                del group["values"]
+        return fields
 
     def format_of(self, module: str) -> Format | None:
         """The format of a module's weight, or None when it is stored dense."""
         for group in self.groups:
             if any(fnmatchcase(module, target) for target in group.targets):
-                return make_format(group.format, group.pattern)
+                return make_format(group.format, group.pattern, group.values)
         return None
 
 

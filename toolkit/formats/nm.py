@@ -10,44 +10,47 @@ import torch
 from torch import Tensor
 
 from gblm.errors import CheckpointError
-from gblm.formats.base import Format, Parts, Shape, TensorSpec
-from gblm.formats.bits import pack_bits, unpack_bits
+from gblm.formats.base import Parts, Shape, TensorSpec
+from gblm.formats.bits import pack_bits
+from gblm.formats.rectangle import RectangleFormat
 from gblm.patterns import NM
-from gblm.weights import SparseWeight
 
 
-class NMFormat(Format):
+class NMFormat(RectangleFormat):
     """values [out, in·N/M], bitmask u8 [out, in/8] with exactly N bits set per M columns."""
 
     name = "nm"
-    parts = ("values", "bitmask")
+    own_parts = ("values", "bitmask")
     pattern: NM
 
-    def layout(self, shape: Shape, dtype: torch.dtype) -> dict[str, TensorSpec]:
-        """See Format.layout."""
-        rows, columns = shape
-        kept = columns // self.pattern.group_m * self.pattern.keep_n
-        return {
-            "values": TensorSpec((rows, kept), dtype),
-            "bitmask": TensorSpec((rows, columns // 8), torch.uint8),
-        }
+    def kept_per_row(self, columns: int) -> int:
+        """See RectangleFormat.kept_per_row."""
+        return columns // self.pattern.group_m * self.pattern.keep_n
 
-    def pack(self, name: str, weight: SparseWeight) -> dict[str, Tensor]:
-        """See Format.pack; groups with fewer than N kept weights keep zeros, lowest first."""
-        self.check_shape(name, (weight.mask.shape[0], weight.mask.shape[1]))
-        self.pattern.check_mask(name, weight.mask)
-        mask = self._complete(weight.mask)
-        values = weight.weight[mask].reshape(mask.shape[0], -1)
-        return {"values": values + 0.0, "bitmask": pack_bits(mask)}
+    def columns(self, parts: Parts) -> int:
+        """See RectangleFormat.columns."""
+        return 8 * parts["bitmask"].shape[1]
 
-    def rows(self, parts: Parts, start: int, stop: int) -> dict[str, Tensor]:
-        """See Format.rows."""
-        return {name: parts[name][start:stop] for name in self.parts}
+    def mask_layout(self, shape: Shape) -> dict[str, TensorSpec]:
+        """See Format.mask_layout."""
+        return {"bitmask": TensorSpec((shape[0], shape[1] // 8), torch.uint8)}
 
-    def check_data(self, name: str, parts: Parts, shape: Shape) -> None:
-        """See Format.check_data."""
-        mask = unpack_bits(parts["bitmask"])
-        counts = mask.reshape(shape[0], -1, self.pattern.group_m).sum(dim=-1, dtype=torch.int32)
+    def stored_mask(self, name: str, mask: Tensor) -> Tensor:
+        """See Format.stored_mask; groups with fewer than N kept keep zeros, lowest first."""
+        self.pattern.check_mask(name, mask)
+        groups = mask.reshape(mask.shape[0], -1, self.pattern.group_m)
+        missing = self.pattern.keep_n - groups.sum(dim=-1, keepdim=True, dtype=torch.int32)
+        free = (~groups).cumsum(dim=-1, dtype=torch.int32)
+        return (groups | (free <= missing)).reshape(mask.shape)
+
+    def mask_parts(self, mask: Tensor) -> dict[str, Tensor]:
+        """See Format.mask_parts."""
+        return {"bitmask": pack_bits(mask)}
+
+    def check_mask_data(self, name: str, parts: Parts, shape: Shape) -> None:
+        """See Format.check_mask_data."""
+        groups = self.mask(parts).reshape(shape[0], -1, self.pattern.group_m)
+        counts = groups.sum(dim=-1, dtype=torch.int32)
         wrong = (counts != self.pattern.keep_n).nonzero()
         if len(wrong):
             row, group = (int(i) for i in wrong[0])
@@ -56,10 +59,3 @@ class NMFormat(Format):
                 f"{int(counts[row, group])} weights; {self.pattern} stores exactly "
                 f"{self.pattern.keep_n}. The file is damaged."
             )
-
-    def _complete(self, mask: Tensor) -> Tensor:
-        """Add kept zeros until every group holds exactly N."""
-        groups = mask.reshape(mask.shape[0], -1, self.pattern.group_m)
-        missing = self.pattern.keep_n - groups.sum(dim=-1, keepdim=True, dtype=torch.int32)
-        free = (~groups).cumsum(dim=-1, dtype=torch.int32)
-        return (groups | (free <= missing)).reshape(mask.shape)

@@ -17,6 +17,7 @@ from torch import Tensor
 from gblm.errors import UsageError
 from gblm.formats import Format, Shape, from_spec
 from gblm.kernels.base import Backend
+from gblm.kernels.cpu import Cpu
 from gblm.kernels.dense import Dense
 from gblm.kernels.reference import Reference
 
@@ -25,7 +26,7 @@ __all__ = ["BACKENDS", "Backend", "linear", "log_choice", "requested_backend", "
 logger = logging.getLogger(__name__)
 
 # In order of preference: the first that does not refuse serves a weight.
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Reference(), Dense())}
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Cpu(), Reference(), Dense())}
 BACKEND_VARIABLE = "GBLM_BACKEND"
 
 
@@ -46,7 +47,7 @@ def select(
     Args:
         fmt: its format.
         shape: [out, in].
-        dtype: of the values.
+        dtype: of the activations.
         device: where it will be used.
         forced: a name of BACKENDS that must be taken.
 
@@ -93,6 +94,15 @@ def _linear_fake(
     return x.new_empty((*x.shape[:-1], shape[0]))
 
 
+# The kernels of csrc/ register themselves for it, once they are loaded.
+_LIBRARY.define("cpu_linear(Tensor x, Tensor panels, int out_features) -> Tensor")
+
+
+def _cpu_linear_fake(x: Tensor, panels: Tensor, out_features: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+_LIBRARY.impl("cpu_linear", _cpu_linear_fake, "Meta")
 _LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
 _LIBRARY.impl("linear", _linear_fake, "Meta")
 
@@ -101,5 +111,7 @@ def linear(
     x: Tensor, prepared: list[Tensor], shape: Shape, fmt: Format, backend: Backend
 ) -> Tensor:
     """x [..., in] @ W.T → [..., out] with what `backend.prepare` returned."""
+    if backend.own_op:
+        return backend.linear(x, prepared, fmt, shape)
     out: Tensor = torch.ops.gblm.linear(x, prepared, list(shape), fmt.spec, backend.name)
     return out

@@ -24,9 +24,11 @@ class Dense(Backend):
         """Never."""
         return None
 
-    def prepare(self, fmt: Format, parts: Parts, shape: Shape) -> list[Tensor]:
+    def prepare(
+        self, fmt: Format, parts: Parts, shape: Shape, dtype: torch.dtype = torch.bfloat16
+    ) -> list[Tensor]:
         """The dense weight [out, in]."""
-        return [fmt.expand(parts)]
+        return [fmt.expand(parts, dtype)]
 
     def linear(self, x: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape) -> Tensor:
         """A dense multiplication."""

@@ -27,7 +27,9 @@ class Reference(Backend):
         """Never."""
         return None
 
-    def prepare(self, fmt: Format, parts: Parts, shape: Shape) -> list[Tensor]:
+    def prepare(
+        self, fmt: Format, parts: Parts, shape: Shape, dtype: torch.dtype = torch.bfloat16
+    ) -> list[Tensor]:
         """The disk layout as it is."""
         return [parts[name].contiguous() for name in fmt.parts]
 
@@ -39,6 +41,6 @@ class Reference(Backend):
         out = x.new_empty((*x.shape[:-1], num_rows))
         for start in range(0, num_rows, step):
             stop = min(start + step, num_rows)
-            dense = fmt.expand(fmt.rows(parts, start, stop))
+            dense = fmt.expand(fmt.rows(parts, start, stop), x.dtype)
             out[..., start:stop] = functional.linear(x, dense)
         return out

@@ -22,6 +22,7 @@ from gblm.plan.seconds import probe, spend
 from gblm.plan.setting import Setting
 from gblm.plan.shapes import Shapes, read_shapes
 from gblm.recipe import Calibration, Recipe
+from gblm.values import parse_values
 
 
 def plan(recipe: Recipe, ranks: int = 1) -> dict[str, Any]:
@@ -45,6 +46,7 @@ def plan(recipe: Recipe, ranks: int = 1) -> dict[str, Any]:
         GblmError: whatever `prune` would refuse before it computes, text and output apart.
     """
     method, pattern = make_method(recipe.method, recipe.options), parse(recipe.pattern)
+    values = parse_values(recipe.values)
     method.check_pattern(pattern)
     device = _device(recipe.device)
     with Reader(resolve(recipe.model)) as reader:
@@ -52,7 +54,7 @@ def plan(recipe: Recipe, ranks: int = 1) -> dict[str, Any]:
         calibration = recipe.calibration if method.needs and recipe.stats is None else None
         if method.needs and recipe.stats is None and calibration is None:
             raise UsageError(f"method {recipe.method} needs calibration text.")
-        shapes = read_shapes(recipe, reader, pattern, calibration, ranks)
+        shapes = read_shapes(recipe, reader, pattern, values, calibration, ranks)
     if method.needs and recipe.stats is not None:
         StatsFolder(Path(recipe.stats)).facts()
     # Ranks are taken to share this machine's memory.
@@ -62,6 +64,7 @@ def plan(recipe: Recipe, ranks: int = 1) -> dict[str, Any]:
         method=method,
         name=recipe.method,
         pattern=pattern,
+        values=values,
         collects=method.needs if calibration is not None else frozenset(),
         reads=method.needs if recipe.stats is not None else frozenset(),
         passes=_passes(calibration),
@@ -105,6 +108,7 @@ def _predict(setting: Setting, device: torch.device | None, ranks: int) -> dict[
     return {
         "method": setting.name,
         "pattern": str(setting.pattern),
+        "values": str(setting.values),
         "dtype": str(setting.shapes.dtype).removeprefix("torch."),
         "device": setting.device,
         "ranks": ranks,

@@ -50,9 +50,11 @@ def occupy(setting: Setting) -> Disk:
     shapes = setting.shapes
     pruned = [own for layer in shapes.layers for own in layer.pruned]
     layers = sum(own.packed for own in pruned)
-    tensors = shapes.tensors + len(pruned) * (len(format_for(setting.pattern).parts) - 1)
+    parts = len(format_for(setting.pattern).parts) + (not setting.values.is_float)
+    tensors = shapes.tensors + len(pruned) * (parts - 1)
     records = REPORT * len(pruned) + HEADER * tensors + RECORDS
-    if not isinstance(setting.method, ScoredMethod) and shapes.dtype != shapes.stored_dtype:
+    updates = not isinstance(setting.method, ScoredMethod) and setting.values.is_float
+    if updates and shapes.dtype != shapes.stored_dtype:
         # Updated values are kept as they were before rounding, for a resumed run.
         kept = (1 - setting.pattern.sparsity) * sum(own.weights for own in pruned)
         layers += int(kept) * shapes.dtype.itemsize

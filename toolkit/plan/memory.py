@@ -102,7 +102,7 @@ def _pruning(setting: Setting, always: list[Term]) -> Iterator[Moment]:
     """One decoder layer, while things of the layer before are still there."""
     shapes, layer = setting.shapes, setting.shapes.largest
     groups, more = layer.groups(pruned=True), terms.gradient_norms(setting, layer)
-    weights = terms.matrices("pruned weights and masks", layer.pruned, setting.width, 1)
+    weights = terms.weights(setting, layer.pruned)
     packed = Term("packed layer", layer.packed, max(own.packed for own in layer.pruned))
     factor = [terms.square("factor", groups[-1])] if setting.name == "sparsegpt" else []
     # Of the layer before: its statistics go when this one's come, the rest when it is packed.
@@ -137,7 +137,7 @@ def _choosing(setting: Setting, groups: list[list[Linear]], alive: list[Term]) -
     done: list[Linear] = []
     for index, group in enumerate(groups):
         later = [] if setting.sequential else terms.hessians(setting, groups[index + 1 :])
-        now = alive + later + terms.matrices("pruned weights and masks", done, setting.width, 1)
+        now = alive + later + terms.weights(setting, done)
         factor: list[Term] = []
         if setting.name == "sparsegpt":
             own = [*terms.hessians(setting, [group]), terms.square("factor", group, terms.FACTORS)]
@@ -145,7 +145,7 @@ def _choosing(setting: Setting, groups: list[list[Linear]], alive: list[Term]) -
             yield Moment("pruning", "preparing", now + own + last)
             factor = [terms.square("factor", group)]
         work = terms.temporary("choosing", group, terms.choosing(setting))
-        own = terms.matrices("pruned weights and masks", group, setting.width, 1)
+        own = terms.weights(setting, group)
         yield Moment("pruning", "choosing", now + factor + work + own)
         done += group
 
@@ -154,6 +154,6 @@ def _publishing(setting: Setting, always: list[Term]) -> Moment:
     """A shard is a set of mapped files until it is written; the last layer is still there."""
     layer = setting.shapes.largest
     shard = Term("pages of one shard", min(setting.shapes.output, SHARD_BYTES), NEVER_FREED)
-    kept = terms.matrices("pruned weights and masks", layer.pruned, setting.width, 1)
+    kept = terms.weights(setting, layer.pruned)
     packed = Term("packed layer", layer.packed, max(own.packed for own in layer.pruned))
     return Moment("publishing", "writing a shard", [*always, *kept, packed, shard])

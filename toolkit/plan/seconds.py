@@ -22,6 +22,8 @@ from gblm.plan.setting import Setting
 from gblm.plan.shapes import Layer
 from gblm.plan.terms import BACKWARD, FORWARD
 from gblm.structure import structure
+from gblm.values import FLOAT, ROW, ValueType, quantize
+from gblm.weights import SparseWeight
 
 PROBE_SECONDS = 0.25
 # Matrices of the probes are no larger, so that one product stays well below the limit.
@@ -111,16 +113,21 @@ def _probe_pruning(setting: Setting, device: torch.device) -> tuple[float, float
              "num_samples": one[0]}  # fmt: skip
     needed = setting.method.needs | {"num_samples"}
     prepared = setting.method.prepare({key: stats[key] for key in stats if key in needed})
-    pruned = setting.method.prune(weight, prepared, pattern).to(setting.shapes.stored_dtype)
-    fmt = format_for(pattern)
+    # A group's size makes no difference; a row of any length is one.
+    values = FLOAT if setting.values.is_float else ValueType(setting.values.kind, ROW)
+
+    def choose() -> SparseWeight:
+        own = setting.method.prune(weight, prepared, pattern)
+        return own if values.is_float else quantize(own.weight, own.mask, values)
+
+    pruned, fmt = choose().to(setting.shapes.stored_dtype), format_for(pattern, values)
 
     def pack() -> None:
         fmt.pack("probe", pruned)
         structure(pruned.mask)
-        (pruned.weight == 0).float().mean()
+        pruned.zeros.float().mean()
 
-    prune = _seconds(lambda: setting.method.prune(weight, prepared, pattern), device)
-    return weight.numel() / prune, weight.numel() / _seconds(pack, device)
+    return weight.numel() / _seconds(choose, device), weight.numel() / _seconds(pack, device)
 
 
 def strip_shape(pattern: Pattern, columns: int) -> tuple[int, int]:

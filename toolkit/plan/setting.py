@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from gblm.methods import Method
 from gblm.patterns import Pattern
 from gblm.plan.shapes import Shapes
+from gblm.values import ValueType
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Setting:
         method: how weights are judged.
         name: of the method.
         pattern: which positions may stay.
+        values: how they are stored.
         collects: statistics that the run takes on text.
         reads: statistics that another run saved.
         passes: of the text through each layer while pruning.
@@ -31,6 +33,7 @@ class Setting:
     method: Method
     name: str
     pattern: Pattern
+    values: ValueType
     collects: frozenset[str]
     reads: frozenset[str]
     passes: int

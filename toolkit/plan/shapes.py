@@ -11,11 +11,12 @@ import torch
 from gblm.checkpoint.packer import check_packable
 from gblm.checkpoint.reader import Reader
 from gblm.checkpoint.writer import NOT_COPIED, SIDE_FILES
-from gblm.formats import format_for
+from gblm.formats import Format, format_for
 from gblm.layers import StreamedLayers
 from gblm.model import hidden_size, linears, prunable
 from gblm.patterns import Pattern
 from gblm.recipe import Calibration, Recipe
+from gblm.values import ValueType
 
 # Linears that are handed the same tensor as another one, by the last part of their name.
 SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
@@ -134,7 +135,12 @@ class Shapes:
 
 
 def read_shapes(
-    recipe: Recipe, reader: Reader, pattern: Pattern, calibration: Calibration | None, ranks: int
+    recipe: Recipe,
+    reader: Reader,
+    pattern: Pattern,
+    values: ValueType,
+    calibration: Calibration | None,
+    ranks: int,
 ) -> Shapes:
     """Read headers and config.json, and lay out what the recipe does with them.
 
@@ -142,6 +148,7 @@ def read_shapes(
         recipe: of the run.
         reader: the open checkpoint.
         pattern: the recipe's.
+        values: the recipe's.
         calibration: the text that is run through the model, if any.
         ranks: the processes that share the samples.
 
@@ -151,8 +158,9 @@ def read_shapes(
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     model = StreamedLayers(reader, dtype)
     names = prunable(model.model, recipe.targets, recipe.ignore)
-    check_packable(reader, names, pattern)
-    layers = tuple(_layer(model, i, reader, frozenset(names), pattern) for i in range(len(model)))
+    check_packable(reader, names, pattern, values)
+    pruned = frozenset(names)
+    layers = tuple(_layer(model, i, reader, pruned, pattern, values) for i in range(len(model)))
     frame, head = _outside(model)
     text: Any = model.model.config
     samples, batch = 0, 1
@@ -179,7 +187,12 @@ def read_shapes(
 
 
 def _layer(
-    model: StreamedLayers, index: int, reader: Reader, names: frozenset[str], pattern: Pattern
+    model: StreamedLayers,
+    index: int,
+    reader: Reader,
+    names: frozenset[str],
+    pattern: Pattern,
+    values: ValueType,
 ) -> Layer:
     prefix = model.name(index)
     found = []
@@ -188,7 +201,10 @@ def _layer(
         rows, columns = linear.weight.shape
         dtype, stored = reader.headers[f"{name}.weight"][1], reader.num_bytes(f"{name}.weight")
         pruned = name in names
-        packed = packed_bytes(pattern, (rows, columns), dtype) if pruned else stored
+        packed = stored
+        if pruned:
+            fmt = format_for(pattern, values.resolve(name, columns))
+            packed = packed_bytes(fmt, (rows, columns), dtype)
         inputs = f"{parent[0]}.{SAME_INPUT.get(parent[2], parent[2])}"
         found.append(Linear(rows, columns, inputs, pruned, stored, packed))
     state = model.modules[index].state_dict()
@@ -196,10 +212,12 @@ def _layer(
     return Layer(tuple(found), sum(t.numel() for t in state.values()), stored)
 
 
-def packed_bytes(pattern: Pattern, shape: tuple[int, int], dtype: torch.dtype) -> int:
-    """Bytes of one packed weight [out, in] of a dtype."""
-    kept = shape[0] * shape[1] - int(shape[0] * shape[1] * pattern.sparsity)
-    specs = format_for(pattern).layout(shape, dtype).values()
+def packed_bytes(fmt: Format, shape: tuple[int, int], dtype: torch.dtype) -> int:
+    """Bytes of one packed weight [out, in]; dtype is that of floating values."""
+    kept = shape[0] * shape[1] - int(shape[0] * shape[1] * fmt.pattern.sparsity)
+    if fmt.values.kind == "int4":
+        kept = shape[0] * math.ceil(kept / shape[0] / 2)  # bytes; every row starts at one
+    specs = fmt.layout(shape, dtype).values()
     return sum(
         math.prod(kept if side == -1 else side for side in spec.shape) * spec.dtype.itemsize
         for spec in specs

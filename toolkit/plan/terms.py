@@ -31,6 +31,8 @@ VARIANT = 28  # scores, sorted scores, their int64 order, sums
 RANKS, THRESHOLD, PER_PRUNED, PAIR = 9, 6, 12, 16
 # SparseGPT: weights, errors, drops, a copy being transposed, all float32.
 SWEEP = 16
+# Rounding to codes: weights and their absolutes in float32, beside the weights that are rounded.
+ROUND = 8
 # Matrices of the Hessian's size that it is copied to, factored and inverted in.
 FACTORS = 2
 # ... while a weight is packed: indices of the kept ones, counts, comparisons. Masks are so much of
@@ -139,6 +141,12 @@ def matrices(name: str, linears: Iterable[Linear], *widths: int) -> list[Term]:
             for own in linears for width in widths]  # fmt: skip
 
 
+def weights(setting: Setting, linears: Iterable[Linear]) -> list[Term]:
+    """What was chosen: weights, masks, and codes if there are any."""
+    codes = [] if setting.values.is_float else [1]
+    return matrices("pruned weights and masks", linears, setting.width, 1, *codes)
+
+
 def logits(setting: Setting) -> Term:
     """Of one sample, in its loss and the loss's gradient."""
     count = setting.shapes.seq_len * setting.shapes.vocab
@@ -179,7 +187,12 @@ def temporary(name: str, group: list[Linear], width: int) -> list[Term]:
 
 
 def choosing(setting: Setting) -> int:
-    """Bytes per weight while a matrix is judged, beside the result."""
+    """Bytes per weight while a matrix is judged and rounded to codes, beside the result."""
+    rounding = 0 if setting.values.is_float else setting.width + ROUND
+    return max(_judging(setting), rounding)
+
+
+def _judging(setting: Setting) -> int:
     if setting.name == "sparsegpt":
         return SWEEP
     if setting.name == "wanda" and getattr(setting.method, "variant", False):

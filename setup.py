@@ -1,0 +1,94 @@
+"""Builds the CPU kernels with whatever C++ compiler there is; everything else is in pyproject.toml.
+
+The library is plain C++ behind a C ABI: no Python or PyTorch headers, so that it builds in seconds
+in an isolated environment and one build serves every Python. Without a compiler the installation
+works all the same, with slower backends.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools < 70.1
+    from wheel.bdist_wheel import bdist_wheel
+
+CSRC = Path("toolkit/kernels/csrc")
+FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-g0"]
+# One translation unit per instruction set; which one runs is decided at load.
+X86 = {
+    "avx2": ["-mavx2", "-mfma", "-mpopcnt"],
+    "avx512": [
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi2"),
+        *("-mavx512vnni", "-mavx512bf16", "-mgfni", "-mpopcnt", "-mbmi2", "-mfma"),
+    ],
+}
+COMMON = ("linear", "measure", "portable", "prepare", "torch_op")
+ON_X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+class BuildKernels(build_ext):
+    """Compiles each source with its own flags and links a plain shared library."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build, or say in one line why there will be no CPU kernels."""
+        try:
+            self._build(ext)
+        except Exception as error:
+            print(f"gblm: the CPU kernels were not built ({error}); slower backends will serve.",
+                  file=sys.stderr)  # fmt: skip
+
+    def get_outputs(self) -> list[str]:
+        """Only what was really built."""
+        return [path for path in super().get_outputs() if Path(path).exists()]
+
+    def copy_extensions_to_source(self) -> None:
+        """For editable installs; nothing to copy when nothing was built."""
+        if self.get_outputs():
+            super().copy_extensions_to_source()
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """No tag of a Python version in the name."""
+        return str(Path(*fullname.split(".")).with_suffix(".so"))
+
+    def _build(self, ext: Extension) -> None:
+        if sys.platform == "win32":
+            raise RuntimeError("Windows is not supported yet")
+        objects: list[str] = []
+        for source in ext.sources:
+            objects += self.compiler.compile(
+                [source],
+                output_dir=self.build_temp,
+                extra_postargs=FLAGS + X86.get(Path(source).stem, []),
+                depends=ext.depends,
+            )
+        target = self.get_ext_fullpath(ext.name)
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        self.compiler.link_shared_object(objects, target, libraries=["dl"], target_lang="c++")
+
+
+class PlatformWheel(bdist_wheel):
+    """The library belongs to a platform, not to a version of Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """py3-none-<platform>."""
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "gblm.kernels._cpu",
+            sources=[str(CSRC / f"{unit}.cpp") for unit in (*COMMON, *(X86 if ON_X86 else ()))],
+            depends=[str(header) for header in CSRC.glob("*.h")],
+            language="c++",
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
+)

@@ -1,0 +1,300 @@
+// Feeds the kernels of toolkit/kernels/csrc/ good and damaged input; `make sanitize` builds it with
+// the address and undefined-behaviour sanitizers. Exit status 0: every result was as promised.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "../../toolkit/kernels/csrc/gblm_kernels.h"
+
+namespace {
+
+[[noreturn]] void fail(const char* what) {
+  std::fprintf(stderr, "sanitize: %s (%s)\n", what, gblm_isa());
+  std::exit(1);
+}
+void expect(bool good, const char* what) {
+  if (!good) fail(what);
+}
+
+struct Random {
+  uint64_t state;
+  uint64_t next() {
+    uint64_t z = state += 0x9E3779B97F4A7C15;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB;
+    return z ^ (z >> 31);
+  }
+  int64_t below(int64_t limit) { return static_cast<int64_t>(next() % static_cast<uint64_t>(limit)); }
+  uint16_t bf16() {  // -2 .. 2, a few zeros and subnormals among them
+    const auto bits = static_cast<uint16_t>(next() & 0x807F);
+    return below(16) == 0 ? bits : static_cast<uint16_t>(bits | (120 + below(8)) << 7);
+  }
+};
+
+float from_bf16(uint16_t half) {
+  const uint32_t bits = uint32_t{half} << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// A thread for each task in turn, as any host may do it.
+struct Threads {
+  int count;
+  static int threads(void* self) { return static_cast<Threads*>(self)->count; }
+  static void run(void* self, int64_t tasks, void (*task)(void*, int64_t), void* context) {
+    const int64_t count = static_cast<Threads*>(self)->count;
+    std::vector<std::thread> workers;
+    for (int64_t w = 0; w < count && w < tasks; w++)
+      workers.emplace_back([=] {
+        for (int64_t i = w; i < tasks; i += count) task(context, i);
+      });
+    for (std::thread& worker : workers) worker.join();
+  }
+  gblm_pool pool() { return {this, threads, run}; }
+};
+
+struct Weight {
+  std::vector<uint8_t> data, bitmask, mask;
+  std::vector<int64_t> starts;
+  std::vector<uint16_t> scales;
+  std::vector<double> dense;
+  gblm_source source{};
+
+  void fill(int64_t rows, int64_t columns, int32_t values, int32_t kind, int64_t group, Random& r) {
+    if (values != GBLM_BF16)
+      for (int64_t i = 0; i < rows * (columns / group); i++)
+        scales.push_back(static_cast<uint16_t>(0x3C00 + r.below(256)));
+    bitmask.assign(static_cast<size_t>(rows * columns / 8), 0);
+    starts.assign(1, 0);
+    for (int64_t row = 0; row < rows; row++) {
+      const int64_t density = r.below(5);  // whole rows of zeros and of values, too
+      int64_t kept = 0;
+      for (int64_t k = 0; k < columns; k++) {
+        bool keep = kind == GBLM_DENSE || r.below(4) < density;
+        if (kind == GBLM_2_OF_4) keep = (k % 4 == row % 4) || (k % 4 == (row + 1 + k / 4 % 3) % 4);
+        mask.push_back(keep);
+        double value = 0;
+        if (keep) {
+          bitmask[static_cast<size_t>((row * columns + k) / 8)] |= static_cast<uint8_t>(1 << k % 8);
+          value = append(values, kept++, r);
+          if (group) value *= from_bf16(scales[static_cast<size_t>((row * columns + k) / group)]);
+        }
+        dense.push_back(value);
+      }
+      starts.push_back(static_cast<int64_t>(data.size()));
+    }
+    source = {rows, columns, values, kind, group, data.data(), static_cast<int64_t>(data.size()),
+              bitmask.data(), starts.data(), scales.data()};
+  }
+
+ private:
+  double append(int32_t values, int64_t index, Random& r) {
+    if (values == GBLM_BF16) {
+      const uint16_t half = r.bf16();
+      data.push_back(static_cast<uint8_t>(half & 255));
+      data.push_back(static_cast<uint8_t>(half >> 8));
+      return from_bf16(half);
+    }
+    if (values == GBLM_INT8) {
+      const auto code = static_cast<int>(r.below(255)) - 127;
+      data.push_back(static_cast<uint8_t>(code));
+      return code;
+    }
+    const auto code = static_cast<int>(r.below(15)) - 7;
+    if (index % 2 == 0)
+      data.push_back(static_cast<uint8_t>(code & 15));
+    else
+      data.back() |= static_cast<uint8_t>((code & 15) << 4);
+    return code;
+  }
+};
+
+// Of exactly its size on the heap, so that the sanitizer sees one byte too far.
+struct Memory {
+  std::unique_ptr<uint8_t, void (*)(void*)> bytes{nullptr, std::free};
+  int64_t size;
+  explicit Memory(int64_t size) : size(size) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 64, static_cast<size_t>(size)) != 0) fail("no memory");
+    bytes.reset(static_cast<uint8_t*>(memory));
+  }
+  uint8_t* get() const { return bytes.get(); }
+};
+
+Memory prepare(const Weight& w, const gblm_pool* pool) {
+  int64_t size = 0;
+  expect(gblm_panels_bytes(&w.source, pool, &size) == GBLM_OK, "panels_bytes refused a weight");
+  Memory panels(size);
+  std::memset(panels.get(), 0xA5, static_cast<size_t>(size));
+  expect(gblm_prepare(&w.source, pool, panels.get(), size) == GBLM_OK, "prepare refused a weight");
+  return panels;
+}
+
+// Returns the result of gblm_unpack; memory is taken as gblm_inspect says.
+int unpack(const Memory& panels, std::vector<uint8_t>* values, std::vector<uint8_t>* mask) {
+  gblm_info info;
+  if (const int result = gblm_inspect(panels.get(), panels.size, &info)) return result;
+  expect(info.rows * info.columns <= 16 * panels.size, "panels claim more than they can hold");
+  const auto count = static_cast<size_t>(info.rows * info.columns);
+  values->resize(count * (info.group ? 1 : 2));
+  mask->resize(count);
+  std::vector<uint16_t> scales(info.group ? count / static_cast<size_t>(info.group) : 0);
+  return gblm_unpack(panels.get(), panels.size, values->data(), mask->data(),
+                     info.group ? scales.data() : nullptr);
+}
+
+std::vector<uint16_t> activations(int64_t count, Random& r) {
+  std::vector<uint16_t> x(static_cast<size_t>(count));
+  for (uint16_t& value : x) value = r.bf16();
+  return x;
+}
+
+// Loose: tests/kernels/test_cpu.py has the tight bounds. 1 % covers bf16 and int8 activations.
+void compare(const Weight& w, const std::vector<uint16_t>& x, const std::vector<uint16_t>& y) {
+  const auto rows = static_cast<size_t>(w.source.rows), k = static_cast<size_t>(w.source.columns);
+  for (size_t i = 0; i < y.size(); i++) {
+    double want = 0, size = 0;
+    for (size_t j = 0; j < k; j++) {
+      const double term = from_bf16(x[i / rows * k + j]) * w.dense[i % rows * k + j];
+      want += term, size += std::fabs(w.dense[i % rows * k + j]) * 2;
+    }
+    expect(std::fabs(from_bf16(y[i]) - want) <= 0.01 * size + 1e-30, "a product is wrong");
+  }
+}
+
+void check_good(const Weight& w, const Memory& panels, Random& r) {
+  std::vector<uint8_t> values, mask;
+  expect(unpack(panels, &values, &mask) == GBLM_OK, "unpack refused good panels");
+  expect(mask == w.mask, "unpack gave another mask");
+  for (const int64_t tokens : {0, 1, 2, 3, 5, 7, 11, 16, 17, 37}) {
+    const auto x = activations(tokens * w.source.columns, r);
+    std::vector<uint16_t> y(static_cast<size_t>(tokens * w.source.rows)), again(y.size());
+    Threads four{4};
+    const gblm_pool pool = four.pool();
+    expect(gblm_linear(panels.get(), panels.size, x.data(), tokens, y.data(), nullptr) == GBLM_OK,
+           "linear refused good panels");
+    expect(gblm_linear(panels.get(), panels.size, x.data(), tokens, again.data(), &pool) == GBLM_OK,
+           "linear refused good panels with threads");
+    expect(y == again, "threads change the result");
+    compare(w, x, y);
+  }
+}
+
+// Anything but a crash will do.
+void feed(const Memory& panels, Random& r) {
+  std::vector<uint8_t> values, mask;
+  unpack(panels, &values, &mask);
+  gblm_info info;
+  if (gblm_inspect(panels.get(), panels.size, &info) != GBLM_OK) return;
+  for (const int64_t tokens : {1, 3, 16, 19}) {
+    const auto x = activations(tokens * info.columns, r);
+    std::vector<uint16_t> y(static_cast<size_t>(tokens * info.rows));
+    gblm_linear(panels.get(), panels.size, x.data(), tokens, y.data(), nullptr);
+  }
+}
+
+void damage(const Memory& good, int rounds, Random& r) {
+  for (int round = 0; round < rounds; round++) {
+    const int64_t change = r.below(8) == 0 ? r.below(4096) - 2048 : 0;
+    Memory bad(good.size + change > 0 ? good.size + change : 1);
+    std::memset(bad.get(), 0xFF, static_cast<size_t>(bad.size));
+    std::memcpy(bad.get(), good.get(), static_cast<size_t>(std::min(good.size, bad.size)));
+    if (change && r.below(2) && bad.size >= 64) std::memcpy(bad.get() + 32, &bad.size, 8);
+    // The header and the offsets are few bytes and matter most.
+    const int64_t reach = r.below(2) ? bad.size : std::min<int64_t>(bad.size, 192);
+    for (int64_t i = r.below(12); i >= 0; i--)
+      bad.get()[r.below(reach)] = r.below(3) ? static_cast<uint8_t>(r.next()) : 0xFF;
+    if (r.below(3) == 0 && bad.size > 200)
+      std::memset(bad.get() + 128 + r.below(bad.size - 128), 0xFF, static_cast<size_t>(1));
+    if (r.below(6) == 0 && bad.size > 256)  // masks that claim every value
+      std::memset(bad.get() + 128, 0xFF, static_cast<size_t>(bad.size - 128));
+    feed(bad, r);
+  }
+}
+
+void damage_source(const Weight& w, int rounds, Random& r) {
+  for (int round = 0; round < rounds; round++) {
+    Weight bad = w;
+    const auto pick = [&r](size_t size) { return static_cast<size_t>(r.below(int64_t(size))); };
+    switch (r.below(5)) {
+      case 0: bad.bitmask[pick(bad.bitmask.size())] ^= static_cast<uint8_t>(1 << r.below(8)); break;
+      case 1: bad.starts[pick(bad.starts.size())] = static_cast<int64_t>(r.next()); break;
+      case 2: bad.starts[pick(bad.starts.size())] += r.below(5) - 2; break;
+      case 3: bad.source.data_bytes -= r.below(3); break;
+      default: if (!bad.data.empty()) bad.data[pick(bad.data.size())] = 0xFF;
+    }
+    bad.source.data = bad.data.data();
+    bad.source.bitmask = bad.bitmask.data();
+    bad.source.starts = bad.starts.data();
+    bad.source.scales = bad.scales.data();
+    int64_t size = 0;
+    if (gblm_panels_bytes(&bad.source, nullptr, &size) != GBLM_OK) continue;
+    Memory panels(size);
+    if (gblm_prepare(&bad.source, nullptr, panels.get(), size) == GBLM_OK) feed(panels, r);
+  }
+}
+
+void refuse_arguments(const Weight& w) {
+  int64_t size = 0;
+  const auto refused = [&](const std::function<void(gblm_source&)>& change) {
+    gblm_source bad = w.source;
+    change(bad);
+    expect(gblm_panels_bytes(&bad, nullptr, &size) != GBLM_OK, "a bad source was taken");
+  };
+  for (const int64_t number : {int64_t{0}, int64_t{-8}, INT64_MIN, INT64_MAX, int64_t{1} << 40}) {
+    refused([=](gblm_source& s) { s.rows = number; });
+    refused([=](gblm_source& s) { s.columns = number; });
+    refused([=](gblm_source& s) { s.group = number ? number : -1; });
+  }
+  refused([](gblm_source& s) { s.values = 3; });
+  refused([](gblm_source& s) { s.values = -1; });
+  refused([](gblm_source& s) { s.mask = 3; });
+  refused([](gblm_source& s) { s.starts = nullptr; });
+  refused([](gblm_source& s) { s.data = nullptr; });
+  gblm_info info;
+  expect(gblm_panels_bytes(nullptr, nullptr, &size) != GBLM_OK, "no source");
+  expect(gblm_inspect(nullptr, 1 << 20, &info) != GBLM_OK, "no panels");
+  expect(gblm_use_isa("z80") != GBLM_OK && gblm_use_isa(nullptr) != GBLM_OK, "unknown isa");
+}
+
+void run(int32_t values, int32_t mask, uint64_t seed) {
+  static const int64_t shapes[][3] = {{1, 32, 32}, {37, 128, 64}, {50, 320, 32}, {16, 2304, 256}};
+  Random r{seed};
+  for (const auto& [rows, columns, group] : shapes) {
+    Weight w;
+    // Floats need no whole block of columns.
+    w.fill(rows, values == GBLM_BF16 ? columns + 8 : columns, values, mask,
+           values == GBLM_BF16 ? 0 : group, r);
+    Threads three{3};
+    const gblm_pool pool = three.pool();
+    const Memory panels = prepare(w, &pool);
+    check_good(w, panels, r);
+    const int rounds = columns > 1000 ? 20 : 150;
+    damage(panels, rounds, r);
+    damage_source(w, rounds, r);
+    refuse_arguments(w);
+    expect(gblm_read_seconds(panels.get(), panels.size, &pool) >= 0, "time runs backwards");
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (const char* isa : {"avx512", "avx2", "portable"}) {
+    if (gblm_use_isa(isa) != GBLM_OK) {
+      std::printf("sanitize: %s is not available here\n", isa);
+      continue;
+    }
+    for (int32_t values = GBLM_BF16; values <= GBLM_INT4; values++)
+      for (int32_t mask = GBLM_DENSE; mask <= GBLM_2_OF_4; mask++)
+        run(values, mask, static_cast<uint64_t>(10 * values + mask));
+    std::printf("sanitize: %s is clean\n", isa);
+  }
+  return 0;
+}

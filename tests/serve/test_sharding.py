@@ -1,0 +1,119 @@
+"""Each tensor-parallel rank holds exactly the parts of its cut of the weight, codes included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gblm.errors import CheckpointError
+from gblm.formats import Format, from_spec
+from gblm.values import quantize
+from gblm.weights import SparseWeight
+
+pytestmark = pytest.mark.vllm
+pytest.importorskip("vllm")
+
+RANKS = 2
+SHAPE = (16, 256)
+RECTANGLES = ["nm/2:4", "nm/2:4/int8:64", "nm/2:4/int4:128", "nm/2:4/int8:row", "nm/4:8/int4:row",
+              "dense/dense/int8:32", "dense/dense/int4:row"]  # fmt: skip
+RAGGED = ["bitmask/0.5", "bitmask/0.5/int8:64", "bitmask/0.7/int4:64", "bitmask/0.7/int4:row"]
+
+
+def weight_for(fmt: Format, shape: tuple[int, int] = SHAPE) -> SparseWeight:
+    dense = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    mask = fmt.pattern.keep(dense.float().abs(), "row")
+    if fmt.values.is_float:
+        return SparseWeight.cut(dense, mask)
+    return quantize(dense, mask, fmt.values)
+
+
+def create(
+    fmt: Format, rows: list[int], columns: int, num_ranks: int, monkeypatch: pytest.MonkeyPatch,
+    rank: int,
+) -> tuple[object, torch.nn.Module]:  # fmt: skip
+    """A linear of one rank, `columns` of the whole weight cut over `num_ranks`."""
+    from vllm.model_executor import parameter
+
+    from gblm.serve.vllm_plugin.linear import SparseLinearMethod
+
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_rank", lambda: rank)
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: RANKS)
+    method, layer = SparseLinearMethod(fmt, "w", lambda *choice: None), torch.nn.Module()
+    method.create_weights(
+        layer, columns // num_ranks, rows, columns, sum(rows), torch.bfloat16,
+        weight_loader=lambda *args: None,
+    )  # fmt: skip
+    return method, layer
+
+
+@pytest.mark.parametrize("rank", range(RANKS))
+@pytest.mark.parametrize("spec", [*RECTANGLES, *RAGGED])
+def test_columns_are_cut_in_whole_groups(
+    spec: str, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fmt, (rows, columns) = from_spec(spec), SHAPE
+    weight = weight_for(fmt)
+    method, layer = create(fmt, [rows], columns, RANKS, monkeypatch, rank)
+    for part, tensor in fmt.pack("w", weight).items():
+        getattr(layer, part).load_row_parallel_weight(loaded_weight=tensor)
+    half = columns // RANKS
+    check(fmt, method._loaded_parts(layer), weight.narrow(1, rank * half, half))
+
+
+@pytest.mark.parametrize("rank", range(RANKS))
+@pytest.mark.parametrize("spec", [*RECTANGLES, *RAGGED])
+def test_fused_rows_are_cut_and_joined(
+    spec: str, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fmt, (rows, columns) = from_spec(spec), SHAPE
+    gate, up = weight_for(fmt), weight_for(fmt, (8, columns))
+    sizes = [rows // RANKS, 8 // RANKS]
+    method, layer = create(fmt, sizes, columns, 1, monkeypatch, rank)
+    for piece, weight in enumerate((gate, up)):
+        for part, tensor in fmt.pack("w", weight).items():
+            getattr(layer, part).load_merged_column_weight(
+                loaded_weight=tensor, shard_id=piece,
+                shard_offset=sum(sizes[:piece]), shard_size=sizes[piece],
+            )  # fmt: skip
+    own = [w.narrow(0, rank * size, size) for w, size in zip((gate, up), sizes, strict=True)]
+    check(fmt, method._loaded_parts(layer), SparseWeight.cat(own))
+
+
+def check(fmt: Format, parts: dict[str, torch.Tensor], weight: SparseWeight) -> None:
+    shape = (weight.mask.shape[0], weight.mask.shape[1])
+    fmt.validate("w", parts, shape)
+    want = fmt.pack("w", weight)
+    assert parts.keys() == want.keys()
+    for part, tensor in want.items():
+        assert parts[part].dtype == tensor.dtype
+        assert torch.equal(parts[part], tensor), part
+
+
+@pytest.mark.parametrize(
+    ("spec", "columns", "num_ranks", "match"),
+    [
+        ("nm/2:4/int8:128", 384, 2, "192 columns .* of 128 .*over 2 tensor-.*that work: 1, 3"),
+        ("bitmask/0.5/int4:64", 576, 2, "288 columns .* of 64 .*sizes that work: 1, 3, 9"),
+        ("nm/1:32/int4:32", 128, 4, "int4 codes of 32 columns end within a byte.*work: 1, 2"),
+        ("nm/2:4", 48, 4, "12 columns are not a multiple of 8.*sizes that work: 1, 2, 3, 6"),
+    ],
+)
+def test_cuts_through_groups_are_refused_with_sizes_that_work(
+    spec: str, columns: int, num_ranks: int, match: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CheckpointError, match=match):
+        create(from_spec(spec), [8], columns, num_ranks, monkeypatch, 0)
+
+
+@pytest.mark.parametrize("spec", ["nm/2:4/int8:64", "dense/dense/int4:64"])
+def test_codes_that_were_never_loaded_are_refused(
+    spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fmt = from_spec(spec)
+    method, layer = create(fmt, [8], 256, 1, monkeypatch, 0)
+    for part, tensor in fmt.pack("w", weight_for(fmt, (8, 256))).items():
+        if part != "scales":
+            getattr(layer, part).data.copy_(tensor)
+    with pytest.raises(CheckpointError, match=r"w\.scales: row 0, group 0 is nan"):
+        method.process_weights_after_loading(layer)

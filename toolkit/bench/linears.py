@@ -1,0 +1,204 @@
+"""The linear layers of `gblm bench kernels`: packed ones, PyTorch's, and enough copies of each.
+
+A model's weights do not fit into caches, so every call takes the next copy of its weight; together
+the copies are larger than any cache.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gblm import kernels
+from gblm.errors import GblmError, UsageError
+from gblm.formats import Format, Shape, make_format
+from gblm.kernels import BACKENDS, Backend, native
+from gblm.patterns import parse
+from gblm.values import parse_values, quantize
+from gblm.weights import SparseWeight
+
+Call = Callable[[Tensor], Tensor]
+Clock = Callable[[], float]
+
+DRAWN_ROWS = 512
+PREPARE_REPEATS = 3
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+
+
+@dataclass
+class Linear:
+    """One way to multiply by one weight.
+
+    Attributes:
+        name: unique in a case: a format's spec as it was asked for, or a baseline's name.
+        backend: of gblm, or the package that runs it.
+        spec: with the group size settled; "" for baselines.
+        size: bytes of one copy in memory.
+        copies: a call for each copy of the weight.
+        control: the dense linear of the same value type and backend; None for baselines.
+        prepare_seconds: disk layout → memory layout; None for baselines.
+    """
+
+    name: str
+    backend: str
+    spec: str
+    size: int
+    copies: list[Call]
+    control: str | None = None
+    prepare_seconds: float | None = None
+    _next: Iterator[Call] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._next = cycle(self.copies)
+
+    def time(self, x: Tensor, calls: int, clock: Clock) -> list[float]:
+        """Seconds of each of so many calls, each with the next copy."""
+        seconds = []
+        for _ in range(calls):
+            call = next(self._next)
+            began = clock()
+            call(x)
+            seconds.append(clock() - began)
+        return seconds
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A format as the user wrote it; the group size may be left to the shape.
+
+    Attributes:
+        text: `FORMAT/PATTERN` or `FORMAT/PATTERN/VALUES`, such as "nm/2:4/int8:auto".
+
+    Raises:
+        UsageError: there is no such format.
+    """
+
+    text: str
+
+    def __post_init__(self) -> None:
+        if self.text.count("/") not in (1, 2):
+            raise UsageError(
+                f"format {self.text[:60]!r} is unknown: give FORMAT/PATTERN[/VALUES], such as "
+                "nm/2:4, bitmask/0.5/int8 or dense/dense/int4:128."
+            )
+        self.settle(0)
+
+    @property
+    def values(self) -> str:
+        """The value type: float, int8, int8:128."""
+        return self.text.split("/")[2] if self.text.count("/") == 2 else "float"
+
+    @property
+    def control(self) -> Asked:
+        """The dense format with the same values."""
+        return Asked("dense/dense" + ("" if self.values == "float" else f"/{self.values}"))
+
+    def settle(self, columns: int) -> Format:
+        """The format for a weight with so many columns.
+
+        Raises:
+            UsageError: there is no such format, or it cannot have so many columns.
+        """
+        name, pattern = self.text.split("/")[:2]
+        try:
+            values = parse_values(self.values).resolve("the weight", columns)
+            return make_format(name, str(parse(pattern)), str(values))
+        except GblmError as error:
+            raise UsageError(f"format {self.text[:60]!r}: {error}") from error
+
+
+def check(asked: Asked, shape: Shape, backend: str) -> None:
+    """Refuse what cannot be measured, before anything is.
+
+    Raises:
+        UsageError: the format or the backend cannot have this shape.
+    """
+    fmt = asked.settle(shape[1])
+    try:
+        fmt.check_shape(f"shape {shape[0]}x{shape[1]}", shape)
+    except GblmError as error:
+        raise UsageError(str(error)) from error
+    kernels.select(fmt, shape, torch.bfloat16, torch.device("cpu"), forced=backend)
+
+
+def packed_linear(asked: Asked, backend: str, weight: Tensor, cold: int, clock: Clock) -> Linear:
+    """A weight in one of gblm's formats, on one backend.
+
+    Args:
+        asked: the format.
+        backend: a name of BACKENDS.
+        weight: [out, in] float32.
+        cold: bytes that all copies together have at least.
+        clock: times `prepare`.
+    """
+    fmt, runs = asked.settle(weight.shape[1]), BACKENDS[backend]
+    shape = (weight.shape[0], weight.shape[1])
+    parts = fmt.pack("weight", sparse_weight(fmt, weight))
+    seconds = []
+    for _ in range(PREPARE_REPEATS):
+        began = clock()
+        prepared = runs.prepare(fmt, parts, shape, torch.bfloat16)
+        seconds.append(clock() - began)
+    size = sum(tensor.nbytes for tensor in prepared)
+    copies = [prepared, *(_copy(prepared, runs) for _ in range(num_copies(size, cold) - 1))]
+    return Linear(
+        name=label(asked, backend), backend=backend, spec=fmt.spec, size=size,
+        copies=[
+            partial(kernels.linear, prepared=copy, shape=shape, fmt=fmt, backend=runs)
+            for copy in copies
+        ],
+        control=label(asked.control, backend), prepare_seconds=statistics.median(seconds),
+    )  # fmt: skip
+
+
+def torch_linear(weight: Tensor, cold: int) -> Linear:
+    """PyTorch's own bfloat16 linear."""
+    dense = weight.bfloat16()
+    copies = [dense.clone() for _ in range(num_copies(dense.nbytes, cold))]
+    calls: list[Call] = [partial(torch.nn.functional.linear, weight=copy) for copy in copies]
+    return Linear("torch_bf16", "torch", "", dense.nbytes, calls)
+
+
+def label(asked: Asked, backend: str) -> str:
+    """The name of a packed linear; the backend stands in it when it is not `cpu`."""
+    return asked.text if backend == "cpu" else f"{asked.text} on {backend}"
+
+
+def sparse_weight(fmt: Format, weight: Tensor) -> SparseWeight:
+    """A weight that follows the format; only its first rows are pruned, the others repeat them."""
+    rows = weight.shape[0]
+    drawn = weight[:DRAWN_ROWS]
+    mask = fmt.pattern.keep(drawn.abs(), "row")
+    if fmt.values.is_float:
+        piece = SparseWeight.cut(drawn.bfloat16(), mask)
+    else:
+        piece = quantize(drawn, mask, fmt.values)
+    times = -(-rows // len(drawn))
+    return piece if times == 1 else SparseWeight.cat([piece] * times).narrow(0, 0, rows)
+
+
+def num_copies(size: int, cold: int) -> int:
+    """How many copies of so many bytes are at least `cold` bytes, and at least two; 1 for 0."""
+    return max(2, -(-cold // size)) if cold else 1
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache that one core sees; 32 MiB where the system does not say."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    found = [file.read_text().strip() for file in CACHES.glob("index*/size")]
+    sizes = [int(text[:-1]) * units[text[-1]] for text in found if text[-1:] in units]
+    return max(sizes, default=32 << 20)
+
+
+def _copy(prepared: Sequence[Tensor], backend: Backend) -> list[Tensor]:
+    """Other memory, of the kind that the backend itself takes."""
+    if backend.name != "cpu":
+        return [tensor.clone() for tensor in prepared]
+    return [native.allocate(panels.numel()).copy_(panels) for panels in prepared]

@@ -1,0 +1,135 @@
+"""`gblm bench kernels`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gblm.commands.common import Command, emit, progress_bars, record_option, save_record, table
+
+ISAS = ("avx512", "avx2", "portable")
+RATIOS = {
+    "torch_bf16": "x torch bf16",
+    "vllm_bf16": "x vLLM bf16",
+    "vllm_w8a8": "x vLLM W8A8",
+    "dense": "x dense control",
+}
+
+
+class CommaList(click.ParamType):
+    """Words between commas; the option may be repeated, too."""
+
+    name = "list"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        """Split; empty words are dropped."""
+        words = tuple(word.strip() for word in value.split(",") if word.strip())
+        return words or self.fail("give at least one.", param, ctx)
+
+
+@click.command("kernels", cls=Command)
+@click.option(
+    "--shapes", type=CommaList(), multiple=True, default=["llama-7b"], show_default=True,
+    help="OUTxIN, or the linears of llama-7b, llama-1b (Llama 3.2), smollm2. Repeatable.",
+)  # fmt: skip
+@click.option(
+    "--tokens", type=CommaList(), multiple=True, default=["1,4,8,16,64,256"], show_default=True,
+    help="Numbers of tokens that are multiplied at once.",
+)  # fmt: skip
+@click.option(
+    "--formats", type=CommaList(), multiple=True,
+    help="FORMAT/PATTERN[/VALUES], such as nm/2:4/int8:128; dense controls are added. Default: "
+    "dense, 50 %, 2:4 of each value type, and 70 and 80 % of bf16.",
+)  # fmt: skip
+@click.option(
+    "--backends", type=CommaList(), multiple=True, default=["cpu"], show_default=True,
+    help="Of gblm: cpu, reference, dense.",
+)  # fmt: skip
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--isa", type=click.Choice(ISAS), help="Instruction set of cpu. Default: the best.")
+@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True)
+@click.option("--vllm/--no-vllm", default=True, show_default=True,
+              help="Measure vLLM's linears, too, if it is installed.")  # fmt: skip
+@record_option
+@click.pass_context
+def command(
+    ctx: click.Context,
+    /,
+    shapes: tuple[tuple[str, ...], ...],
+    tokens: tuple[tuple[str, ...], ...],
+    formats: tuple[tuple[str, ...], ...],
+    backends: tuple[tuple[str, ...], ...],
+    output: Path | None,
+    **rest: Any,
+) -> None:
+    """Time packed weights against PyTorch, vLLM and the speed of this machine's memory.
+
+    Weights are read from memory, not from caches. Ratios are medians over interleaved rounds.
+    """
+    with progress_bars(ctx) as progress:
+        from gblm.bench.kernels import FORMATS, Settings, bench_kernels, parse_shapes
+
+        settings = Settings(
+            shapes=parse_shapes(_flat(shapes)),
+            tokens=_numbers(tokens),
+            formats=_flat(formats) or FORMATS,
+            backends=_flat(backends),
+            **rest,
+        )
+        record = bench_kernels(settings, progress)
+    emit(ctx, record, lambda: print_record(record))
+    save_record(output, record)
+
+
+def print_record(record: dict[str, Any]) -> None:
+    """A table per case, then `prepare`, the cost of a call, and how it was measured."""
+    for case in record["cases"]:
+        click.echo(f"{case['shape'][0]}x{case['shape'][1]}, tokens: {case['tokens']}")
+        ratios = [name for name in RATIOS if any(name in row["speedup"] for row in case["rows"])]
+        header = ["", "bits", "us", "GB/s", "of limit", *(RATIOS[name] for name in ratios)]
+        table(header, [_cells(row, ratios) for row in case["rows"]])
+        click.echo()
+    rows = [[f"{row['linear']} {row['shape'][0]}x{row['shape'][1]}", f"{row['gb_s_per_core']:.2f}"]
+            for row in record["prepare"]]  # fmt: skip
+    table(["prepare, dense-equivalent bf16", "GB/s per core"], rows)
+    click.echo()
+    overhead = record["overhead_us"].items()
+    table(["a call on 16x32", "us"], [[name, f"{row['median']:.2f}"] for name, row in overhead])
+    facts = record["kernels"]
+    click.echo(
+        f"\n{record['settings']['rounds']} interleaved rounds; medians, ratios paired by round "
+        f"(min–max), above 1 is faster; read limit {record['read_limit_gb_s']:.1f} GB/s; "
+        f"{facts['clock']}, {facts['threads']} threads, "
+        f"{facts['instruction_set']}, {facts['compiler']}, {record['provenance']['device']} "
+        f"({facts['cpu_model']}), load average {facts['load_average_before']:.1f}"
+    )
+
+
+def _cells(row: dict[str, Any], ratios: list[str]) -> list[str]:
+    found = [row["speedup"].get(name) for name in ratios]
+    return [
+        row["linear"],
+        f"{row['bits_per_weight']:.2f}",
+        f"{row['us']:.1f}",
+        f"{row['gb_s']:.1f}",
+        f"{row['share_of_read_limit']['median']:.0%}",
+        *(f"{r['median']:.2f} ({r['min']:.2f}–{r['max']:.2f})" if r else "–" for r in found),
+    ]
+
+
+def _flat(lists: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(word for words in lists for word in words))
+
+
+def _numbers(lists: tuple[tuple[str, ...], ...]) -> tuple[int, ...]:
+    words = _flat(lists)
+    for word in words:
+        if not (word.isascii() and word.isdigit() and 0 < int(word) < 10**6):
+            raise click.BadParameter(
+                f"{word[:40]!r} is not a positive number.", param_hint="--tokens"
+            )
+    return tuple(map(int, words))

@@ -1,0 +1,57 @@
+"""dense: every position kept. The honest control of sparse formats, through the same code."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gblm.errors import CheckpointError
+from gblm.formats.base import Headers, Parts, Shape, TensorSpec
+from gblm.formats.rectangle import RectangleFormat
+
+
+class DenseFormat(RectangleFormat):
+    """values [out, in], of int4 [out, in/2] bytes; no mask."""
+
+    name = "dense"
+    own_parts = ("values",)
+
+    def kept_per_row(self, columns: int) -> int:
+        """See RectangleFormat.kept_per_row."""
+        return columns
+
+    def columns(self, parts: Parts) -> int:
+        """See RectangleFormat.columns; `in` is even, so int4 has no padding."""
+        return parts["values"].shape[1] * (2 if self.values.kind == "int4" else 1)
+
+    def shape_of(self, name: str, headers: Headers) -> Shape:
+        """See Format.shape_of."""
+        shape = headers["values"][0]
+        if len(shape) != 2 or min(shape) < 1:
+            raise CheckpointError(f"{name}.values: shape {list(shape)} is impossible.")
+        return shape[0], shape[1] * (2 if self.values.kind == "int4" else 1)
+
+    def mask_layout(self, shape: Shape) -> dict[str, TensorSpec]:
+        """See Format.mask_layout."""
+        return {}
+
+    def stored_mask(self, name: str, mask: Tensor) -> Tensor:
+        """See Format.stored_mask."""
+        self.pattern.check_mask(name, mask)
+        return mask
+
+    def mask_parts(self, mask: Tensor) -> dict[str, Tensor]:
+        """See Format.mask_parts."""
+        return {}
+
+    def mask(self, parts: Parts) -> Tensor:
+        """See Format.mask."""
+        shape = (parts["values"].shape[0], self.columns(parts))
+        return torch.ones(shape, dtype=torch.bool, device=parts["values"].device)
+
+    def scatter(self, parts: Parts) -> Tensor:
+        """See Format.scatter."""
+        return self.kept(parts)
+
+    def check_mask_data(self, name: str, parts: Parts, shape: Shape) -> None:
+        """See Format.check_mask_data; there is no mask."""

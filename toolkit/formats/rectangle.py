@@ -1,0 +1,44 @@
+"""Rectangle: values of a format that keeps equally many in every row."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from torch import Tensor
+
+from gblm.formats.base import Format, Parts, Shape
+from gblm.formats.nibbles import pack_nibbles, unpack_nibbles
+
+
+class RectangleFormat(Format):
+    """values [out, kept per row], of int4 [out, ceil(kept per row / 2)] bytes."""
+
+    @abstractmethod
+    def kept_per_row(self, columns: int) -> int:
+        """How many of a row's columns are kept."""
+
+    @abstractmethod
+    def columns(self, parts: Parts) -> int:
+        """`in` of the weight."""
+
+    def values_shape(self, shape: Shape) -> tuple[int, ...]:
+        """See Format.values_shape."""
+        kept = self.kept_per_row(shape[1])
+        return shape[0], (kept + 1) // 2 if self.values.kind == "int4" else kept
+
+    def store(self, kept: Tensor, mask: Tensor) -> Tensor:
+        """See Format.store."""
+        values = kept.reshape(mask.shape[0], -1)
+        return pack_nibbles(values) if self.values.kind == "int4" else values
+
+    def kept(self, parts: Parts) -> Tensor:
+        """See Format.kept; [out, kept per row]."""
+        values = parts["values"]
+        if self.values.kind != "int4":
+            return values
+        return unpack_nibbles(values, self.kept_per_row(self.columns(parts)))
+
+    def padding(self, parts: Parts) -> Tensor:
+        """See Format.padding."""
+        odd = self.kept_per_row(self.columns(parts)) % 2
+        return parts["values"][:, -1] >> 4 if odd else parts["values"][:0, 0]

@@ -1,0 +1,80 @@
+"""cpu: compiled kernels that read packed weights at the speed of memory (csrc/).
+
+One token reads every kept weight once; up to 16 share what is expanded in registers; more share
+what is expanded into cache. Integer weights meet activations that are rounded to int8, one scale
+per token and group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gblm.formats import Format, Parts, Shape
+from gblm.formats.nibbles import byte_offsets
+from gblm.kernels import native
+from gblm.kernels.base import Backend
+
+COLUMN_UNIT = {"float": 8, "int8": 32, "int4": 32}
+
+
+class Cpu(Backend):
+    """Packed in memory as panels of 16 rows; bfloat16 activations."""
+
+    name = "cpu"
+    packed = True
+    own_op = True
+
+    def refuses(
+        self, fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device
+    ) -> str | None:
+        """Other devices, other activations, and columns that do not fill its blocks."""
+        unit = COLUMN_UNIT[fmt.values.kind]
+        if device.type != "cpu":
+            return f"it runs on CPU, not on {device.type}"
+        if dtype != torch.bfloat16:
+            return f"activations must be bfloat16, not {str(dtype).removeprefix('torch.')}"
+        if shape[1] % unit:
+            return f"{shape[1]} columns are not a multiple of {unit}"
+        group = 0 if fmt.values.is_float else fmt.values.group(shape[1])
+        if group % COLUMN_UNIT["int8"]:
+            return f"groups of {group} columns are not a multiple of {COLUMN_UNIT['int8']}"
+        return native.refusal()
+
+    def prepare(
+        self, fmt: Format, parts: Parts, shape: Shape, dtype: torch.dtype = torch.bfloat16
+    ) -> list[Tensor]:
+        """Panels, as one tensor of bytes."""
+        mask = native.ANY
+        if fmt.name == "dense":
+            mask = native.DENSE
+        elif str(fmt.pattern) == "2:4":
+            mask = native.TWO_OF_FOUR
+        source = native.Source(
+            shape=shape,
+            values=fmt.values.kind,
+            mask=mask,
+            data=parts["values"],
+            starts=_row_starts(fmt, parts, shape[0]),
+            bitmask=parts.get("bitmask"),
+            scales=parts.get("scales"),
+        )
+        return [native.prepare(source)]
+
+    def linear(self, x: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape) -> Tensor:
+        """See csrc/linear.cpp."""
+        out: Tensor = torch.ops.gblm.cpu_linear.default(x.contiguous(), prepared[0], shape[0])
+        return out
+
+
+def _row_starts(fmt: Format, parts: Parts, rows: int) -> Tensor:
+    """[out + 1] int64, first byte of each row in the part "values"."""
+    values = parts["values"]
+    if "row_offsets" not in parts:
+        return torch.arange(rows + 1) * (values.shape[1] * values.element_size())
+    offsets = parts["row_offsets"]
+    if fmt.values.kind == "int4":
+        return byte_offsets(offsets.diff())
+    return offsets * values.element_size()

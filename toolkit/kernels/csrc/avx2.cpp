@@ -1,0 +1,190 @@
+// AVX2 and FMA: a byte of mask picks the shuffle that puts eight kept values in their places.
+#include <immintrin.h>
+
+#include "columns.h"
+
+namespace {
+
+// For each mask byte: where each of eight places takes its value from; 0x80 makes a zero.
+struct Shuffles {
+  alignas(16) uint8_t words[256][16];
+  alignas(8) uint8_t bytes[256][8];
+  uint8_t count[256];
+
+  constexpr Shuffles() : words(), bytes(), count() {
+    for (int mask = 0; mask < 256; mask++) {
+      uint8_t kept = 0;
+      for (int i = 0; i < 8; i++) {
+        const bool set = mask >> i & 1;
+        words[mask][2 * i] = set ? static_cast<uint8_t>(2 * kept) : 0x80;
+        words[mask][2 * i + 1] = set ? static_cast<uint8_t>(2 * kept + 1) : 0x80;
+        bytes[mask][i] = set ? kept : 0x80;
+        kept += set;
+      }
+      count[mask] = kept;
+    }
+  }
+};
+constexpr Shuffles kShuffles;
+
+inline Lanes join(__m256 low, __m256 high) {
+  Lanes lanes;
+  std::memcpy(&lanes, &low, 32);
+  std::memcpy(reinterpret_cast<char*>(&lanes) + 32, &high, 32);
+  return lanes;
+}
+
+inline __m256i load256(const uint8_t* at) { return _mm256_loadu_si256((const __m256i*)at); }
+inline __m128i load128(const uint8_t* at) { return _mm_loadu_si128((const __m128i*)at); }
+
+template <int Lines>
+inline void prefetch(const uint8_t* at) {
+  for (int i = 0; i < Lines; i++)
+    _mm_prefetch(reinterpret_cast<const char*>(at) + 4096 + kLine * i, _MM_HINT_T0);
+}
+
+// A word of 8 rows x 2 columns of bf16 as its two columns.
+template <class Visit>
+inline __attribute__((always_inline)) void visit_pair(int column, __m256i rows0, __m256i rows8,
+                                                      Visit&& visit) {
+  const __m256i high = _mm256_set1_epi32(static_cast<int>(0xFFFF0000));
+  visit(column, join(_mm256_castsi256_ps(_mm256_slli_epi32(rows0, 16)),
+                     _mm256_castsi256_ps(_mm256_slli_epi32(rows8, 16))));
+  visit(column + 1, join(_mm256_castsi256_ps(_mm256_and_si256(rows0, high)),
+                         _mm256_castsi256_ps(_mm256_and_si256(rows8, high))));
+}
+
+// A word of 8 rows x 4 columns of signed bytes as its four columns.
+template <class Visit>
+inline __attribute__((always_inline)) void visit_quad(int column, __m256i rows0, __m256i rows8,
+                                                      Visit&& visit) {
+  const auto pick = [](__m256i rows, int byte) {
+    const __m256i top = _mm256_slli_epi32(rows, 24 - 8 * byte);
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(top, 24));
+  };
+  for (int byte = 0; byte < 4; byte++)
+    visit(column + byte, join(pick(rows0, byte), pick(rows8, byte)));
+}
+
+template <int Values, int Mask>
+struct Avx2Reader;
+
+template <int Mask>
+struct Avx2Reader<GBLM_BF16, Mask> {
+  static constexpr float kScale = 1;
+
+  static __m128i expand(const uint8_t*& v, uint8_t mask) {
+    const __m128i order = _mm_load_si128((const __m128i*)kShuffles.words[mask]);
+    const __m128i values = _mm_shuffle_epi8(load128(v), order);
+    v += 2 * kShuffles.count[mask];
+    return values;
+  }
+
+  template <class Visit>
+  static inline __attribute__((always_inline)) const uint8_t* block(const uint8_t* at,
+                                                                    Visit&& visit) {
+    prefetch<Mask == GBLM_DENSE ? 16 : 9>(at);
+    const uint8_t* v = Mask == GBLM_DENSE ? at : at + kMaskBytes;
+    for (int word = 0; word < 16; word++) {
+      __m256i rows0, rows8;
+      if (Mask == GBLM_DENSE) {
+        rows0 = load256(v), rows8 = load256(v + 32);
+        v += kLine;
+      } else {
+        const uint8_t* mask = at + 4 * word;
+        const __m128i a = expand(v, mask[0]), b = expand(v, mask[1]);
+        const __m128i c = expand(v, mask[2]), d = expand(v, mask[3]);
+        rows0 = _mm256_set_m128i(b, a), rows8 = _mm256_set_m128i(d, c);
+      }
+      visit_pair(2 * word, rows0, rows8, visit);
+    }
+    return v;
+  }
+};
+
+// Sixteen rows x four columns of bytes under a 64-bit mask.
+struct Bytes {
+  alignas(64) uint8_t value[64];
+
+  // `from` gives the kept bytes, packed; returns how many were taken.
+  int fill(const uint8_t* masks, const uint8_t* from) {
+    int taken = 0;
+    for (int i = 0; i < 8; i++) {
+      const uint8_t mask = masks[i];
+      const __m128i order = _mm_loadl_epi64((const __m128i*)kShuffles.bytes[mask]);
+      const __m128i kept = _mm_loadl_epi64((const __m128i*)(from + taken));
+      _mm_storel_epi64((__m128i*)(value + 8 * i), _mm_shuffle_epi8(kept, order));
+      taken += kShuffles.count[mask];
+    }
+    return taken;
+  }
+  __m256i rows(int first) const { return load256(value + 4 * first); }
+};
+
+template <int Mask>
+struct Avx2Reader<GBLM_INT8, Mask> {
+  static constexpr float kScale = 1;
+
+  template <class Visit>
+  static inline __attribute__((always_inline)) const uint8_t* block(const uint8_t* at,
+                                                                    Visit&& visit) {
+    prefetch<Mask == GBLM_DENSE ? 8 : 5>(at);
+    const uint8_t* v = Mask == GBLM_DENSE ? at : at + kMaskBytes;
+    for (int word = 0; word < 8; word++) {
+      if (Mask == GBLM_DENSE) {
+        visit_quad(4 * word, load256(v), load256(v + 32), visit);
+        v += kLine;
+      } else {
+        Bytes bytes;
+        v += bytes.fill(at + 8 * word, v);
+        visit_quad(4 * word, bytes.rows(0), bytes.rows(8), visit);
+      }
+    }
+    return v;
+  }
+};
+
+// Nibbles are read as bytes of 16 times their value.
+template <int Mask>
+struct Avx2Reader<GBLM_INT4, Mask> {
+  static constexpr float kScale = 1.0f / 16;
+
+  template <class Visit>
+  static inline __attribute__((always_inline)) const uint8_t* block(const uint8_t* at,
+                                                                    Visit&& visit) {
+    prefetch<Mask == GBLM_DENSE ? 4 : 3>(at);
+    const uint8_t* v = Mask == GBLM_DENSE ? at : at + kMaskBytes;
+    const __m256i high = _mm256_set1_epi8(static_cast<char>(0xF0));
+    for (int word = 0; word < 8; word += 2) {
+      alignas(32) uint8_t runs[2][64 + 8];  // a shuffle may look 8 bytes ahead
+      for (int half = 0; half < 2; half++) {
+        const __m256i both = load256(v + 32 * half);
+        const __m256i low = _mm256_and_si256(_mm256_slli_epi16(both, 4), high);
+        _mm256_storeu_si256((__m256i*)(runs[0] + 32 * half), low);
+        _mm256_storeu_si256((__m256i*)(runs[1] + 32 * half), _mm256_and_si256(both, high));
+      }
+      int longest = 0;
+      for (int i = 0; i < 2; i++) {
+        if (Mask == GBLM_DENSE) {
+          visit_quad(4 * (word + i), load256(runs[i]), load256(runs[i] + 32), visit);
+          longest = 64;
+        } else {
+          Bytes bytes;
+          longest = larger(longest, bytes.fill(at + 8 * (word + i), runs[i]));
+          visit_quad(4 * (word + i), bytes.rows(0), bytes.rows(8), visit);
+        }
+      }
+      v += longest;
+    }
+    return v;
+  }
+};
+
+using Engine = Columns<Avx2Reader>;
+
+bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+}  // namespace
+
+const Isa kAvx2 = {"avx2",        supported,    4, Engine::packed_bytes, Engine::scratch_bytes,
+                   Engine::tiles, Engine::pack, Engine::multiply};

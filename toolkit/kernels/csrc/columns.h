@@ -1,0 +1,181 @@
+// Multiplying column by column, for CPUs without an instruction that expands masked words.
+//
+// A reader turns a block into 32 columns of 16 rows, as floats; codes of integers are exact in
+// them, and so are the sums of a group. A Reader<values, mask> has
+//   block(at, visit): calls visit(column, Lanes) for each column; returns where the block ends
+//   kScale: what its floats must be multiplied with
+#pragma once
+
+#include "isa.h"
+
+namespace {
+
+typedef float Lanes __attribute__((vector_size(64), aligned(64)));
+
+constexpr int64_t kTogether = 4;  // tokens that share what is read
+
+template <template <int, int> class Reader>
+struct Columns {
+  static int64_t padded(const Panels& p) { return p.blocks * kColumns; }
+  static int64_t packed_bytes(const Panels& p, int64_t tokens) {
+    return round_up(tokens, kTogether) * padded(p) * 4;
+  }
+  // Sums of all tokens, and one expanded block.
+  static int64_t scratch_bytes(const Panels&, int64_t tokens) {
+    return (2 * round_up(tokens, kTogether) + kColumns) * static_cast<int64_t>(sizeof(Lanes));
+  }
+  static int64_t tiles(const Panels&, int64_t tokens) {
+    return (tokens + kTogether - 1) / kTogether;
+  }
+
+  // Tiles of [columns][4 tokens]; integers as the codes -127 .. 127.
+  static void pack(const Panels& p, const uint16_t* x, int64_t tokens, int64_t tile, void* packed,
+                   float* scales) {
+    float* to = static_cast<float*>(packed) + tile * kTogether * padded(p);
+    const int64_t groups = p.group ? p.columns / p.group : 0;
+    std::memset(to, 0, static_cast<size_t>(kTogether * padded(p)) * 4);
+    for (int64_t t = 0; t < kTogether; t++) {
+      const int64_t token = tile * kTogether + t;
+      const uint16_t* row = x + smaller(token, tokens - 1) * p.columns;
+      float* sx = scales + token * groups;
+      for (int64_t k = 0; k < p.columns; k++) to[k * kTogether + t] = from_bf16(row[k]);
+      for (int64_t g = 0; g < groups; g++)
+        sx[g] = quantise(to + g * p.group * kTogether + t, p.group);
+    }
+  }
+
+  static float quantise(float* x, int64_t count) {
+    float most = 0;
+    for (int64_t k = 0; k < count; k++) {
+      const float size = __builtin_fabsf(x[k * kTogether]);
+      most = size > most || size != size ? size : most;  // NaN wins
+    }
+    const float inverse = most > kLeast ? 127 / most : 0;
+    for (int64_t k = 0; k < count; k++)
+      x[k * kTogether] = __builtin_nearbyintf(x[k * kTogether] * inverse);
+    return most / 127;
+  }
+
+  template <int Values, int Mask>
+  static bool multiply_with(const Panels& p, const Activations& x, int64_t first, int64_t last,
+                            uint16_t* y, void* scratch) {
+    using Read = Reader<Values, Mask>;
+    const int64_t tiles = (x.tokens + kTogether - 1) / kTogether;
+    Lanes* sums = static_cast<Lanes*>(scratch);
+    for (int64_t panel = first; panel < last; panel++) {
+      std::memset(sums, 0, static_cast<size_t>(2 * tiles * kTogether) * sizeof(Lanes));
+      const uint8_t* at = tiles == 1 ? few<Read>(p, p.begin(panel), x, sums)
+                                     : many<Read>(p, p.begin(panel), x, tiles, sums);
+      if (at == nullptr || !p.ends(panel, at)) return false;
+      store(p, panel, x.tokens, sums, y);
+    }
+    return true;
+  }
+
+  // Up to four tokens: a column is used as soon as it is there.
+  template <class Read>
+  static const uint8_t* few(const Panels& p, const uint8_t* at, const Activations& x,
+                            Lanes* sums) {
+    return x.tokens == 1 ? few_tokens<Read, 1>(p, at, x, sums)
+                         : few_tokens<Read, kTogether>(p, at, x, sums);
+  }
+
+  template <class Read, int64_t T>
+  static const uint8_t* few_tokens(const Panels& p, const uint8_t* at, const Activations& x,
+                                   Lanes* sums) {
+    const float* packed = static_cast<const float*>(x.packed);
+    const int64_t step = p.group ? p.group / kColumns : p.blocks;
+    for (int64_t block = 0; block < p.blocks; block += step) {
+      const uint8_t* line = at;
+      if (at > p.limit) return nullptr;
+      if (p.group) at += kLine;
+      // Two sums a token: a chain of additions is shorter than the wait for the next weights.
+      Lanes even[T] = {}, odd[T] = {};
+      for (int64_t b = 0; b < step; b++, packed += kColumns * kTogether) {
+        if (at > p.limit) return nullptr;
+        at = Read::block(at, [&](int column, const Lanes& lanes) __attribute__((always_inline)) {
+          for (int64_t t = 0; t < T; t++)
+            (column % 2 ? odd : even)[t] += lanes * packed[column * kTogether + t];
+        });
+      }
+      for (int64_t t = 0; t < T; t++) even[t] += odd[t];
+      for (int64_t t = 0; t < T; t++) add<Read>(p, line, x, t, block / step, even[t], sums);
+    }
+    return at;
+  }
+
+  // More tokens: a block is expanded once and used by all of them.
+  template <class Read>
+  static const uint8_t* many(const Panels& p, const uint8_t* at, const Activations& x,
+                             int64_t tiles, Lanes* sums) {
+    Lanes* const partial = sums + tiles * kTogether;
+    Lanes* const expanded = partial + tiles * kTogether;
+    const int64_t step = p.group ? p.group / kColumns : p.blocks;
+    for (int64_t block = 0; block < p.blocks; block += step) {
+      const uint8_t* line = at;
+      if (at > p.limit) return nullptr;
+      if (p.group) at += kLine;
+      for (int64_t b = block; b < block + step; b++) {
+        if (at > p.limit) return nullptr;
+        at = Read::block(at, [&](int column, const Lanes& lanes) __attribute__((always_inline)) {
+          expanded[column] = lanes;
+        });
+        for (int64_t tile = 0; tile < tiles; tile++)
+          multiply_block(expanded,
+                         static_cast<const float*>(x.packed) +
+                             (tile * padded(p) + b * kColumns) * kTogether,
+                         partial + tile * kTogether);
+      }
+      for (int64_t t = 0; t < tiles * kTogether; t++) {
+        add<Read>(p, line, x, t, block / step, partial[t], sums);
+        partial[t] = Lanes{};
+      }
+    }
+    return at;
+  }
+
+  static void multiply_block(const Lanes* columns, const float* x, Lanes* sums) {
+    Lanes a = sums[0], b = sums[1], c = sums[2], d = sums[3];
+    for (int64_t k = 0; k < kColumns; k++, x += kTogether) {
+      a += columns[k] * x[0];
+      b += columns[k] * x[1];
+      c += columns[k] * x[2];
+      d += columns[k] * x[3];
+    }
+    sums[0] = a, sums[1] = b, sums[2] = c, sums[3] = d;
+  }
+
+  // Add what one group has summed up.
+  template <class Read>
+  static void add(const Panels& p, const uint8_t* line, const Activations& x, int64_t token,
+                  int64_t group, const Lanes& sum, Lanes* sums) {
+    if (p.group == 0) {
+      sums[token] += sum;
+      return;
+    }
+    const float scale = x.scales[token * (p.columns / p.group) + group] * Read::kScale;
+    Lanes weight;
+    for (int r = 0; r < kRows; r++) weight[r] = from_bf16(load<uint16_t>(line + 2 * r));
+    sums[token] += sum * (weight * scale);
+  }
+
+  static void store(const Panels& p, int64_t panel, int64_t tokens, const Lanes* sums,
+                    uint16_t* y) {
+    const int64_t rows = smaller(kRows, p.rows - panel * kRows);
+    for (int64_t t = 0; t < tokens; t++)
+      for (int64_t r = 0; r < rows; r++)
+        y[t * p.rows + panel * kRows + r] = to_bf16(sums[t][r]);
+  }
+
+  static bool multiply(const Panels& p, const Activations& x, int64_t first, int64_t last,
+                       uint16_t* y, void* scratch) {
+    using Multiply = decltype(&multiply_with<0, 0>);
+    static constexpr Multiply table[3][3] = {
+        {multiply_with<0, 0>, multiply_with<0, 1>, multiply_with<0, 2>},
+        {multiply_with<1, 0>, multiply_with<1, 1>, multiply_with<1, 2>},
+        {multiply_with<2, 0>, multiply_with<2, 1>, multiply_with<2, 2>}};
+    return table[p.values][p.mask](p, x, first, last, y, scratch);
+  }
+};
+
+}  // namespace

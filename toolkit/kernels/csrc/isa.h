@@ -1,0 +1,33 @@
+// What one instruction set offers to the driver in linear.cpp.
+#pragma once
+
+#include "panels.h"
+
+// Activations of a call, packed by the instruction set that uses them.
+struct Activations {
+  const void* packed;
+  const float* scales;  // integers only
+  int64_t tokens;
+};
+
+struct Isa {
+  const char* name;
+  bool (*supported)();
+  // Panels that one task takes together.
+  int64_t panels_per_task;
+  // Bytes of packed activations for so many tokens, and of scratch for each thread.
+  int64_t (*packed_bytes)(const Panels&, int64_t tokens);
+  int64_t (*scratch_bytes)(const Panels&, int64_t tokens);
+  // Packing is cut into tiles, which may be packed in parallel.
+  int64_t (*tiles)(const Panels&, int64_t tokens);
+  void (*pack)(const Panels&, const uint16_t* x, int64_t tokens, int64_t tile, void* packed,
+               float* scales);
+  // y [tokens, rows] of some panels; false when the panels are damaged.
+  bool (*multiply)(const Panels&, const Activations&, int64_t first, int64_t last, uint16_t* y,
+                   void* scratch);
+};
+
+extern const Isa kPortable;
+#if defined(__x86_64__)
+extern const Isa kAvx2, kAvx512;
+#endif

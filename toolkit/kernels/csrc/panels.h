@@ -1,0 +1,101 @@
+// The layout of panels, shared by all instruction sets.
+//
+//   header (64 B) | offsets u64 [panels + 1] | panels, each 64-byte aligned | slack
+//
+// A panel is 16 rows; rows and columns are padded with zeros. A block is 16 rows x 32 columns:
+// 64 B of masks, then the kept values of word after word. A word is what one register expands to:
+// bf16: 16 rows x 2 columns, 32-bit mask, bit 2 row + (column & 1); integers: 16 rows x 4 columns,
+// 64-bit mask, bit 4 row + (column & 3). int4 words 2i and 2i + 1 share a run of bytes: low
+// nibbles are word 2i, high nibbles word 2i + 1, as long as the larger of the two. Dense blocks
+// have no masks. Integer panels hold one line before each group: bf16 scales [16], i16 sums [16]
+// of the codes, which undo the +128 of unsigned activations.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "gblm_kernels.h"
+
+// Panels whose header and offsets have been checked. Members are always inlined: the linker would
+// keep one copy of them for all instruction sets.
+#define GBLM_INLINE inline __attribute__((always_inline))
+struct Panels {
+  int64_t rows, columns, group, blocks, count;
+  int32_t values, mask;
+  const uint8_t* base;
+  const uint8_t* limit;  // no block starts behind it
+
+  // From bytes, so that panels may lie anywhere.
+  GBLM_INLINE uint64_t offset(int64_t panel) const {
+    uint64_t value;
+    std::memcpy(&value, base + 64 + 8 * panel, 8);
+    return value;
+  }
+  // Behind the limit when the offset is, so that no block is read there.
+  GBLM_INLINE const uint8_t* begin(int64_t panel) const {
+    const uint64_t at = offset(panel);
+    return at <= static_cast<uint64_t>(limit - base) ? base + at : limit + 1;
+  }
+  // Whether what was read up to `at` is the whole panel.
+  GBLM_INLINE bool ends(int64_t panel, const uint8_t* at) const {
+    return (static_cast<uint64_t>(at - base) + 63) / 64 * 64 == offset(panel + 1);
+  }
+};
+
+namespace {  // every translation unit has its own copy: they are compiled for different CPUs
+
+constexpr uint32_t kMagic = 0x4D4C4247;  // "GBLM"
+constexpr uint32_t kVersion = 1;
+constexpr int64_t kRows = 16, kColumns = 32, kLine = 64;
+constexpr int64_t kMaskBytes = 64;
+constexpr int64_t kMaxGroup = 256;  // sums of codes fit 16 bits
+// A block may start at most this far before the end, whatever its masks say.
+constexpr int64_t kSlack = 2048;
+constexpr int64_t kMaxExtent = int64_t{1} << 24;
+// Groups of activations below it count as zeros: 127 / x must be finite.
+constexpr float kLeast = 0x1p-120f;
+
+struct Header {
+  uint32_t magic, version;
+  int64_t rows, columns, group, bytes;
+  int32_t values, mask;
+  uint8_t reserved[16];
+};
+static_assert(sizeof(Header) == kLine);
+
+// Not std::min and std::max: the linker keeps one copy of those, perhaps one for another CPU.
+template <class T>
+constexpr T smaller(T a, T b) {
+  return a < b ? a : b;
+}
+template <class T>
+constexpr T larger(T a, T b) {
+  return a < b ? b : a;
+}
+constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+inline float from_bf16(uint16_t half) {
+  const uint32_t bits = uint32_t{half} << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint16_t to_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if ((bits & 0x7FFFFFFF) > 0x7F800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+template <class T>
+inline T load(const void* from) {
+  T value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+}  // namespace
+
+int open_panels(const void* memory, int64_t bytes, Panels* panels);

@@ -1,0 +1,250 @@
+"""The compiled CPU kernels: finding the library, turning parts into panels, and its facts.
+
+The C ABI is csrc/gblm_kernels.h. Multiplying is not here: `torch.ops.gblm.cpu_linear` is registered
+by the library itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gblm.errors import GblmError
+
+LIBRARY = Path(__file__).with_name("_cpu.so")
+VALUES = {"float": 0, "int8": 1, "int4": 2}
+DTYPES = {"float": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}
+DENSE, ANY, TWO_OF_FOUR = 0, 1, 2
+HUGE_PAGE = 2 << 20
+
+
+class KernelError(GblmError):
+    """The kernels refused a weight or panels."""
+
+
+class _Source(ctypes.Structure):
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("values", ctypes.c_int32),
+        ("mask", ctypes.c_int32),
+        ("group", ctypes.c_int64),
+        ("data", ctypes.c_void_p),
+        ("data_bytes", ctypes.c_int64),
+        ("bitmask", ctypes.c_void_p),
+        ("starts", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+    )
+
+
+class _Info(ctypes.Structure):
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("bytes", ctypes.c_int64),
+        ("values", ctypes.c_int32),
+        ("mask", ctypes.c_int32),
+    )
+
+
+@dataclass(frozen=True)
+class Source:
+    """A weight as it lies on disk.
+
+    Attributes:
+        shape: [out, in]; in is a multiple of 8, of 32 with integer values.
+        values: "float" (bfloat16), "int8" or "int4".
+        mask: DENSE, ANY or TWO_OF_FOUR.
+        data: the kept values, row after row; int4 two a byte, rows begin at bytes.
+        starts: [out + 1] int64, first byte of each row in `data`.
+        bitmask: [out, in/8] uint8; None when dense.
+        scales: [out, in/group] bfloat16; None for floats.
+    """
+
+    shape: tuple[int, int]
+    values: str
+    mask: int
+    data: Tensor
+    starts: Tensor
+    bitmask: Tensor | None = None
+    scales: Tensor | None = None
+
+
+def refusal() -> str | None:
+    """None when the kernels can be used; else why not, for people."""
+    return _loaded()[1]
+
+
+def instruction_set() -> str:
+    """The instruction set in use: avx512, avx2 or portable."""
+    name: bytes = _library().gblm_isa()
+    return name.decode()
+
+
+def use_instruction_set(name: str) -> None:
+    """Take another instruction set than the best one, for tests and benchmarks.
+
+    Raises:
+        KernelError: this CPU, or this build, has no such set.
+    """
+    if _library().gblm_use_isa(name.encode()):
+        raise KernelError(f"instruction set {name!r} is not available on this CPU.")
+
+
+def compiler() -> str:
+    """What built the library."""
+    name: bytes = _library().gblm_compiler()
+    return name.decode()
+
+
+def prepare(source: Source, name: str = "weight") -> Tensor:
+    """Disk layout → panels.
+
+    Args:
+        source: the weight; its tensors are on CPU.
+        name: of the linear, for messages.
+
+    Returns:
+        [bytes] uint8, in huge pages where the system has them.
+
+    Raises:
+        KernelError: masks, offsets and values do not agree, or a value is not finite.
+    """
+    library, held = _library(), _hold(source)
+    count = ctypes.c_int64()
+    pool = library.gblm_torch_pool()
+    _check(library.gblm_panels_bytes(ctypes.byref(held[0]), pool, ctypes.byref(count)), name)
+    panels = allocate(count.value)
+    _check(library.gblm_prepare(ctypes.byref(held[0]), pool, panels.data_ptr(), count.value), name)
+    return panels
+
+
+def unpack(panels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The inverse of `prepare`, for tests: values or codes, mask, scales.
+
+    Returns:
+        bfloat16 values or int8 codes [out, in], bool mask [out, in], and bfloat16 scales of the
+        panels' own groups (None for floats).
+
+    Raises:
+        KernelError: the panels are damaged.
+    """
+    library, info = _library(), _Info()
+    if panels.dtype != torch.uint8 or panels.device.type != "cpu" or not panels.is_contiguous():
+        raise KernelError("panels are contiguous uint8 on CPU.")
+    size = panels.numel()
+    _check(library.gblm_inspect(panels.data_ptr(), size, ctypes.byref(info)), "panels")
+    shape = (info.rows, info.columns)
+    values = torch.empty(shape, dtype=torch.int8 if info.group else torch.bfloat16)
+    mask = torch.empty(shape, dtype=torch.uint8)
+    scales = None
+    if info.group:
+        scales = torch.empty((info.rows, info.columns // info.group), dtype=torch.bfloat16)
+    result = library.gblm_unpack(
+        panels.data_ptr(), size, values.data_ptr(), mask.data_ptr(), _pointer(scales)
+    )
+    _check(result, "panels")
+    return values, mask.bool(), scales
+
+
+def allocate(size: int) -> Tensor:
+    """[size] uint8, not yet written, where huge pages begin: fewer misses of the TLB."""
+    memory = torch.empty(size + (HUGE_PAGE if size >= HUGE_PAGE else 64), dtype=torch.uint8)
+    unit = HUGE_PAGE if size >= HUGE_PAGE else 64
+    aligned = memory[-memory.data_ptr() % unit :][:size]
+    if unit == HUGE_PAGE:
+        _library().gblm_advise(aligned.data_ptr(), size)
+    return aligned
+
+
+def read_seconds(memory: Tensor) -> float:
+    """Seconds to read a tensor once with PyTorch's threads: the limit of decoding."""
+    library = _library()
+    size = memory.numel() * memory.element_size()
+    seconds: float = library.gblm_read_seconds(memory.data_ptr(), size, library.gblm_torch_pool())
+    return seconds
+
+
+def _hold(source: Source) -> tuple[_Source, list[Tensor]]:
+    """The C structure, and the tensors that its pointers need alive."""
+    tensors = [source.data, source.starts, source.bitmask, source.scales]
+    kept = [tensor.contiguous() if tensor is not None else None for tensor in tensors]
+    data, starts, bitmask, scales = kept
+    if data is None or starts is None:
+        raise KernelError("a source needs data and starts.")
+    dtypes = (DTYPES[source.values], torch.int64, torch.uint8, torch.bfloat16)
+    for tensor, dtype in zip(kept, dtypes, strict=True):
+        if tensor is not None and (tensor.dtype != dtype or tensor.device.type != "cpu"):
+            found = f"{tensor.dtype} on {tensor.device.type}"
+            raise KernelError(f"data, starts, bitmask or scales: {found} where {dtype} must be.")
+    rows, columns = source.shape
+    checked = (starts.numel() == rows + 1) and (
+        bitmask is None or bitmask.numel() == rows * (columns // 8)
+    )
+    groups = scales.shape[-1] if scales is not None else 1
+    fits = scales is None or (tuple(scales.shape) == (rows, groups) and columns % groups == 0)
+    if not checked or not groups or not fits:
+        raise KernelError(f"bitmask, starts or scales do not fit a weight of {[rows, columns]}.")
+    group = columns // groups if scales is not None else 0
+    fields = _Source(
+        rows=rows, columns=columns, values=VALUES[source.values], mask=source.mask, group=group,
+        data=data.data_ptr(), data_bytes=data.numel() * data.element_size(),
+        bitmask=_pointer(bitmask), starts=starts.data_ptr(), scales=_pointer(scales),
+    )  # fmt: skip
+    return fields, [tensor for tensor in kept if tensor is not None]
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _check(result: int, name: str) -> None:
+    if result:
+        message: bytes = _library().gblm_error(result)
+        raise KernelError(f"{name}: {message.decode()}.")
+
+
+def _library() -> ctypes.CDLL:
+    library, reason = _loaded()
+    if library is None:
+        raise KernelError(f"the CPU kernels cannot be used: {reason}.")
+    return library
+
+
+@cache
+def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library with its operator registered, or the reason why there is none."""
+    if not LIBRARY.exists():
+        return None, "not built (no C++ compiler at installation)"
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        return None, f"not loadable ({error})"
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    for name, result, arguments in (
+        ("panels_bytes", ctypes.c_int, [pointer] * 3),
+        ("prepare", ctypes.c_int, [pointer, pointer, pointer, number]),
+        ("inspect", ctypes.c_int, [pointer, number, pointer]),
+        ("unpack", ctypes.c_int, [pointer, number, pointer, pointer, pointer]),
+        ("linear", ctypes.c_int, [pointer, number, pointer, number, pointer, pointer]),
+        ("error", ctypes.c_char_p, [ctypes.c_int]),
+        ("isa", ctypes.c_char_p, []),
+        ("use_isa", ctypes.c_int, [ctypes.c_char_p]),
+        ("compiler", ctypes.c_char_p, []),
+        ("advise", None, [pointer, number]),
+        ("read_seconds", ctypes.c_double, [pointer, number, pointer]),
+        ("register_torch", ctypes.c_int, [ctypes.c_char_p]),
+        ("torch_pool", pointer, []),
+    ):
+        function = getattr(library, f"gblm_{name}")
+        function.restype, function.argtypes = result, arguments
+    libtorch = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    if library.gblm_register_torch(str(libtorch).encode()):
+        return None, f"PyTorch {torch.__version__} lacks the stable C ABI of 2.10"
+    return library, None
