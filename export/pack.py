@@ -16,7 +16,7 @@ from gblm.checkpoint.reader import Reader
 from gblm.errors import InputError, PatternError
 from gblm.folder import resolve
 from gblm.layers import StreamedLayers
-from gblm.model import head_dim, prunable, refuse_packed
+from gblm.model import head_dim, output_head, prunable, refuse_packed
 from gblm.patterns import NM, Dense, Pattern, Unstructured, parse
 from gblm.progress import Progress, no_progress
 from gblm.values import parse_values, quantize
@@ -35,6 +35,7 @@ def export_pack(
     overwrite: bool = False,
     progress: Progress = no_progress,
     values: str = "float",
+    head: str = "float",
 ) -> dict[str, Any]:
     """Pack the decoder layers' linears of a dense model whose zeros are already there.
 
@@ -46,6 +47,7 @@ def export_pack(
         overwrite: replace an existing folder.
         progress: for a progress bar.
         values: how they are stored, as `gblm.values.parse_values` reads it.
+        head: how the output head is stored: "float", "int8" or "int4"; see Recipe.
 
     Returns:
         The sparsity report.
@@ -58,17 +60,21 @@ def export_pack(
     folder, kind = resolve(source), parse_values(values)
     refuse_packed(folder)
     with Reader(folder) as reader:
-        check_room(reader, output, overwrite)
         model = StreamedLayers(reader).model
+        packed_head = output_head(model, head, reader)
+        check_room(reader, output, overwrite, packed_head.num_bytes if packed_head else 0)
         linears, every = tuple(prunable(model, ignore=ignore)), tuple(prunable(model))
         chosen = parse(pattern) if pattern else find_pattern(reader, linears)
         check_packable(reader, linears, chosen, kind)
         recipe = {"model": str(source), "method": "pack", "pattern": str(chosen), "options": {}}
         if not kind.is_float:
             recipe["values"] = values
+        if packed_head is not None:
+            recipe["head"] = head
         packing = Packing(
-            folder, chosen, every, recipe, notes={}, head_dim=head_dim(model), values=kind
-        )
+            folder, chosen, every, recipe, notes={}, head_dim=head_dim(model), values=kind,
+            head=packed_head,
+        )  # fmt: skip
         step = progress("packing", len(linears))
         pieces = (
             packing.pack(reader, weight) for weight in _weights(packing, reader, linears, step)

@@ -83,28 +83,46 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pack_tiny(
-    tiny: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Path]:
-    """Prune the tiny model once per (method, pattern, values) and give the packed folder."""
-    made: dict[tuple[str, str, str], Path] = {}
+def tiny_untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "untied"
+    return save_tiny_model(folder, tie_word_embeddings=False)
 
-    def pack(method: str = "wanda", pattern: str = "2:4", values: str = "float") -> Path:
+
+@pytest.fixture(scope="session")
+def pack_tiny(
+    tiny: Path, tiny_untied: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """Prune the tiny model once per set of arguments and give the packed folder."""
+    made: dict[tuple[object, ...], Path] = {}
+
+    def pack(
+        method: str = "wanda", pattern: str = "2:4", values: str = "float", head: str = "float",
+        tied: bool = True,
+    ) -> Path:  # fmt: skip
         from gblm.prune import prune
         from gblm.recipe import Calibration, Recipe
 
-        if (method, pattern, values) not in made:
+        asked = (method, pattern, values, head, tied)
+        if asked not in made:
             folder = tmp_path_factory.mktemp("packed") / "out"
             calibration = Calibration(source=str(text_file), num_samples=4, seq_len=32)
             recipe = Recipe(
-                model=str(tiny), method=method, pattern=pattern, values=values,
-                calibration=calibration,
+                model=str(tiny if tied else tiny_untied), method=method, pattern=pattern,
+                values=values, head=head, calibration=calibration,
             )  # fmt: skip
             prune(recipe, folder)
-            made[method, pattern, values] = folder
-        return made[method, pattern, values]
+            made[asked] = folder
+        return made[asked]
 
     return pack
+
+
+@pytest.fixture(scope="session")
+def best_backend() -> str:
+    """The backend that serves the tiny model when none is asked for."""
+    from gblm.kernels import native
+
+    return "cpu" if native.refusal() is None else "reference"
 
 
 @pytest.fixture

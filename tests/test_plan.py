@@ -106,6 +106,21 @@ def test_the_output_is_as_large_as_predicted(
     assert wanted["peak_bytes"] == wanted["output_bytes"] + wanted["finished_layers_bytes"]
 
 
+@pytest.mark.parametrize("head", ["int8", "int4"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_packed_head_is_counted(
+    tiny: Path, tiny_untied: Path, pack_tiny: Callable[..., Path], tied: bool, head: str
+) -> None:
+    source, folder = tiny if tied else tiny_untied, pack_tiny(head=head, tied=tied)
+    found = sum(file.stat().st_size for file in folder.iterdir())
+    facts, plain = predict(source, "wanda", head=head), predict(source, "wanda")
+    assert facts["head"] == f"{head}:64"
+    assert facts["disk"]["output_bytes"] == pytest.approx(found, rel=0.02)
+    grows = facts["disk"]["output_bytes"] > plain["disk"]["output_bytes"]
+    assert grows is tied
+    assert working_bytes(facts) >= working_bytes(plain)
+
+
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_codes_take_memory_and_save_disk(tiny: Path, method: str) -> None:
     floats, codes = (predict(tiny, method, dtype="float32", values=v) for v in ("float", "int8"))

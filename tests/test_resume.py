@@ -209,5 +209,17 @@ def test_codes_go_on_in_the_same_bytes(
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
+def test_packed_heads_go_on_in_the_same_bytes(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe.model_copy(update={"head": "int8"})
+    prune(recipe, tmp_path / "whole")
+    cut_off(recipe, tmp_path / "out", monkeypatch)
+    with pytest.raises(InputError, match=r"recipe\.head was 'int8', now it is 'int4'"):
+        prune(recipe.model_copy(update={"head": "int4"}), tmp_path / "out")
+    prune(recipe, tmp_path / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
 def _stored(work: Path) -> list[str]:
     return [name for file in work.glob("layer-*.safetensors") for name in load_file(file)]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gblm.checkpoint.head import Head
 from gblm.checkpoint.reader import Reader
 from gblm.errors import CheckpointError, InputError, MachineError, UsageError
 from gblm.folder import quant_method, read_config
@@ -140,6 +141,33 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
         f"{type(model).__name__} has no decoder layers with nn.Linear weights: "
         "gblm prunes LLaMA-like causal language models."
     )
+
+
+def output_head(model: nn.Module, values: str, reader: Reader) -> Head | None:
+    """The output head as it is to be packed; None if it stays floating.
+
+    Args:
+        model: of the checkpoint; needs no weights.
+        values: "float", "int8" or "int4".
+        reader: of the checkpoint.
+
+    Raises:
+        InputError: the head is no nn.Linear.
+        GblmError: see `Head.of`.
+    """
+    if values == "float":
+        return None
+    own: Any = model
+    module = own.get_output_embeddings()
+    name = next((name for name, part in model.named_modules() if part is module), "")
+    if not isinstance(module, nn.Linear) or not name:
+        raise InputError(
+            f"{type(model).__name__} has no output head that is an nn.Linear: --head float."
+        )
+    weight = f"{name}.weight"
+    # As in transformers: a head that is stored counts, whatever config.json says of tying.
+    source = weight if weight in reader else own.all_tied_weights_keys.get(weight, weight)
+    return Head.of(reader, name, source, values)
 
 
 def hidden_size(model: nn.Module) -> int:

@@ -160,8 +160,13 @@ def check_linear(model: nn.Module, linear: PackedLinear) -> nn.Linear:
     """The module a packed weight belongs to.
 
     Raises:
-        CheckpointError: there is no such linear, or it has another shape.
+        CheckpointError: there is no such linear, it has another shape, or it is tied to another.
     """
+    if f"{linear.name}.weight" in (getattr(model, "all_tied_weights_keys", None) or {}):
+        raise CheckpointError(
+            f"{linear.name}: packed, but config.json ties it to the embeddings; a packed output "
+            "head needs tie_word_embeddings: false."
+        )
     try:
         module = model.get_submodule(linear.name)
     except AttributeError as error:

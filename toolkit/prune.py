@@ -34,7 +34,7 @@ from gblm.formats import format_for
 from gblm.layers import StreamedLayers
 from gblm.loop import Loop, prune_layers
 from gblm.methods import Method, ScoredMethod, make_method
-from gblm.model import check_device, head_dim, prunable, refuse_packed
+from gblm.model import check_device, head_dim, output_head, prunable, refuse_packed
 from gblm.patterns import parse
 from gblm.progress import Progress, no_progress
 from gblm.provenance import versions
@@ -111,7 +111,7 @@ def _prepare(recipe: Recipe, output: Output, reader: Reader, device: str, ranks:
     values = parse_values(recipe.values)
     check_packable(reader, names, pattern, values)
     if ranks.leads:
-        _check_output(output, recipe, reader, frozenset(names), method)
+        _check_output(output, recipe, layers, frozenset(names), method)
     if not method.needs or recipe.stats is not None:
         recipe = recipe.model_copy(update={"calibration": None})
     sha256 = folder_sha256(reader.folder, {"config.json", *reader.files})
@@ -125,16 +125,21 @@ def _prepare(recipe: Recipe, output: Output, reader: Reader, device: str, ranks:
         keeps_values=isinstance(method, ScoredMethod),
         head_dim=head_dim(layers.model),
         values=values,
+        head=output_head(layers.model, recipe.head, reader),
     )
     return _Run(packing, output, reader, layers, method, statistics)
 
 
 def _check_output(
-    output: Output, recipe: Recipe, reader: Reader, names: frozenset[str], method: Method
+    output: Output, recipe: Recipe, source: StreamedLayers, names: frozenset[str], method: Method
 ) -> None:
     """The outputs are free, and the disk holds finished layers besides the folder itself."""
     remove_leftovers(output.folder)
     _check_save_stats(output, recipe, method)
+    reader = source.reader
+    head = output_head(source.model, recipe.head, reader)
+    if head is not None:
+        head.check(reader)
     shapes = [reader.headers[f"{name}.weight"][0] for name in names]
     weights = sum(rows * columns for rows, columns in shapes)
     layers = int(1.1 * sum(reader.num_bytes(f"{name}.weight") for name in names))
@@ -144,7 +149,7 @@ def _check_output(
     gradients = 4 * weights if "grad_norm" in method.needs and recipe.stats is None else 0
     saved = gradients if output.save_stats is not None else 0
     there = folder_bytes(work_path(output.folder))
-    extra = layers + exact + gradients + saved - there
+    extra = layers + exact + gradients + saved + (head.num_bytes if head else 0) - there
     check_room(reader, output.folder, output.overwrite, extra)
 
 

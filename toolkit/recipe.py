@@ -11,6 +11,7 @@ from gblm.errors import UsageError
 from gblm.folder import read_json_object
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+HeadValues = Literal["float", "int8", "int4"]
 
 
 class Calibration(BaseModel):
@@ -58,6 +59,8 @@ class Recipe(BaseModel):
         values: of the packed weights: "float", the checkpoint's own dtype; "int8", "int4", rounded
             to codes with a scale per group of columns: "int8:128", "int4:row"; see
             `gblm.values.parse_values`.
+        head: of the output head: "float", as it is; "int8", "int4", rounded to codes. Of a head
+            that is tied to the embeddings a rounded copy is stored, and the embeddings stay.
         options: the method's own fields, such as {"alpha": 100.0}; unknown ones are refused.
         calibration: None for methods that need no data, and with `stats`.
         stats: a folder of saved statistics, used instead of calibration text.
@@ -74,6 +77,7 @@ class Recipe(BaseModel):
     method: str = "gblm"
     pattern: str = "2:4"
     values: str = "float"
+    head: HeadValues = "float"
     options: dict[str, bool | float | int | str] = Field(default_factory=dict)
     calibration: Calibration | None = Calibration()
     stats: str | None = None

@@ -19,7 +19,7 @@ from gblm.errors import CheckpointError
 from gblm.formats import Format
 from gblm.formats.manifest import QUANT_METHOD, Manifest
 from gblm.kernels import Backend
-from gblm.serve.vllm_plugin.head import HeadMethod
+from gblm.serve.vllm_plugin.head import HeadMethod, PackedHeadMethod
 from gblm.serve.vllm_plugin.linear import SparseLinearMethod
 
 
@@ -56,9 +56,9 @@ class SparseConfig(QuantizationConfig):
         return []
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """SparseLinearMethod for packed linears; vLLM's own for all others."""
+        """SparseLinearMethod for packed linears, a method of ours for the head; else vLLM's own."""
         if isinstance(layer, ParallelLMHead):
-            return HeadMethod()
+            return self._head_method(prefix)
         if not isinstance(layer, LinearBase):
             return None
         fmt = self._format_of(prefix)
@@ -74,6 +74,17 @@ class SparseConfig(QuantizationConfig):
             _show_logs()
             kernels.log_choice(self._chosen)
             self._chosen.clear()
+
+    def _head_method(self, prefix: str) -> QuantizeMethodBase:
+        fmt = self.manifest.format_of(prefix)
+        if fmt is None:
+            return HeadMethod()
+        if fmt.name != "dense":
+            raise CheckpointError(
+                f"{prefix}: vLLM serves an output head in the format dense, not {fmt.name}."
+            )
+        self.num_created += 1
+        return PackedHeadMethod(fmt, prefix, self.note_choice)
 
     def _format_of(self, prefix: str) -> Format | None:
         """The format of a layer; the parts of a fused one (q/k/v, gate/up) must agree."""

@@ -28,6 +28,8 @@ from gblm.kernels import Backend
 from gblm.serve.vllm_plugin.ragged import Pieces, RaggedParameter
 from gblm.values import ROW
 
+# −128; twice −8.
+NO_CODE: dict[torch.dtype, float] = {torch.int8: -0x80, torch.uint8: 0x88}
 MAX_RANKS = 64  # looked at for the way out of a refusal
 
 
@@ -151,9 +153,12 @@ class SparseLinearMethod(LinearMethodBase):
 def _rectangle(fmt: Format, part: str, spec: TensorSpec, loader: Any) -> BasevLLMParameter:
     """An empty part that vLLM cuts like a dense weight: at the same relative place.
 
-    NaN and an empty bitmask are refused later, should the loader skip this layer.
+    NaN, codes that there are none of and an empty bitmask are refused later, should the loader skip
+    this layer.
     """
     fill = math.nan if spec.dtype.is_floating_point else 0
+    if part == "values":
+        fill = NO_CODE.get(spec.dtype, fill)
     data = torch.full(spec.shape, fill, dtype=spec.dtype)
     if part == "scales" and fmt.values.group_size == ROW:
         # A scale of a whole row goes to every rank that holds some of its columns.

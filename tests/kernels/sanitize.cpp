@@ -1,5 +1,6 @@
 // Feeds the kernels of toolkit/kernels/csrc/ good and damaged input; `make sanitize` builds it with
 // the address and undefined-behaviour sanitizers. Exit status 0: every result was as promised.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -29,7 +30,9 @@ struct Random {
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB;
     return z ^ (z >> 31);
   }
-  int64_t below(int64_t limit) { return static_cast<int64_t>(next() % static_cast<uint64_t>(limit)); }
+  int64_t below(int64_t limit) {
+    return static_cast<int64_t>(next() % static_cast<uint64_t>(limit));
+  }
   uint16_t bf16() {  // -2 .. 2, a few zeros and subnormals among them
     const auto bits = static_cast<uint16_t>(next() & 0x807F);
     return below(16) == 0 ? bits : static_cast<uint16_t>(bits | (120 + below(8)) << 7);
@@ -74,9 +77,10 @@ struct Weight {
     starts.assign(1, 0);
     for (int64_t row = 0; row < rows; row++) {
       const int64_t density = r.below(5);  // whole rows of zeros and of values, too
+      const bool sparse = rows == 50;
       int64_t kept = 0;
       for (int64_t k = 0; k < columns; k++) {
-        bool keep = kind == GBLM_DENSE || r.below(4) < density;
+        bool keep = kind == GBLM_DENSE || r.below(sparse ? 16 : 4) < density;
         if (kind == GBLM_2_OF_4) keep = (k % 4 == row % 4) || (k % 4 == (row + 1 + k / 4 % 3) % 4);
         mask.push_back(keep);
         double value = 0;
@@ -89,8 +93,16 @@ struct Weight {
       }
       starts.push_back(static_cast<int64_t>(data.size()));
     }
-    source = {rows, columns, values, kind, group, data.data(), static_cast<int64_t>(data.size()),
-              bitmask.data(), starts.data(), scales.data()};
+    source = {rows,
+              columns,
+              values,
+              kind,
+              group,
+              data.data(),
+              static_cast<int64_t>(data.size()),
+              bitmask.data(),
+              starts.data(),
+              scales.data()};
   }
 
  private:
@@ -172,7 +184,7 @@ void check_good(const Weight& w, const Memory& panels, Random& r) {
   std::vector<uint8_t> values, mask;
   expect(unpack(panels, &values, &mask) == GBLM_OK, "unpack refused good panels");
   expect(mask == w.mask, "unpack gave another mask");
-  for (const int64_t tokens : {0, 1, 2, 3, 5, 7, 11, 16, 17, 37}) {
+  for (const int64_t tokens : {0, 1, 2, 3, 5, 7, 11, 16, 17, 37, 99}) {
     const auto x = activations(tokens * w.source.columns, r);
     std::vector<uint16_t> y(static_cast<size_t>(tokens * w.source.rows)), again(y.size());
     Threads four{4};
@@ -192,7 +204,7 @@ void feed(const Memory& panels, Random& r) {
   unpack(panels, &values, &mask);
   gblm_info info;
   if (gblm_inspect(panels.get(), panels.size, &info) != GBLM_OK) return;
-  for (const int64_t tokens : {1, 3, 16, 19}) {
+  for (const int64_t tokens : {1, 3, 16, 19, 98}) {
     const auto x = activations(tokens * info.columns, r);
     std::vector<uint16_t> y(static_cast<size_t>(tokens * info.rows));
     gblm_linear(panels.get(), panels.size, x.data(), tokens, y.data(), nullptr);
@@ -210,8 +222,6 @@ void damage(const Memory& good, int rounds, Random& r) {
     const int64_t reach = r.below(2) ? bad.size : std::min<int64_t>(bad.size, 192);
     for (int64_t i = r.below(12); i >= 0; i--)
       bad.get()[r.below(reach)] = r.below(3) ? static_cast<uint8_t>(r.next()) : 0xFF;
-    if (r.below(3) == 0 && bad.size > 200)
-      std::memset(bad.get() + 128 + r.below(bad.size - 128), 0xFF, static_cast<size_t>(1));
     if (r.below(6) == 0 && bad.size > 256)  // masks that claim every value
       std::memset(bad.get() + 128, 0xFF, static_cast<size_t>(bad.size - 128));
     feed(bad, r);
@@ -223,11 +233,20 @@ void damage_source(const Weight& w, int rounds, Random& r) {
     Weight bad = w;
     const auto pick = [&r](size_t size) { return static_cast<size_t>(r.below(int64_t(size))); };
     switch (r.below(5)) {
-      case 0: bad.bitmask[pick(bad.bitmask.size())] ^= static_cast<uint8_t>(1 << r.below(8)); break;
-      case 1: bad.starts[pick(bad.starts.size())] = static_cast<int64_t>(r.next()); break;
-      case 2: bad.starts[pick(bad.starts.size())] += r.below(5) - 2; break;
-      case 3: bad.source.data_bytes -= r.below(3); break;
-      default: if (!bad.data.empty()) bad.data[pick(bad.data.size())] = 0xFF;
+      case 0:
+        bad.bitmask[pick(bad.bitmask.size())] ^= static_cast<uint8_t>(1 << r.below(8));
+        break;
+      case 1:
+        bad.starts[pick(bad.starts.size())] = static_cast<int64_t>(r.next());
+        break;
+      case 2:
+        bad.starts[pick(bad.starts.size())] += r.below(5) - 2;
+        break;
+      case 3:
+        bad.source.data_bytes -= r.below(3);
+        break;
+      default:
+        if (!bad.data.empty()) bad.data[pick(bad.data.size())] = 0xFF;
     }
     bad.source.data = bad.data.data();
     bad.source.bitmask = bad.bitmask.data();
@@ -256,7 +275,7 @@ void refuse_arguments(const Weight& w) {
   refused([](gblm_source& s) { s.values = -1; });
   refused([](gblm_source& s) { s.mask = 3; });
   refused([](gblm_source& s) { s.starts = nullptr; });
-  refused([](gblm_source& s) { s.data = nullptr; });
+  if (!w.data.empty()) refused([](gblm_source& s) { s.data = nullptr; });
   gblm_info info;
   expect(gblm_panels_bytes(nullptr, nullptr, &size) != GBLM_OK, "no source");
   expect(gblm_inspect(nullptr, 1 << 20, &info) != GBLM_OK, "no panels");

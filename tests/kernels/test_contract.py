@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from gblm.errors import UsageError
 from gblm.formats import Format, make_format
-from gblm.kernels import BACKENDS, linear, select
+from gblm.kernels import BACKENDS, Backend, linear, native, select
 from gblm.values import quantize
 from gblm.weights import SparseWeight
 
@@ -41,6 +43,22 @@ def integer_case(
     return sparse, fmt.pack("w", sparse)
 
 
+def serving(
+    backend: str, fmt: Format, shape: tuple[int, int], dtype: torch.dtype
+) -> Backend | None:
+    """The backend, or None after checking that it refuses where it may, and says why."""
+    reason = BACKENDS[backend].refuses(fmt, shape, dtype, CPU)
+    if reason is None:
+        return BACKENDS[backend]
+    unit = 8 if fmt.values.is_float else 32
+    may = dtype != torch.bfloat16 or shape[1] % unit or native.refusal() is not None
+    assert backend == "cpu"
+    assert may, reason
+    with pytest.raises(UsageError, match=re.escape(f"{backend}: {reason}")):
+        select(fmt, shape, dtype, CPU, forced=backend)
+    return None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 17, 65])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -57,7 +75,9 @@ def test_linear_equals_the_float64_product(
     sparse, parts = case(name, pattern, shape, dtype)
     x = torch.randn(num_tokens, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
     fmt = make_format(name, pattern)
-    chosen, _ = select(fmt, shape, dtype, CPU, forced=backend)
+    chosen = serving(backend, fmt, shape, dtype)
+    if chosen is None:
+        return
     got = linear(x, chosen.prepare(fmt, parts, shape, dtype), shape, fmt, chosen)
     want = x.double() @ sparse.weight.double().t()
     assert got.dtype == dtype
@@ -82,7 +102,9 @@ def test_linear_of_codes_equals_the_float64_product(
     fmt = make_format(name, pattern, values)
     sparse, parts = integer_case(fmt, shape)
     x = torch.randn(num_tokens, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
-    chosen, _ = select(fmt, shape, dtype, CPU, forced=backend)
+    chosen = serving(backend, fmt, shape, dtype)
+    if chosen is None:
+        return
     got = linear(x, chosen.prepare(fmt, parts, shape, dtype), shape, fmt, chosen)
     want = x.double() @ sparse.weight.double().t()
     assert got.dtype == dtype
@@ -97,34 +119,60 @@ def test_op_passes_opcheck_and_compiles_as_one_graph(
     backend: str, name: str, pattern: str, values: str
 ) -> None:
     fmt, shape = make_format(name, pattern, values), (16, 32)
+    dtype = torch.bfloat16 if backend == "cpu" else torch.float32
+    chosen = serving(backend, fmt, shape, dtype)
+    if chosen is None:
+        return
     if fmt.values.is_float:
-        _, parts = case(name, pattern, shape, torch.float32)
+        _, parts = case(name, pattern, shape, dtype)
     else:
         _, parts = integer_case(fmt, shape)
-    prepared = BACKENDS[backend].prepare(fmt, parts, shape, torch.float32)
-    x = torch.randn(2, 3, 32)
-    arguments = (x, prepared, [16, 32], fmt.spec, backend)
+    prepared = chosen.prepare(fmt, parts, shape, dtype)
+    x = torch.randn(2, 3, 32).to(dtype)
+    if chosen.own_op:
+        op, arguments = torch.ops.gblm.cpu_linear.default, (x, prepared[0], 16)
+    else:
+        op, arguments = torch.ops.gblm.linear.default, (x, prepared, [16, 32], fmt.spec, backend)
     torch.library.opcheck(
-        torch.ops.gblm.linear.default,
-        arguments,
-        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+        op, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     )
-    eager = linear(x, prepared, shape, fmt, BACKENDS[backend])
+    eager = linear(x, prepared, shape, fmt, chosen)
     assert eager.shape == (2, 3, 16)
     compiled = torch.compile(
-        lambda t: linear(t, prepared, shape, fmt, BACKENDS[backend]),
-        fullgraph=True,
-        backend="aot_eager",
+        lambda t: linear(t, prepared, shape, fmt, chosen), fullgraph=True, backend="aot_eager"
     )
-    torch.testing.assert_close(compiled(x), eager)
+    for tokens in (x, x[:1], torch.randn(17, 32).to(dtype), x[:0], x.transpose(0, 1)):
+        expected = linear(tokens, prepared, shape, fmt, chosen)
+        torch.testing.assert_close(compiled(tokens), expected)
 
 
+@pytest.mark.skipif(native.refusal() is not None, reason=f"no CPU kernels: {native.refusal()}")
 def test_first_backend_that_does_not_refuse_wins() -> None:
-    backend, reasons = select(make_format("nm", "2:4"), (8, 8), torch.float32, CPU)
+    fmt = make_format("nm", "2:4")
+    backend, reasons = select(fmt, (8, 8), torch.bfloat16, CPU)
     assert backend is next(iter(BACKENDS.values()))
     assert reasons == []
+    backend, reasons = select(fmt, (8, 8), torch.float32, CPU)
+    assert backend.name == "reference"
+    assert reasons == ["cpu: activations must be bfloat16, not float32"]
+
+
+@pytest.mark.parametrize(
+    ("values", "shape", "dtype", "device", "reason"),
+    [
+        ("float", (8, 8), torch.bfloat16, "cuda", "it runs on CPU, not on cuda"),
+        ("float", (8, 8), torch.float16, "cpu", "activations must be bfloat16, not float16"),
+        ("float", (8, 12), torch.bfloat16, "cpu", "12 columns are not a multiple of 8"),
+        ("int8:row", (8, 40), torch.bfloat16, "cpu", "40 columns are not a multiple of 32"),
+    ],
+)
+def test_cpu_backend_says_why_it_refuses(
+    values: str, shape: tuple[int, int], dtype: torch.dtype, device: str, reason: str
+) -> None:
+    fmt = make_format("bitmask", "0.5", values)
+    assert BACKENDS["cpu"].refuses(fmt, shape, dtype, torch.device(device)) == reason
 
 
 def test_unknown_backend_lists_the_known_ones() -> None:
-    with pytest.raises(UsageError, match="reference, dense"):
+    with pytest.raises(UsageError, match="cpu, reference, dense"):
         select(make_format("nm", "2:4"), (8, 8), torch.float32, CPU, forced="cuda")

@@ -31,7 +31,7 @@ def server(
     with log.open("wb") as stream:
         process = subprocess.Popen(
             [sys.executable, "-m", "gblm", "serve", str(folder), "--port", str(port),
-             "--name", "tiny",             "--", *OPTIONS, "--chat-template", TEMPLATE],
+             "--name", "tiny", "--", *OPTIONS, "--chat-template", TEMPLATE],
             stdout=stream, stderr=stream, env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"},
         )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
@@ -74,8 +74,9 @@ def test_streaming_gives_the_same_text(client: object) -> None:
     assert "".join(pieces) == whole
 
 
-def test_log_says_which_backend_runs(server: tuple) -> None:
-    assert "8 linears run on backend reference (packed in memory)" in server[2].read_text()
+def test_log_says_which_backend_runs(server: tuple, best_backend: str) -> None:
+    line = f"8 linears run on backend {best_backend} (packed in memory)"
+    assert line in server[2].read_text()
 
 
 def test_sigterm_ends_the_server_and_its_children(server: tuple) -> None:
@@ -93,8 +94,9 @@ def test_sigterm_ends_the_server_and_its_children(server: tuple) -> None:
 
 
 def test_bench_compares_two_servers(
-    gblm: Callable[..., Outcome], pack_tiny: Callable[..., Path], tiny: Path, tmp_path: Path
-) -> None:
+    gblm: Callable[..., Outcome], pack_tiny: Callable[..., Path], tiny: Path, tmp_path: Path,
+    best_backend: str,
+) -> None:  # fmt: skip
     done = gblm(
         "bench", pack_tiny(), "--baseline", tiny, "--num-prompts", 2, "--input-len", 8,
         "--output-len", 4, "--repeat", 1, "--output", "record.json", "--log", "log",
@@ -103,7 +105,7 @@ def test_bench_compares_two_servers(
     assert done.code == 0, (done, (tmp_path / "log").read_text()[-3000:])
     record = json.loads((tmp_path / "record.json").read_text())
     assert [run["side"] for run in record["runs"]] == ["baseline", "model"]
-    assert record["backend_used"] == "reference"
+    assert record["backend_used"] == best_backend
     assert record["provenance"]["packages"]["torch"]
     for row in record["summary"].values():
         assert row["ratio_min"] <= row["ratio"] <= row["ratio_max"]

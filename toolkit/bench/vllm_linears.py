@@ -61,13 +61,16 @@ def _w8a8(operators: Any, weight: Tensor, cold: int) -> Linear:
         handler = operators.create_onednn_scaled_mm(
             codes.clone().t(), scales, torch.bfloat16, True, False, PRIMITIVES
         )
-        calls.append(partial(_scaled, operators, handler, len(weight)))
+        calls.append(partial(_scaled, operators, handler, scales))
     return Linear("vllm_w8a8", "vllm", "", codes.nbytes + scales.nbytes, calls)
 
 
-def _scaled(operators: Any, handler: Any, rows: int, x: Tensor) -> Tensor:
-    """As vLLM's W8A8 layer calls it: activations are rounded first, one scale per token."""
+def _scaled(operators: Any, handler: Any, weight_scales: Tensor, x: Tensor) -> Tensor:
+    """As vLLM's W8A8 layer calls it: activations are rounded first, one scale per token.
+
+    The handler points to the scales of the weight and does not keep them alive.
+    """
     codes, scales, _ = operators.onednn_scaled_int8_quant(x, None, None, True)
-    y = torch.empty((len(x), rows), dtype=torch.bfloat16)
+    y = torch.empty((len(x), len(weight_scales)), dtype=torch.bfloat16)
     operators.onednn_scaled_mm(handler, codes, y, scales, None, None, None)
     return y

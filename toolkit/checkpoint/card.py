@@ -22,7 +22,7 @@ Tensors: {packed:.1f} MB packed, {dense:.1f} MB dense.
 | | |
 |---|---|
 | method | {method} {options} |
-| pattern | {pattern} (N:M = N weights kept of M) |{values}
+| pattern | {pattern} (N:M = N weights kept of M) |{values}{head}
 | calibration | {calibration} |
 | recipe | `recipe.json` |
 | per tensor | `sparsity_report.json` |
@@ -53,6 +53,7 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
         tag="" if floats else f" {values.partition(':')[0]},",
         included="mask" if floats else "mask, codes and scales",
         values="" if floats else f"\n| values | {values} (codes, columns that share a scale) |",
+        head=_head(report.get("head")),
         base=_public_name(str(recipe["model"])),
         method=recipe["method"],
         options=f"({options})" if options else "",
@@ -63,6 +64,15 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
         bits=report["bits_per_weight"],
         packed=report["bytes_packed"] / 1e6,
         dense=report["bytes_dense"] / 1e6,
+    )
+
+
+def _head(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    copy = "; a copy of the embeddings, which stay" if row["tied"] else ""
+    return (
+        f"\n| output head | {row['values']}, {row['bits_per_weight']:.2f} bits per weight{copy} |"
     )
 
 

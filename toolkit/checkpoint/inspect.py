@@ -12,12 +12,15 @@ from gblm.errors import CheckpointError
 from gblm.folder import quant_method, read_config
 from gblm.formats.manifest import QUANT_METHOD
 
+COUNTS = ("linears", "weights", "kept", "bytes", "bytes_dense")
+
 
 def inspect(folder: Path) -> dict[str, Any]:
     """Facts of a packed or dense model folder.
 
-    Packed: groups of linears with pattern, bits per weight including mask, codes and scales, and
-    size against dense. Dense: sizes, and the share of zeros in the matrices of numbered layers.
+    Packed: groups of linears with pattern, bits per weight including mask, codes and scales; the
+    output head, if it is packed; size against what `gblm export dense` writes. Dense: sizes, and
+    the share of zeros in the matrices of numbered layers.
 
     Raises:
         CheckpointError: the folder is not readable.
@@ -39,42 +42,58 @@ def inspect(folder: Path) -> dict[str, Any]:
 
 def _packed(packed: PackedReader) -> dict[str, Any]:
     groups: dict[str, dict[str, Any]] = {}
+    head: dict[str, Any] | None = None
     for linear in packed.linears.values():
-        floats, value_dtype = linear.fmt.values.is_float, linear.headers["values"][1]
-        dtype = str(value_dtype).removeprefix("torch.") if floats else str(linear.fmt.values)
+        facts = _linear(packed, linear)
+        if head is None and not _in_a_layer(linear.name):
+            head = _with_shares({"name": linear.name, **facts})
+            continue
         group = groups.setdefault(
-            f"{linear.fmt.spec} {dtype}",
-            {
-                "format": linear.fmt.name,
-                "pattern": str(linear.fmt.pattern),
-                "dtype": dtype,
-                "linears": 0,
-                "weights": 0,
-                "kept": 0,
-                "bytes": 0,
-                "bytes_dense": 0,
-            },
+            f"{linear.fmt.spec} {facts['dtype']}", facts | dict.fromkeys(COUNTS, 0)
         )
-        count = linear.shape[0] * linear.shape[1]
-        group["linears"] += 1
-        group["weights"] += count
-        group["kept"] += _kept(packed, linear)
-        group["bytes"] += sum(packed.num_bytes(f"{linear.name}.{p}") for p in linear.headers)
-        group["bytes_dense"] += count * (value_dtype if floats else packed.dtype).itemsize
-    for group in groups.values():
-        group["bits_per_weight"] = round(8 * group["bytes"] / group["weights"], 4)
-        group["sparsity"] = round(1 - group["kept"] / group["weights"], 6)
+        for key in COUNTS:
+            group[key] += facts[key]
+    found = [_with_shares(group) for group in groups.values()]
     rest = sum(map(packed.num_bytes, packed.dense_names()))
-    total = rest + sum(group["bytes"] for group in groups.values())
-    dense = rest + sum(group["bytes_dense"] for group in groups.values())
+    every = [*found, *([head] if head else [])]
+    total = rest + sum(group["bytes"] for group in every)
+    dense = rest + sum(group["bytes_dense"] for group in every)
     return {
         "kind": "packed",
-        "groups": list(groups.values()),
+        "groups": found,
+        **({"head": head} if head else {}),
         "bytes_dense_tensors": rest,
         "bytes": total,
         "bytes_if_dense": dense,
         "size_ratio": round(total / dense, 4),
     }
+
+
+def _linear(packed: PackedReader, linear: PackedLinear) -> dict[str, Any]:
+    floats, value_dtype = linear.fmt.values.is_float, linear.headers["values"][1]
+    count = linear.shape[0] * linear.shape[1]
+    return {
+        "format": linear.fmt.name,
+        "pattern": str(linear.fmt.pattern),
+        "dtype": str(value_dtype).removeprefix("torch.") if floats else str(linear.fmt.values),
+        "linears": 1,
+        "weights": count,
+        "kept": _kept(packed, linear),
+        "bytes": sum(packed.num_bytes(f"{linear.name}.{part}") for part in linear.headers),
+        "bytes_dense": count * (value_dtype if floats else packed.dtype).itemsize,
+    }
+
+
+def _with_shares(group: dict[str, Any]) -> dict[str, Any]:
+    return group | {
+        "bits_per_weight": round(8 * group["bytes"] / group["weights"], 4),
+        "sparsity": round(1 - group["kept"] / group["weights"], 6),
+    }
+
+
+def _in_a_layer(name: str) -> bool:
+    """Whether a tensor or module is part of a numbered layer; the output head is not."""
+    return any(piece.isdigit() for piece in name.split("."))
 
 
 def _kept(packed: PackedReader, linear: PackedLinear) -> int:
@@ -89,8 +108,7 @@ def _kept(packed: PackedReader, linear: PackedLinear) -> int:
 def _dense(dense: Reader) -> dict[str, Any]:
     zeros = weights = 0
     for name, (shape, dtype) in dense.headers.items():
-        in_a_layer = any(piece.isdigit() for piece in name.split("."))
-        if len(shape) == 2 and dtype.is_floating_point and in_a_layer:
+        if len(shape) == 2 and dtype.is_floating_point and _in_a_layer(name):
             zeros += int((dense.tensor(name) == 0).sum())
             weights += math.prod(shape)
     return {

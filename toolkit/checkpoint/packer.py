@@ -10,8 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from gblm.checkpoint.card import model_card
+from gblm.checkpoint.head import Head, untied
 from gblm.checkpoint.packed_folder import MANIFEST_FILE, RECIPE_FILE, REPORT_FILE
 from gblm.checkpoint.reader import Reader
+from gblm.checkpoint.report import summary, weight_row
 from gblm.checkpoint.writer import (
     ShardWriter,
     check_output,
@@ -48,6 +50,7 @@ class Packing:
         keeps_values: kept weights are the source's own, bit for bit, until they are rounded to
             codes; False for methods that update them.
         head_dim: rows or columns per attention head, for the report.
+        head: the output head, when it is stored as codes.
     """
 
     source: Path
@@ -58,6 +61,7 @@ class Packing:
     keeps_values: bool = True
     head_dim: int | None = None
     values: ValueType = FLOAT
+    head: Head | None = None
 
     def pack(self, reader: Reader, weights: Mapping[str, SparseWeight]) -> Piece:
         """Pack linears by full name, in the dtype of the source checkpoint or as codes.
@@ -143,18 +147,30 @@ def write_packed(
             rows += own_rows
             for name, tensor in tensors.items():
                 shards.add(name, tensor)
-        done = {row["name"] for row in rows}
+        head_row = _add_head(packing.head, reader, shards)
+        done = {row["name"] for row in [*rows, *([head_row] if head_row else [])]}
         for tensor_name in reader:
             if tensor_name.removesuffix(".weight") not in done:
                 shards.add(tensor_name, reader.tensor(tensor_name))
         shards.finish()
-        report = _report(rows, sum(map(reader.num_bytes, reader)), shards.total_bytes)
+        dense = sum(map(reader.num_bytes, reader))
+        report = summary(rows, head_row, dense, shards.total_bytes)
         _write_side_files(packing, folder, _manifest(packing, rows), report)
     return report
 
 
+def _add_head(head: Head | None, reader: Reader, shards: ShardWriter) -> dict[str, Any] | None:
+    """The head is made from the source alone, so a resumed run has nothing to keep for it."""
+    if head is None:
+        return None
+    tensors, row = head.pack(reader)
+    for name, tensor in tensors.items():
+        shards.add(name, tensor)
+    return row
+
+
 def _manifest(packing: Packing, rows: list[dict[str, Any]]) -> Manifest:
-    """One group for each way that linears are stored; AUTO groups may differ between them."""
+    """A group for each way that linears are stored, for AUTO may differ; and one for the head."""
     stored: dict[tuple[str, str, str], list[str]] = {}
     for row in sorted(rows, key=lambda row: str(row["name"])):
         way = (row["format"], row["pattern"], row.get("values", "float"))
@@ -166,7 +182,7 @@ def _manifest(packing: Packing, rows: list[dict[str, Any]]) -> Manifest:
         )
         for (name, pattern, values), names in stored.items()
     )  # fmt: skip
-    return Manifest(groups=tuple(groups))
+    return Manifest(groups=(*groups, *([packing.head.group] if packing.head else [])))
 
 
 def _write_side_files(
@@ -174,7 +190,7 @@ def _write_side_files(
 ) -> None:
     copy_side_files(packing.source, folder)
     config = read_config(packing.source) | {"quantization_config": manifest.to_config()}
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", untied(config) if packing.head else config)
     write_json(folder / RECIPE_FILE, packing.recipe)
     write_json(folder / REPORT_FILE, report)
     (folder / "README.md").write_text(model_card(packing.recipe, report), encoding="utf-8")
@@ -185,32 +201,7 @@ def _write_side_files(
 def _report_row(
     name: str, weight: SparseWeight, parts: Parts, fmt: Format, head_dim: int | None
 ) -> dict[str, Any]:
-    shape = list(weight.mask.shape)
+    shape = (weight.mask.shape[0], weight.mask.shape[1])
     heads_on = heads_of(name) if head_dim else None
-    size = sum(t.numel() * t.element_size() for t in parts.values())
-    return {
-        "name": name,
-        "shape": shape,
-        "format": fmt.name,
-        "pattern": str(fmt.pattern),
-        **({} if fmt.values.is_float else {"values": str(fmt.values)}),
-        "dtype": str(weight.weight.dtype).removeprefix("torch."),
-        "zeros": int(weight.zeros.sum()),
-        "sparsity": round(float(weight.zeros.float().mean()), 6),
-        "bytes_dense": weight.weight.numel() * weight.weight.element_size(),
-        "bytes_packed": size,
-        "bits_per_weight": round(8 * size / weight.mask.numel(), 4),
-        "structure": structure(weight.mask, head_dim, heads_on),
-    }
-
-
-def _report(rows: list[dict[str, Any]], dense: int, packed: int) -> dict[str, Any]:
-    weights = sum(row["shape"][0] * row["shape"][1] for row in rows)
-    return {
-        "linears": len(rows),
-        "sparsity": round(sum(row["zeros"] for row in rows) / weights, 6),
-        "bits_per_weight": round(8 * sum(row["bytes_packed"] for row in rows) / weights, 4),
-        "bytes_dense": dense,
-        "bytes_packed": packed,
-        "tensors": rows,
-    }
+    row = weight_row(name, fmt, shape, weight.weight.dtype, int(weight.zeros.sum()), parts)
+    return row | {"structure": structure(weight.mask, head_dim, heads_on)}

@@ -14,6 +14,8 @@ from gblm.errors import CheckpointError
 from gblm.folder import inside, read_json_object
 from gblm.progress import Progress, no_progress
 
+CHUNK_WEIGHTS = 1 << 22
+
 
 def verify(
     folder: Path, against: Path | None = None, progress: Progress = no_progress
@@ -74,13 +76,20 @@ def _check_hashes(folder: Path) -> int:
 def _check_round_trip(
     packed: PackedReader, name: str, parts: dict[str, torch.Tensor], row: dict[str, Any]
 ) -> None:
-    linear = packed.linears[name]
-    weight = linear.fmt.unpack(parts)
-    again = linear.fmt.pack(name, weight)
-    for part, tensor in parts.items():
-        if not _same_bits(again[part], tensor):
-            raise CheckpointError(f"{name}.{part}: packing the unpacked weight gives other bytes.")
-    zeros = int(weight.zeros.sum())
+    linear, zeros = packed.linears[name], 0
+    # Packing a whole head at once would take ten times its size.
+    block = getattr(linear.fmt.pattern, "block_rows", 1)
+    step = block * max(1, CHUNK_WEIGHTS // (block * linear.shape[1]))
+    for start in range(0, linear.shape[0], step):
+        own = linear.fmt.rows(parts, start, min(start + step, linear.shape[0]))
+        weight = linear.fmt.unpack(own)
+        again = linear.fmt.pack(name, weight)
+        for part, tensor in own.items():
+            if not _same_bits(again[part], tensor):
+                raise CheckpointError(
+                    f"{name}.{part}: packing the unpacked weight gives other bytes."
+                )
+        zeros += int(weight.zeros.sum())
     if (row.get("zeros"), row.get("shape")) != (zeros, list(linear.shape)):
         raise CheckpointError(f"{name}: {REPORT_FILE} does not describe the stored weight.")
 
@@ -107,8 +116,11 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _report_rows(path: Path) -> dict[str, dict[str, Any]]:
-    """The rows of sparsity_report.json by name of the weight."""
-    rows = read_json_object(path).get("tensors")
+    """The rows of sparsity_report.json by name of the weight, that of the output head included."""
+    report = read_json_object(path)
+    rows = report.get("tensors")
+    if isinstance(rows, list) and "head" in report:
+        rows = [*rows, report["head"]]
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise CheckpointError(f"{path} has no list of tensors.")
     return {str(row.get("name")): row for row in rows}

@@ -18,35 +18,30 @@ RATIOS = {
 }
 
 
-class CommaList(click.ParamType):
-    """Words between commas; the option may be repeated, too."""
-
-    name = "list"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, ...]:
-        """Split; empty words are dropped."""
-        words = tuple(word.strip() for word in value.split(",") if word.strip())
-        return words or self.fail("give at least one.", param, ctx)
+def words(ctx: click.Context, option: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    """A repeatable option whose values may be words between commas: each word once."""
+    found = dict.fromkeys(word.strip() for text in value for word in text.split(","))
+    if "" in found:
+        raise click.BadParameter("a word is empty.", ctx, option)
+    return tuple(found)
 
 
 @click.command("kernels", cls=Command)
 @click.option(
-    "--shapes", type=CommaList(), multiple=True, default=["llama-7b"], show_default=True,
+    "--shapes", callback=words, multiple=True, default=["llama-7b"], show_default=True,
     help="OUTxIN, or the linears of llama-7b, llama-1b (Llama 3.2), smollm2. Repeatable.",
 )  # fmt: skip
 @click.option(
-    "--tokens", type=CommaList(), multiple=True, default=["1,4,8,16,64,256"], show_default=True,
+    "--tokens", callback=words, multiple=True, default=["1,4,8,16,64,256"], show_default=True,
     help="Numbers of tokens that are multiplied at once.",
 )  # fmt: skip
 @click.option(
-    "--formats", type=CommaList(), multiple=True,
+    "--formats", callback=words, multiple=True,
     help="FORMAT/PATTERN[/VALUES], such as nm/2:4/int8:128; dense controls are added. Default: "
     "dense, 50 %, 2:4 of each value type, and 70 and 80 % of bf16.",
 )  # fmt: skip
 @click.option(
-    "--backends", type=CommaList(), multiple=True, default=["cpu"], show_default=True,
+    "--backends", callback=words, multiple=True, default=["cpu"], show_default=True,
     help="Of gblm: cpu, reference, dense.",
 )  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
@@ -59,10 +54,10 @@ class CommaList(click.ParamType):
 def command(
     ctx: click.Context,
     /,
-    shapes: tuple[tuple[str, ...], ...],
-    tokens: tuple[tuple[str, ...], ...],
-    formats: tuple[tuple[str, ...], ...],
-    backends: tuple[tuple[str, ...], ...],
+    shapes: tuple[str, ...],
+    tokens: tuple[str, ...],
+    formats: tuple[str, ...],
+    backends: tuple[str, ...],
     output: Path | None,
     **rest: Any,
 ) -> None:
@@ -74,10 +69,10 @@ def command(
         from gblm.bench.kernels import FORMATS, Settings, bench_kernels, parse_shapes
 
         settings = Settings(
-            shapes=parse_shapes(_flat(shapes)),
+            shapes=parse_shapes(shapes),
             tokens=_numbers(tokens),
-            formats=_flat(formats) or FORMATS,
-            backends=_flat(backends),
+            formats=formats or FORMATS,
+            backends=backends,
             **rest,
         )
         record = bench_kernels(settings, progress)
@@ -121,15 +116,10 @@ def _cells(row: dict[str, Any], ratios: list[str]) -> list[str]:
     ]
 
 
-def _flat(lists: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(word for words in lists for word in words))
-
-
-def _numbers(lists: tuple[tuple[str, ...], ...]) -> tuple[int, ...]:
-    words = _flat(lists)
-    for word in words:
-        if not (word.isascii() and word.isdigit() and 0 < int(word) < 10**6):
+def _numbers(texts: tuple[str, ...]) -> tuple[int, ...]:
+    for text in texts:
+        if not (text.isascii() and text.isdigit() and 0 < int(text) < 10**6):
             raise click.BadParameter(
-                f"{word[:40]!r} is not a positive number.", param_hint="--tokens"
+                f"{text[:40]!r} is not a positive number.", param_hint="--tokens"
             )
-    return tuple(map(int, words))
+    return tuple(map(int, texts))

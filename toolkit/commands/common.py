@@ -166,3 +166,12 @@ def fail(error: BaseException, state: dict[str, Any]) -> int:
 def megabytes(count: float) -> str:
     """Bytes as MB with one digit."""
     return f"{count / 1e6:.1f} MB"
+
+
+def head_note(report: dict[str, Any]) -> str:
+    """What a command adds about a packed output head; nothing if there is none."""
+    head = report.get("head")
+    if head is None:
+        return ""
+    copy = ", a copy of the embeddings" if head["tied"] else ""
+    return f"; output head {head['values']}, {head['bits_per_weight']:.2f} bits per weight{copy}"

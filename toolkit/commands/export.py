@@ -9,12 +9,13 @@ import click
 from gblm.commands.common import (
     Command,
     emit,
+    head_note,
     megabytes,
     options,
     overwrite_option,
     progress_bars,
 )
-from gblm.commands.recipe_options import values_options, values_spec
+from gblm.commands.recipe_options import head_option, values_options, values_spec
 
 output_options = options(
     click.argument("source"),
@@ -52,6 +53,7 @@ def dense(ctx: click.Context, source: str, output: Path, overwrite: bool) -> Non
     "--pattern", help="Pattern the zeros must follow, found out if left out; dense keeps all."
 )
 @values_options
+@head_option
 @click.option("--ignore", multiple=True, help="Glob of module names to leave dense; repeatable.")
 @click.pass_context
 def pack(
@@ -62,19 +64,24 @@ def pack(
     pattern: str | None,
     values: str,
     group_size: str | None,
+    head: str,
     ignore: tuple[str, ...],
 ) -> None:
     """Pack SOURCE, a dense HF folder whose zeros are already there. Never prunes.
 
-    With --values int8 or int4 the weights are rounded to the nearest code.
+    With --values int8 or int4 the weights are rounded to the nearest code, with --head the output
+    head.
     """
     spec = values_spec(values, group_size)
     with progress_bars(ctx) as progress:
         from gblm.export.pack import export_pack
 
-        result = export_pack(source, output, pattern, ignore, overwrite, progress, values=spec)
+        result = export_pack(
+            source, output, pattern, ignore, overwrite, progress, values=spec, head=head
+        )
     facts = {key: value for key, value in result.items() if key != "tensors"}
     emit(ctx, facts | {"output": str(output)}, lambda: click.echo(
         f"{output}: {result['linears']} linears packed, {result['sparsity']:.1%} zeros, "
         f"{megabytes(result['bytes_dense'])} dense -> {megabytes(result['bytes_packed'])} packed"
+        f"{head_note(result)}"
     ))  # fmt: skip

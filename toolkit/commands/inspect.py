@@ -29,23 +29,24 @@ def _print(facts: dict[str, Any]) -> None:
             f"{facts['layer_weights']:,} layer weights are zero"
         )
         return
-    table(
-        ["pattern", "format", "dtype", "linears", "weights", "zeros", "bits/weight"],
-        [
-            [
-                g["pattern"],
-                g["format"],
-                g["dtype"],
-                str(g["linears"]),
-                f"{g['weights']:,}",
-                f"{g['sparsity']:.1%}",
-                f"{g['bits_per_weight']:.2f}",
-            ]
-            for g in facts["groups"]
-        ],
-    )
+    rows = [_row(group, str(group["linears"])) for group in facts["groups"]]
+    if "head" in facts:
+        rows.append(_row(facts["head"], facts["head"]["name"]))
+    table(["pattern", "format", "dtype", "linears", "weights", "zeros", "bits/weight"], rows)
     click.echo(
         f"{megabytes(facts['bytes'])} packed, {megabytes(facts['bytes_if_dense'])} if dense "
         f"(ratio {facts['size_ratio']:.3f}); tensors stored as they are: "
         f"{megabytes(facts['bytes_dense_tensors'])}"
     )
+
+
+def _row(group: dict[str, Any], linears: str) -> list[str]:
+    return [
+        group["pattern"],
+        group["format"],
+        group["dtype"],
+        linears,
+        f"{group['weights']:,}",
+        f"{group['sparsity']:.1%}",
+        f"{group['bits_per_weight']:.2f}",
+    ]

@@ -7,7 +7,14 @@ from typing import Any
 
 import click
 
-from gblm.commands.common import Command, emit, megabytes, overwrite_option, progress_bars
+from gblm.commands.common import (
+    Command,
+    emit,
+    head_note,
+    megabytes,
+    overwrite_option,
+    progress_bars,
+)
 from gblm.commands.recipe_options import read_recipe, recipe_options
 
 OWN = frozenset({"output", "overwrite", "resume", "save_stats"})
@@ -62,8 +69,8 @@ def command(
         click.echo(
             f"{megabytes(report['bytes_dense'])} dense -> "
             f"{megabytes(report['bytes_packed'])} packed "
-            f"({report['bits_per_weight']:.2f} bits per pruned weight, {included} included), "
-            f"{report['seconds']:.0f} s"
+            f"({report['bits_per_weight']:.2f} bits per pruned weight, {included} included"
+            f"{head_note(report)}), {report['seconds']:.0f} s"
         )
 
     emit(ctx, {key: value for key, value in report.items() if key != "tensors"}, text)

@@ -49,6 +49,14 @@ values_options = options(
         "that divides the linear's.",
     ),
 )
+head_option = click.option(
+    "--head",
+    type=click.Choice(["float", "int8", "int4"]),
+    default="float",
+    show_default=True,
+    help="How the output head is stored: as it is, or rounded to codes. A head that is tied to the "
+    "embeddings becomes a rounded copy, and the embeddings stay.",
+)
 recipe_options = options(
     click.option(
         "--method", default="gblm", show_default=True, help=f"One of {', '.join(METHODS)}."
@@ -61,6 +69,7 @@ recipe_options = options(
     ),
     click.option("--sparsity", type=float, help="Fraction of zeros for --pattern unstructured."),
     values_options,
+    head_option,
     method_options,
     click.option(
         "--calibration",
@@ -165,6 +174,7 @@ def _fields(
     sparsity: float | None,
     values: str,
     group_size: str | None,
+    head: str,
     targets: tuple[str, ...],
     ignore: tuple[str, ...],
     dtype: str,
@@ -184,6 +194,7 @@ def _fields(
         "method": method,
         "pattern": str(parse(pattern, sparsity)),
         "values": values_spec(values, group_size),
+        "head": head,
         "options": {key: value for key, value in options.items() if value is not None},
         "calibration": {"source": calibration, **rest},
         "stats": stats,

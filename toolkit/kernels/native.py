@@ -116,7 +116,7 @@ def prepare(source: Source, name: str = "weight") -> Tensor:
     Raises:
         KernelError: masks, offsets and values do not agree, or a value is not finite.
     """
-    library, held = _library(), _hold(source)
+    library, held = _library(), _hold(source, name)
     count = ctypes.c_int64()
     pool = library.gblm_torch_pool()
     _check(library.gblm_panels_bytes(ctypes.byref(held[0]), pool, ctypes.byref(count)), name)
@@ -171,33 +171,42 @@ def read_seconds(memory: Tensor) -> float:
     return seconds
 
 
-def _hold(source: Source) -> tuple[_Source, list[Tensor]]:
+def _hold(source: Source, name: str) -> tuple[_Source, list[Tensor]]:
     """The C structure, and the tensors that its pointers need alive."""
-    tensors = [source.data, source.starts, source.bitmask, source.scales]
-    kept = [tensor.contiguous() if tensor is not None else None for tensor in tensors]
-    data, starts, bitmask, scales = kept
-    if data is None or starts is None:
-        raise KernelError("a source needs data and starts.")
-    dtypes = (DTYPES[source.values], torch.int64, torch.uint8, torch.bfloat16)
-    for tensor, dtype in zip(kept, dtypes, strict=True):
-        if tensor is not None and (tensor.dtype != dtype or tensor.device.type != "cpu"):
-            found = f"{tensor.dtype} on {tensor.device.type}"
-            raise KernelError(f"data, starts, bitmask or scales: {found} where {dtype} must be.")
     rows, columns = source.shape
-    checked = (starts.numel() == rows + 1) and (
-        bitmask is None or bitmask.numel() == rows * (columns // 8)
-    )
-    groups = scales.shape[-1] if scales is not None else 1
-    fits = scales is None or (tuple(scales.shape) == (rows, groups) and columns % groups == 0)
-    if not checked or not groups or not fits:
-        raise KernelError(f"bitmask, starts or scales do not fit a weight of {[rows, columns]}.")
-    group = columns // groups if scales is not None else 0
+    _check_tensors(source, name)
+    tensors = [source.data, source.starts, source.bitmask, source.scales]
+    kept = [None if tensor is None else tensor.contiguous() for tensor in tensors]
+    data, starts, bitmask, scales = map(_pointer, kept)
     fields = _Source(
-        rows=rows, columns=columns, values=VALUES[source.values], mask=source.mask, group=group,
-        data=data.data_ptr(), data_bytes=data.numel() * data.element_size(),
-        bitmask=_pointer(bitmask), starts=starts.data_ptr(), scales=_pointer(scales),
+        rows=rows, columns=columns, values=VALUES[source.values], mask=source.mask,
+        group=0 if source.scales is None else columns // source.scales.shape[1],
+        data=data, data_bytes=source.data.numel() * source.data.element_size(),
+        bitmask=bitmask, starts=starts, scales=scales,
     )  # fmt: skip
     return fields, [tensor for tensor in kept if tensor is not None]
+
+
+def _check_tensors(source: Source, name: str) -> None:
+    """Raise KernelError when a tensor is not as long as the C code will read it."""
+    rows, columns = source.shape
+    groups = 0 if source.scales is None else source.scales.shape[-1:].numel()
+    expected = {
+        "data": (source.data, DTYPES[source.values], source.data.shape),
+        "starts": (source.starts, torch.int64, (rows + 1,)),
+        "bitmask": (source.bitmask, torch.uint8, (rows, columns // 8)),
+        "scales": (source.scales, torch.bfloat16, (rows, groups)),
+    }
+    for part, (tensor, dtype, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype or tensor.shape != shape or tensor.device.type != "cpu":
+            raise KernelError(
+                f"{name}: {part} are {list(tensor.shape)} {tensor.dtype} on {tensor.device}; "
+                f"a weight of {[rows, columns]} needs {list(shape)} {dtype} on cpu."
+            )
+    if source.scales is not None and (not groups or columns % groups):
+        raise KernelError(f"{name}: {groups} scales a row do not divide {columns} columns.")
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -101,7 +101,7 @@ def _resident(shapes: Shapes, device: torch.device, ranks: int) -> bool:
 
 
 def _predict(setting: Setting, device: torch.device | None, ranks: int) -> dict[str, Any]:
-    phases, on_disk = peaks(setting), occupy(setting)
+    phases, on_disk, head = peaks(setting), occupy(setting), setting.shapes.packed_head
     spent = spend(setting, probe(setting, device), on_disk) if device is not None else {}
     for phase in phases:
         phase["seconds"] = round(spent[phase["phase"]], 1) if spent else None
@@ -109,6 +109,7 @@ def _predict(setting: Setting, device: torch.device | None, ranks: int) -> dict[
         "method": setting.name,
         "pattern": str(setting.pattern),
         "values": str(setting.values),
+        "head": "float" if head is None else str(head.fmt.values),
         "dtype": str(setting.shapes.dtype).removeprefix("torch."),
         "device": setting.device,
         "ranks": ranks,

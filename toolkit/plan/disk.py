@@ -51,8 +51,9 @@ def occupy(setting: Setting) -> Disk:
     pruned = [own for layer in shapes.layers for own in layer.pruned]
     layers = sum(own.packed for own in pruned)
     parts = len(format_for(setting.pattern).parts) + (not setting.values.is_float)
-    tensors = shapes.tensors + len(pruned) * (parts - 1)
-    records = REPORT * len(pruned) + HEADER * tensors + RECORDS
+    heads = 0 if shapes.packed_head is None else 1
+    tensors = shapes.tensors + len(pruned) * (parts - 1) + 2 * heads
+    records = REPORT * (len(pruned) + heads) + HEADER * tensors + RECORDS
     updates = not isinstance(setting.method, ScoredMethod) and setting.values.is_float
     if updates and shapes.dtype != shapes.stored_dtype:
         # Updated values are kept as they were before rounding, for a resumed run.

@@ -156,4 +156,5 @@ def _publishing(setting: Setting, always: list[Term]) -> Moment:
     shard = Term("pages of one shard", min(setting.shapes.output, SHARD_BYTES), NEVER_FREED)
     kept = terms.weights(setting, layer.pruned)
     packed = Term("packed layer", layer.packed, max(own.packed for own in layer.pruned))
-    return Moment("publishing", "writing a shard", [*always, *kept, packed, shard])
+    head = terms.head(setting)
+    return Moment("publishing", "writing a shard", [*always, *kept, packed, shard, *head])

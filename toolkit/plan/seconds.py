@@ -184,6 +184,8 @@ def spend(setting: Setting, rates: Rates, disk: Disk) -> dict[str, float]:
     found["pruning"] = pruning
     moved = disk.layers + disk.output
     found["publishing"] = moved / READ_BYTES + disk.output * (1 / WRITE_BYTES + 1 / rates.sha256)
+    if shapes.packed_head is not None:
+        found["publishing"] += shapes.packed_head.weights / rates.pack
     return found
 
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from gblm.checkpoint.head import Head
 from gblm.checkpoint.packer import check_packable
 from gblm.checkpoint.reader import Reader
 from gblm.checkpoint.writer import NOT_COPIED, SIDE_FILES
 from gblm.formats import Format, format_for
 from gblm.layers import StreamedLayers
-from gblm.model import hidden_size, linears, prunable
+from gblm.model import hidden_size, linears, output_head, prunable
 from gblm.patterns import Pattern
 from gblm.recipe import Calibration, Recipe
 from gblm.values import ValueType
@@ -91,6 +92,7 @@ class Shapes:
         stored_dtype: of the checkpoint's linears.
         frame: parameters outside the layers, without the head.
         head: parameters of the head; 0 if it is the embeddings.
+        packed_head: the head as the output has it, when it is stored as codes.
         stored: bytes of all tensors of the checkpoint.
         side_files: bytes of the files that are copied along.
         tensors: how many the checkpoint holds.
@@ -106,6 +108,7 @@ class Shapes:
     stored_dtype: torch.dtype
     frame: int
     head: int
+    packed_head: Head | None
     stored: int
     side_files: int
     tensors: int
@@ -122,7 +125,8 @@ class Shapes:
     def output(self) -> int:
         """Bytes of all tensors of the output."""
         changed = (linear for layer in self.layers for linear in layer.pruned)
-        return self.stored + sum(linear.packed - linear.stored for linear in changed)
+        head = self.packed_head.added_bytes if self.packed_head else 0
+        return self.stored + head + sum(linear.packed - linear.stored for linear in changed)
 
     @property
     def tokens(self) -> int:
@@ -177,6 +181,7 @@ def read_shapes(
         stored_dtype=reader.headers[f"{next(iter(names))}.weight"][1],
         frame=frame,
         head=head,
+        packed_head=output_head(model.model, recipe.head, reader),
         stored=sum(map(reader.num_bytes, reader)),
         side_files=_side_files(reader),
         tensors=len(reader.headers),

@@ -147,6 +147,18 @@ def weights(setting: Setting, linears: Iterable[Linear]) -> list[Term]:
     return matrices("pruned weights and masks", linears, setting.width, 1, *codes)
 
 
+def head(setting: Setting) -> list[Term]:
+    """Codes of the output head, and the file's pages of what they are made from."""
+    found = setting.shapes.packed_head
+    if found is None:
+        return []
+    pages = found.weights * found.dtype.itemsize
+    return [
+        Term("packed head", found.num_bytes, found.num_bytes),
+        Term("mapped pages of the checkpoint", pages, NEVER_FREED),
+    ]
+
+
 def logits(setting: Setting) -> Term:
     """Of one sample, in its loss and the loss's gradient."""
     count = setting.shapes.seq_len * setting.shapes.vocab

@@ -74,8 +74,7 @@ struct Columns {
 
   // Up to four tokens: a column is used as soon as it is there.
   template <class Read>
-  static const uint8_t* few(const Panels& p, const uint8_t* at, const Activations& x,
-                            Lanes* sums) {
+  static const uint8_t* few(const Panels& p, const uint8_t* at, const Activations& x, Lanes* sums) {
     return x.tokens == 1 ? few_tokens<Read, 1>(p, at, x, sums)
                          : few_tokens<Read, kTogether>(p, at, x, sums);
   }
@@ -117,14 +116,13 @@ struct Columns {
       if (p.group) at += kLine;
       for (int64_t b = block; b < block + step; b++) {
         if (at > p.limit) return nullptr;
-        at = Read::block(at, [&](int column, const Lanes& lanes) __attribute__((always_inline)) {
-          expanded[column] = lanes;
-        });
+        at = Read::block(at, [&](int column, const Lanes& lanes)
+                                 __attribute__((always_inline)) { expanded[column] = lanes; });
         for (int64_t tile = 0; tile < tiles; tile++)
-          multiply_block(expanded,
-                         static_cast<const float*>(x.packed) +
-                             (tile * padded(p) + b * kColumns) * kTogether,
-                         partial + tile * kTogether);
+          multiply_block(
+              expanded,
+              static_cast<const float*>(x.packed) + (tile * padded(p) + b * kColumns) * kTogether,
+              partial + tile * kTogether);
       }
       for (int64_t t = 0; t < tiles * kTogether; t++) {
         add<Read>(p, line, x, t, block / step, partial[t], sums);
@@ -163,8 +161,7 @@ struct Columns {
                     uint16_t* y) {
     const int64_t rows = smaller(kRows, p.rows - panel * kRows);
     for (int64_t t = 0; t < tokens; t++)
-      for (int64_t r = 0; r < rows; r++)
-        y[t * p.rows + panel * kRows + r] = to_bf16(sums[t][r]);
+      for (int64_t r = 0; r < rows; r++) y[t * p.rows + panel * kRows + r] = to_bf16(sums[t][r]);
   }
 
   static bool multiply(const Panels& p, const Activations& x, int64_t first, int64_t last,

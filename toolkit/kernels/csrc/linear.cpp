@@ -1,7 +1,6 @@
 // The C ABI of multiplying: checks, choice of the instruction set, distribution over threads.
-#include <cstdlib>
-
 #include <atomic>
+#include <cstdlib>
 
 #include "isa.h"
 
@@ -109,8 +108,7 @@ int multiply(const Panels& panels, const uint16_t* x, int64_t tokens, uint16_t* 
   uint8_t* packed = t_packed.get(packed_bytes + groups * padded * 4);
   if (packed == nullptr) return GBLM_NO_MEMORY;
   float* scales = reinterpret_cast<float*>(packed + packed_bytes);
-  Job job{with, panels, {packed, scales, tokens}, x, packed, scales, y,
-          with.tiles(panels, tokens)};
+  Job job{with, panels, {packed, scales, tokens}, x, packed, scales, y, with.tiles(panels, tokens)};
   run(pool, job.tiles, pack_tile, &job);
   const int64_t threads = pool != nullptr ? pool->threads(pool->self) : 1;
   const int64_t steps = (panels.count + with.panels_per_task - 1) / with.panels_per_task;
@@ -149,12 +147,18 @@ int gblm_use_isa(const char* name) {
 
 const char* gblm_error(int result) {
   switch (result) {
-    case GBLM_OK: return "no error";
-    case GBLM_BAD_ARGUMENT: return "an argument is out of range";
-    case GBLM_BAD_PANELS: return "the panels in memory are damaged";
-    case GBLM_BAD_SOURCE: return "masks, offsets and values of the weight do not agree";
-    case GBLM_NO_MEMORY: return "out of memory";
-    default: return "unknown error";
+    case GBLM_OK:
+      return "no error";
+    case GBLM_BAD_ARGUMENT:
+      return "an argument is out of range";
+    case GBLM_BAD_PANELS:
+      return "the panels in memory are damaged";
+    case GBLM_BAD_SOURCE:
+      return "masks, offsets and values of the weight do not agree";
+    case GBLM_NO_MEMORY:
+      return "out of memory";
+    default:
+      return "unknown error";
   }
 }
 

@@ -75,6 +75,10 @@ constexpr T larger(T a, T b) {
 }
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
+constexpr bool is_integer(int32_t values) { return values != GBLM_BF16; }
+// Where panels begin, behind the header and their offsets.
+constexpr int64_t first_panel(int64_t panels) { return kLine + round_up(8 * (panels + 1), kLine); }
+
 inline float from_bf16(uint16_t half) {
   const uint32_t bits = uint32_t{half} << 16;
   float value;

@@ -34,8 +34,7 @@ struct PortableReader {
       v = word % 2 == 1 && Values == GBLM_INT4 ? larger(v, from) : from;
       if (word % 2 == 1) run = v;
     }
-    for (int column = 0; column < kColumns; column++)
-      visit(column, load<Lanes>(columns[column]));
+    for (int column = 0; column < kColumns; column++) visit(column, load<Lanes>(columns[column]));
     return v;
   }
 };
@@ -46,6 +45,6 @@ bool always() { return true; }
 
 }  // namespace
 
-const Isa kPortable = {"portable",      always,        4, Engine::packed_bytes,
-                       Engine::scratch_bytes, Engine::tiles, Engine::pack,
-                       Engine::multiply};
+const Isa kPortable = {
+    "portable",   always,          4, Engine::packed_bytes, Engine::scratch_bytes, Engine::tiles,
+    Engine::pack, Engine::multiply};

@@ -1,14 +1,9 @@
-// Disk layout to panels and back. Plain C++: it runs once, at load, and every CPU can do it.
+// Disk layout to panels. Plain C++: it runs once, at load, and every CPU can do it.
 #include <atomic>
-#include <chrono>
 #include <new>
 #include <vector>
 
 #include "panels.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace {
 
@@ -17,8 +12,6 @@ constexpr uint32_t kTwoOfFour = 0x33333333;  // any mask with two of four will d
 struct Shape {
   int64_t panels, blocks, groups, group;  // group: columns per line of scales in the panels
 };
-
-bool is_integer(int32_t values) { return values != GBLM_BF16; }
 
 // Codes of a group are summed in 16 bits, so long groups are cut; the pieces share their scale.
 int64_t panel_group(int64_t group) {
@@ -60,8 +53,9 @@ bool check_row(const gblm_source& s, int64_t row) {
     if (s.mask == GBLM_2_OF_4 && (count_bits(mask & 15) != 2 || count_bits(mask >> 4) != 2))
       return false;
   }
-  const int64_t bytes = s.values == GBLM_BF16 ? 2 * kept : s.values == GBLM_INT8 ? kept
-                                                                                 : (kept + 1) / 2;
+  const int64_t bytes = s.values == GBLM_BF16   ? 2 * kept
+                        : s.values == GBLM_INT8 ? kept
+                                                : (kept + 1) / 2;
   const int64_t first = s.starts[row], last = s.starts[row + 1];
   return first >= 0 && first <= last && last <= s.data_bytes && last - first == bytes;
 }
@@ -291,8 +285,6 @@ void run(const gblm_pool* pool, int64_t tasks, void (*task)(void*, int64_t), voi
     for (int64_t i = 0; i < tasks; i++) task(context, i);
 }
 
-int64_t first_panel(int64_t panels) { return kLine + round_up(8 * (panels + 1), kLine); }
-
 // Check the source and find where each panel goes; offsets [panels + 1].
 int measure(const gblm_source* source, const gblm_pool* pool, Shape* shape,
             std::vector<uint64_t>* offsets) {
@@ -310,88 +302,7 @@ int measure(const gblm_source* source, const gblm_pool* pool, Shape* shape,
   return GBLM_OK;
 }
 
-struct Sink {
-  int32_t stored;  // GBLM_BF16 …
-  void* values;
-  uint8_t* mask;
-  int64_t columns;
-
-  void put(int64_t row, int64_t column, const uint8_t* at, int shift) const {
-    const int64_t index = row * columns + column;
-    mask[index] = 1;
-    if (stored == GBLM_BF16)
-      std::memcpy(static_cast<uint8_t*>(values) + 2 * index, at, 2);
-    else if (stored == GBLM_INT8)
-      static_cast<uint8_t*>(values)[index] = *at;
-    else
-      static_cast<uint8_t*>(values)[index] =
-          static_cast<uint8_t>(((*at >> shift & 15) ^ 8) - 8);
-  }
-};
-
-// The words of one block; returns where the next one begins.
-const uint8_t* read_block(const Panels& p, const uint8_t* at, int64_t row, int64_t column,
-                          const Sink& sink) {
-  const bool wide = p.values == GBLM_BF16;
-  const int words = wide ? 16 : 8, per_word = wide ? 2 : 4, lanes = wide ? 32 : 64;
-  const uint8_t* masks = at;
-  if (p.mask != GBLM_DENSE) at += kMaskBytes;
-  const uint8_t* run_start = at;
-  int64_t longest = 0;
-  for (int w = 0; w < words; w++) {
-    uint64_t mask = ~uint64_t{0} >> (64 - lanes);
-    if (p.mask != GBLM_DENSE)
-      mask = wide ? load<uint32_t>(masks + 4 * w) : load<uint64_t>(masks + 8 * w);
-    const uint8_t* v = p.values == GBLM_INT4 ? run_start : at;
-    for (; mask != 0; mask &= mask - 1, v += wide ? 2 : 1) {
-      const int lane = __builtin_ctzll(mask);
-      const int64_t r = row + lane / per_word, c = column + w * per_word + lane % per_word;
-      if (r < p.rows && c < p.columns) sink.put(r, c, v, w % 2 * 4);
-    }
-    at = v;
-    if (p.values == GBLM_INT4) {
-      longest = w % 2 == 0 ? v - run_start : larger<int64_t>(longest, v - run_start);
-      if (w % 2 == 1) run_start += longest;
-      at = run_start;
-    }
-  }
-  return at;
-}
-
 }  // namespace
-
-int open_panels(const void* memory, int64_t bytes, Panels* p) {
-  if (memory == nullptr || bytes < kLine + kSlack) return GBLM_BAD_PANELS;
-  const Header h = load<Header>(memory);
-  const bool known = h.magic == kMagic && h.version == kVersion && h.bytes == bytes &&
-                     h.rows > 0 && h.rows <= kMaxExtent && h.columns > 0 &&
-                     h.columns <= kMaxExtent && h.columns % 8 == 0 && h.values >= GBLM_BF16 &&
-                     h.values <= GBLM_INT4 && h.mask >= GBLM_DENSE && h.mask <= GBLM_2_OF_4;
-  if (!known) return GBLM_BAD_PANELS;
-  const bool group_fits =
-      is_integer(h.values)
-          ? h.group >= kColumns && h.group <= kMaxGroup && h.group % kColumns == 0 &&
-                h.columns % h.group == 0
-          : h.group == 0;
-  if (!group_fits) return GBLM_BAD_PANELS;
-  const auto* base = static_cast<const uint8_t*>(memory);
-  p->rows = h.rows;
-  p->columns = h.columns;
-  p->group = h.group;
-  p->blocks = (h.columns + kColumns - 1) / kColumns;
-  p->count = (h.rows + kRows - 1) / kRows;
-  p->values = h.values;
-  p->mask = h.mask;
-  p->base = base;
-  p->limit = base + bytes - kSlack;
-  const int64_t first = first_panel(p->count), last = bytes - kSlack;
-  // No block is smaller than a line: a claimed shape never needs more memory than panels justify.
-  if (first > last || p->blocks * p->count > (last - first) / kLine) return GBLM_BAD_PANELS;
-  return p->offset(0) == static_cast<uint64_t>(first) &&
-                 p->offset(p->count) == static_cast<uint64_t>(last)
-             ? GBLM_OK
-             : GBLM_BAD_PANELS;
-}
 
 extern "C" {
 
@@ -411,8 +322,9 @@ int gblm_prepare(const gblm_source* source, const gblm_pool* pool, void* memory,
   if (const int result = measure(source, pool, &shape, &offsets)) return result;
   if (static_cast<int64_t>(offsets.back()) + kSlack != bytes) return GBLM_BAD_ARGUMENT;
   auto* base = static_cast<uint8_t*>(memory);
-  Header header{kMagic, kVersion, source->rows, source->columns, shape.group, bytes,
-                source->values, source->mask, {}};
+  Header header{kMagic,          kVersion,     source->rows,
+                source->columns, shape.group,  bytes,
+                source->values,  source->mask, {}};
   std::memcpy(base, &header, sizeof header);
   std::memcpy(base + kLine, offsets.data(), offsets.size() * 8);
   const int64_t used = kLine + 8 * static_cast<int64_t>(offsets.size());
@@ -421,53 +333,6 @@ int gblm_prepare(const gblm_source* source, const gblm_pool* pool, void* memory,
   Preparation job{*source, shape, offsets.data(), base};
   run(pool, shape.panels, write_task, &job);
   return job.good ? GBLM_OK : GBLM_BAD_SOURCE;
-}
-
-int gblm_inspect(const void* memory, int64_t bytes, gblm_info* info) {
-  Panels p;
-  if (info == nullptr) return GBLM_BAD_ARGUMENT;
-  if (const int result = open_panels(memory, bytes, &p)) return result;
-  *info = {p.rows, p.columns, p.group, bytes, p.values, p.mask};
-  return GBLM_OK;
-}
-
-int gblm_unpack(const void* memory, int64_t bytes, void* values, uint8_t* mask, uint16_t* scales) {
-  Panels p;
-  if (const int result = open_panels(memory, bytes, &p)) return result;
-  if (values == nullptr || mask == nullptr || (scales == nullptr && is_integer(p.values)))
-    return GBLM_BAD_ARGUMENT;
-  const auto size = static_cast<size_t>(p.rows * p.columns);
-  std::memset(values, 0, size * (is_integer(p.values) ? 1 : 2));
-  std::memset(mask, 0, size);
-  const Sink sink{p.values, values, mask, p.columns};
-  const int64_t groups = p.group ? p.columns / p.group : 0;
-  for (int64_t panel = 0; panel < p.count; panel++) {
-    const uint8_t* at = p.begin(panel);
-    for (int64_t block = 0; block < p.blocks; block++) {
-      if (at > p.limit) return GBLM_BAD_PANELS;
-      if (groups != 0 && block * kColumns % p.group == 0) {
-        for (int64_t r = 0; r < kRows && panel * kRows + r < p.rows; r++)
-          std::memcpy(scales + (panel * kRows + r) * groups + block * kColumns / p.group,
-                      at + 2 * r, 2);
-        at += kLine;
-        if (at > p.limit) return GBLM_BAD_PANELS;
-      }
-      at = read_block(p, at, panel * kRows, block * kColumns, sink);
-    }
-    if (!p.ends(panel, at)) return GBLM_BAD_PANELS;
-  }
-  return GBLM_OK;
-}
-
-void gblm_advise(void* memory, int64_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t page = uintptr_t{1} << 12;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / page * page;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)memory, (void)bytes;
-#endif
 }
 
 }  // extern "C"

@@ -140,10 +140,10 @@ void cpu_linear(StableValue* stack, uint64_t, uint64_t) {
   TensorHandle made;
   check(torch.empty_strided(dims, sizes, strides, kBf16, kCpu, -1, &made), "no memory");
   Tensor y(reinterpret_cast<StableValue>(made));
-  const int error =
-      tokens == 0 ? GBLM_OK
-                  : gblm_linear(panels.data(), bytes, static_cast<const uint16_t*>(x.data()),
-                                tokens, static_cast<uint16_t*>(y.data()), &kPool);
+  const int error = tokens == 0
+                        ? GBLM_OK
+                        : gblm_linear(panels.data(), bytes, static_cast<const uint16_t*>(x.data()),
+                                      tokens, static_cast<uint16_t*>(y.data()), &kPool);
   if (error) throw std::runtime_error(std::string("gblm::cpu_linear: ") + gblm_error(error));
   stack[0] = y.release();
 }

@@ -1,0 +1,205 @@
+"""Tokens per second in vLLM on a 1.1B LLaMA shape: dense, our dense controls, and sparse weights.
+
+    python benchmarks/decoding.py [--threads 1] [--compiled] [--rounds 5] [--only NAME …]
+
+The weights are random: speed does not depend on them. Every engine is a process of its own and all
+stay loaded, so that one round runs each of them once and what disturbs the machine disturbs all
+alike. Ratios are taken within a round; the record holds their median and all rounds. Writes
+benchmarks/results/decoding-<threads>-<eager|compiled>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from memory import shape_folder
+
+from gblm.provenance import provenance
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SHAPE = "tinyllama"
+BASELINE = "dense bf16 (vLLM)"
+PRUNE = "prune {model} --method magnitude --pattern {pattern} --values {values} --head {head}"
+PACK = "export pack {model} --pattern dense --values {values} --head {head}"
+# Name, command that makes the folder ("" for the model itself), pattern, values, head.
+CASES = (
+    (BASELINE, "", "", "", ""),
+    ("dense bf16", PACK, "dense", "float", "float"),
+    ("bf16 50 %", PRUNE, "0.5", "float", "float"),
+    ("bf16 2:4", PRUNE, "2:4", "float", "float"),
+    ("dense int8", PACK, "dense", "int8", "int8"),
+    ("int8 50 %", PRUNE, "0.5", "int8", "int8"),
+    ("dense int4", PACK, "dense", "int4", "int8"),
+    ("int4 50 %", PRUNE, "0.5", "int4", "int8"),
+)
+# What one round measures: sequences, prompt tokens, new tokens.
+WORK = {"decode 1": (1, 8, 32), "decode 8": (8, 8, 16), "prefill 512": (1, 512, 0)}
+
+
+def make_folders(root: Path, only: list[str]) -> dict[str, Path]:
+    """The model folders by name; those that exist are used again."""
+    model = shape_folder(root, SHAPE)
+    folders = {}
+    for name, command, pattern, values, head in CASES:
+        if only and name not in only and name != BASELINE:
+            continue
+        folder = root / f"{SHAPE}-{pattern}-{values}-{head}" if command else model
+        if not folder.exists():
+            words = command.format(model=model, pattern=pattern, values=values, head=head).split()
+            subprocess.run(
+                [sys.executable, "-m", "gblm", *words, "--output", str(folder)], check=True
+            )
+        folders[name] = folder
+    return folders
+
+
+class Engine:
+    """A vLLM engine in a process that waits for work on its standard input."""
+
+    def __init__(self, folder: Path, threads: int, compiled: bool) -> None:
+        environment = os.environ | {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}" if threads > 1 else "0",
+            "OMP_NUM_THREADS": str(threads),
+            "VLLM_LOGGING_LEVEL": "ERROR",
+        }
+        command = [sys.executable, __file__, "--engine", str(folder)]
+        self._process = subprocess.Popen(
+            command + (["--compiled"] if compiled else []),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            text=True, env=environment,
+        )  # fmt: skip
+        self.ask("ready")
+
+    def ask(self, what: str) -> dict[str, Any]:
+        """Have it do one piece of work."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        if stdin is None or stdout is None:
+            raise RuntimeError("the engine has no pipes")
+        stdin.write(what + "\n")
+        stdin.flush()
+        for line in stdout:
+            if line.startswith("ANSWER "):
+                found: dict[str, Any] = json.loads(line.removeprefix("ANSWER "))
+                return found
+        raise SystemExit("an engine ended; run it alone to see why")
+
+    @contextmanager
+    def running(self) -> Iterator[Engine]:
+        """Ends with the block."""
+        try:
+            yield self
+        finally:
+            self._process.kill()
+            self._process.wait()
+
+
+def serve_work(folder: str, compiled: bool) -> None:
+    """The engine's process: answer each line of standard input."""
+    import time
+
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        folder, max_model_len=1024, distributed_executor_backend="uni", dtype="bfloat16",
+        enforce_eager=not compiled, enable_prefix_caching=False, max_num_seqs=8,
+    )  # fmt: skip
+    seed = 0
+
+    def seconds(sequences: int, prompt: int, tokens: int) -> float:
+        nonlocal seed
+        seed += 1
+        prompts = [
+            {"prompt_token_ids": [(31 * i + 7 * j + seed) % 250 for j in range(prompt)]}
+            for i in range(sequences)
+        ]
+        options = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+        began = time.perf_counter()
+        llm.generate(prompts, options, use_tqdm=False)
+        return time.perf_counter() - began
+
+    for line in sys.stdin:
+        answer: dict[str, Any] = {}
+        if line.strip() in WORK:
+            sequences, prompt, tokens = WORK[line.strip()]
+            # One token costs the prompt; the others are decoding.
+            first = seconds(sequences, prompt, 1)
+            rest = seconds(sequences, prompt, 1 + tokens) - first if tokens else first
+            answer = {"seconds": rest, "per_second": sequences * (tokens or prompt) / rest}
+        print("ANSWER " + json.dumps(answer), flush=True)
+
+
+def measure(engines: dict[str, Engine], rounds: int) -> dict[str, dict[str, Any]]:
+    """Tokens per second of all engines, and ratios to the baseline within each round."""
+    speeds: dict[str, dict[str, list[float]]] = {n: {w: [] for w in WORK} for n in engines}
+    for index in range(rounds + 1):
+        for work in WORK:
+            for name, engine in engines.items():
+                found = engine.ask(work)["per_second"]
+                if index:  # the first round warms up
+                    speeds[name][work].append(found)
+        print(f"round {index} of {rounds}", file=sys.stderr, flush=True)
+    return {
+        name: {
+            work: {
+                "tokens_per_second": statistics.median(values),
+                "ratio": statistics.median(
+                    mine / base for mine, base in zip(values, speeds[BASELINE][work], strict=True)
+                ),
+                "rounds": values,
+            }
+            for work, values in by_work.items()
+        }
+        for name, by_work in speeds.items()
+    }
+
+
+def main() -> None:
+    """Make the folders, start the engines, measure, write the record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compiled", action="store_true", help="torch.compile, as vLLM's default")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="*", default=[], help="names of cases besides the baseline")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "gblm-shapes")
+    parser.add_argument("--engine", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.engine:
+        serve_work(chosen.engine, chosen.compiled)
+        return
+    folders = make_folders(chosen.folder, chosen.only)
+    with ExitStack() as stack:
+        engines = {
+            name: stack.enter_context(Engine(folder, chosen.threads, chosen.compiled).running())
+            for name, folder in folders.items()
+        }
+        load = os.getloadavg()[0]
+        cases = measure(engines, chosen.rounds)
+    for name, by_work in cases.items():
+        shown = [
+            f"{work}: {w['tokens_per_second']:.1f} ({w['ratio']:.2f}x)"
+            for work, w in by_work.items()
+        ]
+        print(f"{name:18}", "  ".join(shown))
+    record = {
+        "kind": "decoding", "provenance": provenance(), "shape": SHAPE, "threads": chosen.threads,
+        "mode": "compiled" if chosen.compiled else "eager", "rounds": chosen.rounds,
+        "load_average_at_start": load, "work": WORK, "baseline": BASELINE, "cases": cases,
+    }  # fmt: skip
+    path = RESULTS / f"decoding-{chosen.threads}-{record['mode']}.json"
+    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

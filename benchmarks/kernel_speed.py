@@ -1,0 +1,70 @@
+"""Record the kernels' speed for docs/kernels.md on this machine. Takes about five minutes.
+
+    python benchmarks/kernel_speed.py [--rounds N]
+
+For one and for two threads: a square LLaMA-7B weight with up to 256 tokens, then other shapes; with
+one thread the lesser instruction sets, too. Writes benchmarks/results/kernels-CPU.json and the
+tables. Run it while nothing else runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import tables
+from pages import RESULTS
+
+MAIN = "--shapes 4096x4096 --tokens 1,4,8,16,64,256"
+OTHER = "--shapes 11008x4096,8192x2048,576x576 --tokens 1,16 --rounds 5"
+LESSER = "--shapes 4096x4096 --tokens 1 --rounds 3 --no-vllm"
+RUNS = (
+    f"--threads 1 {MAIN}", f"--threads 1 {OTHER}", f"--threads 1 --isa avx2 {LESSER}",
+    f"--threads 1 --isa portable {LESSER}", f"--threads 2 {MAIN}", f"--threads 2 {OTHER}",
+)  # fmt: skip
+
+
+def main() -> None:
+    """Run the command several times and join its records."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, help="in every run, for a quick trial")
+    rounds, began = parser.parse_args().rounds, time.monotonic()
+    runs = [measure(line + (f" --rounds {rounds}" if rounds else "")) for line in RUNS]
+    facts = runs[0]["kernels"]
+    cpu = f"{runs[0]['provenance']['machine']['cpu']} {facts['cpu_model']}".lower()
+    path = RESULTS / f"kernels-{re.sub(r'[^a-z0-9]+', '-', cpu).strip('-')}.json"
+    record = {"kind": "kernels", "provenance": runs[0]["provenance"], "runs": runs}
+    path.write_text(json.dumps(shortened(record), ensure_ascii=False) + "\n", encoding="utf-8")
+    tables.main()
+    print(f"{time.monotonic() - began:.0f} s; record: {path}")
+
+
+def measure(arguments: str) -> dict[str, Any]:
+    """Print and run one command; its record."""
+    print(f"\n$ gblm bench kernels {arguments}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "record.json"
+        command = [sys.executable, "-m", "gblm", "bench", "kernels", *arguments.split()]
+        subprocess.run([*command, "--output", str(file)], check=True)
+        record: dict[str, Any] = json.loads(file.read_text())
+    return record
+
+
+def shortened(value: Any) -> Any:
+    """Five digits of every number that was measured."""
+    if isinstance(value, dict):
+        return {key: shortened(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [shortened(each) for each in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+if __name__ == "__main__":
+    main()

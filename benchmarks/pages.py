@@ -1,0 +1,25 @@
+"""What the generators of tables share: places, Markdown tables, where a record comes from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def origin(record: dict[str, Any], *packages: str) -> str:
+    """Machine, versions and commit of a record."""
+    found = record["provenance"]
+    versions = ", ".join(f"{p} {found['packages'][p]}" for p in packages)
+    return (
+        f"{found['machine']['cpu']}, {found['machine']['cores']} cores; Python {found['python']}, "
+        f"{versions}; commit {found['commit'][:12]}."
+    )

@@ -1,0 +1,174 @@
+"""The output head in vLLM: codes or floats, tied or not, cut over ranks, padded, freed, refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from vllm_run import drift, generate, skip_without
+
+from gblm.errors import CheckpointError
+from gblm.export.dense import export_dense
+from gblm.formats import Format, from_spec
+from gblm.formats.manifest import Group, Manifest
+from gblm.values import quantize
+from gblm.weights import SparseWeight
+
+pytestmark = pytest.mark.vllm
+pytest.importorskip("vllm")
+Pack = Callable[..., Path]
+EAGER = {"enforce_eager": True}
+VOCABULARY, HIDDEN, PADDED = 258, 64, 320
+
+
+@pytest.mark.parametrize(("head", "tied", "eager"),
+                         [("int8", True, True), ("int4", False, False)])  # fmt: skip
+def test_tokens_are_those_of_the_dense_export(
+    pack_tiny: Pack, tmp_path: Path, head: str, tied: bool, eager: bool
+) -> None:
+    folder = pack_tiny(head=head, tied=tied)
+    export_dense(folder, tmp_path / "dense")
+    want, log = generate(tmp_path / "dense", enforce_eager=eager)
+    assert len(want) == 8, log
+    rows, log = generate(folder, "dense", enforce_eager=eager)
+    assert rows == want, log
+    assert "9 linears run on backend dense (expanded at load)" in log
+    for backend in ("reference", "cpu"):
+        skip_without(backend)
+        rows, log = generate(folder, backend, enforce_eager=eager)
+        assert f"9 linears run on backend {backend} (packed in memory)" in log
+        assert drift(rows, want) < 0.3
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_floating_head_differs_by_rounding_only(pack_tiny: Pack, tied: bool) -> None:
+    skip_without("cpu")
+    want, _ = generate(pack_tiny(tied=tied), "dense", **EAGER)
+    rows, log = generate(pack_tiny(tied=tied), "cpu", **EAGER)
+    assert "8 linears run on backend cpu" in log
+    assert drift(rows, want) < 0.1
+
+
+def test_logits_in_another_dtype_are_vllms_own(pack_tiny: Pack) -> None:
+    settings = {"hf_overrides": {"head_dtype": "float32"}, **EAGER}
+    rows, log = generate(pack_tiny(tied=False), **settings)
+    assert len(rows) == 8, log
+
+
+def test_head_that_config_ties_is_refused(pack_tiny: Pack, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pack_tiny(head="int8"), tmp_path / "out"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    rows, log = generate(folder, **EAGER)
+    assert not rows
+    assert "lm_head: packed, but config.json ties it to the embeddings" in log
+
+
+def codes_for(spec: str) -> tuple[Format, SparseWeight]:
+    fmt = from_spec(spec)
+    dense = torch.randn(VOCABULARY, HIDDEN, generator=torch.Generator().manual_seed(0)).bfloat16()
+    every = torch.ones_like(dense, dtype=torch.bool)
+    if fmt.values.is_float:
+        return fmt, SparseWeight(dense, every)
+    return fmt, quantize(dense, every, fmt.values)
+
+
+def create(
+    fmt: Format | None, monkeypatch: pytest.MonkeyPatch, rank: int = 0, num_ranks: int = 1
+) -> torch.nn.Module:
+    """vLLM's own head of one rank, empty."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor import parameter
+    from vllm.model_executor.layers import vocab_parallel_embedding as layers
+
+    from gblm.serve.vllm_plugin.config import SparseConfig
+
+    for module in (parameter, layers):
+        monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
+        monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: num_ranks)
+    groups = [Group(format="nm", pattern="2:4", targets=("x",))]
+    if fmt is not None:
+        values = str(fmt.values)
+        groups.append(Group(format=fmt.name, pattern=str(fmt.pattern), values=values,
+                            targets=("lm_head",)))  # fmt: skip
+    config = SparseConfig(Manifest(groups=tuple(groups)))
+    with set_current_vllm_config(VllmConfig()):
+        return layers.ParallelLMHead(
+            VOCABULARY, HIDDEN, params_dtype=torch.bfloat16, quant_config=config, prefix="lm_head"
+        )
+
+
+def load(head: torch.nn.Module, parts: dict[str, torch.Tensor]) -> None:
+    for part, tensor in parts.items():
+        parameter = head.get_parameter(part)
+        parameter.weight_loader(parameter, tensor)
+
+
+@pytest.mark.parametrize(("rank", "num_ranks"), [(0, 1), (0, 2), (1, 2)])
+@pytest.mark.parametrize("backend", ["reference", "dense", "cpu"])
+@pytest.mark.parametrize("spec", ["dense/dense/int8:64", "dense/dense/int4:row", "dense/dense"])
+def test_rows_are_cut_and_padded(
+    spec: str, backend: str, rank: int, num_ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_without(backend)
+    monkeypatch.setenv("GBLM_BACKEND", backend)
+    fmt, weight = codes_for(spec)
+    head = create(fmt, monkeypatch, rank, num_ranks)
+    load(head, fmt.pack("lm_head", weight))
+    head.quant_method.process_weights_after_loading(head)
+    x = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(1)).bfloat16()
+    got = head.quant_method.apply(head, x)
+    rows = PADDED // num_ranks
+    own = weight.weight[rank * rows : (rank + 1) * rows]
+    assert got.shape == (3, rows)
+    torch.testing.assert_close(got[:, : len(own)], x @ own.T, rtol=0.02, atol=0.3)
+    assert not got[:, len(own) :].any()
+
+
+@pytest.mark.parametrize("spec", ["dense/dense/int8:64", "dense/dense/int4:row", "dense/dense"])
+@pytest.mark.parametrize("part", ["values", "scales"])
+def test_part_that_was_never_loaded_is_refused(
+    spec: str, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fmt, weight = codes_for(spec)
+    if part not in fmt.parts:
+        pytest.skip("floats have no scales")
+    head = create(fmt, monkeypatch)
+    parts = fmt.pack("lm_head", weight)
+    del parts[part]
+    load(head, parts)
+    with pytest.raises(CheckpointError, match=r"lm_head.*(code -|is nan|or NaN)"):
+        head.quant_method.process_weights_after_loading(head)
+
+
+def test_other_formats_than_dense_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CheckpointError, match="lm_head: vLLM serves an output head in the format"):
+        create(from_spec("nm/2:4"), monkeypatch)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_panels_replace_a_weight_that_nothing_else_needs(
+    tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_without("cpu")
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    head = create(None, monkeypatch)
+    _, weight = codes_for("dense/dense")
+    owner = head
+    if tied:
+        owner = VocabParallelEmbedding(VOCABULARY, HIDDEN, params_dtype=torch.bfloat16)
+        head.tie_weights(owner)
+    load(owner, {"weight": weight.weight})
+    head.quant_method.process_weights_after_loading(head)
+    assert owner.weight.numel() == (PADDED * HIDDEN if tied else 0)
+    x = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(1)).bfloat16()
+    got = head.quant_method.apply(head, x)
+    torch.testing.assert_close(got[:, :VOCABULARY], x @ weight.weight.T, rtol=0.02, atol=0.05)
+    if tied:
+        ids = torch.arange(5)
+        assert torch.equal(owner.quant_method.embedding(owner, ids), weight.weight[:5])

@@ -1,0 +1,253 @@
+"""The output head as codes: packed beside the pruned linears, untied, loaded, exported, refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Outcome, content, save_tiny_model
+from safetensors.torch import load_file, save_file
+from test_families import save_family
+
+import gblm.packed
+from gblm.checkpoint import head as head_module
+from gblm.checkpoint.inspect import inspect
+from gblm.checkpoint.packed_folder import PackedReader
+from gblm.checkpoint.reader import Reader
+from gblm.checkpoint.verify import verify
+from gblm.checkpoint.writer import sha256
+from gblm.errors import CheckpointError, PatternError
+from gblm.export.dense import export_dense
+from gblm.export.pack import export_pack
+from gblm.model import load
+from gblm.prune import prune
+from gblm.recipe import Recipe
+from gblm.values import parse_values, quantize
+
+Pack = Callable[..., Path]
+Run = Callable[..., Outcome]
+IDS = torch.arange(24).reshape(2, 12)
+EMBEDDINGS = "model.embed_tokens.weight"
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=IDS).logits
+        return found
+
+
+def magnitude(model: Path, **fields: object) -> Recipe:
+    return Recipe(model=str(model), method="magnitude", calibration=None, **fields)
+
+
+@pytest.mark.parametrize("head", ["int8", "int4"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_equal_the_dense_export(
+    pack_tiny: Pack, tmp_path: Path, tied: bool, head: str
+) -> None:
+    folder = pack_tiny(head=head, tied=tied)
+    export_dense(folder, tmp_path / "dense")
+    verify(folder, against=tmp_path / "dense")
+    want = logits(load(tmp_path / "dense"))
+    for backend in ("reference", "dense"):
+        model = gblm.packed.load(folder, backend)
+        assert type(model.lm_head).__name__ == "SparseLinear"
+        assert torch.equal(logits(model), want)
+    # The best backend may round activations to int8.
+    assert (logits(gblm.packed.load(folder)) - want).norm() < 0.03 * want.norm()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_head_is_the_rounded_source_and_the_embeddings_stay(
+    pack_tiny: Pack, tiny: Path, tiny_untied: Path, tied: bool
+) -> None:
+    source = tiny if tied else tiny_untied
+    with PackedReader(pack_tiny(head="int8", tied=tied)) as packed, Reader(source) as dense:
+        linear = packed.linears["lm_head"]
+        assert linear.fmt.spec == "dense/dense/int8:64"
+        weight = dense.tensor(EMBEDDINGS if tied else "lm_head.weight")
+        every = torch.ones_like(weight, dtype=torch.bool)
+        want = quantize(weight, every, parse_values("int8:64"))
+        found = linear.fmt.unpack(packed.parts("lm_head"))
+        assert torch.equal(found.codes, want.codes)
+        assert torch.equal(found.scales, want.scales)
+        assert torch.equal(packed.tensor(EMBEDDINGS), dense.tensor(EMBEDDINGS))
+        assert "lm_head.weight" not in packed
+        assert packed.config["tie_word_embeddings"] is False
+        last = packed.manifest.to_config()["groups"][-1]
+        assert last == {
+            "format": "dense", "pattern": "dense", "values": "int8:64", "targets": ["lm_head"]
+        }  # fmt: skip
+
+
+def test_dense_export_is_untied_and_holds_what_the_codes_stand_for(
+    pack_tiny: Pack, tmp_path: Path
+) -> None:
+    folder = pack_tiny(head="int4")
+    export_dense(folder, tmp_path / "dense")
+    config = json.loads((tmp_path / "dense/config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    with PackedReader(folder) as packed, Reader(tmp_path / "dense") as dense:
+        assert torch.equal(dense.tensor("lm_head.weight"), packed.weight("lm_head"))
+        assert not torch.equal(dense.tensor("lm_head.weight"), dense.tensor(EMBEDDINGS))
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "dense"])
+def test_head_is_reported_apart_from_the_pruned_linears(pack_tiny: Pack, pattern: str) -> None:
+    folder, without = (pack_tiny("wanda", pattern, "int8:64", head) for head in ("int8", "float"))
+    report, plain = (
+        json.loads((f / "sparsity_report.json").read_text()) for f in (folder, without)
+    )
+    head = report.pop("head")
+    assert (head["name"], head["tied"], head["bits_per_weight"]) == ("lm_head", True, 8.25)
+    assert report.pop("bytes_packed") - plain.pop("bytes_packed") == head["bytes_packed"]
+    assert report == plain
+    facts, before = inspect(folder), inspect(without)
+    assert facts["groups"] == before["groups"]
+    assert (facts["head"]["bits_per_weight"], facts["head"]["weights"]) == (8.25, 258 * 64)
+    assert facts["bytes"] - before["bytes"] == head["bytes_packed"]
+    assert (
+        "| output head | int8:64, 8.25 bits per weight; a copy of"
+        in (folder / "README.md").read_text()
+    )
+
+
+def test_a_head_that_stays_floating_is_not_mentioned(pack_tiny: Pack, tiny: Path) -> None:
+    folder = pack_tiny()
+    assert "lm_head" not in (folder / "config.json").read_text()
+    assert '"head"' not in (folder / "sparsity_report.json").read_text()
+    assert "output head" not in (folder / "README.md").read_text()
+    assert "head" not in inspect(folder)
+    tied = [json.loads((f / "config.json").read_text())["tie_word_embeddings"]
+            for f in (folder, tiny)]  # fmt: skip
+    assert tied == [True, True]
+
+
+def test_rounding_some_rows_at_a_time_changes_nothing(
+    tiny: Path, pack_tiny: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = pack_tiny("magnitude", head="int4")
+    monkeypatch.setattr(head_module, "CHUNK_WEIGHTS", 64 * 50)
+    prune(magnitude(tiny, head="int4"), tmp_path / "out")
+    assert content(tmp_path / "out")["model.safetensors"] == content(want)["model.safetensors"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_packing_a_dense_folder_makes_the_same_head(
+    tiny: Path, tiny_untied: Path, pack_tiny: Pack, tmp_path: Path, tied: bool
+) -> None:
+    source = tiny if tied else tiny_untied
+    report = export_pack(source, tmp_path / "out", pattern="dense", values="int8", head="int8")
+    verify(tmp_path / "out")
+    assert report["head"]["tied"] is tied
+    assert json.loads((tmp_path / "out/recipe.json").read_text())["head"] == "int8"
+    ours = pack_tiny("magnitude", "dense", "int8", "int8", tied)
+    first, second = (load_file(f / "model.safetensors") for f in (ours, tmp_path / "out"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3 text", "qwen3", "phi3 (fused)"])
+def test_embeddings_are_scaled_as_before(family: str, tmp_path: Path) -> None:
+    source = save_family(family, tmp_path / "model")
+    prune(magnitude(source, head="int8"), tmp_path / "out")
+    export_dense(tmp_path / "out", tmp_path / "dense")
+    got = logits(gblm.packed.load(tmp_path / "out", "reference"))
+    assert torch.equal(got, logits(load(tmp_path / "dense")))
+    prune(magnitude(source), tmp_path / "plain")
+    plain = logits(gblm.packed.load(tmp_path / "plain", "reference"))
+    assert (got - plain).norm() < 0.02 * plain.norm()
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Change tensors and make the hash fit again."""
+    path = folder / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    manifest = json.loads((folder / "MANIFEST.json").read_text())
+    manifest["files"][path.name] = {"sha256": sha256(path), "size": path.stat().st_size}
+    (folder / "MANIFEST.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "match"),
+    [("scales", 0.0, r"lm_head\.scales: row 257, group 0 is 0\.0"),
+     ("values", -128, r"lm_head\.values: holds the code -128"),
+     ("values", None, r"lm_head: .* does not describe the stored weight")],
+)  # fmt: skip
+def test_damaged_head_does_not_pass(
+    pack_tiny: Pack, tmp_path: Path, part: str, value: float | None, match: str
+) -> None:
+    folder = Path(shutil.copytree(pack_tiny(head="int8"), tmp_path / "out"))
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        row = tensors[f"lm_head.{part}"][257]
+        row[0] = int(row[0] == 0) if value is None else value
+
+    rewrite(folder, change)
+    with pytest.raises(CheckpointError, match=match):
+        verify(folder)
+    if value is not None:
+        with pytest.raises(CheckpointError, match=match):
+            gblm.packed.load(folder)
+
+
+def test_missing_head_is_found(pack_tiny: Pack, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pack_tiny(head="int8"), tmp_path / "out"))
+    rewrite(folder, lambda t: [t.pop(f"lm_head.{part}") for part in ("values", "scales")])
+    with pytest.raises(CheckpointError, match="lm_head: reported, but not stored"):
+        verify(folder)
+    with pytest.raises(CheckpointError, match="the packed weight of lm_head is missing"):
+        gblm.packed.load(folder)
+
+
+def test_packed_head_cannot_be_tied(pack_tiny: Pack, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(shutil.copytree(pack_tiny(head="int8"), tmp_path / "out"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.raises(CheckpointError, match=r"lm_head: packed, but config\.json ties it"):
+        gblm.packed.load(folder)
+    with pytest.raises(CheckpointError, match=r"lm_head: packed, but config\.json ties it"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_what_cannot_be_rounded_is_refused_before_anything_runs(
+    tmp_path: Path, tiny_untied: Path
+) -> None:
+    odd = save_tiny_model(tmp_path / "odd", hidden_size=40)
+    with pytest.raises(PatternError, match=r"lm_head: 40 columns .*--head float"):
+        prune(magnitude(odd, head="int8"), tmp_path / "out")
+    folder = Path(shutil.copytree(tiny_untied, tmp_path / "nan"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"][3, 3] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def no_step(*args: object) -> Callable[[], None]:
+        raise AssertionError
+
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight holds NaN"):
+        prune(magnitude(folder, head="int8"), tmp_path / "out", no_step)
+
+
+def test_head_on_the_command_line(gblm: Run, tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = gblm("prune", tiny, "--method", "magnitude", "--head", "int8", "--output", out)
+    assert done.code == 0, done
+    assert "output head int8:64, 8.25 bits per weight, a copy of the embeddings" in done.out
+    assert json.loads((out / "recipe.json").read_text())["head"] == "int8"
+    rows = [line.split() for line in gblm("inspect", out).out.splitlines()]
+    assert ["dense", "dense", "int8:64", "lm_head", "16,512", "0.0%", "8.25"] in rows
+    assert gblm("verify", out).code == 0
+    packed = tmp_path / "packed"
+    done = gblm("export", "pack", tiny, "--pattern", "dense", "--head", "int4", "--output", packed)
+    assert done.code == 0, done
+    assert "output head int4:64" in done.out
+    done = gblm("prune", tiny, "--head", "fp8", "--output", tmp_path / "no")
+    assert done.code == 2

@@ -1,0 +1,144 @@
+"""The output head as codes: rounded to the nearest, in the format `dense`, as a group of its own.
+
+Of a head that is tied to the embeddings a rounded copy is made. The embeddings stay as they are and
+the packed model is untied, because a lookup needs no speed and a wrong embedding hurts every layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gblm.checkpoint.reader import Reader
+from gblm.checkpoint.report import weight_row
+from gblm.errors import CheckpointError, PatternError
+from gblm.formats import Format, Shape, TensorSpec, format_for
+from gblm.formats.manifest import Group
+from gblm.patterns import Dense
+from gblm.values import parse_values, quantize
+
+# A head has up to a billion weights: it is rounded some rows at a time.
+CHUNK_WEIGHTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Head:
+    """An output head that is to be packed.
+
+    Attributes:
+        name: of the module, such as "lm_head".
+        source: the tensor that it is made from: its own weight, or the embeddings'.
+        fmt: `dense`, with integer values.
+        shape: [out, in].
+        dtype: of the source tensor.
+    """
+
+    name: str
+    source: str
+    fmt: Format
+    shape: Shape
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, reader: Reader, name: str, source: str, values: str) -> Head:
+        """Read the headers.
+
+        Args:
+            reader: of the dense model.
+            name: of the module.
+            source: the tensor that it is made from.
+            values: "int8" or "int4".
+
+        Raises:
+            CheckpointError: the tensor is missing, or no floating-point matrix.
+            PatternError: its columns do not divide into groups.
+        """
+        if source not in reader:
+            raise CheckpointError(f"{reader.folder}: tensor {source} is missing.")
+        shape, dtype = reader.headers[source]
+        if len(shape) != 2 or not dtype.is_floating_point:
+            raise CheckpointError(f"{source} is {list(shape)} {dtype}, no floating matrix.")
+        try:
+            kind = parse_values(values).resolve(name, shape[1])
+        except PatternError as error:
+            raise PatternError(
+                f"{name}: {shape[1]} columns do not divide into groups of 32, 64 or 128. Leave the "
+                "output head as it is: --head float."
+            ) from error
+        return cls(name, source, format_for(Dense(), kind), (shape[0], shape[1]), dtype)
+
+    @property
+    def tied(self) -> bool:
+        """Whether it is a copy of the embeddings, which stay."""
+        return self.source != f"{self.name}.weight"
+
+    @property
+    def weights(self) -> int:
+        """How many."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        """Packed."""
+        return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in self._layout().values())
+
+    @property
+    def added_bytes(self) -> int:
+        """What the model grows by; negative when the head replaces a weight of its own."""
+        return self.num_bytes - (0 if self.tied else self.weights * self.dtype.itemsize)
+
+    @property
+    def group(self) -> Group:
+        """Its group in the manifest."""
+        return Group(
+            format=self.fmt.name,
+            pattern=str(self.fmt.pattern),
+            values=str(self.fmt.values),
+            targets=(self.name,),
+        )
+
+    def check(self, reader: Reader) -> None:
+        """Raise CheckpointError when a weight is NaN or Inf: before a run, not at its end."""
+        for _, rows in self._chunks(reader):
+            if not bool(rows.isfinite().all()):
+                raise CheckpointError(f"{self.source} holds NaN or Inf: the checkpoint is damaged.")
+
+    def pack(self, reader: Reader) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Round and pack.
+
+        Returns:
+            The parts by full name, and the row of the report.
+        """
+        layout = self._layout()
+        parts = {part: torch.empty(spec.shape, dtype=spec.dtype) for part, spec in layout.items()}
+        zeros = 0
+        for start, rows in self._chunks(reader):
+            every = torch.ones_like(rows, dtype=torch.bool)
+            weight = quantize(rows, every, self.fmt.values, self.name)
+            for part, tensor in self.fmt.pack(self.name, weight).items():
+                parts[part][start : start + len(rows)] = tensor
+            zeros += int(weight.zeros.sum())
+        row = weight_row(self.name, self.fmt, self.shape, self.dtype, zeros, parts)
+        return {f"{self.name}.{part}": t for part, t in parts.items()}, row | {"tied": self.tied}
+
+    def _layout(self) -> dict[str, TensorSpec]:
+        return self.fmt.layout(self.shape)
+
+    def _chunks(self, reader: Reader) -> Iterator[tuple[int, Tensor]]:
+        """First row and rows, some at a time."""
+        weight, step = reader.tensor(self.source), max(1, CHUNK_WEIGHTS // self.shape[1])
+        for start in range(0, self.shape[0], step):
+            yield start, weight[start : start + step]
+
+
+def untied(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json whose output head is not the embeddings."""
+    changed = config | {"tie_word_embeddings": False}
+    if isinstance(text := config.get("text_config"), dict):
+        changed["text_config"] = text | {"tie_word_embeddings": False}
+    return changed

@@ -1,0 +1,96 @@
+// AVX-512: one panel and up to 16 tokens, expanded in registers.
+#pragma once
+
+#include "avx512_words.h"
+
+namespace {
+
+template <int M>
+constexpr int kChains = M <= 2   ? 4
+                        : M <= 4 ? 2
+                                 : 1;  // independent sums hide the latency
+
+template <class Reader, int M>
+INLINE const uint8_t* float_panel(const Panels& p, const uint8_t* at, const uint32_t* x,
+                                  __m512 (&out)[M]) {
+  constexpr int chains = kChains<M>;
+  __m512 sum[chains * M];
+  unroll<chains * M>([&](auto i) LAMBDA { sum[i] = _mm512_setzero_ps(); });
+  for (int64_t b = 0; b < p.blocks; b++) {
+    if (__builtin_expect(at > p.limit, 0)) return nullptr;
+    at = Reader::block(at, [&](auto w, __m512i word) LAMBDA {
+      constexpr int chain = w % chains;
+      unroll<M>([&](auto m) LAMBDA {
+        sum[chain * M + m] = broadcast_bf16(x + w * M + m, word, sum[chain * M + m]);
+      });
+    });
+    x += Reader::kWords * M;
+  }
+  unroll<M>([&](auto m) LAMBDA {
+    out[m] = sum[m];
+    unroll<chains - 1>([&](auto c) LAMBDA { out[m] += sum[(c + 1) * M + m]; });
+  });
+  return at;
+}
+
+template <class Reader, int M>
+INLINE const uint8_t* integer_panel(const Panels& p, const uint8_t* at, const uint32_t* x,
+                                    const float* scales, __m512 (&out)[M]) {
+  constexpr int chains = kChains<M>;
+  unroll<M>([&](auto m) LAMBDA { out[m] = _mm512_setzero_ps(); });
+  const int64_t blocks = p.group / kColumns;
+  for (int64_t g = 0; g < p.blocks / blocks; g++) {
+    if (__builtin_expect(at > p.limit, 0)) return nullptr;
+    const uint8_t* line = at;
+    at += kLine;
+    Ints sum[chains * M];
+    unroll<chains * M>([&](auto i) LAMBDA { sum[i] = Ints{}; });
+    for (int64_t b = 0; b < blocks; b++) {
+      if (__builtin_expect(at > p.limit, 0)) return nullptr;
+      at = Reader::block(at, [&](auto w, __m512i word) LAMBDA {
+        constexpr int chain = w % chains;
+        unroll<M>([&](auto m) LAMBDA {
+          sum[chain * M + m] = broadcast_int8(x + w * M + m, word, sum[chain * M + m]);
+        });
+      });
+      x += Reader::kWords * M;
+    }
+    const __m512 scale = group_scales<Reader::kShift>(line);
+    const Ints excess = group_excess<Reader::kShift>(line);
+    unroll<M>([&](auto m) LAMBDA {
+      Ints total = sum[m] - excess;
+      unroll<chains - 1>([&](auto c) LAMBDA { total += sum[(c + 1) * M + m]; });
+      const __m512 exact = _mm512_cvtepi32_ps((__m512i)total);
+      out[m] = _mm512_fmadd_ps(exact, _mm512_mul_ps(scale, _mm512_set1_ps(scales[m])), out[m]);
+    });
+    scales += M;
+  }
+  return at;
+}
+
+INLINE void store_rows(const Panels& p, int64_t panel, __m512 sums, uint16_t* y) {
+  const int64_t left = p.rows - panel * kRows;
+  const __mmask16 rows = left >= kRows ? 0xFFFF : static_cast<__mmask16>((1u << left) - 1);
+  _mm256_mask_storeu_epi16(y + panel * kRows, rows, (__m256i)_mm512_cvtneps_pbh(sums));
+}
+
+template <class Reader, int M>
+bool decode(const Panels& p, const Activations& x, int64_t first, int64_t last, uint16_t* y) {
+  const uint32_t* packed = static_cast<const uint32_t*>(x.packed);
+  for (int64_t panel = first; panel < last; panel++) {
+    __m512 out[M];
+    unroll<M>([&](auto m) LAMBDA { out[m] = _mm512_setzero_ps(); });  // for the compiler's warning
+    const uint8_t* at;
+    if constexpr (Reader::kWords == 16)
+      at = float_panel<Reader, M>(p, p.begin(panel), packed, out);
+    else
+      at = integer_panel<Reader, M>(p, p.begin(panel), packed, x.scales, out);
+    if (at == nullptr || !p.ends(panel, at)) return false;
+    unroll<M>([&](auto m) LAMBDA {
+      if (m < x.tokens) store_rows(p, panel, out[m], y + m * p.rows);
+    });
+  }
+  return true;
+}
+
+}  // namespace

@@ -1,0 +1,177 @@
+// AVX-512: from the bytes of a block to words in registers, and their dot products.
+#pragma once
+
+#include <immintrin.h>
+
+#include <utility>
+
+#include "isa.h"
+
+#define INLINE inline __attribute__((always_inline))
+#define LAMBDA __attribute__((always_inline))
+
+namespace {
+
+constexpr int64_t kAhead = 4096;  // prefetch distance in bytes
+
+// f(0) … f(N - 1) with constants: g++ keeps arrays in registers only if every index is one.
+template <class F, int... I>
+INLINE void each(F&& f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class F>
+INLINE void unroll(F&& f) {
+  each(f, std::make_integer_sequence<int, N>{});
+}
+
+template <int Lines>
+INLINE void prefetch(const uint8_t* at) {
+  unroll<Lines>([&](auto i) LAMBDA {
+    _mm_prefetch(reinterpret_cast<const char*>(at) + kAhead + kLine * i, _MM_HINT_T0);
+  });
+}
+
+// Expanding in place: on Zen 4 the instruction waits for the old value of its destination.
+INLINE __m512i expand16(uint32_t mask, __m512i word) {
+  asm("vpexpandw %0, %0%{%1%}%{z%}" : "+v"(word) : "Yk"(static_cast<__mmask32>(mask)));
+  return word;
+}
+INLINE __m512i expand8(uint64_t mask, __m512i word) {
+  asm("vpexpandb %0, %0%{%1%}%{z%}" : "+v"(word) : "Yk"(static_cast<__mmask64>(mask)));
+  return word;
+}
+INLINE __m512i load512(const void* at) { return _mm512_loadu_si512(at); }
+INLINE __m512i load256(const void* at) {
+  return _mm512_castsi256_si512(_mm256_loadu_si256(static_cast<const __m256i*>(at)));
+}
+
+// 64 bytes from anywhere: two halves are faster than one load that crosses a line (Zen 5: 1.3x).
+INLINE __m512i load_split(const uint8_t* at) {
+  const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + 32));
+  return _mm512_inserti64x4(load256(at), high, 1);
+}
+
+// The bytes of one word (of two, for int4): 2:4 always fills half of them.
+template <int Mask>
+INLINE __m512i load_packed(const uint8_t* at) {
+  return Mask == GBLM_2_OF_4 ? load256(at) : Mask == GBLM_ANY ? load_split(at) : load512(at);
+}
+
+// Readers call visit(word, register) for every word of a block and return where the block ends.
+
+template <int Mask>
+struct Bf16 {
+  static constexpr int kWords = 16;
+  static constexpr bool kInPlace = Mask == GBLM_DENSE;
+  static constexpr int kLines = Mask == GBLM_DENSE ? 16 : 9;
+
+  template <class Visit>
+  static INLINE const uint8_t* block(const uint8_t* at, Visit&& visit) {
+    prefetch<kLines>(at);
+    if constexpr (Mask == GBLM_DENSE) {
+      unroll<kWords>([&](auto w) LAMBDA { visit(w, load512(at + kLine * w)); });
+      return at + kWords * kLine;
+    } else {
+      const uint8_t* v = at + kMaskBytes;
+      unroll<kWords>([&](auto w) LAMBDA {
+        const uint32_t mask = load<uint32_t>(at + 4 * w);
+        visit(w, expand16(mask, load_split(v)));
+        // Two columns of 2:4 hold 0..4 of the four kept, so a pair of words always holds 32.
+        if constexpr (Mask == GBLM_2_OF_4 && w % 2 == 1)
+          v += 64 - 2 * _mm_popcnt_u32(load<uint32_t>(at + 4 * (w - 1)));
+        else
+          v += 2 * _mm_popcnt_u32(mask);
+      });
+      return v;
+    }
+  }
+};
+
+template <int Mask>
+struct Int8 {
+  static constexpr int kWords = 8;
+  static constexpr bool kInPlace = Mask == GBLM_DENSE;
+  static constexpr int kLines = Mask == GBLM_DENSE ? 8 : 5;
+  static constexpr int kShift = 0;
+
+  template <class Visit>
+  static INLINE const uint8_t* block(const uint8_t* at, Visit&& visit) {
+    prefetch<kLines>(at);
+    const uint8_t* v = Mask == GBLM_DENSE ? at : at + kMaskBytes;
+    unroll<kWords>([&](auto w) LAMBDA {
+      if constexpr (Mask == GBLM_DENSE) {
+        visit(w, load512(v));
+        v += 64;
+      } else {
+        const uint64_t mask = load<uint64_t>(at + 8 * w);
+        visit(w, expand8(mask, load_packed<Mask>(v)));
+        v += Mask == GBLM_2_OF_4 ? 32 : _mm_popcnt_u64(mask);
+      }
+    });
+    return v;
+  }
+};
+
+// Nibbles become bytes of 16 times their value: shifting left needs no sign extension.
+template <int Mask>
+struct Int4 {
+  static constexpr int kWords = 8;
+  static constexpr bool kInPlace = false;
+  static constexpr int kLines = Mask == GBLM_DENSE ? 4 : 3;
+  static constexpr int kShift = 4;
+
+  template <class Visit>
+  static INLINE const uint8_t* block(const uint8_t* at, Visit&& visit) {
+    prefetch<kLines>(at);
+    const __m512i high = _mm512_set1_epi8(static_cast<char>(0xF0));
+    const __m512i shift = _mm512_set1_epi64(0x0000000001020408);  // every byte << 4, in one step
+    const uint8_t* v = Mask == GBLM_DENSE ? at : at + kMaskBytes;
+    unroll<kWords / 2>([&](auto i) LAMBDA {
+      constexpr std::integral_constant<int, 2 * i> even;
+      constexpr std::integral_constant<int, 2 * i + 1> odd;
+      const __m512i both = load_packed<Mask>(v);
+      const __m512i low = _mm512_gf2p8affine_epi64_epi8(both, shift, 0);
+      const __m512i top = _mm512_and_si512(both, high);
+      if constexpr (Mask == GBLM_DENSE) {
+        visit(even, low);
+        visit(odd, top);
+        v += 64;
+      } else {
+        const uint64_t a = load<uint64_t>(at + 16 * i), b = load<uint64_t>(at + 16 * i + 8);
+        visit(even, expand8(a, low));
+        visit(odd, expand8(b, top));
+        v += Mask == GBLM_2_OF_4 ? 32 : larger(_mm_popcnt_u64(a), _mm_popcnt_u64(b));
+      }
+    });
+    return v;
+  }
+};
+
+// Dot products: weights are bf16 pairs or signed bytes, activations bf16 pairs or unsigned.
+
+INLINE __m512 broadcast_bf16(const uint32_t* x, __m512i w, __m512 sum) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(static_cast<int>(*x)));
+}
+// g++ keeps arrays of sums in registers only if they are read and written as this one type.
+typedef int32_t Ints __attribute__((vector_size(64)));
+
+INLINE Ints multiply_int8(__m512i x, __m512i w, Ints sum) {
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sum, x, w);
+}
+INLINE Ints broadcast_int8(const uint32_t* x, __m512i w, Ints sum) {
+  return multiply_int8(_mm512_set1_epi32(static_cast<int>(*x)), w, sum);
+}
+// The line before a group: its scales, and what the +128 of the activations has added.
+template <int Shift>
+INLINE __m512 group_scales(const uint8_t* line) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)line));
+  return _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)),
+                       _mm512_set1_ps(1.0f / (1 << Shift)));
+}
+template <int Shift>
+INLINE Ints group_excess(const uint8_t* line) {
+  const __m512i sums = _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)(line + 32)));
+  return (Ints)_mm512_slli_epi32(sums, 7 + Shift);
+}
+
+}  // namespace
