@@ -23,7 +23,7 @@ $(VENV)/.ready: pyproject.toml setup.py $(wildcard $(CSRC)/*)
 lint: dev ## ruff, clang-format, and hadolint for the Dockerfile
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run --Werror $(wildcard $(CSRC)/*.h $(CSRC)/*.cpp tests/kernels/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard $(CSRC)/*.h $(CSRC)/*.cpp tests/kernels/*.h tests/kernels/*.cpp)
 	$(BIN)/hadolint Dockerfile
 
 # The type checker cannot follow an editable install's import hook, so it is shown a real tree.
@@ -49,11 +49,11 @@ SANITIZE := -std=c++17 -O1 -g -fno-omit-frame-pointer -Wall -Wextra -Werror -Wno
 	-fsanitize=address,undefined -fno-sanitize-recover=all
 CHECKED := $(UNITS:%=build/sanitize/%.o) build/sanitize/sanitize.o
 
-build/sanitize/%.o: $(CSRC)/%.cpp $(wildcard $(CSRC)/*.h) Makefile
+build/sanitize/%.o: $(CSRC)/%.cpp $(wildcard $(CSRC)/*.h)
 	@mkdir -p $(@D)
 	g++ $(SANITIZE) $($*_FLAGS) -c $< -o $@
 
-build/sanitize/sanitize.o: tests/kernels/sanitize.cpp $(CSRC)/gblm_kernels.h Makefile
+build/sanitize/sanitize.o: tests/kernels/sanitize.cpp tests/kernels/sanitize.h $(CSRC)/gblm_kernels.h
 	@mkdir -p $(@D)
 	g++ $(SANITIZE) -c $< -o $@
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from gblm.kernels import native
 from torch import Tensor
 from torch.nn import functional
+
+from gblm.kernels import native
 
 MASKS = {"dense": native.DENSE, "any": native.ANY, "2:4": native.TWO_OF_FOUR}
 LIMITS = {"int8": 127, "int4": 7}

@@ -42,7 +42,7 @@ def test_best_backend_serves_when_none_is_asked_for(
         want = gblm.packed.load(folder, "dense")(input_ids=ids).logits.float()
         got = model(input_ids=ids).logits.float()
     # cpu rounds activations to int8 where it meets codes.
-    assert (got - want).norm() < 0.03 * want.norm()
+    assert (got - want).norm() < 0.08 * want.norm()
 
 
 def test_from_pretrained_works_after_one_import(pack_tiny: Pack) -> None:

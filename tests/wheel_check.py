@@ -24,6 +24,13 @@ def test_the_wheel_claims_only_gblm() -> None:
     assert any(str(file) == "gblm/py.typed" for file in files("gblm-toolkit") or [])
 
 
+def test_the_wheel_holds_the_cpu_kernels() -> None:
+    from gblm.kernels import native
+
+    assert native.refusal() is None
+    assert not any(str(file).endswith((".cpp", ".h")) for file in files("gblm-toolkit") or [])
+
+
 def test_entry_points_are_there() -> None:
     (plugin,) = (p for p in entry_points(group="vllm.general_plugins") if p.name == "gblm")
     assert callable(plugin.load())

@@ -19,6 +19,7 @@ from cpu_cases import (
     multiply,
     product,
 )
+
 from gblm.kernels import native
 
 pytestmark = pytest.mark.skipif(

@@ -7,8 +7,9 @@ import random
 import pytest
 import torch
 from cpu_cases import case
-from gblm.kernels import native
 from torch import Tensor
+
+from gblm.kernels import native
 
 pytestmark = pytest.mark.skipif(
     native.refusal() is not None, reason=f"no CPU kernels: {native.refusal()}"
@@ -86,7 +87,7 @@ def test_damaged_panels_never_crash(instructions: str, values: str, mask: str) -
     except native.KernelError:
         pytest.skip(f"this CPU has no {instructions}")
     try:
-        rng = random.Random(f"{values} {mask}")  # noqa: S311
+        rng = random.Random(f"{values} {mask}")
         good = case((37, 96), values, mask).panels.numpy().tobytes()
         assert feed(good) == 5
         found = [feed(mutate(good, rng)) for _ in range(ROUNDS)]

@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from cpu_cases import MASKS, Case, case, from_codes, from_values, keep_mask, multiply, seeded
-from gblm.kernels import native
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from gblm.kernels import native
 
 pytestmark = pytest.mark.skipif(
     native.refusal() is not None, reason=f"no CPU kernels: {native.refusal()}"

@@ -106,14 +106,18 @@ def test_cuts_through_groups_are_refused_with_sizes_that_work(
         create(from_spec(spec), [8], columns, num_ranks, monkeypatch, 0)
 
 
+@pytest.mark.parametrize("part", ["values", "scales"])
 @pytest.mark.parametrize("spec", ["nm/2:4/int8:64", "dense/dense/int4:64"])
-def test_codes_that_were_never_loaded_are_refused(
-    spec: str, monkeypatch: pytest.MonkeyPatch
+def test_parts_that_were_never_loaded_are_refused(
+    spec: str, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fmt = from_spec(spec)
     method, layer = create(fmt, [8], 256, 1, monkeypatch, 0)
-    for part, tensor in fmt.pack("w", weight_for(fmt, (8, 256))).items():
-        if part != "scales":
-            getattr(layer, part).data.copy_(tensor)
-    with pytest.raises(CheckpointError, match=r"w\.scales: row 0, group 0 is nan"):
+    for loaded, tensor in fmt.pack("w", weight_for(fmt, (8, 256))).items():
+        if loaded != part:
+            getattr(layer, loaded).data.copy_(tensor)
+    match = (
+        r"w\.scales: row 0, group 0 is nan" if part == "scales" else r"w\.values: holds the code"
+    )
+    with pytest.raises(CheckpointError, match=match):
         method.process_weights_after_loading(layer)

@@ -27,12 +27,7 @@ struct Shuffles {
 };
 constexpr Shuffles kShuffles;
 
-inline Lanes join(__m256 low, __m256 high) {
-  Lanes lanes;
-  std::memcpy(&lanes, &low, 32);
-  std::memcpy(reinterpret_cast<char*>(&lanes) + 32, &high, 32);
-  return lanes;
-}
+inline Lanes join(__m256 low, __m256 high) { return {(Half)low, (Half)high}; }
 
 inline __m256i load256(const uint8_t* at) { return _mm256_loadu_si256((const __m256i*)at); }
 inline __m128i load128(const uint8_t* at) { return _mm_loadu_si128((const __m128i*)at); }
@@ -102,24 +97,18 @@ struct Avx2Reader<GBLM_BF16, Mask> {
   }
 };
 
-// Sixteen rows x four columns of bytes under a 64-bit mask.
-struct Bytes {
-  alignas(64) uint8_t value[64];
-
-  // `from` gives the kept bytes, packed; returns how many were taken.
-  int fill(const uint8_t* masks, const uint8_t* from) {
-    int taken = 0;
-    for (int i = 0; i < 8; i++) {
-      const uint8_t mask = masks[i];
-      const __m128i order = _mm_loadl_epi64((const __m128i*)kShuffles.bytes[mask]);
-      const __m128i kept = _mm_loadl_epi64((const __m128i*)(from + taken));
-      _mm_storel_epi64((__m128i*)(value + 8 * i), _mm_shuffle_epi8(kept, order));
-      taken += kShuffles.count[mask];
-    }
-    return taken;
+// Eight rows x four columns of bytes under 32 bits of mask. They stay in registers: loading wide
+// what was just stored in pieces would wait for the stores.
+inline __m256i expand_bytes(const uint8_t* masks, const uint8_t*& from) {
+  __m128i part[4];
+  for (int i = 0; i < 4; i++) {
+    const __m128i order = _mm_loadl_epi64((const __m128i*)kShuffles.bytes[masks[i]]);
+    part[i] = _mm_shuffle_epi8(_mm_loadl_epi64((const __m128i*)from), order);
+    from += kShuffles.count[masks[i]];
   }
-  __m256i rows(int first) const { return load256(value + 4 * first); }
-};
+  return _mm256_set_m128i(_mm_unpacklo_epi64(part[2], part[3]),
+                          _mm_unpacklo_epi64(part[0], part[1]));
+}
 
 template <int Mask>
 struct Avx2Reader<GBLM_INT8, Mask> {
@@ -135,9 +124,8 @@ struct Avx2Reader<GBLM_INT8, Mask> {
         visit_quad(4 * word, load256(v), load256(v + 32), visit);
         v += kLine;
       } else {
-        Bytes bytes;
-        v += bytes.fill(at + 8 * word, v);
-        visit_quad(4 * word, bytes.rows(0), bytes.rows(8), visit);
+        const __m256i rows0 = expand_bytes(at + 8 * word, v);
+        visit_quad(4 * word, rows0, expand_bytes(at + 8 * word + 4, v), visit);
       }
     }
     return v;
@@ -169,9 +157,11 @@ struct Avx2Reader<GBLM_INT4, Mask> {
           visit_quad(4 * (word + i), load256(runs[i]), load256(runs[i] + 32), visit);
           longest = 64;
         } else {
-          Bytes bytes;
-          longest = larger(longest, bytes.fill(at + 8 * (word + i), runs[i]));
-          visit_quad(4 * (word + i), bytes.rows(0), bytes.rows(8), visit);
+          const uint8_t* from = runs[i];
+          const uint8_t* masks = at + 8 * (word + i);
+          const __m256i rows0 = expand_bytes(masks, from);
+          visit_quad(4 * (word + i), rows0, expand_bytes(masks + 4, from), visit);
+          longest = larger(longest, static_cast<int>(from - runs[i]));
         }
       }
       v += longest;

@@ -10,7 +10,19 @@
 
 namespace {
 
-typedef float Lanes __attribute__((vector_size(64), aligned(64)));
+// Sixteen rows. In halves, which are registers where these kernels run.
+typedef float Half __attribute__((vector_size(32), aligned(32)));
+struct Lanes {
+  Half low, high;
+};
+GBLM_INLINE Lanes operator*(const Lanes& a, float b) { return {a.low * b, a.high * b}; }
+GBLM_INLINE Lanes operator*(const Lanes& a, const Lanes& b) {
+  return {a.low * b.low, a.high * b.high};
+}
+GBLM_INLINE void operator+=(Lanes& a, const Lanes& b) {
+  a.low += b.low;
+  a.high += b.high;
+}
 
 constexpr int64_t kTogether = 4;  // tokens that share what is read
 
@@ -153,15 +165,21 @@ struct Columns {
     }
     const float scale = x.scales[token * (p.columns / p.group) + group] * Read::kScale;
     Lanes weight;
-    for (int r = 0; r < kRows; r++) weight[r] = from_bf16(load<uint16_t>(line + 2 * r));
+    for (int r = 0; r < kRows / 2; r++) {
+      weight.low[r] = from_bf16(load<uint16_t>(line + 2 * r));
+      weight.high[r] = from_bf16(load<uint16_t>(line + kRows + 2 * r));
+    }
     sums[token] += sum * (weight * scale);
   }
 
   static void store(const Panels& p, int64_t panel, int64_t tokens, const Lanes* sums,
                     uint16_t* y) {
     const int64_t rows = smaller(kRows, p.rows - panel * kRows);
-    for (int64_t t = 0; t < tokens; t++)
-      for (int64_t r = 0; r < rows; r++) y[t * p.rows + panel * kRows + r] = to_bf16(sums[t][r]);
+    for (int64_t t = 0; t < tokens; t++) {
+      float sum[kRows];
+      std::memcpy(sum, sums + t, sizeof sum);
+      for (int64_t r = 0; r < rows; r++) y[t * p.rows + panel * kRows + r] = to_bf16(sum[r]);
+    }
   }
 
   static bool multiply(const Panels& p, const Activations& x, int64_t first, int64_t last,

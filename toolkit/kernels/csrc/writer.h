@@ -1,0 +1,188 @@
+// Writes one panel of prepare.cpp: rows of kept values become words of sixteen rows.
+#pragma once
+
+#include "panels.h"
+
+namespace {
+
+constexpr uint32_t kTwoOfFour = 0x33333333;  // any mask with two of four will do for padding
+constexpr uint64_t kNibbles = 0x1111111111111111;
+
+struct Shape {
+  int64_t panels, blocks, groups, group;  // group: columns per line of scales in the panels
+};
+
+// 1 bits of the bytes b .. b + 7 of a row's mask that lie inside of the matrix.
+inline uint64_t whole_bytes(const gblm_source& s, int64_t b) {
+  const int64_t left = s.columns / 8 - b;
+  return left >= 8 ? ~uint64_t{0} : left <= 0 ? 0 : (uint64_t{1} << 8 * left) - 1;
+}
+
+// The mask of up to 64 columns of a row, from byte b on; nothing is kept outside of the matrix.
+inline uint64_t row_bits(const gblm_source& s, int64_t row, int64_t b) {
+  const uint64_t inside = row < s.rows ? whole_bytes(s, b) : 0;
+  if (inside == 0 || s.mask == GBLM_DENSE) return inside;
+  const uint8_t* at = s.bitmask + row * (s.columns / 8) + b;
+  if (inside == ~uint64_t{0}) return load<uint64_t>(at);
+  uint64_t bits = 0;
+  std::memcpy(&bits, at, static_cast<size_t>(s.columns / 8 - b));
+  return bits;
+}
+
+// Counting bits, first in pairs, then in fours; without an instruction that old CPUs lack.
+inline uint64_t count_pairs(uint64_t bits) { return bits - (bits >> 1 & kNibbles * 5); }
+inline uint64_t count_nibbles(uint64_t pairs) {
+  return (pairs & kNibbles * 3) + (pairs >> 2 & kNibbles * 3);
+}
+inline int64_t sum_nibbles(uint64_t counts) {
+  constexpr uint64_t bytes = 0x0101010101010101;
+  const uint64_t sums = (counts & bytes * 15) + (counts >> 4 & bytes * 15);
+  return static_cast<int64_t>(sums * bytes >> 56);
+}
+
+// The next stored value of a row. Branches on random bits would be mispredicted half of the time.
+template <int Values>
+struct Cursor {
+  const uint8_t* data = nullptr;  // of a row that holds nothing: any two bytes
+  int64_t index = 0;              // in values
+
+  // The next value if `is`, else zero; then the row's first one is read in vain.
+  uint16_t take(uint32_t is) {
+    const int64_t at = index & -static_cast<int64_t>(is);
+    index += is;
+    if constexpr (Values == GBLM_BF16) return load<uint16_t>(data + 2 * at) & -is;
+    if constexpr (Values == GBLM_INT8) return data[at] & -is;
+    const uint32_t nibble = data[at / 2] >> at % 2 * 4 & 15;
+    return static_cast<uint8_t>((nibble ^ 8) - 8) & -is;
+  }
+};
+
+// Whether a stored value may not be: NaN, Inf; codes whose opposite does not exist.
+template <int Values>
+constexpr bool forbidden(uint16_t value) {
+  if (Values == GBLM_BF16) return (value & 0x7F80) == 0x7F80;
+  return static_cast<uint8_t>(value) == static_cast<uint8_t>(Values == GBLM_INT8 ? -128 : -8);
+}
+
+template <int Values>
+class Writer {
+  static constexpr int kPerWord = Values == GBLM_BF16 ? 2 : 4;  // columns
+  static constexpr int kWords = kColumns / kPerWord, kSize = Values == GBLM_BF16 ? 2 : 1;
+  static constexpr int kLanes = kPerWord * kRows;
+
+ public:
+  Writer(const gblm_source& source, const Shape& shape, int64_t panel, uint8_t* to)
+      : s_(source), shape_(shape), first_(panel * kRows), to_(to) {
+    static constexpr uint8_t nothing[2] = {0, 0};
+    for (int64_t r = 0; r < kRows; r++) {
+      const int64_t row = first_ + r;
+      const bool holds = row < s_.rows && s_.starts[row] < s_.starts[row + 1];
+      cursors_[r].data = holds ? static_cast<const uint8_t*>(s_.data) + s_.starts[row] : nothing;
+    }
+  }
+
+  // Where the panel ends; nullptr when a value is not finite or a code out of range.
+  uint8_t* write() {
+    for (int64_t block = 0; block < shape_.blocks; block++) {
+      if (Values != GBLM_BF16 && block * kColumns % shape_.group == 0) begin_group(block);
+      write_block(block);
+    }
+    finish_group();
+    return good_ ? to_ : nullptr;
+  }
+
+ private:
+  // One block: its masks, then its words. Values go through a buffer, because the last store of a
+  // word may be one too many.
+  void write_block(int64_t block) {
+    uint32_t real[kRows], stored[kRows];
+    for (int64_t r = 0; r < kRows; r++) {
+      real[r] = static_cast<uint32_t>(row_bits(s_, first_ + r, block * kColumns / 8));
+      stored[r] = s_.mask == GBLM_DENSE ? ~uint32_t{0} : real[r];
+      if (s_.mask == GBLM_2_OF_4) stored[r] |= kTwoOfFour & ~spread(real[r]);
+    }
+    if (s_.mask != GBLM_DENSE) write_masks(stored);
+    uint8_t words[2][(kLanes + 1) * kSize];
+    for (int w = 0; w < kWords; w += 2) {
+      if (Values == GBLM_INT4) std::memset(words, 0, sizeof words);
+      const int64_t a = fill_word(w, real, stored, words[0]);
+      const int64_t b = fill_word(w + 1, real, stored, words[1]);
+      if (Values == GBLM_INT4) {
+        for (int64_t i = 0; i < larger(a, b); i++)
+          *to_++ = static_cast<uint8_t>((words[0][i] & 15) | words[1][i] << 4);
+      } else {
+        std::memcpy(to_, words[0], static_cast<size_t>(a * kSize));
+        std::memcpy(to_ + a * kSize, words[1], static_cast<size_t>(b * kSize));
+        to_ += (a + b) * kSize;
+      }
+    }
+  }
+
+  void write_masks(const uint32_t (&stored)[kRows]) {
+    for (int w = 0; w < kWords; w++) {
+      uint64_t mask = 0;
+      for (int r = 0; r < kRows; r++)
+        mask |= uint64_t{stored[r] >> w * kPerWord & ((1u << kPerWord) - 1)} << r * kPerWord;
+      std::memcpy(to_ + w * kLanes / 8, &mask, kLanes / 8);
+    }
+    to_ += kMaskBytes;
+  }
+
+  // The values of one word; every lane is stored, and the next one stored over it if it is not
+  // kept. Returns how many are.
+  int64_t fill_word(int w, const uint32_t (&real)[kRows], const uint32_t (&stored)[kRows],
+                    uint8_t* word) {
+    int64_t count = 0;
+    bool bad = false;
+    for (int r = 0; r < kRows; r++) {
+      for (int i = 0; i < kPerWord; i++) {
+        const int bit = w * kPerWord + i;
+        const uint16_t value = cursors_[r].take(real[r] >> bit & 1);
+        bad |= forbidden<Values>(value);
+        std::memcpy(word + count * kSize, &value, kSize);
+        count += stored[r] >> bit & 1;
+        if (Values != GBLM_BF16) sums_[r] += static_cast<int8_t>(value);
+      }
+    }
+    if (bad) good_ = false;
+    return count;
+  }
+
+  // All four bits of every group of columns that holds anything: the others are padding.
+  static uint32_t spread(uint32_t mask) {
+    return ((mask | mask >> 1 | mask >> 2 | mask >> 3) & 0x11111111) * 15;
+  }
+
+  void begin_group(int64_t block) {
+    finish_group();
+    line_ = to_;
+    std::memset(line_, 0, kLine);
+    for (int64_t r = 0; r < kRows && first_ + r < s_.rows; r++) {
+      const int64_t group = block * kColumns / s_.group;
+      const uint16_t scale = s_.scales[(first_ + r) * (s_.columns / s_.group) + group];
+      if ((scale & 0x7F80) == 0x7F80 || scale >> 15) good_ = false;
+      std::memcpy(line_ + 2 * r, &scale, 2);
+    }
+    to_ += kLine;
+  }
+
+  void finish_group() {
+    if (line_ == nullptr) return;
+    for (int64_t r = 0; r < kRows; r++) {
+      const int16_t sum = static_cast<int16_t>(sums_[r]);
+      std::memcpy(line_ + 32 + 2 * r, &sum, 2);
+      sums_[r] = 0;
+    }
+  }
+
+  const gblm_source& s_;
+  const Shape& shape_;
+  int64_t first_;
+  uint8_t* to_;
+  uint8_t* line_ = nullptr;
+  bool good_ = true;
+  Cursor<Values> cursors_[kRows];
+  int32_t sums_[kRows] = {};
+};
+
+}  // namespace
