@@ -1,10 +1,12 @@
 """Tokens per second in vLLM on a 1.1B LLaMA shape: dense, our dense controls, and sparse weights.
 
     python benchmarks/decoding.py [--threads 1] [--compiled] [--rounds 5] [--only NAME …]
+        [--llama-cpp PYTHON]
 
 The weights are random: speed does not depend on them. Every engine is a process of its own and all
 stay loaded, so that one round runs each of them once and what disturbs the machine disturbs all
-alike. Ratios are taken within a round; the record holds their median and all rounds. Writes
+alike. Ratios are taken within a round; the record holds their median and all rounds. With a Python
+that has llama-cpp-python, its BF16, Q8_0 and Q4_0 are rows, too. Writes
 benchmarks/results/decoding-<threads>-<eager|compiled>.json.
 """
 
@@ -22,6 +24,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import llama_cpp_engine
 from memory import shape_folder
 
 from gblm.provenance import provenance
@@ -29,6 +32,7 @@ from gblm.provenance import provenance
 RESULTS = Path(__file__).resolve().parent / "results"
 SHAPE = "tinyllama"
 BASELINE = "dense bf16 (vLLM)"
+LLAMA_CPP = ("BF16", "Q8_0", "Q4_0")
 PRUNE = "prune {model} --method magnitude --pattern {pattern} --values {values} --head {head}"
 PACK = "export pack {model} --pattern dense --values {values} --head {head}"
 # Name, command that makes the folder ("" for the model itself), pattern, values, head.
@@ -63,10 +67,30 @@ def make_folders(root: Path, only: list[str]) -> dict[str, Path]:
     return folders
 
 
-class Engine:
-    """A vLLM engine in a process that waits for work on its standard input."""
+def vllm_command(folder: Path, compiled: bool) -> list[str]:
+    """Starts this file as a vLLM engine."""
+    return [
+        sys.executable, __file__, "--engine", str(folder), *(["--compiled"] if compiled else []),
+    ]  # fmt: skip
 
-    def __init__(self, folder: Path, threads: int, compiled: bool) -> None:
+
+def llama_cpp_commands(root: Path, python: str, threads: int) -> dict[str, list[str]]:
+    """Start llama.cpp engines, by the name of their row."""
+    commands = {}
+    for kind in LLAMA_CPP:
+        path = root / f"{SHAPE}-{kind}.gguf"
+        if not path.exists():
+            llama_cpp_engine.make_gguf(shape_folder(root, SHAPE), kind, path)
+        commands[f"llama.cpp {kind}"] = [
+            python, llama_cpp_engine.__file__, str(path), str(threads),
+        ]  # fmt: skip
+    return commands
+
+
+class Engine:
+    """An engine in a process that waits for work on its standard input."""
+
+    def __init__(self, command: list[str], threads: int) -> None:
         environment = os.environ | {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -74,10 +98,8 @@ class Engine:
             "OMP_NUM_THREADS": str(threads),
             "VLLM_LOGGING_LEVEL": "ERROR",
         }
-        command = [sys.executable, __file__, "--engine", str(folder)]
         self._process = subprocess.Popen(
-            command + (["--compiled"] if compiled else []),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             text=True, env=environment,
         )  # fmt: skip
         self.ask("ready")
@@ -131,8 +153,8 @@ def serve_work(folder: str, compiled: bool) -> None:
 
     for line in sys.stdin:
         answer: dict[str, Any] = {}
-        if line.strip() in WORK:
-            sequences, prompt, tokens = WORK[line.strip()]
+        if len(line.split()) == 3:
+            sequences, prompt, tokens = map(int, line.split())
             # One token costs the prompt; the others are decoding.
             first = seconds(sequences, prompt, 1)
             rest = seconds(sequences, prompt, 1 + tokens) - first if tokens else first
@@ -146,9 +168,9 @@ def measure(engines: dict[str, Engine], rounds: int) -> dict[str, dict[str, Any]
     for index in range(rounds + 1):
         for work in WORK:
             for name, engine in engines.items():
-                found = engine.ask(work)["per_second"]
-                if index:  # the first round warms up
-                    speeds[name][work].append(found)
+                found = engine.ask(" ".join(map(str, WORK[work])))
+                if index and found:  # the first round warms up
+                    speeds[name][work].append(found["per_second"])
         print(f"round {index} of {rounds}", file=sys.stderr, flush=True)
     return {
         name: {
@@ -160,9 +182,18 @@ def measure(engines: dict[str, Engine], rounds: int) -> dict[str, dict[str, Any]
                 "rounds": values,
             }
             for work, values in by_work.items()
+            if values
         }
         for name, by_work in speeds.items()
     }
+
+
+def llama_cpp_version(python: str | None) -> str | None:
+    """Version of llama-cpp-python in another environment."""
+    if python is None:
+        return None
+    code = "import llama_cpp; print(llama_cpp.__version__)"
+    return subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout
 
 
 def main() -> None:
@@ -173,16 +204,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", default=[], help="names of cases besides the baseline")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "gblm-shapes")
+    parser.add_argument("--llama-cpp", metavar="PYTHON", help="one that has llama-cpp-python")
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.engine:
         serve_work(chosen.engine, chosen.compiled)
         return
     folders = make_folders(chosen.folder, chosen.only)
+    commands = {name: vllm_command(folder, chosen.compiled) for name, folder in folders.items()}
+    if chosen.llama_cpp:
+        commands |= llama_cpp_commands(chosen.folder, chosen.llama_cpp, chosen.threads)
     with ExitStack() as stack:
         engines = {
-            name: stack.enter_context(Engine(folder, chosen.threads, chosen.compiled).running())
-            for name, folder in folders.items()
+            name: stack.enter_context(Engine(command, chosen.threads).running())
+            for name, command in commands.items()
         }
         load = os.getloadavg()[0]
         cases = measure(engines, chosen.rounds)
@@ -195,7 +230,8 @@ def main() -> None:
     record = {
         "kind": "decoding", "provenance": provenance(), "shape": SHAPE, "threads": chosen.threads,
         "mode": "compiled" if chosen.compiled else "eager", "rounds": chosen.rounds,
-        "load_average_at_start": load, "work": WORK, "baseline": BASELINE, "cases": cases,
+        "load_average_at_start": load, "work": WORK, "baseline": BASELINE,
+        "llama_cpp": llama_cpp_version(chosen.llama_cpp), "cases": cases,
     }  # fmt: skip
     path = RESULTS / f"decoding-{chosen.threads}-{record['mode']}.json"
     path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -12,14 +12,17 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 
 from gblm import kernels
 from gblm.errors import CheckpointError
 from gblm.formats import Format
 from gblm.formats.manifest import QUANT_METHOD, Manifest
 from gblm.kernels import Backend
-from gblm.serve.vllm_plugin.head import HeadMethod, PackedHeadMethod
+from gblm.serve.vllm_plugin.head import EmbeddingMethod, HeadMethod, PackedHeadMethod
 from gblm.serve.vllm_plugin.linear import SparseLinearMethod
 
 
@@ -56,9 +59,11 @@ class SparseConfig(QuantizationConfig):
         return []
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """SparseLinearMethod for packed linears, a method of ours for the head; else vLLM's own."""
+        """Methods of ours for packed linears, embeddings and the output head; else vLLM's own."""
         if isinstance(layer, ParallelLMHead):
             return self._head_method(prefix)
+        if isinstance(layer, VocabParallelEmbedding):
+            return EmbeddingMethod()
         if not isinstance(layer, LinearBase):
             return None
         fmt = self._format_of(prefix)

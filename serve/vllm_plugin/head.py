@@ -1,4 +1,4 @@
-"""The output head: floating or codes, read at the speed of memory where a kernel can."""
+"""The output head, floating or codes, read at the speed of memory where a kernel can; embeddings."""
 
 from __future__ import annotations
 
@@ -20,6 +20,23 @@ from gblm.kernels import Backend
 from gblm.serve.vllm_plugin.linear import SparseLinearMethod
 
 DENSE = from_spec("dense/dense")
+
+
+class EmbeddingMethod(UnquantizedEmbeddingMethod):
+    """vLLM's own, which on CPU makes a second copy of all embeddings, to multiply with.
+
+    Here it is made when a model does: Gemma 2 has no other output head.
+    """
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Nothing: lookups need the weight as it is."""
+
+    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., in] → logits [..., vocabulary]."""
+        if not hasattr(layer, "cpu_linear"):
+            super().process_weights_after_loading(layer)
+        logits: Tensor = super().apply(layer, x, bias)
+        return logits
 
 
 class HeadMethod(UnquantizedEmbeddingMethod):

@@ -148,7 +148,8 @@ void damage_source(const Weight& w, int rounds, Random& r) {
         bad.bitmask[pick(bad.bitmask.size())] ^= static_cast<uint8_t>(1 << r.below(8));
         break;
       case 1:
-        bad.starts[pick(bad.starts.size())] = static_cast<int64_t>(r.next());
+        bad.starts[pick(bad.starts.size())] =
+            r.below(2) ? INT64_MIN : static_cast<int64_t>(r.next());
         break;
       case 2:
         bad.starts[pick(bad.starts.size())] += r.below(5) - 2;
@@ -159,6 +160,7 @@ void damage_source(const Weight& w, int rounds, Random& r) {
       default:
         if (!bad.data.empty()) bad.data[pick(bad.data.size())] = 0xFF;
     }
+    bad.data.shrink_to_fit();
     bad.source.data = bad.data.data();
     bad.source.bitmask = bad.bitmask.data();
     bad.source.starts = bad.starts.data();

@@ -62,6 +62,7 @@ struct Weight {
       }
       starts.push_back(static_cast<int64_t>(data.size()));
     }
+    data.shrink_to_fit();  // so that one byte too far is seen
     source = {rows,
               columns,
               values,

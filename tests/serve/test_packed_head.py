@@ -77,19 +77,25 @@ def codes_for(spec: str) -> tuple[Format, SparseWeight]:
     return fmt, quantize(dense, every, fmt.values)
 
 
+def be_rank(patch: pytest.MonkeyPatch, rank: int = 0, num_ranks: int = 1) -> None:
+    from vllm.model_executor import parameter
+    from vllm.model_executor.layers import vocab_parallel_embedding
+
+    for module in (parameter, vocab_parallel_embedding):
+        patch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
+        patch.setattr(module, "get_tensor_model_parallel_world_size", lambda: num_ranks)
+
+
 def create(
     fmt: Format | None, monkeypatch: pytest.MonkeyPatch, rank: int = 0, num_ranks: int = 1
 ) -> torch.nn.Module:
     """vLLM's own head of one rank, empty."""
     from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.model_executor import parameter
-    from vllm.model_executor.layers import vocab_parallel_embedding as layers
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     from gblm.serve.vllm_plugin.config import SparseConfig
 
-    for module in (parameter, layers):
-        monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
-        monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: num_ranks)
+    be_rank(monkeypatch, rank, num_ranks)
     groups = [Group(format="nm", pattern="2:4", targets=("x",))]
     if fmt is not None:
         values = str(fmt.values)
@@ -97,7 +103,7 @@ def create(
                             targets=("lm_head",)))  # fmt: skip
     config = SparseConfig(Manifest(groups=tuple(groups)))
     with set_current_vllm_config(VllmConfig()):
-        return layers.ParallelLMHead(
+        return ParallelLMHead(
             VOCABULARY, HIDDEN, params_dtype=torch.bfloat16, quant_config=config, prefix="lm_head"
         )
 
@@ -172,3 +178,26 @@ def test_panels_replace_a_weight_that_nothing_else_needs(
     if tied:
         ids = torch.arange(5)
         assert torch.equal(owner.quant_method.embedding(owner, ids), weight.weight[:5])
+
+
+def test_embeddings_are_copied_only_to_multiply_with_them() -> None:
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    from gblm.serve.vllm_plugin.config import SparseConfig
+
+    config = SparseConfig(Manifest(groups=(Group(format="nm", pattern="2:4", targets=("x",)),)))
+    _, weight = codes_for("dense/dense")
+    with set_current_vllm_config(VllmConfig()), pytest.MonkeyPatch.context() as patch:
+        be_rank(patch)
+        embeddings = VocabParallelEmbedding(
+            VOCABULARY, HIDDEN, params_dtype=torch.bfloat16, quant_config=config, prefix="e"
+        )
+    load(embeddings, {"weight": weight.weight})
+    embeddings.quant_method.process_weights_after_loading(embeddings)
+    assert not hasattr(embeddings, "cpu_linear")
+    x = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(1)).bfloat16()
+    got = embeddings.quant_method.apply(embeddings, x)
+    torch.testing.assert_close(got[:, :VOCABULARY], x @ weight.weight.T, rtol=0.02, atol=0.05)
+    ids = torch.arange(5)
+    assert torch.equal(embeddings.quant_method.embedding(embeddings, ids), weight.weight[:5])

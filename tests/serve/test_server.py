@@ -98,7 +98,7 @@ def test_bench_compares_two_servers(
     best_backend: str,
 ) -> None:  # fmt: skip
     done = gblm(
-        "bench", pack_tiny(), "--baseline", tiny, "--num-prompts", 2, "--input-len", 8,
+        "bench", "serving", pack_tiny(), "--baseline", tiny, "--num-prompts", 2, "--input-len", 8,
         "--output-len", 4, "--repeat", 1, "--output", "record.json", "--log", "log",
         "--", *OPTIONS, VLLM_CPU_KVCACHE_SPACE="1",
     )  # fmt: skip
@@ -116,7 +116,7 @@ def test_bench_compares_two_servers(
 def test_server_that_cannot_start_is_reported_with_its_reason(
     gblm: Callable[..., Outcome], pack_tiny: Callable[..., Path], tiny: Path
 ) -> None:
-    done = gblm("bench", pack_tiny(), "--baseline", tiny, "--repeat", 1, "--log", "log",
+    done = gblm("bench", "serving", pack_tiny(), "--baseline", tiny, "--repeat", 1, "--log", "log",
                 "--", "--max-model-len", "100000")  # fmt: skip
     assert done.code == 3, done
     assert "the server ended with code" in done.err

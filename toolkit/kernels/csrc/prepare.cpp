@@ -43,7 +43,8 @@ bool check_row(const gblm_source& s, int64_t row) {
                         : s.values == GBLM_INT8 ? kept
                                                 : (kept + 1) / 2;
   const int64_t first = s.starts[row], last = s.starts[row + 1];
-  return wrong == 0 && first >= 0 && last <= s.data_bytes && last - first == bytes;
+  const bool inside = first >= 0 && first <= last && last <= s.data_bytes;
+  return wrong == 0 && inside && last - first == bytes;
 }
 
 // Bytes of the values of a panel's int4 words, two of which share their bytes: 8 columns.
