@@ -3,11 +3,11 @@
     python benchmarks/decoding.py [--threads 1] [--compiled] [--rounds 5] [--only NAME …]
         [--llama-cpp PYTHON]
 
-The weights are random: speed does not depend on them. Every engine is a process of its own and all
-stay loaded, so that one round runs each of them once and what disturbs the machine disturbs all
-alike. Ratios are taken within a round; the record holds their median and all rounds. With a Python
-that has llama-cpp-python, its BF16, Q8_0 and Q4_0 are rows, too. Writes
-benchmarks/results/decoding-<threads>-<eager|compiled>.json.
+The weights are random: speed does not depend on them. Every engine is a process of its own; a few
+at a time stay loaded, always beside the baseline, so that one round runs each of them once and what
+disturbs the machine disturbs all alike. Ratios are taken within a round; the record holds their
+median and all rounds. With a Python that has llama-cpp-python, its BF16, Q8_0 and Q4_0 are rows,
+too. Writes benchmarks/results/decoding-<threads>-<eager|compiled>.json.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ from typing import Any
 import llama_cpp_engine
 from memory import shape_folder
 
+from gblm.checkpoint.inspect import inspect
 from gblm.provenance import provenance
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SHAPE = "tinyllama"
 BASELINE = "dense bf16 (vLLM)"
+TOGETHER = 3  # engines beside the baseline
 LLAMA_CPP = ("BF16", "Q8_0", "Q4_0")
 PRUNE = "prune {model} --method magnitude --pattern {pattern} --values {values} --head {head}"
 PACK = "export pack {model} --pattern dense --values {values} --head {head}"
@@ -188,6 +190,29 @@ def measure(engines: dict[str, Engine], rounds: int) -> dict[str, dict[str, Any]
     }
 
 
+def measure_in_groups(commands: dict[str, list[str]], threads: int, rounds: int) -> dict[str, Any]:
+    """Few engines at a time, each time beside the baseline: all of them do not fit in memory."""
+    rivals = [name for name in commands if name != BASELINE]
+    cases: dict[str, Any] = {}
+    for start in range(0, len(rivals), TOGETHER):
+        names = [BASELINE, *rivals[start : start + TOGETHER]]
+        with ExitStack() as stack:
+            engines = {
+                name: stack.enter_context(Engine(commands[name], threads).running())
+                for name in names
+            }
+            cases = measure(engines, rounds) | cases
+    return {name: cases[name] for name in commands}
+
+
+def bits_per_weight(folder: Path) -> float:
+    """Of the decoder layers' linears, as stored."""
+    groups = inspect(folder).get("groups")
+    if groups is None:
+        return 16.0  # the model itself
+    return 8 * sum(g["bytes"] for g in groups) / sum(g["weights"] for g in groups)
+
+
 def llama_cpp_version(python: str | None) -> str | None:
     """Version of llama-cpp-python in another environment."""
     if python is None:
@@ -214,13 +239,8 @@ def main() -> None:
     commands = {name: vllm_command(folder, chosen.compiled) for name, folder in folders.items()}
     if chosen.llama_cpp:
         commands |= llama_cpp_commands(chosen.folder, chosen.llama_cpp, chosen.threads)
-    with ExitStack() as stack:
-        engines = {
-            name: stack.enter_context(Engine(command, chosen.threads).running())
-            for name, command in commands.items()
-        }
-        load = os.getloadavg()[0]
-        cases = measure(engines, chosen.rounds)
+    load = os.getloadavg()[0]
+    cases = measure_in_groups(commands, chosen.threads, chosen.rounds)
     for name, by_work in cases.items():
         shown = [
             f"{work}: {w['tokens_per_second']:.1f} ({w['ratio']:.2f}x)"
@@ -232,6 +252,7 @@ def main() -> None:
         "mode": "compiled" if chosen.compiled else "eager", "rounds": chosen.rounds,
         "load_average_at_start": load, "work": WORK, "baseline": BASELINE,
         "llama_cpp": llama_cpp_version(chosen.llama_cpp), "cases": cases,
+        "bits_per_weight": {name: bits_per_weight(path) for name, path in folders.items()},
     }  # fmt: skip
     path = RESULTS / f"decoding-{chosen.threads}-{record['mode']}.json"
     path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

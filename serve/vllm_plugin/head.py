@@ -1,4 +1,4 @@
-"""The output head, floating or codes, read at the speed of memory where a kernel can; embeddings."""
+"""Output head and embeddings: the head, floating or codes, at the speed of memory where it can be."""
 
 from __future__ import annotations
 
