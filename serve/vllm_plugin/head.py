@@ -1,4 +1,4 @@
-"""Output head and embeddings: the head, floating or codes, at the speed of memory where it can be."""
+"""Embeddings and the output head: floating or codes, at the speed of memory where a kernel can."""
 
 from __future__ import annotations
 
