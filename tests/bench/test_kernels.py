@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,7 +100,10 @@ def test_all_copies_give_the_same_product(text: str) -> None:
 def test_vllm_baselines_are_linears() -> None:
     from gblm.bench.vllm_linears import vllm_linears, vllm_operators
 
+    environment = dict(os.environ)
+
     operators = vllm_operators()
+    assert dict(os.environ) == environment  # vLLM's import sets variables; children inherit none
     if operators is None:
         pytest.skip("no oneDNN linears of vLLM")
     weight, x = torch.randn(64, 128), torch.randn(3, 128).bfloat16()

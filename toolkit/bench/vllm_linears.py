@@ -25,6 +25,7 @@ def vllm_operators() -> Any:
     """vLLM's module of operators; None, with a log line, when it has no oneDNN linears here."""
     if importlib.util.find_spec("vllm") is None:
         return None
+    before = dict(os.environ)
     # vLLM would write its log to stdout, where a JSON object may be expected.
     os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
     try:
@@ -32,6 +33,10 @@ def vllm_operators() -> Any:
     except (ImportError, OSError, RuntimeError) as error:
         logger.warning("vLLM is installed but cannot be imported (%s): left out", error)
         return None
+    finally:
+        # Importing vLLM sets further variables; no child of this process should inherit any.
+        os.environ.clear()
+        os.environ.update(before)
     if not operators._supports_onednn:
         logger.warning("this vLLM has no oneDNN linears for CPU: left out")
         return None
