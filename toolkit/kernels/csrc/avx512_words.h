@@ -45,7 +45,7 @@ INLINE __m512i load256(const void* at) {
   return _mm512_castsi256_si512(_mm256_loadu_si256(static_cast<const __m256i*>(at)));
 }
 
-// 64 bytes from anywhere: two halves are faster than one load that crosses a line (Zen 5: 1.3x).
+// 64 bytes from anywhere: two halves are faster than one load that crosses a line on Zen 5.
 INLINE __m512i load_split(const uint8_t* at) {
   const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + 32));
   return _mm512_inserti64x4(load256(at), high, 1);

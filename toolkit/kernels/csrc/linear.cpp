@@ -91,14 +91,6 @@ void multiply_panels(void* context, int64_t) {
   }
 }
 
-void run(const gblm_pool* pool, int64_t tasks, void (*task)(void*, int64_t), void* context) {
-  if (pool != nullptr && tasks > 1) {
-    pool->run(pool->self, tasks, task, context);
-    return;
-  }
-  for (int64_t i = 0; i < tasks; i++) task(context, i);
-}
-
 int multiply(const Panels& panels, const uint16_t* x, int64_t tokens, uint16_t* y,
              const gblm_pool* pool) {
   const Isa& with = isa();

@@ -36,10 +36,7 @@ extern "C" double gblm_read_seconds(const void* memory, int64_t bytes, const gbl
   Read read{static_cast<const uint8_t*>(memory), bytes};
   const int64_t pieces = (bytes + kPiece - 1) / kPiece;
   const auto began = std::chrono::steady_clock::now();
-  if (pool != nullptr)
-    pool->run(pool->self, pieces, read_piece, &read);
-  else
-    for (int64_t i = 0; i < pieces; i++) read_piece(&read, i);
+  run(pool, pieces, read_piece, &read);
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
 }
 

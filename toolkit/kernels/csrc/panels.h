@@ -93,6 +93,14 @@ inline uint16_t to_bf16(float value) {
   return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
+// Tasks 0 … tasks - 1 on the host's threads, or one after the other.
+inline void run(const gblm_pool* pool, int64_t tasks, void (*task)(void*, int64_t), void* context) {
+  if (pool != nullptr && tasks > 1)
+    pool->run(pool->self, tasks, task, context);
+  else
+    for (int64_t i = 0; i < tasks; i++) task(context, i);
+}
+
 template <class T>
 inline T load(const void* from) {
   T value;

@@ -112,13 +112,6 @@ void write_task(void* context, int64_t panel) {
   std::memset(end, 0, static_cast<size_t>(p.base + p.offsets[panel + 1] - end));
 }
 
-void run(const gblm_pool* pool, int64_t tasks, void (*task)(void*, int64_t), void* context) {
-  if (pool != nullptr)
-    pool->run(pool->self, tasks, task, context);
-  else
-    for (int64_t i = 0; i < tasks; i++) task(context, i);
-}
-
 // Check the source and find where each panel goes; offsets [panels + 1].
 int measure(const gblm_source* source, const gblm_pool* pool, Shape* shape,
             std::vector<uint64_t>* offsets) {
