@@ -12,7 +12,8 @@
 
 namespace {
 
-constexpr int64_t kAhead = 4096;  // prefetch distance in bytes
+// Prefetch distance in bytes: the more work a byte makes, the further memory has to be asked ahead.
+constexpr int64_t ahead(int mask) { return mask == GBLM_DENSE ? 6144 : 12288; }
 
 // f(0) … f(N - 1) with constants: g++ keeps arrays in registers only if every index is one.
 template <class F, int... I>
@@ -24,10 +25,11 @@ INLINE void unroll(F&& f) {
   each(f, std::make_integer_sequence<int, N>{});
 }
 
-template <int Lines>
+// Non-temporal: weights are read once a token, so they need not push others out of the caches.
+template <class Reader>
 INLINE void prefetch(const uint8_t* at) {
-  unroll<Lines>([&](auto i) LAMBDA {
-    _mm_prefetch(reinterpret_cast<const char*>(at) + kAhead + kLine * i, _MM_HINT_T0);
+  unroll<Reader::kLines>([&](auto i) LAMBDA {
+    _mm_prefetch(reinterpret_cast<const char*>(at) + Reader::kAhead + kLine * i, _MM_HINT_NTA);
   });
 }
 
@@ -64,10 +66,11 @@ struct Bf16 {
   static constexpr int kWords = 16;
   static constexpr bool kInPlace = Mask == GBLM_DENSE;
   static constexpr int kLines = Mask == GBLM_DENSE ? 16 : 9;
+  static constexpr int64_t kAhead = ahead(Mask);
 
   template <class Visit>
   static INLINE const uint8_t* block(const uint8_t* at, Visit&& visit) {
-    prefetch<kLines>(at);
+    prefetch<Bf16>(at);
     if constexpr (Mask == GBLM_DENSE) {
       unroll<kWords>([&](auto w) LAMBDA { visit(w, load512(at + kLine * w)); });
       return at + kWords * kLine;
@@ -92,11 +95,12 @@ struct Int8 {
   static constexpr int kWords = 8;
   static constexpr bool kInPlace = Mask == GBLM_DENSE;
   static constexpr int kLines = Mask == GBLM_DENSE ? 8 : 5;
+  static constexpr int64_t kAhead = ahead(Mask);
   static constexpr int kShift = 0;
 
   template <class Visit>
   static INLINE const uint8_t* block(const uint8_t* at, Visit&& visit) {
-    prefetch<kLines>(at);
+    prefetch<Int8>(at);
     const uint8_t* v = Mask == GBLM_DENSE ? at : at + kMaskBytes;
     unroll<kWords>([&](auto w) LAMBDA {
       if constexpr (Mask == GBLM_DENSE) {
@@ -118,11 +122,12 @@ struct Int4 {
   static constexpr int kWords = 8;
   static constexpr bool kInPlace = false;
   static constexpr int kLines = Mask == GBLM_DENSE ? 4 : 3;
+  static constexpr int64_t kAhead = ahead(Mask);
   static constexpr int kShift = 4;
 
   template <class Visit>
   static INLINE const uint8_t* block(const uint8_t* at, Visit&& visit) {
-    prefetch<kLines>(at);
+    prefetch<Int4>(at);
     const __m512i high = _mm512_set1_epi8(static_cast<char>(0xF0));
     const __m512i shift = _mm512_set1_epi64(0x0000000001020408);  // every byte << 4, in one step
     const uint8_t* v = Mask == GBLM_DENSE ? at : at + kMaskBytes;
