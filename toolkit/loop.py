@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
+from gblm.calibrate.reconstruct import Training, reconstruct
 from gblm.calibrate.saved import LayerStats
 from gblm.calibrate.walk import DecoderLayer, Walk, walk
 from gblm.errors import InputError
 from gblm.layers import Layers
-from gblm.methods import Method
+from gblm.methods.pipeline import Pipeline
 from gblm.patterns import Pattern
-from gblm.values import FLOAT, ValueType, quantize
+from gblm.values import FLOAT, ValueType
 from gblm.weights import SparseWeight
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,10 +29,12 @@ class Pruned:
     Attributes:
         index: position in the model.
         weights: by full name, in the dtype of the computation; empty on ranks other than 0.
+        others: further parameters that have changed, by full name, in the same dtype.
     """
 
     index: int
     weights: dict[str, SparseWeight]
+    others: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Loop:
     """What the loop does with each decoder layer.
 
     Attributes:
-        method: how weights are judged.
+        pipeline: what happens to each linear.
         pattern: which positions may stay.
         names: full names of the linears to prune.
         how: how to walk; `how.needs` are the statistics that the walk itself collects.
@@ -44,9 +50,10 @@ class Loop:
         restore: fills in the weights of a layer that an earlier run finished.
         save: takes the statistics of each layer, to be used again; None keeps none.
         values: what the kept weights are rounded to, before anything sees them.
+        training: trains each layer once its linears are pruned; `how.keep_dense` goes with it.
     """
 
-    method: Method
+    pipeline: Pipeline
     pattern: Pattern
     names: frozenset[str]
     how: Walk
@@ -54,6 +61,7 @@ class Loop:
     restore: Callable[[DecoderLayer], None] = lambda layer: None
     save: Callable[[int, LayerStats], None] | None = None
     values: ValueType = FLOAT
+    training: Training | None = None
 
 
 @torch.no_grad()
@@ -102,8 +110,9 @@ class _Pruning:
         """Take the weights of an earlier run."""
         if self._ranks.leads:
             self._loop.restore(self._layer)
-        for local in self._chosen:
-            self._ranks.broadcast_(self._layer.linears[local].weight.data)
+        # Norms and biases, too: they may have been trained.
+        for parameter in self._layer.module.parameters():
+            self._ranks.broadcast_(parameter.data)
 
     def finish(self) -> Pruned:
         """Prune what is left of the layer."""
@@ -113,9 +122,12 @@ class _Pruning:
             self._loop.save(self._layer.index, self._seen)
         # This object lives until the next layer has been observed.
         self._prepared, self._more, self._input = {}, None, None
+        others = self._train(self._loop.training) if self._loop.training is not None else {}
+        if not self._ranks.leads:
+            return Pruned(self._layer.index, {})
         # Not in the order of the calls: what is written should not depend on it.
-        names = [f"{self._layer.name}.{local}" for local in self._chosen]
-        return Pruned(self._layer.index, {n: self._weights[n] for n in names if n in self._weights})
+        weights = {f"{self._layer.name}.{n}": self._weights[n] for n in self._chosen}
+        return Pruned(self._layer.index, weights, others)
 
     def prune(self, local: str) -> None:
         """Prune one linear in place, unless it is done or not wanted."""
@@ -124,10 +136,46 @@ class _Pruning:
         self._done.add(local)
         linear = self._layer.linears[local]
         if self._ranks.leads:
-            weight = self._choose(local, linear)
-            linear.weight.copy_(weight.weight)
-            self._weights[f"{self._layer.name}.{local}"] = weight
+            self._weights[local] = self._choose(local, linear)
+            linear.weight.copy_(self._weights[local].weight)
         self._ranks.broadcast_(linear.weight.data)
+
+    def _train(self, training: Training) -> dict[str, Tensor]:
+        """Train the pruned layer in place; returns what has changed besides its linears."""
+        layer = self._layer
+        if layer.streams is None:
+            raise RuntimeError("training needs a walk that keeps the dense stream.")
+        weights = self._weights
+        if self._ranks.size > 1:
+            weights = {local: self._from_rank_0(local) for local in self._chosen}
+        done = reconstruct(layer.module, weights, layer.streams, training, self._ranks, layer.name)
+        logger.debug("%s: reconstruction loss %.4g → %.4g", layer.name, *done.loss)
+        parameters = dict(layer.module.named_parameters())
+        for local, weight in done.weights.items():
+            layer.linears[local].weight.copy_(weight.weight)
+        for local, tensor in done.others.items():
+            parameters[local].copy_(tensor)
+        self._weights = done.weights
+        return {f"{layer.name}.{local}": tensor for local, tensor in done.others.items()}
+
+    def _from_rank_0(self, local: str) -> SparseWeight:
+        """A pruned weight on every rank; `linear.weight` is there already."""
+        linear, own = self._layer.linears[local], self._weights.get(local)
+        mask = linear.weight != 0 if own is None else own.mask
+        self._ranks.broadcast_(mask := mask.to(torch.uint8))
+        values = self._loop.values.resolve(local, linear.in_features)
+        if values.is_float:
+            return SparseWeight(linear.weight.detach(), mask.bool())
+        groups = linear.in_features // values.group(linear.in_features)
+        codes = torch.empty_like(mask, dtype=torch.int8)
+        scales = torch.empty(len(mask), groups, device=mask.device)
+        if own is not None and own.codes is not None and own.scales is not None:
+            codes, scales = own.codes, own.scales.float()
+        self._ranks.broadcast_(codes)
+        self._ranks.broadcast_(scales)
+        return SparseWeight.from_codes(
+            codes, scales.to(torch.bfloat16), mask.bool(), linear.weight.dtype
+        )
 
     def _choose(self, local: str, linear: nn.Linear) -> SparseWeight:
         if self._more is None:
@@ -139,19 +187,18 @@ class _Pruning:
         if self._input is not stats:
             self._check(name, stats.keys() | more.keys())
             self._whole = dict(stats) if self._loop.save is not None else {}
-            prepared = self._loop.method.prepare(_on(device, stats), name)
+            prepared = self._loop.pipeline.prepare(_on(device, stats), name)
             self._input, self._prepared = stats, prepared
             # Half a gigabyte at 11,008 inputs, and used up by `prepare`.
             stats.pop("hessian", None)
         if self._loop.save is not None:
             self._seen[local] = {**self._whole, **more}
         own = {**self._prepared, **_on(device, stats), **_on(device, more)}
-        pruned = self._loop.method.prune(linear.weight, own, self._loop.pattern, name)
         values = self._loop.values.resolve(name, linear.in_features)
-        return pruned if values.is_float else quantize(pruned.weight, pruned.mask, values, name)
+        return self._loop.pipeline.prune(linear.weight, own, self._loop.pattern, values, name)
 
     def _check(self, name: str, found: Set[str]) -> None:
-        if self._loop.method.needs - found:
+        if self._loop.pipeline.needs - found:
             raise InputError(
                 f"{name} was never used on the calibration text; leave it dense: --ignore."
             )

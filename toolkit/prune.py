@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gblm import __version__
+from gblm.calibrate.reconstruct import Training
 from gblm.calibrate.saved import StatsFolder
 from gblm.calibrate.walk import DecoderLayer
 from gblm.checkpoint.packer import Packing, check_packable, check_room, write_packed
@@ -32,8 +33,8 @@ from gblm.errors import InputError, UsageError
 from gblm.folder import resolve
 from gblm.formats import format_for
 from gblm.layers import StreamedLayers
-from gblm.loop import Loop, prune_layers
-from gblm.methods import Method, ScoredMethod, make_method
+from gblm.loop import Loop, Pruned, prune_layers
+from gblm.methods.pipeline import Pipeline, make_pipeline
 from gblm.model import check_device, head_dim, output_head, prunable, refuse_packed
 from gblm.patterns import parse
 from gblm.progress import Progress, no_progress
@@ -42,7 +43,6 @@ from gblm.ranks import Ranks, rank_device, ranks_from_environment
 from gblm.recipe import Recipe
 from gblm.statistics import Statistics
 from gblm.values import parse_values
-from gblm.weights import SparseWeight
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +102,8 @@ def prune(
 
 def _prepare(recipe: Recipe, output: Output, reader: Reader, device: str, ranks: Ranks) -> _Run:
     """Check everything that can be checked without computing."""
-    method, pattern = make_method(recipe.method, recipe.options), parse(recipe.pattern)
-    method.check_pattern(pattern)
+    pipeline, pattern = pipeline_of(recipe), parse(recipe.pattern)
+    pipeline.check_pattern(pattern)
     refuse_packed(reader.folder)
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     layers = StreamedLayers(reader, dtype, device)
@@ -111,31 +111,35 @@ def _prepare(recipe: Recipe, output: Output, reader: Reader, device: str, ranks:
     values = parse_values(recipe.values)
     check_packable(reader, names, pattern, values)
     if ranks.leads:
-        _check_output(output, recipe, layers, frozenset(names), method)
-    if not method.needs or recipe.stats is not None:
+        _check_output(output, recipe, layers, frozenset(names), pipeline)
+    if recipe.stats is not None or not (pipeline.needs or recipe.reconstruct):
         recipe = recipe.model_copy(update={"calibration": None})
     sha256 = folder_sha256(reader.folder, {"config.json", *reader.files})
-    statistics = Statistics.prepare(recipe, method, layers, frozenset(names), ranks, sha256)
+    statistics = Statistics.prepare(recipe, pipeline, layers, frozenset(names), ranks, sha256)
     packing = Packing(
         source=reader.folder,
         pattern=pattern,
         linears=tuple(prunable(layers.model)),
         recipe=recipe.to_dict(),
         notes={"calibration_sha256": statistics.calibration_sha256, "model_sha256": sha256},
-        keeps_values=isinstance(method, ScoredMethod),
+        keeps_values=pipeline.keeps_values and recipe.reconstruct is None,
         head_dim=head_dim(layers.model),
         values=values,
         head=output_head(layers.model, recipe.head, reader),
     )
-    return _Run(packing, output, reader, layers, method, statistics)
+    return _Run(packing, output, reader, layers, pipeline, statistics)
 
 
 def _check_output(
-    output: Output, recipe: Recipe, source: StreamedLayers, names: frozenset[str], method: Method
+    output: Output,
+    recipe: Recipe,
+    source: StreamedLayers,
+    names: frozenset[str],
+    pipeline: Pipeline,
 ) -> None:
     """The outputs are free, and the disk holds finished layers besides the folder itself."""
     remove_leftovers(output.folder)
-    _check_save_stats(output, recipe, method)
+    _check_save_stats(output, recipe, pipeline)
     reader = source.reader
     head = output_head(source.model, recipe.head, reader)
     if head is not None:
@@ -145,19 +149,19 @@ def _check_output(
     layers = int(1.1 * sum(reader.num_bytes(f"{name}.weight") for name in names))
     # Updated values are kept unrounded as well; codes are exact.
     floats = parse_values(recipe.values).is_float
-    exact = 4 * weights if floats and not isinstance(method, ScoredMethod) else 0
-    gradients = 4 * weights if "grad_norm" in method.needs and recipe.stats is None else 0
+    exact = 4 * weights if floats and not pipeline.keeps_values else 0
+    gradients = 4 * weights if "grad_norm" in pipeline.needs and recipe.stats is None else 0
     saved = gradients if output.save_stats is not None else 0
     there = folder_bytes(work_path(output.folder))
     extra = layers + exact + gradients + saved + (head.num_bytes if head else 0) - there
     check_room(reader, output.folder, output.overwrite, extra)
 
 
-def _check_save_stats(output: Output, recipe: Recipe, method: Method) -> None:
+def _check_save_stats(output: Output, recipe: Recipe, pipeline: Pipeline) -> None:
     target = output.save_stats
     if target is None:
         return
-    if not method.needs:
+    if not pipeline.needs:
         raise UsageError("--save-stats: this method collects no statistics.")
     if recipe.stats is not None:
         raise UsageError("--save-stats does not go with --stats: nothing new is collected.")
@@ -179,7 +183,7 @@ class _Run:
     output: Output
     reader: Reader
     layers: StreamedLayers
-    method: Method
+    pipeline: Pipeline
     statistics: Statistics
 
     @property
@@ -198,24 +202,31 @@ class _Run:
                 for pruned in prune_layers(self.layers, self.statistics.batches(), loop):
                     if work is not None:
                         tensors, rows = self.packing.pack(self.reader, pruned.weights)
-                        work.add(tensors, rows, self._exact_values(pruned.weights))
+                        dtypes = self.reader.headers
+                        others = {n: t.to(dtypes[n][1]) for n, t in pruned.others.items()}
+                        work.add({**tensors, **others}, rows, self._exact_values(pruned))
                         self.reader.release()
                     step()
             return self._publish(work) if work is not None else {}
 
-    def _exact_values(self, weights: Mapping[str, SparseWeight]) -> dict[str, Tensor]:
-        """What a resumed run needs besides the packed parts, to go on with the very same bits."""
+    def _exact_values(self, pruned: Pruned) -> dict[str, Tensor]:
+        """What a resumed run needs besides what is packed, to go on with the very same bits."""
+
+        def narrowed(name: str, tensor: Tensor) -> bool:
+            return tensor.dtype != self.reader.headers[name][1]
+
+        others = {name: t for name, t in pruned.others.items() if narrowed(name, t)}
         if self.packing.keeps_values or not self.packing.values.is_float:
-            return {}
-        return {
+            return others
+        return others | {
             f"{name}.values": format_for(self.packing.pattern).pack(name, weight)["values"]
-            for name, weight in weights.items()
-            if weight.weight.dtype != self.reader.headers[f"{name}.weight"][1]
+            for name, weight in pruned.weights.items()
+            if narrowed(f"{name}.weight", weight.weight)
         }
 
     def _gradients(self, folder: StatsFolder, scratch: Path, progress: Progress) -> None:
         """Take gradient norms unless they are saved, or an earlier run has finished them."""
-        if "grad_norm" not in self.method.needs or self.statistics.saved is not None:
+        if "grad_norm" not in self.pipeline.needs or self.statistics.saved is not None:
             return
         if not self.ranks.agree(int(folder.complete)):
             self.statistics.make_gradients(folder, scratch, progress)
@@ -225,8 +236,8 @@ class _Run:
     ) -> Loop:
         how = self.statistics.walk(scratch, first)
         loop = Loop(
-            self.method, self.packing.pattern, self.statistics.names, how,
-            values=self.packing.values,
+            self.pipeline, self.packing.pattern, self.statistics.names, how,
+            values=self.packing.values, training=_training(self.statistics.recipe),
         )  # fmt: skip
         if work is None:
             return loop
@@ -241,7 +252,7 @@ class _Run:
         stats = StatsFolder(work.path / "stats")
         # Gone already when an earlier run was cut off after it.
         if target.save_stats is not None and stats.path.exists():
-            stats.finish(self.statistics.facts(self.method.needs))
+            stats.finish(self.statistics.facts(self.pipeline.needs))
             stats.publish(target.save_stats.resolve())
         pieces = ((layer.packed(), layer.rows) for layer in work.finished)
         return write_packed(self.packing, pieces, target.folder, target.overwrite, work.path)
@@ -274,6 +285,17 @@ class _Run:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def pipeline_of(recipe: Recipe) -> Pipeline:
+    """What a recipe does with each linear."""
+    refit = recipe.refit.model_dump() if recipe.refit is not None else None
+    return make_pipeline(recipe.method, recipe.options, refit, recipe.rounding)
+
+
+def _training(recipe: Recipe) -> Training | None:
+    wanted = recipe.reconstruct
+    return Training(**wanted.model_dump()) if wanted is not None else None
+
+
 def _restore(work: WorkFolder, packing: Packing, layer: DecoderLayer) -> None:
     """Give a layer the weights that an earlier run found for it."""
     finished = work.finished[layer.index]
@@ -284,3 +306,6 @@ def _restore(work: WorkFolder, packing: Packing, layer: DecoderLayer) -> None:
             fmt = packing.format_of(name, linear.in_features)
             parts = {part: tensors[f"{name}.{part}"] for part in fmt.parts}
             linear.weight.copy_(fmt.expand(parts, linear.weight.dtype))
+    for local, parameter in layer.module.named_parameters():
+        if (trained := tensors.get(f"{layer.name}.{local}")) is not None:
+            parameter.copy_(trained)

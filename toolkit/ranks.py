@@ -68,6 +68,12 @@ class Ranks:
         if self.size > 1:
             dist.all_reduce(tensor)
 
+    def average_(self, tensor: Tensor) -> None:
+        """Replace by the mean over the ranks, each counting alike."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+            tensor.div_(self.size)
+
     def broadcast_(self, tensor: Tensor) -> None:
         """Overwrite with rank 0's tensor."""
         if self.size > 1:

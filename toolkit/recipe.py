@@ -49,6 +49,36 @@ class Calibration(BaseModel):
         return self
 
 
+class Refitting(BaseModel):
+    """Least squares on the weights that stay; see `gblm.methods.refit`.
+
+    Attributes:
+        iterations: of conjugate gradients.
+        damping: fraction of the Hessian's mean diagonal that is added to the diagonal.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    iterations: int = Field(default=12, ge=1, le=1000)
+    damping: float = Field(default=0.01, gt=0, le=1)
+
+
+class Reconstruction(BaseModel):
+    """Training each pruned decoder layer towards the dense one; see `gblm.calibrate.reconstruct`.
+
+    Attributes:
+        epochs: passes over the calibration samples.
+        learning_rate: at the first step; it falls linearly to 0.
+        batch_size: samples per step.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epochs: int = Field(default=2, ge=1)
+    learning_rate: float = Field(default=5e-4, gt=0, lt=1)
+    batch_size: int = Field(default=4, ge=1)
+
+
 class Recipe(BaseModel):
     """One pruning run.
 
@@ -61,6 +91,11 @@ class Recipe(BaseModel):
             `gblm.values.parse_values`.
         head: of the output head: "float", as it is; "int8", "int4", rounded to codes. Of a head
             that is tied to the embeddings a rounded copy is stored, and the embeddings stay.
+        rounding: how weights become codes: "nearest"; "mse", with scales that make the error least;
+            "obs", so that the weights not yet rounded make up for it (with the pattern "dense" this
+            is GPTQ). Integer values only.
+        refit: least squares on the weights that stay; None leaves them as the method does.
+        reconstruct: train each decoder layer once it is pruned; None does not.
         options: the method's own fields, such as {"alpha": 100.0}; unknown ones are refused.
         calibration: None for methods that need no data, and with `stats`.
         stats: a folder of saved statistics, used instead of calibration text.
@@ -78,6 +113,9 @@ class Recipe(BaseModel):
     pattern: str = "2:4"
     values: str = "float"
     head: HeadValues = "float"
+    rounding: Literal["nearest", "mse", "obs"] = "nearest"
+    refit: Refitting | None = None
+    reconstruct: Reconstruction | None = None
     options: dict[str, bool | float | int | str] = Field(default_factory=dict)
     calibration: Calibration | None = Calibration()
     stats: str | None = None
@@ -85,6 +123,18 @@ class Recipe(BaseModel):
     ignore: tuple[str, ...] = ()
     dtype: DType = "auto"
     device: str = "cpu"
+
+    @model_validator(mode="after")
+    def _steps_fit(self) -> Recipe:
+        if self.rounding != "nearest" and self.values == "float":
+            raise ValueError(f"rounding {self.rounding} goes with integer values")
+        if self.reconstruct is not None and self.stats is not None:
+            raise ValueError("reconstruct needs calibration text, not stats")
+        if self.reconstruct is not None and self.calibration is None:
+            raise ValueError("reconstruct needs calibration text")
+        if self.reconstruct and self.calibration and self.calibration.prefix == "dense":
+            raise ValueError('reconstruct goes with the prefix "pruned"')
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""

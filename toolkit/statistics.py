@@ -20,7 +20,7 @@ from gblm.calibrate.stats import STATS
 from gblm.calibrate.walk import Walk
 from gblm.errors import UsageError
 from gblm.layers import StreamedLayers
-from gblm.methods import Method
+from gblm.methods.pipeline import Pipeline
 from gblm.model import hidden_size, load_tokenizer
 from gblm.progress import Progress
 from gblm.ranks import Ranks
@@ -36,7 +36,7 @@ class Statistics:
 
     Attributes:
         recipe: of the run.
-        method: what it needs.
+        pipeline: what it needs.
         layers: the model.
         names: full names of the linears to prune.
         ranks: the processes that share the samples.
@@ -46,7 +46,7 @@ class Statistics:
     """
 
     recipe: Recipe
-    method: Method
+    pipeline: Pipeline
     layers: StreamedLayers
     names: frozenset[str]
     ranks: Ranks
@@ -58,7 +58,7 @@ class Statistics:
     def prepare(
         cls,
         recipe: Recipe,
-        method: Method,
+        pipeline: Pipeline,
         layers: StreamedLayers,
         names: frozenset[str],
         ranks: Ranks,
@@ -68,7 +68,7 @@ class Statistics:
 
         Args:
             recipe: of the run.
-            method: made from it.
+            pipeline: made from it.
             layers: the model.
             names: full names of the linears to prune.
             ranks: the processes that share the samples.
@@ -79,14 +79,14 @@ class Statistics:
             UsageError: there is no text or too little, or statistics lack something.
         """
         windows = saved = None
-        if method.needs and recipe.stats is not None:
+        if pipeline.needs and recipe.stats is not None:
             saved = StatsFolder(Path(recipe.stats))
-            saved.check(sha256, len(layers), names, method.needs, gradient_norm(method))
+            saved.check(sha256, len(layers), names, pipeline.needs, gradient_norm(pipeline))
             if (prefix := saved.facts().get("prefix")) != "dense":
                 logger.warning("the statistics were taken behind layers pruned by %s", prefix)
-        elif method.needs:
+        elif pipeline.needs or recipe.reconstruct is not None:
             windows = _draw(recipe, layers.reader.folder)
-        made = cls(recipe, method, layers, names, ranks, windows, saved, sha256)
+        made = cls(recipe, pipeline, layers, names, ranks, windows, saved, sha256)
         if windows is not None and not made.batches():
             raise UsageError(
                 f"{ranks.size} ranks cannot share {len(windows)} samples: give each a batch of its "
@@ -114,14 +114,15 @@ class Statistics:
 
     def walk(self, scratch: Path, first: int) -> Walk:
         """How to walk over the decoder layers, of which `first` are finished."""
-        calibration = self.recipe.calibration
+        calibration, keep_dense = self.recipe.calibration, self.recipe.reconstruct is not None
         return Walk(
-            needs=frozenset(STATS) & self.method.needs if self.saved is None else frozenset(),
+            needs=frozenset(STATS) & self.pipeline.needs if self.saved is None else frozenset(),
             first=first,
             prefix=calibration.prefix if calibration else "pruned",
             order=calibration.order if calibration else "layer",
-            scratch=place(scratch, self._activation_bytes()),
+            scratch=place(scratch, self._activation_bytes() * (2 if keep_dense else 1)),
             ranks=self.ranks,
+            keep_dense=keep_dense,
         )
 
     def make_gradients(self, folder: StatsFolder, scratch: Path, progress: Progress) -> None:
@@ -138,7 +139,7 @@ class Statistics:
         resident = self.ranks.agree(int(self._resident())) == 1
         steps = num_steps(self.layers, len(samples), resident)
         how = Gradients(
-            norm=gradient_norm(self.method) or "l2",
+            norm=gradient_norm(self.pipeline) or "l2",
             names=self.names,
             scratch=place(scratch, self._activation_bytes() * (len(self.layers) + 2)),
             ranks=self.ranks,
@@ -156,8 +157,8 @@ class Statistics:
     def stored(self, gradients: StatsFolder) -> Callable[[int], LayerStats]:
         """What the walk does not collect itself, by decoder layer."""
         if self.saved is not None:
-            return partial(_read, self.saved, self.method.needs)
-        if "grad_norm" in self.method.needs:
+            return partial(_read, self.saved, self.pipeline.needs)
+        if "grad_norm" in self.pipeline.needs:
             return partial(_read, gradients, GRADIENTS)
         return lambda index: {}
 
@@ -168,7 +169,7 @@ class Statistics:
             "model": self.model_sha256,
             "linears": sorted(self.names),
             "needs": sorted(needs),
-            "gradient_norm": gradient_norm(self.method),
+            "gradient_norm": gradient_norm(self.pipeline),
             "num_samples": len(self.windows) if self.windows is not None else 0,
             "calibration_sha256": self.calibration_sha256,
             "prefix": f"{self.recipe.method} {self.recipe.pattern}" if pruned else "dense",
@@ -188,9 +189,10 @@ class Statistics:
         return tokens * hidden_size(self.layers.model) * self.layers.dtype.itemsize
 
 
-def gradient_norm(method: Method) -> str | None:
+def gradient_norm(pipeline: Pipeline) -> str | None:
     """Which norm of the gradients a method reads; None when it reads none."""
-    return getattr(method, "gradient_norm", "l2") if "grad_norm" in method.needs else None
+    reads = "grad_norm" in pipeline.needs
+    return getattr(pipeline.method, "gradient_norm", "l2") if reads else None
 
 
 def _read(folder: StatsFolder, wanted: frozenset[str], index: int) -> LayerStats:

@@ -32,7 +32,8 @@ from gblm.structure import heads_of, structure
 from gblm.values import FLOAT, ValueType
 from gblm.weights import SparseWeight
 
-# Packed tensors by full name, and their linears' rows of the sparsity report.
+# Packed tensors by full name, and their linears' rows of the sparsity report. Other tensors among
+# them take the place of the source's.
 Piece = tuple[Mapping[str, Tensor], list[dict[str, Any]]]
 
 
@@ -142,15 +143,17 @@ def write_packed(
     """
     rows: list[dict[str, Any]] = []
     with Reader(packing.source) as reader, new_folder(output, overwrite, within) as folder:
-        shards = ShardWriter(folder)
+        shards, done = ShardWriter(folder), set[str]()
         for tensors, own_rows in pieces:
             rows += own_rows
+            done |= {*tensors, *(f"{row['name']}.weight" for row in own_rows)}
             for name, tensor in tensors.items():
                 shards.add(name, tensor)
         head_row = _add_head(packing.head, reader, shards)
-        done = {row["name"] for row in [*rows, *([head_row] if head_row else [])]}
+        if head_row is not None:
+            done.add(f"{head_row['name']}.weight")
         for tensor_name in reader:
-            if tensor_name.removesuffix(".weight") not in done:
+            if tensor_name not in done:
                 shards.add(tensor_name, reader.tensor(tensor_name))
         shards.finish()
         dense = sum(map(reader.num_bytes, reader))

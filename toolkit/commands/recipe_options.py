@@ -16,6 +16,17 @@ if TYPE_CHECKING:
 CALIBRATION_OPTIONS = (
     "calibration", "num_samples", "seq_len", "batch_size", "seed", "prefix", "order",
 )  # fmt: skip
+# What each preset sets; the steps follow docs/methods.md.
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {
+        "method": "sparsegpt", "rounding": "obs", "order": "sequential",
+        "num_samples": 64, "seq_len": 512,
+    },
+    "best": {
+        "method": "sparsegpt", "rounding": "obs", "order": "sequential", "refit": True,
+        "reconstruct": 2, "num_samples": 128, "seq_len": 512,
+    },
+}  # fmt: skip
 METHOD_OPTIONS = ("alpha", "gradient_norm", "gradient_mode", "damping", "variant")
 method_options = options(
     click.option("--alpha", type=float, help="gblm: weight of the gradient term (default 100)."),
@@ -57,7 +68,32 @@ head_option = click.option(
     help="How the output head is stored: as it is, or rounded to codes. A head that is tied to the "
     "embeddings becomes a rounded copy, and the embeddings stay.",
 )
+step_options = options(
+    click.option(
+        "--rounding",
+        type=click.Choice(["nearest", "mse", "obs"]),
+        default="nearest",
+        show_default=True,
+        help="How int8 and int4 codes are found: to the nearest; with scales of least error; or so "
+        "that the weights not yet rounded make up for it (GPTQ; joint with sparsegpt's mask).",
+    ),
+    click.option("--refit", is_flag=True, help="Least squares on the weights that stay."),
+    click.option(
+        "--reconstruct",
+        type=click.IntRange(0),
+        default=0,
+        show_default=True,
+        metavar="EPOCHS",
+        help="Train each pruned decoder layer towards the dense one, so many times over the text.",
+    ),
+)
 recipe_options = options(
+    click.option(
+        "--preset",
+        type=click.Choice(sorted(PRESETS)),
+        help="Sets method, steps, order and samples, as far as no option does: fast takes minutes, "
+        "best a few times as long.",
+    ),
     click.option(
         "--method", default="gblm", show_default=True, help=f"One of {', '.join(METHODS)}."
     ),
@@ -69,6 +105,7 @@ recipe_options = options(
     ),
     click.option("--sparsity", type=float, help="Fraction of zeros for --pattern unstructured."),
     values_options,
+    step_options,
     head_option,
     method_options,
     click.option(
@@ -142,7 +179,7 @@ def read_recipe(
     if given["stats"] is not None:
         _refuse_given(ctx, CALIBRATION_OPTIONS, "does not go with --stats")
     if recipe is None:
-        return Recipe.from_dict(_fields(**given))
+        return Recipe.from_dict(_fields(**_with_preset(ctx, **given)))
     others = ctx.params.keys() - own - {"recipe", "model"}
     _refuse_given(ctx, others, "does not go with --recipe: edit the recipe instead")
     chosen = Recipe.from_file(recipe)
@@ -167,6 +204,19 @@ def _refuse_given(ctx: click.Context, names: Iterable[str], why: str) -> None:
             raise click.UsageError(f"--{name.replace('_', '-')} {why}.")
 
 
+def _with_preset(ctx: click.Context, preset: str | None, **given: Any) -> dict[str, Any]:
+    """The options, where the preset's own take the place of those that were not given."""
+    from click.core import ParameterSource
+
+    own = PRESETS.get(preset or "", {})
+    if given["values"] == "float":
+        own = {name: value for name, value in own.items() if name != "rounding"}
+    if given["stats"] is not None and preset:
+        raise click.UsageError("--preset does not go with --stats: it calibrates its own way.")
+    source = ctx.get_parameter_source
+    return given | {n: v for n, v in own.items() if source(n) != ParameterSource.COMMANDLINE}
+
+
 def _fields(
     model: str | None,
     method: str,
@@ -174,6 +224,9 @@ def _fields(
     sparsity: float | None,
     values: str,
     group_size: str | None,
+    rounding: str,
+    refit: bool,
+    reconstruct: int,
     head: str,
     targets: tuple[str, ...],
     ignore: tuple[str, ...],
@@ -194,6 +247,9 @@ def _fields(
         "method": method,
         "pattern": str(parse(pattern, sparsity)),
         "values": values_spec(values, group_size),
+        "rounding": rounding,
+        "refit": {} if refit else None,
+        "reconstruct": {"epochs": reconstruct} if reconstruct else None,
         "head": head,
         "options": {key: value for key, value in options.items() if value is not None},
         "calibration": {"source": calibration, **rest},

@@ -1,0 +1,164 @@
+"""Reconstruct: train the kept weights of one decoder layer towards the dense layer's output.
+
+Block-wise reconstruction, as in "A Free Lunch in LLM Compression" (arXiv 2510.14444) and, for
+rounded weights, BRECQ (arXiv 2102.05426), with two choices of our own: the input is what the pruned
+layers before make of the text while the target is the dense layer's output on the dense stream, so
+errors made earlier are corrected, too; and the loss counts every token alike,
+
+    L = mean over tokens of ‖B(x) − y‖² / ‖y‖²,
+
+for plain squared error is that of a few tokens with massive activations. Masks do not change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from gblm.calibrate.streams import Streams
+from gblm.calibrate.trainable import Trainable, trainable
+from gblm.errors import InputError
+from gblm.ranks import Ranks
+from gblm.weights import SparseWeight
+
+BETAS = (0.9, 0.95)
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a decoder layer is trained.
+
+    Attributes:
+        epochs: passes over the samples.
+        learning_rate: of Adam at the first step, in units of the weights; it falls linearly to 0.
+        batch_size: samples per step.
+    """
+
+    epochs: int = 2
+    learning_rate: float = 5e-4
+    batch_size: int = 4
+
+
+@dataclass(frozen=True)
+class Reconstructed:
+    """What training made of a decoder layer.
+
+    Attributes:
+        weights: by local name of the linear; same masks, and codes where there were codes.
+        others: by local name of the parameter, such as the weights of norms.
+        loss: before the first step and after the last, mean over this rank's samples.
+    """
+
+    weights: dict[str, SparseWeight]
+    others: dict[str, Tensor]
+    loss: tuple[float, float]
+
+
+def reconstruct(
+    module: nn.Module,
+    weights: Mapping[str, SparseWeight],
+    streams: Streams,
+    how: Training,
+    ranks: Ranks,
+    name: str,
+) -> Reconstructed:
+    """Train a decoder layer; its own parameters are left as they are.
+
+    Every rank calls this with the same weights; steps are taken along the mean of their gradients,
+    so all ranks end with the same result.
+
+    Args:
+        module: the decoder layer.
+        weights: its pruned linears by local name.
+        streams: inputs and targets of the samples of this rank.
+        how: see Training.
+        ranks: the processes that share the samples.
+        name: of the layer, for messages.
+
+    Raises:
+        InputError: the loss is not finite.
+    """
+    parts: dict[str, Trainable] = {
+        f"{local}.weight": trainable(weight) for local, weight in weights.items()
+    }
+    norms = {
+        local: nn.Parameter(parameter.detach().float().clone())
+        for local, parameter in module.named_parameters()
+        if parameter.ndim == 1 and local not in parts
+    }
+    groups = [group for part in parts.values() for group in part.groups(how.learning_rate)]
+    groups.append({"params": list(norms.values()), "lr": how.learning_rate})
+    dtype = next(module.parameters()).dtype
+
+    def tensors() -> dict[str, Tensor]:
+        found = {local: part.value().to(dtype) for local, part in parts.items()}
+        return found | {local: norm.to(dtype) for local, norm in norms.items()}
+
+    with torch.enable_grad():
+        losses = _train(module, tensors, groups, streams, how, ranks)
+    if not all(map(math.isfinite, losses)):
+        raise InputError(
+            f"{name}: reconstruction did not converge (loss {losses[0]:g} → {losses[1]:g}): "
+            "lower its learning_rate, or run with --dtype float32."
+        )
+    kept = {local: parts[f"{local}.weight"].result(w) for local, w in weights.items()}
+    others = {local: norm.detach().to(dtype) for local, norm in norms.items()}
+    return Reconstructed(kept, others, losses)
+
+
+def _train(
+    module: nn.Module,
+    tensors: Callable[[], dict[str, Tensor]],
+    groups: list[dict[str, Any]],
+    streams: Streams,
+    how: Training,
+    ranks: Ranks,
+) -> tuple[float, float]:
+    """Adam over the samples of all epochs; the losses of the first and the last epoch."""
+    optimizer = torch.optim.Adam(groups, betas=BETAS)
+    per_epoch = ranks.agree(-(-streams.num_samples // how.batch_size))
+    total = per_epoch * how.epochs
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
+    sums = [0.0] * how.epochs
+    for step, picks in enumerate(_batches(streams.num_samples, per_epoch, how)):
+        loss = _loss(module, tensors(), streams, picks)
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                ranks.average_(parameter.grad)
+        optimizer.step()
+        decay.step()
+        sums[step // per_epoch] += float(loss.detach()) / per_epoch
+    return sums[0], sums[-1]
+
+
+def _batches(num_samples: int, per_epoch: int, how: Training) -> Iterator[list[int]]:
+    """Every sample once an epoch, in a new order each time; a rank with fewer repeats some."""
+    generator = torch.Generator().manual_seed(SEED)
+    for _ in range(how.epochs):
+        order = torch.randperm(num_samples, generator=generator).tolist()
+        for index in range(per_epoch):
+            start = index * how.batch_size % num_samples
+            yield order[start : start + how.batch_size]
+
+
+def _loss(
+    module: nn.Module, tensors: dict[str, Tensor], streams: Streams, picks: list[int]
+) -> Tensor:
+    """See the head of this file. [] float32."""
+    inputs, targets = streams.batch(picks)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return functional_call(module, tensors, args, kwargs)
+
+    outputs = streams.run(run, inputs)
+    error = (outputs.float() - targets.float()).square().sum(-1)
+    return (error / targets.float().square().sum(-1).clamp_min(1e-12)).mean()

@@ -1,0 +1,122 @@
+"""Pipeline: a mask, then least squares on what it keeps, then rounding - the steps of one linear.
+
+Each step is optional and knows nothing of the others; here they are put in their order, and the
+statistics that they share are derived once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gblm.methods import make_method
+from gblm.methods.base import Method, ScoredMethod, Stats
+from gblm.methods.obs import prepare_obs, round_obs
+from gblm.methods.refit import Refit
+from gblm.methods.sparsegpt import SparseGPT
+from gblm.patterns import Dense, Pattern
+from gblm.values import Rounding, ValueType, quantize
+from gblm.weights import SparseWeight
+
+DAMPING = 0.01
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What happens to a linear.
+
+    Attributes:
+        method: chooses the mask; with the pattern "dense" nothing is chosen.
+        refit: moves the kept weights to the least squares; None leaves them as the method does.
+        rounding: how kept weights become codes, where values are integers; see `gblm.values`. With
+            "obs" and a dense pattern it is GPTQ; SparseGPT without `refit` rounds while it prunes.
+    """
+
+    method: Method
+    refit: Refit | None = None
+    rounding: Rounding = "nearest"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the statistics that the steps read."""
+        own = {"hessian"} if self.refit is not None or self.rounding == "obs" else set()
+        return self.method.needs | own
+
+    @property
+    def keeps_values(self) -> bool:
+        """Whether kept weights stay bit for bit, until they are rounded to codes."""
+        return isinstance(self.method, ScoredMethod) and self.refit is None
+
+    def check_pattern(self, pattern: Pattern) -> None:
+        """Raise UsageError when the method cannot follow this pattern."""
+        if not isinstance(pattern, Dense):
+            self.method.check_pattern(pattern)
+
+    def prepare(self, stats: Stats, name: str = "") -> Stats:
+        """Derive what several linears with the same input share; see `Method.prepare`.
+
+        Raises:
+            InputError: the Hessian is not positive definite even with damping 1.
+        """
+        prepared = dict(self.method.prepare(stats, name))
+        if self.rounding == "obs" and "inverse_factor" not in prepared:
+            prepared |= prepare_obs(stats, DAMPING, name)
+        if self.refit is not None:
+            prepared["hessian"] = stats["hessian"]
+        return prepared
+
+    def prune(
+        self, weight: Tensor, stats: Stats, pattern: Pattern, values: ValueType, name: str = ""
+    ) -> SparseWeight:
+        """All steps of one linear.
+
+        Args:
+            weight: [out, in] floating point.
+            stats: what `prepare` returned.
+            pattern: which positions may stay.
+            values: what kept weights are stored as, resolved for `in`.
+            name: of the linear, for messages.
+
+        Returns:
+            With integer values, codes and scales, too.
+
+        Raises:
+            InputError: a weight is NaN or Inf, or becomes so.
+        """
+        jointly = self.rounding == "obs" and not values.is_float
+        dense = isinstance(pattern, Dense)
+        if jointly and not dense and self.refit is None and isinstance(self.method, SparseGPT):
+            return self.method.prune_quantized(weight, stats, pattern, values, name)
+        if dense:
+            pruned = SparseWeight(weight, torch.ones_like(weight, dtype=torch.bool))
+        else:
+            pruned = self.method.prune(weight, stats, pattern, name)
+            if self.refit is not None:
+                pruned = self.refit.apply(weight, pruned, stats["hessian"], name)
+        if values.is_float:
+            return pruned
+        if jointly:
+            return round_obs(pruned.weight, pruned.mask, values, stats, name)
+        return quantize(pruned.weight, pruned.mask, values, name, self.rounding)
+
+
+def make_pipeline(
+    method: str, options: dict[str, Any], refit: Mapping[str, Any] | None, rounding: Rounding
+) -> Pipeline:
+    """Build a pipeline from what a recipe says.
+
+    Args:
+        method: a name of `gblm.methods.METHODS`.
+        options: its dataclass fields.
+        refit: the fields of Refit; None for no such step.
+        rounding: see Pipeline.
+
+    Raises:
+        UsageError: the method or one of its options is unknown, or a value does not suit it.
+    """
+    step = Refit(**refit) if refit is not None else None
+    return Pipeline(make_method(method, options), step, rounding)
