@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"checkpoint", "errors", "folder"},
     "data": {"errors"},
     "formats": {"errors", "patterns", "values", "weights"},
-    "methods": {"errors", "patterns", "weights"},
+    "methods": {"errors", "patterns", "values", "weights"},
     "kernels": {"errors", "formats"},
     "layers": {"checkpoint", "errors", "model"},
     "ranks": {"errors"},

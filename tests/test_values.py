@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gblm import values as module
 from gblm.errors import InputError, PatternError
-from gblm.values import AUTO, FLOAT, ROW, Kind, ValueType, parse_values, quantize
+from gblm.values import AUTO, FLOAT, ROW, Kind, ValueType, mse_scales, parse_values, quantize
 from gblm.weights import SparseWeight, dequantize
 
 INT8 = ValueType("int8", ROW)
@@ -76,6 +77,76 @@ def test_every_kept_weight_becomes_the_nearest_code_of_its_group(
     assert torch.equal(found.weight, exact.to(dtype))
 
 
+def squared_error(
+    weight: torch.Tensor, found: SparseWeight, importance: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[out, groups], of the kept weights."""
+    exact = dequantize(found.codes, found.scales, torch.float32)
+    error = torch.where(found.mask, weight - exact, 0).square()
+    error = error if importance is None else error * importance
+    return error.reshape(*found.scales.shape, -1).sum(dim=-1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    kind=st.sampled_from(["int8", "int4"]),
+    size=st.sampled_from([32, 64, ROW]),
+    density=st.sampled_from([0.02, 0.5, 1.0]),
+    weighted=st.booleans(),
+    limit=st.sampled_from([None, 3]),
+    seed=st.integers(0, 10_000),
+)
+def test_searched_scales_never_have_a_larger_squared_error(
+    kind: Kind, size: int, density: float, weighted: bool, limit: int | None, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(3, 128, generator=generator) ** 3
+    mask = torch.rand(3, 128, generator=generator) < density
+    importance = torch.rand(128, generator=generator) ** 4 if weighted else None
+    values = ValueType(kind, size)
+    found = quantize(weight, mask, values, rounding="mse", importance=importance, limit=limit)
+    nearest = quantize(weight, mask, values, limit=limit)
+    error = squared_error(weight, found, importance)
+    assert bool((error <= 1.0001 * squared_error(weight, nearest, importance)).all())
+    assert bool((found.scales <= nearest.scales).all())
+    assert bool((found.scales > 0).all())
+    assert int(found.codes.abs().max()) <= (limit or values.limit)
+    assert not found.codes[~mask].any()
+
+
+@pytest.mark.parametrize(("limit", "at_most"), [(None, 0.95), (3, 0.8)])
+def test_searched_scales_have_a_smaller_squared_error(limit: int | None, at_most: float) -> None:
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    mask, values = torch.ones(64, 256, dtype=torch.bool), ValueType("int4", 128)
+    found = quantize(weight, mask, values, rounding="mse", limit=limit)
+    nearest = quantize(weight, mask, values, limit=limit)
+    assert squared_error(weight, found).sum() < at_most * squared_error(weight, nearest).sum()
+
+
+def test_the_search_weighs_columns_and_looks_at_kept_ones_only() -> None:
+    weight = torch.full((1, 32), 0.5)
+    weight[0, 3] = 10.0
+    mask, values = torch.ones(1, 32, dtype=torch.bool), ValueType("int4", 32)
+    mask[0, 3] = False
+    assert quantize(weight, mask, values, rounding="mse").codes[0, :3].tolist() == [7, 7, 7]
+    mask[0, 3] = True
+    # 10 / 7 is the exact scale of the large weight; steps of 0.86 make something of the others.
+    importance = torch.ones(32)
+    importance[3] = 1e-3
+    codes = quantize(weight, mask, values, rounding="mse", importance=importance).codes
+    assert codes[0, :4].tolist() == [1, 1, 1, 7]
+    assert quantize(weight, mask, values, rounding="mse").codes[0, :4].tolist() == [0, 0, 0, 7]
+
+
+def test_the_search_may_be_cut_into_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = torch.randn(7, 4, 32, generator=torch.Generator().manual_seed(0))
+    importance = torch.rand(4, 32, generator=torch.Generator().manual_seed(1))
+    whole = mse_scales(groups, 7, importance)
+    monkeypatch.setattr(module, "SEARCHED", 300)
+    assert torch.equal(mse_scales(groups, 7, importance), whole)
+    assert whole.shape == (7, 4)
+
+
 def test_the_scale_is_rounded_before_the_codes_are_taken() -> None:
     weight = torch.tensor([[1.003, 0.5, -0.25, 0.0, 0.1, 0.2, 0.3, 0.4]])
     found = quantize(weight, weight != 0, INT8)
@@ -102,6 +173,8 @@ def test_what_has_no_code_is_refused(bad: float) -> None:
     mask = torch.ones(2, 8, dtype=torch.bool)
     with pytest.raises(InputError, match=r"up_proj\.weight holds NaN or Inf.*int8"):
         quantize(weight, mask, INT8, "up_proj")
+    with pytest.raises(InputError, match=r"up_proj\.weight holds NaN or Inf.*int8"):
+        quantize(weight, mask, INT8, "up_proj", rounding="mse")
     mask[1, 3] = False
     assert bool(quantize(weight, mask, INT8).weight.isfinite().all())
 

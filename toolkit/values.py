@@ -1,7 +1,7 @@
 """Value types: floats, or integer codes with group scales; and the rounding from one to the other.
 
 A group is `group_size` consecutive dense columns of one row; its codes stand for code · scale.
-Formats store codes and scales without loss; the only lossy step is `quantize`.
+Formats store codes and scales without loss; the only lossy step is the rounding.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from gblm.errors import InputError, PatternError
-from gblm.weights import SparseWeight, dequantize
+from gblm.weights import SparseWeight
 
 Kind = Literal["float", "int8", "int4"]
+# nearest: scale of the largest weight. mse: scale of the least squared error. obs: the columns
+# to the right make up for the error, too (gblm.methods.obs).
+Rounding = Literal["nearest", "mse", "obs"]
 GROUP_SIZES = (32, 64, 128, 256)
 # Of each linear's columns: the largest of AUTO_SIZES that divides them, and all of them.
 AUTO, ROW = 0, -1
@@ -24,6 +27,10 @@ AUTO_SIZES = (128, 64, 32)
 # Largest code. Symmetric: −128 and −8 have no opposite and are never used.
 LIMITS = {"int8": 127, "int4": 7}
 SCALE_DTYPE = torch.bfloat16
+# What the search multiplies the absmax scale with, best first on a tie.
+SHRINK = tuple(1 - 0.02 * step for step in range(21))
+# Weights that are searched at once, so that they stay in the cache.
+SEARCHED = 1 << 18
 WORDS = {AUTO: "auto", ROW: "row"}
 
 
@@ -124,17 +131,29 @@ def parse_values(text: str) -> ValueType:
     return ValueType(kind, words[size] if size in words else int(size))
 
 
-def quantize(weight: Tensor, mask: Tensor, values: ValueType, name: str = "") -> SparseWeight:
+def quantize(
+    weight: Tensor,
+    mask: Tensor,
+    values: ValueType,
+    name: str = "",
+    *,
+    rounding: Literal["nearest", "mse"] = "nearest",
+    importance: Tensor | None = None,
+    limit: int | None = None,
+) -> SparseWeight:
     """Round kept weights to the nearest code, symmetric, one scale a group.
 
     The scale is rounded to bfloat16 before the codes are taken, so that they fit the stored one.
-    Methods that choose codes better than to the nearest take this function's place.
+    `gblm.methods.obs.round_obs` chooses codes better than to the nearest.
 
     Args:
         weight: [out, in] floating point.
         mask: [out, in] bool, True = kept.
         values: an integer kind, `resolve`d for `in`.
         name: of the linear, for messages.
+        rounding: "nearest" has the scale of the largest weight, "mse" that of `mse_scales`.
+        importance: [in] ≥ 0, what "mse" weighs squared errors with, such as the diagonal of H.
+        limit: the largest code, if not that of the value type: 3 measures int3.
 
     Returns:
         Codes, scales, and as `weight` what they stand for, in the given dtype.
@@ -145,21 +164,90 @@ def quantize(weight: Tensor, mask: Tensor, values: ValueType, name: str = "") ->
     """
     rows, columns = weight.shape
     values.check_columns(name, columns)
-    size = values.group(columns)
+    size, limit = values.group(columns), limit or values.limit
     groups = torch.where(mask, weight, torch.zeros_like(weight)).float()
     groups = groups.reshape(rows, columns // size, size)
-    scales = (groups.abs().amax(dim=-1) / values.limit).to(SCALE_DTYPE)
-    # Also where all of a group is too small for any bfloat16 scale.
-    scales = torch.where(scales == 0, torch.ones_like(scales), scales)
+    if rounding == "nearest":
+        scales = absmax_scales(groups, limit)
+    else:
+        by_group = None if importance is None else importance.reshape(-1, size)
+        scales = mse_scales(groups, limit, by_group)
+    codes = to_codes_(groups, scales.unsqueeze(-1), limit).reshape(rows, columns).to(torch.int8)
+    del groups
+    return checked_codes(codes, scales, mask, weight.dtype, values, name)
+
+
+def absmax_scales(groups: Tensor, limit: int) -> Tensor:
+    """Scales that map the largest weight of a group to the largest code.
+
+    Args:
+        groups: [..., size] float32.
+        limit: the largest code.
+
+    Returns:
+        [...] bfloat16, > 0; not finite where a group is not.
+    """
+    return _stored_scales(groups.abs().amax(dim=-1) / limit)
+
+
+def mse_scales(groups: Tensor, limit: int, importance: Tensor | None = None) -> Tensor:
+    """Scales of the least squared error of the group, of those in SHRINK times the absmax one.
+
+    Finer steps for the many cost the largest their distance: Banner et al. 2018,
+    https://arxiv.org/abs/1810.05723, who solve for the clipping that is searched for here.
+
+    Args:
+        groups: [out, ..., size] float32; zeros have no error, so dropped weights must be zero.
+        limit: the largest code.
+        importance: [..., size] ≥ 0, broadcast over `groups`, what squared errors are weighed with.
+
+    Returns:
+        [out, ...] bfloat16, > 0; not finite where a group is not.
+    """
+    rows = max(SEARCHED * len(groups) // max(groups.numel(), 1), 1)
+    return torch.cat([_search_scales(part, limit, importance) for part in groups.split(rows)])
+
+
+def to_codes_(weights: Tensor, scales: Tensor, limit: int) -> Tensor:
+    """Replace float32 weights by their nearest codes, −limit to limit; scales must broadcast."""
+    return weights.div_(scales).round_().clamp_(-limit, limit)
+
+
+def checked_codes(
+    codes: Tensor, scales: Tensor, mask: Tensor, dtype: torch.dtype, values: ValueType, name: str
+) -> SparseWeight:
+    """SparseWeight.from_codes of codes that were just rounded.
+
+    Raises:
+        InputError: a scale is NaN or Inf, or a weight leaves the range of its dtype.
+    """
     if not bool(scales.isfinite().all()):
         raise InputError(f"{name}.weight holds NaN or Inf, which has no {values.kind} code.")
-    groups.div_(scales.float().unsqueeze(-1)).round_().clamp_(-values.limit, values.limit)
-    codes = groups.reshape(rows, columns).to(torch.int8)
-    del groups
-    rounded = SparseWeight(dequantize(codes, scales, weight.dtype), mask, codes, scales)
+    rounded = SparseWeight.from_codes(codes, scales, mask, dtype)
     if not bool(rounded.weight.isfinite().all()):
         raise InputError(
-            f"{name}.weight: its largest values leave the range of {weight.dtype} when they are "
+            f"{name}.weight: its largest values leave the range of {dtype} when they are "
             f"rounded to {values.kind}. Leave it dense with --ignore."
         )
     return rounded
+
+
+def _stored_scales(scales: Tensor) -> Tensor:
+    """As they are stored; 1 also where all of a group is too small for any bfloat16 scale."""
+    scales = scales.to(SCALE_DTYPE)
+    return torch.where(scales == 0, torch.ones_like(scales), scales)
+
+
+def _search_scales(groups: Tensor, limit: int, importance: Tensor | None) -> Tensor:
+    """mse_scales of a few rows."""
+    widest = groups.abs().amax(dim=-1) / limit
+    best, least = _stored_scales(widest), torch.full_like(widest, torch.inf)
+    for factor in SHRINK:
+        scales = _stored_scales(widest * factor)
+        steps = scales.float().unsqueeze(-1)
+        codes = to_codes_(groups.clone(), steps, limit)
+        error = torch.addcmul(groups, codes, steps, value=-1).square_()
+        total = (error if importance is None else error.mul_(importance)).sum(dim=-1)
+        best = torch.where(total < least, scales, best)
+        least = torch.minimum(total, least)
+    return best
