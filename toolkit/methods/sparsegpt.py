@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gblm.errors import InputError, UsageError
 from gblm.methods.base import Method, Stats
+from gblm.methods.refit import damped
 from gblm.patterns import NM, Block, Pattern, Unstructured, keep_highest
 from gblm.weights import SparseWeight
 
@@ -75,7 +76,7 @@ class SparseGPT(Method):
         """
         hessian = stats["hessian"]
         dead = hessian.diagonal() == 0
-        factor = _upper_factor(hessian, dead, self.damping, name)
+        factor = _upper_factor(hessian, self.damping, name)
         diagonal = factor.diagonal().clone()
         factor /= diagonal.unsqueeze(1)
         factor.fill_diagonal_(0)
@@ -231,10 +232,10 @@ def _lowest_of_block(
     return drop.expand(-1, tile[1], -1, tile[0]).reshape(score.shape)
 
 
-def _upper_factor(hessian: Tensor, dead: Tensor, damping: float, name: str) -> Tensor:
+def _upper_factor(hessian: Tensor, damping: float, name: str) -> Tensor:
     """U [in, in], upper triangular, of (H + damping)⁻¹ = Uᵀ U, with as little damping as works."""
     while True:
-        factor = _try_upper_factor(hessian, dead, damping)
+        factor = _try_upper_factor(hessian, damping)
         if factor is not None:
             return factor
         if damping >= 1:
@@ -252,11 +253,9 @@ def _upper_factor(hessian: Tensor, dead: Tensor, damping: float, name: str) -> T
         damping = raised
 
 
-def _try_upper_factor(hessian: Tensor, dead: Tensor, damping: float) -> Tensor | None:
+def _try_upper_factor(hessian: Tensor, damping: float) -> Tensor | None:
     """One step of the ladder; at most two matrices of H's size are alive at once."""
-    matrix = hessian.clone()
-    matrix.diagonal().masked_fill_(dead, 1)
-    matrix.diagonal().add_(damping * matrix.diagonal().mean())
+    matrix, _ = damped(hessian, damping)
     matrix, failed = torch.linalg.cholesky_ex(matrix)
     if int(failed):
         return None
