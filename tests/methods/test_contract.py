@@ -12,6 +12,8 @@ from gblm.methods import METHODS, ScoredMethod, make_method
 from gblm.patterns import NM, Pattern, Unstructured, parse
 
 PATTERNS = ["0.5", "0.7", "2:4", "4:8", "1:4", "8x8@0.5"]
+# One weight cannot be exchanged for another where whole tiles stay or go.
+REFUSED = {("dsnot", "8x8@0.5")}
 OPTIONS = [(name, f.name) for name, m in METHODS.items() for f in dataclasses.fields(m)]
 
 
@@ -21,6 +23,8 @@ def stats() -> dict[str, torch.Tensor]:
     tokens = torch.randn(64, 32, generator=generator)
     return {
         "act_norm": torch.rand(32, generator=generator) + 0.1,
+        "act_mean": tokens.sum(dim=0),
+        "act_var": tokens.var(dim=0),
         "hessian": tokens.t() @ tokens,
         "grad_norm": torch.rand(24, 32, generator=generator) * 1e-3,
         "num_samples": torch.tensor(4.0),
@@ -32,7 +36,7 @@ def num_kept(name: str, pattern: Pattern) -> int:
     if isinstance(pattern, NM):
         return 24 * 32 * pattern.keep_n // pattern.group_m
     rows, cols, size = (24, 32, 1) if isinstance(pattern, Unstructured) else (3, 4, 64)
-    if name in ("magnitude", "sparsegpt"):
+    if name in ("magnitude", "ria", "sparsegpt", "alps"):
         return size * (rows * cols - int(rows * cols * pattern.sparsity))
     return size * rows * (cols - int(cols * pattern.sparsity))
 
@@ -45,11 +49,16 @@ def test_prune_keeps_exact_count_and_untouched_values(
     weight = torch.randn(24, 32, generator=torch.Generator().manual_seed(0))
     before = {name: tensor.clone() for name, tensor in stats.items()}
     rule, method = parse(pattern), make_method(name, {})
+    if (name, pattern) in REFUSED:
+        with pytest.raises(UsageError, match=f"{name} cannot follow the pattern {pattern}"):
+            method.check_pattern(rule)
+        return
+    method.check_pattern(rule)
     pruned = method.prune(weight, method.prepare(stats), rule)
     rule.check_mask(name, pruned.mask)
     assert int(pruned.mask.sum()) == num_kept(name, rule)
     assert not pruned.weight[~pruned.mask].any()
-    if isinstance(method, ScoredMethod):
+    if isinstance(method, ScoredMethod) or name == "dsnot":
         assert torch.equal(pruned.weight[pruned.mask], weight[pruned.mask])
     assert all(torch.equal(stats[name], before[name]) for name in stats)
 
@@ -112,6 +121,13 @@ def test_options_of_the_wrong_type_are_refused(name: str, option: str, value: ob
         ("sparsegpt", {"block_size": 0}),
         ("sparsegpt", {"block_size": 128.0}),
         ("wanda", {"variant": 1}),
+        ("ria", {"exponent": -0.5}),
+        ("ria", {"exponent": float("inf")}),
+        ("dsnot", {"max_cycles": -1}),
+        ("dsnot", {"threshold": -0.1}),
+        ("dsnot", {"threshold": float("nan")}),
+        ("alps", {"damping": 0.0}),
+        ("alps", {"max_iterations": 0}),
     ],
 )
 def test_impossible_options_are_refused(name: str, options: dict[str, object]) -> None:

@@ -40,7 +40,9 @@ method_options = options(
         type=click.Choice(["mean", "reference"]),
         help="gblm: mean over the samples (default), or the published code's sum.",
     ),
-    click.option("--damping", type=float, help="sparsegpt: share of the mean diagonal (0.01)."),
+    click.option(
+        "--damping", type=float, help="sparsegpt, alps: share of the mean diagonal (0.01)."
+    ),
     click.option(
         "--variant", is_flag=True, default=None, help="wanda: a budget of its own for each row."
     ),

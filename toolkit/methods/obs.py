@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gblm.errors import InputError
 from gblm.methods.base import Stats
+from gblm.methods.refit import damped
 from gblm.methods.sweep import BLOCK, LEAF, Grid, Sweep, nest
 from gblm.values import ValueType
 from gblm.weights import SparseWeight
@@ -40,7 +41,7 @@ def prepare_obs(stats: Stats, damping: float, name: str = "") -> Stats:
     """
     hessian = stats["hessian"]
     dead = hessian.diagonal() == 0
-    factor = _upper_factor(hessian, dead, damping, name)
+    factor = _upper_factor(hessian, damping, name)
     diagonal = factor.diagonal().clone()
     factor /= diagonal.unsqueeze(1)
     factor.fill_diagonal_(0)
@@ -89,10 +90,10 @@ def round_obs(
     return sweep.rounded(grid, weight.dtype, values, name)
 
 
-def _upper_factor(hessian: Tensor, dead: Tensor, damping: float, name: str) -> Tensor:
+def _upper_factor(hessian: Tensor, damping: float, name: str) -> Tensor:
     """U [in, in], upper triangular, of (H + damping)⁻¹ = Uᵀ U, with as little damping as works."""
     while True:
-        factor = _try_upper_factor(hessian, dead, damping)
+        factor = _try_upper_factor(hessian, damping)
         if factor is not None:
             return factor
         if damping >= 1:
@@ -110,11 +111,9 @@ def _upper_factor(hessian: Tensor, dead: Tensor, damping: float, name: str) -> T
         damping = raised
 
 
-def _try_upper_factor(hessian: Tensor, dead: Tensor, damping: float) -> Tensor | None:
+def _try_upper_factor(hessian: Tensor, damping: float) -> Tensor | None:
     """One step of the ladder; at most two matrices of H's size are alive at once."""
-    matrix = hessian.clone()
-    matrix.diagonal().masked_fill_(dead, 1)
-    matrix.diagonal().add_(damping * matrix.diagonal().mean())
+    matrix, _ = damped(hessian, damping)
     matrix, failed = torch.linalg.cholesky_ex(matrix)
     if int(failed):
         return None

@@ -100,8 +100,10 @@ class Pipeline:
         if values.is_float:
             return pruned
         if jointly:
-            return round_obs(pruned.weight, pruned.mask, values, stats, name)
-        return quantize(pruned.weight, pruned.mask, values, name, self.rounding)
+            # The sweep makes up for what the mask drops, too, unless something else has done so.
+            start = weight if self.keeps_values else pruned.weight
+            return round_obs(start, pruned.mask, values, stats, name)
+        return quantize(pruned.weight, pruned.mask, values, name, rounding=self.rounding)
 
 
 def make_pipeline(

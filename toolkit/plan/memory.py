@@ -104,7 +104,7 @@ def _pruning(setting: Setting, always: list[Term]) -> Iterator[Moment]:
     groups, more = layer.groups(pruned=True), terms.gradient_norms(setting, layer)
     weights = terms.weights(setting, layer.pruned)
     packed = Term("packed layer", layer.packed, max(own.packed for own in layer.pruned))
-    factor = [terms.square("factor", groups[-1])] if setting.name == "sparsegpt" else []
+    factor = terms.prepared(setting, groups[-1])
     # Of the layer before: its statistics go when this one's come, the rest when it is packed.
     before = [*weights, packed] if len(shapes.layers) > 1 else []
     used = more + factor if before else []
@@ -138,12 +138,14 @@ def _choosing(setting: Setting, groups: list[list[Linear]], alive: list[Term]) -
     for index, group in enumerate(groups):
         later = [] if setting.sequential else terms.hessians(setting, groups[index + 1 :])
         now = alive + later + terms.weights(setting, done)
-        factor: list[Term] = []
-        if setting.name == "sparsegpt":
-            own = [*terms.hessians(setting, [group]), terms.square("factor", group, terms.FACTORS)]
-            last = [terms.square("factor", groups[index - 1])] if index else []
+        factor = terms.prepared(setting, group)
+        if factor:
+            matrices = terms.square("factor", group, terms.PREPARING[setting.name])
+            own = [*terms.hessians(setting, [group]), matrices]
+            last = terms.prepared(setting, groups[index - 1]) if index else []
             yield Moment("pruning", "preparing", now + own + last)
-            factor = [terms.square("factor", group)]
+        if setting.name in terms.INVERTING:
+            factor += [terms.square("inverse", group, terms.INVERTING[setting.name])]
         work = terms.temporary("choosing", group, terms.choosing(setting))
         own = terms.weights(setting, group)
         yield Moment("pruning", "choosing", now + factor + work + own)

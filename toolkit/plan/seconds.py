@@ -38,6 +38,9 @@ PASSES, LOGIT_PASSES = 4, 64
 HESSIAN_SHARE = 5 / 8
 # Two Cholesky factors and an inverse take so many times in³; LAPACK reaches a share of the rate.
 FACTOR_OPERATIONS, LAPACK_SHARE = 4 / 3, 0.5
+# ALPS: an eigendecomposition; iterations that are common, with an inverse for every third one, and
+# the steps of conjugate gradients.
+EIGEN_OPERATIONS, ITERATIONS, LOOK, REFITS = 9.0, 40, 3, 14
 
 
 @dataclass(frozen=True)
@@ -103,14 +106,16 @@ def probe(setting: Setting, device: torch.device) -> Rates:
 
 def _probe_pruning(setting: Setting, device: torch.device) -> tuple[float, float]:
     """Weights per second through the method and into the format, on a random weight."""
-    # SparseGPT's products grow with the columns; on few of them they count for little.
-    sparsegpt = setting.name == "sparsegpt"
-    wanted = PROBE_COLUMNS if sparsegpt else min(setting.shapes.hidden, PROBE_SIDE)
+    # Products with the Hessian grow with the columns; on few of them they count for little.
+    squares = "hessian" in setting.method.needs
+    wanted = PROBE_COLUMNS if squares else min(setting.shapes.hidden, PROBE_SIDE)
     rows, columns = strip_shape(setting.pattern, wanted)
     weight = torch.randn(rows, columns, device=device).to(setting.shapes.dtype)
     one, pattern = torch.ones(columns, device=device), setting.pattern
-    stats = {"act_norm": one, "hessian": one.diag(), "grad_norm": weight.float().abs(),
-             "num_samples": one[0]}  # fmt: skip
+    # Correlated, so that ALPS needs its usual number of iterations.
+    hessian = weight.float().t() @ weight.float() if squares else one
+    stats = {"act_norm": one, "act_mean": one, "act_var": one, "hessian": hessian,
+             "grad_norm": weight.float().abs(), "num_samples": one[0]}  # fmt: skip
     needed = setting.method.needs | {"num_samples"}
     prepared = setting.method.prepare({key: stats[key] for key in stats if key in needed})
     # A group's size makes no difference; a row of any length is one.
@@ -233,7 +238,16 @@ def _pruning(setting: Setting, layer: Layer, rates: Rates) -> float:
     for group in layer.groups(pruned="hessian" in setting.reads):
         operations += 2.0 * tokens * HESSIAN_SHARE * group[0].columns ** 2
     for group in layer.groups(pruned=True):
-        columns = group[0].columns
-        operations += FACTOR_OPERATIONS / LAPACK_SHARE * columns**3
-        operations += sum(columns**2 * own.rows for own in group)
+        rows = sum(own.rows for own in group)
+        operations += _squares(setting.name, group[0].columns, rows, len(group))
     return spent + operations / rates.float32
+
+
+def _squares(name: str, columns: int, rows: int, count: int) -> float:
+    """Operations of the products with [columns, columns], for `count` linears of `rows` in all."""
+    product = float(columns**2 * rows)
+    if name == "alps":
+        inverses = 1 + count * ITERATIONS / LOOK
+        decomposition = EIGEN_OPERATIONS / LAPACK_SHARE * columns**3
+        return decomposition + 2.0 * columns**3 * inverses + 2 * (ITERATIONS + REFITS) * product
+    return FACTOR_OPERATIONS / LAPACK_SHARE * columns**3 + product

@@ -24,17 +24,24 @@ HEAP_BLOCK = 32 << 20
 NEVER_FREED = 1 << 60
 FLOAT32 = 4
 # Bytes per weight while a scored method has all its float32 matrices of the weight's size.
-SCORE = {"magnitude": 8, "wanda": 8, "gradient": 12, "gblm": 20}
+SCORE = {"magnitude": 8, "wanda": 8, "ria": 16, "gradient": 12, "gblm": 20}
 VARIANT = 28  # scores, sorted scores, their int64 order, sums
 # ... while N:M ranks; while a threshold is sought: by value and index of what goes, and, over a
 # whole matrix, by a pair per weight.
 RANKS, THRESHOLD, PER_PRUNED, PAIR = 9, 6, 12, 16
 # SparseGPT: weights, errors, drops, a copy being transposed, all float32.
 SWEEP = 16
+# DSnoT: scores, expected errors, gains, and copies of them under a condition; ALPS: dense weights,
+# their image, D, V and B + V/ρ, and a square of them, from which the pattern chooses.
+EXCHANGE, ADMM = 28, 24
 # Rounding to codes: weights and their absolutes in float32, beside the weights that are rounded.
 ROUND = 8
-# Matrices of the Hessian's size that it is copied to, factored and inverted in.
-FACTORS = 2
+# Matrices of the Hessian's size beside it: while the method prepares, those that it leaves for
+# pruning, and more while it prunes. SparseGPT factors and inverts; ALPS decomposes, and inverts
+# anew for every ρ.
+PREPARING = {"sparsegpt": 2, "alps": 5}
+PREPARED = {"sparsegpt": 1, "alps": 2}
+INVERTING = {"alps": 2}
 # ... while a weight is packed: indices of the kept ones, counts, comparisons. Masks are so much of
 # it, and of choosing.
 PACK, MASKS = 10, 4
@@ -184,6 +191,12 @@ def square(name: str, group: list[Linear], count: int = 1) -> Term:
     return Term(name, count * size, size, True)
 
 
+def prepared(setting: Setting, group: list[Linear]) -> list[Term]:
+    """What the method made of a group's Hessian."""
+    count = PREPARED.get(setting.name, 0)
+    return [square("factor", group, count)] if count else []
+
+
 def gradient_norms(setting: Setting, layer: Layer) -> list[Term]:
     """Gradient norms, of this run or another one, wait in host memory."""
     if "grad_norm" not in setting.method.needs:
@@ -207,10 +220,12 @@ def choosing(setting: Setting) -> int:
 def _judging(setting: Setting) -> int:
     if setting.name == "sparsegpt":
         return SWEEP
+    if setting.name == "dsnot":
+        return EXCHANGE
     if setting.name == "wanda" and getattr(setting.method, "variant", False):
         return VARIANT
     choose = RANKS
     if not isinstance(setting.pattern, NM):
         choose = THRESHOLD + int(PER_PRUNED * setting.pattern.sparsity)
-        choose += PAIR if setting.method.scope == "matrix" else 0
-    return max(SCORE[setting.name], choose)
+        choose += PAIR if setting.method.scope == "matrix" or setting.name == "alps" else 0
+    return ADMM + choose if setting.name == "alps" else max(SCORE[setting.name], choose)
