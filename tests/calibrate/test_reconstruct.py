@@ -1,0 +1,146 @@
+"""Training a pruned decoder layer towards the dense one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gblm.calibrate.reconstruct import Training, reconstruct
+from gblm.calibrate.trainable import trainable
+from gblm.calibrate.walk import DecoderLayer, Walk, walk
+from gblm.errors import InputError
+from gblm.layers import Layers
+from gblm.model import load
+from gblm.patterns import NM
+from gblm.ranks import ALONE
+from gblm.values import parse_values, quantize
+from gblm.weights import SparseWeight
+
+HOW = Training(epochs=4, learning_rate=2e-3, batch_size=2)
+
+
+@pytest.fixture
+def batches() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return list(torch.randint(256, (3, 2, 16), generator=generator))
+
+
+def cut(weight: torch.Tensor) -> SparseWeight:
+    return SparseWeight.cut(weight.detach().clone(), NM(2, 4).keep(weight.abs(), "row"))
+
+
+def rounded(weight: torch.Tensor) -> SparseWeight:
+    pruned = cut(weight)
+    return quantize(pruned.weight, pruned.mask, parse_values("int4:32"))
+
+
+def pruned_layer(
+    tiny: Path, batches: list[torch.Tensor], make: object = cut
+) -> tuple[DecoderLayer, dict[str, SparseWeight]]:
+    """The first decoder layer, its linears pruned in place, with its streams."""
+    steps = walk(Layers(load(tiny, torch.float32)), batches, Walk(frozenset(), keep_dense=True))
+    layer = next(steps)
+    weights = {name: make(linear.weight) for name, linear in layer.linears.items()}
+    with torch.no_grad():
+        for name, weight in weights.items():
+            layer.linears[name].weight.copy_(weight.weight)
+    return layer, weights
+
+
+def loss(layer: DecoderLayer) -> float:
+    """Oracle: the loss of the module as it is, sample after sample."""
+    assert layer.streams is not None
+    total = 0.0
+    with torch.no_grad():
+        for pick in range(layer.streams.num_samples):
+            inputs, targets = layer.streams.batch([pick])
+            error = layer.streams.run(layer.module, inputs) - targets
+            total += float((error.square().sum(-1) / targets.square().sum(-1)).mean())
+    return total / layer.streams.num_samples
+
+
+@pytest.mark.parametrize(("make", "share"), [(cut, 0.9), (rounded, 0.97)])
+def test_training_brings_the_layer_closer_to_the_dense_one(
+    tiny: Path, batches: list[torch.Tensor], make: object, share: float
+) -> None:
+    layer, weights = pruned_layer(tiny, batches, make)
+    before, kept = loss(layer), {n: p.clone() for n, p in layer.module.named_parameters()}
+    done = reconstruct(layer.module, weights, layer.streams, HOW, ALONE, "layer")
+    for name, parameter in layer.module.named_parameters():
+        assert torch.equal(parameter, kept[name]), "the module itself must not be trained"
+    for name, weight in done.weights.items():
+        layer.linears[name].weight.data.copy_(weight.weight)
+        assert torch.equal(weight.mask, weights[name].mask)
+        assert not bool(weight.weight[~weight.mask].any())
+    for name, tensor in done.others.items():
+        layer.module.get_parameter(name).data.copy_(tensor)
+    assert loss(layer) < share * before
+    assert done.others.keys() == {"input_layernorm.weight", "post_attention_layernorm.weight"}
+    assert done.loss[0] > done.loss[1]
+
+
+def test_trained_codes_stay_codes(tiny: Path, batches: list[torch.Tensor]) -> None:
+    layer, weights = pruned_layer(tiny, batches, rounded)
+    how = Training(epochs=8, learning_rate=2e-2, batch_size=1)
+    done = reconstruct(layer.module, weights, layer.streams, how, ALONE, "layer")
+    changed = 0
+    for name, weight in done.weights.items():
+        assert weight.codes is not None
+        assert weight.scales is not None
+        assert int(weight.codes.abs().max()) <= 7
+        assert bool((weight.scales > 0).all())
+        again = SparseWeight.from_codes(weight.codes, weight.scales, weight.mask, torch.float32)
+        assert torch.equal(again.weight, weight.weight)
+        changed += int((weight.codes != weights[name].codes).sum())
+    assert changed > 0
+
+
+@pytest.mark.parametrize("make", [cut, rounded])
+def test_without_a_step_nothing_changes(make: object) -> None:
+    start = make(torch.randn(8, 64, generator=torch.Generator().manual_seed(1)))
+    part = trainable(start)
+    assert torch.allclose(part.value(), start.weight, rtol=1e-6)
+    end = part.result(start)
+    assert torch.equal(end.weight, start.weight)
+    if start.codes is not None:
+        assert torch.equal(end.codes, start.codes)
+        assert torch.equal(end.scales, start.scales)
+
+
+def test_gradients_reach_kept_weights_and_scales_only() -> None:
+    start = rounded(torch.randn(8, 64, generator=torch.Generator().manual_seed(1)))
+    part = trainable(start)
+    part.value().square().sum().backward()
+    weights, scales = (group["params"][0] for group in part.groups(1e-3))
+    assert not bool(weights.grad[~start.mask].any())
+    assert bool(weights.grad[start.mask & (start.codes != 0)].all())
+    assert bool(scales.grad.any())
+
+
+def test_the_dense_stream_does_not_see_changes(tiny: Path, batches: list[torch.Tensor]) -> None:
+    model = load(tiny, torch.float32)
+    with torch.no_grad():
+        states = [model(input_ids=b, output_hidden_states=True).hidden_states for b in batches]
+    first, second = (torch.cat([states[0][i][:1], states[1][i][1:]]) for i in (0, 1))
+    steps = walk(Layers(model), batches, Walk(frozenset(), keep_dense=True))
+    layer = next(steps)
+    inputs, targets = layer.streams.batch([0, 3])
+    assert torch.allclose(inputs, first, atol=1e-5)
+    assert torch.allclose(targets, second, atol=1e-5)
+    for linear in layer.linears.values():
+        linear.weight.data.zero_()
+    layer = next(steps)
+    inputs, targets = layer.streams.batch([0, 3])
+    assert torch.allclose(inputs, first, atol=1e-5), "layers of zeros pass their inputs on"
+    want = layer.streams.run(layer.module, second)
+    assert torch.allclose(targets, want, atol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_is_an_error(tiny: Path, batches: list[torch.Tensor]) -> None:
+    layer, weights = pruned_layer(tiny, batches)
+    how = Training(epochs=2, learning_rate=0.9, batch_size=1)
+    weights["mlp.down_proj"].weight.fill_(float("inf"))
+    with pytest.raises(InputError, match="did not converge"):
+        reconstruct(layer.module, weights, layer.streams, how, ALONE, "layer")
