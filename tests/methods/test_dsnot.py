@@ -66,6 +66,15 @@ def test_one_cycle_by_hand() -> None:
     assert made.mask.tolist() == swapped
 
 
+def test_what_goes_for_a_weight_has_the_opposite_sign() -> None:
+    weight = torch.tensor([[1.0, 2.0, -0.5, 4.0, -5.0, 6.0]])
+    stats = {"act_norm": torch.ones(6), "act_var": torch.ones(6)}
+    stats["act_mean"] = torch.tensor([1.0, 2.0, 1.0, 0.25, 0.1, 1.0])
+    # ε = 4.5. For the second the 4 could go, whose score is lower, and leave 1.5; the −5 leaves 0.
+    made = make_method("dsnot", {"max_cycles": 1}).prune(weight, stats, parse("0.5"))
+    assert made.mask.tolist() == [[False, True, False, True, False, True]]
+
+
 def test_growth_weighs_by_the_variance() -> None:
     # ε = 1 + 2; the second counts more, unless its variance is larger.
     weight = torch.tensor([[1.0, 2.0, -4.0, 8.0]])

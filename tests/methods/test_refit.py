@@ -87,6 +87,17 @@ def test_the_better_of_two_starts_is_taken_row_by_row() -> None:
     torch.testing.assert_close(found.weight[[0, 2]], best[[0, 2]], rtol=1e-3, atol=1e-3)
 
 
+def test_rows_that_came_out_worse_stay_at_their_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian = problem(4, 16)
+    pruned = make_method("magnitude", {}).prune(weight, {}, parse("2:4"))
+    best = exact(weight, pruned.mask, hessian).float()
+    good = torch.tensor([[True], [False], [True], [False]])
+    found = torch.where(good, best, 100 * pruned.weight)
+    monkeypatch.setattr("gblm.methods.refit.conjugate_gradients", lambda *args: found)
+    want = torch.where(good, best, pruned.weight)
+    assert torch.equal(Refit().apply(weight, pruned, hessian).weight, want)
+
+
 def test_dead_inputs_get_zeros_and_change_nothing_else() -> None:
     weight, hessian = problem(8, 16)
     hessian[[1, 6]], hessian[:, [1, 6]] = 0, 0
