@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from gblm.calibrate.saved import LayerStats
 from gblm.calibrate.walk import DecoderLayer, Walk, walk
+from gblm.choices import Choice
 from gblm.errors import InputError
 from gblm.layers import Layers
 from gblm.methods import Method
-from gblm.patterns import Pattern
-from gblm.values import FLOAT, ValueType, quantize
+from gblm.values import quantize
 from gblm.weights import SparseWeight
 
 
@@ -37,23 +37,19 @@ class Loop:
 
     Attributes:
         method: how weights are judged.
-        pattern: which positions may stay.
-        names: full names of the linears to prune.
+        choices: what each linear is pruned to and rounded to, by full name; others stay dense.
         how: how to walk; `how.needs` are the statistics that the walk itself collects.
         more: further statistics of a layer by index, such as gradient norms.
         restore: fills in the weights of a layer that an earlier run finished.
         save: takes the statistics of each layer, to be used again; None keeps none.
-        values: what the kept weights are rounded to, before anything sees them.
     """
 
     method: Method
-    pattern: Pattern
-    names: frozenset[str]
+    choices: Mapping[str, Choice]
     how: Walk
     more: Callable[[int], LayerStats] = lambda index: {}
     restore: Callable[[DecoderLayer], None] = lambda layer: None
     save: Callable[[int, LayerStats], None] | None = None
-    values: ValueType = FLOAT
 
 
 @torch.no_grad()
@@ -89,7 +85,7 @@ class _Pruning:
 
     def __init__(self, layer: DecoderLayer, loop: Loop) -> None:
         self._layer, self._loop, self._ranks = layer, loop, loop.how.ranks
-        self._chosen = [n for n in layer.linears if f"{layer.name}.{n}" in loop.names]
+        self._chosen = [n for n in layer.linears if f"{layer.name}.{n}" in loop.choices]
         self._weights: dict[str, SparseWeight] = {}
         self._done: set[str] = set()
         self._seen: LayerStats = {}
@@ -146,9 +142,11 @@ class _Pruning:
         if self._loop.save is not None:
             self._seen[local] = {**self._whole, **more}
         own = {**self._prepared, **_on(device, stats), **_on(device, more)}
-        pruned = self._loop.method.prune(linear.weight, own, self._loop.pattern, name)
-        values = self._loop.values.resolve(name, linear.in_features)
-        return pruned if values.is_float else quantize(pruned.weight, pruned.mask, values, name)
+        choice = self._loop.choices[name]
+        pruned = self._loop.method.prune(linear.weight, own, choice.pattern, name)
+        if choice.values.is_float:
+            return pruned
+        return quantize(pruned.weight, pruned.mask, choice.values, name)
 
     def _check(self, name: str, found: Set[str]) -> None:
         if self._loop.method.needs - found:

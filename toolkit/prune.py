@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -28,20 +29,18 @@ from gblm.checkpoint.work import (
     work_path,
 )
 from gblm.checkpoint.writer import check_output, folder_bytes, folder_sha256
+from gblm.choices import Choice, choose, patterns_of
 from gblm.errors import InputError, UsageError
 from gblm.folder import resolve
-from gblm.formats import format_for
 from gblm.layers import StreamedLayers
 from gblm.loop import Loop, prune_layers
 from gblm.methods import Method, ScoredMethod, make_method
 from gblm.model import check_device, head_dim, output_head, prunable, refuse_packed
-from gblm.patterns import parse
 from gblm.progress import Progress, no_progress
 from gblm.provenance import versions
 from gblm.ranks import Ranks, rank_device, ranks_from_environment
 from gblm.recipe import Recipe
 from gblm.statistics import Statistics
-from gblm.values import parse_values
 from gblm.weights import SparseWeight
 
 logger = logging.getLogger(__name__)
@@ -102,36 +101,39 @@ def prune(
 
 def _prepare(recipe: Recipe, output: Output, reader: Reader, device: str, ranks: Ranks) -> _Run:
     """Check everything that can be checked without computing."""
-    method, pattern = make_method(recipe.method, recipe.options), parse(recipe.pattern)
-    method.check_pattern(pattern)
+    method = make_method(recipe.method, recipe.options)
     refuse_packed(reader.folder)
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     layers = StreamedLayers(reader, dtype, device)
-    names = prunable(layers.model, recipe.targets, recipe.ignore)
-    values = parse_values(recipe.values)
-    check_packable(reader, names, pattern, values)
+    choices = choose(recipe, prunable(layers.model, recipe.targets, recipe.ignore))
+    for pattern in patterns_of(choices):
+        method.check_pattern(pattern)
+    check_packable(reader, choices)
     if ranks.leads:
-        _check_output(output, recipe, layers, frozenset(names), method)
+        _check_output(output, recipe, layers, choices, method)
     if not method.needs or recipe.stats is not None:
         recipe = recipe.model_copy(update={"calibration": None})
     sha256 = folder_sha256(reader.folder, {"config.json", *reader.files})
-    statistics = Statistics.prepare(recipe, method, layers, frozenset(names), ranks, sha256)
+    statistics = Statistics.prepare(recipe, method, layers, frozenset(choices), ranks, sha256)
     packing = Packing(
         source=reader.folder,
-        pattern=pattern,
+        choices=choices,
         linears=tuple(prunable(layers.model)),
         recipe=recipe.to_dict(),
         notes={"calibration_sha256": statistics.calibration_sha256, "model_sha256": sha256},
         keeps_values=isinstance(method, ScoredMethod),
         head_dim=head_dim(layers.model),
-        values=values,
         head=output_head(layers.model, recipe.head, reader),
     )
     return _Run(packing, output, reader, layers, method, statistics)
 
 
 def _check_output(
-    output: Output, recipe: Recipe, source: StreamedLayers, names: frozenset[str], method: Method
+    output: Output,
+    recipe: Recipe,
+    source: StreamedLayers,
+    choices: Mapping[str, Choice],
+    method: Method,
 ) -> None:
     """The outputs are free, and the disk holds finished layers besides the folder itself."""
     remove_leftovers(output.folder)
@@ -140,13 +142,14 @@ def _check_output(
     head = output_head(source.model, recipe.head, reader)
     if head is not None:
         head.check(reader)
-    shapes = [reader.headers[f"{name}.weight"][0] for name in names]
-    weights = sum(rows * columns for rows, columns in shapes)
-    layers = int(1.1 * sum(reader.num_bytes(f"{name}.weight") for name in names))
+    sizes = {name: math.prod(reader.headers[f"{name}.weight"][0]) for name in choices}
+    layers = int(1.1 * sum(reader.num_bytes(f"{name}.weight") for name in choices))
     # Updated values are kept unrounded as well; codes are exact.
-    floats = parse_values(recipe.values).is_float
-    exact = 4 * weights if floats and not isinstance(method, ScoredMethod) else 0
-    gradients = 4 * weights if "grad_norm" in method.needs and recipe.stats is None else 0
+    floats = sum(sizes[name] for name, choice in choices.items() if choice.values.is_float)
+    exact = 0 if isinstance(method, ScoredMethod) else 4 * floats
+    gradients = (
+        4 * sum(sizes.values()) if "grad_norm" in method.needs and recipe.stats is None else 0
+    )
     saved = gradients if output.save_stats is not None else 0
     there = folder_bytes(work_path(output.folder))
     extra = layers + exact + gradients + saved + (head.num_bytes if head else 0) - there
@@ -205,12 +208,13 @@ class _Run:
 
     def _exact_values(self, weights: Mapping[str, SparseWeight]) -> dict[str, Tensor]:
         """What a resumed run needs besides the packed parts, to go on with the very same bits."""
-        if self.packing.keeps_values or not self.packing.values.is_float:
+        if self.packing.keeps_values:
             return {}
         return {
-            f"{name}.values": format_for(self.packing.pattern).pack(name, weight)["values"]
+            f"{name}.values": self.packing.choices[name].fmt.pack(name, weight)["values"]
             for name, weight in weights.items()
-            if weight.weight.dtype != self.reader.headers[f"{name}.weight"][1]
+            if weight.codes is None
+            and weight.weight.dtype != self.reader.headers[f"{name}.weight"][1]
         }
 
     def _gradients(self, folder: StatsFolder, scratch: Path, progress: Progress) -> None:
@@ -224,10 +228,7 @@ class _Run:
         self, work: WorkFolder | None, gradients: StatsFolder, scratch: Path, first: int
     ) -> Loop:
         how = self.statistics.walk(scratch, first)
-        loop = Loop(
-            self.method, self.packing.pattern, self.statistics.names, how,
-            values=self.packing.values,
-        )  # fmt: skip
+        loop = Loop(self.method, self.packing.choices, how)
         if work is None:
             return loop
         if self.output.save_stats is not None:
@@ -281,6 +282,6 @@ def _restore(work: WorkFolder, packing: Packing, layer: DecoderLayer) -> None:
     for local, linear in layer.linears.items():
         name = f"{layer.name}.{local}"
         if f"{name}.values" in tensors:
-            fmt = packing.format_of(name, linear.in_features)
+            fmt = packing.choices[name].fmt
             parts = {part: tensors[f"{name}.{part}"] for part in fmt.parts}
             linear.weight.copy_(fmt.expand(parts, linear.weight.dtype))

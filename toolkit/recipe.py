@@ -49,6 +49,22 @@ class Calibration(BaseModel):
         return self
 
 
+class LayerChoice(BaseModel):
+    """An exception to a recipe's pattern and values, for some of the linears.
+
+    Attributes:
+        targets: glob patterns of module names, as in `Recipe.targets`.
+        pattern: as in Recipe; None is the recipe's own.
+        values: as in Recipe; None is the recipe's own.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    targets: tuple[str, ...] = Field(min_length=1)
+    pattern: str | None = None
+    values: str | None = None
+
+
 class Recipe(BaseModel):
     """One pruning run.
 
@@ -59,6 +75,7 @@ class Recipe(BaseModel):
         values: of the packed weights: "float", the checkpoint's own dtype; "int8", "int4", rounded
             to codes with a scale per group of columns: "int8:128", "int4:row"; see
             `gblm.values.parse_values`.
+        layers: exceptions to `pattern` and `values`; the first that matches a linear decides.
         head: of the output head: "float", as it is; "int8", "int4", rounded to codes. Of a head
             that is tied to the embeddings a rounded copy is stored, and the embeddings stay.
         options: the method's own fields, such as {"alpha": 100.0}; unknown ones are refused.
@@ -77,6 +94,7 @@ class Recipe(BaseModel):
     method: str = "gblm"
     pattern: str = "2:4"
     values: str = "float"
+    layers: tuple[LayerChoice, ...] = ()
     head: HeadValues = "float"
     options: dict[str, bool | float | int | str] = Field(default_factory=dict)
     calibration: Calibration | None = Calibration()
@@ -85,6 +103,11 @@ class Recipe(BaseModel):
     ignore: tuple[str, ...] = ()
     dtype: DType = "auto"
     device: str = "cpu"
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Every pattern that it names, its own first."""
+        return tuple(dict.fromkeys([self.pattern, *(x.pattern for x in self.layers if x.pattern)]))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""

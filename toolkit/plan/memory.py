@@ -144,7 +144,7 @@ def _choosing(setting: Setting, groups: list[list[Linear]], alive: list[Term]) -
             last = [terms.square("factor", groups[index - 1])] if index else []
             yield Moment("pruning", "preparing", now + own + last)
             factor = [terms.square("factor", group)]
-        work = terms.temporary("choosing", group, terms.choosing(setting))
+        work = terms.temporary("choosing", group, terms.choosing(setting, group))
         own = terms.weights(setting, group)
         yield Moment("pruning", "choosing", now + factor + work + own)
         done += group
