@@ -5,7 +5,7 @@ Any dense folder is packed with the pattern `dense`. Integer values are rounded 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 
 from gblm.checkpoint.packer import Packing, check_packable, check_room, write_packed
 from gblm.checkpoint.reader import Reader
+from gblm.choices import Choice
 from gblm.errors import InputError, PatternError
 from gblm.folder import resolve
 from gblm.layers import StreamedLayers
@@ -63,22 +64,23 @@ def export_pack(
         model = StreamedLayers(reader).model
         packed_head = output_head(model, head, reader)
         check_room(reader, output, overwrite, packed_head.num_bytes if packed_head else 0)
-        linears, every = tuple(prunable(model, ignore=ignore)), tuple(prunable(model))
-        chosen = parse(pattern) if pattern else find_pattern(reader, linears)
-        check_packable(reader, linears, chosen, kind)
+        linears, every = prunable(model, ignore=ignore), tuple(prunable(model))
+        chosen = parse(pattern) if pattern else find_pattern(reader, tuple(linears))
+        choices = {
+            name: Choice(chosen, kind.resolve(name, linear.in_features))
+            for name, linear in linears.items()
+        }
+        check_packable(reader, choices)
         recipe = {"model": str(source), "method": "pack", "pattern": str(chosen), "options": {}}
         if not kind.is_float:
             recipe["values"] = values
         if packed_head is not None:
             recipe["head"] = head
         packing = Packing(
-            folder, chosen, every, recipe, notes={}, head_dim=head_dim(model), values=kind,
-            head=packed_head,
-        )  # fmt: skip
-        step = progress("packing", len(linears))
-        pieces = (
-            packing.pack(reader, weight) for weight in _weights(packing, reader, linears, step)
+            folder, choices, every, recipe, notes={}, head_dim=head_dim(model), head=packed_head
         )
+        step = progress("packing", len(linears))
+        pieces = (packing.pack(reader, weight) for weight in _weights(choices, reader, step))
         return write_packed(packing, pieces, output, overwrite)
 
 
@@ -111,14 +113,14 @@ def _follows(pattern: NM, name: str, mask: Any) -> bool:
 
 
 def _weights(
-    packing: Packing, reader: Reader, linears: tuple[str, ...], step: Callable[[], None]
+    choices: Mapping[str, Choice], reader: Reader, step: Callable[[], None]
 ) -> Iterator[dict[str, SparseWeight]]:
-    for name in linears:
+    for name, choice in choices.items():
         weight = reader.tensor(f"{name}.weight")
-        keeps_zeros = isinstance(packing.pattern, Dense)
+        keeps_zeros = isinstance(choice.pattern, Dense)
         mask = torch.ones_like(weight, dtype=torch.bool) if keeps_zeros else weight != 0
-        values = packing.values.resolve(name, weight.shape[1])
-        floats = SparseWeight.cut(weight, mask)
-        yield {name: floats if values.is_float else quantize(weight, mask, values, name)}
+        floats = choice.values.is_float
+        cut = SparseWeight.cut(weight, mask)
+        yield {name: cut if floats else quantize(weight, mask, choice.values, name)}
         reader.release()
         step()

@@ -13,6 +13,7 @@ from conftest import save_byte_tokenizer
 from gblm import data, packed
 from gblm.calibrate.gradients import Gradients, gradient_norms
 from gblm.calibrate.walk import Walk
+from gblm.choices import Choice
 from gblm.errors import InputError
 from gblm.layers import Layers
 from gblm.loop import Loop, prune_layers
@@ -81,7 +82,8 @@ def pruned_in_memory(recipe: Recipe) -> torch.nn.Module:
                 for name, norm in found.items()
             }  # fmt: skip
     how = Walk(frozenset({"act_norm", "hessian"}) & method.needs)
-    loop = Loop(method, parse(recipe.pattern), names, how, more=norms.__getitem__)
+    choices = dict.fromkeys(names, Choice(parse(recipe.pattern)))
+    loop = Loop(method, choices, how, more=norms.__getitem__)
     for _ in prune_layers(layers, list(windows.split(1)), loop):
         pass
     return model

@@ -16,6 +16,7 @@ from gblm.checkpoint.inspect import inspect
 from gblm.checkpoint.packed_folder import PackedReader
 from gblm.checkpoint.reader import Reader
 from gblm.checkpoint.verify import verify
+from gblm.choices import Choice
 from gblm.errors import CheckpointError, InputError, PatternError
 from gblm.export.dense import export_dense
 from gblm.export.pack import export_pack
@@ -81,7 +82,8 @@ def test_later_layers_see_what_the_codes_stand_for(tiny: Path) -> None:
     from gblm.calibrate.walk import Walk
 
     method, values = make_method("magnitude", {}), parse_values("int4:32")
-    loop = Loop(method, parse("2:4"), names, Walk(frozenset()), values=values)
+    choices = dict.fromkeys(sorted(names), Choice(parse("2:4"), values))
+    loop = Loop(method, choices, Walk(frozenset()))
     for pruned in prune_layers(layers, [torch.arange(8).reshape(1, 8)], loop):
         for name, weight in pruned.weights.items():
             assert weight.codes is not None

@@ -20,6 +20,7 @@ from conftest import Outcome, save_tiny_model
 from gblm.checkpoint import writer
 from gblm.checkpoint.packed_folder import PackedReader
 from gblm.checkpoint.reader import Reader
+from gblm.choices import Choice
 from gblm.errors import InputError, MachineError, PatternError, UsageError
 from gblm.layers import Layers
 from gblm.loop import Loop, prune_layers
@@ -100,7 +101,8 @@ def test_a_model_in_memory_is_changed_in_place(tiny: Path) -> None:
 
     model = load(tiny)
     linears = prunable(model)
-    loop = Loop(make_method("magnitude", {}), NM(2, 4), frozenset(linears), Walk(frozenset()))
+    choices = dict.fromkeys(linears, Choice(NM(2, 4)))
+    loop = Loop(make_method("magnitude", {}), choices, Walk(frozenset()))
     done = 0
     for pruned in prune_layers(Layers(model), [], loop):
         for name, weight in pruned.weights.items():

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from gblm.calibrate.reconstruct import Training, reconstruct
 from gblm.calibrate.saved import LayerStats
 from gblm.calibrate.walk import DecoderLayer, Walk, walk
+from gblm.choices import Choice
 from gblm.errors import InputError
 from gblm.layers import Layers
 from gblm.methods.pipeline import Pipeline
-from gblm.patterns import Pattern
-from gblm.values import FLOAT, ValueType
 from gblm.weights import SparseWeight
 
 logger = logging.getLogger(__name__)
@@ -43,24 +42,20 @@ class Loop:
 
     Attributes:
         pipeline: what happens to each linear.
-        pattern: which positions may stay.
-        names: full names of the linears to prune.
+        choices: what each linear is pruned to and rounded to, by full name; others stay dense.
         how: how to walk; `how.needs` are the statistics that the walk itself collects.
         more: further statistics of a layer by index, such as gradient norms.
         restore: fills in the weights of a layer that an earlier run finished.
         save: takes the statistics of each layer, to be used again; None keeps none.
-        values: what the kept weights are rounded to, before anything sees them.
         training: trains each layer once its linears are pruned; `how.keep_dense` goes with it.
     """
 
     pipeline: Pipeline
-    pattern: Pattern
-    names: frozenset[str]
+    choices: Mapping[str, Choice]
     how: Walk
     more: Callable[[int], LayerStats] = lambda index: {}
     restore: Callable[[DecoderLayer], None] = lambda layer: None
     save: Callable[[int, LayerStats], None] | None = None
-    values: ValueType = FLOAT
     training: Training | None = None
 
 
@@ -97,7 +92,7 @@ class _Pruning:
 
     def __init__(self, layer: DecoderLayer, loop: Loop) -> None:
         self._layer, self._loop, self._ranks = layer, loop, loop.how.ranks
-        self._chosen = [n for n in layer.linears if f"{layer.name}.{n}" in loop.names]
+        self._chosen = [n for n in layer.linears if f"{layer.name}.{n}" in loop.choices]
         self._weights: dict[str, SparseWeight] = {}
         self._done: set[str] = set()
         self._seen: LayerStats = {}
@@ -163,7 +158,7 @@ class _Pruning:
         linear, own = self._layer.linears[local], self._weights.get(local)
         mask = linear.weight != 0 if own is None else own.mask
         self._ranks.broadcast_(mask := mask.to(torch.uint8))
-        values = self._loop.values.resolve(local, linear.in_features)
+        values = self._loop.choices[f"{self._layer.name}.{local}"].values
         if values.is_float:
             return SparseWeight(linear.weight.detach(), mask.bool())
         groups = linear.in_features // values.group(linear.in_features)
@@ -194,8 +189,8 @@ class _Pruning:
         if self._loop.save is not None:
             self._seen[local] = {**self._whole, **more}
         own = {**self._prepared, **_on(device, stats), **_on(device, more)}
-        values = self._loop.values.resolve(name, linear.in_features)
-        return self._loop.pipeline.prune(linear.weight, own, self._loop.pattern, values, name)
+        choice = self._loop.choices[name]
+        return self._loop.pipeline.prune(linear.weight, own, choice.pattern, choice.values, name)
 
     def _check(self, name: str, found: Set[str]) -> None:
         if self._loop.pipeline.needs - found:

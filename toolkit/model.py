@@ -6,7 +6,6 @@ Nothing here is per model: decoder layers are found by type and count, linears b
 from __future__ import annotations
 
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import nn
 
 from gblm.checkpoint.head import Head
 from gblm.checkpoint.reader import Reader
+from gblm.choices import matches
 from gblm.errors import CheckpointError, InputError, MachineError, UsageError
 from gblm.folder import quant_method, read_config
 
@@ -207,14 +207,14 @@ def prunable(
     names = dict(_named_linears(model))
     for flag, globs in (("--targets", targets), ("--ignore", ignore)):
         for glob in globs:
-            if not any(_matches(name, (glob,)) for name in names):
+            if not any(matches(name, (glob,)) for name in names):
                 raise UsageError(
                     f"{flag} {glob!r} matches no linear; the first one is {next(iter(names))}."
                 )
     chosen = {
         name: linear
         for name, linear in names.items()
-        if (not targets or _matches(name, targets)) and not _matches(name, ignore)
+        if (not targets or matches(name, targets)) and not matches(name, ignore)
     }
     if not chosen:
         raise UsageError("--targets and --ignore leave no linear to prune.")
@@ -239,7 +239,3 @@ def _refuse_other_matrices(prefix: str, layer: nn.Module, found: dict[str, nn.Li
                 f"{prefix}.{name} {list(parameter.shape)} is no weight of an nn.Linear (fused "
                 "mixture-of-experts weights are not): gblm does not prune this architecture."
             )
-
-
-def _matches(name: str, globs: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(name, glob) or fnmatchcase(name, f"*.{glob}") for glob in globs)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,20 +30,18 @@ from gblm.checkpoint.work import (
     work_path,
 )
 from gblm.checkpoint.writer import check_output, folder_bytes, folder_sha256
+from gblm.choices import Choice, choose, patterns_of
 from gblm.errors import InputError, UsageError
 from gblm.folder import resolve
-from gblm.formats import format_for
 from gblm.layers import StreamedLayers
 from gblm.loop import Loop, Pruned, prune_layers
 from gblm.methods.pipeline import Pipeline, make_pipeline
 from gblm.model import check_device, head_dim, output_head, prunable, refuse_packed
-from gblm.patterns import parse
 from gblm.progress import Progress, no_progress
 from gblm.provenance import versions
 from gblm.ranks import Ranks, rank_device, ranks_from_environment
 from gblm.recipe import Recipe
 from gblm.statistics import Statistics
-from gblm.values import parse_values
 
 logger = logging.getLogger(__name__)
 
@@ -102,29 +101,28 @@ def prune(
 
 def _prepare(recipe: Recipe, output: Output, reader: Reader, device: str, ranks: Ranks) -> _Run:
     """Check everything that can be checked without computing."""
-    pipeline, pattern = pipeline_of(recipe), parse(recipe.pattern)
-    pipeline.check_pattern(pattern)
+    pipeline = pipeline_of(recipe)
     refuse_packed(reader.folder)
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     layers = StreamedLayers(reader, dtype, device)
-    names = prunable(layers.model, recipe.targets, recipe.ignore)
-    values = parse_values(recipe.values)
-    check_packable(reader, names, pattern, values)
+    choices = choose(recipe, prunable(layers.model, recipe.targets, recipe.ignore))
+    for pattern in patterns_of(choices):
+        pipeline.check_pattern(pattern)
+    check_packable(reader, choices)
     if ranks.leads:
-        _check_output(output, recipe, layers, frozenset(names), pipeline)
+        _check_output(output, recipe, layers, choices, pipeline)
     if recipe.stats is not None or not (pipeline.needs or recipe.reconstruct):
         recipe = recipe.model_copy(update={"calibration": None})
     sha256 = folder_sha256(reader.folder, {"config.json", *reader.files})
-    statistics = Statistics.prepare(recipe, pipeline, layers, frozenset(names), ranks, sha256)
+    statistics = Statistics.prepare(recipe, pipeline, layers, frozenset(choices), ranks, sha256)
     packing = Packing(
         source=reader.folder,
-        pattern=pattern,
+        choices=choices,
         linears=tuple(prunable(layers.model)),
         recipe=recipe.to_dict(),
         notes={"calibration_sha256": statistics.calibration_sha256, "model_sha256": sha256},
         keeps_values=pipeline.keeps_values and recipe.reconstruct is None,
         head_dim=head_dim(layers.model),
-        values=values,
         head=output_head(layers.model, recipe.head, reader),
     )
     return _Run(packing, output, reader, layers, pipeline, statistics)
@@ -134,7 +132,7 @@ def _check_output(
     output: Output,
     recipe: Recipe,
     source: StreamedLayers,
-    names: frozenset[str],
+    choices: Mapping[str, Choice],
     pipeline: Pipeline,
 ) -> None:
     """The outputs are free, and the disk holds finished layers besides the folder itself."""
@@ -144,13 +142,13 @@ def _check_output(
     head = output_head(source.model, recipe.head, reader)
     if head is not None:
         head.check(reader)
-    shapes = [reader.headers[f"{name}.weight"][0] for name in names]
-    weights = sum(rows * columns for rows, columns in shapes)
-    layers = int(1.1 * sum(reader.num_bytes(f"{name}.weight") for name in names))
+    sizes = {name: math.prod(reader.headers[f"{name}.weight"][0]) for name in choices}
+    layers = int(1.1 * sum(reader.num_bytes(f"{name}.weight") for name in choices))
     # Updated values are kept unrounded as well; codes are exact.
-    floats = parse_values(recipe.values).is_float
-    exact = 4 * weights if floats and not pipeline.keeps_values else 0
-    gradients = 4 * weights if "grad_norm" in pipeline.needs and recipe.stats is None else 0
+    floats = sum(sizes[name] for name, choice in choices.items() if choice.values.is_float)
+    exact = 0 if pipeline.keeps_values and recipe.reconstruct is None else 4 * floats
+    collects = "grad_norm" in pipeline.needs and recipe.stats is None
+    gradients = 4 * sum(sizes.values()) if collects else 0
     saved = gradients if output.save_stats is not None else 0
     there = folder_bytes(work_path(output.folder))
     extra = layers + exact + gradients + saved + (head.num_bytes if head else 0) - there
@@ -216,12 +214,12 @@ class _Run:
             return tensor.dtype != self.reader.headers[name][1]
 
         others = {name: t for name, t in pruned.others.items() if narrowed(name, t)}
-        if self.packing.keeps_values or not self.packing.values.is_float:
+        if self.packing.keeps_values:
             return others
         return others | {
-            f"{name}.values": format_for(self.packing.pattern).pack(name, weight)["values"]
+            f"{name}.values": self.packing.choices[name].fmt.pack(name, weight)["values"]
             for name, weight in pruned.weights.items()
-            if narrowed(f"{name}.weight", weight.weight)
+            if weight.codes is None and narrowed(f"{name}.weight", weight.weight)
         }
 
     def _gradients(self, folder: StatsFolder, scratch: Path, progress: Progress) -> None:
@@ -235,10 +233,8 @@ class _Run:
         self, work: WorkFolder | None, gradients: StatsFolder, scratch: Path, first: int
     ) -> Loop:
         how = self.statistics.walk(scratch, first)
-        loop = Loop(
-            self.pipeline, self.packing.pattern, self.statistics.names, how,
-            values=self.packing.values, training=_training(self.statistics.recipe),
-        )  # fmt: skip
+        training = _training(self.statistics.recipe)
+        loop = Loop(self.pipeline, self.packing.choices, how, training=training)
         if work is None:
             return loop
         if self.output.save_stats is not None:
@@ -303,7 +299,7 @@ def _restore(work: WorkFolder, packing: Packing, layer: DecoderLayer) -> None:
     for local, linear in layer.linears.items():
         name = f"{layer.name}.{local}"
         if f"{name}.values" in tensors:
-            fmt = packing.format_of(name, linear.in_features)
+            fmt = packing.choices[name].fmt
             parts = {part: tensors[f"{name}.{part}"] for part in fmt.parts}
             linear.weight.copy_(fmt.expand(parts, linear.weight.dtype))
     for local, parameter in layer.module.named_parameters():

@@ -49,6 +49,22 @@ class Calibration(BaseModel):
         return self
 
 
+class LayerChoice(BaseModel):
+    """An exception to a recipe's pattern and values, for some of the linears.
+
+    Attributes:
+        targets: glob patterns of module names, as in `Recipe.targets`.
+        pattern: as in Recipe; None is the recipe's own.
+        values: as in Recipe; None is the recipe's own.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    targets: tuple[str, ...] = Field(min_length=1)
+    pattern: str | None = None
+    values: str | None = None
+
+
 class Refitting(BaseModel):
     """Least squares on the weights that stay; see `gblm.methods.refit`.
 
@@ -89,6 +105,7 @@ class Recipe(BaseModel):
         values: of the packed weights: "float", the checkpoint's own dtype; "int8", "int4", rounded
             to codes with a scale per group of columns: "int8:128", "int4:row"; see
             `gblm.values.parse_values`.
+        layers: exceptions to `pattern` and `values`; the first that matches a linear decides.
         head: of the output head: "float", as it is; "int8", "int4", rounded to codes. Of a head
             that is tied to the embeddings a rounded copy is stored, and the embeddings stay.
         rounding: how weights become codes: "nearest"; "mse", with scales that make the error least;
@@ -112,6 +129,7 @@ class Recipe(BaseModel):
     method: str = "gblm"
     pattern: str = "2:4"
     values: str = "float"
+    layers: tuple[LayerChoice, ...] = ()
     head: HeadValues = "float"
     rounding: Literal["nearest", "mse", "obs"] = "nearest"
     refit: Refitting | None = None
@@ -124,9 +142,15 @@ class Recipe(BaseModel):
     dtype: DType = "auto"
     device: str = "cpu"
 
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Every pattern that it names, its own first."""
+        return tuple(dict.fromkeys([self.pattern, *(x.pattern for x in self.layers if x.pattern)]))
+
     @model_validator(mode="after")
     def _steps_fit(self) -> Recipe:
-        if self.rounding != "nearest" and self.values == "float":
+        kinds = {self.values, *(choice.values or self.values for choice in self.layers)}
+        if self.rounding != "nearest" and kinds == {"float"}:
             raise ValueError(f"rounding {self.rounding} goes with integer values")
         if self.reconstruct is not None and self.stats is not None:
             raise ValueError("reconstruct needs calibration text, not stats")

@@ -172,7 +172,9 @@ class Statistics:
             "gradient_norm": gradient_norm(self.pipeline),
             "num_samples": len(self.windows) if self.windows is not None else 0,
             "calibration_sha256": self.calibration_sha256,
-            "prefix": f"{self.recipe.method} {self.recipe.pattern}" if pruned else "dense",
+            "prefix": f"{self.recipe.method} {', '.join(self.recipe.patterns)}"
+            if pruned
+            else "dense",
             "order": self.recipe.calibration.order if self.recipe.calibration else "layer",
         }
 

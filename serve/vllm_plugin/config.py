@@ -19,7 +19,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 from gblm import kernels
 from gblm.errors import CheckpointError
-from gblm.formats import Format
+from gblm.formats import Format, join_formats
 from gblm.formats.manifest import QUANT_METHOD, Manifest
 from gblm.kernels import Backend
 from gblm.serve.vllm_plugin.head import EmbeddingMethod, HeadMethod, PackedHeadMethod
@@ -92,16 +92,20 @@ class SparseConfig(QuantizationConfig):
         return PackedHeadMethod(fmt, prefix, self.note_choice)
 
     def _format_of(self, prefix: str) -> Format | None:
-        """The format of a layer; the parts of a fused one (q/k/v, gate/up) must agree."""
+        """The format of a layer; the parts of a fused one (q/k/v, gate/up) must go together."""
         parent, _, name = prefix.rpartition(".")
         pieces = self.packed_modules_mapping.get(name, [name])
         found = [self.manifest.format_of(f"{parent}.{piece}") for piece in pieces]
-        if len({fmt.spec if fmt else None for fmt in found}) > 1:
+        packed = [fmt for fmt in found if fmt is not None]
+        if not packed:
+            return None
+        joined = join_formats(packed) if len(packed) == len(found) else None
+        if joined is None:
             raise CheckpointError(
                 f"{prefix}: vLLM fuses {', '.join(pieces)}, but they are stored in different "
                 "formats. Prune all of them alike, or ignore all of them."
             )
-        return found[0]
+        return joined
 
 
 def _show_logs() -> None:

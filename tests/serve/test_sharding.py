@@ -80,6 +80,44 @@ def test_fused_rows_are_cut_and_joined(
     check(fmt, method._loaded_parts(layer), SparseWeight.cat(own))
 
 
+@pytest.mark.parametrize("values", ["float", "int4:64"])
+def test_fused_rows_may_differ_in_sparsity(values: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gblm.formats.manifest import Group, Manifest
+    from gblm.serve.vllm_plugin.config import SparseConfig
+
+    patterns = {"gate_proj": "0.3", "up_proj": "0.7"}
+    groups = (
+        Group(format="bitmask", pattern=pattern, values=values, targets=(f"m.{name}",))
+        for name, pattern in patterns.items()
+    )
+    config = SparseConfig(Manifest(groups=tuple(groups)))
+    config.packed_modules_mapping = {"gate_up_proj": [*patterns]}
+    joined = config._format_of("m.gate_up_proj")
+    assert joined is not None
+    columns = SHAPE[1]
+    method, layer = create(joined, [8 // RANKS, 8 // RANKS], columns, 1, monkeypatch, 1)
+    formats = [config.manifest.format_of(f"m.{name}") for name in patterns]
+    weights = [weight_for(fmt, (8, columns)) for fmt in formats if fmt]
+    for piece, (fmt, weight) in enumerate(zip(formats, weights, strict=True)):
+        assert fmt is not None
+        for part, tensor in fmt.pack("w", weight).items():
+            getattr(layer, part).load_merged_column_weight(loaded_weight=tensor, shard_id=piece)
+    own = [weight.narrow(0, 8 // RANKS, 8 // RANKS) for weight in weights]
+    check(joined, method._loaded_parts(layer), SparseWeight.cat(own))
+
+
+def test_fused_rows_of_two_formats_are_refused() -> None:
+    from gblm.formats.manifest import Group, Manifest
+    from gblm.serve.vllm_plugin.config import SparseConfig
+
+    groups = (Group(format="nm", pattern="2:4", targets=("m.gate_proj",)),
+              Group(format="bitmask", pattern="0.5", targets=("m.up_proj",)))  # fmt: skip
+    config = SparseConfig(Manifest(groups=groups))
+    config.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
+    with pytest.raises(CheckpointError, match="vLLM fuses gate_proj, up_proj, but"):
+        config._format_of("m.gate_up_proj")
+
+
 def check(fmt: Format, parts: dict[str, torch.Tensor], weight: SparseWeight) -> None:
     shape = (weight.mask.shape[0], weight.mask.shape[1])
     fmt.validate("w", parts, shape)

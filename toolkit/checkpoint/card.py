@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from gblm.checkpoint.report import MAX_NAMED, in_words
+
 CARD = """\
 ---
 base_model: {base}
 base_model_relation: quantized
 library_name: transformers
 pipeline_tag: text-generation
-tags: [sparse, pruned, "{pattern}",{tag} {method}, gblm, vllm]
+tags: [sparse, pruned, {tags}, {method}, gblm, vllm]
 ---
-# {base}, pruned with {method} to {pattern}
+# {base}, pruned with {method} to {title}
 
 {linears} linears, {sparsity:.1%} of their weights zero, stored packed with
 {bits:.2f} bits per weight including the {included}.
@@ -22,12 +24,12 @@ Tensors: {packed:.1f} MB packed, {dense:.1f} MB dense.
 | | |
 |---|---|
 | method | {method} {options} |
-| pattern | {pattern} (N:M = N weights kept of M) |{values}{head}
+| pattern | {patterns} (N:M = N weights kept of M) |{values}{head}
 | calibration | {calibration} |
 | recipe | `recipe.json` |
 | per tensor | `sparsity_report.json` |
 | integrity | `gblm verify .` checks `MANIFEST.json` |
-
+{groups}
 ## Use
 
 ```
@@ -47,17 +49,23 @@ Its quality was not measured when this card was written: run `gblm eval . --base
 def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
     """Markdown with a metadata header for model hubs."""
     options = ", ".join(f"{k} = {v}" for k, v in recipe.get("options", {}).items())
-    values = str(recipe.get("values", "float"))
-    floats = values == "float"
+    groups = report["groups"]
+    patterns = list(dict.fromkeys(group["pattern"] for group in groups))
+    values = list(dict.fromkeys(group["values"] for group in groups if "values" in group))
+    kinds = dict.fromkeys(spec.partition(":")[0] for spec in values)
     return CARD.format(
-        tag="" if floats else f" {values.partition(':')[0]},",
-        included="mask" if floats else "mask, codes and scales",
-        values="" if floats else f"\n| values | {values} (codes, columns that share a scale) |",
+        tags=", ".join([*(f'"{pattern}"' for pattern in patterns[:MAX_NAMED]), *kinds]),
+        title=in_words({"groups": [{"pattern": pattern} for pattern in patterns]}),
+        included="mask, codes and scales" if values else "mask",
+        values=f"\n| values | {', '.join(values)} (codes, columns that share a scale) |"
+        if values
+        else "",
+        groups=_groups(groups) if len(groups) > 1 else "",
         head=_head(report.get("head")),
         base=_public_name(str(recipe["model"])),
         method=recipe["method"],
         options=f"({options})" if options else "",
-        pattern=recipe["pattern"],
+        patterns=", ".join(patterns),
         calibration=_calibration(recipe.get("calibration")),
         linears=report["linears"],
         sparsity=report["sparsity"],
@@ -65,6 +73,16 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
         packed=report["bytes_packed"] / 1e6,
         dense=report["bytes_dense"] / 1e6,
     )
+
+
+def _groups(groups: list[dict[str, Any]]) -> str:
+    lines = [
+        f"| {g['pattern']} | {g.get('values', 'float')} | {g['linears']} | {g['sparsity']:.1%} "
+        f"| {g['bits_per_weight']:.2f} |"
+        for g in groups
+    ]
+    head = ["| pattern | values | linears | zeros | bits per weight |", "|---|---|---|---|---|"]
+    return "\n".join(["", *head, *lines, ""])
 
 
 def _head(row: dict[str, Any] | None) -> str:

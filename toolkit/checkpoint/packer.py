@@ -22,14 +22,13 @@ from gblm.checkpoint.writer import (
     new_folder,
     write_json,
 )
+from gblm.choices import Choice
 from gblm.errors import CheckpointError
 from gblm.folder import read_config
-from gblm.formats import Format, Parts, format_for
+from gblm.formats import Format, Parts
 from gblm.formats.manifest import Group, Manifest, group_targets
-from gblm.patterns import Pattern
 from gblm.provenance import provenance
 from gblm.structure import heads_of, structure
-from gblm.values import FLOAT, ValueType
 from gblm.weights import SparseWeight
 
 # Packed tensors by full name, and their linears' rows of the sparsity report. Other tensors among
@@ -43,8 +42,7 @@ class Packing:
 
     Attributes:
         source: the dense model's folder.
-        pattern: of all the pruned weights.
-        values: how they are stored; AUTO groups are settled for each of them.
+        choices: what each pruned linear was pruned and rounded to, by full name.
         linears: every linear of the decoder layers, pruned or not.
         recipe: for recipe.json.
         notes: further facts for MANIFEST.json, such as the calibration tokens' hash.
@@ -55,13 +53,12 @@ class Packing:
     """
 
     source: Path
-    pattern: Pattern
+    choices: Mapping[str, Choice]
     linears: tuple[str, ...]
     recipe: dict[str, Any]
     notes: dict[str, Any]
     keeps_values: bool = True
     head_dim: int | None = None
-    values: ValueType = FLOAT
     head: Head | None = None
 
     def pack(self, reader: Reader, weights: Mapping[str, SparseWeight]) -> Piece:
@@ -69,13 +66,13 @@ class Packing:
 
         Args:
             reader: of `source`.
-            weights: the pruned weights, with codes if `values` are integers.
+            weights: the pruned weights, with codes where their values are integers.
         """
         tensors: dict[str, Tensor] = {}
         rows = []
         for name, weight in weights.items():
-            fmt = self.format_of(name, weight.mask.shape[1])
-            if self.keeps_values and self.values.is_float:
+            fmt = self.choices[name].fmt
+            if self.keeps_values and fmt.values.is_float:
                 # The computation's dtype may be narrower than the checkpoint's.
                 stored = SparseWeight.cut(reader.tensor(f"{name}.weight"), weight.mask.cpu())
             else:
@@ -85,28 +82,21 @@ class Packing:
             rows.append(_report_row(name, stored, parts, fmt, self.head_dim))
         return tensors, rows
 
-    def format_of(self, name: str, columns: int) -> Format:
-        """The format of a linear with so many inputs."""
-        return format_for(self.pattern, self.values.resolve(name, columns))
 
-
-def check_packable(
-    reader: Reader, linears: Iterable[str], pattern: Pattern, values: ValueType = FLOAT
-) -> None:
-    """Fail before the first forward pass when a weight cannot be pruned to, or stored in, pattern.
+def check_packable(reader: Reader, choices: Mapping[str, Choice]) -> None:
+    """Fail before the first forward pass when a weight cannot be pruned or stored as chosen.
 
     Raises:
         CheckpointError: a weight is missing or not a floating-point matrix.
         PatternError: its columns do not divide.
     """
-    for name in linears:
+    for name, choice in choices.items():
         if f"{name}.weight" not in reader:
             raise CheckpointError(f"{reader.folder}: tensor {name}.weight is missing.")
         shape, dtype = reader.headers[f"{name}.weight"]
         if len(shape) != 2 or not dtype.is_floating_point:
             raise CheckpointError(f"{name}.weight is {list(shape)} {dtype}, no floating matrix.")
-        fmt = format_for(pattern, values.resolve(name, shape[1]))
-        fmt.check_shape(name, (shape[0], shape[1]))
+        choice.fmt.check_shape(name, (shape[0], shape[1]))
 
 
 def check_room(reader: Reader, output: Path, overwrite: bool, extra: int = 0) -> None:
@@ -173,7 +163,7 @@ def _add_head(head: Head | None, reader: Reader, shards: ShardWriter) -> dict[st
 
 
 def _manifest(packing: Packing, rows: list[dict[str, Any]]) -> Manifest:
-    """A group for each way that linears are stored, for AUTO may differ; and one for the head."""
+    """A group for each way that linears are stored; and one for the head."""
     stored: dict[tuple[str, str, str], list[str]] = {}
     for row in sorted(rows, key=lambda row: str(row["name"])):
         way = (row["format"], row["pattern"], row.get("values", "float"))

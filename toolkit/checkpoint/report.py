@@ -11,6 +11,9 @@ import torch
 
 from gblm.formats import Format, Parts, Shape
 
+# What one line of text has room for.
+MAX_NAMED = 4
+
 
 def weight_row(
     name: str, fmt: Format, shape: Shape, dtype: torch.dtype, zeros: int, parts: Parts
@@ -52,13 +55,38 @@ def summary(
         dense: bytes of all tensors of the source.
         packed: bytes of all tensors of the packed folder.
     """
+    alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        way = {key: row[key] for key in ("format", "pattern", "values") if key in row}
+        alike.setdefault(tuple(way.values()), []).append(row)
+    return {
+        **_totals(rows),
+        "bytes_dense": dense,
+        "bytes_packed": packed,
+        "groups": [_group(own) for own in alike.values()],
+        **({"head": head} if head else {}),
+        "tensors": rows,
+    }
+
+
+def in_words(report: dict[str, Any]) -> str:
+    """The patterns and value types of a report, such as "2:4, 0.5 int4:128"."""
+    ways = [" ".join([g["pattern"], g.get("values", "")]).strip() for g in report["groups"]]
+    if len(ways) > MAX_NAMED:
+        return f"{len(ways)} patterns and value types"
+    return ", ".join(ways)
+
+
+def _group(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Linears that are stored alike."""
+    way = {key: rows[0][key] for key in ("format", "pattern", "values") if key in rows[0]}
+    return way | _totals(rows)
+
+
+def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
     weights = sum(row["shape"][0] * row["shape"][1] for row in rows)
     return {
         "linears": len(rows),
         "sparsity": round(sum(row["zeros"] for row in rows) / weights, 6),
         "bits_per_weight": round(8 * sum(row["bytes_packed"] for row in rows) / weights, 4),
-        "bytes_dense": dense,
-        "bytes_packed": packed,
-        **({"head": head} if head else {}),
-        "tensors": rows,
     }

@@ -45,11 +45,23 @@ def _print(facts: dict[str, Any]) -> None:
     gpu = [_size(facts["gpu_bytes"])] if on_gpu else []
     rows.append(["in all", _size(facts["ram_bytes"]), *gpu, _time(facts["seconds"]), ""])
     table(head, rows)
+    groups = [_group(group) for group in facts["groups"]]
+    table(["pattern", "values", "linears", "weights", "bits/weight"], groups)
     disk = facts["disk"]
     click.echo(
         f"disk: {_size(disk['peak_bytes'])} at most, {_size(disk['output_bytes'])} of it the "
         f"output; {facts['dtype']}, {facts['threads']} threads, ranks {facts['ranks']}"
     )
+
+
+def _group(group: dict[str, Any]) -> list[str]:
+    return [
+        group["pattern"],
+        group["values"],
+        str(group["linears"]),
+        f"{group['weights']:,}",
+        f"{group['bits_per_weight']:.2f}",
+    ]
 
 
 def _size(count: int) -> str:

@@ -51,6 +51,7 @@ def command(
     beside it until then. Several processes: torchrun --nproc-per-node N -m gblm prune …
     """
     with progress_bars(ctx) as progress:
+        from gblm.checkpoint.report import in_words
         from gblm.prune import Output, prune
 
         chosen = read_recipe(ctx, recipe, given, OWN)
@@ -58,12 +59,12 @@ def command(
     if not report:
         return  # rank 0 tells
 
-    floats = chosen.values == "float"
-    values, included = ("", "mask") if floats else (f" {chosen.values}", "mask and scales")
+    codes = any("values" in group for group in report["groups"])
+    included = "mask and scales" if codes else "mask"
 
     def text() -> None:
         click.echo(
-            f"{report['output']}: {chosen.method} {chosen.pattern}{values}, "
+            f"{report['output']}: {chosen.method} {in_words(report)}, "
             f"{report['linears']} linears, {report['sparsity']:.1%} zeros"
         )
         click.echo(

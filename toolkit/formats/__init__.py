@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 
 from gblm.errors import CheckpointError, PatternError
@@ -9,7 +10,7 @@ from gblm.formats.base import VALUE_DTYPES, Format, Headers, Parts, Shape, Tenso
 from gblm.formats.bitmask import BitmaskFormat
 from gblm.formats.dense import DenseFormat
 from gblm.formats.nm import NMFormat
-from gblm.patterns import NM, Dense, Pattern, parse
+from gblm.patterns import NM, Dense, Pattern, Unstructured, parse
 from gblm.values import AUTO, FLOAT, ValueType, parse_values
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "TensorSpec",
     "format_for",
     "from_spec",
+    "join_formats",
     "make_format",
 ]
 
@@ -40,6 +42,20 @@ def format_for(pattern: Pattern, values: ValueType = FLOAT) -> Format:
         values: how kept values are stored; see `ValueType.resolve`.
     """
     return FORMATS[_name_for(pattern)](pattern, values)
+
+
+def join_formats(formats: Iterable[Format]) -> Format | None:
+    """The format of weights that are joined row after row; None if there is none.
+
+    Masks of the format bitmask join whatever their patterns, for it holds any.
+    """
+    every = list(formats)
+    if len({fmt.spec for fmt in every}) == 1:
+        return every[0]
+    if {fmt.name for fmt in every} != {"bitmask"} or len({fmt.values for fmt in every}) > 1:
+        return None
+    sparsity = min(fmt.pattern.sparsity for fmt in every)
+    return BitmaskFormat(Unstructured(sparsity), every[0].values)
 
 
 def make_format(name: str, pattern: str, values: str = "float") -> Format:

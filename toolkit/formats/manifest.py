@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -88,10 +89,25 @@ class Manifest(BaseModel):
 
     def format_of(self, module: str) -> Format | None:
         """The format of a module's weight, or None when it is stored dense."""
-        for group in self.groups:
-            if any(fnmatchcase(module, target) for target in group.targets):
-                return make_format(group.format, group.pattern, group.values)
-        return None
+        first = self._in_full.get(module, len(self.groups))
+        globs = (index for index, glob in self._globs if fnmatchcase(module, glob))
+        first = min(first, next(globs, first))
+        if first == len(self.groups):
+            return None
+        group = self.groups[first]
+        return make_format(group.format, group.pattern, group.values)
+
+    @cached_property
+    def _in_full(self) -> dict[str, int]:
+        """The first group that names a module in full; there may be hundreds of such names."""
+        pairs = [(name, i) for i, group in enumerate(self.groups) for name in group.targets]
+        return {name: index for name, index in reversed(pairs) if "*" not in name}
+
+    @cached_property
+    def _globs(self) -> list[tuple[int, str]]:
+        """Every other target and its group, in order."""
+        pairs = [(i, name) for i, group in enumerate(self.groups) for name in group.targets]
+        return [(index, name) for index, name in pairs if "*" in name]
 
 
 def group_targets(modules: Iterable[str], all_modules: Iterable[str]) -> tuple[str, ...]:

@@ -15,14 +15,12 @@ from gblm.errors import MachineError, UsageError
 from gblm.folder import resolve
 from gblm.methods import make_method
 from gblm.model import check_device, refuse_packed
-from gblm.patterns import parse
 from gblm.plan.disk import occupy
 from gblm.plan.memory import peaks
 from gblm.plan.seconds import probe, spend
 from gblm.plan.setting import Setting
 from gblm.plan.shapes import Shapes, read_shapes
 from gblm.recipe import Calibration, Recipe
-from gblm.values import parse_values
 
 
 def plan(recipe: Recipe, ranks: int = 1) -> dict[str, Any]:
@@ -36,25 +34,25 @@ def plan(recipe: Recipe, ranks: int = 1) -> dict[str, Any]:
         ranks: processes that share the samples, as under torchrun.
 
     Returns:
-        Plain JSON types. "phases": for each phase its peaks "ram_bytes" and, on a GPU,
-        "gpu_bytes", the moments of the peaks and their terms, and "seconds". "ram_bytes" and
-        "gpu_bytes": the highest of them, of rank 0. "disk": bytes of the output, of all that lies
-        on disk at once, and of the rest by purpose. "seconds": in all; None where the device is
-        not there to be probed.
+        Plain JSON types. "groups": the linears by pattern and values, with bits per weight.
+        "phases": for each phase its peaks "ram_bytes" and, on a GPU, "gpu_bytes", the moments of
+        the peaks and their terms, and "seconds". "ram_bytes" and "gpu_bytes": the highest of them,
+        of rank 0. "disk": bytes of the output, of all that lies on disk at once, and of the rest
+        by purpose. "seconds": in all; None where the device is not there to be probed.
 
     Raises:
         GblmError: whatever `prune` would refuse before it computes, text and output apart.
     """
-    method, pattern = make_method(recipe.method, recipe.options), parse(recipe.pattern)
-    values = parse_values(recipe.values)
-    method.check_pattern(pattern)
+    method = make_method(recipe.method, recipe.options)
     device = _device(recipe.device)
     with Reader(resolve(recipe.model)) as reader:
         refuse_packed(reader.folder)
         calibration = recipe.calibration if method.needs and recipe.stats is None else None
         if method.needs and recipe.stats is None and calibration is None:
             raise UsageError(f"method {recipe.method} needs calibration text.")
-        shapes = read_shapes(recipe, reader, pattern, values, calibration, ranks)
+        shapes = read_shapes(recipe, reader, calibration, ranks)
+    for choice in shapes.chosen:
+        method.check_pattern(choice.pattern)
     if method.needs and recipe.stats is not None:
         StatsFolder(Path(recipe.stats)).facts()
     # Ranks are taken to share this machine's memory.
@@ -63,8 +61,6 @@ def plan(recipe: Recipe, ranks: int = 1) -> dict[str, Any]:
         shapes=shapes,
         method=method,
         name=recipe.method,
-        pattern=pattern,
-        values=values,
         collects=method.needs if calibration is not None else frozenset(),
         reads=method.needs if recipe.stats is not None else frozenset(),
         passes=_passes(calibration),
@@ -107,8 +103,7 @@ def _predict(setting: Setting, device: torch.device | None, ranks: int) -> dict[
         phase["seconds"] = round(spent[phase["phase"]], 1) if spent else None
     return {
         "method": setting.name,
-        "pattern": str(setting.pattern),
-        "values": str(setting.values),
+        "groups": _groups(setting.shapes),
         "head": "float" if head is None else str(head.fmt.values),
         "dtype": str(setting.shapes.dtype).removeprefix("torch."),
         "device": setting.device,
@@ -121,3 +116,18 @@ def _predict(setting: Setting, device: torch.device | None, ranks: int) -> dict[
         "start_seconds": round(spent["start"], 1) if spent else None,
         "seconds": round(sum(spent.values()), 1) if spent else None,
     }
+
+
+def _groups(shapes: Shapes) -> list[dict[str, Any]]:
+    """What the output will hold, by pattern and values."""
+    return [
+        {
+            "format": choice.fmt.name,
+            "pattern": str(choice.pattern),
+            "values": str(choice.values),
+            "linears": len(linears),
+            "weights": (weights := sum(own.weights for own in linears)),
+            "bits_per_weight": round(8 * sum(own.packed for own in linears) / weights, 4),
+        }
+        for choice, linears in shapes.chosen.items()
+    ]

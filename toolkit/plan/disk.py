@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from gblm.formats import format_for
 from gblm.methods import ScoredMethod
 from gblm.plan.setting import Setting
+from gblm.plan.shapes import Shapes
 
 # Of each tensor in a header, of each linear in the report, of config, card and manifest.
 HEADER, REPORT, RECORDS = 100, 700, 4400
@@ -50,15 +50,13 @@ def occupy(setting: Setting) -> Disk:
     shapes = setting.shapes
     pruned = [own for layer in shapes.layers for own in layer.pruned]
     layers = sum(own.packed for own in pruned)
-    parts = len(format_for(setting.pattern).parts) + (not setting.values.is_float)
+    parts = sum(len(choice.fmt.parts) * len(own) for choice, own in shapes.chosen.items())
     heads = 0 if shapes.packed_head is None else 1
-    tensors = shapes.tensors + len(pruned) * (parts - 1) + 2 * heads
+    tensors = shapes.tensors + parts - len(pruned) + 2 * heads
     records = REPORT * (len(pruned) + heads) + HEADER * tensors + RECORDS
-    updates = not isinstance(setting.method, ScoredMethod) and setting.values.is_float
-    if updates and shapes.dtype != shapes.stored_dtype:
+    if not isinstance(setting.method, ScoredMethod) and shapes.dtype != shapes.stored_dtype:
         # Updated values are kept as they were before rounding, for a resumed run.
-        kept = (1 - setting.pattern.sparsity) * sum(own.weights for own in pruned)
-        layers += int(kept) * shapes.dtype.itemsize
+        layers += _kept_floats(shapes) * shapes.dtype.itemsize
     gradients = 4 * sum(own.weights for own in pruned) if "grad_norm" in setting.collects else 0
     one, every = setting.in_memory
     inputs = shapes.hidden_states(shapes.samples)
@@ -66,3 +64,9 @@ def occupy(setting: Setting) -> Disk:
     if gradients and not every:
         spilled = (len(shapes.layers) + 2) * inputs
     return Disk(shapes.output + shapes.side_files + records, layers, gradients, spilled)
+
+
+def _kept_floats(shapes: Shapes) -> int:
+    """Weights that stay and are not rounded to codes."""
+    floats = [(c.pattern, own) for c, own in shapes.chosen.items() if c.values.is_float]
+    return int(sum((1 - p.sparsity) * sum(x.weights for x in own) for p, own in floats))

@@ -146,7 +146,7 @@ def _choosing(setting: Setting, groups: list[list[Linear]], alive: list[Term]) -
             yield Moment("pruning", "preparing", now + own + last)
         if setting.name in terms.INVERTING:
             factor += [terms.square("inverse", group, terms.INVERTING[setting.name])]
-        work = terms.temporary("choosing", group, terms.choosing(setting))
+        work = terms.temporary("choosing", group, terms.choosing(setting, group))
         own = terms.weights(setting, group)
         yield Moment("pruning", "choosing", now + factor + work + own)
         done += group

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import linear, silu
 
-from gblm.formats import format_for
-from gblm.patterns import NM, Block, Pattern
+from gblm.choices import Choice
+from gblm.patterns import NM, Block, Pattern, Unstructured
 from gblm.plan.disk import Disk
 from gblm.plan.setting import Setting
 from gblm.plan.shapes import Layer
@@ -54,8 +54,8 @@ class Rates:
         read: weights through the search for NaN and a copy.
         values: values of the computation's dtype through an elementwise function.
         fold: weights that a sample's gradient is added to.
-        prune: weights through the method, without its large products.
-        pack: weights into the format, the report included.
+        prune: weights through the method, without its large products, by `probed` choice.
+        pack: weights into the format, the report included, by `probed` choice.
         sha256: bytes.
     """
 
@@ -65,8 +65,8 @@ class Rates:
     read: float
     values: float
     fold: float
-    prune: float
-    pack: float
+    prune: dict[Choice, float]
+    pack: dict[Choice, float]
     sha256: float
 
 
@@ -90,7 +90,8 @@ def probe(setting: Setting, device: torch.device) -> Rates:
 
     back, hessian = "grad_norm" in wanted, "hessian" in setting.method.needs
     operations, size = 2.0 * tokens * weight.numel(), weight.numel()
-    prune, pack = _probe_pruning(setting, device)
+    choices = dict.fromkeys(map(probed, shapes.chosen))
+    pruning = {choice: _probe_pruning(setting, choice, device) for choice in choices}
     return Rates(
         forward=rate(operations, bool(wanted), lambda: linear(x.detach(), gradient)),
         backward=rate(2 * operations, back, backward),
@@ -98,34 +99,43 @@ def probe(setting: Setting, device: torch.device) -> Rates:
         read=rate(size, True, lambda: (gradient.isfinite().all(), gradient.clone())),
         values=rate(2.0 * out.numel(), bool(wanted), lambda: silu(error).mul_(error)),
         fold=rate(size, back, lambda: total.addcmul_(gradient.float(), gradient.float())),
-        prune=prune,
-        pack=pack,
+        prune={choice: rates[0] for choice, rates in pruning.items()},
+        pack={choice: rates[1] for choice, rates in pruning.items()},
         sha256=rate(HASHED, True, lambda: hashlib.sha256(bytes(HASHED))),
     )
 
 
-def _probe_pruning(setting: Setting, device: torch.device) -> tuple[float, float]:
+def probed(choice: Choice) -> Choice:
+    """What stands for a choice: a few of them for a model with a sparsity for each linear.
+
+    A group's size makes no difference, and a row of any length is one.
+    """
+    values = FLOAT if choice.values.is_float else ValueType(choice.values.kind, ROW)
+    if isinstance(choice.pattern, Unstructured):
+        return Choice(Unstructured(min(round(choice.pattern.sparsity, 1), 0.9)), values)
+    return Choice(choice.pattern, values)
+
+
+def _probe_pruning(setting: Setting, choice: Choice, device: torch.device) -> tuple[float, float]:
     """Weights per second through the method and into the format, on a random weight."""
     # Products with the Hessian grow with the columns; on few of them they count for little.
     squares = "hessian" in setting.method.needs
     wanted = PROBE_COLUMNS if squares else min(setting.shapes.hidden, PROBE_SIDE)
-    rows, columns = strip_shape(setting.pattern, wanted)
+    rows, columns = strip_shape(choice.pattern, wanted)
     weight = torch.randn(rows, columns, device=device).to(setting.shapes.dtype)
-    one, pattern = torch.ones(columns, device=device), setting.pattern
+    one, values = torch.ones(columns, device=device), choice.values
     # Correlated, so that ALPS needs its usual number of iterations.
     hessian = weight.float().t() @ weight.float() if squares else one
     stats = {"act_norm": one, "act_mean": one, "act_var": one, "hessian": hessian,
              "grad_norm": weight.float().abs(), "num_samples": one[0]}  # fmt: skip
     needed = setting.method.needs | {"num_samples"}
     prepared = setting.method.prepare({key: stats[key] for key in stats if key in needed})
-    # A group's size makes no difference; a row of any length is one.
-    values = FLOAT if setting.values.is_float else ValueType(setting.values.kind, ROW)
 
     def choose() -> SparseWeight:
-        own = setting.method.prune(weight, prepared, pattern)
+        own = setting.method.prune(weight, prepared, choice.pattern)
         return own if values.is_float else quantize(own.weight, own.mask, values)
 
-    pruned, fmt = choose().to(setting.shapes.stored_dtype), format_for(pattern, values)
+    pruned, fmt = choose().to(setting.shapes.stored_dtype), choice.fmt
 
     def pack() -> None:
         fmt.pack("probe", pruned)
@@ -190,7 +200,7 @@ def spend(setting: Setting, rates: Rates, disk: Disk) -> dict[str, float]:
     moved = disk.layers + disk.output
     found["publishing"] = moved / READ_BYTES + disk.output * (1 / WRITE_BYTES + 1 / rates.sha256)
     if shapes.packed_head is not None:
-        found["publishing"] += shapes.packed_head.weights / rates.pack
+        found["publishing"] += shapes.packed_head.weights / min(rates.pack.values())
     return found
 
 
@@ -230,7 +240,8 @@ def _gradients(setting: Setting, rates: Rates) -> float:
 
 def _pruning(setting: Setting, layer: Layer, rates: Rates) -> float:
     """One decoder layer through the method and into the format."""
-    spent = layer.weights / rates.prune + layer.weights / rates.pack
+    chosen = [(own.weights, probed(own.choice)) for own in layer.linears if own.choice]
+    spent = sum(count * (1 / rates.prune[c] + 1 / rates.pack[c]) for count, c in chosen)
     if "hessian" not in setting.method.needs:
         return spent
     operations = 0.0

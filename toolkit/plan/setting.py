@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gblm.methods import Method
-from gblm.patterns import Pattern
 from gblm.plan.shapes import Shapes
-from gblm.values import ValueType
 
 
 @dataclass(frozen=True)
@@ -18,8 +16,6 @@ class Setting:
         shapes: of the model and the text.
         method: how weights are judged.
         name: of the method.
-        pattern: which positions may stay.
-        values: how they are stored.
         collects: statistics that the run takes on text.
         reads: statistics that another run saved.
         passes: of the text through each layer while pruning.
@@ -32,8 +28,6 @@ class Setting:
     shapes: Shapes
     method: Method
     name: str
-    pattern: Pattern
-    values: ValueType
     collects: frozenset[str]
     reads: frozenset[str]
     passes: int

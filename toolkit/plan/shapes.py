@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +13,14 @@ from gblm.checkpoint.head import Head
 from gblm.checkpoint.packer import check_packable
 from gblm.checkpoint.reader import Reader
 from gblm.checkpoint.writer import NOT_COPIED, SIDE_FILES
-from gblm.formats import Format, format_for
+from gblm.choices import FUSED, Choice, choose
+from gblm.formats import Format
 from gblm.layers import StreamedLayers
 from gblm.model import hidden_size, linears, output_head, prunable
-from gblm.patterns import Pattern
 from gblm.recipe import Calibration, Recipe
-from gblm.values import ValueType
 
 # Linears that are handed the same tensor as another one, by the last part of their name.
-SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+SAME_INPUT = {part: parts[0] for parts in FUSED for part in parts}
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Linear:
         rows: outputs.
         columns: inputs.
         inputs: equal for linears of a layer that share their input.
-        pruned: whether the recipe prunes it.
+        choice: what the recipe prunes it to; None leaves it as it is.
         stored: bytes in the checkpoint.
         packed: bytes in the output; `stored` if it is not pruned.
     """
@@ -39,7 +39,7 @@ class Linear:
     rows: int
     columns: int
     inputs: str
-    pruned: bool
+    choice: Choice | None
     stored: int
     packed: int
 
@@ -60,7 +60,7 @@ class Layer:
     @property
     def pruned(self) -> list[Linear]:
         """The linears to prune."""
-        return [linear for linear in self.linears if linear.pruned]
+        return [linear for linear in self.linears if linear.choice]
 
     @property
     def weights(self) -> int:
@@ -117,6 +117,15 @@ class Shapes:
     seq_len: int
 
     @property
+    def chosen(self) -> dict[Choice, list[Linear]]:
+        """The linears to prune, by what they are pruned to, in order."""
+        found: dict[Choice, list[Linear]] = {}
+        for linear in (linear for layer in self.layers for linear in layer.pruned):
+            if linear.choice is not None:
+                found.setdefault(linear.choice, []).append(linear)
+        return found
+
+    @property
     def largest(self) -> Layer:
         """The decoder layer with the most weights."""
         return max(self.layers, key=lambda layer: layer.parameters)
@@ -139,20 +148,13 @@ class Shapes:
 
 
 def read_shapes(
-    recipe: Recipe,
-    reader: Reader,
-    pattern: Pattern,
-    values: ValueType,
-    calibration: Calibration | None,
-    ranks: int,
+    recipe: Recipe, reader: Reader, calibration: Calibration | None, ranks: int
 ) -> Shapes:
     """Read headers and config.json, and lay out what the recipe does with them.
 
     Args:
         recipe: of the run.
         reader: the open checkpoint.
-        pattern: the recipe's.
-        values: the recipe's.
         calibration: the text that is run through the model, if any.
         ranks: the processes that share the samples.
 
@@ -161,10 +163,9 @@ def read_shapes(
     """
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     model = StreamedLayers(reader, dtype)
-    names = prunable(model.model, recipe.targets, recipe.ignore)
-    check_packable(reader, names, pattern, values)
-    pruned = frozenset(names)
-    layers = tuple(_layer(model, i, reader, pruned, pattern, values) for i in range(len(model)))
+    choices = choose(recipe, prunable(model.model, recipe.targets, recipe.ignore))
+    check_packable(reader, choices)
+    layers = tuple(_layer(model, i, reader, choices) for i in range(len(model)))
     frame, head = _outside(model)
     text: Any = model.model.config
     samples, batch = 0, 1
@@ -178,7 +179,7 @@ def read_shapes(
         hidden=hidden_size(model.model),
         vocab=int(text.get_text_config().vocab_size),
         dtype=model.dtype,
-        stored_dtype=reader.headers[f"{next(iter(names))}.weight"][1],
+        stored_dtype=reader.headers[f"{next(iter(choices))}.weight"][1],
         frame=frame,
         head=head,
         packed_head=output_head(model.model, recipe.head, reader),
@@ -192,12 +193,7 @@ def read_shapes(
 
 
 def _layer(
-    model: StreamedLayers,
-    index: int,
-    reader: Reader,
-    names: frozenset[str],
-    pattern: Pattern,
-    values: ValueType,
+    model: StreamedLayers, index: int, reader: Reader, choices: Mapping[str, Choice]
 ) -> Layer:
     prefix = model.name(index)
     found = []
@@ -205,13 +201,10 @@ def _layer(
         name, parent = f"{prefix}.{local}", local.rpartition(".")
         rows, columns = linear.weight.shape
         dtype, stored = reader.headers[f"{name}.weight"][1], reader.num_bytes(f"{name}.weight")
-        pruned = name in names
-        packed = stored
-        if pruned:
-            fmt = format_for(pattern, values.resolve(name, columns))
-            packed = packed_bytes(fmt, (rows, columns), dtype)
+        choice = choices.get(name)
+        packed = packed_bytes(choice.fmt, (rows, columns), dtype) if choice else stored
         inputs = f"{parent[0]}.{SAME_INPUT.get(parent[2], parent[2])}"
-        found.append(Linear(rows, columns, inputs, pruned, stored, packed))
+        found.append(Linear(rows, columns, inputs, choice, stored, packed))
     state = model.modules[index].state_dict()
     stored = sum(reader.num_bytes(f"{prefix}.{local}") for local in state)
     return Layer(tuple(found), sum(t.numel() for t in state.values()), stored)

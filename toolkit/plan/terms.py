@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import psutil
 
-from gblm.patterns import NM
+from gblm.patterns import NM, Pattern
 from gblm.plan.setting import Setting
 from gblm.plan.shapes import Layer, Linear
 
@@ -150,8 +150,9 @@ def matrices(name: str, linears: Iterable[Linear], *widths: int) -> list[Term]:
 
 def weights(setting: Setting, linears: Iterable[Linear]) -> list[Term]:
     """What was chosen: weights, masks, and codes if there are any."""
-    codes = [] if setting.values.is_float else [1]
-    return matrices("pruned weights and masks", linears, setting.width, 1, *codes)
+    every, name = list(linears), "pruned weights and masks"
+    rounded = [own for own in every if own.choice and not own.choice.values.is_float]
+    return matrices(name, every, setting.width, 1) + matrices(name, rounded, 1)
 
 
 def head(setting: Setting) -> list[Term]:
@@ -211,13 +212,17 @@ def temporary(name: str, group: list[Linear], width: int) -> list[Term]:
     return matrices(name, [largest], width - MASKS, *[1] * MASKS)
 
 
-def choosing(setting: Setting) -> int:
+def choosing(setting: Setting, group: list[Linear]) -> int:
     """Bytes per weight while a matrix is judged and rounded to codes, beside the result."""
-    rounding = 0 if setting.values.is_float else setting.width + ROUND
-    return max(_judging(setting), rounding)
+    choices = [own.choice for own in group if own.choice]
+    rounded = any(not choice.values.is_float for choice in choices)
+    return max(
+        setting.width + ROUND if rounded else 0,
+        *(_judging(setting, choice.pattern) for choice in choices),
+    )
 
 
-def _judging(setting: Setting) -> int:
+def _judging(setting: Setting, pattern: Pattern) -> int:
     if setting.name == "sparsegpt":
         return SWEEP
     if setting.name == "dsnot":
@@ -225,7 +230,7 @@ def _judging(setting: Setting) -> int:
     if setting.name == "wanda" and getattr(setting.method, "variant", False):
         return VARIANT
     choose = RANKS
-    if not isinstance(setting.pattern, NM):
-        choose = THRESHOLD + int(PER_PRUNED * setting.pattern.sparsity)
+    if not isinstance(pattern, NM):
+        choose = THRESHOLD + int(PER_PRUNED * pattern.sparsity)
         choose += PAIR if setting.method.scope == "matrix" or setting.name == "alps" else 0
     return ADMM + choose if setting.name == "alps" else max(SCORE[setting.name], choose)

@@ -1,0 +1,245 @@
+"""One model, another pattern and value type for each kind of linear: from recipe to logits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Outcome, content
+from test_resume import cut_off
+
+import gblm.packed
+from gblm.checkpoint.inspect import inspect
+from gblm.checkpoint.packed_folder import PackedReader
+from gblm.checkpoint.reader import Reader
+from gblm.checkpoint.verify import verify
+from gblm.choices import choose
+from gblm.errors import InputError, PatternError, UsageError
+from gblm.export.dense import export_dense
+from gblm.formats.manifest import MAX_GROUPS, Manifest
+from gblm.layers import StreamedLayers
+from gblm.model import load, prunable
+from gblm.plan import plan
+from gblm.prune import prune
+from gblm.recipe import Calibration, LayerChoice, Recipe
+from gblm.values import quantize
+
+ATTENTION = LayerChoice(targets=("q_proj", "k_proj", "v_proj"), pattern="2:4", values="float")
+MLP = LayerChoice(targets=("gate_proj", "up_proj"), pattern="dense", values="int8")
+# Last part of the name → format, and bits per weight of the tiny model's shapes.
+WANTED = {
+    "q_proj": "nm/2:4", "k_proj": "nm/2:4", "v_proj": "nm/2:4", "gate_proj": "dense/dense/int8:64",
+    "up_proj": "dense/dense/int8:64", "o_proj": "bitmask/0.5/int4:128",
+    "down_proj": "bitmask/0.5/int4:128",
+}  # fmt: skip
+OFFSETS = 64 * 65 / (64 * 128)  # 65 int64 for 64 rows of 128
+BITS = {
+    "nm/2:4": 9.0, "dense/dense/int8:64": 8 + 16 / 64,
+    "bitmask/0.5/int4:128": 2 + 1 + 16 / 128 + OFFSETS,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny: Path, text_file: Path) -> Recipe:
+    calibration = Calibration(source=str(text_file), num_samples=2, seq_len=16)
+    return Recipe(
+        model=str(tiny), method="wanda", pattern="0.5", values="int4", layers=(ATTENTION, MLP),
+        calibration=calibration,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mixed") / "out"
+    prune(recipe, path)
+    return path
+
+
+def with_layers(recipe: Recipe, *layers: dict[str, Any], **fields: Any) -> Recipe:
+    return Recipe.from_dict(recipe.to_dict() | {"layers": layers} | fields)
+
+
+def spec_of(group: dict[str, Any]) -> str:
+    values = group.get("values", group.get("dtype", "float"))
+    floats = values in ("float", "bfloat16")
+    return f"{group['format']}/{group['pattern']}" + ("" if floats else f"/{values}")
+
+
+def test_each_linear_is_stored_as_chosen(folder: Path, tiny: Path) -> None:
+    with PackedReader(folder) as packed, Reader(tiny) as dense:
+        assert len(packed.linears) == 14
+        for name, linear in packed.linears.items():
+            assert linear.fmt.spec == WANTED[name.rpartition(".")[2]]
+            found, source = linear.fmt.unpack(packed.parts(name)), dense.tensor(f"{name}.weight")
+            linear.fmt.pattern.check_mask(name, found.mask)
+            assert float(found.mask.float().mean()) == 1 - linear.fmt.pattern.sparsity
+            if linear.fmt.values.is_float:
+                assert torch.equal(found.weight[found.mask], source[found.mask])
+            else:
+                want = quantize(source, found.mask, linear.fmt.values)
+                assert torch.equal(found.codes, want.codes)
+
+
+def test_logits_are_those_of_the_dense_export(folder: Path, tmp_path: Path) -> None:
+    export_dense(folder, tmp_path / "dense")
+    assert verify(folder, against=tmp_path / "dense")["ok"]
+    ids = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        want = load(tmp_path / "dense")(input_ids=ids).logits
+        for backend in ("reference", "dense"):
+            assert torch.equal(gblm.packed.load(folder, backend)(input_ids=ids).logits, want)
+        best = gblm.packed.load(folder)(input_ids=ids).logits
+    assert (best - want).float().norm() < 0.08 * want.float().norm()
+
+
+def test_bits_are_counted_by_group(folder: Path, recipe: Recipe) -> None:
+    report = json.loads((folder / "sparsity_report.json").read_text())
+    for groups in (report["groups"], inspect(folder)["groups"], plan(recipe)["groups"]):
+        found = {spec_of(group): group for group in groups}
+        assert found.keys() == BITS.keys()
+        for spec, bits in BITS.items():
+            assert found[spec]["bits_per_weight"] == pytest.approx(bits, abs=1e-4)
+            assert found[spec]["linears"] == sum(want == spec for want in WANTED.values()) * 2
+    sizes = {row["name"]: row["shape"][0] * row["shape"][1] for row in report["tensors"]}
+    mean = sum(BITS[WANTED[name.rpartition(".")[2]]] * size for name, size in sizes.items())
+    assert report["bits_per_weight"] == pytest.approx(mean / sum(sizes.values()), abs=1e-4)
+
+
+def test_the_output_is_as_large_as_predicted(folder: Path, recipe: Recipe) -> None:
+    found = sum(file.stat().st_size for file in folder.iterdir())
+    assert plan(recipe)["disk"]["output_bytes"] == pytest.approx(found, rel=0.05)
+
+
+def test_the_manifest_has_a_group_for_each_way(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    manifest = Manifest.from_config(config)
+    assert manifest.to_config() == config
+    assert {spec_of(group): len(group["targets"]) for group in config["groups"]} == {
+        "nm/2:4": 3, "dense/dense/int8:64": 2, "bitmask/0.5/int4:128": 2
+    }  # fmt: skip
+    assert all("*" in target for group in config["groups"] for target in group["targets"])
+
+
+def test_layers_may_differ_as_well(recipe: Recipe, tmp_path: Path) -> None:
+    first = {"targets": ["layers.0.*"], "pattern": "0.25", "values": "float"}
+    prune(with_layers(recipe, first), tmp_path / "out")
+    verify(tmp_path / "out")
+    with PackedReader(tmp_path / "out") as packed:
+        for name, linear in packed.linears.items():
+            want = "bitmask/0.25" if ".0." in name else "bitmask/0.5/int4:"
+            assert linear.fmt.spec.startswith(want)
+
+
+def test_the_card_tells_of_the_mix(folder: Path) -> None:
+    card = (folder / "README.md").read_text()
+    assert "pruned with wanda to 2:4, 0.5, dense" in card
+    assert "| dense | int8:64 | 4 | " in card
+    assert 'pruned, "2:4", "0.5", "dense", int4, int8, wanda' in card
+
+
+@pytest.mark.parametrize(("method", "dtype"), [("wanda", "auto"), ("sparsegpt", "float32")])
+def test_a_run_that_was_cut_off_goes_on_in_the_same_bytes(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, dtype: str
+) -> None:
+    mlp = {"targets": ["gate_proj", "up_proj"], "pattern": "0.25", "values": "int8"}
+    recipe = with_layers(recipe, ATTENTION.model_dump(), mlp, method=method, dtype=dtype)
+    prune(recipe, tmp_path / "whole")
+    cut_off(recipe, tmp_path / "out", monkeypatch)
+    with pytest.raises(InputError, match=r"recipe\.layers was"):
+        prune(recipe.model_copy(update={"layers": ()}), tmp_path / "out")
+    prune(recipe, tmp_path / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_the_first_choice_that_matches_decides(recipe: Recipe) -> None:
+    special = {"targets": ["1.mlp.down_proj"], "pattern": "4:8"}
+    rest = {"targets": ["*.down_proj", "o_proj"], "values": "int8:32"}
+    choices = chosen(with_layers(recipe, special, rest))
+    assert choices["model.layers.1.mlp.down_proj"].fmt.spec == "nm/4:8/int4:128"
+    assert choices["model.layers.0.mlp.down_proj"].fmt.spec == "bitmask/0.5/int8:32"
+    assert choices["model.layers.0.self_attn.q_proj"].fmt.spec == "bitmask/0.5/int4:64"
+
+
+def chosen(recipe: Recipe) -> Any:
+    with Reader(Path(recipe.model)) as reader:
+        return choose(recipe, prunable(StreamedLayers(reader).model, (), recipe.ignore))
+
+
+@pytest.mark.parametrize(
+    ("layers", "match"),
+    [
+        ([{"targets": ["qproj"], "pattern": "2:4"}], "'qproj' matches no linear that is pruned"),
+        ([{"targets": ["o_proj", "x"], "pattern": "2:4"}], "'x' matches no linear"),
+        ([{"targets": ["*"]}, {"targets": ["o_proj"], "pattern": "2:4"}], "'o_proj' come after"),
+        (
+            [{"targets": ["k_proj"], "pattern": "2:4"}],
+            r"layers\.0\.self_attn: q_proj bitmask/0\.5/int4:64, k_proj nm/2:4/int4:64, v_proj",
+        ),
+        ([{"targets": ["up_proj"], "values": "int8"}], "up_proj bitmask/0.5/int8:64 are one"),
+        ([{"targets": [], "pattern": "2:4"}], r"layers\.0\.targets"),
+        ([{"targets": ["o_proj"], "patern": "2:4"}], r"layers\.0\.patern"),
+    ],
+)
+def test_recipes_that_make_no_sense_are_refused(
+    recipe: Recipe, tmp_path: Path, layers: list[dict[str, Any]], match: str
+) -> None:
+    with pytest.raises(UsageError, match=match):
+        prune(with_layers(recipe, *layers), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UsageError, match=match):
+        plan(with_layers(recipe, *layers))
+
+
+def test_what_no_linear_can_follow_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(PatternError, match="pattern '2_4' is unknown"):
+        prune(with_layers(recipe, {"targets": ["o_proj"], "pattern": "2_4"}), tmp_path / "out")
+    tiles = with_layers(recipe, {"targets": ["o_proj"], "pattern": "16x16@0.5"})
+    with pytest.raises(UsageError, match="dsnot cannot follow"):
+        prune(tiles.model_copy(update={"method": "dsnot"}), tmp_path / "out")
+
+
+def test_fused_parts_may_differ_in_sparsity(recipe: Recipe) -> None:
+    choices = chosen(with_layers(recipe, {"targets": ["k_proj"], "pattern": "0.25"}))
+    assert choices["model.layers.0.self_attn.k_proj"].fmt.spec == "bitmask/0.25/int4:64"
+
+
+def test_hundreds_of_names_are_looked_up_at_once() -> None:
+    names = [f"model.layers.{i}.mlp.up_proj" for i in range(MAX_GROUPS - 1)]
+    last = {"format": "nm", "pattern": "2:4", "targets": ["*.up_proj"]}
+    groups = [{"format": "bitmask", "pattern": f"0.{i:04}", "targets": [name, f"{name}.*"]}
+              for i, name in enumerate(names)]  # fmt: skip
+    manifest = Manifest.from_config(
+        {"quant_method": "gblm", "version": 1, "groups": [*groups, last]}
+    )
+    for name in ("model.layers.5.mlp.up_proj", "model.layers.5.mlp.up_proj.x"):
+        fmt = manifest.format_of(name)
+        assert fmt is not None
+        assert fmt.spec == "bitmask/0.0005"
+    other = manifest.format_of("model.layers.5000.mlp.up_proj")
+    assert other is not None
+    assert other.spec == "nm/2:4"
+
+
+def test_the_command_line_shows_the_mix(
+    gblm: Callable[..., Outcome], recipe: Recipe, folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "recipe.json"
+    file.write_text((folder / "recipe.json").read_text())
+    done = gblm("plan", "--recipe", file)
+    assert done.code == 0, done
+    rows = [line.split() for line in done.out.splitlines()]
+    assert ["pattern", "values", "linears", "weights", "bits/weight"] in rows
+    assert ["dense", "int8:64", "4", "32,768", "8.25"] in rows
+    done = gblm("prune", "--recipe", file, "--output", tmp_path / "again")
+    assert done.code == 0, done
+    assert "wanda 2:4, 0.5 int4:128, dense int8:64, 14 linears" in done.out
+    done = gblm("inspect", tmp_path / "again")
+    assert sorted(line.split()[:4] for line in done.out.splitlines()[2:5]) == [
+        ["0.5", "bitmask", "int4:128", "4"],
+        ["2:4", "nm", "bfloat16", "6"],
+        ["dense", "dense", "int8:64", "4"],
+    ]
