@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": {"errors", "formats"},
     "layers": {"checkpoint", "errors", "model"},
     "ranks": {"errors"},
-    "calibrate": {"checkpoint", "errors", "folder", "layers", "model", "ranks"},
+    "calibrate": {"checkpoint", "errors", "folder", "layers", "model", "ranks", "weights"},
     "loop": {"calibrate", "choices", "errors", "layers", "methods", "values", "weights"},
     "statistics": {
         "calibrate", "data", "errors", "layers", "methods", "model", "progress", "ranks", "recipe",
