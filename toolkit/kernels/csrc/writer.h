@@ -40,28 +40,59 @@ inline int64_t sum_nibbles(uint64_t counts) {
   return static_cast<int64_t>(sums * bytes >> 56);
 }
 
-// The next stored value of a row. Branches on random bits would be mispredicted half of the time.
+// Bytes 0 .. count - 1 of four.
+inline uint32_t low_bytes(uint32_t four, int count) {
+  return four & static_cast<uint32_t>((uint64_t{1} << 8 * count) - 1);
+}
+
+// The stored values of a row, in their order.
 template <int Values>
 struct Cursor {
-  const uint8_t* data = nullptr;  // of a row that holds nothing: any two bytes
-  int64_t index = 0;              // in values
+  const uint8_t* data = nullptr;
+  const uint8_t* end = nullptr;
+  int64_t index = 0;  // in values
 
-  // The next value if `is`, else zero; then the row's first one is read in vain.
-  uint16_t take(uint32_t is) {
-    const int64_t at = index & -static_cast<int64_t>(is);
-    index += is;
-    if constexpr (Values == GBLM_BF16) return load<uint16_t>(data + 2 * at) & -is;
-    if constexpr (Values == GBLM_INT8) return data[at] & -is;
-    const uint32_t nibble = data[at / 2] >> at % 2 * 4 & 15;
-    return static_cast<uint8_t>((nibble ^ 8) - 8) & -is;
+  // The next values, as many as a word has of a row at most, zeros after the first `count`: two of
+  // bf16, four of int8, four of int4 in a byte each.
+  uint32_t take(int count) {
+    const int64_t at = index;
+    index += count;
+    if constexpr (Values == GBLM_BF16) return low_bytes(load_four(data + 2 * at), 2 * count);
+    if constexpr (Values == GBLM_INT8) return low_bytes(load_four(data + at), count);
+    uint32_t codes = load_four(data + at / 2) >> at % 2 * 4 & 0xFFFF;
+    codes = (codes | codes << 8) & 0x00FF00FF;
+    return low_bytes((codes | codes << 4) & 0x0F0F0F0F, count);
+  }
+
+  // What lies behind the row's end is not this row's to read.
+  uint32_t load_four(const uint8_t* at) const {
+    if (end - at >= 4) return load<uint32_t>(at);
+    uint32_t four = 0;
+    if (at < end) std::memcpy(&four, at, static_cast<size_t>(end - at));
+    return four;
+  }
+
+  // No NaN, no Inf; no code whose opposite does not exist.
+  bool allowed() const {
+    bool bad = false;
+    if constexpr (Values == GBLM_BF16)
+      for (const uint8_t* at = data; at < end; at += 2)
+        bad |= (load<uint16_t>(at) & 0x7F80) == 0x7F80;
+    else
+      for (const uint8_t* at = data; at < end; at++)
+        bad |= Values == GBLM_INT8 ? *at == 0x80 : (*at & 15) == 8 || *at >> 4 == 8;
+    return !bad;
   }
 };
 
-// Whether a stored value may not be: NaN, Inf; codes whose opposite does not exist.
+// The sum of four codes as `Cursor::take` gives them.
 template <int Values>
-constexpr bool forbidden(uint16_t value) {
-  if (Values == GBLM_BF16) return (value & 0x7F80) == 0x7F80;
-  return static_cast<uint8_t>(value) == static_cast<uint8_t>(Values == GBLM_INT8 ? -128 : -8);
+int32_t sum_codes(uint32_t four) {
+  // Offset by 128 or 8, codes are not negative.
+  four ^= Values == GBLM_INT8 ? 0x80808080 : 0x08080808;
+  const uint32_t pairs = (four & 0x00FF00FF) + (four >> 8 & 0x00FF00FF);
+  const int32_t offset = Values == GBLM_INT8 ? 4 * 128 : 4 * 8;
+  return static_cast<int32_t>((pairs & 0xFFFF) + (pairs >> 16)) - offset;
 }
 
 template <int Values>
@@ -73,11 +104,11 @@ class Writer {
  public:
   Writer(const gblm_source& source, const Shape& shape, int64_t panel, uint8_t* to)
       : s_(source), shape_(shape), first_(panel * kRows), to_(to) {
-    static constexpr uint8_t nothing[2] = {0, 0};
-    for (int64_t r = 0; r < kRows; r++) {
-      const int64_t row = first_ + r;
-      const bool holds = row < s_.rows && s_.starts[row] < s_.starts[row + 1];
-      cursors_[r].data = holds ? static_cast<const uint8_t*>(s_.data) + s_.starts[row] : nothing;
+    for (int64_t r = 0; r < kRows && first_ + r < s_.rows; r++) {
+      const auto* data = static_cast<const uint8_t*>(s_.data);
+      cursors_[r].data = data + s_.starts[first_ + r];
+      cursors_[r].end = data + s_.starts[first_ + r + 1];
+      if (!cursors_[r].allowed()) good_ = false;
     }
   }
 
@@ -93,7 +124,7 @@ class Writer {
 
  private:
   // One block: its masks, then its words. Values go through a buffer, because the last store of a
-  // word may be one too many.
+  // word may go beyond it.
   void write_block(int64_t block) {
     uint32_t real[kRows], stored[kRows];
     for (int64_t r = 0; r < kRows; r++) {
@@ -102,7 +133,7 @@ class Writer {
       if (s_.mask == GBLM_2_OF_4) stored[r] |= kTwoOfFour & ~spread(real[r]);
     }
     if (s_.mask != GBLM_DENSE) write_masks(stored);
-    uint8_t words[2][(kLanes + 1) * kSize];
+    uint8_t words[2][kLanes * kSize + 4];
     for (int w = 0; w < kWords; w += 2) {
       if (Values == GBLM_INT4) std::memset(words, 0, sizeof words);
       const int64_t a = fill_word(w, real, stored, words[0]);
@@ -128,24 +159,24 @@ class Writer {
     to_ += kMaskBytes;
   }
 
-  // The values of one word; every lane is stored, and the next one stored over it if it is not
-  // kept. Returns how many are.
+  // The values of one word: those of a row lie together, and what is stored too much is covered by
+  // the next row's. Returns how many are kept.
   int64_t fill_word(int w, const uint32_t (&real)[kRows], const uint32_t (&stored)[kRows],
                     uint8_t* word) {
     int64_t count = 0;
-    bool bad = false;
     for (int r = 0; r < kRows; r++) {
-      for (int i = 0; i < kPerWord; i++) {
-        const int bit = w * kPerWord + i;
-        const uint16_t value = cursors_[r].take(real[r] >> bit & 1);
-        bad |= forbidden<Values>(value);
-        std::memcpy(word + count * kSize, &value, kSize);
-        count += stored[r] >> bit & 1;
-        if (Values != GBLM_BF16) sums_[r] += static_cast<int8_t>(value);
-      }
+      const uint32_t four = cursors_[r].take(count_kept(real[r], w));
+      std::memcpy(word + count * kSize, &four, 4);
+      count += count_kept(stored[r], w);
+      if (Values != GBLM_BF16) sums_[r] += sum_codes<Values>(four);
     }
-    if (bad) good_ = false;
     return count;
+  }
+
+  // Weights of one row that are kept in a word.
+  static int count_kept(uint32_t mask, int w) {
+    static constexpr uint8_t counts[16] = {0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4};
+    return counts[mask >> w * kPerWord & ((1u << kPerWord) - 1)];
   }
 
   // All four bits of every group of columns that holds anything: the others are padding.
