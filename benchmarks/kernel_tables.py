@@ -185,3 +185,24 @@ def size(case: Record) -> str:
 def counted(number: int, what: str) -> str:
     """A number of things."""
     return f"{number} {what}" + ("" if number == 1 else "s")
+
+
+def compilers() -> str:
+    """Every format at every instruction set, for each compiler."""
+    record = json.loads((RESULTS / "compilers.json").read_text())
+    first, *others = record["compilers"]
+    versions = record["compilers"]
+    header = ["CPU time of one thread", "instructions", "tokens", f"{versions[first]}, µs",
+              *(f"{versions[name]}, µs (faster)" for name in others)]  # fmt: skip
+    rows = []
+    for row in record["rows"]:
+        cells = [f"`{row['format']}`", row["isa"], str(row["tokens"]),
+                 f"{row[first]['us']['median']:.0f}"]  # fmt: skip
+        for name in others:
+            faster = row[name][f"faster than {first}"]["median"]
+            cells.append(f"{row[name]['us']['median']:.0f} ({faster:.2f})")
+        rows.append(cells)
+    shape = "×".join(map(str, record["shape"]))
+    return f"{table(header, rows)}\n\n{shape}, {record['rounds']} interleaved rounds. " + origin(
+        record, "torch"
+    )
