@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -79,15 +79,19 @@ def unmeasurable(device: str, linears: Sequence[Linear]) -> str | None:
 
 
 def probe(
-    linears: Sequence[Linear], kinds: Iterable[str], patterns: Iterable[str],
+    linears: Sequence[Linear],
+    kinds: Sequence[str],
+    patterns: Sequence[str],
+    head: Head | None = None,
     progress: Progress = no_progress,
-) -> Rates:  # fmt: skip
+) -> Rates:
     """Measure; takes a few seconds.
 
     Args:
         linears: of the model.
         kinds: value types in question, such as "int4:auto".
         patterns: further patterns in question, such as "2:4".
+        head: the output head, if it is to be packed.
         progress: for a progress bar.
 
     Raises:
@@ -100,6 +104,8 @@ def probe(
     weights = sum(linear.weights for linear in linears)
     names = ["dense/dense", *(f"bitmask/{s}" for s in SPARSITIES), *(f"nm/{p}" for p in patterns)]
     asked = [(name, kind) for name in names for kind in kinds]
+    if head is not None:
+        asked.append(("dense/dense", f"{head.fmt.values.kind}:auto"))
     step = progress("probing the kernels", len(asked) + 2)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul_(0.02)
     tiny = packed_linear(Asked("dense/dense"), "cpu", torch.zeros(TINY), 0, clock)

@@ -73,8 +73,8 @@ class Curve:
         if not isinstance(pattern, Unstructured):
             return self.fixed[str(pattern), kind]
         known = self.sparse[kind]
-        place = min(pattern.sparsity / GRID[1], len(GRID) - 1.001)
-        low = int(place)
+        place = pattern.sparsity / GRID[1]
+        low = min(int(place), len(GRID) - 2)
         return known[low] + (place - low) * (known[low + 1] - known[low])
 
 

@@ -141,8 +141,12 @@ def examine(recipe: Recipe, wanted: Wanted, progress: Progress = no_progress) ->
         seconds = time.monotonic() - began
         specs = {parse_values(spec).kind: spec for spec in wanted.values}
         specs = {kind: spec for kind, spec in specs.items() if kind in values}
-        rates = _rates(recipe, linears, specs, fixed, notes, progress)
         head = output_head(layers.model, recipe.head, reader)
+        rates = None
+        if reason := unmeasurable(recipe.device, linears):
+            notes.append(f"no decode times: {reason}")
+        else:
+            rates = probe(linears, [*specs.values()], [*map(str, fixed)], head, progress)
         own_head = layers.model.get_output_embeddings()
         head_shape = tuple(own_head.weight.shape) if own_head is not None else None
         return Subject(
@@ -211,21 +215,6 @@ def _windows(recipe: Recipe, folder: Path) -> Tensor:
     documents = data.read_documents(text.source, "calibration")
     samples, length = min(text.num_samples, SAMPLES), min(text.seq_len, SEQ_LEN)
     return data.calibration_windows(documents, load_tokenizer(folder), samples, length, text.seed)
-
-
-def _rates(
-    recipe: Recipe,
-    linears: tuple[Linear, ...],
-    specs: Mapping[str, str],
-    fixed: list[NM],
-    notes: list[str],
-    progress: Progress,
-) -> Rates | None:
-    reason = unmeasurable(recipe.device, linears)
-    if reason is not None:
-        notes.append(f"no decode times: {reason}")
-        return None
-    return probe(linears, specs.values(), map(str, fixed), progress)
 
 
 def _facts(windows: Tensor, seconds: float, rates: Rates | None) -> dict[str, Any]:

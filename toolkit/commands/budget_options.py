@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from gblm.commands.common import table
+from gblm.commands.common import F, table
 from gblm.commands.recipe_options import read_recipe, values_spec
 
 if TYPE_CHECKING:
@@ -17,6 +17,16 @@ if TYPE_CHECKING:
 
 # What candidates are made with as far as no option, preset or recipe says otherwise.
 PRESET, ROUNDING = "fast", "obs"
+
+
+def budget_option(required: bool = False) -> Callable[[F], F]:
+    """The budget itself."""
+    return click.option(
+        "--budget",
+        required=required,
+        help="What the packed model may take: 3.5bits (per pruned weight, masks and scales "
+        "counted), 2.1GB (all of it), 12ms/token (decoding on this machine).",
+    )
 
 
 def question(

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from gblm.commands.budget_options import question, show, write_recipe
+from gblm.commands.budget_options import budget_option, question, show, write_recipe
 from gblm.commands.common import Command, emit, progress_bars, table
 from gblm.commands.recipe_options import read_recipe, recipe_options
 
@@ -24,11 +24,7 @@ OWN = frozenset({"ranks", "budget", "write", "pick"})
     show_default=True,
     help="Processes that share the samples, as torchrun starts them.",
 )
-@click.option(
-    "--budget",
-    help="What the packed model may take: 3.5bits (per pruned weight, masks and scales counted), "
-    "2.1GB (all of it), 12ms/token (decoding on this machine).",
-)
+@budget_option()
 @click.option(
     "--write",
     type=click.Path(path_type=Path, dir_okay=False, writable=True),
