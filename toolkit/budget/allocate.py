@@ -139,7 +139,7 @@ def _units(
     members: dict[str, list[Linear]] = {}
     for linear in linears:
         members.setdefault(linear.unit, []).append(linear)
-    units = []
+    units: list[Families] = []
     for own in members.values():
         families: dict[str, dict[str, list[Option]]] = {}
         for linear in own:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from gblm.calibrate.activations import place
-from gblm.calibrate.gradients import OUTPUT, Gradients, num_steps, output_gradients, resident_fits
+from gblm.calibrate.folding import OUTPUT
+from gblm.calibrate.gradients import Gradients, num_steps, output_gradients, resident_fits
 from gblm.calibrate.walk import DecoderLayer, Walk, walk
 from gblm.choices import Choice
 from gblm.errors import InputError
@@ -123,7 +124,8 @@ def measure(
     outputs: dict[str, Tensor] = {}
     for _, found in output_gradients(layers, list(windows), how):
         outputs |= {name: total / len(windows) for name, total in found.items()}
-    curves, outliers = {}, []
+    curves: dict[str, Curve] = {}
+    outliers = []
     way = Walk(needs=frozenset({"hessian"}), prefix="dense", scratch=place(scratch, size))
     for layer in walk(layers, windows.split(1), way):
         outliers.append(_outliers(layer, names, outlier_factor))
@@ -154,7 +156,8 @@ def column_costs(hessian: Tensor, makes_up: bool, name: str = "") -> Tensor:
         # H = R Rᵀ with R = U⁻¹ upper triangular: a Cholesky factor, read backwards.
         factor, failed = torch.linalg.cholesky_ex(damped(hessian, damping)[0].flip(0, 1))
         if not int(failed) and bool(factor.diagonal().isfinite().all()):
-            return factor.diagonal().square().flip(0).masked_fill_(dead, 0)
+            costs: Tensor = factor.diagonal().square().flip(0)
+            return costs.masked_fill_(dead, 0)
     raise InputError(
         f"{name}: the Hessian is not positive definite even with damping 1: calibrate on more text."
     )

@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +121,7 @@ def examine(recipe: Recipe, wanted: Wanted, progress: Progress = no_progress) ->
     Raises:
         GblmError: what `prune` would refuse before it computes; no value type fits the model.
     """
-    pipeline, began = pipeline_of(recipe), time.monotonic()
+    pipeline = pipeline_of(recipe)
     with Reader(resolve(recipe.model)) as reader:
         refuse_packed(reader.folder)
         dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
@@ -132,17 +131,10 @@ def examine(recipe: Recipe, wanted: Wanted, progress: Progress = no_progress) ->
         check_packable(reader, {own.name: Choice(Dense()) for own in linears})
         values, notes = _values(wanted, linears)
         fixed = _patterns(wanted, linears, pipeline, notes)
-        windows = _windows(recipe, reader.folder)
-        by_name = {own.name: {kind: of[own.name] for kind, of in values.items()} for own in linears}
-        makes_up = isinstance(pipeline.method, SparseGPT | ALPS) or pipeline.refit is not None
-        judgement = Judgement(by_name, fixed, makes_up, pipeline.rounding)
-        with tempfile.TemporaryDirectory(prefix="gblm-budget-") as scratch:
-            found = measure(layers, windows, judgement, M, Path(scratch), progress)
-        seconds = time.monotonic() - began
-        specs = {parse_values(spec).kind: spec for spec in wanted.values}
-        specs = {kind: spec for kind, spec in specs.items() if kind in values}
-        head = output_head(layers.model, recipe.head, reader)
-        rates = None
+        found, facts = _pass(recipe, pipeline, layers, values, fixed, progress)
+        kinds = {parse_values(spec).kind: spec for spec in wanted.values}
+        specs: dict[str, str] = {kind: kinds[kind] for kind in kinds if kind in values}
+        head, rates = output_head(layers.model, recipe.head, reader), None
         if reason := unmeasurable(recipe.device, linears):
             notes.append(f"no decode times: {reason}")
         else:
@@ -160,8 +152,32 @@ def examine(recipe: Recipe, wanted: Wanted, progress: Progress = no_progress) ->
             rest_bytes=rest_bytes(reader, linears, head),
             rest_seconds=rest_seconds(rates, head, head_shape) if rates else 0.0,
             notes=tuple(notes),
-            facts=_facts(windows, seconds, rates),
+            facts=facts | _rate_facts(rates),
         )
+
+
+def _pass(
+    recipe: Recipe,
+    pipeline: Pipeline,
+    layers: StreamedLayers,
+    values: Mapping[str, Mapping[str, ValueType]],
+    fixed: list[NM],
+    progress: Progress,
+) -> tuple[Sensitivity, dict[str, Any]]:
+    """The cheap pass, and for JSON its text and time."""
+    began, windows = time.monotonic(), _windows(recipe, layers.reader.folder)
+    names = next(iter(values.values()))
+    by_name = {name: {kind: own[name] for kind, own in values.items()} for name in names}
+    makes_up = isinstance(pipeline.method, SparseGPT | ALPS) or pipeline.refit is not None
+    judgement = Judgement(by_name, fixed, makes_up, pipeline.rounding)
+    with tempfile.TemporaryDirectory(prefix="gblm-budget-") as scratch:
+        found = measure(layers, windows, judgement, M, Path(scratch), progress)
+    return found, {
+        "samples": len(windows),
+        "seq_len": windows.shape[1],
+        "calibration_sha256": data.fingerprint(windows),
+        "seconds": round(time.monotonic() - began, 1),
+    }
 
 
 def _values(
@@ -217,16 +233,13 @@ def _windows(recipe: Recipe, folder: Path) -> Tensor:
     return data.calibration_windows(documents, load_tokenizer(folder), samples, length, text.seed)
 
 
-def _facts(windows: Tensor, seconds: float, rates: Rates | None) -> dict[str, Any]:
-    gb_s = {
-        f"{name} {kind}": round(1e9 * own, 6) for (name, kind), own in rates.per_weight.items()
-    } if rates else None  # fmt: skip
+def _rate_facts(rates: Rates | None) -> dict[str, Any]:
+    if rates is None:
+        return {"threads": torch.get_num_threads(), "call_us": None, "ns_per_weight": None}
     return {
-        "samples": len(windows),
-        "seq_len": prod(windows.shape[1:]),
-        "calibration_sha256": data.fingerprint(windows),
-        "seconds": round(seconds, 1),
-        "threads": torch.get_num_threads(),
-        "call_us": round(1e6 * rates.call, 3) if rates else None,
-        "ns_per_weight": gb_s,
+        "threads": rates.threads,
+        "call_us": round(1e6 * rates.call, 3),
+        "ns_per_weight": {
+            f"{name} {kind}": round(1e9 * own, 6) for (name, kind), own in rates.per_weight.items()
+        },
     }
