@@ -57,8 +57,9 @@ def draw(record: dict[str, Any], decoding: dict[str, Any], path: Path) -> None:
         figure.subplots_adjust(left=0.075, right=0.985, bottom=0.11, top=0.97, wspace=0.06)
         left, right = figure.subplots(1, 2, sharey=True)
         set_heights(left, [height(row) for row in best.values()])
-        against_bits(left, list(best.values()))
-        against_time(right, best, decoding)
+        decoded = decoded_rows(best, decoding)
+        against_bits(left, list(best.values()), list(decoded.values()))
+        against_time(right, decoded, decoding)
         label_axes(left, right, decoding)
         figure.savefig(path, metadata={"Date": None})
     # matplotlib leaves blanks at the ends of lines.
@@ -70,8 +71,18 @@ def best_rows(rows: list[Row]) -> dict[str, Row]:
     return {row.name: row for row in sorted(rows, key=lambda row: row.samples)}
 
 
-def against_bits(axes: Axes, rows: list[Row]) -> None:
-    """All cases; those on the front and the dense ones are labelled."""
+def decoded_rows(best: dict[str, Row], decoding: dict[str, Any]) -> dict[str, Row]:
+    """By the name of the row of decoding.py, the best pipeline that has been recorded."""
+    rows = {}
+    for name, choices in DECODED.items():
+        row = next((best[case] for case in choices if case in best), None)
+        if row is not None and name in decoding["cases"]:
+            rows[name] = row
+    return rows
+
+
+def against_bits(axes: Axes, rows: list[Row], decoded: list[Row]) -> None:
+    """All cases; those on the front, those that are not pruned, and the right panel's have labels."""
     axes.set_xscale("log")
     front = pareto([(row.bits, height(row)) for row in rows])
     axes.plot(*zip(*front, strict=True), color="0.6", linewidth=1, zorder=1)
@@ -79,7 +90,7 @@ def against_bits(axes: Axes, rows: list[Row]) -> None:
     for row in rows:
         point = (row.bits, height(row))
         mark(axes, row, point)
-        if point in front or not row.case.sparse:
+        if point in front or not row.case.sparse or row in decoded:
             named.append((row.case.label.replace(" + reconstruct", " + rec."), row, point))
     set_limits(axes, [row.bits for row in rows])
     ticks = [tick for tick in (2, 3, 4, 6, 8, 12, 16) if axes.get_xlim()[0] <= tick]
@@ -87,14 +98,11 @@ def against_bits(axes: Axes, rows: list[Row]) -> None:
     label_points(axes, named, [(row.bits, height(row)) for row in rows])
 
 
-def against_time(axes: Axes, best: dict[str, Row], decoding: dict[str, Any]) -> None:
+def against_time(axes: Axes, decoded: dict[str, Row], decoding: dict[str, Any]) -> None:
     """The cases whose decode time has been measured."""
     axes.set_xscale("log")
     named = []
-    for name, choices in DECODED.items():
-        row = next((best[case] for case in choices if case in best), None)
-        if row is None or name not in decoding["cases"]:
-            continue
+    for name, row in decoded.items():
         point = (milliseconds(decoding, name), height(row))
         mark(axes, row, point)
         named.append((name, row, point))
