@@ -82,7 +82,7 @@ def decoded_rows(best: dict[str, Row], decoding: dict[str, Any]) -> dict[str, Ro
 
 
 def against_bits(axes: Axes, rows: list[Row], decoded: list[Row]) -> None:
-    """All cases; those on the front, those that are not pruned, and the right panel's have labels."""
+    """All cases; labels for the front, what is not pruned, and what the right panel shows."""
     axes.set_xscale("log")
     front = pareto([(row.bits, height(row)) for row in rows])
     axes.plot(*zip(*front, strict=True), color="0.6", linewidth=1, zorder=1)
