@@ -34,6 +34,7 @@ from unittest import mock
 import torch
 from frontier_cases import CASES, NARROW, SAMPLES, Case
 from frontier_record import RECORD, WINDOW, Key, add, is_there, read
+from transformers.utils.logging import disable_progress_bar
 
 from gblm import data
 from gblm.errors import InputError
@@ -242,6 +243,7 @@ def main() -> None:
         name, samples, seed = given.one
         os.nice(15)
         torch.set_num_threads(1)
+        disable_progress_bar()
         print(json.dumps(measure(Key(name, int(samples), int(seed)), given)))
         return
     if given.merge:
