@@ -131,16 +131,25 @@ def figure(found: tuple[float, float] | None) -> str:
 def notes(rows: list[Row]) -> str:
     """What the columns mean, and where the runs were made."""
     runs = [run for row in rows for run in row.runs]
-    sizes = sorted({row.samples for row in rows if row.samples})
-    seeds = sorted({len(row.runs) for row in rows if row.samples})
-    seen = " or ".join(map(str, sizes))
     return (
-        f"Perplexity, float32, of windows of 512 tokens: 8w and 16w are the first 8 and 16 of "
-        f"WikiText-2 test; pydoc is another domain. Calibration: {seen} × {SEQ_LEN} tokens of "
-        f"{' or '.join(sorted({run['calibration_text'] for run in runs if run['samples']}))}; "
-        f"mean ± standard deviation over {' to '.join(map(str, ends(seeds)))} seeds. Bits of a "
-        "pruned weight count masks, row offsets and scales (64 or 128 columns each unless the row "
-        f"says otherwise). CPU minutes are those of `gblm prune`. {origins(runs)}"
+        "Perplexity, float32, of windows of 512 tokens: 8w and 16w are the first 8 and 16 of "
+        f"WikiText-2 test; pydoc is another domain. {calibration(rows)}Bits of a pruned weight "
+        "count masks, row offsets and scales (64 or 128 columns each unless the row says "
+        f"otherwise). CPU minutes are those of `gblm prune`, one thread. {origins(runs)}"
+    )
+
+
+def calibration(rows: list[Row]) -> str:
+    """Sizes and text of the calibrations, if there are any, and how many seeds."""
+    own = [row for row in rows if row.samples]
+    if not own:
+        return ""
+    sizes = " or ".join(str(size) for size in sorted({row.samples for row in own}))
+    texts = " or ".join(sorted({run["calibration_text"] for row in own for run in row.runs}))
+    seeds = " to ".join(map(str, ends(sorted({len(row.runs) for row in own}))))
+    return (
+        f"Calibration: {sizes} × {SEQ_LEN} tokens of {texts}; mean ± standard deviation over "
+        f"{seeds} seeds. "
     )
 
 

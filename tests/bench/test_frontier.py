@@ -175,6 +175,7 @@ def test_table_has_means_spreads_and_minutes(record: Path) -> None:
     assert "| 2:4, SparseGPT | 9.00 | 57.0 ± 1.0 | 28.5 ± 0.5 | 2.0 |" in text
     assert "| int8 | 8.22 | 27.6 | 13.8 | 1.0 |" in text
     assert "60.2" not in text
+    assert "64 × 256 tokens of valid.txt; mean ± standard deviation over 1 to 3 seeds" in text
     every = frontier_tables.frontier_all(record)
     assert "| 2:4, SparseGPT | 9.00 | 16 | 1 | 60.2 | 61.2 | 30.1 | 1.0 |" in every
     assert "| int2, GPTQ | 2.25 | 64 | 1 | 8000 |" in every
@@ -184,6 +185,13 @@ def test_table_has_means_spreads_and_minutes(record: Path) -> None:
 def test_without_a_record_there_is_nothing_to_show(tmp_path: Path) -> None:
     for make in (frontier_tables.frontier, frontier_tables.frontier_all):
         assert make(tmp_path / "none.json") == "Nothing has been recorded yet."
+
+
+def test_rows_without_calibration_do_not_speak_of_it(tmp_path: Path) -> None:
+    frontier_record.add(tmp_path / "one.json", [run("int8", 0, 0, 27.6)])
+    text = frontier_tables.frontier_all(tmp_path / "one.json")
+    assert "| int8 | 8.22 | – | – | 27.6 |" in text
+    assert "Calibration" not in text
 
 
 def test_runs_on_another_device_have_no_cpu_minutes(record: Path) -> None:
