@@ -30,12 +30,13 @@ from gblm.calibrate.gradients import Gradients, gradient_norms, output_gradients
 from gblm.checkpoint.reader import Reader
 from gblm.choices import FUSED, Choice, choose
 from gblm.cli import cli
+from gblm.data import calibration_windows, read_documents
 from gblm.errors import InputError, MachineError, UsageError
 from gblm.evaluate.perplexity import Protocol
 from gblm.formats import format_for
 from gblm.layers import Layers, StreamedLayers
 from gblm.methods.obs import prepare_obs
-from gblm.model import load, prunable
+from gblm.model import load, load_tokenizer, prunable
 from gblm.patterns import NM, Dense, Unstructured
 from gblm.prune import prune
 from gblm.recipe import Calibration, Recipe
@@ -200,6 +201,35 @@ def test_more_zeros_and_coarser_codes_are_never_better(subject: Subject) -> None
             assert losses[-1] > losses[30] >= losses[0] - 1e-12 or kind == "int4"
         assert curve.sparse["float"][0] == 0 < curve.sparse["int8"][0] < curve.sparse["int4"][0]
         assert curve.fixed["2:4", "float"] > 0.9 * curve.sparse["float"][50]
+
+
+def test_outliers_are_counted_over_the_whole_layer(base: Recipe) -> None:
+    """Against OWL's definition, with the activations' norms taken by hooks."""
+    model = load(Path(base.model), torch.float32)
+    subject = examine(base.model_copy(update={"dtype": "float32"}), Wanted(("float",)))
+    documents = read_documents(base.calibration.source if base.calibration else "", "calibration")
+    windows = calibration_windows(documents, load_tokenizer(Path(base.model)), 4, 32, 0)
+    norms: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: Any, args: Any) -> None:
+            norms[name] = args[0].flatten(0, 1).norm(dim=0)
+
+        return hook
+
+    linears = prunable(model)
+    for name, linear in linears.items():
+        linear.register_forward_pre_hook(keep(name))
+    with torch.no_grad():
+        model(input_ids=windows)
+    for layer, found in enumerate(subject.sensitivity.outliers):
+        scores = torch.cat([
+            (linear.weight.abs() * norms[name]).flatten()
+            for name, linear in linears.items() if f"layers.{layer}." in name
+        ])  # fmt: skip
+        wanted = float((scores > 5 * scores.mean()).float().mean())
+        assert found == pytest.approx(wanted, abs=2e-4)
+        assert found > 0
 
 
 def test_a_curve_is_a_line_between_its_points() -> None:

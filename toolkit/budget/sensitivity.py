@@ -264,16 +264,16 @@ def _curves(
 
 def _outliers(layer: DecoderLayer, names: frozenset[str], factor: float) -> float:
     """The share of the layer's weights whose |w| ‖x‖ is above so many times the mean."""
-    scores = [
-        linear.weight.detach().float().abs() * layer.stats[local]["hessian"].diagonal().sqrt()
-        for local, linear in layer.linears.items()
-        if f"{layer.name}.{local}" in names and local in layer.stats
-    ]
-    count = sum(score.numel() for score in scores)
-    if not count:
-        return 0.0
-    bound = factor * sum(float(score.sum()) for score in scores) / count
-    return sum(int((score > bound).sum()) for score in scores) / count
+    own = [n for n in layer.linears if f"{layer.name}.{n}" in names and n in layer.stats]
+
+    def scores() -> Iterator[Tensor]:
+        for local in own:
+            norm = layer.stats[local]["hessian"].diagonal().sqrt()
+            yield layer.linears[local].weight.detach().float().abs() * norm
+
+    count = sum(layer.linears[local].weight.numel() for local in own)
+    bound = factor * sum(float(score.sum()) for score in scores()) / max(count, 1)
+    return sum(int((score > bound).sum()) for score in scores()) / max(count, 1)
 
 
 def _resident(layers: Layers, names: frozenset[str]) -> bool:
