@@ -57,8 +57,8 @@ values_options = options(
     ),
     click.option(
         "--group-size",
-        type=click.Choice(["auto", "32", "64", "128", "256", "row"]),
-        help="Columns per scale of int8 and int4; auto (default) is the largest of 128, 64, 32 "
+        type=click.Choice(["auto", "32", "64", "96", "128", "192", "256", "row"]),
+        help="Columns per scale of int8 and int4; auto (default) is the largest of 128, 96, 64, 32 "
         "that divides the linear's.",
     ),
 )
