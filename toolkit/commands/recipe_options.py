@@ -23,8 +23,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_samples": 64, "seq_len": 512,
     },
     "best": {
-        "method": "sparsegpt", "rounding": "obs", "order": "sequential", "refit": True,
-        "reconstruct": 2, "num_samples": 128, "seq_len": 512,
+        "method": "sparsegpt", "rounding": "obs", "order": "sequential", "reconstruct": 2,
+        "num_samples": 128, "seq_len": 512,
     },
 }  # fmt: skip
 METHOD_OPTIONS = ("alpha", "gradient_norm", "gradient_mode", "damping", "variant")
