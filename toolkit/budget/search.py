@@ -176,8 +176,7 @@ def _result(wanted: Search, state: Mapping[str, Any]) -> dict[str, Any]:
     best = next(row for row in rows if row["fits"])
     return {
         **{key: value for key, value in state.items() if key not in ("answer", "measured")},
-        "budget": state["answer"]["budget"],
-        "verdict": state["answer"]["verdict"],
+        **{key: state["answer"][key] for key in ("budget", "pass", "verdict")},
         "candidates": rows,
         "best": {"name": best["name"], "folder": str(wanted.folder / slug(best["name"]))},
     }
