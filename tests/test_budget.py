@@ -18,13 +18,14 @@ from gblm.budget.allocate import family, measured, owl, uniform
 from gblm.budget.amount import parse_budget
 from gblm.budget.answer import Question, answer, verdict
 from gblm.budget.configurations import STEPS, configurations, spending
+from gblm.budget.curves import GRID, SHARE, Curve, Judgement, curve
 from gblm.budget.figure import draw
 from gblm.budget.linears import Linear, Spending, most_bytes
 from gblm.budget.owl import owl_sparsities
 from gblm.budget.rates import Rates
 from gblm.budget.recipes import recipe_for
 from gblm.budget.search import Search, search
-from gblm.budget.sensitivity import GRID, Curve, column_costs
+from gblm.budget.sensitivity import column_costs
 from gblm.budget.subject import Subject, Wanted, examine
 from gblm.calibrate.gradients import Gradients, gradient_norms, output_gradients
 from gblm.checkpoint.reader import Reader
@@ -36,8 +37,9 @@ from gblm.evaluate.perplexity import Protocol
 from gblm.formats import format_for
 from gblm.layers import Layers, StreamedLayers
 from gblm.methods.obs import prepare_obs
+from gblm.methods.sparsegpt import SparseGPT
 from gblm.model import load, load_tokenizer, prunable
-from gblm.patterns import NM, Dense, Unstructured
+from gblm.patterns import NM, Dense, Unstructured, parse
 from gblm.prune import prune
 from gblm.recipe import Calibration, Recipe
 from gblm.values import FLOAT, parse_values
@@ -193,14 +195,14 @@ def test_output_gradients_have_a_norm_of_their_own(tiny: Path) -> None:
 
 
 def test_more_zeros_and_coarser_codes_are_never_better(subject: Subject) -> None:
-    for curve in subject.sensitivity.curves.values():
+    for own in subject.sensitivity.curves.values():
         for kind in ("float", "int8", "int4"):
-            losses = curve.sparse[kind]
+            losses = own.sparse[kind]
             assert len(losses) == len(GRID)
             # Small weights may be nearer to zero than to a code: rounding is no lower bound.
             assert losses[-1] > losses[30] >= losses[0] - 1e-12 or kind == "int4"
-        assert curve.sparse["float"][0] == 0 < curve.sparse["int8"][0] < curve.sparse["int4"][0]
-        assert curve.fixed["2:4", "float"] > 0.9 * curve.sparse["float"][50]
+        assert own.sparse["float"][0] == 0 < own.sparse["int8"][0] < own.sparse["int4"][0]
+        assert own.fixed["2:4", "float"] > 0.9 * own.sparse["float"][50]
 
 
 def test_outliers_are_counted_over_the_whole_layer(base: Recipe) -> None:
@@ -230,6 +232,23 @@ def test_outliers_are_counted_over_the_whole_layer(base: Recipe) -> None:
         wanted = float((scores > 5 * scores.mean()).float().mean())
         assert found == pytest.approx(wanted, abs=2e-4)
         assert found > 0
+
+
+@pytest.mark.parametrize("text", ["0.3", "0.5", "0.7", "0.85", "2:4"])
+def test_predicted_errors_are_those_of_the_sweep(text: str) -> None:
+    """Σ e²/d of static weights, times `crowding`, against δ H δᵀ of weights that SparseGPT made."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.eye(256) + torch.randn(256, 256, generator=generator) / 16
+    inputs = torch.randn(1024, 256, generator=generator) @ mix
+    hessian, weight = inputs.t() @ inputs, torch.randn(96, 256, generator=generator)
+    costs = column_costs(hessian, makes_up=True)
+    ways = Judgement({}, [NM(2, 4)], makes_up=True, rounding="obs")
+    found = curve(weight, torch.ones(96), costs, costs, {"float": FLOAT}, ways)
+    method = SparseGPT()
+    pruned = method.prune(weight, method.prepare({"hessian": hessian}), parse(text))
+    error = weight - pruned.weight
+    real = SHARE * 0.25 * float((error @ hessian * error).sum())
+    assert found.loss(Choice(parse(text))) == pytest.approx(real, rel=0.2)
 
 
 def test_a_curve_is_a_line_between_its_points() -> None:

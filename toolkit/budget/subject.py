@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ import torch
 from torch import Tensor
 
 from gblm import data
+from gblm.budget.curves import Judgement
 from gblm.budget.linears import Linear, linears_of, rest_bytes
 from gblm.budget.owl import M
 from gblm.budget.rates import Rates, probe, rest_seconds, unmeasurable
-from gblm.budget.sensitivity import Judgement, Sensitivity, measure
+from gblm.budget.sensitivity import Sensitivity, measure
 from gblm.checkpoint.packer import check_packable
 from gblm.checkpoint.reader import Reader
 from gblm.choices import Choice
@@ -35,6 +38,9 @@ from gblm.values import ValueType, parse_values
 
 # Text of the cheap pass: more of it moves the curves by less than they are off anyway.
 SAMPLES, SEQ_LEN = 16, 256
+# How much of the differences between linears' sensitivities is believed; at which sparsity they
+# are compared.
+TRUST, TYPICAL, TINY = 0.75, 0.5, 1e-30
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,25 @@ class Subject:
     def loss(self, linear: Linear, choice: Choice) -> float:
         """The predicted rise of the loss, nats per token."""
         return self.sensitivity.curves[linear.name].loss(choice)
+
+    def prudent_loss(self, linear: Linear, choice: Choice) -> float:
+        """The same, drawn towards the mean of all linears: what allocations minimise.
+
+        Whoever takes the least sum of estimates takes those that err low. Each linear's losses per
+        weight are therefore multiplied by (mean / own)^(1 − TRUST).
+        """
+        return self._towards_mean[linear.name] * self.loss(linear, choice)
+
+    @cached_property
+    def _towards_mean(self) -> dict[str, float]:
+        """Factors by linear, from the losses at TYPICAL; the mean is geometric, by weights."""
+        kind = next(iter(self.specs))
+        logs = {
+            x.name: math.log(max(self.loss(x, self.sparse(x, kind, TYPICAL)) / x.weights, TINY))
+            for x in self.linears
+        }
+        mean = sum(x.weights * logs[x.name] for x in self.linears) / self.weights
+        return {name: math.exp((mean - own) * (1 - TRUST)) for name, own in logs.items()}
 
     def seconds(self, linear: Linear, choice: Choice) -> float:
         """Of one token, predicted; needs rates."""
