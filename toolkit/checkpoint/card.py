@@ -23,7 +23,7 @@ Tensors: {packed:.1f} MB packed, {dense:.1f} MB dense.
 
 | | |
 |---|---|
-| method | {method} {options} |
+| method | {method} {options} |{steps}
 | pattern | {patterns} (N:M = N weights kept of M) |{values}{head}
 | calibration | {calibration} |
 | recipe | `recipe.json` |
@@ -48,7 +48,7 @@ Its quality was not measured when this card was written: run `gblm eval . --base
 
 def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
     """Markdown with a metadata header for model hubs."""
-    options = ", ".join(f"{k} = {v}" for k, v in recipe.get("options", {}).items())
+    options = _fields(recipe.get("options", {}))
     groups = report["groups"]
     patterns = list(dict.fromkeys(group["pattern"] for group in groups))
     values = list(dict.fromkeys(group["values"] for group in groups if "values" in group))
@@ -65,6 +65,7 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
         base=_public_name(str(recipe["model"])),
         method=recipe["method"],
         options=f"({options})" if options else "",
+        steps=_steps(recipe),
         patterns=", ".join(patterns),
         calibration=_calibration(recipe.get("calibration")),
         linears=report["linears"],
@@ -73,6 +74,22 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
         packed=report["bytes_packed"] / 1e6,
         dense=report["bytes_dense"] / 1e6,
     )
+
+
+def _steps(recipe: dict[str, Any]) -> str:
+    """What followed the method, in order."""
+    steps = []
+    if refit := recipe.get("refit"):
+        steps.append(f"refit ({_fields(refit)})")
+    if (rounding := recipe.get("rounding", "nearest")) != "nearest":
+        steps.append(f"rounding {rounding}")
+    if reconstruct := recipe.get("reconstruct"):
+        steps.append(f"reconstruct ({_fields(reconstruct)}; norms and biases changed, too)")
+    return f"\n| steps | {', '.join(steps)} |" if steps else ""
+
+
+def _fields(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} = {value}" for name, value in values.items())
 
 
 def _groups(groups: list[dict[str, Any]]) -> str:
