@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "statistics": {
         "calibrate", "data", "layers", "methods", "model", "progress", "ranks", "recipe",
     },
-    "steps": {"calibrate", "choices", "errors", "methods", "recipe"},
+    "steps": {"calibrate", "choices", "errors", "methods", "patterns", "recipe"},
     "output": {"checkpoint", "choices", "errors", "layers", "model", "recipe", "steps"},
     "checkpoint": {
         "choices", "errors", "folder", "formats", "patterns", "progress", "provenance", "structure",

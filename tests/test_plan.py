@@ -252,6 +252,7 @@ REFUSED: list[dict[str, Any]] = [
     {"method": "magnitude", "refit": {}, "calibration": None},
     {"method": "magnitude", "rounding": "obs", "values": "int8", "calibration": None},
     {"method": "wanda", "stats": "nowhere"},
+    {"method": "wanda", "pattern": "dense", "refit": {}},
 ]
 
 

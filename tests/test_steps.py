@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import content
+from conftest import Outcome, content
 from killing import killed_run
 from safetensors.torch import load_file
 from test_resume import cut_off
@@ -197,3 +197,61 @@ def test_methods_without_data_can_be_reconstructed(recipe: Recipe, tmp_path: Pat
     fields = {"method": "magnitude", "reconstruct": {}}
     prune(with_steps(recipe, **fields), tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "obs"])
+def test_the_dense_pattern_asks_no_method_for_statistics(
+    recipe: Recipe, tmp_path: Path, rounding: str
+) -> None:
+    """A method chooses nothing there: no gradients are taken, and all methods end alike."""
+    fields = {"pattern": "dense", "values": "int4", "rounding": rounding}
+    phases: list[str] = []
+
+    def progress(phase: str, steps: int) -> Callable[[], None]:
+        phases.append(phase)
+        return lambda: None
+
+    for method in ("gblm", "magnitude", "sparsegpt"):
+        prune(with_steps(recipe, method=method, **fields), tmp_path / method, progress)
+    assert phases == ["pruning"] * 3
+    want = content(tmp_path / "magnitude")["model.safetensors"]
+    for method in ("gblm", "sparsegpt"):
+        assert content(tmp_path / method)["model.safetensors"] == want
+    text = (tmp_path / "gblm" / "README.md").read_text()
+    assert "tiny, rounded to int4:64, int4:128" in text
+    assert "sparse" not in text.split("---")[1]
+    calibration = json.loads((tmp_path / "gblm" / "recipe.json").read_text())["calibration"]
+    assert (calibration is None) is (rounding == "nearest")
+
+
+def test_refit_needs_something_that_was_pruned(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="dense prunes nothing"):
+        prune(with_steps(recipe, pattern="dense", refit={}), tmp_path / "out")
+    mixed = [{"targets": ["layers.0.*"], "pattern": "dense"}]
+    prune(with_steps(recipe, layers=mixed, refit={}), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--rounding", "obs"), "recipe: rounding obs goes with integer values: give values int8"),
+        (
+            ("--reconstruct", 1, "--prefix", "dense"),
+            "recipe: reconstruct trains on what the pruned",
+        ),
+        (("--pattern", "dense", "--refit", "--method", "magnitude"), "dense prunes nothing"),
+        (("--preset", "best", "--stats", "x"), "--preset does not go with --stats"),
+        (("--reconstruct", 1, "--stats", "x"), "reconstruct runs text through the model"),
+    ],
+)
+def test_the_command_line_says_what_does_not_fit(
+    gblm: Callable[..., Outcome],
+    tiny: Path,
+    tmp_path: Path,
+    arguments: tuple[object, ...],
+    message: str,
+) -> None:
+    done = gblm("prune", tiny, *arguments, "--output", tmp_path / "out")
+    assert done.code == 2, done
+    assert message in done.err
+    assert not (tmp_path / "out").exists()

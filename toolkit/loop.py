@@ -117,6 +117,8 @@ class _Pruning:
             self._loop.save(self._layer.index, self._seen)
         # This object lives until the next layer has been observed.
         self._prepared, self._more, self._input = {}, None, None
+        self._seen, self._whole = {}, {}
+        self._layer.stats.clear()
         training, others = self._loop.training, dict[str, Tensor]()
         # A layer that is left dense altogether is left alone.
         if training is not None and self._chosen:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gblm.calibrate.reconstruct import Training
 from gblm.choices import Choice, patterns_of
 from gblm.errors import UsageError
+from gblm.methods.magnitude import Magnitude
 from gblm.methods.pipeline import Pipeline, make_pipeline
+from gblm.methods.sparsegpt import SparseGPT
+from gblm.patterns import Dense, parse
 from gblm.recipe import Calibration, Recipe
 
 
@@ -39,10 +42,16 @@ class Steps:
             ranks: processes that share the samples.
 
         Raises:
-            UsageError: the method cannot follow a pattern, or a rank is left without a sample.
+            UsageError: the method cannot follow a pattern, refit has nothing to do, or a rank is
+                left without a sample.
         """
-        for pattern in patterns_of(choices):
+        patterns = patterns_of(choices)
+        for pattern in patterns:
             self.pipeline.check_pattern(pattern)
+        if self.pipeline.refit is not None and all(isinstance(p, Dense) for p in patterns):
+            raise UsageError(
+                "refit moves what pruning leaves, and the pattern dense prunes nothing."
+            )
         text = self.calibration
         if text is not None and text.num_batches < ranks:
             raise UsageError(
@@ -52,7 +61,7 @@ class Steps:
 
 
 def steps_of(recipe: Recipe) -> Steps:
-    """The steps of a recipe.
+    """The steps of a recipe. Where all patterns are dense the method is not asked for statistics.
 
     Raises:
         UsageError: the method or one of its options is unknown, or there is no text for a step
@@ -60,10 +69,19 @@ def steps_of(recipe: Recipe) -> Steps:
     """
     refit = recipe.refit.model_dump() if recipe.refit is not None else None
     pipeline = make_pipeline(recipe.method, recipe.options, refit, recipe.rounding)
+    factored = isinstance(pipeline.method, SparseGPT) and recipe.rounding == "obs"
+    if not factored and all(isinstance(parse(text), Dense) for text in recipe.patterns):
+        pipeline = replace(pipeline, method=Magnitude())
     wanted, text = recipe.reconstruct, recipe.calibration
     training = Training(**wanted.model_dump()) if wanted is not None else None
     if recipe.stats is not None or not (pipeline.needs or training):
         return Steps(pipeline, training, None)
     if text is None:
-        raise UsageError(f"method {recipe.method} needs calibration text; the recipe has none.")
+        raise UsageError(f"{_what_needs_text(recipe, pipeline)} needs calibration text.")
     return Steps(pipeline, training, text)
+
+
+def _what_needs_text(recipe: Recipe, pipeline: Pipeline) -> str:
+    if pipeline.method.needs:
+        return f"method {recipe.method}"
+    return "refit" if pipeline.refit is not None else f"rounding {pipeline.rounding}"

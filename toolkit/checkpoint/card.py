@@ -7,15 +7,16 @@ from typing import Any
 
 from gblm.checkpoint.report import MAX_NAMED, in_words
 
+DENSE = "dense"
 CARD = """\
 ---
 base_model: {base}
 base_model_relation: quantized
 library_name: transformers
 pipeline_tag: text-generation
-tags: [sparse, pruned, {tags}, {method}, gblm, vllm]
+tags: [{tags}]
 ---
-# {base}, pruned with {method} to {title}
+# {base}, {title}
 
 {linears} linears, {sparsity:.1%} of their weights zero, stored packed with
 {bits:.2f} bits per weight including the {included}.
@@ -54,8 +55,8 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
     values = list(dict.fromkeys(group["values"] for group in groups if "values" in group))
     kinds = dict.fromkeys(spec.partition(":")[0] for spec in values)
     return CARD.format(
-        tags=", ".join([*(f'"{pattern}"' for pattern in patterns[:MAX_NAMED]), *kinds]),
-        title=in_words({"groups": [{"pattern": pattern} for pattern in patterns]}),
+        tags=", ".join([*_tags(patterns, list(kinds), recipe["method"]), "gblm", "vllm"]),
+        title=_title(patterns, recipe["method"], values),
         included="mask, codes and scales" if values else "mask",
         values=f"\n| values | {', '.join(values)} (codes, columns that share a scale) |"
         if values
@@ -74,6 +75,19 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
         packed=report["bytes_packed"] / 1e6,
         dense=report["bytes_dense"] / 1e6,
     )
+
+
+def _tags(patterns: list[str], kinds: list[str], method: str) -> list[str]:
+    if patterns == [DENSE]:
+        return kinds
+    named = [f'"{pattern}"' for pattern in patterns[:MAX_NAMED]]
+    return ["sparse", "pruned", *named, *kinds, method]
+
+
+def _title(patterns: list[str], method: str, values: list[str]) -> str:
+    if patterns == [DENSE]:
+        return f"rounded to {', '.join(values)}" if values else "packed as it is"
+    return f"pruned with {method} to " + in_words({"groups": [{"pattern": p} for p in patterns]})
 
 
 def _steps(recipe: dict[str, Any]) -> str:

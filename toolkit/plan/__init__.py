@@ -14,6 +14,7 @@ from gblm.calibrate.stats import STATS
 from gblm.checkpoint.reader import Reader
 from gblm.errors import MachineError
 from gblm.folder import resolve
+from gblm.methods import METHODS
 from gblm.model import check_device, refuse_packed
 from gblm.plan.disk import occupy
 from gblm.plan.memory import peaks
@@ -61,7 +62,7 @@ def plan(recipe: Recipe, ranks: int = 1) -> dict[str, Any]:
     setting = Setting(
         shapes=shapes,
         steps=steps,
-        name=recipe.method,
+        name=next(name for name, kind in METHODS.items() if type(steps.pipeline.method) is kind),
         collects=needs if calibration is not None else frozenset(),
         reads=needs if recipe.stats is not None else frozenset(),
         passes=_passes(steps),
@@ -70,7 +71,7 @@ def plan(recipe: Recipe, ranks: int = 1) -> dict[str, Any]:
         resident=device is not None and _resident(shapes, device, ranks),
         device=torch.device(recipe.device).type,
     )
-    return _predict(setting, device, ranks)
+    return {"method": recipe.method, **_predict(setting, device, ranks)}
 
 
 def _device(name: str) -> torch.device | None:
@@ -107,7 +108,6 @@ def _predict(setting: Setting, device: torch.device | None, ranks: int) -> dict[
     for phase in phases:
         phase["seconds"] = round(spent[phase["phase"]], 1) if spent else None
     return {
-        "method": setting.name,
         "groups": _groups(setting.shapes),
         "head": "float" if head is None else str(head.fmt.values),
         "dtype": str(setting.shapes.dtype).removeprefix("torch."),

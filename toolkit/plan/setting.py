@@ -18,7 +18,7 @@ class Setting:
     Attributes:
         shapes: of the model and the text.
         steps: what happens to each linear and decoder layer.
-        name: of the method.
+        name: of the method that is asked, by which its costs are known.
         collects: statistics that the run takes on text.
         reads: statistics that another run saved.
         passes: of the text through each layer while pruning.
