@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from decoding_tables import decoding
+from frontier_tables import frontier, frontier_all
 from kernel_tables import kernels
 from pages import RESULTS, ROOT, origin, table
 
@@ -49,7 +50,9 @@ def blocks() -> list[tuple[Path, str, str]]:
     methods = ROOT / "docs" / "methods.md"
     return [
         (ROOT / "README.md", "decoding", decoding("1-compiled")),
+        (ROOT / "README.md", "frontier", frontier()),
         (ROOT / "README.md", "results", f"{quality(METHODS)}\n\n{serving()}"),
+        (methods, "frontier-all", frontier_all()),
         (methods, "published", published()),
         (methods, "plan", plan()),
         (methods, "speed", speed()),

@@ -44,7 +44,7 @@ class Case:
         if self.scales is None:
             return 0
         group = self.stored.shape[1] // self.scales.shape[1]
-        return next(size for size in (256, 128, 64, 32) if group % size == 0)
+        return next(size for size in range(256, 0, -32) if group % size == 0)
 
     @property
     def panels(self) -> Tensor:

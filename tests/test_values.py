@@ -35,7 +35,9 @@ def test_bad_specs_are_refused(text: str) -> None:
         parse_values(text)
 
 
-@pytest.mark.parametrize(("columns", "size"), [(384, 128), (576, 64), (96, 32), (11008, 128)])
+@pytest.mark.parametrize(
+    ("columns", "size"), [(384, 128), (576, 96), (64, 64), (160, 32), (11008, 128)]
+)
 def test_auto_takes_the_largest_group_that_divides_a_linear(columns: int, size: int) -> None:
     assert ValueType("int8").resolve("w", columns).group(columns) == size
 
@@ -43,7 +45,7 @@ def test_auto_takes_the_largest_group_that_divides_a_linear(columns: int, size: 
 def test_columns_without_whole_groups_are_refused_with_those_that_fit() -> None:
     with pytest.raises(PatternError, match=r"w: 72 columns .* of 32 .* --group-size row"):
         ValueType("int4").resolve("w", 72)
-    with pytest.raises(PatternError, match=r"w: 192 columns .* of 128 .* that do: 32, 64, row"):
+    with pytest.raises(PatternError, match=r"w: 192 columns .* of 128 .* do: 32, 64, 96, 192, row"):
         ValueType("int4", 128).resolve("w", 192)
     assert ValueType("int4", ROW).resolve("w", 72).group(72) == 72
     assert FLOAT.resolve("w", 72) is FLOAT

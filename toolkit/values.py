@@ -20,10 +20,10 @@ Kind = Literal["float", "int8", "int4"]
 # nearest: scale of the largest weight. mse: scale of the least squared error. obs: the columns
 # to the right make up for the error, too (gblm.methods.obs).
 Rounding = Literal["nearest", "mse", "obs"]
-GROUP_SIZES = (32, 64, 128, 256)
+GROUP_SIZES = (32, 64, 96, 128, 192, 256)
 # Of each linear's columns: the largest of AUTO_SIZES that divides them, and all of them.
 AUTO, ROW = 0, -1
-AUTO_SIZES = (128, 64, 32)
+AUTO_SIZES = (128, 96, 64, 32)
 # Largest code. Symmetric: −128 and −8 have no opposite and are never used.
 LIMITS = {"int8": 127, "int4": 7}
 SCALE_DTYPE = torch.bfloat16

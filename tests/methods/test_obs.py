@@ -116,7 +116,10 @@ def test_a_case_worked_by_hand() -> None:
     assert tiny(1.0, 2.2, True) == [1, 2, 7]
 
 
-@pytest.mark.parametrize(("kind", "size"), [("int4", 32), ("int8", 64), ("int4", ROW)])
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [("int4", 32), ("int8", 64), ("int4", 96), ("int8", 192), ("int4", ROW)],
+)
 @pytest.mark.parametrize("density", [1.0, 0.5])
 def test_a_fixed_mask_equals_the_textbook(kind: Kind, size: int, density: float) -> None:
     weight, hessian = problem(12, 192)

@@ -23,8 +23,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_samples": 64, "seq_len": 512,
     },
     "best": {
-        "method": "sparsegpt", "rounding": "obs", "order": "sequential", "refit": True,
-        "reconstruct": 2, "num_samples": 128, "seq_len": 512,
+        "method": "sparsegpt", "rounding": "obs", "order": "sequential", "reconstruct": 2,
+        "num_samples": 128, "seq_len": 512,
     },
 }  # fmt: skip
 METHOD_OPTIONS = ("alpha", "gradient_norm", "gradient_mode", "damping", "variant")
@@ -57,8 +57,8 @@ values_options = options(
     ),
     click.option(
         "--group-size",
-        type=click.Choice(["auto", "32", "64", "128", "256", "row"]),
-        help="Columns per scale of int8 and int4; auto (default) is the largest of 128, 64, 32 "
+        type=click.Choice(["auto", "32", "64", "96", "128", "192", "256", "row"]),
+        help="Columns per scale of int8 and int4; auto (default) is the largest of 128, 96, 64, 32 "
         "that divides the linear's.",
     ),
 )

@@ -86,7 +86,9 @@ def round_obs(
     values.check_columns(name, columns)
     grid = Grid(values.group(columns), limit or values.limit)
     sweep = Sweep(weight, stats, grid=grid, mask=mask)
-    sweep.run(0, columns, nest({grid.size, BLOCK, LEAF}, {}, grid.size))
+    # A block may be part of a group or hold several, but not cut one in two.
+    block = BLOCK // grid.size * grid.size or BLOCK
+    sweep.run(0, columns, nest({grid.size, block, LEAF}, {}, grid.size))
     return sweep.rounded(grid, weight.dtype, values, name)
 
 

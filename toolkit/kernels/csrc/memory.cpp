@@ -16,13 +16,21 @@ struct Read {
   int64_t bytes;
 };
 
+// As the kernels do, whichever way this machine reads fastest.
+inline void ask_ahead(const uint8_t* at) {
+  if (kOnZen)
+    __builtin_prefetch(at + 8192, 0, 0);
+  else
+    __builtin_prefetch(at + 2048, 0, 2);
+}
+
 void read_piece(void* context, int64_t index) {
   const Read& read = *static_cast<const Read*>(context);
   const uint8_t* at = read.memory + index * kPiece;
   const uint8_t* end = at + smaller(kPiece, read.bytes - index * kPiece);
   uint64_t sums[8] = {};
   for (; at + kLine <= end; at += kLine) {
-    __builtin_prefetch(at + 8192, 0, 0);
+    ask_ahead(at);
     for (int i = 0; i < 8; i++) sums[i] ^= load<uint64_t>(at + 8 * i);
   }
   uint64_t all = 0;

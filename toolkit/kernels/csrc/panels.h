@@ -101,6 +101,13 @@ inline void run(const gblm_pool* pool, int64_t tasks, void (*task)(void*, int64_
     for (int64_t i = 0; i < tasks; i++) task(context, i);
 }
 
+// Known before the first call; it decides how memory is asked ahead.
+#if defined(__x86_64__)
+const bool kOnZen = (__builtin_cpu_init(), __builtin_cpu_is("amd"));
+#else
+constexpr bool kOnZen = false;
+#endif
+
 template <class T>
 inline T load(const void* from) {
   T value;

@@ -9,7 +9,7 @@ namespace {
 
 // Codes of a group are summed in 16 bits, so long groups are cut; the pieces share their scale.
 int64_t panel_group(int64_t group) {
-  for (int64_t size = kMaxGroup; size >= kColumns; size /= 2)
+  for (int64_t size = kMaxGroup; size >= kColumns; size -= kColumns)
     if (group % size == 0) return size;
   return 0;
 }

@@ -1,0 +1,266 @@
+"""Quality per byte of SmolLM2-135M: every case of frontier_cases.py, dense and sparse alike.
+
+    python benchmarks/frontier.py --wikitext FOLDER [--cases NAME …] [--samples 16 64]
+        [--seeds 0 1 2] [--jobs 1] [--device cpu] [--full] [--model FOLDER] [--output FILE]
+    python benchmarks/frontier.py --merge FILE …
+
+FOLDER holds WikiText-2 as `valid` and `test`, .txt or .parquet; without it, the named set
+`wikitext2` is taken, whose calibration text is the training split. Calibration: SAMPLES × 256
+tokens of valid, order sequential, float32. Perplexity of the packed model, loaded again, float32:
+windows of 512 tokens without overlap, the first 8 ("8w") and 16 ("16w") of test, the first 8 of the
+held-out pydoc text, and with --full all of test. Every run is a fresh process with one thread; runs
+that the record holds are skipped, so a benchmark that was stopped goes on. --merge adds the runs of
+other records, such as those of another machine. Writes benchmarks/results/frontier.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from frontier_cases import CASES, NARROW, SAMPLES, Case
+from frontier_record import RECORD, WINDOW, Key, add, is_there, read
+from transformers.utils.logging import disable_progress_bar
+
+from gblm import data
+from gblm.errors import InputError
+from gblm.evaluate.perplexity import perplexity
+from gblm.fetch import fetch
+from gblm.methods.base import Stats
+from gblm.methods.pipeline import Pipeline
+from gblm.model import load_tokenizer
+from gblm.packed import is_packed, load_any
+from gblm.patterns import Pattern, parse
+from gblm.provenance import provenance
+from gblm.prune import pipeline_of
+from gblm.recipe import Recipe
+from gblm.values import ValueType
+from gblm.weights import SparseWeight
+
+NAMED_SET = "wikitext2"
+OTHER = "pydoc"
+
+
+@dataclass(frozen=True)
+class NarrowValues(ValueType):
+    """int4 whose codes stop early.
+
+    Attributes:
+        largest: the largest code.
+    """
+
+    largest: int = 7
+
+    @property
+    def limit(self) -> int:
+        """See ValueType.limit."""
+        return self.largest
+
+
+@dataclass(frozen=True)
+class NarrowPipeline(Pipeline):
+    """A pipeline that rounds to fewer codes than its value type has.
+
+    Attributes:
+        bits: a key of NARROW.
+    """
+
+    bits: int = 3
+
+    def prune(
+        self,
+        weight: torch.Tensor,
+        stats: Stats,
+        pattern: Pattern,
+        values: ValueType,
+        name: str = "",
+    ) -> SparseWeight:
+        """See Pipeline.prune."""
+        narrow = NarrowValues(values.kind, values.group_size, NARROW[self.bits])
+        return super().prune(weight, stats, pattern, narrow, name)
+
+
+def prune_case(case: Case, recipe: Recipe, output: Path) -> dict[str, float]:
+    """Make the packed folder: CPU and wall seconds of prune(), bits per pruned weight, zeros."""
+    pruning = importlib.import_module("gblm.prune")
+
+    def pipeline(recipe: Recipe) -> Pipeline:
+        found = pipeline_of(recipe)
+        return NarrowPipeline(found.method, found.refit, found.rounding, case.narrow)
+
+    cpu, wall = time.process_time(), time.monotonic()
+    with mock.patch.object(pruning, "pipeline_of", pipeline if case.narrow else pipeline_of):
+        report = pruning.prune(recipe, output)
+    return {
+        "cpu_seconds": round(time.process_time() - cpu, 1),
+        "seconds": round(time.monotonic() - wall, 1),
+        "bits_per_weight": round(counted_bits(case, report["bits_per_weight"]), 4),
+        "sparsity": report["sparsity"],
+    }
+
+
+def counted_bits(case: Case, stored: float) -> float:
+    """Bits per pruned weight, if narrow codes were stored as densely as int4 ones are."""
+    if not case.narrow:
+        return stored
+    return stored - (4 - case.narrow) * (1 - parse(case.recipe["pattern"]).sparsity)
+
+
+def perplexities(folder: Path, text: str, device: str, full: bool) -> dict[str, Any]:
+    """Perplexities of a model folder, packed or dense, by protocol; and hashes of the tokens."""
+    tokenizer = load_tokenizer(folder)
+    model = load_any(folder, "dense" if is_packed(folder) else None, torch.float32, device)
+    count = None if full else 16
+    wiki = data.evaluation_windows(data.read_documents(text, "held-out"), tokenizer, WINDOW, count)
+    other = data.evaluation_windows(data.read_documents(OTHER, "held-out"), tokenizer, WINDOW, 8)
+    # Each window once: a perplexity of several is the geometric mean of theirs.
+    losses = [math.log(perplexity(model, window[None])) for window in wiki]
+    found = {"8w": mean_perplexity(losses[:8]), "16w": mean_perplexity(losses[:16]),
+             f"{OTHER} 8w": perplexity(model, other)}  # fmt: skip
+    if full:
+        found["full"] = mean_perplexity(losses)
+    sha256 = {"wikitext": data.fingerprint(wiki[:16]), OTHER: data.fingerprint(other)}
+    return {"perplexity": found, "tokens_sha256": sha256, "full_windows": len(wiki) * full}
+
+
+def mean_perplexity(losses: list[float]) -> float:
+    """exp of the mean loss of windows."""
+    return math.exp(sum(losses) / len(losses))
+
+
+def text_file(folder: Path | None, split: str) -> str:
+    """The source of WikiText-2 "valid" or "test": a file of the folder, else the named set.
+
+    Raises:
+        InputError: the folder has no such file.
+    """
+    if folder is None:
+        return NAMED_SET
+    found = [path for path in sorted(folder.glob(f"{split}*")) if path.suffix in data.READERS]
+    if not found:
+        raise InputError(
+            f"{folder} holds no {split}*.txt, .jsonl or .parquet: give --wikitext a folder with "
+            f"the valid and test texts of WikiText-2, or leave it out to load {NAMED_SET}."
+        )
+    return str(found[0])
+
+
+def measure(key: Key, given: argparse.Namespace) -> dict[str, Any]:
+    """One run in this process, as the record holds it."""
+    case = CASES[key.case]
+    model = given.model or fetch("smollm2")
+    source, text = text_file(given.wikitext, "valid"), text_file(given.wikitext, "test")
+    with tempfile.TemporaryDirectory() as work:
+        folder, done = model, {"bits_per_weight": 16, "sparsity": 0}
+        if case.recipe:
+            folder = Path(work) / "packed"
+            recipe = case.build(str(model), source, key.samples or 1, key.seed, given.device)
+            done = prune_case(case, recipe, folder)
+        done |= perplexities(folder, text, given.device, given.full)
+    return {**key._asdict(), "recipe": case.recipe, "narrow": case.narrow, **done,
+            "calibration_text": Path(source).name, "device": given.device,
+            "provenance": provenance()}  # fmt: skip
+
+
+def keys(given: argparse.Namespace) -> list[Key]:
+    """All runs that are wanted; cases without calibration come once."""
+    wanted = {}
+    for name in given.cases:
+        for samples in given.samples if CASES[name].calibrated else (0,):
+            for seed in given.seeds if samples else (0,):
+                wanted[Key(name, samples, seed)] = None
+    return list(wanted)
+
+
+def child(key: Key, arguments: list[str]) -> dict[str, Any]:
+    """One run in a fresh process.
+
+    Raises:
+        CalledProcessError: it failed; its messages went to stderr.
+    """
+    one = ["--one", *map(str, key)]
+    done = subprocess.run(
+        [sys.executable, __file__, *one, *arguments],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def run_all(wanted: list[Key], jobs: int, output: Path, arguments: list[str]) -> list[Key]:
+    """Run what is missing, so many at once; returns what failed."""
+    lock, failed = threading.Lock(), []
+
+    def run(key: Key) -> None:
+        try:
+            found = child(key, arguments)
+        except subprocess.CalledProcessError:
+            failed.append(key)
+            print(*key, "FAILED", flush=True)
+            return
+        with lock:
+            add(output, [found])
+        figures = {name: round(value, 2) for name, value in found["perplexity"].items()}
+        print(*key, found["bits_per_weight"], figures, found.get("cpu_seconds"), flush=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(run, wanted))
+    return failed
+
+
+def main() -> None:
+    """Run what is missing; with --one a single run, printed."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="NAME")
+    parser.add_argument("--samples", nargs="+", type=int, default=SAMPLES)
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--wikitext", type=Path)
+    parser.add_argument("--model", type=Path, help="SmolLM2-135M as a folder, if not fetched")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--full", action="store_true", help="all of the test text, too")
+    parser.add_argument("--output", type=Path, default=RECORD)
+    parser.add_argument("--merge", nargs="+", type=Path)
+    parser.add_argument("--one", nargs=3, metavar=("CASE", "SAMPLES", "SEED"))
+    given = parser.parse_args()
+    if given.one:
+        name, samples, seed = given.one
+        os.nice(15)
+        torch.set_num_threads(1)
+        disable_progress_bar()
+        print(json.dumps(measure(Key(name, int(samples), int(seed)), given)))
+        return
+    if given.merge:
+        add(given.output, [run for path in given.merge for run in read(path)["runs"]])
+        return
+    text_file(given.wikitext, "test")
+    record = read(given.output)
+    missing = [key for key in keys(given) if not is_there(record, key, given.full)]
+    print(f"{len(missing)} runs", flush=True)
+    arguments = ["--device", given.device]
+    for flag in ("wikitext", "model"):
+        if path := getattr(given, flag):
+            arguments += [f"--{flag}", str(path)]
+    failed = run_all(missing, given.jobs, given.output, arguments + ["--full"] * given.full)
+    if failed:
+        sys.exit(f"{len(failed)} runs failed: {', '.join(' '.join(map(str, k)) for k in failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import json
+import re
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import frontier
+import frontier_cases
+import frontier_record
+import frontier_tables
+import pytest
+import torch
+from frontier_cases import CASES
+from frontier_record import Key
+
+from gblm.checkpoint.packed_folder import PackedReader
+from gblm.errors import InputError
+from gblm.provenance import provenance
+
+DECODING = {
+    "threads": 1, "baseline": "vLLM",
+    "cases": {
+        "vLLM": {"decode 1": {"tokens_per_second": 10.0, "ratio": 1.0}},
+        "dense int8": {"decode 1": {"tokens_per_second": 99.0, "ratio": 2.0}},
+        "bf16 2:4": {"decode 1": {"tokens_per_second": 99.0, "ratio": 1.6}},
+    },
+}  # fmt: skip
+
+
+def run(name: str, samples: int, seed: int, perplexity: float, **more: Any) -> dict[str, Any]:
+    case = CASES[name]
+    bits = {"dense": 16.0, "int8": 8.22, "sparsegpt-24": 9.0, "alps-24-rec": 9.0}.get(name, 2.25)
+    return {
+        "case": name, "samples": samples, "seed": seed, "recipe": dict(case.recipe),
+        "narrow": case.narrow, "cpu_seconds": 60.0 + 60 * seed, "bits_per_weight": bits,
+        "perplexity": {"8w": perplexity, "16w": perplexity + 1, "pydoc 8w": perplexity / 2},
+        "tokens_sha256": {"wikitext": "1", "pydoc": "2"}, "calibration_text": "valid.txt",
+        "device": "cpu", "provenance": provenance(), **more,
+    }  # fmt: skip
+
+
+def made_up() -> list[dict[str, Any]]:
+    return [
+        run("dense", 0, 0, 27.5),
+        run("int8", 0, 0, 27.6),
+        *(run("sparsegpt-24", 64, seed, 56.0 + seed) for seed in (0, 1, 2)),
+        run("sparsegpt-24", 16, 0, 60.25),
+        run("alps-24-rec", 64, 0, 43.0),
+        run("int2-gptq", 64, 0, 8000.0),
+    ]
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Path:
+    path = tmp_path / "frontier.json"
+    frontier_record.add(path, made_up())
+    return path
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_is_a_recipe(name: str) -> None:
+    case = CASES[name]
+    if not case.recipe:
+        assert name == "dense"
+        return
+    recipe = case.build("model", "valid.txt", 16, 3, "cpu")
+    assert recipe.dtype == "float32"
+    frontier.pipeline_of(recipe)
+    assert (recipe.calibration is None) == (name in ("int8", "int4-rtn"))
+    if recipe.calibration is not None:
+        assert (recipe.calibration.num_samples, recipe.calibration.seed) == (16, 3)
+        assert recipe.calibration.order == "sequential"
+
+
+def test_labels_and_recipes_are_distinct() -> None:
+    assert len({case.label for case in CASES.values()}) == len(CASES)
+    assert len({repr((case.recipe, case.narrow)) for case in CASES.values()}) == len(CASES)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if re.search(r"-[23]\.\d", name)])
+def test_sparsities_keep_the_budget_that_their_name_says(name: str) -> None:
+    """Bits as the formats lay them out, on SmolLM2's shapes."""
+    from gblm.formats import format_for
+    from gblm.patterns import parse
+    from gblm.values import parse_values
+
+    recipe, budget = CASES[name].recipe, float(name.split("-")[1])
+    pattern, size, count = parse(recipe["pattern"]), 0.0, 0
+    for shape, linears in (((576, 576), 2), ((192, 576), 2), ((1536, 576), 2), ((576, 1536), 1)):
+        fmt = format_for(pattern, parse_values(recipe["values"]).resolve("w", shape[1]))
+        for spec in (spec for part, spec in fmt.layout(shape).items() if part != "values"):
+            size += linears * 8 * torch.Size(spec.shape).numel() * spec.dtype.itemsize
+        # Codes are whole bytes a row, which half of the rows fill.
+        size += linears * (4 * shape[0] * shape[1] * (1 - pattern.sparsity) + 2 * shape[0])
+        count += linears * shape[0] * shape[1]
+    assert budget - 0.02 < size / count <= budget
+
+
+def test_cases_without_calibration_run_once() -> None:
+    given = Namespace(cases=["int8", "sparsegpt-24"], samples=[16, 64], seeds=[0, 1])
+    assert frontier.keys(given) == [
+        ("int8", 0, 0), ("sparsegpt-24", 16, 0), ("sparsegpt-24", 16, 1),
+        ("sparsegpt-24", 64, 0), ("sparsegpt-24", 64, 1),
+    ]  # fmt: skip
+
+
+def test_runs_that_are_there_are_skipped(
+    record: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what is missing, or was made otherwise, starts a process."""
+    (text_file.parent / "test.txt").write_text(text_file.read_text())
+    older = run("alps-24-rec", 64, 0, 43.0)
+    older["recipe"]["reconstruct"] = {"epochs": 1}
+    frontier_record.add(record, [older])
+    started = []
+
+    def child(key: Key, arguments: list[str]) -> dict[str, Any]:
+        started.append((*key, *arguments[:2]))
+        return run(*key, 40.0)
+
+    monkeypatch.setattr(frontier, "child", child)
+    command = ["frontier.py", "--output", str(record), "--wikitext", str(text_file.parent),
+               "--cases", "dense", "sparsegpt-24", "alps-24-rec", "--samples", "64",
+               "--seeds", "0", "3"]  # fmt: skip
+    monkeypatch.setattr("sys.argv", command)
+    frontier.main()
+    wanted = [("sparsegpt-24", 64, 3), ("alps-24-rec", 64, 0), ("alps-24-rec", 64, 3)]
+    assert started == [(*key, "--device", "cpu") for key in wanted]
+    frontier.main()
+    assert len(started) == 3
+    runs = json.loads(record.read_text())["runs"]
+    assert len(runs) == len(made_up()) + 2
+    assert [r["perplexity"]["8w"] for r in runs if frontier_record.key_of(r) in wanted] == [40] * 3
+
+
+def test_a_run_without_the_full_text_is_not_enough_for_one_with_it(record: Path) -> None:
+    found, key = frontier_record.read(record), Key("int8", 0, 0)
+    assert frontier_record.is_there(found, key, full=False)
+    assert not frontier_record.is_there(found, key, full=True)
+
+
+def test_failures_do_not_stop_the_others(
+    record: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    keys = [Key("int8", 0, 0)]
+    before = record.read_text()
+    failed = frontier.run_all(keys, 1, record, ["--model", str(tmp_path / "nowhere")])
+    assert failed == keys
+    assert "int8 0 0 FAILED" in capfd.readouterr().out
+    assert record.read_text() == before
+
+
+def test_merging_adds_the_runs_of_another_machine(
+    record: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other.json"
+    frontier_record.add(other, [run("int8", 0, 0, 28.0), run("wanda-24", 16, 0, 115.0)])
+    monkeypatch.setattr("sys.argv", ["frontier.py", "--output", str(record), "--merge", str(other)])
+    frontier.main()
+    runs = {frontier_record.key_of(r): r for r in frontier_record.read(record)["runs"]}
+    assert len(runs) == len(made_up()) + 1
+    assert runs["int8", 0, 0]["perplexity"]["8w"] == 28.0
+
+
+def test_missing_text_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"holds no test\*\.txt"):
+        frontier.text_file(tmp_path, "test")
+    assert frontier.text_file(None, "test") == "wikitext2"
+
+
+def test_table_has_means_spreads_and_minutes(record: Path) -> None:
+    text = frontier_tables.frontier(record)
+    assert "| 2:4, SparseGPT | 9.00 | 57.0 ± 1.0 | 28.5 ± 0.5 | 2.0 |" in text
+    assert "| int8 | 8.22 | 27.6 | 13.8 | 1.0 |" in text
+    assert "60.2" not in text
+    assert "64 × 256 tokens of valid.txt; mean ± standard deviation over 1 to 3 seeds" in text
+    every = frontier_tables.frontier_all(record)
+    assert "| 2:4, SparseGPT | 9.00 | 16 | 1 | 60.2 | 61.2 | 30.1 | 1.0 |" in every
+    assert "| int2, GPTQ | 2.25 | 64 | 1 | 8000 |" in every
+    assert re.search(r"over 1 to 3 seeds\. .*; commit [0-9a-f]{12}", every)
+
+
+def test_without_a_record_there_is_nothing_to_show(tmp_path: Path) -> None:
+    for make in (frontier_tables.frontier, frontier_tables.frontier_all):
+        assert make(tmp_path / "none.json") == "Nothing has been recorded yet."
+
+
+def test_rows_without_calibration_do_not_speak_of_it(tmp_path: Path) -> None:
+    frontier_record.add(tmp_path / "one.json", [run("int8", 0, 0, 27.6)])
+    text = frontier_tables.frontier_all(tmp_path / "one.json")
+    assert "| int8 | 8.22 | – | – | 27.6 |" in text
+    assert "Calibration" not in text
+
+
+def test_runs_on_another_device_have_no_cpu_minutes(record: Path) -> None:
+    frontier_record.add(record, [run("alps-24-rec", 64, 0, 43.0, device="cuda")])
+    assert "| 2:4, ALPS + reconstruct | 9.00 | 43.0 | 21.5 | – |" in frontier_tables.frontier(
+        record
+    )
+
+
+def test_perplexities_of_different_texts_are_not_mixed(record: Path) -> None:
+    frontier_record.add(record, [run("wanda-24", 16, 0, 1.0, tokens_sha256={"wikitext": "3"})])
+    with pytest.raises(ValueError, match="different texts"):
+        frontier_tables.frontier_all(record)
+
+
+def test_the_figure_is_the_same_each_time(record: Path, tmp_path: Path) -> None:
+    figure = pytest.importorskip("frontier_figure", reason="matplotlib is not installed")
+    for name in ("a.svg", "b.svg"):
+        figure.draw(frontier_record.read(record), DECODING, tmp_path / name)
+    text = (tmp_path / "a.svg").read_text()
+    assert text == (tmp_path / "b.svg").read_text()
+    assert "dc:date" not in text
+    for label in ("int2, GPTQ (8000)", "2:4, ALPS + rec.", "dense int8", "bf16 2:4", "1.1B shape"):
+        assert f">{label}" in text or label in text
+    assert text.count(">int8<") == 1
+
+
+def test_the_front_is_what_nothing_else_beats() -> None:
+    figure = pytest.importorskip("frontier_figure", reason="matplotlib is not installed")
+    points = [(9, 40), (8, 28), (4, 32), (4, 35), (3, 50), (16, 27)]
+    assert figure.pareto(points) == [(3, 50), (4, 32), (8, 28), (16, 27)]
+    # Not the 10 ms of its own tokens per second: the ratio was paired by round.
+    assert figure.milliseconds(DECODING, "dense int8") == 50
+
+
+@pytest.mark.parametrize(("name", "limit"), [("int3-gptq-rec", 3), ("int2-gptq", 1)])
+def test_narrow_codes_stay_within_their_limit(
+    tiny: Path, text_file: Path, tmp_path: Path, name: str, limit: int
+) -> None:
+    case = CASES[name]
+    recipe = case.build(str(tiny), str(text_file), 2, 0, "cpu")
+    recipe = recipe.model_copy(
+        update={"calibration": recipe.calibration.model_copy(update={"seq_len": 16})}
+    )
+    done = frontier.prune_case(case, recipe, tmp_path / "out")
+    with PackedReader(tmp_path / "out") as packed:
+        codes = [packed.linears[n].fmt.kept(packed.parts(n)) for n in packed.linears]
+        scales = {packed.linears[n].fmt.values.group_size for n in packed.linears}
+    assert max(int(c.abs().max()) for c in codes) == limit
+    # One scale of 16 bits a group.
+    low, high = (case.narrow + 16 / size for size in (max(scales), min(scales)))
+    assert low <= done["bits_per_weight"] <= high
+    assert frontier_cases.NARROW[case.narrow] == limit
+
+
+def test_a_run_measures_all_protocols(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The packed model of the tiny LLaMA, on texts of 16 tokens a window."""
+    for split in ("valid", "test"):
+        (tmp_path / f"{split}.txt").write_text("Sphinx of black quartz, judge my vow! " * 20)
+    monkeypatch.setattr(frontier, "WINDOW", 16)
+    monkeypatch.setattr(frontier_cases, "SEQ_LEN", 16)
+    given = Namespace(model=tiny, wikitext=tmp_path, device="cpu", full=True)
+    found = frontier.measure(Key("sparsegpt-24", 2, 1), given)
+    assert list(found["perplexity"]) == ["8w", "16w", "pydoc 8w", "full"]
+    assert all(value > 1 for value in found["perplexity"].values())
+    assert found["full_windows"] == 760 // 16
+    assert found["bits_per_weight"] == 9
+    assert json.loads(json.dumps(found))["recipe"] == CASES["sparsegpt-24"].recipe
