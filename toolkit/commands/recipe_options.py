@@ -211,9 +211,8 @@ def _with_preset(ctx: click.Context, preset: str | None, **given: Any) -> dict[s
     from click.core import ParameterSource
 
     own = PRESETS.get(preset or "", {})
-    idle = {"rounding"} if given["values"] == "float" else set()
-    idle |= {"refit"} if given["pattern"] == "dense" else set()
-    own = {name: value for name, value in own.items() if name not in idle}
+    if given["values"] == "float":
+        own = {name: value for name, value in own.items() if name != "rounding"}
     if given["stats"] is not None and preset:
         raise click.UsageError("--preset does not go with --stats: it calibrates its own way.")
     source = ctx.get_parameter_source
