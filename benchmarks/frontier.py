@@ -26,7 +26,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -46,8 +46,8 @@ from gblm.model import load_tokenizer
 from gblm.packed import is_packed, load_any
 from gblm.patterns import Pattern, parse
 from gblm.provenance import provenance
-from gblm.prune import pipeline_of
 from gblm.recipe import Recipe
+from gblm.steps import Steps, steps_of
 from gblm.values import ValueType
 from gblm.weights import SparseWeight
 
@@ -98,12 +98,14 @@ def prune_case(case: Case, recipe: Recipe, output: Path) -> dict[str, float]:
     """Make the packed folder: CPU and wall seconds of prune(), bits per pruned weight, zeros."""
     pruning = importlib.import_module("gblm.prune")
 
-    def pipeline(recipe: Recipe) -> Pipeline:
-        found = pipeline_of(recipe)
-        return NarrowPipeline(found.method, found.refit, found.rounding, case.narrow)
+    def narrow(recipe: Recipe) -> Steps:
+        steps = steps_of(recipe)
+        found = steps.pipeline
+        pipeline = NarrowPipeline(found.method, found.refit, found.rounding, case.narrow)
+        return replace(steps, pipeline=pipeline)
 
     cpu, wall = time.process_time(), time.monotonic()
-    with mock.patch.object(pruning, "pipeline_of", pipeline if case.narrow else pipeline_of):
+    with mock.patch.object(pruning, "steps_of", narrow if case.narrow else steps_of):
         report = pruning.prune(recipe, output)
     return {
         "cpu_seconds": round(time.process_time() - cpu, 1),

@@ -41,7 +41,8 @@ from gblm.methods.sparsegpt import SparseGPT
 from gblm.model import load, load_tokenizer, prunable
 from gblm.patterns import NM, Dense, Unstructured, parse
 from gblm.prune import prune
-from gblm.recipe import Calibration, Recipe
+from gblm.recipe import Calibration, Recipe, Refitting
+from gblm.steps import steps_of
 from gblm.values import FLOAT, parse_values
 from gblm.weights import SparseWeight
 
@@ -405,9 +406,13 @@ def test_every_configuration_holds_its_budget_and_becomes_a_recipe(
         for own in found:
             if own.name not in names[:2]:
                 assert limit.holds(subject.linears, own.allocation), own.name
-            recipe = recipe_for(base, subject.linears, own.allocation, subject.specs, subject.every)
+            refit = base.model_copy(update={"refit": Refitting()})
+            recipe = recipe_for(
+                refit, subject.linears, own.allocation, subject.specs, subject.every
+            )
             again = Recipe.from_dict(json.loads(json.dumps(recipe.to_dict())))
             assert choose(again, linears) == own.allocation
+            steps_of(again).check(own.allocation, ranks=1)
 
 
 def test_a_budget_in_bytes_is_that_of_the_folder(base: Recipe, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from gblm.errors import InputError
 from gblm.layers import Layers
 from gblm.loop import Loop, prune_layers
 from gblm.methods import make_method
+from gblm.methods.pipeline import Pipeline
 from gblm.model import load, load_tokenizer, prunable
 from gblm.patterns import parse
 from gblm.prune import prune
@@ -83,7 +84,7 @@ def pruned_in_memory(recipe: Recipe) -> torch.nn.Module:
             }  # fmt: skip
     how = Walk(frozenset({"act_norm", "hessian"}) & method.needs)
     choices = dict.fromkeys(names, Choice(parse(recipe.pattern)))
-    loop = Loop(method, choices, how, more=norms.__getitem__)
+    loop = Loop(Pipeline(method), choices, how, more=norms.__getitem__)
     for _ in prune_layers(layers, list(windows.split(1)), loop):
         pass
     return model

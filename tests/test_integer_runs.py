@@ -23,6 +23,7 @@ from gblm.export.pack import export_pack
 from gblm.layers import Layers
 from gblm.loop import Loop, prune_layers
 from gblm.methods import make_method
+from gblm.methods.pipeline import Pipeline
 from gblm.model import load
 from gblm.patterns import parse
 from gblm.prune import prune
@@ -81,9 +82,9 @@ def test_later_layers_see_what_the_codes_stand_for(tiny: Path) -> None:
     names = frozenset(n for n, _ in layers.model.named_modules() if n.endswith("up_proj"))
     from gblm.calibrate.walk import Walk
 
-    method, values = make_method("magnitude", {}), parse_values("int4:32")
+    pipeline, values = Pipeline(make_method("magnitude", {})), parse_values("int4:32")
     choices = dict.fromkeys(sorted(names), Choice(parse("2:4"), values))
-    loop = Loop(method, choices, Walk(frozenset()))
+    loop = Loop(pipeline, choices, Walk(frozenset()))
     for pruned in prune_layers(layers, [torch.arange(8).reshape(1, 8)], loop):
         for name, weight in pruned.weights.items():
             assert weight.codes is not None

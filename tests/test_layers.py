@@ -36,8 +36,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calibrate": {"checkpoint", "errors", "folder", "layers", "model", "ranks", "weights"},
     "loop": {"calibrate", "choices", "errors", "layers", "methods", "values", "weights"},
     "statistics": {
-        "calibrate", "data", "errors", "layers", "methods", "model", "progress", "ranks", "recipe",
+        "calibrate", "data", "layers", "methods", "model", "progress", "ranks", "recipe",
     },
+    "steps": {"calibrate", "choices", "errors", "methods", "patterns", "recipe"},
+    "output": {"checkpoint", "choices", "errors", "layers", "model", "recipe", "steps"},
     "checkpoint": {
         "choices", "errors", "folder", "formats", "patterns", "progress", "provenance", "structure",
         "values", "weights",
@@ -46,12 +48,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hf": {"checkpoint", "formats", "kernels", "packed"},
     "fetch": {"checkpoint", "errors"},
     "prune": {
-        "__init__", "calibrate", "checkpoint", "choices", "errors", "folder", "layers", "loop",
-        "methods", "model", "progress", "provenance", "ranks", "recipe", "statistics", "weights",
+        "__init__", "calibrate", "checkpoint", "choices", "folder", "layers", "loop", "model",
+        "output", "progress", "provenance", "ranks", "recipe", "statistics", "steps",
     },
     "plan": {
         "calibrate", "checkpoint", "choices", "errors", "folder", "formats", "layers", "methods",
-        "model", "patterns", "recipe", "structure", "values", "weights",
+        "model", "patterns", "recipe", "steps", "structure", "values", "weights",
     },
     "evaluate": {"data", "folder", "model", "packed", "progress"},
     "budget": {

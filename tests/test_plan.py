@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import Outcome, save_tiny_model
+from safetensors.torch import load_file
+from test_resume import cut_off
 
 from gblm.checkpoint.reader import Reader
-from gblm.errors import PatternError, UsageError
+from gblm.errors import GblmError, UsageError
 from gblm.formats import format_for
 from gblm.methods import METHODS
 from gblm.patterns import parse
 from gblm.plan import plan
-from gblm.plan.seconds import strip_shape
+from gblm.plan.rates import Rates, strip_shape
+from gblm.prune import Output, prune
 from gblm.recipe import Calibration, Recipe
 
 Run = Callable[..., Outcome]
@@ -26,7 +31,7 @@ TEXT = Calibration(num_samples=4, seq_len=32)
 
 @pytest.fixture(autouse=True)
 def short_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gblm.plan.seconds.PROBE_SECONDS", 0.001)
+    monkeypatch.setattr("gblm.plan.rates.PROBE_SECONDS", 0.001)
 
 
 def predict(model: Path, method: str = "gblm", ranks: int = 1, **fields: Any) -> dict[str, Any]:
@@ -160,11 +165,129 @@ def test_sequential_order_holds_all_samples_at_once(tiny: Path) -> None:
     assert working_bytes(once) > working_bytes(whole)  # all samples in one batch
 
 
-def test_what_prune_refuses_is_refused(tiny: Path) -> None:
-    with pytest.raises(PatternError, match="64 columns"):
-        predict(tiny, pattern="2:5")
-    with pytest.raises(UsageError, match="matches no linear"):
-        predict(tiny, ignore=("zzz",))
+STEPS: list[dict[str, Any]] = [
+    {"refit": {}},
+    {"rounding": "obs", "values": "int4"},
+    {"reconstruct": {"epochs": 1}},
+    {"refit": {}, "rounding": "obs", "values": "int4", "reconstruct": {"epochs": 1}},
+]
+
+
+@pytest.mark.parametrize("fields", STEPS, ids=str)
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_steps_take_memory_and_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, fields: dict[str, Any]
+) -> None:
+    same = defaultdict(lambda: 1e8)
+    rates = Rates(1e9, 1e9, 1e9, 1e9, 1e9, 1e9, same, same, same, 1e9)  # type: ignore[arg-type]
+    monkeypatch.setattr("gblm.plan.probe", lambda *arguments: rates)
+    big = save_tiny_model(tmp_path / "big", hidden_size=512, intermediate_size=2048)
+    plain = predict(big, method, values=fields.get("values", "float"))
+    facts = predict(big, method, **fields)
+    if method == "sparsegpt" and fields.keys() == {"rounding", "values"}:
+        # In the same sweep, with the same factor.
+        assert working_bytes(facts) >= working_bytes(plain)
+        assert facts["seconds"] == plain["seconds"]
+    else:
+        assert working_bytes(facts) > working_bytes(plain)
+        assert facts["seconds"] > plain["seconds"]
+    assert "capture" in [phase["phase"] for phase in facts["phases"]]
+
+
+@pytest.mark.parametrize("order", ["layer", "sequential"])
+def test_a_second_stream_goes_to_disk_too(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, order: str
+) -> None:
+    monkeypatch.setattr("gblm.calibrate.activations.MEMORY_SHARE", 0)
+    text = TEXT.model_copy(update={"order": order})
+    one = predict(tiny, "wanda", calibration=text)["disk"]["activations_bytes"]
+    two = predict(tiny, "wanda", calibration=text, reconstruct={})["disk"]["activations_bytes"]
+    assert two == 2 * one > 0
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+@pytest.mark.parametrize("fields", STEPS, ids=str)
+def test_finished_layers_are_as_large_as_predicted(
+    tiny: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fields: dict[str, Any],
+    dtype: str,
+) -> None:
+    calibration = TEXT.model_copy(update={"source": str(text_file)})
+    recipe = Recipe.from_dict(
+        {"model": str(tiny), "method": "wanda", "dtype": dtype} | fields
+    ).model_copy(update={"calibration": calibration})
+    cut_off(recipe, tmp_path / "out", monkeypatch)
+    (layer,) = tmp_path.glob(".out.work/layer-*.safetensors")
+    found, layers = sum(tensor.nbytes for tensor in load_file(layer).values()), 2
+    assert plan(recipe)["disk"]["finished_layers_bytes"] == layers * found
+
+
+def test_steps_need_no_method_for_the_dense_pattern(tiny: Path) -> None:
+    facts = predict(tiny, "sparsegpt", pattern="dense", values="int4", rounding="obs")
+    assert facts["groups"][0]["format"] == "dense"
+    mixed = [{"targets": ["*.0.*"], "pattern": "dense", "values": "int8"}]
+    facts = predict(tiny, "sparsegpt", layers=mixed, rounding="obs")
+    assert [group["pattern"] for group in facts["groups"]] == ["dense", "dense", "2:4"]
+
+
+def test_layers_that_stay_dense_are_planned_for(tiny: Path) -> None:
+    facts = predict(tiny, "wanda", ignore=("layers.0.*",), reconstruct={})
+    assert facts["groups"][0]["linears"] == 7
+    assert working_bytes(facts) > 0
+
+
+REFUSED: list[dict[str, Any]] = [
+    {"pattern": "2:5"},
+    {"ignore": ["zzz"]},
+    {"method": "nope"},
+    {"method": "sparsegpt", "options": {"damping": 2.0}},
+    {"method": "dsnot", "pattern": "8x8@0.5"},
+    {"method": "dsnot", "layers": [{"targets": ["o_proj"], "pattern": "8x8@0.5"}]},
+    {"layers": [{"targets": ["q_proj"], "values": "int8"}]},
+    {"values": "int4:256"},
+    {"method": "wanda", "calibration": None},
+    {"method": "magnitude", "refit": {}, "calibration": None},
+    {"method": "magnitude", "rounding": "obs", "values": "int8", "calibration": None},
+    {"method": "wanda", "stats": "nowhere"},
+    {"method": "wanda", "pattern": "dense", "refit": {}},
+]
+
+
+@pytest.mark.parametrize("fields", REFUSED, ids=str)
+def test_what_prune_refuses_is_refused(tiny: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+    recipe = Recipe.from_dict({"model": str(tiny)} | fields)
+    with pytest.raises(GblmError) as by_prune:
+        prune(recipe, tmp_path / "out")
+    with pytest.raises(type(by_prune.value)) as by_plan:
+        plan(recipe)
+    assert str(by_plan.value) == str(by_prune.value)
+
+
+def test_statistics_without_what_steps_need_are_refused(
+    tiny: Path, text_file: Path, tmp_path: Path
+) -> None:
+    calibration = TEXT.model_copy(update={"source": str(text_file), "prefix": "dense"})
+    recipe = Recipe(model=str(tiny), method="wanda", calibration=calibration)
+    prune(recipe, Output(tmp_path / "first", save_stats=tmp_path / "stats"))
+    recipe = recipe.model_copy(update={"stats": str(tmp_path / "stats"), "calibration": None})
+    plan(recipe)
+    more = Recipe.from_dict(recipe.to_dict() | {"refit": {}})
+    for run in (plan, partial(prune, output=tmp_path / "second")):
+        with pytest.raises(UsageError, match="lacks hessian"):
+            run(more)
+
+
+def test_more_ranks_than_samples_are_refused(tiny: Path) -> None:
+    predict(tiny, "wanda", ranks=4)
+    with pytest.raises(UsageError, match="5 ranks cannot share 4 samples"):
+        predict(tiny, "wanda", ranks=5)
+    text = TEXT.model_copy(update={"batch_size": 2})
+    with pytest.raises(UsageError, match="3 ranks cannot share 4 samples"):
+        predict(tiny, "wanda", ranks=3, calibration=text)
+    predict(tiny, "magnitude", ranks=5)
 
 
 def test_command_prints_a_table_or_json(gblm: Run, tiny: Path, tmp_path: Path) -> None:

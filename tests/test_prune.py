@@ -97,12 +97,13 @@ def test_ignored_linears_stay_dense(recipe: Recipe, tmp_path: Path) -> None:
 def test_a_model_in_memory_is_changed_in_place(tiny: Path) -> None:
     from gblm.calibrate.walk import Walk
     from gblm.methods import make_method
+    from gblm.methods.pipeline import Pipeline
     from gblm.patterns import NM
 
     model = load(tiny)
     linears = prunable(model)
     choices = dict.fromkeys(linears, Choice(NM(2, 4)))
-    loop = Loop(make_method("magnitude", {}), choices, Walk(frozenset()))
+    loop = Loop(Pipeline(make_method("magnitude", {})), choices, Walk(frozenset()))
     done = 0
     for pruned in prune_layers(Layers(model), [], loop):
         for name, weight in pruned.weights.items():

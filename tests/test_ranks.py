@@ -13,8 +13,13 @@ import psutil
 import pytest
 import torch
 from conftest import Outcome, content
+from safetensors.torch import load_file
 
+from gblm.checkpoint.packed_folder import PackedReader
+from gblm.packed import load_any
+from gblm.prune import prune
 from gblm.ranks import Ranks
+from gblm.recipe import Calibration, Recipe
 
 Launch = Callable[..., subprocess.Popen[str]]
 RANK = str(Path(__file__).with_name("rank.py"))
@@ -56,8 +61,6 @@ def finished(job: subprocess.Popen[str]) -> str:
 
 
 def assert_same_masks(one: Path, many: Path) -> None:
-    from gblm.checkpoint.packed_folder import PackedReader
-
     with PackedReader(one) as first, PackedReader(many) as second:
         for name in first.linears:
             a, b = first.parts(name), second.parts(name)
@@ -102,14 +105,82 @@ def test_gradients_streamed_layer_by_layer_give_the_single_process_masks(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["many", "one"]
 
 
+def steps(values: str, order: str) -> list[object]:
+    """Every step of a recipe; two passes over the text."""
+    return [
+        *("--values", values, "--rounding", "obs", "--refit"),
+        *("--reconstruct", 2, "--order", order),
+    ]
+
+
+@pytest.mark.parametrize(("order", "values"), [("layer", "int4"), ("sequential", "float")])
+def test_training_takes_the_steps_of_a_single_process(
+    gblm: Callable[..., Outcome],
+    torchrun: Launch,
+    tiny: Path,
+    text_file: Path,
+    tmp_path: Path,
+    order: str,
+    values: str,
+) -> None:
+    """All samples are in one step, so the mean of the ranks' gradients is that of one process."""
+    more = ("--order", order, "--values", values, "--reconstruct", 2)
+    one, many = (
+        prune_arguments(tiny, text_file, tmp_path / name, "wanda", 4, *more)
+        for name in ("one", "many")
+    )
+    assert gblm(*one).code == 0
+    finished(torchrun(2, *many))
+    source = load_file(tiny / "model.safetensors")
+    with PackedReader(tmp_path / "one") as first, PackedReader(tmp_path / "many") as second:
+        for name, linear in first.linears.items():
+            a, b = (linear.fmt.unpack(r.parts(name), torch.float32) for r in (first, second))
+            assert torch.equal(a.mask, b.mask), name
+            cut = torch.where(a.mask, source[f"{name}.weight"].float(), 0)
+            moved = (a.weight - cut).norm()
+            assert float((a.weight - b.weight).norm()) < 0.1 * float(moved), name
+            assert float(moved) > 0
+
+
+@pytest.mark.parametrize("order", ["layer", "sequential"])
+def test_all_steps_of_several_ranks_end_as_close_to_the_dense_model(
+    torchrun: Launch, tiny: Path, text_file: Path, tmp_path: Path, order: str
+) -> None:
+    """Conjugate gradients amplify the rounding of sums: weights differ, their errors do not."""
+    text = Calibration(source=str(text_file), num_samples=4, seq_len=32, order=order)
+    recipe = Recipe(
+        model=str(tiny), method="sparsegpt", values="int4", dtype="float32", calibration=text
+    )
+    fields = {"rounding": "obs", "refit": {}, "reconstruct": {}}
+    prune(Recipe.from_dict(recipe.to_dict() | fields), tmp_path / "one")
+    arguments = prune_arguments(tiny, text_file, tmp_path / "many", "sparsegpt", 4)
+    finished(torchrun(2, *arguments, *steps("int4", order)))
+    ids = torch.tensor(list(text_file.read_bytes()[: 8 * 32])).reshape(8, 32)
+
+    @torch.no_grad()
+    def logits(folder: Path) -> torch.Tensor:
+        return load_any(folder, None, torch.float32)(input_ids=ids).logits
+
+    want = logits(tiny)
+    one, many = ((logits(tmp_path / name) - want).square().mean() for name in ("one", "many"))
+    assert float(many) == pytest.approx(float(one), rel=0.1)
+
+
 @pytest.mark.parametrize(
-    ("method", "values"), [("gblm", "float"), ("sparsegpt", "float"), ("sparsegpt", "int8")]
+    ("method", "more"),
+    [
+        ("gblm", ["--values", "float"]),
+        ("sparsegpt", ["--values", "float"]),
+        ("sparsegpt", ["--values", "int8"]),
+        ("sparsegpt", steps("int4", "layer")),
+        ("sparsegpt", steps("int4", "sequential")),
+    ],
 )
 def test_a_killed_job_goes_on_where_it_was_and_ends_in_the_same_bytes(
-    torchrun: Launch, tiny: Path, text_file: Path, tmp_path: Path, method: str, values: str
+    torchrun: Launch, tiny: Path, text_file: Path, tmp_path: Path, method: str, more: list[object]
 ) -> None:
     whole, out = (
-        [*prune_arguments(tiny, text_file, tmp_path / name, method, 5), "--values", values]
+        [*prune_arguments(tiny, text_file, tmp_path / name, method, 5), *more]
         for name in ("whole", "out")
     )
     finished(torchrun(2, *whole))

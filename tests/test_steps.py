@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import content
+from conftest import Outcome, content
+from killing import killed_run
 from safetensors.torch import load_file
 from test_resume import cut_off
 
@@ -15,7 +18,7 @@ from gblm.errors import UsageError
 from gblm.model import load_tokenizer
 from gblm.packed import load as load_packed
 from gblm.packed import load_any
-from gblm.prune import prune
+from gblm.prune import Output, prune
 from gblm.recipe import Calibration, Recipe
 
 STEPS = {"rounding": "obs", "refit": {}, "reconstruct": {"epochs": 2, "learning_rate": 1e-3}}
@@ -81,6 +84,74 @@ def test_cut_off_it_ends_in_the_same_bytes(
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
+@pytest.mark.timeout(300)
+def test_killed_at_some_steps_it_ends_in_the_same_bytes(recipe: Recipe, tmp_path: Path) -> None:
+    recipe = with_steps(recipe, method="sparsegpt", values="int4", **STEPS)
+    prune(recipe, tmp_path / "whole")
+    killed = 0
+    for step in range(4, 60, 5):
+        code = killed_run(recipe.to_dict(), tmp_path / "out", step)
+        if code == 0:
+            break
+        assert code == -9
+        killed += 1
+        prune(recipe, Output(tmp_path / "out", overwrite=True))
+        assert content(tmp_path / "out") == content(tmp_path / "whole"), f"killed at step {step}"
+        shutil.rmtree(tmp_path / "out")
+    assert killed > 3
+
+
+@pytest.mark.parametrize("order", ["layer", "sequential"])
+def test_activations_on_disk_give_the_same_bytes(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str
+) -> None:
+    batch = 1 if order == "sequential" else 3
+    calibration = recipe.to_dict()["calibration"] | {"order": order, "batch_size": batch}
+    recipe = with_steps(recipe, values="int4", calibration=calibration, **STEPS)
+    prune(recipe, tmp_path / "memory")
+    monkeypatch.setattr("gblm.calibrate.activations.MEMORY_SHARE", 0)
+    prune(recipe, tmp_path / "disk")
+    assert content(tmp_path / "disk") == content(tmp_path / "memory")
+
+
+def test_a_layer_that_stays_dense_keeps_its_norms(recipe: Recipe, tmp_path: Path) -> None:
+    fields = {"ignore": ["layers.1.*"], "reconstruct": {"learning_rate": 5e-3}}
+    prune(with_steps(recipe, dtype="auto", **fields), tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    source = load_file(Path(recipe.model) / "model.safetensors")
+    for name in source:
+        if "layernorm" in name:
+            assert torch.equal(stored[name], source[name]) is (".1." in name), name
+
+
+def test_the_model_card_names_the_steps(recipe: Recipe, tmp_path: Path) -> None:
+    prune(with_steps(recipe, values="int4", **STEPS), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    (row,) = (line for line in card.splitlines() if line.startswith("| steps |"))
+    for word in ("refit (iterations = 12", "rounding obs", "reconstruct (epochs = 2"):
+        assert word in row
+    prune(recipe, tmp_path / "plain")
+    assert "steps" not in (tmp_path / "plain" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_saved_statistics_serve_the_same_steps(recipe: Recipe, tmp_path: Path, method: str) -> None:
+    fields = {"method": method, "values": "int4", "rounding": "obs", "refit": {}}
+    recipe, stats = with_steps(recipe, **fields), tmp_path / "stats"
+    prune(recipe, Output(tmp_path / "first", save_stats=stats))
+    prune(with_steps(recipe, calibration=None, stats=str(stats)), tmp_path / "second")
+    first, second = (content(tmp_path / name) for name in ("first", "second"))
+    assert first["model.safetensors"] == second["model.safetensors"]
+
+
+def test_saved_statistics_say_what_they_were_taken_behind(recipe: Recipe, tmp_path: Path) -> None:
+    recipe = with_steps(recipe, values="int4", **STEPS)
+    prune(recipe, Output(tmp_path / "out", save_stats=tmp_path / "stats"))
+    facts = json.loads((tmp_path / "stats" / "stats.json").read_text())
+    assert facts["prefix"] == "wanda 2:4, refit, reconstruct"
+    assert facts["needs"] == ["act_norm", "hessian"]
+
+
 def test_trained_norms_are_stored_and_loaded(recipe: Recipe, tmp_path: Path) -> None:
     prune(with_steps(recipe, reconstruct={"learning_rate": 5e-3}), tmp_path / "out")
     name = "model.layers.1.post_attention_layernorm.weight"
@@ -111,7 +182,7 @@ def test_gptq_is_rounding_with_the_dense_pattern(
         ({"reconstruct": {}, "calibration": None}, "calibration text"),
         ({"reconstruct": {}, "calibration": {"prefix": "dense"}}, "prefix"),
         ({"reconstruct": {"epochs": 0}}, "epochs"),
-        ({"reconstruct": {}, "stats": "somewhere"}, "not stats"),
+        ({"reconstruct": {}, "stats": "somewhere"}, "leave one of the two out"),
         ({"refit": {"iterations": 0}}, "iterations"),
     ],
 )
@@ -126,3 +197,61 @@ def test_methods_without_data_can_be_reconstructed(recipe: Recipe, tmp_path: Pat
     fields = {"method": "magnitude", "reconstruct": {}}
     prune(with_steps(recipe, **fields), tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "obs"])
+def test_the_dense_pattern_asks_no_method_for_statistics(
+    recipe: Recipe, tmp_path: Path, rounding: str
+) -> None:
+    """A method chooses nothing there: no gradients are taken, and all methods end alike."""
+    fields = {"pattern": "dense", "values": "int4", "rounding": rounding}
+    phases: list[str] = []
+
+    def progress(phase: str, steps: int) -> Callable[[], None]:
+        phases.append(phase)
+        return lambda: None
+
+    for method in ("gblm", "magnitude", "sparsegpt"):
+        prune(with_steps(recipe, method=method, **fields), tmp_path / method, progress)
+    assert phases == ["pruning"] * 3
+    want = content(tmp_path / "magnitude")["model.safetensors"]
+    for method in ("gblm", "sparsegpt"):
+        assert content(tmp_path / method)["model.safetensors"] == want
+    text = (tmp_path / "gblm" / "README.md").read_text()
+    assert "tiny, rounded to int4:64, int4:128" in text
+    assert "sparse" not in text.split("---")[1]
+    calibration = json.loads((tmp_path / "gblm" / "recipe.json").read_text())["calibration"]
+    assert (calibration is None) is (rounding == "nearest")
+
+
+def test_refit_needs_something_that_was_pruned(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="dense prunes nothing"):
+        prune(with_steps(recipe, pattern="dense", refit={}), tmp_path / "out")
+    mixed = [{"targets": ["layers.0.*"], "pattern": "dense"}]
+    prune(with_steps(recipe, layers=mixed, refit={}), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--rounding", "obs"), "recipe: rounding obs goes with integer values: give values int8"),
+        (
+            ("--reconstruct", 1, "--prefix", "dense"),
+            "recipe: reconstruct trains on what the pruned",
+        ),
+        (("--pattern", "dense", "--refit", "--method", "magnitude"), "dense prunes nothing"),
+        (("--preset", "best", "--stats", "x"), "--preset does not go with --stats"),
+        (("--reconstruct", 1, "--stats", "x"), "reconstruct runs text through the model"),
+    ],
+)
+def test_the_command_line_says_what_does_not_fit(
+    gblm: Callable[..., Outcome],
+    tiny: Path,
+    tmp_path: Path,
+    arguments: tuple[object, ...],
+    message: str,
+) -> None:
+    done = gblm("prune", tiny, *arguments, "--output", tmp_path / "out")
+    assert done.code == 2, done
+    assert message in done.err
+    assert not (tmp_path / "out").exists()

@@ -117,7 +117,12 @@ class _Pruning:
             self._loop.save(self._layer.index, self._seen)
         # This object lives until the next layer has been observed.
         self._prepared, self._more, self._input = {}, None, None
-        others = self._train(self._loop.training) if self._loop.training is not None else {}
+        self._seen, self._whole = {}, {}
+        self._layer.stats.clear()
+        training, others = self._loop.training, dict[str, Tensor]()
+        # A layer that is left dense altogether is left alone.
+        if training is not None and self._chosen:
+            others = self._train(training)
         if not self._ranks.leads:
             return Pruned(self._layer.index, {})
         # Not in the order of the calls: what is written should not depend on it.

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,50 +16,28 @@ import torch
 from torch import Tensor
 
 from gblm import __version__
-from gblm.calibrate.reconstruct import Training
 from gblm.calibrate.saved import StatsFolder
 from gblm.calibrate.walk import DecoderLayer
-from gblm.checkpoint.packer import Packing, check_packable, check_room, write_packed
+from gblm.checkpoint.packer import Packing, check_packable, write_packed
 from gblm.checkpoint.reader import Reader
-from gblm.checkpoint.work import (
-    WorkFolder,
-    is_complete,
-    open_work,
-    remove_leftovers,
-    work_path,
-)
-from gblm.checkpoint.writer import check_output, folder_bytes, folder_sha256
-from gblm.choices import Choice, choose, patterns_of
-from gblm.errors import InputError, UsageError
+from gblm.checkpoint.work import WorkFolder, open_work, work_path
+from gblm.checkpoint.writer import folder_sha256
+from gblm.choices import choose
 from gblm.folder import resolve
 from gblm.layers import StreamedLayers
 from gblm.loop import Loop, Pruned, prune_layers
-from gblm.methods.pipeline import Pipeline, make_pipeline
 from gblm.model import check_device, head_dim, output_head, prunable, refuse_packed
+from gblm.output import Output
 from gblm.progress import Progress, no_progress
 from gblm.provenance import versions
 from gblm.ranks import Ranks, rank_device, ranks_from_environment
 from gblm.recipe import Recipe
 from gblm.statistics import Statistics
+from gblm.steps import Steps, steps_of
+
+__all__ = ["Output", "prune"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Output:
-    """Where a run writes, and what it does with what is there.
-
-    Attributes:
-        folder: the packed folder to make; it appears complete or not at all.
-        overwrite: replace an existing folder.
-        resume: go on after the finished layers of an earlier run of the same recipe.
-        save_stats: a folder for the statistics, to be used by other recipes.
-    """
-
-    folder: Path
-    overwrite: bool = False
-    resume: bool = True
-    save_stats: Path | None = None
 
 
 def prune(
@@ -101,76 +78,30 @@ def prune(
 
 def _prepare(recipe: Recipe, output: Output, reader: Reader, device: str, ranks: Ranks) -> _Run:
     """Check everything that can be checked without computing."""
-    pipeline = pipeline_of(recipe)
+    steps = steps_of(recipe)
     refuse_packed(reader.folder)
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     layers = StreamedLayers(reader, dtype, device)
     choices = choose(recipe, prunable(layers.model, recipe.targets, recipe.ignore))
-    for pattern in patterns_of(choices):
-        pipeline.check_pattern(pattern)
+    steps.check(choices, ranks.size)
     check_packable(reader, choices)
     if ranks.leads:
-        _check_output(output, recipe, layers, choices, pipeline)
-    if recipe.stats is not None or not (pipeline.needs or recipe.reconstruct):
-        recipe = recipe.model_copy(update={"calibration": None})
+        output.check(recipe, steps, layers, choices)
+    recipe = recipe.model_copy(update={"calibration": steps.calibration})
     sha256 = folder_sha256(reader.folder, {"config.json", *reader.files})
-    statistics = Statistics.prepare(recipe, pipeline, layers, frozenset(choices), ranks, sha256)
+    pipeline, names = steps.pipeline, frozenset(choices)
+    statistics = Statistics.prepare(recipe, pipeline, layers, names, ranks, sha256)
     packing = Packing(
         source=reader.folder,
         choices=choices,
         linears=tuple(prunable(layers.model)),
         recipe=recipe.to_dict(),
         notes={"calibration_sha256": statistics.calibration_sha256, "model_sha256": sha256},
-        keeps_values=pipeline.keeps_values and recipe.reconstruct is None,
+        keeps_values=steps.keeps_values,
         head_dim=head_dim(layers.model),
         head=output_head(layers.model, recipe.head, reader),
     )
-    return _Run(packing, output, reader, layers, pipeline, statistics)
-
-
-def _check_output(
-    output: Output,
-    recipe: Recipe,
-    source: StreamedLayers,
-    choices: Mapping[str, Choice],
-    pipeline: Pipeline,
-) -> None:
-    """The outputs are free, and the disk holds finished layers besides the folder itself."""
-    remove_leftovers(output.folder)
-    _check_save_stats(output, recipe, pipeline)
-    reader = source.reader
-    head = output_head(source.model, recipe.head, reader)
-    if head is not None:
-        head.check(reader)
-    sizes = {name: math.prod(reader.headers[f"{name}.weight"][0]) for name in choices}
-    layers = int(1.1 * sum(reader.num_bytes(f"{name}.weight") for name in choices))
-    # Updated values are kept unrounded as well; codes are exact.
-    floats = sum(sizes[name] for name, choice in choices.items() if choice.values.is_float)
-    exact = 0 if pipeline.keeps_values and recipe.reconstruct is None else 4 * floats
-    collects = "grad_norm" in pipeline.needs and recipe.stats is None
-    gradients = 4 * sum(sizes.values()) if collects else 0
-    saved = gradients if output.save_stats is not None else 0
-    there = folder_bytes(work_path(output.folder))
-    extra = layers + exact + gradients + saved + (head.num_bytes if head else 0) - there
-    check_room(reader, output.folder, output.overwrite, extra)
-
-
-def _check_save_stats(output: Output, recipe: Recipe, pipeline: Pipeline) -> None:
-    target = output.save_stats
-    if target is None:
-        return
-    if not pipeline.needs:
-        raise UsageError("--save-stats: this method collects no statistics.")
-    if recipe.stats is not None:
-        raise UsageError("--save-stats does not go with --stats: nothing new is collected.")
-    folder, place = output.folder.resolve(), target.resolve()
-    if place.is_relative_to(folder) or folder.is_relative_to(place):
-        raise UsageError(f"--save-stats {target} and --output {output.folder} lie in one another.")
-    if is_complete(output.folder) and target.exists():
-        return
-    if target.exists():
-        raise InputError(f"{target} exists; choose another --save-stats, or remove it.")
-    check_output(target, overwrite=False)
+    return _Run(packing, output, reader, layers, steps, statistics)
 
 
 @dataclass(frozen=True)
@@ -181,7 +112,7 @@ class _Run:
     output: Output
     reader: Reader
     layers: StreamedLayers
-    pipeline: Pipeline
+    steps: Steps
     statistics: Statistics
 
     @property
@@ -224,7 +155,7 @@ class _Run:
 
     def _gradients(self, folder: StatsFolder, scratch: Path, progress: Progress) -> None:
         """Take gradient norms unless they are saved, or an earlier run has finished them."""
-        if "grad_norm" not in self.pipeline.needs or self.statistics.saved is not None:
+        if "grad_norm" not in self.steps.pipeline.needs or self.statistics.saved is not None:
             return
         if not self.ranks.agree(int(folder.complete)):
             self.statistics.make_gradients(folder, scratch, progress)
@@ -233,8 +164,8 @@ class _Run:
         self, work: WorkFolder | None, gradients: StatsFolder, scratch: Path, first: int
     ) -> Loop:
         how = self.statistics.walk(scratch, first)
-        training = _training(self.statistics.recipe)
-        loop = Loop(self.pipeline, self.packing.choices, how, training=training)
+        steps = self.steps
+        loop = Loop(steps.pipeline, self.packing.choices, how, training=steps.training)
         if work is None:
             return loop
         if self.output.save_stats is not None:
@@ -248,7 +179,7 @@ class _Run:
         stats = StatsFolder(work.path / "stats")
         # Gone already when an earlier run was cut off after it.
         if target.save_stats is not None and stats.path.exists():
-            stats.finish(self.statistics.facts(self.pipeline.needs))
+            stats.finish(self.statistics.facts(self.steps.pipeline.needs))
             stats.publish(target.save_stats.resolve())
         pieces = ((layer.packed(), layer.rows) for layer in work.finished)
         return write_packed(self.packing, pieces, target.folder, target.overwrite, work.path)
@@ -279,17 +210,6 @@ class _Run:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def pipeline_of(recipe: Recipe) -> Pipeline:
-    """What a recipe does with each linear."""
-    refit = recipe.refit.model_dump() if recipe.refit is not None else None
-    return make_pipeline(recipe.method, recipe.options, refit, recipe.rounding)
-
-
-def _training(recipe: Recipe) -> Training | None:
-    wanted = recipe.reconstruct
-    return Training(**wanted.model_dump()) if wanted is not None else None
 
 
 def _restore(work: WorkFolder, packing: Packing, layer: DecoderLayer) -> None:

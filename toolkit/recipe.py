@@ -40,6 +40,13 @@ class Calibration(BaseModel):
     prefix: Literal["pruned", "dense"] = "pruned"
     order: Literal["layer", "sequential"] = "layer"
 
+    @property
+    def num_batches(self) -> int:
+        """What ranks can share: forward passes; samples, where all of a rank's are one batch."""
+        if self.order == "sequential":
+            return self.num_samples
+        return -(-self.num_samples // self.batch_size)
+
     @model_validator(mode="after")
     def _one_or_the_other(self) -> Calibration:
         if self.order == "sequential" and self.prefix == "dense":
@@ -151,13 +158,22 @@ class Recipe(BaseModel):
     def _steps_fit(self) -> Recipe:
         kinds = {self.values, *(choice.values or self.values for choice in self.layers)}
         if self.rounding != "nearest" and kinds == {"float"}:
-            raise ValueError(f"rounding {self.rounding} goes with integer values")
+            raise ValueError(
+                f"rounding {self.rounding} goes with integer values: give values int8 or int4, or "
+                "leave rounding out"
+            )
         if self.reconstruct is not None and self.stats is not None:
-            raise ValueError("reconstruct needs calibration text, not stats")
+            raise ValueError(
+                "reconstruct runs text through the model, which stats cannot stand for: leave one "
+                "of the two out"
+            )
         if self.reconstruct is not None and self.calibration is None:
             raise ValueError("reconstruct needs calibration text")
         if self.reconstruct and self.calibration and self.calibration.prefix == "dense":
-            raise ValueError('reconstruct goes with the prefix "pruned"')
+            raise ValueError(
+                "reconstruct trains on what the pruned layers before make of the text: leave "
+                "prefix dense out"
+            )
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -175,8 +191,9 @@ class Recipe(BaseModel):
             return cls.model_validate(fields)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise UsageError(f"recipe: {where}: {first['msg']}.") from error
+            where = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
+            message = first["msg"].removeprefix("Value error, ")
+            raise UsageError(f"recipe: {where}{message}.") from error
 
     @classmethod
     def from_file(cls, path: Path) -> Recipe:

@@ -18,13 +18,12 @@ from gblm.calibrate.gradients import Gradients, gradient_norms, num_steps, resid
 from gblm.calibrate.saved import LayerStats, StatsFolder
 from gblm.calibrate.stats import STATS
 from gblm.calibrate.walk import Walk
-from gblm.errors import UsageError
 from gblm.layers import StreamedLayers
 from gblm.methods.pipeline import Pipeline
 from gblm.model import hidden_size, load_tokenizer
 from gblm.progress import Progress
 from gblm.ranks import Ranks
-from gblm.recipe import Recipe
+from gblm.recipe import Calibration, Recipe
 
 logger = logging.getLogger(__name__)
 GRADIENTS = frozenset({"grad_norm"})
@@ -67,7 +66,7 @@ class Statistics:
         """Draw the calibration windows, or check the saved statistics.
 
         Args:
-            recipe: of the run.
+            recipe: of the run; without calibration text where none is to be run.
             pipeline: made from it.
             layers: the model.
             names: full names of the linears to prune.
@@ -76,23 +75,17 @@ class Statistics:
 
         Raises:
             InputError: the saved statistics are of another model.
-            UsageError: there is no text or too little, or statistics lack something.
+            UsageError: there is too little text, or statistics lack something.
         """
         windows = saved = None
         if pipeline.needs and recipe.stats is not None:
             saved = StatsFolder(Path(recipe.stats))
-            saved.check(sha256, len(layers), names, pipeline.needs, gradient_norm(pipeline))
+            saved.check(sha256, len(layers), names, pipeline.needs, pipeline.gradient_norm)
             if (prefix := saved.facts().get("prefix")) != "dense":
                 logger.warning("the statistics were taken behind layers pruned by %s", prefix)
-        elif pipeline.needs or recipe.reconstruct is not None:
-            windows = _draw(recipe, layers.reader.folder)
-        made = cls(recipe, pipeline, layers, names, ranks, windows, saved, sha256)
-        if windows is not None and not made.batches():
-            raise UsageError(
-                f"{ranks.size} ranks cannot share {len(windows)} samples: give each a batch of its "
-                "own (--num-samples, --batch-size)."
-            )
-        return made
+        elif recipe.calibration is not None:
+            windows = _draw(recipe.calibration, layers.reader.folder)
+        return cls(recipe, pipeline, layers, names, ranks, windows, saved, sha256)
 
     @property
     def calibration_sha256(self) -> str | None:
@@ -139,7 +132,7 @@ class Statistics:
         resident = self.ranks.agree(int(self._resident())) == 1
         steps = num_steps(self.layers, len(samples), resident)
         how = Gradients(
-            norm=gradient_norm(self.pipeline) or "l2",
+            norm=self.pipeline.gradient_norm or "l2",
             names=self.names,
             scratch=place(scratch, self._activation_bytes() * (len(self.layers) + 2)),
             ranks=self.ranks,
@@ -169,12 +162,10 @@ class Statistics:
             "model": self.model_sha256,
             "linears": sorted(self.names),
             "needs": sorted(needs),
-            "gradient_norm": gradient_norm(self.pipeline),
+            "gradient_norm": self.pipeline.gradient_norm,
             "num_samples": len(self.windows) if self.windows is not None else 0,
             "calibration_sha256": self.calibration_sha256,
-            "prefix": f"{self.recipe.method} {', '.join(self.recipe.patterns)}"
-            if pruned
-            else "dense",
+            "prefix": _prefix(self.recipe) if pruned else "dense",
             "order": self.recipe.calibration.order if self.recipe.calibration else "layer",
         }
 
@@ -191,10 +182,10 @@ class Statistics:
         return tokens * hidden_size(self.layers.model) * self.layers.dtype.itemsize
 
 
-def gradient_norm(pipeline: Pipeline) -> str | None:
-    """Which norm of the gradients a method reads; None when it reads none."""
-    reads = "grad_norm" in pipeline.needs
-    return getattr(pipeline.method, "gradient_norm", "l2") if reads else None
+def _prefix(recipe: Recipe) -> str:
+    """What the layers in front were made by, in words."""
+    steps = [name for name in ("refit", "reconstruct") if getattr(recipe, name) is not None]
+    return ", ".join([f"{recipe.method} {', '.join(recipe.patterns)}", *steps])
 
 
 def _read(folder: StatsFolder, wanted: frozenset[str], index: int) -> LayerStats:
@@ -206,10 +197,7 @@ def _read(folder: StatsFolder, wanted: frozenset[str], index: int) -> LayerStats
     return {local: own | {"num_samples": samples} for local, own in stats.items()}
 
 
-def _draw(recipe: Recipe, folder: Path) -> Tensor:
-    wanted = recipe.calibration
-    if wanted is None:
-        raise UsageError(f"method {recipe.method} needs calibration text; the recipe has none.")
+def _draw(wanted: Calibration, folder: Path) -> Tensor:
     documents = data.read_documents(wanted.source, "calibration")
     return data.calibration_windows(
         documents, load_tokenizer(folder), wanted.num_samples, wanted.seq_len, wanted.seed

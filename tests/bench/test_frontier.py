@@ -67,7 +67,7 @@ def test_every_case_is_a_recipe(name: str) -> None:
         return
     recipe = case.build("model", "valid.txt", 16, 3, "cpu")
     assert recipe.dtype == "float32"
-    frontier.pipeline_of(recipe)
+    frontier.steps_of(recipe)
     assert (recipe.calibration is None) == (name in ("int8", "int4-rtn"))
     if recipe.calibration is not None:
         assert (recipe.calibration.num_samples, recipe.calibration.seed) == (16, 3)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gblm.calibrate.activations import Activations
 from gblm.calibrate.reconstruct import Training, reconstruct
 from gblm.calibrate.trainable import trainable
 from gblm.calibrate.walk import DecoderLayer, Walk, walk
@@ -14,7 +15,7 @@ from gblm.errors import InputError
 from gblm.layers import Layers
 from gblm.model import load
 from gblm.patterns import NM
-from gblm.ranks import ALONE
+from gblm.ranks import ALONE, Ranks
 from gblm.values import parse_values, quantize
 from gblm.weights import SparseWeight
 
@@ -37,11 +38,15 @@ def rounded(weight: torch.Tensor) -> SparseWeight:
 
 
 def pruned_layer(
-    tiny: Path, batches: list[torch.Tensor], make: object = cut
+    tiny: Path,
+    batches: list[torch.Tensor],
+    make: object = cut,
+    dtype: torch.dtype = torch.float32,
+    scratch: Path | None = None,
 ) -> tuple[DecoderLayer, dict[str, SparseWeight]]:
     """The first decoder layer, its linears pruned in place, with its streams."""
-    steps = walk(Layers(load(tiny, torch.float32)), batches, Walk(frozenset(), keep_dense=True))
-    layer = next(steps)
+    how = Walk(frozenset(), keep_dense=True, scratch=scratch)
+    layer = next(walk(Layers(load(tiny, dtype)), batches, how))
     weights = {name: make(linear.weight) for name, linear in layer.linears.items()}
     with torch.no_grad():
         for name, weight in weights.items():
@@ -144,3 +149,65 @@ def test_a_loss_that_is_not_finite_is_an_error(tiny: Path, batches: list[torch.T
     weights["mlp.down_proj"].weight.fill_(float("inf"))
     with pytest.raises(InputError, match="did not converge"):
         reconstruct(layer.module, weights, layer.streams, how, ALONE, "layer")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_dtypes_train_as_well(
+    tiny: Path, batches: list[torch.Tensor], dtype: torch.dtype
+) -> None:
+    wide, weights = pruned_layer(tiny, batches)
+    want = reconstruct(wide.module, weights, wide.streams, HOW, ALONE, "layer")
+    layer, weights = pruned_layer(tiny, batches, dtype=dtype)
+    done = reconstruct(layer.module, weights, layer.streams, HOW, ALONE, "layer")
+    assert done.loss == pytest.approx(want.loss, rel=0.05)
+    for name, weight in done.weights.items():
+        assert weight.weight.dtype == dtype
+        moved = want.weights[name].weight - weights[name].weight.float()
+        error = weight.weight.float() - want.weights[name].weight
+        assert float(error.norm()) < 0.6 * float(moved.norm()), name
+
+
+def test_gradients_too_small_for_float16_count(tiny: Path) -> None:
+    """Many tokens of large states: each gradient of the mean is below float16's smallest number."""
+    batches = list(torch.randint(256, (2, 4, 512), generator=torch.Generator().manual_seed(0)))
+    layer, weights = pruned_layer(tiny, batches, dtype=torch.float16)
+    assert layer.streams is not None
+    for held in (layer.streams.inputs, layer.streams.targets):
+        for index in range(len(batches)):
+            states = held.get(index, torch.device("cpu"))
+            held[index] = states.float().mul(1000.0).half()
+    done = reconstruct(layer.module, weights, layer.streams, Training(1), ALONE, "layer")
+    for name in ("mlp.down_proj", "self_attn.o_proj"):
+        before, after = weights[name].weight, done.weights[name].weight
+        changed = (before != after)[weights[name].mask].float().mean()
+        assert float(changed) > 0.9, name
+
+
+def test_linears_that_no_sample_reaches_are_no_obstacle(
+    tiny: Path, batches: list[torch.Tensor]
+) -> None:
+    class Two(Ranks):
+        def average_(self, tensor: torch.Tensor) -> None:
+            assert isinstance(tensor, torch.Tensor), "the other rank waits for this one"
+
+    layer, weights = pruned_layer(tiny, batches)
+    layer.module.expert = torch.nn.Linear(64, 64)
+    weights["expert"] = cut(layer.module.expert.weight)
+    done = reconstruct(layer.module, weights, layer.streams, HOW, Two(), "layer")
+    assert torch.equal(done.weights["expert"].weight, weights["expert"].weight)
+    assert done.loss[1] < done.loss[0]
+
+
+def test_a_step_reads_its_own_samples_only(
+    tiny: Path, batches: list[torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = torch.cat(batches).split(len(batches) * 2)  # as in the sequential order
+    layer, _ = pruned_layer(tiny, list(one), scratch=tmp_path)
+    assert layer.streams is not None
+    want = [
+        held.get(0, torch.device("cpu")) for held in (layer.streams.inputs, layer.streams.targets)
+    ]
+    monkeypatch.setattr(Activations, "get", lambda *arguments: pytest.fail("all samples were read"))
+    found = layer.streams.batch([4, 1])
+    for tensor, whole in zip(found, want, strict=True):
+        assert torch.equal(tensor, whole[[4, 1]])

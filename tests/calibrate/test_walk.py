@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gblm.calibrate.stats import STATS
 from gblm.calibrate.walk import DecoderLayer, Walk
 from gblm.calibrate.walk import walk as walk_layers
 from gblm.errors import InputError
@@ -163,6 +164,18 @@ def test_shared_inputs_share_one_statistic(
     stats = next(iter(walk(model, batches, NEEDS))).stats
     assert torch.equal(stats["self_attn.q_proj"]["act_norm"], stats["self_attn.v_proj"]["act_norm"])
     assert stats["mlp.down_proj"]["act_norm"].shape == (128,)
+
+
+@pytest.mark.parametrize("order", ["layer", "sequential"])
+def test_ranks_join_statistics_in_one_order(
+    model: torch.nn.Module, batches: list[torch.Tensor], order: str
+) -> None:
+    """A set of names has another order in every process, in which ranks would wait for another."""
+    needs = frozenset(STATS)
+    how = Walk(needs, order=order)
+    for layer in walk_layers(Layers(model), [torch.cat(batches)], how):
+        for own in layer.stats.values():
+            assert list(own) == sorted(needs)
 
 
 def test_walk_without_needs_runs_no_forward_pass(model: torch.nn.Module) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from gblm.budget.linears import Allocation, Linear
 from gblm.choices import Choice
 from gblm.formats.manifest import group_targets
-from gblm.patterns import Unstructured
+from gblm.patterns import Dense, Unstructured
 from gblm.recipe import LayerChoice, Recipe
 
 
@@ -19,7 +19,7 @@ def recipe_for(
     specs: Mapping[str, str],
     every: Iterable[str],
 ) -> Recipe:
-    """The recipe whose choices are an allocation's.
+    """The recipe whose choices are an allocation's, without steps that would have nothing to do.
 
     Args:
         base: everything but pattern, values and layers.
@@ -43,12 +43,14 @@ def recipe_for(
         if (pattern, values) != most
     )
     rounded = any(not choice.values.is_float for choice in allocation.values())
+    pruned = any(not isinstance(choice.pattern, Dense) for choice in allocation.values())
     return base.model_copy(
         update={
             "pattern": most[0],
             "values": most[1],
             "layers": layers,
             "rounding": base.rounding if rounded else "nearest",
+            "refit": base.refit if pruned else None,
         }
     )
 

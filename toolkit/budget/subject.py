@@ -27,12 +27,11 @@ from gblm.errors import PatternError, UsageError
 from gblm.folder import resolve
 from gblm.layers import StreamedLayers
 from gblm.methods.alps import ALPS
-from gblm.methods.pipeline import Pipeline
+from gblm.methods.pipeline import Pipeline, make_pipeline
 from gblm.methods.sparsegpt import SparseGPT
 from gblm.model import load_tokenizer, output_head, prunable, refuse_packed
 from gblm.patterns import NM, Dense, Unstructured, parse
 from gblm.progress import Progress, no_progress
-from gblm.prune import pipeline_of
 from gblm.recipe import Recipe
 from gblm.values import ValueType, parse_values
 
@@ -146,7 +145,8 @@ def examine(recipe: Recipe, wanted: Wanted, progress: Progress = no_progress) ->
     Raises:
         GblmError: what `prune` would refuse before it computes; no value type fits the model.
     """
-    pipeline = pipeline_of(recipe)
+    refit = recipe.refit.model_dump() if recipe.refit is not None else None
+    pipeline = make_pipeline(recipe.method, recipe.options, refit, recipe.rounding)
     with Reader(resolve(recipe.model)) as reader:
         refuse_packed(reader.folder)
         dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)

@@ -49,6 +49,14 @@ class Activations:
             tensor: Tensor = file.get_tensor("x")
             return tensor.to(device) if device.type != "cpu" else tensor.clone()
 
+    def sample(self, index: int, row: int, device: torch.device) -> Tensor:
+        """One row of a tensor on a device, [1, ...]; the others are not read or moved."""
+        if self._folder is None:
+            return self._tensors[index][row : row + 1].to(device)
+        with safe_open(self._file(index), framework="pt") as file:
+            tensor: Tensor = file.get_slice("x")[row : row + 1]
+            return tensor.to(device)
+
     def clear(self) -> None:
         """Forget all of them."""
         for index in range(self._count if self._folder is not None else 0):

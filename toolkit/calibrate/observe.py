@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gblm.calibrate.stats import STATS, Stat
+from gblm.calibrate.stats import Stat, accumulators
 from gblm.errors import InputError
 from gblm.model import linears
 from gblm.ranks import Ranks
@@ -45,7 +45,7 @@ class Observer:
         if name not in self._leader_of:
             same = (other for other, tensor in self._seen.items() if tensor is inputs)
             self._leader_of[name] = leader = next(same, name)
-            self.stats[name] = self.stats.get(leader) or {n: STATS[n]() for n in self._needs}
+            self.stats[name] = self.stats.get(leader) or accumulators(self._needs)
         if self._leader_of[name] == name:
             self._seen[name] = inputs
             for stat in self.stats[name].values():

@@ -103,7 +103,8 @@ def reconstruct(
 
     with torch.enable_grad():
         losses = _train(module, tensors, groups, streams, how, ranks)
-    if not all(map(math.isfinite, losses)):
+    trained = [parameter for group in groups for parameter in group["params"]]
+    if not all(map(math.isfinite, losses)) or not all(bool(p.isfinite().all()) for p in trained):
         raise InputError(
             f"{name}: reconstruction did not converge (loss {losses[0]:g} → {losses[1]:g}): "
             "lower its learning_rate, or run with --dtype float32."
@@ -128,15 +129,14 @@ def _train(
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
     sums = [0.0] * how.epochs
     for step, picks in enumerate(_batches(streams.num_samples, per_epoch, how)):
-        loss = _loss(module, tensors(), streams, picks)
         optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        for group in optimizer.param_groups:
+        loss, scale = _differentiate(module, tensors(), streams, picks)
+        for group in groups:
             for parameter in group["params"]:
-                ranks.average_(parameter.grad)
+                _join_gradient(parameter, scale, ranks)
         optimizer.step()
         decay.step()
-        sums[step // per_epoch] += float(loss.detach()) / per_epoch
+        sums[step // per_epoch] += loss / per_epoch
     return sums[0], sums[-1]
 
 
@@ -150,15 +150,35 @@ def _batches(num_samples: int, per_epoch: int, how: Training) -> Iterator[list[i
             yield order[start : start + how.batch_size]
 
 
-def _loss(
+def _join_gradient(parameter: nn.Parameter, scale: float, ranks: Ranks) -> None:
+    """Take back the factor of a parameter's gradient; then the mean over the ranks."""
+    if parameter.grad is None:
+        # A linear that this rank's samples do not reach; the others may wait for it.
+        parameter.grad = torch.zeros_like(parameter)
+    if scale != 1:
+        parameter.grad /= scale
+    ranks.average_(parameter.grad)
+
+
+def _differentiate(
     module: nn.Module, tensors: dict[str, Tensor], streams: Streams, picks: list[int]
-) -> Tensor:
-    """See the head of this file. [] float32."""
+) -> tuple[float, float]:
+    """Leave the gradients of the loss, which stands at the head of this file, times a factor.
+
+    Returns:
+        The loss and the factor; it is not 1 for float16, where most would round to zero.
+    """
     inputs, targets = streams.batch(picks)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return functional_call(module, tensors, args, kwargs)
 
-    outputs = streams.run(run, inputs)
-    error = (outputs.float() - targets.float()).square().sum(-1)
-    return (error / targets.float().square().sum(-1).clamp_min(1e-12)).mean()
+    found = streams.run(run, inputs)
+    outputs, targets = found.float(), targets.float()
+    errors = (outputs - targets).square().sum(-1)
+    loss = (errors / targets.square().sum(-1).clamp_min(1e-12)).mean()
+    (gradient,) = torch.autograd.grad(loss, outputs)
+    largest = float(gradient.abs().max()) if found.dtype == torch.float16 else 0.0
+    scale = 2.0 ** -round(math.log2(largest)) if 0 < largest < math.inf else 1.0
+    torch.autograd.backward(outputs, gradient * scale)
+    return float(loss.detach()), scale

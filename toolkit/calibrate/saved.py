@@ -117,7 +117,7 @@ class StatsFolder:
 
     def check(
         self,
-        model: str,
+        model: str | None,
         layers: int,
         names: frozenset[str],
         needs: frozenset[str],
@@ -126,7 +126,7 @@ class StatsFolder:
         """Refuse statistics of another model, or without what a run needs.
 
         Args:
-            model: fingerprint of the model to prune.
+            model: fingerprint of the model to prune; None leaves it unchecked.
             layers: its number of decoder layers.
             names: full names of the linears to prune.
             needs: names of statistics.
@@ -137,7 +137,7 @@ class StatsFolder:
             UsageError: they lack something that the method needs.
         """
         facts = self.facts()
-        if facts.get("model") != model:
+        if model is not None and facts.get("model") != model:
             raise InputError(f"{self.path} holds statistics of another model.")
         if lacking := sorted(needs - set(facts.get("needs", ()))):
             raise UsageError(f"{self.path} lacks {', '.join(lacking)}: collect again without it.")

@@ -161,3 +161,8 @@ STATS: dict[str, type[Stat]] = {
     "act_var": ActVar,
     "hessian": Hessian,
 }
+
+
+def accumulators(needs: frozenset[str]) -> dict[str, Stat]:
+    """New statistics by name; in one order in every process, for ranks join them one by one."""
+    return {need: STATS[need]() for need in sorted(needs)}

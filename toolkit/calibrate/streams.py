@@ -56,9 +56,11 @@ class Streams:
         """[1, tokens, hidden] each."""
         for batch, size in enumerate(self.sizes):
             if pick < size:
-                pair = (self.inputs, self.targets)
-                found = (held.get(batch, self.device)[pick : pick + 1] for held in pair)
-                return next(found), next(found)
+                inputs, targets = self.inputs, self.targets
+                return (
+                    inputs.sample(batch, pick, self.device),
+                    targets.sample(batch, pick, self.device),
+                )
             pick -= size
         raise IndexError(f"sample {pick} of {self.num_samples}.")
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gblm.calibrate.activations import Activations
 from gblm.calibrate.frame import Call, capture
 from gblm.calibrate.observe import Enough, Observer, before_each_linear, join_values
-from gblm.calibrate.stats import STATS, Stat
+from gblm.calibrate.stats import Stat, accumulators
 from gblm.calibrate.streams import DenseStream, Streams
 from gblm.layers import Layers
 from gblm.model import linears
@@ -168,7 +168,7 @@ def _on_the_way(running: _Running, layer: DecoderLayer, how: Walk) -> None:
     def see(local: str, inputs: Tensor) -> None:
         nonlocal shared
         if not last or last[0] is not inputs:
-            stats = {need: STATS[need]() for need in how.needs}
+            stats = accumulators(how.needs)
             for stat in stats.values():
                 stat.update(inputs)
             shared = join_values(layer.name, {local: stats}, how.ranks)[local]

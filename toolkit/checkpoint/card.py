@@ -7,15 +7,16 @@ from typing import Any
 
 from gblm.checkpoint.report import MAX_NAMED, in_words
 
+DENSE = "dense"
 CARD = """\
 ---
 base_model: {base}
 base_model_relation: quantized
 library_name: transformers
 pipeline_tag: text-generation
-tags: [sparse, pruned, {tags}, {method}, gblm, vllm]
+tags: [{tags}]
 ---
-# {base}, pruned with {method} to {title}
+# {base}, {title}
 
 {linears} linears, {sparsity:.1%} of their weights zero, stored packed with
 {bits:.2f} bits per weight including the {included}.
@@ -23,7 +24,7 @@ Tensors: {packed:.1f} MB packed, {dense:.1f} MB dense.
 
 | | |
 |---|---|
-| method | {method} {options} |
+| method | {method} {options} |{steps}
 | pattern | {patterns} (N:M = N weights kept of M) |{values}{head}
 | calibration | {calibration} |
 | recipe | `recipe.json` |
@@ -48,14 +49,14 @@ Its quality was not measured when this card was written: run `gblm eval . --base
 
 def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
     """Markdown with a metadata header for model hubs."""
-    options = ", ".join(f"{k} = {v}" for k, v in recipe.get("options", {}).items())
+    options = _fields(recipe.get("options", {}))
     groups = report["groups"]
     patterns = list(dict.fromkeys(group["pattern"] for group in groups))
     values = list(dict.fromkeys(group["values"] for group in groups if "values" in group))
     kinds = dict.fromkeys(spec.partition(":")[0] for spec in values)
     return CARD.format(
-        tags=", ".join([*(f'"{pattern}"' for pattern in patterns[:MAX_NAMED]), *kinds]),
-        title=in_words({"groups": [{"pattern": pattern} for pattern in patterns]}),
+        tags=", ".join([*_tags(patterns, list(kinds), recipe["method"]), "gblm", "vllm"]),
+        title=_title(patterns, recipe["method"], values),
         included="mask, codes and scales" if values else "mask",
         values=f"\n| values | {', '.join(values)} (codes, columns that share a scale) |"
         if values
@@ -65,6 +66,7 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
         base=_public_name(str(recipe["model"])),
         method=recipe["method"],
         options=f"({options})" if options else "",
+        steps=_steps(recipe),
         patterns=", ".join(patterns),
         calibration=_calibration(recipe.get("calibration")),
         linears=report["linears"],
@@ -73,6 +75,35 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
         packed=report["bytes_packed"] / 1e6,
         dense=report["bytes_dense"] / 1e6,
     )
+
+
+def _tags(patterns: list[str], kinds: list[str], method: str) -> list[str]:
+    if patterns == [DENSE]:
+        return kinds
+    named = [f'"{pattern}"' for pattern in patterns[:MAX_NAMED]]
+    return ["sparse", "pruned", *named, *kinds, method]
+
+
+def _title(patterns: list[str], method: str, values: list[str]) -> str:
+    if patterns == [DENSE]:
+        return f"rounded to {', '.join(values)}" if values else "packed as it is"
+    return f"pruned with {method} to " + in_words({"groups": [{"pattern": p} for p in patterns]})
+
+
+def _steps(recipe: dict[str, Any]) -> str:
+    """What followed the method, in order."""
+    steps = []
+    if refit := recipe.get("refit"):
+        steps.append(f"refit ({_fields(refit)})")
+    if (rounding := recipe.get("rounding", "nearest")) != "nearest":
+        steps.append(f"rounding {rounding}")
+    if reconstruct := recipe.get("reconstruct"):
+        steps.append(f"reconstruct ({_fields(reconstruct)}; norms and biases changed, too)")
+    return f"\n| steps | {', '.join(steps)} |" if steps else ""
+
+
+def _fields(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} = {value}" for name, value in values.items())
 
 
 def _groups(groups: list[dict[str, Any]]) -> str:

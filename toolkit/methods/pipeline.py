@@ -51,6 +51,12 @@ class Pipeline:
         """Whether kept weights stay bit for bit, until they are rounded to codes."""
         return isinstance(self.method, ScoredMethod) and self.refit is None
 
+    @property
+    def gradient_norm(self) -> str | None:
+        """Which norm of the gradients the method reads; None when it reads none."""
+        reads = "grad_norm" in self.method.needs
+        return getattr(self.method, "gradient_norm", "l2") if reads else None
+
     def check_pattern(self, pattern: Pattern) -> None:
         """Raise UsageError when the method cannot follow this pattern."""
         if not isinstance(pattern, Dense):
@@ -67,6 +73,9 @@ class Pipeline:
             prepared |= prepare_obs(stats, DAMPING, name)
         if self.refit is not None:
             prepared["hessian"] = stats["hessian"]
+        elif "hessian" not in self.method.needs:
+            # It has been factored, and is the largest thing here.
+            prepared.pop("hessian", None)
         return prepared
 
     def prune(
@@ -99,7 +108,7 @@ class Pipeline:
                 pruned = self.refit.apply(weight, pruned, stats["hessian"], name)
         if values.is_float:
             return pruned
-        if jointly:
+        if self.rounding == "obs":
             # The sweep makes up for what the mask drops, too, unless something else has done so.
             start = weight if self.keeps_values else pruned.weight
             return round_obs(start, pruned.mask, values, stats, name)

@@ -10,17 +10,20 @@ import torch
 from gblm.calibrate.activations import fits
 from gblm.calibrate.gradients import resident_fits
 from gblm.calibrate.saved import StatsFolder
+from gblm.calibrate.stats import STATS
 from gblm.checkpoint.reader import Reader
-from gblm.errors import MachineError, UsageError
+from gblm.errors import MachineError
 from gblm.folder import resolve
-from gblm.methods import make_method
+from gblm.methods import METHODS
 from gblm.model import check_device, refuse_packed
 from gblm.plan.disk import occupy
 from gblm.plan.memory import peaks
-from gblm.plan.seconds import probe, spend
+from gblm.plan.rates import probe
+from gblm.plan.seconds import spend
 from gblm.plan.setting import Setting
 from gblm.plan.shapes import Shapes, read_shapes
-from gblm.recipe import Calibration, Recipe
+from gblm.recipe import Recipe
+from gblm.steps import Steps, steps_of
 
 
 def plan(recipe: Recipe, ranks: int = 1) -> dict[str, Any]:
@@ -41,35 +44,34 @@ def plan(recipe: Recipe, ranks: int = 1) -> dict[str, Any]:
         by purpose. "seconds": in all; None where the device is not there to be probed.
 
     Raises:
-        GblmError: whatever `prune` would refuse before it computes, text and output apart.
+        GblmError: whatever `prune` would refuse before it computes, apart from the text, the
+            output, and what only the weights themselves can show.
     """
-    method = make_method(recipe.method, recipe.options)
+    steps = steps_of(recipe)
     device = _device(recipe.device)
     with Reader(resolve(recipe.model)) as reader:
         refuse_packed(reader.folder)
-        calibration = recipe.calibration if method.needs and recipe.stats is None else None
-        if method.needs and recipe.stats is None and calibration is None:
-            raise UsageError(f"method {recipe.method} needs calibration text.")
-        shapes = read_shapes(recipe, reader, calibration, ranks)
-    for choice in shapes.chosen:
-        method.check_pattern(choice.pattern)
-    if method.needs and recipe.stats is not None:
-        StatsFolder(Path(recipe.stats)).facts()
+        shapes = read_shapes(recipe, reader, steps, ranks)
+    needs, calibration = steps.pipeline.needs, steps.calibration
+    if needs and recipe.stats is not None:
+        norm, names = steps.pipeline.gradient_norm, frozenset(shapes.names)
+        StatsFolder(Path(recipe.stats)).check(None, len(shapes.layers), names, needs, norm)
     # Ranks are taken to share this machine's memory.
     inputs, host = ranks * shapes.hidden_states(shapes.samples), torch.device("cpu")
+    streams = inputs * (1 if steps.training is None else 2)
     setting = Setting(
         shapes=shapes,
-        method=method,
-        name=recipe.method,
-        collects=method.needs if calibration is not None else frozenset(),
-        reads=method.needs if recipe.stats is not None else frozenset(),
-        passes=_passes(calibration),
+        steps=steps,
+        name=next(name for name, kind in METHODS.items() if type(steps.pipeline.method) is kind),
+        collects=needs if calibration is not None else frozenset(),
+        reads=needs if recipe.stats is not None else frozenset(),
+        passes=_passes(steps),
         sequential=calibration is not None and calibration.order == "sequential",
-        in_memory=(fits(inputs, host), fits(inputs * (len(shapes.layers) + 2), host)),
+        in_memory=(fits(streams, host), fits(inputs * (len(shapes.layers) + 2), host)),
         resident=device is not None and _resident(shapes, device, ranks),
         device=torch.device(recipe.device).type,
     )
-    return _predict(setting, device, ranks)
+    return {"method": recipe.method, **_predict(setting, device, ranks)}
 
 
 def _device(name: str) -> torch.device | None:
@@ -80,12 +82,16 @@ def _device(name: str) -> torch.device | None:
         return None
 
 
-def _passes(calibration: Calibration | None) -> int:
-    """How often the text runs through each layer while it is pruned."""
+def _passes(steps: Steps) -> int:
+    """How often the text runs through each layer while it is pruned, training apart."""
+    calibration = steps.calibration
     if calibration is None:
         return 0
+    observing = int(not steps.pipeline.needs.isdisjoint(STATS))
+    if steps.training is not None:
+        return observing + 2  # through the dense layer, and through the one that was trained
     twice = calibration.prefix == "pruned" and calibration.order == "layer"
-    return 2 if twice else 1
+    return 2 * observing if twice else observing
 
 
 def _resident(shapes: Shapes, device: torch.device, ranks: int) -> bool:
@@ -102,7 +108,6 @@ def _predict(setting: Setting, device: torch.device | None, ranks: int) -> dict[
     for phase in phases:
         phase["seconds"] = round(spent[phase["phase"]], 1) if spent else None
     return {
-        "method": setting.name,
         "groups": _groups(setting.shapes),
         "head": "float" if head is None else str(head.fmt.values),
         "dtype": str(setting.shapes.dtype).removeprefix("torch."),

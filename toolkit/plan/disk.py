@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from gblm.methods import ScoredMethod
 from gblm.plan.setting import Setting
 from gblm.plan.shapes import Shapes
 
@@ -54,13 +53,17 @@ def occupy(setting: Setting) -> Disk:
     heads = 0 if shapes.packed_head is None else 1
     tensors = shapes.tensors + parts - len(pruned) + 2 * heads
     records = REPORT * (len(pruned) + heads) + HEADER * tensors + RECORDS
-    if not isinstance(setting.method, ScoredMethod) and shapes.dtype != shapes.stored_dtype:
+    exact = shapes.dtype.itemsize if shapes.dtype != shapes.stored_dtype else 0
+    if not setting.steps.keeps_values:
         # Updated values are kept as they were before rounding, for a resumed run.
-        layers += _kept_floats(shapes) * shapes.dtype.itemsize
+        layers += _kept_floats(shapes) * exact
+    if setting.training is not None:
+        trained = sum(layer.others for layer in shapes.layers)
+        layers += trained * (shapes.stored_dtype.itemsize + exact)
     gradients = 4 * sum(own.weights for own in pruned) if "grad_norm" in setting.collects else 0
     one, every = setting.in_memory
     inputs = shapes.hidden_states(shapes.samples)
-    spilled = 0 if one else inputs
+    spilled = 0 if one else setting.streams * inputs
     if gradients and not every:
         spilled = (len(shapes.layers) + 2) * inputs
     return Disk(shapes.output + shapes.side_files + records, layers, gradients, spilled)

@@ -24,9 +24,10 @@ def moments(setting: Setting) -> Iterator[Moment]:
         always = terms.frame(setting, process, head=True)
         yield Moment("gradients", "reading embeddings", always + terms.mapped(setting))
         yield from _gradients(setting, always)
-    if setting.collects - {"grad_norm"}:
+    if setting.walks:
         # Embeddings are read again; where they are the head too, the old ones stay.
-        always = terms.frame(setting, process, head=backward) + terms.activations(setting)
+        always = terms.frame(setting, process, head=backward)
+        always += terms.activations(setting, setting.streams)
         yield Moment("capture", "embedding the text", always + terms.mapped(setting))
     yield from _pruning(setting, always)
     yield _publishing(setting, always)
@@ -113,7 +114,7 @@ def _pruning(setting: Setting, always: list[Term]) -> Iterator[Moment]:
     yield Moment("pruning", "reading a layer", alive + before + used + reading)
     observed = [] if setting.reads else terms.hessians(setting, layer.groups(pruned=False))
     step: list[Term] = []
-    if setting.collects - {"grad_norm"}:
+    if setting.walks:
         step = terms.one_pass(setting, layer, terms.FORWARD, shapes.tokens)
         seen = observed if not setting.sequential else []
         yield Moment("pruning", "observing", alive + before + used + seen + step)
@@ -124,6 +125,9 @@ def _pruning(setting: Setting, always: list[Term]) -> Iterator[Moment]:
         yield Moment("pruning", "reading statistics", [*alive, *before, *waiting, *read, pages])
     on_the_way = step if setting.sequential else []
     yield from _choosing(setting, groups, alive + before + more + on_the_way)
+    if setting.training is not None:
+        trained = terms.training(setting, layer)
+        yield Moment("pruning", "training", [*alive, *before, *weights, *trained])
     mapped = Term("mapped pages of the checkpoint", layer.stored, NEVER_FREED)
     now = [*alive, *weights, *more, *factor, packed, *([packed] if before else []), mapped]
     for group in groups:
@@ -140,12 +144,10 @@ def _choosing(setting: Setting, groups: list[list[Linear]], alive: list[Term]) -
         now = alive + later + terms.weights(setting, done)
         factor = terms.prepared(setting, group)
         if factor:
-            matrices = terms.square("factor", group, terms.PREPARING[setting.name])
-            own = [*terms.hessians(setting, [group]), matrices]
+            own = [*terms.hessians(setting, [group]), terms.preparing(setting, group)]
             last = terms.prepared(setting, groups[index - 1]) if index else []
             yield Moment("pruning", "preparing", now + own + last)
-        if setting.name in terms.INVERTING:
-            factor += [terms.square("inverse", group, terms.INVERTING[setting.name])]
+        factor += [terms.inverting(setting, group)]
         work = terms.temporary("choosing", group, terms.choosing(setting, group))
         own = terms.weights(setting, group)
         yield Moment("pruning", "choosing", now + factor + work + own)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gblm.calibrate.reconstruct import Training
 from gblm.methods import Method
+from gblm.methods.pipeline import Pipeline
 from gblm.plan.shapes import Shapes
+from gblm.steps import Steps
 
 
 @dataclass(frozen=True)
@@ -14,19 +17,19 @@ class Setting:
 
     Attributes:
         shapes: of the model and the text.
-        method: how weights are judged.
-        name: of the method.
+        steps: what happens to each linear and decoder layer.
+        name: of the method that is asked, by which its costs are known.
         collects: statistics that the run takes on text.
         reads: statistics that another run saved.
         passes: of the text through each layer while pruning.
         sequential: a linear is observed and pruned just before it runs.
-        in_memory: whether the inputs of one decoder layer, and those of all, stay in memory.
+        in_memory: whether the streams at one decoder layer, and the inputs of all, stay in memory.
         resident: gradients are taken with all layers in memory.
         device: "cpu" or "cuda".
     """
 
     shapes: Shapes
-    method: Method
+    steps: Steps
     name: str
     collects: frozenset[str]
     reads: frozenset[str]
@@ -35,6 +38,41 @@ class Setting:
     in_memory: tuple[bool, bool]
     resident: bool
     device: str
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """What happens to each linear."""
+        return self.steps.pipeline
+
+    @property
+    def method(self) -> Method:
+        """How weights are judged."""
+        return self.pipeline.method
+
+    @property
+    def training(self) -> Training | None:
+        """How decoder layers are trained, if they are."""
+        return self.steps.training
+
+    @property
+    def observes(self) -> bool:
+        """Whether linears show their inputs on the way."""
+        return bool(self.collects - {"grad_norm"})
+
+    @property
+    def walks(self) -> bool:
+        """Whether text runs through the layers while they are pruned."""
+        return self.observes or self.training is not None
+
+    @property
+    def streams(self) -> int:
+        """Models whose hidden states are kept: the pruned one, beside the dense one."""
+        return 1 if self.training is None else 2
+
+    @property
+    def factors(self) -> bool:
+        """Whether rounding needs a factor that the method has not made for itself."""
+        return self.pipeline.rounding == "obs" and self.name != "sparsegpt"
 
     @property
     def width(self) -> int:

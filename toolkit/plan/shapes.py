@@ -17,7 +17,8 @@ from gblm.choices import FUSED, Choice, choose
 from gblm.formats import Format
 from gblm.layers import StreamedLayers
 from gblm.model import hidden_size, linears, output_head, prunable
-from gblm.recipe import Calibration, Recipe
+from gblm.recipe import Recipe
+from gblm.steps import Steps
 
 # Linears that are handed the same tensor as another one, by the last part of their name.
 SAME_INPUT = {part: parts[0] for parts in FUSED for part in parts}
@@ -68,6 +69,11 @@ class Layer:
         return sum(linear.weights for linear in self.pruned)
 
     @property
+    def others(self) -> int:
+        """Parameters that are no weight of a linear: norms and biases."""
+        return self.parameters - sum(linear.weights for linear in self.linears)
+
+    @property
     def packed(self) -> int:
         """Bytes of the pruned linears in the output."""
         return sum(linear.packed for linear in self.pruned)
@@ -86,6 +92,7 @@ class Shapes:
 
     Attributes:
         layers: the decoder layers.
+        names: full names of the linears to prune.
         hidden: width of the hidden states.
         vocab: width of the logits.
         dtype: of the computation.
@@ -102,6 +109,7 @@ class Shapes:
     """
 
     layers: tuple[Layer, ...]
+    names: tuple[str, ...]
     hidden: int
     vocab: int
     dtype: torch.dtype
@@ -127,8 +135,8 @@ class Shapes:
 
     @property
     def largest(self) -> Layer:
-        """The decoder layer with the most weights."""
-        return max(self.layers, key=lambda layer: layer.parameters)
+        """The decoder layer with the most weights, of those with linears to prune."""
+        return max(self.layers, key=lambda layer: (bool(layer.pruned), layer.parameters))
 
     @property
     def output(self) -> int:
@@ -147,15 +155,13 @@ class Shapes:
         return sequences * self.seq_len * self.hidden * self.dtype.itemsize
 
 
-def read_shapes(
-    recipe: Recipe, reader: Reader, calibration: Calibration | None, ranks: int
-) -> Shapes:
+def read_shapes(recipe: Recipe, reader: Reader, steps: Steps, ranks: int) -> Shapes:
     """Read headers and config.json, and lay out what the recipe does with them.
 
     Args:
         recipe: of the run.
         reader: the open checkpoint.
-        calibration: the text that is run through the model, if any.
+        steps: made from it.
         ranks: the processes that share the samples.
 
     Raises:
@@ -164,11 +170,12 @@ def read_shapes(
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     model = StreamedLayers(reader, dtype)
     choices = choose(recipe, prunable(model.model, recipe.targets, recipe.ignore))
+    steps.check(choices, ranks)
     check_packable(reader, choices)
     layers = tuple(_layer(model, i, reader, choices) for i in range(len(model)))
     frame, head = _outside(model)
     text: Any = model.model.config
-    samples, batch = 0, 1
+    samples, batch, calibration = 0, 1, steps.calibration
     if calibration is not None:
         batch = min(calibration.batch_size, calibration.num_samples)
         if calibration.order == "sequential":
@@ -176,6 +183,7 @@ def read_shapes(
         samples = batch * math.ceil(math.ceil(calibration.num_samples / batch) / ranks)
     return Shapes(
         layers=layers,
+        names=tuple(choices),
         hidden=hidden_size(model.model),
         vocab=int(text.get_text_config().vocab_size),
         dtype=model.dtype,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import psutil
 
-from gblm.patterns import NM, Pattern
+from gblm.patterns import NM, Dense, Pattern
 from gblm.plan.setting import Setting
 from gblm.plan.shapes import Layer, Linear
 
@@ -34,8 +34,15 @@ SWEEP = 16
 # DSnoT: scores, expected errors, gains, and copies of them under a condition; ALPS: dense weights,
 # their image, D, V and B + V/ρ, and a square of them, from which the pattern chooses.
 EXCHANGE, ADMM = 28, 24
+# ... what ALPS holds while it ends with a Refit of its own.
+OWN_REFIT = 16
 # Rounding to codes: weights and their absolutes in float32, beside the weights that are rounded.
 ROUND = 8
+# Refit: targets, starts, masks, results, residuals, directions, images and copies of them.
+REFIT = 40
+# Reconstruction: trained weights, their gradients and Adam's two moments; on a GPU its roots of all
+# weights at once. What rounding keeps for its backward pass: scales, quotients, codes.
+TRAINED, ROOTS, ROUNDED = 16, 4, 12
 # Matrices of the Hessian's size beside it: while the method prepares, those that it leaves for
 # pruning, and more while it prunes. SparseGPT factors and inverts; ALPS decomposes, and inverts
 # anew for every ρ.
@@ -75,7 +82,7 @@ def process(setting: Setting) -> list[Term]:
     """What a run holds from its first moment to its last."""
     own = psutil.Process().memory_info().rss
     terms = [Term("interpreter and libraries", own, NEVER_FREED)]
-    if setting.collects:
+    if setting.shapes.samples:
         terms += [Term("tokenizer and text", TEXT, NEVER_FREED)]
         terms += [Term("kernels", KERNELS, NEVER_FREED)]
     if setting.device != "cpu":
@@ -181,7 +188,7 @@ def fresh_gradient(setting: Setting, layer: Layer) -> list[Term]:
 
 def hessians(setting: Setting, groups: list[list[Linear]]) -> list[Term]:
     """Of linears by shared input; the activations' norms are too small to count."""
-    if "hessian" not in setting.method.needs:
+    if "hessian" not in setting.pipeline.needs:
         return []
     return [square("Hessians", group) for group in groups]
 
@@ -193,9 +200,22 @@ def square(name: str, group: list[Linear], count: int = 1) -> Term:
 
 
 def prepared(setting: Setting, group: list[Linear]) -> list[Term]:
-    """What the method made of a group's Hessian."""
-    count = PREPARED.get(setting.name, 0)
+    """What the steps made of a group's Hessian, which Refit reads itself."""
+    count = PREPARED.get(setting.name, 0) + int(setting.factors)
+    count += int(setting.pipeline.refit is not None)
     return [square("factor", group, count)] if count else []
+
+
+def preparing(setting: Setting, group: list[Linear]) -> Term:
+    """Beside the Hessian, while the method, and rounding after it, prepare."""
+    rounding = PREPARED.get(setting.name, 0) + PREPARING["sparsegpt"] if setting.factors else 0
+    return square("factor", group, max(PREPARING.get(setting.name, 0), rounding))
+
+
+def inverting(setting: Setting, group: list[Linear]) -> Term:
+    """Beside what was prepared, while a linear is pruned: ALPS's inverses, Refit's damped copy."""
+    refit = int(setting.pipeline.refit is not None)
+    return square("inverse", group, max(INVERTING.get(setting.name, 0), refit))
 
 
 def gradient_norms(setting: Setting, layer: Layer) -> list[Term]:
@@ -206,6 +226,26 @@ def gradient_norms(setting: Setting, layer: Layer) -> list[Term]:
     return [term._replace(on_device=False) for term in norms]
 
 
+def training(setting: Setting, layer: Layer) -> list[Term]:
+    """A step of a decoder layer's reconstruction, at the end of its backward pass."""
+    how, shapes = setting.training, setting.shapes
+    if how is None:
+        return []
+    tokens = min(how.batch_size, shapes.samples) * shapes.seq_len
+    rounded = [own for own in layer.pruned if own.choice and not own.choice.values.is_float]
+    pair = shapes.hidden_states(min(how.batch_size, shapes.samples))
+    error = tokens * shapes.hidden * FLOAT32
+    return [
+        *matrices("trained weights", layer.pruned, *[FLOAT32] * (TRAINED // FLOAT32)),
+        *matrices("weights of a step", layer.pruned, setting.width),
+        *matrices("rounding of a step", rounded, *[FLOAT32] * (ROUNDED // FLOAT32)),
+        *(matrices("roots of Adam", layer.pruned, ROOTS) if setting.device != "cpu" else []),
+        *fresh_gradient(setting, layer),
+        *one_pass(setting, layer, BACKWARD, tokens),
+        Term("samples of a step", 2 * pair + 4 * error, error, True),
+    ]
+
+
 def temporary(name: str, group: list[Linear], width: int) -> list[Term]:
     """Matrices of the group's largest linear, some of them masks; so many bytes per weight."""
     largest = max(group, key=lambda linear: linear.weights)
@@ -214,11 +254,15 @@ def temporary(name: str, group: list[Linear], width: int) -> list[Term]:
 
 def choosing(setting: Setting, group: list[Linear]) -> int:
     """Bytes per weight while a matrix is judged and rounded to codes, beside the result."""
-    choices = [own.choice for own in group if own.choice]
+    pipeline, choices = setting.pipeline, [own.choice for own in group if own.choice]
     rounded = any(not choice.values.is_float for choice in choices)
+    rounding = SWEEP if pipeline.rounding == "obs" else ROUND
+    sparse = [choice.pattern for choice in choices if not isinstance(choice.pattern, Dense)]
     return max(
-        setting.width + ROUND if rounded else 0,
-        *(_judging(setting, choice.pattern) for choice in choices),
+        setting.width + rounding if rounded else 0,
+        setting.width + REFIT if sparse and pipeline.refit is not None else 0,
+        *(_judging(setting, pattern) for pattern in sparse),
+        0,
     )
 
 
@@ -233,4 +277,6 @@ def _judging(setting: Setting, pattern: Pattern) -> int:
     if not isinstance(pattern, NM):
         choose = THRESHOLD + int(PER_PRUNED * pattern.sparsity)
         choose += PAIR if setting.method.scope == "matrix" or setting.name == "alps" else 0
-    return ADMM + choose if setting.name == "alps" else max(SCORE[setting.name], choose)
+    if setting.name == "alps":
+        return max(ADMM + choose, OWN_REFIT + REFIT)
+    return max(SCORE[setting.name], choose)
