@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -458,7 +459,7 @@ def test_what_cannot_be_is_said(base: Recipe, subject: Subject, tmp_path: Path) 
         answer(Question(base, parse_budget("0.3bits")))
     with pytest.raises(UsageError, match="needs calibration text"):
         answer(Question(base.model_copy(update={"calibration": None}), parse_budget("4bits")))
-    blind = Subject(**{**subject.__dict__, "rates": None, "notes": ("no decode times: x",)})
+    blind = replace(subject, rates=None, notes=("no decode times: x",))
     with pytest.raises(MachineError, match="no decode times: x"):
         spending(blind, parse_budget("3ms"))
     odd = save_tiny_model(tmp_path / "odd", intermediate_size=88)
@@ -584,7 +585,7 @@ def test_a_finished_folder_is_not_made_again(
     (folder,) = (path.parent for path in wanted.folder.glob("*/recipe.json"))
     before = (folder / "MANIFEST.json").stat().st_mtime_ns
     monkeypatch.undo()
-    result = search(Search(**{**wanted.__dict__, "keep_all": True}))
+    result = search(replace(wanted, keep_all=True))
     assert (folder / "MANIFEST.json").stat().st_mtime_ns == before
     assert len([path for path in wanted.folder.iterdir() if path.is_dir()]) == 3
     assert result["baseline"]["perplexity"] == 300.0
@@ -599,7 +600,7 @@ def test_another_search_is_refused(wanted: Search, monkeypatch: pytest.MonkeyPat
         search(wanted)
     other = Question(wanted.question.recipe, parse_budget("4bits"), wanted.question.wanted)
     with pytest.raises(InputError, match=r"of another search .budget differ"):
-        search(Search(**{**wanted.__dict__, "question": other}))
+        search(replace(wanted, question=other))
     (wanted.folder / "search.json").unlink()
     (wanted.folder / "note.txt").write_text("mine")
     with pytest.raises(InputError, match="is not empty, and no search"):
