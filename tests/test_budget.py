@@ -518,6 +518,7 @@ def test_plan_writes_a_recipe_that_prune_takes(
         (["--budget", "3bits", "--sparsity", "0.5"], "--sparsity does not go with"),
         (["--budget", "3bits", "--stats", "s"], "--stats does not go with"),
         (["--write", "r.json"], "go with --budget"),
+        (["--budget", "3bits", "--ranks", "2"], "--ranks does not go with"),
         (["--budget", "3bits", "--method", "wunda"], "choose from magnitude"),
         (["--budget", "3bits", "--write", "r.json", "--pick", "99"], "has the rows 1 to"),
     ],

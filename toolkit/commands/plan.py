@@ -53,6 +53,8 @@ def command(
     """
     if budget is None and (write is not None or pick is not None):
         raise click.UsageError("--write and --pick go with --budget.")
+    if budget is not None and ranks > 1:
+        raise click.UsageError("--ranks does not go with --budget.")
     with progress_bars(ctx) as progress:
         if budget is not None:
             _spread(ctx, budget, recipe, given, write, pick, progress)
