@@ -338,9 +338,9 @@ def test_uniform_and_owl_are_the_densest_that_hold(amount: float) -> None:
     assert limit.holds(linears, by_layer)
     first, second = (by_layer[f"l.{layer}.o_proj"].pattern.sparsity for layer in range(2))
     assert first - second == pytest.approx(0.16, abs=0.011)
-    # One step of the mean is worth a hundredth of the four bits of a kept weight.
+    # A layer is rounded by a hundredth at most; a kept weight has four bits.
     spare = limit.limit - limit.total(linears, by_layer)
-    assert spare <= 0.03 * 4 * sum(x.weights for x in linears) / 8
+    assert spare <= 0.015 * 4 * sum(x.weights for x in linears) / 8
 
 
 @pytest.mark.parametrize("sensitive", ["l.0.o_proj", "l.1.k_proj"])

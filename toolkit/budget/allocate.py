@@ -15,7 +15,7 @@ from gblm.choices import Choice
 from gblm.patterns import Unstructured
 
 MAX_SPARSITY = 0.9
-# Uniform sparsities are found to a thousandth, others to a hundredth: groups of a manifest are few.
+# Means are found to a thousandth; of a decoder layer a hundredth is enough: few groups.
 FINE, COARSE = 1000, 100
 BISECTIONS = 60
 Loss = Callable[[Linear, Choice], float]
@@ -55,7 +55,7 @@ def owl(
         rounded = [min(max(own, 0.0), MAX_SPARSITY) for own in steps]
         return {own.name: make(own, rounded[own.layer]) for own in linears}
 
-    return _lowest(linears, allocate, spending, COARSE)
+    return _lowest(linears, allocate, spending, FINE)
 
 
 def _lowest(
