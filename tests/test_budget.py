@@ -262,6 +262,21 @@ def test_a_curve_is_a_line_between_its_points() -> None:
     assert curve.loss(Choice(Unstructured(0.95))) == pytest.approx(0.95**2)
 
 
+def test_sensitivities_are_drawn_together_and_keep_their_sum(subject: Subject) -> None:
+    raw, drawn = {}, {}
+    for linear in subject.linears:
+        choice = subject.sparse(linear, "float", 0.5)
+        raw[linear] = subject.sensitivity.curves[linear.name].loss(choice)
+        drawn[linear] = subject.loss(linear, choice)
+    assert sum(drawn.values()) == pytest.approx(sum(raw.values()))
+    per_weight = [[own[x] / x.weights for x in subject.linears] for own in (raw, drawn)]
+    spreads = [math.log(max(own) / min(own)) for own in per_weight]
+    assert spreads[1] == pytest.approx(0.7 * spreads[0])
+    assert sorted(raw, key=lambda x: raw[x] / x.weights) == sorted(
+        drawn, key=lambda x: drawn[x] / x.weights
+    )
+
+
 # Allocating.
 
 

@@ -88,12 +88,12 @@ def _within(subject: Subject, limit: Spending) -> Iterator[tuple[str, Allocation
         yield f"{kind} uniform", uniform(linears, make, limit)
         yield f"{kind} owl", owl(linears, make, limit, subject.sensitivity.outliers)
         loose = partial(_choices, subject, [kind], True, [])
-        yield f"{kind} measured", measured(linears, loose, limit, subject.prudent_loss)
+        yield f"{kind} measured", measured(linears, loose, limit, subject.loss)
     mixed = partial(
         _choices, subject, list(subject.specs), "unstructured" in subject.wanted.patterns,
         [str(pattern) for pattern in subject.wanted.fixed],
     )  # fmt: skip
-    yield "mixed measured", measured(linears, mixed, limit, subject.prudent_loss)
+    yield "mixed measured", measured(linears, mixed, limit, subject.loss)
 
 
 def _fixed(subject: Subject, limit: Spending, kind: str) -> Iterator[tuple[str, Allocation | None]]:
@@ -104,7 +104,7 @@ def _fixed(subject: Subject, limit: Spending, kind: str) -> Iterator[tuple[str, 
         if limit.holds(subject.linears, every):
             yield f"{kind} {pattern}", every
         some = partial(_choices, subject, [kind], False, [str(pattern)])
-        found = measured(subject.linears, some, limit, subject.prudent_loss)
+        found = measured(subject.linears, some, limit, subject.loss)
         yield f"{kind} {pattern} or dense, measured", found
 
 

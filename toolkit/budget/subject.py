@@ -37,9 +37,9 @@ from gblm.values import ValueType, parse_values
 
 # Text of the cheap pass: more of it moves the curves by less than they are off anyway.
 SAMPLES, SEQ_LEN = 16, 256
-# How much of the differences between linears' sensitivities is believed; at which sparsity they
-# are compared.
-TRUST, TYPICAL, TINY = 0.75, 0.5, 1e-30
+# How much of the differences between linears' sensitivities is believed, fitted to SmolLM2-135M;
+# at which sparsity they are compared.
+TRUST, TYPICAL, TINY = 0.7, 0.5, 1e-30
 
 
 @dataclass(frozen=True)
@@ -97,27 +97,29 @@ class Subject:
         return sum(linear.weights for linear in self.linears)
 
     def loss(self, linear: Linear, choice: Choice) -> float:
-        """The predicted rise of the loss, nats per token."""
-        return self.sensitivity.curves[linear.name].loss(choice)
+        """The predicted rise of the loss, nats per token.
 
-    def prudent_loss(self, linear: Linear, choice: Choice) -> float:
-        """The same, drawn towards the mean of all linears: what allocations minimise.
-
-        Whoever takes the least sum of estimates takes those that err low. Each linear's losses per
-        weight are therefore multiplied by (mean / own)^(1 − TRUST).
+        Whoever takes the least sum of estimates takes those that err low. Sensitivities are
+        therefore drawn towards their mean before anything is chosen or told.
         """
-        return self._towards_mean[linear.name] * self.loss(linear, choice)
+        return self._drawn[linear.name] * self.sensitivity.curves[linear.name].loss(choice)
 
     @cached_property
-    def _towards_mean(self) -> dict[str, float]:
-        """Factors by linear, from the losses at TYPICAL; the mean is geometric, by weights."""
+    def _drawn(self) -> dict[str, float]:
+        """Factors by linear: (mean / own)^(1 − TRUST) of the losses per weight at TYPICAL.
+
+        The mean is geometric; all of them at TYPICAL add up to as much as before.
+        """
         kind = next(iter(self.specs))
-        logs = {
-            x.name: math.log(max(self.loss(x, self.sparse(x, kind, TYPICAL)) / x.weights, TINY))
-            for x in self.linears
+        typical = {x: self.sparse(x, kind, TYPICAL) for x in self.linears}
+        own = {x: self.sensitivity.curves[x.name].loss(typical[x]) for x in self.linears}
+        logs = {x: math.log(max(loss / x.weights, TINY)) for x, loss in own.items()}
+        mean = sum(x.weights * log for x, log in logs.items()) / self.weights
+        drawn = {x: math.exp((mean - log) * (1 - TRUST)) for x, log in logs.items()}
+        total = sum(factor * own[x] for x, factor in drawn.items())
+        return {
+            x.name: factor * sum(own.values()) / max(total, TINY) for x, factor in drawn.items()
         }
-        mean = sum(x.weights * logs[x.name] for x in self.linears) / self.weights
-        return {name: math.exp((mean - own) * (1 - TRUST)) for name, own in logs.items()}
 
     def seconds(self, linear: Linear, choice: Choice) -> float:
         """Of one token, predicted; needs rates."""
