@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from budget import budget
 from decoding_tables import decoding
 from frontier_tables import frontier, frontier_all
 from kernel_tables import kernels
@@ -55,6 +56,7 @@ def blocks() -> list[tuple[Path, str, str]]:
         (methods, "frontier-all", frontier_all()),
         (methods, "published", published()),
         (methods, "plan", plan()),
+        (methods, "budget", budget()),
         (methods, "speed", speed()),
         (methods, "quality", quality((*METHODS, *MORE))),
         (methods, "structure", structure()),

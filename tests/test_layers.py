@@ -56,6 +56,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "model", "patterns", "recipe", "steps", "structure", "values", "weights",
     },
     "evaluate": {"data", "folder", "model", "packed", "progress"},
+    "budget": {
+        "bench", "calibrate", "checkpoint", "choices", "data", "errors", "evaluate", "folder",
+        "formats", "kernels", "layers", "methods", "model", "patterns", "plan", "progress",
+        "provenance", "prune", "recipe", "values",
+    },
     "bench": {
         "checkpoint", "errors", "folder", "formats", "kernels", "patterns", "progress",
         "provenance", "values", "weights",
@@ -67,8 +72,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "serve": {"checkpoint", "errors", "formats", "kernels", "packed", "values", "weights"},
     "commands": {
-        "bench", "checkpoint", "doctor", "errors", "evaluate", "export", "fetch", "folder",
-        "patterns", "plan", "provenance", "prune", "recipe", "serve",
+        "bench", "budget", "checkpoint", "doctor", "errors", "evaluate", "export", "fetch",
+        "folder", "patterns", "plan", "provenance", "prune", "recipe", "serve",
     },
     "cli": {"__init__", "commands"},
 }  # fmt: skip
@@ -81,6 +86,7 @@ ONLY_IN = {
     "triton": ("gblm.kernels.triton",),
     "datasets": ("gblm.data",),
     "pyarrow": ("gblm.data",),
+    "matplotlib": ("gblm.budget.figure",),
     "click": ("gblm.cli", "gblm.commands"),
     "rich": ("gblm.commands",),
 }
@@ -147,11 +153,11 @@ def test_help_loads_no_torch() -> None:
     subprocess.run([sys.executable, "-c", check], capture_output=True, check=True)
 
 
-@pytest.mark.parametrize("package", ["vllm", "onnx", "onnxruntime", "triton"])
+@pytest.mark.parametrize("package", ["vllm", "onnx", "onnxruntime", "triton", "matplotlib"])
 def test_core_imports_without_optional_packages(package: str) -> None:
     check = (
         f"import sys; sys.modules[{package!r}] = None\n"
         "import gblm.prune, gblm.packed, gblm.evaluate.perplexity, gblm.export.pack, gblm.doctor\n"
-        "import gblm.serve.launch, gblm.bench.serving, gblm.bench.kernels"
+        "import gblm.serve.launch, gblm.bench.serving, gblm.bench.kernels, gblm.budget.search"
     )
     subprocess.run([sys.executable, "-c", check], capture_output=True, check=True)

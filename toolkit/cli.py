@@ -19,8 +19,9 @@ from gblm import __version__
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "prune": ("gblm.commands.prune", "Prune a model and write it packed."),
-    "plan": ("gblm.commands.plan", "Predict memory, disk and time of a pruning run."),
+    "plan": ("gblm.commands.plan", "Predict a pruning run's cost, or spread a budget."),
     "eval": ("gblm.commands.eval", "Perplexity, with the dense baseline beside it."),
+    "search": ("gblm.commands.search", "Make and measure the best ways to hold a budget."),
     "export": ("gblm.commands.export", "Write a packed model for other tools, or pack theirs."),
     "serve": ("gblm.commands.serve", "Serve a model with vLLM's OpenAI server."),
     "bench": ("gblm.commands.bench", "Measure speed: two servers in turn, or the kernels alone."),

@@ -9,8 +9,8 @@ has room for all layers, that second run is saved: each sample goes up and down 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from gblm.calibrate.activations import Activations, fits
+from gblm.calibrate.folding import L1, L2, OUTPUT, folding
 from gblm.calibrate.frame import Call, capture, loss
 from gblm.errors import InputError, UsageError
 from gblm.layers import Layers
 from gblm.model import linears
 from gblm.ranks import ALONE, Ranks
 
-NORMS = ("l1", "l2")
+NORMS = (L1, L2)
 # float16 gradients are kept near this size: in the middle of the exponents float16 has.
 HALF_TARGET = 2.0**6
 
@@ -34,8 +35,8 @@ class Gradients:
     """How to take gradient norms.
 
     Attributes:
-        norm: over samples; l1: Σ|g|, l2: √Σ g².
-        names: full names of the linears whose weights to differentiate.
+        norm: over samples; l1: Σ|g|, l2: √Σ g²; "output": see `output_gradients`.
+        names: full names of the linears to differentiate.
         scratch: folder for the layers' inputs; None keeps them in memory.
         ranks: the processes that share the samples.
         resident: hold all layers and their sums at once; not for float16, whose gradients need
@@ -51,7 +52,7 @@ class Gradients:
     on_step: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
-        if self.norm not in NORMS:
+        if self.norm not in (*NORMS, OUTPUT):
             raise UsageError(f"gradient norm {self.norm!r} is unknown: use l1 or l2.")
 
 
@@ -80,6 +81,28 @@ def gradient_norms(
         yield index, {name: _finish(name, total, how) for name, total in sums.items()}
 
 
+def output_gradients(
+    layers: Layers, samples: Sequence[Tensor], how: Gradients
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """How much the loss depends on each output of a linear; no gradient of a weight is taken.
+
+    Args:
+        layers: of a causal language model; the weights are not changed.
+        samples: this rank's token ids, each [tokens] int64.
+        how: with the norm "output".
+
+    Yields:
+        As `gradient_norms`, but [out] float32: Σ over samples and tokens of (∂L/∂y)², with L the
+        mean next-token cross-entropy of the sample.
+
+    Raises:
+        InputError: a loss or gradient is not finite.
+    """
+    if how.norm != OUTPUT:
+        raise UsageError(f"output gradients have the norm {OUTPUT}, not {how.norm}.")
+    yield from gradient_norms(layers, samples, how)
+
+
 def resident_fits(parameters: int, weights: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether gradients are taken with all layers, and a sum per weight, in memory at once.
 
@@ -103,17 +126,18 @@ def _resident(
     """Every sample up and down through all layers at once."""
     with ExitStack() as stack:
         modules = [stack.enter_context(layers.open(index)) for index in range(len(layers))]
-        weights = [_wanted(layers, index, module, how) for index, module in enumerate(modules)]
-        every = {name: weight for own in weights for name, weight in own.items()}
-        fold = stack.enter_context(_folding(every, how.norm))
+        wanted = [_wanted(layers, index, module, how) for index, module in enumerate(modules)]
+        every = {name: linear for own in wanted for name, linear in own.items()}
+        fold = stack.enter_context(folding(every, how.norm))
         for sample, (hidden, call) in enumerate(capture(layers, rows)):
             with torch.enable_grad():
+                hidden.requires_grad_(how.norm == OUTPUT)
                 for index, module in enumerate(modules):
                     hidden = _finite(layers, index, call.run(module, index, hidden), sample)
                 _finite_loss(layers, rows[sample], hidden, sample).backward()
             how.on_step()
     for index in reversed(range(len(layers))):
-        yield index, {name: fold.sums.pop(name) for name in weights[index]}
+        yield index, {name: fold.sums.pop(name) for name in wanted[index]}
 
 
 def _streamed(
@@ -152,10 +176,10 @@ def _finite_loss(layers: Layers, row: Tensor, hidden: Tensor, sample: int) -> Te
     return value
 
 
-def _wanted(layers: Layers, index: int, module: nn.Module, how: Gradients) -> dict[str, Tensor]:
-    """Weights to differentiate, by full name."""
-    named = {f"{layers.name(index)}.{local}": m.weight for local, m in linears(module).items()}
-    return {name: weight for name, weight in named.items() if name in how.names}
+def _wanted(layers: Layers, index: int, module: nn.Module, how: Gradients) -> dict[str, nn.Linear]:
+    """The linears to differentiate, by full name."""
+    named = {f"{layers.name(index)}.{local}": m for local, m in linears(module).items()}
+    return {name: linear for name, linear in named.items() if name in how.names}
 
 
 @torch.no_grad()
@@ -191,12 +215,13 @@ def _backward(
 ) -> dict[str, Tensor]:
     """Run one layer again for every sample and differentiate it; `errors` becomes its input's."""
     with layers.open(index) as module:
-        weights = _wanted(layers, index, module, how)
-        with _folding(weights, how.norm) as fold:
+        wanted = _wanted(layers, index, module, how)
+        with folding(wanted, how.norm) as fold:
             for sample, call in enumerate(calls):
-                hidden = inputs.get(sample, layers.device).requires_grad_(index > 0)
+                hidden = inputs.get(sample, layers.device)
+                hidden.requires_grad_(index > 0 or how.norm == OUTPUT)
                 error, fold.scale = errors.get(sample, layers.device)
-                if not weights and index == 0:
+                if not wanted and index == 0:
                     break
                 with torch.enable_grad():
                     out = call.run(module, index, hidden)
@@ -204,47 +229,6 @@ def _backward(
                 if hidden.grad is not None:
                     errors.replace(sample, hidden.grad, fold.scale)
     return fold.sums
-
-
-@dataclass
-class _Fold:
-    """Sums of |g| or g² by full name; `scale` is what the current gradients are multiplied by."""
-
-    sums: dict[str, Tensor]
-    scale: float = 1.0
-
-
-@contextmanager
-def _folding(weights: Mapping[str, Tensor], norm: str) -> Iterator[_Fold]:
-    """Fold a weight's gradient into a float32 sum, and free it, as soon as it is there."""
-    fold = _Fold({n: torch.zeros_like(w, dtype=torch.float32) for n, w in weights.items()})
-
-    def hook(name: str) -> Callable[[Tensor], None]:
-        def accumulate(weight: Tensor) -> None:
-            if weight.grad is None:
-                return
-            gradient = weight.grad.float()
-            weight.grad = None
-            if fold.scale != 1.0:
-                gradient = gradient / fold.scale
-            if norm == "l1":
-                fold.sums[name] += gradient.abs_()
-            else:
-                fold.sums[name].addcmul_(gradient, gradient)
-
-        return accumulate
-
-    handles = []
-    for name, weight in weights.items():
-        weight.requires_grad_(True)
-        handles.append(weight.register_post_accumulate_grad_hook(hook(name)))
-    try:
-        yield fold
-    finally:
-        for handle in handles:
-            handle.remove()
-        for weight in weights.values():
-            weight.requires_grad_(False)
 
 
 class _Errors:
@@ -286,4 +270,4 @@ class _Errors:
 def _finish(name: str, total: Tensor, how: Gradients) -> Tensor:
     if not bool(total.isfinite().all()):
         raise InputError(f"{name}: its gradient is not finite. Run with --dtype float32.")
-    return total if how.norm == "l1" else total.sqrt_()
+    return total.sqrt_() if how.norm == L2 else total

@@ -1,0 +1,1 @@
+"""Budgets: spread a number of bits, bytes or milliseconds over the linears of a model."""
