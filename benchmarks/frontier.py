@@ -37,6 +37,9 @@ from frontier_record import RECORD, WINDOW, Key, add, is_there, read
 from transformers.utils.logging import disable_progress_bar
 
 from gblm import data
+from gblm.budget.amount import parse_budget
+from gblm.budget.answer import Question, answer
+from gblm.budget.subject import Wanted
 from gblm.errors import InputError
 from gblm.evaluate.perplexity import perplexity
 from gblm.fetch import fetch
@@ -105,6 +108,8 @@ def prune_case(case: Case, recipe: Recipe, output: Path) -> dict[str, float]:
         return replace(steps, pipeline=pipeline)
 
     cpu, wall = time.process_time(), time.monotonic()
+    if case.budget:
+        recipe = spread(recipe, case.budget)
     with mock.patch.object(pruning, "steps_of", narrow if case.narrow else steps_of):
         report = pruning.prune(recipe, output)
     return {
@@ -113,6 +118,15 @@ def prune_case(case: Case, recipe: Recipe, output: Path) -> dict[str, float]:
         "bits_per_weight": round(counted_bits(case, report["bits_per_weight"]), 4),
         "sparsity": report["sparsity"],
     }
+
+
+def spread(recipe: Recipe, budget: str) -> Recipe:
+    """The recipe that spreads a budget over the linears, unstructured, its values as they are."""
+    wanted = Wanted((recipe.values,), ("unstructured",))
+    rows = answer(Question(recipe, parse_budget(budget), wanted))["rows"]
+    kind = recipe.values.partition(":")[0]
+    found = next(row for row in rows if row["name"] == f"{kind} measured")
+    return Recipe.from_dict(found["recipe"])
 
 
 def counted_bits(case: Case, stored: float) -> float:

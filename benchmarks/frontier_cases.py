@@ -29,11 +29,14 @@ class Case:
         recipe: fields of Recipe that are not the default ones; empty leaves the model as it is.
         narrow: bits of a code that is stored as int4 but counted, and limited, like this; see
             NARROW. 0 for what the recipe says.
+        budget: spread over the linears by measured sensitivity, in place of the recipe's pattern;
+            see gblm.budget. Empty for the recipe's own.
     """
 
     label: str
     recipe: Mapping[str, Any] = field(default_factory=dict)
     narrow: int = 0
+    budget: str = ""
 
     @property
     def calibrated(self) -> bool:
@@ -112,6 +115,16 @@ CASES = {
     "int4-3.1-rec": Case(
         "int4 52.1 %, joint + reconstruct", _sparse("sparsegpt", "0.521", "int4:192", **REC)
     ),
+    "int4-3.1-spread": Case(
+        "int4 spread to 3.1 bits, joint",
+        _sparse("sparsegpt", "0.521", "int4:192"),
+        budget="3.1bits",
+    ),
+    "int4-3.1-spread-rec": Case(
+        "int4 spread to 3.1 bits, joint + reconstruct",
+        _sparse("sparsegpt", "0.521", "int4:192", **REC),
+        budget="3.1bits",
+    ),
     "int4-3.1-row-rec": Case(
         "int4 row 50.6 %, joint + reconstruct", _sparse("sparsegpt", "0.506", "int4:row", **REC)
     ),
@@ -123,6 +136,11 @@ CASES = {
     "int4-2.6": Case("int4 64.6 %, joint", _sparse("sparsegpt", "0.646", "int4:192")),
     "int4-2.6-rec": Case(
         "int4 64.6 %, joint + reconstruct", _sparse("sparsegpt", "0.646", "int4:192", **REC)
+    ),
+    "int4-2.6-spread-rec": Case(
+        "int4 spread to 2.6 bits, joint + reconstruct",
+        _sparse("sparsegpt", "0.646", "int4:192", **REC),
+        budget="2.6bits",
     ),
     "int4-2.6-row-rec": Case(
         "int4 row 63.1 %, joint + reconstruct", _sparse("sparsegpt", "0.631", "int4:row", **REC)

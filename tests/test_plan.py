@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from test_resume import cut_off
 
 from gblm.checkpoint.reader import Reader
+from gblm.choices import Choice
 from gblm.errors import GblmError, UsageError
 from gblm.formats import format_for
 from gblm.methods import METHODS
@@ -178,8 +179,8 @@ STEPS: list[dict[str, Any]] = [
 def test_steps_take_memory_and_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, fields: dict[str, Any]
 ) -> None:
-    same = defaultdict(lambda: 1e8)
-    rates = Rates(1e9, 1e9, 1e9, 1e9, 1e9, 1e9, same, same, same, 1e9)  # type: ignore[arg-type]
+    same = defaultdict[Choice, float](lambda: 1e8)
+    rates = Rates(*[1e9] * 6, same, same, same, 1e9)
     monkeypatch.setattr("gblm.plan.probe", lambda *arguments: rates)
     big = save_tiny_model(tmp_path / "big", hidden_size=512, intermediate_size=2048)
     plain = predict(big, method, values=fields.get("values", "float"))
@@ -200,9 +201,8 @@ def test_a_second_stream_goes_to_disk_too(
 ) -> None:
     monkeypatch.setattr("gblm.calibrate.activations.MEMORY_SHARE", 0)
     text = TEXT.model_copy(update={"order": order})
-    one = predict(tiny, "wanda", calibration=text)["disk"]["activations_bytes"]
-    two = predict(tiny, "wanda", calibration=text, reconstruct={})["disk"]["activations_bytes"]
-    assert two == 2 * one > 0
+    one, two = (predict(tiny, "wanda", calibration=text, reconstruct=r) for r in (None, {}))
+    assert two["disk"]["activations_bytes"] == 2 * one["disk"]["activations_bytes"] > 0
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
@@ -216,27 +216,24 @@ def test_finished_layers_are_as_large_as_predicted(
     dtype: str,
 ) -> None:
     calibration = TEXT.model_copy(update={"source": str(text_file)})
-    recipe = Recipe.from_dict(
-        {"model": str(tiny), "method": "wanda", "dtype": dtype} | fields
-    ).model_copy(update={"calibration": calibration})
+    base = Recipe(model=str(tiny), method="wanda", dtype=dtype, calibration=calibration)
+    recipe = Recipe.from_dict(base.to_dict() | fields)
     cut_off(recipe, tmp_path / "out", monkeypatch)
     (layer,) = tmp_path.glob(".out.work/layer-*.safetensors")
-    found, layers = sum(tensor.nbytes for tensor in load_file(layer).values()), 2
-    assert plan(recipe)["disk"]["finished_layers_bytes"] == layers * found
+    found = sum(tensor.nbytes for tensor in load_file(layer).values())
+    assert plan(recipe)["disk"]["finished_layers_bytes"] == 2 * found
 
 
 def test_steps_need_no_method_for_the_dense_pattern(tiny: Path) -> None:
-    facts = predict(tiny, "sparsegpt", pattern="dense", values="int4", rounding="obs")
-    assert facts["groups"][0]["format"] == "dense"
+    predict(tiny, "sparsegpt", pattern="dense", values="int4", rounding="obs")
     mixed = [{"targets": ["*.0.*"], "pattern": "dense", "values": "int8"}]
-    facts = predict(tiny, "sparsegpt", layers=mixed, rounding="obs")
-    assert [group["pattern"] for group in facts["groups"]] == ["dense", "dense", "2:4"]
+    groups = predict(tiny, "sparsegpt", layers=mixed, rounding="obs")["groups"]
+    assert [group["pattern"] for group in groups] == ["dense", "dense", "2:4"]
 
 
 def test_layers_that_stay_dense_are_planned_for(tiny: Path) -> None:
     facts = predict(tiny, "wanda", ignore=("layers.0.*",), reconstruct={})
     assert facts["groups"][0]["linears"] == 7
-    assert working_bytes(facts) > 0
 
 
 REFUSED: list[dict[str, Any]] = [

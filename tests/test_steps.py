@@ -12,8 +12,10 @@ import torch
 from conftest import Outcome, content
 from killing import killed_run
 from safetensors.torch import load_file
+from test_families import save_family
 from test_resume import cut_off
 
+from gblm.checkpoint.verify import verify
 from gblm.errors import UsageError
 from gblm.model import load_tokenizer
 from gblm.packed import load as load_packed
@@ -161,6 +163,24 @@ def test_trained_norms_are_stored_and_loaded(recipe: Recipe, tmp_path: Path) -> 
     assert not torch.equal(stored, source)
     model = load_packed(tmp_path / "out", backend="dense")
     assert torch.equal(model.get_parameter(name), stored)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float16"])
+def test_trained_biases_are_stored_and_ignored_linears_stay(
+    recipe: Recipe, tmp_path: Path, dtype: str
+) -> None:
+    source = save_family("qwen2", tmp_path / "qwen2")
+    fields = {"model": str(source), "dtype": dtype, "ignore": ["down_proj"], "values": "int4"}
+    steps = STEPS | {"reconstruct": {"learning_rate": 5e-3}}
+    prune(with_steps(recipe, **fields, **steps), tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    dense = load_file(source / "model.safetensors")
+    for name in ("model.layers.0.self_attn.q_proj.bias", "model.layers.1.self_attn.v_proj.bias"):
+        assert stored[name].dtype == dense[name].dtype
+        assert not torch.equal(stored[name], dense[name])
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(stored[name], dense[name])
+    verify(tmp_path / "out")
 
 
 def test_gptq_is_rounding_with_the_dense_pattern(

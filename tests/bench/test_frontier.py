@@ -76,7 +76,9 @@ def test_every_case_is_a_recipe(name: str) -> None:
 
 def test_labels_and_recipes_are_distinct() -> None:
     assert len({case.label for case in CASES.values()}) == len(CASES)
-    assert len({repr((case.recipe, case.narrow)) for case in CASES.values()}) == len(CASES)
+    assert len({repr((case.recipe, case.narrow, case.budget)) for case in CASES.values()}) == len(
+        CASES
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if re.search(r"-[23]\.\d", name)])
