@@ -15,9 +15,8 @@ from pages import origin, table
 Run = dict[str, Any]
 # Rows of the README, at its calibration size; dense and sparse ones of about the same bytes.
 SHOWN = (
-    "dense", "int8", "sparsegpt-24", "alps-24-rec", "sparsegpt-50-rec", "int4-gptq",
-    "int4-gptq-rec", "int4-24-rec", "int3-gptq-rec", "int4-3.1-rec", "int3-row-rec",
-    "int4-2.6-rec", "int2-g32-rec",
+    "dense", "int8", "sparsegpt-24", "alps-24-rec", "int4-rtn", "int4-gptq", "int3-gptq",
+    "int3-gptq-rec", "int4-3.1-rec", "int4-3.1-spread-rec", "int4-2.6-rec", "int4-2.6-spread-rec",
 )  # fmt: skip
 SHOWN_SAMPLES = 64
 PROTOCOLS = {"8w": "WikiText-2, 8w", "16w": "16w", "pydoc 8w": "pydoc, 8w", "full": "all of test"}
@@ -89,7 +88,7 @@ def frontier(path: Path = RECORD) -> str:
     rows = [row for row in rows_of(read(path))
             if row.name in SHOWN and row.samples in (0, SHOWN_SAMPLES)]  # fmt: skip
     picture = "![Perplexity against bits per weight and decode time](docs/frontier.svg)"
-    return f"{perplexities(rows, ('8w', 'pydoc 8w', 'full'))}\n\n{picture}\n\n{notes(rows)}"
+    return f"{perplexities(rows)}\n\n{picture}\n\n{notes(rows)}"
 
 
 def frontier_all(path: Path = RECORD) -> str:
@@ -97,13 +96,13 @@ def frontier_all(path: Path = RECORD) -> str:
     if not path.exists():
         return "Nothing has been recorded yet."
     rows = rows_of(read(path))
-    return f"{perplexities(rows, tuple(PROTOCOLS), samples=True)}\n\n{notes(rows)}"
+    return f"{perplexities(rows)}\n\n{notes(rows)}"
 
 
-def perplexities(rows: list[Row], protocols: tuple[str, ...], samples: bool = False) -> str:
+def perplexities(rows: list[Row]) -> str:
     """A line per row; protocols that no row has are left out."""
-    protocols = tuple(p for p in protocols if any(row.perplexity(p) for row in rows))
-    header = ["SmolLM2-135M", "bits/weight", *(["samples", "seeds"] if samples else []),
+    protocols = tuple(p for p in PROTOCOLS if any(row.perplexity(p) for row in rows))
+    header = ["SmolLM2-135M", "bits/weight", "samples", "seeds",
               *(PROTOCOLS[protocol] for protocol in protocols), "CPU minutes"]  # fmt: skip
     lines = []
     for row in rows:
@@ -112,7 +111,7 @@ def perplexities(rows: list[Row], protocols: tuple[str, ...], samples: bool = Fa
         lines.append([
             row.case.label,
             f"{row.bits:.2f}",
-            *(calibrated if samples else []),
+            *calibrated,
             *(figure(row.perplexity(protocol)) for protocol in protocols),
             "–" if minutes is None else f"{minutes:.1f}",
         ])  # fmt: skip
@@ -134,8 +133,9 @@ def notes(rows: list[Row]) -> str:
     return (
         "Perplexity, float32, of windows of 512 tokens: 8w and 16w are the first 8 and 16 of "
         f"WikiText-2 test; pydoc is another domain. {calibration(rows)}Bits of a pruned weight "
-        "count masks, row offsets and scales (64 or 128 columns each unless the row says "
-        f"otherwise). CPU minutes are those of `gblm prune`, one thread. {origins(runs)}"
+        "count masks, row offsets and scales (of 96 or 128 columns each, in sparse int4 rows of "
+        "192, unless the row says otherwise). CPU minutes are those of `gblm prune`, one thread. "
+        f"{origins(runs)}"
     )
 
 

@@ -174,8 +174,8 @@ def test_missing_text_is_named(tmp_path: Path) -> None:
 
 def test_table_has_means_spreads_and_minutes(record: Path) -> None:
     text = frontier_tables.frontier(record)
-    assert "| 2:4, SparseGPT | 9.00 | 57.0 ± 1.0 | 28.5 ± 0.5 | 2.0 |" in text
-    assert "| int8 | 8.22 | 27.6 | 13.8 | 1.0 |" in text
+    assert "| 2:4, SparseGPT | 9.00 | 64 | 3 | 57.0 ± 1.0 | 58.0 ± 1.0 | 28.5 ± 0.5 | 2.0 |" in text
+    assert "| int8 | 8.22 | – | – | 27.6 | 28.6 | 13.8 | 1.0 |" in text
     assert "60.2" not in text
     assert "64 × 256 tokens of valid.txt; mean ± standard deviation over 1 to 3 seeds" in text
     every = frontier_tables.frontier_all(record)
@@ -198,9 +198,8 @@ def test_rows_without_calibration_do_not_speak_of_it(tmp_path: Path) -> None:
 
 def test_runs_on_another_device_have_no_cpu_minutes(record: Path) -> None:
     frontier_record.add(record, [run("alps-24-rec", 64, 0, 43.0, device="cuda")])
-    assert "| 2:4, ALPS + reconstruct | 9.00 | 43.0 | 21.5 | – |" in frontier_tables.frontier(
-        record
-    )
+    text = frontier_tables.frontier(record)
+    assert "| 2:4, ALPS + reconstruct | 9.00 | 64 | 1 | 43.0 | 44.0 | 21.5 | – |" in text
 
 
 def test_perplexities_of_different_texts_are_not_mixed(record: Path) -> None:
