@@ -79,7 +79,7 @@ def feed(data: bytes) -> int:
 
 @pytest.mark.parametrize("mask", ["dense", "any", "2:4"])
 @pytest.mark.parametrize("values", ["float", "int8", "int4"])
-@pytest.mark.parametrize("instructions", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("instructions", ["amx", "avx512", "avx2", "portable"])
 def test_damaged_panels_never_crash(instructions: str, values: str, mask: str) -> None:
     best = native.instruction_set()
     try:

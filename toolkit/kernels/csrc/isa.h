@@ -29,5 +29,5 @@ struct Isa {
 
 extern const Isa kPortable;
 #if defined(__x86_64__)
-extern const Isa kAvx2, kAvx512;
+extern const Isa kAvx2, kAvx512, kAmx;
 #endif

@@ -11,7 +11,7 @@ constexpr int64_t kMaxTokens = 512;
 
 const Isa* const kIsas[] = {
 #if defined(__x86_64__)
-    &kAvx512, &kAvx2,
+    &kAmx, &kAvx512, &kAvx2,
 #endif
     &kPortable};
 
