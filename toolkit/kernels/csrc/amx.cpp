@@ -4,7 +4,7 @@
 // fewest tokens, expanding in registers is as fast: those are left to AVX-512.
 #include <cpuid.h>
 
-#include "amx_tiles.h"
+#include "amx_decode.h"
 #include "avx512_round.h"
 
 #if defined(__linux__)
@@ -14,8 +14,8 @@
 
 namespace {
 
-constexpr int64_t kCacheBytes = 16384;  // of one expanded panel: two leave room in 48 KB
-constexpr int64_t kTogether = 16;       // panels that share some columns of the activations
+constexpr int64_t kCacheBytes = 16384;      // of one expanded panel: two leave room in 48 KB
+constexpr int64_t kTogether = 16;           // panels that share some columns of the activations
 constexpr int64_t kCachedTokens = 1 << 20;  // bytes of activations that stay in cache
 
 // Fewer tokens are left to AVX-512, by value type.
@@ -59,8 +59,8 @@ void pack_integers(const Panels& p, const uint16_t* x, int64_t tokens, const Tok
       scales[g * tiles.width + t] = most / 127;
       uint8_t* line = to + g * steps * tiles.step_bytes() + t * kLine;
       for (int64_t k = 0; k < steps * 64; k += 16) {
-        const __m128i codes = k < p.group ? _mm512_cvtepi32_epi8(round_codes(row + k, inverse))
-                                          : _mm_setzero_si128();
+        const __m128i codes =
+            k < p.group ? _mm512_cvtepi32_epi8(round_codes(row + k, inverse)) : _mm_setzero_si128();
         _mm_storeu_si128((__m128i*)(line + k / 64 * tiles.step_bytes() + k % 64), codes);
       }
     }
@@ -93,6 +93,7 @@ class Task {
 
   // False when the panels are damaged.
   bool run(int64_t first, int64_t last, uint16_t* y) {
+    if (tokens.count <= kDecodeTiles) return decode(first, last, y);
     // Panels share some columns of the activations only if not all of them stay in cache.
     const bool fits = tokens.count * tokens.tile_bytes() <= kCachedTokens;
     const int64_t together = fits ? 2 : last - first;
@@ -102,13 +103,27 @@ class Task {
   }
 
  private:
+  bool decode(int64_t first, int64_t last, uint16_t* y) {
+    for (int64_t panel = first; panel < last; panel += 2) {
+      const int64_t pair[2] = {panel, smaller(panel + 1, last - 1)};
+      std::memset(sums_, 0, static_cast<size_t>(tokens.padded() * kSumStride));
+      const bool good = tokens.count == 1
+                            ? decode_pair<Reader, 1>(p, x, tokens, pair, cache_[0], sums_)
+                            : decode_pair<Reader, 2>(p, x, tokens, pair, cache_[0], sums_);
+      if (!good) return false;
+      store(panel, pair[1] + 1, y);
+    }
+    return true;
+  }
+
   bool multiply(int64_t first, int64_t last, uint16_t* y) {
     const int64_t pairs = (last - first + 1) / 2, size = tokens.padded() * 2 * kRows;
     std::memset(sums_, 0, static_cast<size_t>(pairs * size) * sizeof(float));
     const uint8_t* at[kTogether / 2][2];
     for (int64_t i = 0; i < 2 * pairs; i++)  // the last one twice if it is alone
       at[i / 2][i % 2] = p.begin(smaller(first + i, last - 1));
-    const int64_t blocks = Reader::kWords == 16 ? 16 : 32 / (p.group / kColumns) * (p.group / kColumns);
+    const int64_t blocks =
+        Reader::kWords == 16 ? 16 : 32 / (p.group / kColumns) * (p.group / kColumns);
     for (int64_t block = 0; block < p.blocks; block += blocks) {
       const int64_t count = smaller(blocks, p.blocks - block);
       for (int64_t i = 0; i < pairs; i++)
@@ -154,8 +169,7 @@ class Task {
       for (int64_t j = 0; j < groups.count; j++) {
         if (at[i] > p.limit) return false;
         groups.lines[j][i] = at[i];
-        const Words w =
-            expand<Reader>(p, at[i] + kLine, blocks, cache_[i] + j * p.group * kRows);
+        const Words w = expand<Reader>(p, at[i] + kLine, blocks, cache_[i] + j * p.group * kRows);
         groups.words[j][i] = w.first;
         at[i] = w.next;
         if (at[i] == nullptr) return false;
@@ -164,11 +178,10 @@ class Task {
     const uint8_t* from =
         static_cast<const uint8_t*>(x.packed) + g * groups.steps * tokens.step_bytes();
     for (int64_t t = 0; t < tokens.count; t += 2) {
-      const auto tile = t + 1 < tokens.count ? integer_tile<Reader::kShift, 2>
-                                             : integer_tile<Reader::kShift, 1>;
-      tile(groups, from + t * tokens.tile_bytes(), tokens,
-           x.scales + (t * all + g) * tokens.width, all * tokens.width,
-           sums + t * tokens.width * 2 * kRows);
+      const auto tile =
+          t + 1 < tokens.count ? integer_tile<Reader::kShift, 2> : integer_tile<Reader::kShift, 1>;
+      tile(groups, from + t * tokens.tile_bytes(), tokens, x.scales + (t * all + g) * tokens.width,
+           all * tokens.width, sums + t * tokens.width * 2 * kRows);
     }
     return true;
   }
@@ -243,5 +256,4 @@ bool supported() {
 
 }  // namespace
 
-const Isa kAmx = {"amx",         supported, kTogether, packed_bytes,
-                  scratch_bytes, tiles,     pack,      multiply};
+const Isa kAmx = {"amx", supported, kTogether, packed_bytes, scratch_bytes, tiles, pack, multiply};
