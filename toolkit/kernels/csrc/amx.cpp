@@ -19,7 +19,7 @@ constexpr int64_t kTogether = 16;           // panels that share some columns of
 constexpr int64_t kCachedTokens = 1 << 20;  // bytes of activations that stay in cache
 
 // Fewer tokens are left to AVX-512, by value type.
-constexpr int64_t kFewest[] = {2, 2, 2};
+constexpr int64_t kFewest[] = {1, 1, 1};
 bool uses_tiles(const Panels& p, int64_t tokens) { return tokens >= kFewest[p.values]; }
 
 int64_t packed_bytes(const Panels& p, int64_t tokens) {
@@ -93,7 +93,8 @@ class Task {
 
   // False when the panels are damaged.
   bool run(int64_t first, int64_t last, uint16_t* y) {
-    if (tokens.count <= kDecodeTiles) return decode(first, last, y);
+    if (tokens.count == 1) return decode<1>(first, last, y);
+    if (tokens.count == kDecodeTiles) return decode<2>(first, last, y);
     // Panels share some columns of the activations only if not all of them stay in cache.
     const bool fits = tokens.count * tokens.tile_bytes() <= kCachedTokens;
     const int64_t together = fits ? 2 : last - first;
@@ -103,15 +104,12 @@ class Task {
   }
 
  private:
+  template <int T>
   bool decode(int64_t first, int64_t last, uint16_t* y) {
+    Decoder<Reader, T> decoder(p, x, tokens, cache_[0], sums_);
     for (int64_t panel = first; panel < last; panel += 2) {
-      const int64_t pair[2] = {panel, smaller(panel + 1, last - 1)};
-      std::memset(sums_, 0, static_cast<size_t>(tokens.padded() * kSumStride));
-      const bool good = tokens.count == 1
-                            ? decode_pair<Reader, 1>(p, x, tokens, pair, cache_[0], sums_)
-                            : decode_pair<Reader, 2>(p, x, tokens, pair, cache_[0], sums_);
-      if (!good) return false;
-      store(panel, pair[1] + 1, y);
+      if (!decoder.run(panel, last)) return false;
+      store(panel, smaller(panel + 2, last), y);
     }
     return true;
   }

@@ -6,97 +6,135 @@
 namespace {
 
 constexpr int64_t kDecodeTiles = 2;  // of tokens: their sums stay in registers
-constexpr int64_t kRing = 4, kStepsAhead = 2;
+constexpr int64_t kRing = 2, kStepsAhead = 1;
+constexpr int64_t kOpenGroups = 4;  // expanded, not yet scaled
 
-// A panel on its way through the ring, one step after the other.
+// A panel on its way through a ring of steps.
 template <class Reader>
-class Stream {
- public:
-  Stream(const Panels& panels, int64_t panel, uint8_t* ring)
-      : p_(panels), panel_(panel), at_(panels.begin(panel)), ring_(ring) {}
+struct Stream {
+  const uint8_t* at;
+  uint8_t* ring;
+  const uint8_t *words[kRing], *lines[kOpenGroups];
 
-  // Expand the next step, the first of a group or not; false when the panel is damaged.
-  INLINE bool expand_step(int64_t step, int64_t group, bool starts, int64_t blocks) {
-    if (Reader::kWords == 8 && starts) {
-      if (__builtin_expect(at_ > p_.limit, 0)) return false;
-      lines[group % kRing] = at_;
-      at_ += kLine;
-    }
-    const Words w = expand<Reader>(p_, at_, blocks, ring_ + step % kRing * kTile);
+  // Expand the next step; false when the panel is damaged.
+  INLINE bool expand_step(const Panels& p, int64_t step, int64_t blocks) {
+    const Words w = expand<Reader>(p, at, blocks, ring + step % kRing * kTile);
     words[step % kRing] = w.first;
-    at_ = w.next;
-    return at_ != nullptr;
+    at = w.next;
+    return at != nullptr;
   }
-  bool ends() const { return p_.ends(panel_, at_); }
-
-  const uint8_t *words[kRing], *lines[kRing];
-
- private:
-  const Panels& p_;
-  const int64_t panel_;
-  const uint8_t* at_;
-  uint8_t* const ring_;
+  INLINE bool start_group(const Panels& p, int64_t group) {
+    if (__builtin_expect(at > p.limit, 0)) return false;
+    lines[group % kOpenGroups] = at;
+    at += kLine;
+    return true;
+  }
 };
 
-// Sums [tokens][2 * 16 rows] of two panels; false when they are damaged.
+// Two panels and T tiles of tokens.
 template <class Reader, int T>
-bool decode_pair(const Panels& p, const Activations& x, const TokenTiles& tokens,
-                 const int64_t (&panels)[2], uint8_t* ring, float* sums) {
-  constexpr bool kFloat = Reader::kWords == 16;
+class Decoder {
+ public:
+  static constexpr bool kFloat = Reader::kWords == 16;
   using Float = std::bool_constant<kFloat>;
-  Stream<Reader> a(p, panels[0], ring), b(p, panels[1], ring + kRing * kTile);
-  const int64_t per_group = kFloat ? tokens.steps : TokenTiles::group_steps(p);
-  const int64_t blocks = p.group / kColumns;
-  int64_t next = 0, next_group = 0, next_in_group = 0;
-  const auto produce = [&]() LAMBDA {
-    if (next == tokens.steps) return true;
-    const int64_t n = kFloat ? 1 : smaller<int64_t>(2, blocks - 2 * next_in_group);
-    const bool good = a.expand_step(next, next_group, next_in_group == 0, n) &&
-                      b.expand_step(next, next_group, next_in_group == 0, n);
-    next++;
-    if (++next_in_group == per_group) {
-      next_in_group = 0;
-      next_group++;
+
+  Decoder(const Panels& panels, const Activations& activations, const TokenTiles& tiles,
+          uint8_t* memory, float* sums)
+      : p_(panels), x_(activations), tokens_(tiles), ring_(memory), sums_(sums) {}
+
+  // Sums of the panels from `first`; past `last` the last one again. False when one is damaged.
+  bool run(int64_t first, int64_t last) {
+    for (int64_t i = 0; i < 2; i++) {
+      streams_[i].at = p_.begin(smaller(first + i, last - 1));
+      streams_[i].ring = ring_ + i * kRing * kTile;
+    }
+    if constexpr (kFloat) {
+      if (!floats()) return false;
+    } else {
+      if (!integers()) return false;
+    }
+    for (int64_t i = 0; i < 2; i++)
+      if (!p_.ends(smaller(first + i, last - 1), streams_[i].at)) return false;
+    return true;
+  }
+
+ private:
+  INLINE bool expand_steps(int64_t step, int64_t blocks) {
+    bool good = true;
+    unroll<2>([&](auto i) LAMBDA { good = good && streams_[i].expand_step(p_, step, blocks); });
+    return good;
+  }
+  INLINE void multiply_step(int64_t step) {
+    const uint8_t* words[2];
+    unroll<2>([&](auto i) LAMBDA { words[i] = streams_[i].words[step % kRing]; });
+    multiply_steps<Float, T>(words, 1, packed() + step * tokens_.step_bytes(), tokens_);
+  }
+  const uint8_t* packed() const { return static_cast<const uint8_t*>(x_.packed); }
+
+  bool floats() {
+    unroll<2 * T>([&](auto i) LAMBDA { zero_tile<i>(); });
+    for (int64_t s = -kStepsAhead; s < tokens_.steps; s++) {
+      if (s + kStepsAhead < tokens_.steps && !expand_steps(s + kStepsAhead, 1)) return false;
+      if (s >= 0) multiply_step(s);
+    }
+    unroll<2 * T>([&](auto i) LAMBDA {
+      store_tile<i>(sums_ + (i / 2 * tokens_.width * 2 + i % 2) * kRows, kSumStride);
+    });
+    return true;
+  }
+
+  // Expand the next step, if there is one.
+  INLINE bool advance() {
+    if (next_ == tokens_.steps) return true;
+    bool good = true;
+    if (in_group_ == 0) {
+      unroll<2>([&](auto i) LAMBDA { good = good && streams_[i].start_group(p_, group_); });
+      if (!good) return false;
+    }
+    good = expand_steps(next_++, smaller<int64_t>(2, p_.group / kColumns - 2 * in_group_));
+    if (++in_group_ == TokenTiles::group_steps(p_)) {
+      in_group_ = 0;
+      group_++;
     }
     return good;
-  };
-  const uint8_t* from = static_cast<const uint8_t*>(x.packed);
-  const float* scales = x.scales;
-  const int64_t scale_stride = tokens.steps / per_group * tokens.width;
-  Exact exact[2];
-  const auto scale_group = [&](int64_t group) LAMBDA {
-    if constexpr (!kFloat) {
-      const uint8_t* const lines[2] = {a.lines[group % kRing], b.lines[group % kRing]};
-      add_scaled<Reader::kShift, T>(exact[group % 2], lines, scales, scale_stride, tokens.width,
-                                    sums);
-      scales += tokens.width;
-    }
-  };
-  for (int64_t i = 0; i < kStepsAhead; i++)
-    if (!produce()) return false;
-  int64_t group = 0, in_group = 0;
-  unroll<2 * T>([&](auto i) LAMBDA { zero_tile<i>(); });
-  for (int64_t s = 0; s < tokens.steps; s++, from += tokens.step_bytes()) {
-    if (!produce()) return false;
-    const uint8_t* const words[2] = {a.words[s % kRing], b.words[s % kRing]};
-    multiply_steps<Float, T>(words, 1, from, tokens);
-    if (!kFloat && ++in_group == per_group) {
-      if (group > 0) scale_group(group - 1);
-      unroll<2 * T>([&](auto i) LAMBDA {
-        store_tile<i>(exact[group % 2].sums[i], kLine);
-        zero_tile<i>();
-      });
-      in_group = 0;
-      group++;
-    }
   }
-  if constexpr (kFloat)
-    unroll<2 * T>([&](auto i) LAMBDA {
-      store_tile<i>(sums + i / 2 * tokens.width * 2 * kRows + i % 2 * kRows, kSumStride);
-    });
-  else
-    scale_group(group - 1);
-  return a.ends() && b.ends();
-}
+
+  INLINE void scale_group(int64_t group) {
+    const int64_t groups = p_.columns / p_.group;
+    const uint8_t* lines[2];
+    unroll<2>([&](auto i) LAMBDA { lines[i] = streams_[i].lines[group % kOpenGroups]; });
+    add_scaled<Reader::kShift, T>(exact_[group % 2], lines, x_.scales + group * tokens_.width,
+                                  groups * tokens_.width, tokens_.width, sums_);
+  }
+
+  // Sums of one group are scaled while the next one is multiplied.
+  bool integers() {
+    const int64_t groups = p_.columns / p_.group, steps = TokenTiles::group_steps(p_);
+    next_ = group_ = in_group_ = 0;
+    std::memset(sums_, 0, static_cast<size_t>(tokens_.padded() * kSumStride));
+    for (int64_t i = 0; i < kStepsAhead; i++)
+      if (!advance()) return false;
+    for (int64_t g = 0; g < groups; g++) {
+      unroll<2 * T>([&](auto i) LAMBDA { zero_tile<i>(); });
+      for (int64_t s = g * steps; s < (g + 1) * steps; s++) {
+        if (!advance()) return false;
+        multiply_step(s);
+      }
+      if (g > 0) scale_group(g - 1);
+      unroll<2 * T>([&](auto i) LAMBDA { store_tile<i>(exact_[g % 2].sums[i], kLine); });
+    }
+    scale_group(groups - 1);
+    return true;
+  }
+
+  const Panels& p_;
+  const Activations& x_;
+  const TokenTiles& tokens_;
+  uint8_t* ring_;
+  float* sums_;  // [tokens][2 * 16 rows]
+  Stream<Reader> streams_[2];
+  int64_t next_, group_, in_group_;  // what is expanded next
+  Exact exact_[2];
+};
 
 }  // namespace

@@ -68,7 +68,7 @@ struct TokenTiles {
   int64_t padded() const { return count * width; }
 };
 
-// Two panels' words, and T tiles of tokens.
+// Sums of two panels and T tiles of tokens: register 2 t + i.
 template <class Float, int T>
 INLINE void multiply_steps(const uint8_t* const (&w)[2], int64_t steps, const uint8_t* x,
                            const TokenTiles& tokens) {
