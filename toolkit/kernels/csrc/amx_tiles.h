@@ -18,6 +18,11 @@ template <int T>
 INLINE void load_tile(const void* from, int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T) : "memory");
 }
+// Into the second-level cache only: activations pass by, weights and sums stay in the first.
+template <int T>
+INLINE void load_passing_tile(const void* from, int64_t stride) {
+  asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T) : "memory");
+}
 template <int T>
 INLINE void store_tile(void* to, int64_t stride) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(T) : "memory");
@@ -64,7 +69,8 @@ struct TokenTiles {
   // What a group lacks to whole steps is zeros of the activations.
   static int64_t group_steps(const Panels& p) { return (p.group + 63) / 64; }
   int64_t step_bytes() const { return width * kLine; }
-  int64_t tile_bytes() const { return steps * step_bytes(); }
+  // An odd number of 16 KB: the same columns of all tiles find room in the cache.
+  int64_t tile_bytes() const { return round_up(steps * step_bytes(), 32768) + 16384; }
   int64_t padded() const { return count * width; }
 };
 
@@ -75,13 +81,13 @@ INLINE void multiply_steps(const uint8_t* const (&w)[2], int64_t steps, const ui
   const int64_t step_bytes = tokens.step_bytes(), tile_bytes = tokens.tile_bytes();
   for (int64_t s = 0; s < steps; s++) {
     const uint8_t* at = x + s * step_bytes;
-    load_tile<4>(at, kLine);
+    load_passing_tile<4>(at, kLine);
     load_tile<6>(w[0] + s * kTile, kLine);
     multiply_tiles<0, 4, 6>(Float());
     load_tile<7>(w[1] + s * kTile, kLine);
     multiply_tiles<1, 4, 7>(Float());
     if constexpr (T == 2) {
-      load_tile<5>(at + tile_bytes, kLine);
+      load_passing_tile<5>(at + tile_bytes, kLine);
       multiply_tiles<2, 5, 6>(Float());
       multiply_tiles<3, 5, 7>(Float());
     }
