@@ -9,6 +9,10 @@ constexpr int64_t kDecodeTiles = 2;  // of tokens: their sums stay in registers
 constexpr int64_t kRing = 2, kStepsAhead = 1;
 constexpr int64_t kOpenGroups = 4;  // expanded, not yet scaled
 
+// A tile of weights may reach half a tile further than they do.
+constexpr int64_t kRingBytes = 2 * kRing * kTile + kTile;
+constexpr int64_t kDecodeBytes = kRingBytes + kDecodeTiles * kTileRows * kSumStride;
+
 // A panel on its way through a ring of steps.
 template <class Reader>
 struct Stream {
@@ -16,6 +20,10 @@ struct Stream {
   uint8_t* ring;
   const uint8_t *words[kRing], *lines[kOpenGroups];
 
+  void start(const uint8_t* panel, uint8_t* memory) {
+    at = panel;
+    ring = memory;
+  }
   // Expand the next step; false when the panel is damaged.
   INLINE bool expand_step(const Panels& p, int64_t step, int64_t blocks) {
     const Words w = expand<Reader>(p, at, blocks, ring + step % kRing * kTile);
@@ -39,26 +47,34 @@ class Decoder {
   using Float = std::bool_constant<kFloat>;
 
   Decoder(const Panels& panels, const Activations& activations, const TokenTiles& tiles,
-          uint8_t* memory, float* sums)
-      : p_(panels), x_(activations), tokens_(tiles), ring_(memory), sums_(sums) {}
+          void* memory)
+      : p_(panels), x_(activations), tokens_(tiles), ring_(static_cast<uint8_t*>(memory)) {
+    sums_ = reinterpret_cast<float*>(ring_ + kRingBytes);
+  }
 
-  // Sums of the panels from `first`; past `last` the last one again. False when one is damaged.
-  bool run(int64_t first, int64_t last) {
-    for (int64_t i = 0; i < 2; i++) {
-      streams_[i].at = p_.begin(smaller(first + i, last - 1));
-      streams_[i].ring = ring_ + i * kRing * kTile;
+  // False when the panels are damaged.
+  bool run(int64_t first, int64_t last, uint16_t* y) {
+    for (int64_t panel = first; panel < last; panel += 2) {
+      const int64_t second = smaller(panel + 1, last - 1);  // the same again if there is none
+      if (!multiply(panel, second)) return false;
+      for (int64_t t = 0; t < x_.tokens; t++)
+        store_pair(p_, panel, last, sums_ + t * 2 * kRows, y + t * p_.rows);
     }
-    if constexpr (kFloat) {
-      if (!floats()) return false;
-    } else {
-      if (!integers()) return false;
-    }
-    for (int64_t i = 0; i < 2; i++)
-      if (!p_.ends(smaller(first + i, last - 1), streams_[i].at)) return false;
     return true;
   }
 
  private:
+  bool multiply(int64_t first, int64_t second) {
+    streams_[0].start(p_.begin(first), ring_);
+    streams_[1].start(p_.begin(second), ring_ + kRing * kTile);
+    bool good;
+    if constexpr (kFloat)
+      good = floats();
+    else
+      good = integers();
+    return good && p_.ends(first, streams_[0].at) && p_.ends(second, streams_[1].at);
+  }
+
   INLINE bool expand_steps(int64_t step, int64_t blocks) {
     bool good = true;
     unroll<2>([&](auto i) LAMBDA { good = good && streams_[i].expand_step(p_, step, blocks); });
@@ -67,7 +83,8 @@ class Decoder {
   INLINE void multiply_step(int64_t step) {
     const uint8_t* words[2];
     unroll<2>([&](auto i) LAMBDA { words[i] = streams_[i].words[step % kRing]; });
-    multiply_steps<Float, T>(words, 1, packed() + step * tokens_.step_bytes(), tokens_);
+    multiply_steps<Float, T>(words, 1, packed() + step * tokens_.step_bytes(), tokens_,
+                             []() LAMBDA {});
   }
   const uint8_t* packed() const { return static_cast<const uint8_t*>(x_.packed); }
 

@@ -74,13 +74,14 @@ struct TokenTiles {
   int64_t padded() const { return count * width; }
 };
 
-// Sums of two panels and T tiles of tokens: register 2 t + i.
-template <class Float, int T>
+// Sums of two panels and T tiles of tokens: register 2 t + i. each() goes with every step.
+template <class Float, int T, class Each>
 INLINE void multiply_steps(const uint8_t* const (&w)[2], int64_t steps, const uint8_t* x,
-                           const TokenTiles& tokens) {
+                           const TokenTiles& tokens, Each&& each) {
   const int64_t step_bytes = tokens.step_bytes(), tile_bytes = tokens.tile_bytes();
   for (int64_t s = 0; s < steps; s++) {
     const uint8_t* at = x + s * step_bytes;
+    each();
     load_passing_tile<4>(at, kLine);
     load_tile<6>(w[0] + s * kTile, kLine);
     multiply_tiles<0, 4, 6>(Float());
@@ -94,12 +95,33 @@ INLINE void multiply_steps(const uint8_t* const (&w)[2], int64_t steps, const ui
   }
 }
 
+// The next two panels' weights, asked into the second-level cache while others are multiplied.
+struct Ahead {
+  const uint8_t* at[2];
+  int64_t lines;  // of each panel, with every step
+
+  INLINE void step() {
+    for (int64_t i = 0; i < lines; i++)
+      unroll<2>([&](auto j) LAMBDA {
+        _mm_prefetch(reinterpret_cast<const char*>(at[j]), _MM_HINT_T1);
+        at[j] += kLine;
+      });
+  }
+};
+
 // Sums of a pair of panels are [tokens][2 * 16 rows].
 constexpr int64_t kSumStride = 2 * kRows * static_cast<int64_t>(sizeof(float));
 
+// One token's sums of a panel and the next one, if it is not the last.
+INLINE void store_pair(const Panels& p, int64_t panel, int64_t last, const float* sums,
+                       uint16_t* y) {
+  store_rows(p, panel, _mm512_loadu_ps(sums), y);
+  if (panel + 1 < last) store_rows(p, panel + 1, _mm512_loadu_ps(sums + kRows), y);
+}
+
 template <int T>
 void float_tile(const uint8_t* const (&w)[2], int64_t steps, const uint8_t* x,
-                const TokenTiles& tokens, float* sums) {
+                const TokenTiles& tokens, float* sums, Ahead& ahead) {
   float* more = sums + tokens.width * 2 * kRows;
   load_tile<0>(sums, kSumStride);
   load_tile<1>(sums + kRows, kSumStride);
@@ -107,7 +129,7 @@ void float_tile(const uint8_t* const (&w)[2], int64_t steps, const uint8_t* x,
     load_tile<2>(more, kSumStride);
     load_tile<3>(more + kRows, kSumStride);
   }
-  multiply_steps<std::true_type, T>(w, steps, x, tokens);
+  multiply_steps<std::true_type, T>(w, steps, x, tokens, [&]() LAMBDA { ahead.step(); });
   store_tile<0>(sums, kSumStride);
   store_tile<1>(sums + kRows, kSumStride);
   if constexpr (T == 2) {
@@ -149,12 +171,13 @@ struct Groups {
 // Sums of one group are scaled while the next one is multiplied.
 template <int Shift, int T>
 void integer_tile(const Groups& groups, const uint8_t* x, const TokenTiles& tokens,
-                  const float* scales, int64_t scale_stride, float* sums) {
+                  const float* scales, int64_t scale_stride, float* sums, Ahead& ahead) {
   Exact exact[2];
   for (int64_t g = 0; g <= groups.count; g++) {
     if (g < groups.count) {
       unroll<2 * T>([&](auto i) LAMBDA { zero_tile<i>(); });
-      multiply_steps<std::false_type, T>(groups.words[g], groups.steps, x, tokens);
+      multiply_steps<std::false_type, T>(groups.words[g], groups.steps, x, tokens,
+                                         [&]() LAMBDA { ahead.step(); });
       x += groups.steps * tokens.step_bytes();
     }
     if (g > 0) {
