@@ -32,14 +32,12 @@ int64_t tiles(const Panels& p, int64_t tokens) { return TokenTiles(p, tokens).co
 
 void pack_floats(const Panels& p, const uint16_t* x, int64_t tokens, const TokenTiles& tiles,
                  uint8_t* to) {
-  for (int64_t t = 0; t < tiles.width; t++, x += p.columns, to += kLine) {
-    for (int64_t s = 0; s < tiles.steps; s++) {
+  for (int64_t s = 0; s < tiles.steps; s++)
+    for (int64_t t = 0; t < tiles.width; t++, to += kLine) {
       const int64_t left = t < tokens ? smaller(kColumns, p.columns - s * kColumns) : 0;
       const __mmask32 some = static_cast<__mmask32>((uint64_t{1} << left) - 1);
-      const __m512i line = _mm512_maskz_loadu_epi16(some, x + s * kColumns);
-      _mm512_storeu_si512(to + s * tiles.step_bytes(), line);
+      _mm512_storeu_si512(to, _mm512_maskz_loadu_epi16(some, x + t * p.columns + s * kColumns));
     }
-  }
 }
 
 void pack_integers(const Panels& p, const uint16_t* x, int64_t tokens, const TokenTiles& tiles,

@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t kCacheBytes = 16384;     // of one expanded panel: two leave room in 48 KB
 constexpr int64_t kTogether = 32;          // panels that share some columns of the activations
-constexpr int64_t kCachedBytes = 1 << 20;  // of activations that stay in cache
+constexpr int64_t kCachedBytes = 9 << 16;  // of activations that stay in cache
 
 // Some panels and all tokens.
 template <class Reader>
@@ -30,9 +30,7 @@ class Multiplier {
 
   // False when the panels are damaged.
   bool run(int64_t first, int64_t last, uint16_t* y) {
-    // Where all activations stay in cache, the panels come one after the other.
-    const bool fits = tokens.count * tokens.tile_bytes() <= kCachedBytes;
-    const int64_t together = fits ? 2 : kTogether;
+    const int64_t together = fits() ? 2 : kTogether;
     for (int64_t panel = first; panel < last; panel += together)
       if (!multiply(panel, smaller(panel + together, last), y)) return false;
     return true;
@@ -58,9 +56,12 @@ class Multiplier {
     return true;
   }
 
+  // Where all activations stay in cache, the panels come one after the other, in short pieces.
+  bool fits() const { return tokens.count * tokens.tile_bytes() <= kCachedBytes; }
+
   // That are in cache together: whole groups.
   int64_t blocks() const {
-    constexpr int64_t most = kCacheBytes / (Reader::kWords * kLine);
+    const int64_t most = (fits() ? kCacheBytes / 2 : kCacheBytes) / (Reader::kWords * kLine);
     const int64_t unit = kFloat ? 1 : p.group / kColumns;
     return most / unit * unit;
   }
