@@ -8,7 +8,8 @@ namespace {
 
 constexpr int64_t kCacheBytes = 16384;     // of one expanded panel: two leave room in 48 KB
 constexpr int64_t kTogether = 32;          // panels that share some columns of the activations
-constexpr int64_t kCachedBytes = 9 << 16;  // of activations that stay in cache
+constexpr int64_t kFewTiles = 8;           // of tokens: memory is waited for less in short pieces
+constexpr int64_t kCachedBytes = 7 << 16;  // of activations that stay in cache
 
 // Some panels and all tokens.
 template <class Reader>
@@ -23,6 +24,12 @@ class Multiplier {
     cache_[1] = cache_[0] + kCacheBytes;
     // A tile of weights may reach half a tile further than they do.
     sums_ = reinterpret_cast<float*>(cache_[1] + kCacheBytes + kTile);
+    const int64_t cached = tokens.count <= kFewTiles ? kCacheBytes / 2 : kCacheBytes;
+    const int64_t unit = kFloat ? 1 : p.group / kColumns;
+    piece_ = cached / (Reader::kWords * kLine) / unit * unit;
+    const int64_t fit =
+        kCachedBytes / (tokens.count * tokens.step_bytes()) * p.blocks / tokens.steps;
+    range_ = fit >= p.blocks ? p.blocks : larger(fit / piece_, int64_t{1}) * piece_;
   }
   static int64_t scratch_bytes(const TokenTiles& tokens) {
     return 2 * kCacheBytes + kTile + kTogether / 2 * tokens.padded() * kSumStride;
@@ -30,7 +37,7 @@ class Multiplier {
 
   // False when the panels are damaged.
   bool run(int64_t first, int64_t last, uint16_t* y) {
-    const int64_t together = fits() ? 2 : kTogether;
+    const int64_t together = range_ == p.blocks ? 2 : kTogether;
     for (int64_t panel = first; panel < last; panel += together)
       if (!multiply(panel, smaller(panel + together, last), y)) return false;
     return true;
@@ -43,10 +50,13 @@ class Multiplier {
     const uint8_t* at[kTogether / 2][2];
     for (int64_t i = 0; i < 2 * pairs; i++)  // the last one twice if it is alone
       at[i / 2][i % 2] = p.begin(smaller(first + i, last - 1));
-    for (int64_t block = 0; block < p.blocks; block += blocks()) {
-      const int64_t count = smaller(blocks(), p.blocks - block);
+    for (int64_t block = 0; block < p.blocks; block += range_) {
+      const int64_t end = smaller(block + range_, p.blocks);
       for (int64_t i = 0; i < pairs; i++)
-        if (!columns(block, count, at[i], at[(i + 1) % pairs], sums_ + i * size)) return false;
+        for (int64_t b = block; b < end; b += piece_) {
+          const auto& next = at[b + piece_ < end ? i : (i + 1) % pairs];
+          if (!columns(b, smaller(piece_, end - b), at[i], next, sums_ + i * size)) return false;
+        }
     }
     for (int64_t i = 0; i < last - first; i++)
       if (!p.ends(first + i, at[i / 2][i % 2])) return false;
@@ -54,16 +64,6 @@ class Multiplier {
       for (int64_t i = 0; i < pairs; i++)
         store_pair(p, first + 2 * i, last, sums_ + i * size + t * 2 * kRows, y + t * p.rows);
     return true;
-  }
-
-  // Where all activations stay in cache, the panels come one after the other, in short pieces.
-  bool fits() const { return tokens.count * tokens.tile_bytes() <= kCachedBytes; }
-
-  // That are in cache together: whole groups.
-  int64_t blocks() const {
-    const int64_t most = (fits() ? kCacheBytes / 2 : kCacheBytes) / (Reader::kWords * kLine);
-    const int64_t unit = kFloat ? 1 : p.group / kColumns;
-    return most / unit * unit;
   }
 
   // As many lines as so many blocks take, spread over all steps.
@@ -131,6 +131,8 @@ class Multiplier {
   const Panels& p;
   const Activations& x;
   const TokenTiles& tokens;
+  int64_t range_;  // blocks whose activations stay in cache
+  int64_t piece_;  // blocks that are expanded at once: whole groups
   uint8_t* cache_[2];
   float* sums_;  // [pair of panels][tokens][2 * 16 rows]
 };

@@ -9,8 +9,7 @@ constexpr int64_t kDecodeTiles = 2;  // of tokens: their sums stay in registers
 constexpr int64_t kRing = 2, kStepsAhead = 1;
 constexpr int64_t kOpenGroups = 4;  // expanded, not yet scaled
 
-// A tile of weights may reach half a tile further than they do.
-constexpr int64_t kRingBytes = 2 * kRing * kTile + kTile;
+constexpr int64_t kRingBytes = 2 * kRing * kTile;
 constexpr int64_t kDecodeBytes = kRingBytes + kDecodeTiles * kTileRows * kSumStride;
 
 // A panel on its way through a ring of steps.
