@@ -21,13 +21,15 @@ except ImportError:  # setuptools < 70.1
 
 CSRC = Path("toolkit/kernels/csrc")
 FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-g0"]
+AVX512 = [
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi2"),
+    *("-mavx512vnni", "-mavx512bf16", "-mgfni", "-mpopcnt", "-mbmi2", "-mfma"),
+]
 # One translation unit per instruction set; which one runs is decided at load.
 X86 = {
     "avx2": ["-mavx2", "-mfma", "-mpopcnt"],
-    "avx512": [
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi2"),
-        *("-mavx512vnni", "-mavx512bf16", "-mgfni", "-mpopcnt", "-mbmi2", "-mfma"),
-    ],
+    "avx512": AVX512,
+    "amx": [*AVX512, "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
 }
 COMMON = ("linear", "memory", "panels", "portable", "prepare", "torch_op")
 ON_X86 = platform.machine().lower() in ("x86_64", "amd64")

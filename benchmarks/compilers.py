@@ -35,7 +35,7 @@ FORMATS = ("dense/dense", "bitmask/0.5", "nm/2:4", "bitmask/0.8", "dense/dense/i
            "bitmask/0.5/int8:128", "nm/2:4/int8:128", "dense/dense/int4:128",
            "bitmask/0.5/int4:128", "nm/2:4/int4:128")  # fmt: skip
 # Instruction set → numbers of tokens.
-CASES = {"avx512": (1, 4, 16, 256), "avx2": (1, 16), "portable": (1,)}
+CASES = {"amx": (1, 4, 16, 256), "avx512": (1, 4, 16, 256), "avx2": (1, 16), "portable": (1,)}
 
 
 def build(compiler: str, folder: Path) -> ctypes.CDLL:
@@ -59,7 +59,7 @@ def panels(text: str, shape: tuple[int, int]) -> tuple[Format, list[Tensor]]:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     parts = fmt.pack("weight", sparse_weight(fmt, weight))
     first = BACKENDS["cpu"].prepare(fmt, parts, shape, torch.bfloat16)[0]
-    count = num_copies(first.numel(), 4 * last_level_cache())
+    count = num_copies(first.numel(), 2 * last_level_cache())
     return fmt, [first, *(native.allocate(first.numel()).copy_(first) for _ in range(count - 1))]
 
 

@@ -25,7 +25,7 @@ from gblm.kernels import native
 pytestmark = pytest.mark.skipif(
     native.refusal() is not None, reason=f"no CPU kernels: {native.refusal()}"
 )
-SETS = ("avx512", "avx2", "portable")
+SETS = ("amx", "avx512", "avx2", "portable")
 VALUES = ("float", "int8", "int4")
 MASKS = ("dense", "any", "2:4")
 
@@ -108,7 +108,7 @@ def test_any_shape_is_within_the_bound(
 @pytest.mark.parametrize("values", ["int8", "int4"])
 def test_any_group_size_is_within_the_bound(instructions: str, values: str, group: int) -> None:
     weight = case((20, 768), values, "any", group)
-    for tokens in (1, 5, 20):
+    for tokens in (1, 5, 20, 40):
         x = activations(tokens, 768)
         assert_within(multiply(x, weight), product(x, weight))
 
@@ -266,6 +266,18 @@ def test_activations_and_panels_may_lie_at_any_address(instructions: str, values
     for tokens in (1, 6):
         got = multiply(shifted[: tokens * columns].reshape(tokens, columns), weight, moved)
         assert torch.equal(got, multiply(x[:tokens], weight, panels))
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_multiplying_and_onednn_do_not_disturb_each_other(instructions: str, values: str) -> None:
+    # oneDNN sets up tile registers of its own, of the same thread.
+    weight = case((64, 256), values, "any")
+    panels, x = weight.panels, activations(40, 256)
+    other = torch.nn.functional.linear(x, x)
+    for tokens in (3, 16, 40):
+        ours = multiply(x[:tokens], weight, panels)
+        assert torch.equal(torch.nn.functional.linear(x, x), other)
+        assert torch.equal(multiply(x[:tokens], weight, panels), ours)
 
 
 @pytest.mark.parametrize("values", VALUES)

@@ -116,7 +116,7 @@ def bench_kernels(settings: Settings, progress: Progress = no_progress) -> dict[
     if reason := native.refusal():
         raise MachineError(f"there are no CPU kernels to measure: {reason}.")
     wanted = _linears_wanted(settings)
-    cold = max(MIN_COLD, 4 * last_level_cache()) if settings.cold is None else settings.cold
+    cold = max(MIN_COLD, 2 * last_level_cache()) if settings.cold is None else settings.cold
     _check_memory(settings, len(wanted) + len(BASELINES), cold)
     operators = vllm_operators() if settings.vllm else None
     clock = time.thread_time if settings.threads == 1 else time.perf_counter

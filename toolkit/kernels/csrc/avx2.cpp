@@ -177,6 +177,11 @@ bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 
 }  // namespace
 
-const Isa kAvx2 = {
-    "avx2",       supported,       4, Engine::packed_bytes, Engine::scratch_bytes, Engine::tiles,
-    Engine::pack, Engine::multiply};
+const Isa kAvx2 = {"avx2",
+                   supported,
+                   Engine::panels_per_task,
+                   Engine::packed_bytes,
+                   Engine::scratch_bytes,
+                   Engine::tiles,
+                   Engine::pack,
+                   Engine::multiply};

@@ -12,6 +12,7 @@ namespace {
 int64_t pack_width(const Panels& p, int64_t tokens) {
   return skips_zeros(p, tokens) ? kSkipWidth : tile_width(tokens);
 }
+int64_t panels_per_task(const Panels&, int64_t, int64_t) { return kSkipPanels; }
 int64_t packed_bytes(const Panels& p, int64_t tokens) {
   const int64_t padded = round_up(tokens, pack_width(p, tokens));
   return padded * p.blocks * kColumns * (p.values == GBLM_BF16 ? 2 : 1);
@@ -103,5 +104,5 @@ bool supported() {
 
 }  // namespace
 
-const Isa kAvx512 = {"avx512",      supported, kSkipPanels, packed_bytes,
-                     scratch_bytes, tiles,     pack,        multiply};
+const Isa kAvx512 = {"avx512", supported, panels_per_task, packed_bytes, scratch_bytes,
+                     tiles,    pack,      multiply};

@@ -1,7 +1,7 @@
 // AVX-512: one panel and up to 16 tokens, expanded in registers.
 #pragma once
 
-#include "avx512_words.h"
+#include "avx512_expand.h"
 
 namespace {
 
@@ -66,12 +66,6 @@ INLINE const uint8_t* integer_panel(const Panels& p, const uint8_t* at, const ui
     scales += M;
   }
   return at;
-}
-
-INLINE void store_rows(const Panels& p, int64_t panel, __m512 sums, uint16_t* y) {
-  const int64_t left = p.rows - panel * kRows;
-  const __mmask16 rows = left >= kRows ? 0xFFFF : static_cast<__mmask16>((1u << left) - 1);
-  _mm256_mask_storeu_epi16(y + panel * kRows, rows, (__m256i)_mm512_cvtneps_pbh(sums));
 }
 
 template <class Reader, int M>

@@ -1,7 +1,7 @@
 // AVX-512: activations become tiles of [words][tokens of the tile].
 #pragma once
 
-#include "avx512_words.h"
+#include "avx512_round.h"
 
 namespace {
 
@@ -31,26 +31,6 @@ void pack_floats(const Panels& p, const uint16_t* x, int64_t tokens, int64_t wid
   }
 }
 
-INLINE __m512 widen(const uint16_t* x) {
-  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
-
-INLINE float largest(const uint16_t* x, int64_t count) {
-  // As integers, magnitudes of bf16 are in order, and NaN is above all.
-  __m512i most = _mm512_setzero_si512();
-  const __m512i magnitude = _mm512_set1_epi16(0x7FFF);
-  for (int64_t i = 0; i < count; i += 32)
-    most = _mm512_max_epu16(most, _mm512_and_si512(load512(x + i), magnitude));
-  const __m256i half =
-      _mm256_max_epu16(_mm512_castsi512_si256(most), _mm512_extracti64x4_epi64(most, 1));
-  const __m128i quarter =
-      _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-  const __m128i inverted = _mm_xor_si128(quarter, _mm_set1_epi16(-1));
-  const int least = _mm_extract_epi16(_mm_minpos_epu16(inverted), 0);
-  return from_bf16(static_cast<uint16_t>(~least));
-}
-
 void pack_integers(const Panels& p, const uint16_t* x, int64_t tokens, int64_t width, uint32_t* to,
                    float* scales) {
   const int64_t groups = p.columns / p.group;
@@ -59,12 +39,12 @@ void pack_integers(const Panels& p, const uint16_t* x, int64_t tokens, int64_t w
     for (int64_t g = 0; g < groups; g++) {
       const uint16_t* row = x + smaller(t, tokens - 1) * p.columns + g * p.group;
       const float most = largest(row, p.group);
-      const __m512 inverse = _mm512_set1_ps(most > kLeast ? 127 / most : 0);
+      const __m512 inverse = inverse_scale(most);
       scales[g * width + t] = most / 127;
       uint32_t* quad = to + g * p.group / 4 * width + t;
       for (int64_t k = 0; k < p.group; k += 16) {
-        const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(widen(row + k), inverse));
-        const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_add_epi32(code, offset));
+        const __m512i code = _mm512_add_epi32(round_codes(row + k, inverse), offset);
+        const __m128i bytes = _mm512_cvtepi32_epi8(code);
         if (width == 1) {
           _mm_storeu_si128((__m128i*)(quad + k / 4), bytes);
         } else {

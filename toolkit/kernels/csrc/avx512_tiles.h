@@ -67,25 +67,6 @@ constexpr decltype(&integer_tile<S, 1>) kIntegerTiles[] = {
     integer_tile<S, 5>, integer_tile<S, 6>,  integer_tile<S, 7>,  integer_tile<S, 8>,
     integer_tile<S, 9>, integer_tile<S, 10>, integer_tile<S, 11>, integer_tile<S, 12>};
 
-// Some blocks of a panel as plain words, and where the stream goes on (nullptr: damaged).
-struct Words {
-  const uint8_t* first;
-  const uint8_t* next;
-};
-
-template <class Reader>
-Words expand(const Panels& p, const uint8_t* at, int64_t blocks, uint8_t* cache) {
-  const uint8_t* first = Reader::kInPlace ? at : cache;
-  for (int64_t b = 0; b < blocks; b++) {
-    if (at > p.limit) return {first, nullptr};
-    at = Reader::block(at, [&](auto w, __m512i word) LAMBDA {
-      if constexpr (!Reader::kInPlace) _mm512_store_si512(cache + kLine * w, word);
-    });
-    cache += kLine * Reader::kWords;
-  }
-  return {first, at};
-}
-
 constexpr int64_t kCacheBytes = kCacheColumns * kRows * 2;  // of one expanded panel
 
 // Where the sums of a pair of panels are kept: [tokens][2 * 16 rows].

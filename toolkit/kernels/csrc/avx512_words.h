@@ -55,6 +55,9 @@ INLINE __m512i load256(const void* at) {
 
 // 64 bytes from anywhere: two halves are faster than one load that crosses a line on Zen 5.
 INLINE __m512i load_split(const uint8_t* at) {
+#if defined(__AMX_TILE__)  // Intel alone: one load is
+  return load512(at);
+#endif
   const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + 32));
   return _mm512_inserti64x4(load256(at), high, 1);
 }

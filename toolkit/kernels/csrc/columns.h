@@ -29,6 +29,7 @@ constexpr int64_t kTogether = 4;  // tokens that share what is read
 template <template <int, int> class Reader>
 struct Columns {
   static int64_t padded(const Panels& p) { return p.blocks * kColumns; }
+  static int64_t panels_per_task(const Panels&, int64_t, int64_t) { return 4; }
   static int64_t packed_bytes(const Panels& p, int64_t tokens) {
     return round_up(tokens, kTogether) * padded(p) * 4;
   }

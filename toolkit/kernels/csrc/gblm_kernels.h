@@ -74,7 +74,7 @@ GBLM_API int gblm_linear(const void* panels, int64_t bytes, const uint16_t* x, i
                          uint16_t* y, const gblm_pool* pool);
 
 GBLM_API const char* gblm_error(int result);
-/* The instruction set in use: "avx512", "avx2" or "portable". */
+/* The instruction set in use: "amx", "avx512", "avx2" or "portable". */
 GBLM_API const char* gblm_isa(void);
 /* Take another instruction set, for tests and benchmarks; an error if this CPU lacks it. */
 GBLM_API int gblm_use_isa(const char* name);

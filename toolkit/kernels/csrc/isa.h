@@ -14,7 +14,7 @@ struct Isa {
   const char* name;
   bool (*supported)();
   // Panels that one task takes together.
-  int64_t panels_per_task;
+  int64_t (*panels_per_task)(const Panels&, int64_t tokens, int64_t threads);
   // Bytes of packed activations for so many tokens, and of scratch for each thread.
   int64_t (*packed_bytes)(const Panels&, int64_t tokens);
   int64_t (*scratch_bytes)(const Panels&, int64_t tokens);
@@ -29,5 +29,5 @@ struct Isa {
 
 extern const Isa kPortable;
 #if defined(__x86_64__)
-extern const Isa kAvx2, kAvx512;
+extern const Isa kAvx2, kAvx512, kAmx;
 #endif

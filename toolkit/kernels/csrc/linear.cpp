@@ -11,7 +11,7 @@ constexpr int64_t kMaxTokens = 512;
 
 const Isa* const kIsas[] = {
 #if defined(__x86_64__)
-    &kAvx512, &kAvx2,
+    &kAmx, &kAvx512, &kAvx2,
 #endif
     &kPortable};
 
@@ -63,7 +63,7 @@ struct Job {
   void* packed;
   float* scales;
   uint16_t* y;
-  int64_t tiles;
+  int64_t tiles, step;
   std::atomic<int64_t> next{0};
   std::atomic<int> result{GBLM_OK};
 };
@@ -81,11 +81,10 @@ void multiply_panels(void* context, int64_t) {
     job.result = GBLM_NO_MEMORY;
     return;
   }
-  const int64_t step = job.isa.panels_per_task;
   for (;;) {
-    const int64_t first = job.next.fetch_add(step, std::memory_order_relaxed);
+    const int64_t first = job.next.fetch_add(job.step, std::memory_order_relaxed);
     if (first >= job.panels.count) return;
-    const int64_t last = smaller(first + step, job.panels.count);
+    const int64_t last = smaller(first + job.step, job.panels.count);
     if (!job.isa.multiply(job.panels, job.x, first, last, job.y, scratch))
       job.result = GBLM_BAD_PANELS;
   }
@@ -100,11 +99,12 @@ int multiply(const Panels& panels, const uint16_t* x, int64_t tokens, uint16_t* 
   uint8_t* packed = t_packed.get(packed_bytes + groups * padded * 4);
   if (packed == nullptr) return GBLM_NO_MEMORY;
   float* scales = reinterpret_cast<float*>(packed + packed_bytes);
-  Job job{with, panels, {packed, scales, tokens}, x, packed, scales, y, with.tiles(panels, tokens)};
-  run(pool, job.tiles, pack_tile, &job);
   const int64_t threads = pool != nullptr ? pool->threads(pool->self) : 1;
-  const int64_t steps = (panels.count + with.panels_per_task - 1) / with.panels_per_task;
-  run(pool, smaller(threads, steps), multiply_panels, &job);
+  const int64_t step = with.panels_per_task(panels, tokens, threads);
+  Job job{with,   panels, {packed, scales, tokens},   x,   packed,
+          scales, y,      with.tiles(panels, tokens), step};
+  run(pool, job.tiles, pack_tile, &job);
+  run(pool, smaller(threads, (panels.count + step - 1) / step), multiply_panels, &job);
   return job.result;
 }
 

@@ -45,6 +45,11 @@ bool always() { return true; }
 
 }  // namespace
 
-const Isa kPortable = {
-    "portable",   always,          4, Engine::packed_bytes, Engine::scratch_bytes, Engine::tiles,
-    Engine::pack, Engine::multiply};
+const Isa kPortable = {"portable",
+                       always,
+                       Engine::panels_per_task,
+                       Engine::packed_bytes,
+                       Engine::scratch_bytes,
+                       Engine::tiles,
+                       Engine::pack,
+                       Engine::multiply};

@@ -1,0 +1,143 @@
+// AMX (Sapphire Rapids and later): tiles of 16 tokens x 16 rows.
+//
+// Weights are expanded into cache and multiplied from there; for one token, too, that is as fast as
+// expanding in registers, or faster.
+#include <cpuid.h>
+
+#include "amx_cache.h"
+#include "amx_decode.h"
+#include "avx512_round.h"
+
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+int64_t panels_per_task(const Panels& p, int64_t tokens, int64_t threads) {
+  if (TokenTiles(p, tokens).count <= kDecodeTiles) return 8;
+  return smaller(kTogether, round_up((p.count + threads - 1) / threads, 2));
+}
+int64_t packed_bytes(const Panels& p, int64_t tokens) {
+  const TokenTiles tiles(p, tokens);
+  return tiles.count * tiles.tile_bytes();
+}
+int64_t scratch_bytes(const Panels& p, int64_t tokens) {
+  const TokenTiles tiles(p, tokens);
+  return tiles.count <= kDecodeTiles ? kDecodeBytes
+                                     : Multiplier<Bf16<GBLM_ANY>>::scratch_bytes(tiles);
+}
+int64_t tiles(const Panels& p, int64_t tokens) { return TokenTiles(p, tokens).count; }
+
+void pack_floats(const Panels& p, const uint16_t* x, int64_t tokens, const TokenTiles& tiles,
+                 uint8_t* to) {
+  for (int64_t s = 0; s < tiles.steps; s++)
+    for (int64_t t = 0; t < tiles.width; t++, to += kLine) {
+      const int64_t left = t < tokens ? smaller(kColumns, p.columns - s * kColumns) : 0;
+      const __mmask32 some = static_cast<__mmask32>((uint64_t{1} << left) - 1);
+      _mm512_storeu_si512(to, _mm512_maskz_loadu_epi16(some, x + t * p.columns + s * kColumns));
+    }
+}
+
+void pack_integers(const Panels& p, const uint16_t* x, int64_t tokens, const TokenTiles& tiles,
+                   uint8_t* to, float* scales) {
+  const int64_t groups = p.columns / p.group, steps = TokenTiles::group_steps(p);
+  for (int64_t t = 0; t < tiles.width; t++) {
+    const uint16_t* row = x + smaller(t, tokens - 1) * p.columns;
+    for (int64_t g = 0; g < groups; g++, row += p.group) {
+      const float most = largest(row, p.group);
+      const __m512 inverse = inverse_scale(most);
+      scales[g * tiles.width + t] = most / 127;
+      uint8_t* line = to + g * steps * tiles.step_bytes() + t * kLine;
+      for (int64_t k = 0; k < steps * 64; k += 16) {
+        const __m128i codes =
+            k < p.group ? _mm512_cvtepi32_epi8(round_codes(row + k, inverse)) : _mm_setzero_si128();
+        _mm_storeu_si128((__m128i*)(line + k / 64 * tiles.step_bytes() + k % 64), codes);
+      }
+    }
+  }
+}
+
+void pack(const Panels& p, const uint16_t* x, int64_t tokens, int64_t tile, void* packed,
+          float* scales) {
+  const TokenTiles tiles(p, tokens);
+  const int64_t first = tile * tiles.width, here = smaller(tiles.width, tokens - first);
+  uint8_t* to = static_cast<uint8_t*>(packed) + tile * tiles.tile_bytes();
+  x += first * p.columns;
+  if (p.values == GBLM_BF16)
+    pack_floats(p, x, here, tiles, to);
+  else
+    pack_integers(p, x, here, tiles, to, scales + first * (p.columns / p.group));
+}
+
+template <class Reader>
+bool multiply_with(const Panels& p, const Activations& x, int64_t first, int64_t last, uint16_t* y,
+                   void* scratch) {
+  const TokenTiles tokens(p, x.tokens);
+  const TileRegisters registers(tokens.width);
+  switch (tokens.count) {
+    case 1:
+      return Decoder<Reader, 1>(p, x, tokens, scratch).run(first, last, y);
+    case kDecodeTiles:
+      return Decoder<Reader, 2>(p, x, tokens, scratch).run(first, last, y);
+    default:
+      return Multiplier<Reader>(p, x, tokens, scratch).run(first, last, y);
+  }
+}
+
+template <template <int> class Reader>
+bool multiply_mask(const Panels& p, const Activations& x, int64_t first, int64_t last, uint16_t* y,
+                   void* scratch) {
+  switch (p.mask) {
+    case GBLM_DENSE:
+      return multiply_with<Reader<GBLM_DENSE>>(p, x, first, last, y, scratch);
+    case GBLM_ANY:
+      return multiply_with<Reader<GBLM_ANY>>(p, x, first, last, y, scratch);
+    default:
+      return multiply_with<Reader<GBLM_2_OF_4>>(p, x, first, last, y, scratch);
+  }
+}
+
+bool multiply(const Panels& p, const Activations& x, int64_t first, int64_t last, uint16_t* y,
+              void* scratch) {
+  switch (p.values) {
+    case GBLM_BF16:
+      return multiply_mask<Bf16>(p, x, first, last, y, scratch);
+    case GBLM_INT8:
+      return multiply_mask<Int8>(p, x, first, last, y, scratch);
+    default:
+      return multiply_mask<Int4>(p, x, first, last, y, scratch);
+  }
+}
+
+bool has_tiles() {
+  unsigned a, b, c, d;
+  constexpr unsigned bf16 = 1u << 22, tile = 1u << 24, int8 = 1u << 25, osxsave = 1u << 27;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & osxsave)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  return (d & bf16) && (d & tile) && (d & int8);
+}
+
+// The system keeps tiles across threads, and lets this process have them.
+bool may_use_tiles() {
+#if defined(__linux__)
+  unsigned low, high;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  constexpr unsigned tiles = 3u << 17;
+  constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return (low & tiles) == tiles && syscall(SYS_arch_prctl, request, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+
+bool supported() {
+  static const bool found = kAvx512.supported() && has_tiles() && may_use_tiles();
+  return found;
+}
+
+}  // namespace
+
+const Isa kAmx = {"amx", supported, panels_per_task, packed_bytes, scratch_bytes,
+                  tiles, pack,      multiply};
