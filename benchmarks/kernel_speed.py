@@ -22,13 +22,11 @@ from typing import Any
 import tables
 from pages import RESULTS
 
+from gblm.kernels import native
+
 MAIN = "--shapes 4096x4096 --tokens 1,4,8,16,64,256"
 OTHER = "--shapes 11008x4096,8192x2048,576x576 --tokens 1,16 --rounds 5"
 LESSER = "--shapes 4096x4096 --tokens 1 --rounds 3 --no-vllm"
-RUNS = (
-    f"--threads 1 {MAIN}", f"--threads 1 {OTHER}", f"--threads 1 --isa avx2 {LESSER}",
-    f"--threads 1 --isa portable {LESSER}", f"--threads 2 {MAIN}", f"--threads 2 {OTHER}",
-)  # fmt: skip
 
 
 def main() -> None:
@@ -36,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, help="in every run, for a quick trial")
     rounds, began = parser.parse_args().rounds, time.monotonic()
-    runs = [measure(line + (f" --rounds {rounds}" if rounds else "")) for line in RUNS]
+    runs = [measure(line + (f" --rounds {rounds}" if rounds else "")) for line in lines()]
     facts = runs[0]["kernels"]
     cpu = f"{runs[0]['provenance']['machine']['cpu']} {facts['cpu_model']}".lower()
     path = RESULTS / f"kernels-{re.sub(r'[^a-z0-9]+', '-', cpu).strip('-')}.json"
@@ -44,6 +42,27 @@ def main() -> None:
     path.write_text(json.dumps(shortened(record), ensure_ascii=False) + "\n", encoding="utf-8")
     tables.main()
     print(f"{time.monotonic() - began:.0f} s; record: {path}")
+
+
+def lines() -> list[str]:
+    """Arguments of all runs."""
+    best = native.instruction_set()
+    others = [name for name in ("avx512", "avx2", "portable") if name != best and has(name)]
+    native.use_instruction_set(best)
+    return [
+        f"--threads 1 {MAIN}", f"--threads 1 {OTHER}",
+        *(f"--threads 1 --isa {name} {LESSER}" for name in others),
+        f"--threads 2 {MAIN}", f"--threads 2 {OTHER}",
+    ]  # fmt: skip
+
+
+def has(name: str) -> bool:
+    """Whether this CPU has an instruction set."""
+    try:
+        native.use_instruction_set(name)
+    except native.KernelError:
+        return False
+    return True
 
 
 def measure(arguments: str) -> dict[str, Any]:
