@@ -146,11 +146,11 @@ def calibration(rows: list[Row]) -> str:
         return ""
     sizes = " or ".join(str(size) for size in sorted({row.samples for row in own}))
     texts = " or ".join(sorted({run["calibration_text"] for row in own for run in row.runs}))
-    seeds = " to ".join(map(str, ends(sorted({len(row.runs) for row in own}))))
-    return (
-        f"Calibration: {sizes} × {SEQ_LEN} tokens of {texts}; mean ± standard deviation over "
-        f"{seeds} seeds. "
-    )
+    counts = ends(sorted({len(row.runs) for row in own}))
+    seeds = f"mean ± standard deviation over {' to '.join(map(str, counts))} seeds"
+    if counts == [1]:
+        seeds = "one seed"
+    return f"Calibration: {sizes} × {SEQ_LEN} tokens of {texts}; {seeds}. "
 
 
 def ends(numbers: list[int]) -> list[int]:
