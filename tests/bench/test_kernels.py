@@ -184,8 +184,8 @@ def test_without_kernels_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) 
 def test_a_missing_instruction_set_is_a_fact_of_the_machine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    settings = bench.Settings(((16, 32),), (1,), ("nm/2:4",), isa="amx", vllm=False, cold=0)
-    with pytest.raises(MachineError, match="'amx' is not available"):
+    settings = bench.Settings(((16, 32),), (1,), ("nm/2:4",), isa="neon", vllm=False, cold=0)
+    with pytest.raises(MachineError, match="'neon' is not available"):
         bench.bench_kernels(settings)
 
 
