@@ -22,7 +22,7 @@ RUNS = [run for run in published.RUNS if run[0] != "magnitude"]
 EXACT = [run for run in RUNS if run[0] != "sparsegpt"]
 # The reference ran in bfloat16 without AMX; its tiles sum in another order, and layers pass it on.
 TILES = torch.cpu._is_amx_tile_supported()
-MASK_BITS, PERPLEXITY = (5e-2, 0.03) if TILES else (1e-3, 0.02)
+FIRST, MASK_BITS, PERPLEXITY = (1e-5, 5e-2, 0.03) if TILES else (0.0, 1e-3, 0.02)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_masks_equal_the_published_code(
     folders: object, shared: Path, method: str, pattern: str, name: str
 ) -> None:
     different = published.different_bits(folders(method, pattern), shared / f"golden/{name}.npz")
-    assert different[0] == 0
+    assert different[0] <= FIRST
     assert different[15] < MASK_BITS
     assert different[29] < MASK_BITS
 
