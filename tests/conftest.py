@@ -14,6 +14,10 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The golden masks are those of MKL's AVX2 sums; with AVX-512 an Intel CPU rounds float32 otherwise.
+CPUS = Path("/proc/cpuinfo")
+if CPUS.exists() and "GenuineIntel" in CPUS.read_text():
+    os.environ.setdefault("MKL_CBWR", "AVX2")
 
 TEXT = "The quick brown fox jumps over the lazy dog. Sphinx of black quartz, judge my vow! "
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"

@@ -20,9 +20,6 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 RUNS = [run for run in published.RUNS if run[0] != "magnitude"]
 # SparseGPT's published code prunes one weight too many per block, and updates amplify rounding.
 EXACT = [run for run in RUNS if run[0] != "sparsegpt"]
-# The reference ran in bfloat16 without AMX; its tiles sum in another order, and layers pass it on.
-TILES = torch.cpu._is_amx_tile_supported()
-FIRST, MASK_BITS, PERPLEXITY = (1e-5, 5e-2, 0.03) if TILES else (0.0, 1e-3, 0.02)
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +47,9 @@ def test_masks_equal_the_published_code(
     folders: object, shared: Path, method: str, pattern: str, name: str
 ) -> None:
     different = published.different_bits(folders(method, pattern), shared / f"golden/{name}.npz")
-    assert different[0] <= FIRST
-    assert different[15] < MASK_BITS
-    assert different[29] < MASK_BITS
+    assert different[0] == 0
+    assert different[15] < 1e-3
+    assert different[29] < 1e-3
 
 
 @pytest.mark.parametrize(("method", "pattern", "name"), set(RUNS) - set(EXACT))
@@ -64,12 +61,12 @@ def test_updating_methods_start_with_the_published_masks(
 
 
 @pytest.mark.parametrize(("method", "pattern", "name"), RUNS)
-def test_perplexity_is_that_of_the_published_code(
+def test_perplexity_is_within_two_percent_of_the_published_code(
     folders: object, shared: Path, method: str, pattern: str, name: str
 ) -> None:
     want = json.loads((shared / "golden/golden.json").read_text())["results"][name]
     got = published.perplexity_as_published(folders(method, pattern), shared)
-    assert got == pytest.approx(want["ppl_bf16_16x512"], rel=PERPLEXITY)
+    assert got == pytest.approx(want["ppl_bf16_16x512"], rel=0.02)
 
 
 def test_magnitude_keeps_as_much_weight_as_the_published_code(
