@@ -14,6 +14,10 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Workers of pytest-xdist share the cores; spinning threads of both would fight for them.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(share, 1)))
 # The golden masks are those of MKL's AVX2 sums; with AVX-512 an Intel CPU rounds float32 otherwise.
 CPUS = Path("/proc/cpuinfo")
 if CPUS.exists() and "GenuineIntel" in CPUS.read_text():
