@@ -33,7 +33,7 @@ types: dev ## mypy --strict
 	MYPYPATH=build/types $(BIN)/mypy -p gblm
 
 unit: dev ## all tests, the real model and vLLM on CPU included
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
 # The flags of an instruction set are those of setup.py. To g++, avx512.cpp is one huge unit: its
 # checks call functions, and those of every single access are left to the address sanitizer.
