@@ -27,7 +27,7 @@ struct Shuffles {
 };
 constexpr Shuffles kShuffles;
 
-inline Lanes join(__m256 low, __m256 high) { return {(Half)low, (Half)high}; }
+inline Lanes join(__m256 low, __m256 high) { return {{(Part)low, (Part)high}}; }
 
 inline __m256i load256(const uint8_t* at) { return _mm256_loadu_si256((const __m256i*)at); }
 inline __m128i load128(const uint8_t* at) { return _mm_loadu_si128((const __m128i*)at); }

@@ -10,18 +10,29 @@
 
 namespace {
 
-// Sixteen rows. In halves, which are registers where these kernels run.
-typedef float Half __attribute__((vector_size(32), aligned(32)));
+// Sixteen rows, in registers of the baseline: g++ keeps vectors that are wider in memory.
+#if defined(__AVX__)
+constexpr int kParts = 2;
+#else
+constexpr int kParts = 4;
+#endif
+constexpr int kPart = 16 / kParts;
+typedef float Part __attribute__((vector_size(4 * kPart), aligned(4 * kPart)));
 struct Lanes {
-  Half low, high;
+  Part part[kParts];
 };
-GBLM_INLINE Lanes operator*(const Lanes& a, float b) { return {a.low * b, a.high * b}; }
+GBLM_INLINE Lanes operator*(const Lanes& a, float b) {
+  Lanes c;
+  for (int i = 0; i < kParts; i++) c.part[i] = a.part[i] * b;
+  return c;
+}
 GBLM_INLINE Lanes operator*(const Lanes& a, const Lanes& b) {
-  return {a.low * b.low, a.high * b.high};
+  Lanes c;
+  for (int i = 0; i < kParts; i++) c.part[i] = a.part[i] * b.part[i];
+  return c;
 }
 GBLM_INLINE void operator+=(Lanes& a, const Lanes& b) {
-  a.low += b.low;
-  a.high += b.high;
+  for (int i = 0; i < kParts; i++) a.part[i] += b.part[i];
 }
 
 constexpr int64_t kTogether = 4;  // tokens that share what is read
@@ -165,12 +176,9 @@ struct Columns {
       return;
     }
     const float scale = x.scales[token * (p.columns / p.group) + group] * Read::kScale;
-    Lanes weight;
-    for (int r = 0; r < kRows / 2; r++) {
-      weight.low[r] = from_bf16(load<uint16_t>(line + 2 * r));
-      weight.high[r] = from_bf16(load<uint16_t>(line + kRows + 2 * r));
-    }
-    sums[token] += sum * (weight * scale);
+    alignas(64) float weights[kRows];
+    for (int r = 0; r < kRows; r++) weights[r] = from_bf16(load<uint16_t>(line + 2 * r));
+    sums[token] += sum * (load<Lanes>(weights) * scale);
   }
 
   static void store(const Panels& p, int64_t panel, int64_t tokens, const Lanes* sums,

@@ -3,6 +3,8 @@
 
 namespace {
 
+constexpr float kNibbles[] = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
+
 template <int Values, int Mask>
 struct PortableReader {
   static constexpr bool kWide = Values == GBLM_BF16;
@@ -17,7 +19,7 @@ struct PortableReader {
   static float value(const uint8_t* v, int word) {
     if (Values == GBLM_BF16) return from_bf16(load<uint16_t>(v));
     if (Values == GBLM_INT8) return static_cast<float>(static_cast<int8_t>(*v));
-    return static_cast<float>(((*v >> (word % 2 * 4) & 15) ^ 8) - 8);
+    return kNibbles[*v >> (word % 2 * 4) & 15];
   }
 
   template <class Visit>
@@ -26,10 +28,11 @@ struct PortableReader {
     const uint8_t* v = Mask == GBLM_DENSE ? at : at + kMaskBytes;
     const uint8_t* run = v;  // int4: what two words share
     for (int word = 0; word < kWords; word++) {
+      float* to = columns[word * kPerWord];
       const uint8_t* from = Values == GBLM_INT4 ? run : v;
       for (uint64_t bits = mask(at, word); bits != 0; bits &= bits - 1, from += kWide ? 2 : 1) {
-        const int lane = __builtin_ctzll(bits);
-        columns[word * kPerWord + lane % kPerWord][lane / kPerWord] = value(from, word);
+        const unsigned lane = static_cast<unsigned>(__builtin_ctzll(bits));
+        to[lane % kPerWord * kRows + lane / kPerWord] = value(from, word);
       }
       v = word % 2 == 1 && Values == GBLM_INT4 ? larger(v, from) : from;
       if (word % 2 == 1) run = v;
