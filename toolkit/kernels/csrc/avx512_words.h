@@ -29,14 +29,16 @@ INLINE void unroll(F&& f) {
 // Zen is fastest past the caches: weights are read once a token. Intel keeps too few such lines in
 // flight and would read at half its speed.
 template <class Reader>
-INLINE void prefetch(const uint8_t* bytes) {
-  const char* at = reinterpret_cast<const char*>(bytes);
+INLINE void prefetch_line(const uint8_t* bytes, int line) {
+  const char* at = reinterpret_cast<const char*>(bytes) + kLine * line;
   if (kOnZen)
-    unroll<Reader::kLines>(
-        [&](auto i) LAMBDA { _mm_prefetch(at + Reader::kZenAhead + kLine * i, _MM_HINT_NTA); });
+    _mm_prefetch(at + Reader::kZenAhead, _MM_HINT_NTA);
   else
-    unroll<Reader::kLines>([&](auto i)
-                               LAMBDA { _mm_prefetch(at + kAhead + kLine * i, _MM_HINT_T0); });
+    _mm_prefetch(at + kAhead, _MM_HINT_T0);
+}
+template <class Reader>
+INLINE void prefetch(const uint8_t* bytes) {
+  unroll<Reader::kLines>([&](auto i) LAMBDA { prefetch_line<Reader>(bytes, i); });
 }
 
 // Expanding in place: on Zen 4 the instruction waits for the old value of its destination.
@@ -79,11 +81,15 @@ struct Bf16 {
 
   template <class Visit>
   static INLINE const uint8_t* block(const uint8_t* at, Visit&& visit) {
-    prefetch<Bf16>(at);
     if constexpr (Mask == GBLM_DENSE) {
-      unroll<kWords>([&](auto w) LAMBDA { visit(w, load512(at + kLine * w)); });
+      unroll<kWords>([&](auto w) LAMBDA {
+        prefetch_line<Bf16>(at, w);
+        asm volatile("" ::: "memory");  // g++ would gather the requests, which then wait
+        visit(w, load512(at + kLine * w));
+      });
       return at + kWords * kLine;
     } else {
+      prefetch<Bf16>(at);
       const uint8_t* v = at + kMaskBytes;
       unroll<kWords>([&](auto w) LAMBDA {
         const uint32_t mask = load<uint32_t>(at + 4 * w);
