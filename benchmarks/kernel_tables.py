@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -188,21 +189,31 @@ def counted(number: int, what: str) -> str:
 
 
 def compilers() -> str:
-    """Every format at every instruction set, for each compiler."""
+    """How much faster or slower another compiler's kernels are, for each instruction set."""
     record = json.loads((RESULTS / "compilers.json").read_text())
-    first, *others = record["compilers"]
     versions = record["compilers"]
-    header = ["CPU time of one thread", "instructions", "tokens", f"{versions[first]}, µs",
-              *(f"{versions[name]}, µs (faster)" for name in others)]  # fmt: skip
-    rows = []
-    for row in record["rows"]:
-        cells = [f"`{row['format']}`", row["isa"], str(row["tokens"]),
-                 f"{row[first]['us']['median']:.0f}"]  # fmt: skip
-        for name in others:
-            faster = row[name][f"faster than {first}"]["median"]
-            cells.append(f"{row[name]['us']['median']:.0f} ({faster:.2f})")
-        rows.append(cells)
+    first, *others = versions
+    header = ["Time of the first ÷ the other's, CPU time of one thread", "paths", "median",
+              "slowest", "fastest"]  # fmt: skip
+    cells = []
+    for other in others:
+        for isa in dict.fromkeys(row["isa"] for row in record["rows"]):
+            rows = [row for row in record["rows"] if row["isa"] == isa]
+            ratios = sorted(
+                (row[other][f"faster than {first}"]["median"], path(row)) for row in rows
+            )
+            cells.append([
+                f"{isa}: {versions[first]} ÷ {versions[other]}", str(len(rows)),
+                f"{statistics.median(ratio for ratio, _ in ratios):.2f}",
+                *(f"{ratio:.2f}: {where}" for ratio, where in (ratios[0], ratios[-1])),
+            ])  # fmt: skip
     shape = "×".join(map(str, record["shape"]))
-    return f"{table(header, rows)}\n\n{shape}, {record['rounds']} interleaved rounds. " + origin(
-        record, "torch"
+    return (
+        f"{table(header, cells)}\n\n{shape}, {record['rounds']} interleaved rounds; a path is a "
+        f"format and a number of tokens. {origin(record, 'torch')}"
     )
+
+
+def path(row: Record) -> str:
+    """`bitmask/0.5`, 16 tokens."""
+    return f"`{row['format']}`, {counted(row['tokens'], 'token')}"

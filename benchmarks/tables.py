@@ -15,7 +15,7 @@ from typing import Any
 from budget import budget
 from decoding_tables import decoding
 from frontier_tables import frontier, frontier_all
-from kernel_tables import kernels
+from kernel_tables import compilers, kernels
 from pages import RESULTS, ROOT, origin, table
 
 # Pattern and backend of each served run; the dense backend is the control for the packed one.
@@ -62,6 +62,7 @@ def blocks() -> list[tuple[Path, str, str]]:
         (methods, "structure", structure()),
         (ROOT / "docs" / "kernels.md", "kernels", kernels()),
         (ROOT / "docs" / "kernels.md", "decoding", decoding()),
+        (ROOT / "docs" / "kernels.md", "compilers", compilers()),
     ]
 
 

@@ -36,6 +36,12 @@ INLINE void prefetch_line(const uint8_t* bytes, int line) {
   else
     _mm_prefetch(at + kAhead, _MM_HINT_T0);
 }
+// g++ would gather the requests of a block, which then wait. clang does not, but would spill sums.
+INLINE void keep_order() {
+#if !defined(__clang__)
+  asm volatile("" ::: "memory");
+#endif
+}
 template <class Reader>
 INLINE void prefetch(const uint8_t* bytes) {
   unroll<Reader::kLines>([&](auto i) LAMBDA { prefetch_line<Reader>(bytes, i); });
@@ -84,7 +90,7 @@ struct Bf16 {
     if constexpr (Mask == GBLM_DENSE) {
       unroll<kWords>([&](auto w) LAMBDA {
         prefetch_line<Bf16>(at, w);
-        asm volatile("" ::: "memory");  // g++ would gather the requests, which then wait
+        keep_order();
         visit(w, load512(at + kLine * w));
       });
       return at + kWords * kLine;
