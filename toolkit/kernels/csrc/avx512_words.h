@@ -36,12 +36,12 @@ INLINE void prefetch_line(const uint8_t* bytes, int line) {
   else
     _mm_prefetch(at + kAhead, _MM_HINT_T0);
 }
-// g++ would gather the requests of a block, which then wait. clang does not, but would spill sums.
-INLINE void keep_order() {
-#if !defined(__clang__)
-  asm volatile("" ::: "memory");
+// g++ gathers the requests of a block, which then wait for each other; clang spreads them itself.
+#if defined(__clang__)
+constexpr bool kSpread = false;
+#else
+constexpr bool kSpread = true;
 #endif
-}
 template <class Reader>
 INLINE void prefetch(const uint8_t* bytes) {
   unroll<Reader::kLines>([&](auto i) LAMBDA { prefetch_line<Reader>(bytes, i); });
@@ -88,9 +88,12 @@ struct Bf16 {
   template <class Visit>
   static INLINE const uint8_t* block(const uint8_t* at, Visit&& visit) {
     if constexpr (Mask == GBLM_DENSE) {
+      if constexpr (!kSpread) prefetch<Bf16>(at);
       unroll<kWords>([&](auto w) LAMBDA {
-        prefetch_line<Bf16>(at, w);
-        keep_order();
+        if constexpr (kSpread) {
+          prefetch_line<Bf16>(at, w);
+          asm volatile("" ::: "memory");
+        }
         visit(w, load512(at + kLine * w));
       });
       return at + kWords * kLine;
