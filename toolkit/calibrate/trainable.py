@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from gblm.values import LIMITS
 from gblm.weights import SparseWeight
 
 # Scales move by factors, not by differences: theirs is a unit of its own.
@@ -57,7 +58,7 @@ class Floats:
 
 
 class Codes:
-    """Scales and, behind their rounding, values are parameters."""
+    """Scales and, behind their rounding, values are parameters; zero points stay."""
 
     def __init__(self, start: SparseWeight) -> None:
         codes, scales = start.codes, start.scales
@@ -65,6 +66,7 @@ class Codes:
             raise ValueError("this weight has no codes.")
         self._mask = start.mask
         self._low, self._high = int(codes.min()), int(codes.max())
+        self._zeros = None if start.zeros is None else start.zeros.float().unsqueeze(-1)
         self._scales = scales.float()
         self._group = codes.shape[1] // scales.shape[1]
         self._weight = nn.Parameter(codes.float() * self._spread(self._scales))
@@ -80,7 +82,7 @@ class Codes:
     def value(self) -> Tensor:
         """See Trainable."""
         scales = self._spread(_through(self._current_scales()))
-        codes = (self._weight / scales).clamp(self._low, self._high)
+        codes = self._clamp(self._weight / scales)
         return (codes + (codes.round() - codes).detach()) * scales * self._mask
 
     @torch.no_grad()
@@ -88,8 +90,16 @@ class Codes:
         """See Trainable."""
         scales = self._current_scales().to(torch.bfloat16)
         codes = (self._weight / self._spread(scales.float())).round()
-        codes = codes.clamp(self._low, self._high).to(torch.int8) * self._mask
-        return SparseWeight.from_codes(codes, scales, start.mask, start.weight.dtype)
+        codes = self._clamp(codes).to(torch.int8) * self._mask
+        return SparseWeight.from_codes(codes, scales, start.mask, start.weight.dtype, start.zeros)
+
+    def _clamp(self, codes: Tensor) -> Tensor:
+        """[out, in] float32, to the codes that its group has."""
+        if self._zeros is None:
+            return codes.clamp(self._low, self._high)
+        groups = codes.reshape(len(codes), -1, self._group)
+        low, high = -self._zeros, LIMITS["uint4"] - self._zeros
+        return groups.clamp(low, high).reshape(codes.shape)
 
     def _current_scales(self) -> Tensor:
         """[out, groups] float32, before they are rounded to bfloat16."""
