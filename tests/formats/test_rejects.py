@@ -12,7 +12,8 @@ from gblm.weights import SparseWeight
 
 SHAPE = (4, 16)
 FORMATS = [("nm", "2:4"), ("bitmask", "0.5"), ("dense", "dense")]
-INTEGERS = [(*fmt, values) for values in ("int8:row", "int4:row", "uint4:row") for fmt in FORMATS]
+SYMMETRIC = [(*fmt, values) for values in ("int8:row", "int4:row") for fmt in FORMATS]
+INTEGERS = [*SYMMETRIC, *((*fmt, "uint4:row") for fmt in FORMATS)]
 
 
 def good(fmt: Format) -> dict[str, torch.Tensor]:
@@ -76,18 +77,23 @@ def test_scales_that_scale_nothing(name: str, pattern: str, values: str, bad: fl
     refuse(fmt, parts, r"w\.scales: row 2, group 0 is")
 
 
-@pytest.mark.parametrize(("name", "pattern", "values"), INTEGERS)
+@pytest.mark.parametrize(("name", "pattern", "values"), SYMMETRIC)
 def test_codes_without_an_opposite(name: str, pattern: str, values: str) -> None:
     fmt = make_format(name, pattern, values)
-    if fmt.values.has_zeros:
-        parts = good(fmt)
-        parts["values"].view(-1)[1] = 0x88  # every nibble is a code
-        fmt.validate("w", parts, SHAPE)
-        return
     for nibble in (0x08, 0x80):
         parts = good(fmt)
         parts["values"].view(-1)[1] = 0x80 - 256 if fmt.values.kind == "int8" else nibble
         refuse(fmt, parts, r"w\.values: holds the code -(128|8); int\d codes are -(127|7) to")
+
+
+@pytest.mark.parametrize(("name", "pattern"), FORMATS)
+def test_with_zero_points_every_nibble_is_a_code(name: str, pattern: str) -> None:
+    fmt = make_format(name, pattern, "uint4:row")
+    parts = good(fmt)
+    parts["values"].view(-1)[1] = 0x08
+    fmt.validate("w", parts, SHAPE)
+    pair = fmt.kept(parts).reshape(-1)[2:4]
+    assert pair.tolist() == [8, 0]
 
 
 @pytest.mark.parametrize(("name", "pattern"), FORMATS)
