@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from gblm.values import LIMITS
 from gblm.weights import SparseWeight
 
 # Scales move by factors, not by differences: theirs is a unit of its own.
@@ -65,10 +64,13 @@ class Codes:
         if codes is None or scales is None:
             raise ValueError("this weight has no codes.")
         self._mask = start.mask
-        self._low, self._high = int(codes.min()), int(codes.max())
-        self._zeros = None if start.zeros is None else start.zeros.float().unsqueeze(-1)
         self._scales = scales.float()
         self._group = codes.shape[1] // scales.shape[1]
+        # The range of the codes as they are stored; a narrower one than that of their type stays.
+        stored, self._zeros = self._grouped(codes.float()), start.zeros
+        if start.zeros is not None:
+            stored += start.zeros.unsqueeze(-1)
+        self._low, self._high = int(stored.min()), int(stored.max())
         self._weight = nn.Parameter(codes.float() * self._spread(self._scales))
         self._factor = nn.Parameter(torch.zeros_like(self._scales))
 
@@ -97,9 +99,13 @@ class Codes:
         """[out, in] float32, to the codes that its group has."""
         if self._zeros is None:
             return codes.clamp(self._low, self._high)
-        groups = codes.reshape(len(codes), -1, self._group)
-        low, high = -self._zeros, LIMITS["uint4"] - self._zeros
-        return groups.clamp(low, high).reshape(codes.shape)
+        zeros = self._zeros.float().unsqueeze(-1)
+        groups = self._grouped(codes).clamp(self._low - zeros, self._high - zeros)
+        return groups.reshape(codes.shape)
+
+    def _grouped(self, tensor: Tensor) -> Tensor:
+        """[out, in] → [out, groups, size]."""
+        return tensor.reshape(len(tensor), -1, self._group)
 
     def _current_scales(self) -> Tensor:
         """[out, groups] float32, before they are rounded to bfloat16."""
