@@ -79,6 +79,7 @@ CASES = {
     "int4-rtn": Case("int4, to the nearest", _dense("int4")),
     "int4-gptq": Case("int4, GPTQ", _dense("int4", **OBS)),
     "int4-gptq-rec": Case("int4, GPTQ + reconstruct", _dense("int4", **OBS, **REC)),
+    "int4-g64-gptq": Case("int4 g64, GPTQ", _dense("int4:64", **OBS)),
     "uint4-gptq": Case("uint4, GPTQ", _dense("uint4", **OBS)),
     "int3-gptq": Case("int3, GPTQ", _dense("int4", **OBS), 3),
     "int3-gptq-rec": Case("int3, GPTQ + reconstruct", _dense("int4", **OBS, **REC), 3),

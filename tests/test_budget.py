@@ -624,9 +624,12 @@ def test_another_search_is_refused(wanted: Search, monkeypatch: pytest.MonkeyPat
         search(wanted)
 
 
-def test_search_on_the_command_line(gblm: Run, tiny: Path, text_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("values", ["int4", "uint4"])
+def test_search_on_the_command_line(
+    gblm: Run, tiny: Path, text_file: Path, tmp_path: Path, values: str
+) -> None:
     done = gblm(
-        "search", tiny, "--budget", "3.5bits", "--values", "int4", "--output", "found", "--limit",
+        "search", tiny, "--budget", "3.5bits", "--values", values, "--output", "found", "--limit",
         1, "--text", text_file, "--eval-seq-len", 32, "--max-windows", 1, "--calibration",
         text_file, "--num-samples", 2, "--seq-len", 16,
     )  # fmt: skip
