@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gblm import scales as module
 from gblm.errors import InputError, PatternError
-from gblm.scales import CodeRange, mse_levels
+from gblm.scales import SHRINK, CodeRange, mse_levels
 from gblm.values import AUTO, FLOAT, ROW, Kind, ValueType, parse_values, quantize
 from gblm.weights import SparseWeight, dequantize
 
@@ -146,6 +146,16 @@ def test_searched_scales_have_a_smaller_squared_error(
     found = quantize(weight, mask, values, rounding="mse", limit=limit)
     nearest = quantize(weight, mask, values, limit=limit)
     assert squared_error(weight, found).sum() < at_most * squared_error(weight, nearest).sum()
+
+
+def test_a_zero_point_is_that_of_its_scale() -> None:
+    codes = CodeRange(15, zero_point=True)
+    groups = torch.randn(512, 4, 32, generator=torch.Generator().manual_seed(0)) + 0.3
+    found, (low, high) = mse_levels(groups, codes), codes.ends(groups)
+    tried = [codes.levels(low * factor, high * factor) for factor in SHRINK]
+    of_one = [(found.scales == own.scales) & (found.zeros == own.zeros) for own in tried]
+    assert bool(torch.stack(of_one).any(dim=0).all())
+    assert any(not torch.equal(own.zeros, tried[0].zeros) for own in tried)
 
 
 def test_the_search_weighs_columns_and_looks_at_kept_ones_only() -> None:

@@ -218,7 +218,7 @@ def test_a_format_never_loses_or_makes_up_codes() -> None:
         make_format("nm", "2:4", "int4:row").pack("w", zeros)
     with pytest.raises(PatternError, match="uint4:row needs zero points"):
         make_format("nm", "2:4", "uint4:row").pack("w", weight)
-    for codes, points in ((zeros.codes * 8, zeros.zeros), (zeros.codes, zeros.zeros + 16)):
+    for codes, points in ((zeros.codes * 8, zeros.zeros), (zeros.codes - 16, zeros.zeros + 16)):
         wrong = replace(zeros, codes=codes, zeros=points)
         with pytest.raises(PatternError, match="do not fit uint4, which has 0 to 15"):
             make_format("nm", "2:4", "uint4:row").pack("w", wrong)
