@@ -79,6 +79,8 @@ CASES = {
     "int4-rtn": Case("int4, to the nearest", _dense("int4")),
     "int4-gptq": Case("int4, GPTQ", _dense("int4", **OBS)),
     "int4-gptq-rec": Case("int4, GPTQ + reconstruct", _dense("int4", **OBS, **REC)),
+    "int4-g64-gptq": Case("int4 g64, GPTQ", _dense("int4:64", **OBS)),
+    "uint4-gptq": Case("uint4, GPTQ", _dense("uint4", **OBS)),
     "int3-gptq": Case("int3, GPTQ", _dense("int4", **OBS), 3),
     "int3-gptq-rec": Case("int3, GPTQ + reconstruct", _dense("int4", **OBS, **REC), 3),
     "int3-row-rec": Case("int3 row, GPTQ + reconstruct", _dense("int4:row", **OBS, **REC), 3),
@@ -99,7 +101,9 @@ CASES = {
     "alps-24-rec": Case("2:4, ALPS + reconstruct", _sparse("alps", "2:4", **REC)),
     "sparsegpt-50": Case("50 %, SparseGPT", _sparse("sparsegpt", "0.5")),
     "sparsegpt-50-rec": Case("50 %, SparseGPT + reconstruct", _sparse("sparsegpt", "0.5", **REC)),
-    # Sparse and int4.
+    # Sparse and four bits.
+    "int4-50": Case("int4 50 %, joint", _sparse("sparsegpt", "0.5", "int4")),
+    "uint4-50": Case("uint4 50 %, joint", _sparse("sparsegpt", "0.5", "uint4")),
     "int4-50-rec": Case(
         "int4 50 %, joint + reconstruct", _sparse("sparsegpt", "0.5", "int4", **REC)
     ),

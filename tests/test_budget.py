@@ -121,7 +121,7 @@ def test_owl_without_differences_is_uniform() -> None:
 # Sizes.
 
 
-@pytest.mark.parametrize("spec", ["float", "int8:64", "int4:64"])
+@pytest.mark.parametrize("spec", ["float", "int8:64", "int4:64", "uint4:64"])
 @pytest.mark.parametrize("pattern", [Dense(), NM(2, 4), Unstructured(0.3), Unstructured(0.55)])
 @pytest.mark.parametrize("seed", range(3))
 def test_no_packed_weight_is_larger_than_foreseen(spec: str, pattern: Any, seed: int) -> None:
@@ -134,7 +134,8 @@ def test_no_packed_weight_is_larger_than_foreseen(spec: str, pattern: Any, seed:
     if not values.is_float:
         codes = torch.where(mask, 3, 0).to(torch.int8)
         scales = torch.ones(48, 1, dtype=torch.bfloat16)
-        pruned = SparseWeight.from_codes(codes, scales, mask, torch.bfloat16)
+        zeros = torch.full((48, 1), 7, dtype=torch.uint8) if values.has_zeros else None
+        pruned = SparseWeight.from_codes(codes, scales, mask, torch.bfloat16, zeros)
     parts = format_for(pattern, values).pack("w", pruned)
     real = sum(part.nbytes for part in parts.values())
     bound = most_bytes(Choice(pattern, values), (48, 64), torch.bfloat16)
@@ -623,9 +624,12 @@ def test_another_search_is_refused(wanted: Search, monkeypatch: pytest.MonkeyPat
         search(wanted)
 
 
-def test_search_on_the_command_line(gblm: Run, tiny: Path, text_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("values", ["int4", "uint4"])
+def test_search_on_the_command_line(
+    gblm: Run, tiny: Path, text_file: Path, tmp_path: Path, values: str
+) -> None:
     done = gblm(
-        "search", tiny, "--budget", "3.5bits", "--values", "int4", "--output", "found", "--limit",
+        "search", tiny, "--budget", "3.5bits", "--values", values, "--output", "found", "--limit",
         1, "--text", text_file, "--eval-seq-len", 32, "--max-windows", 1, "--calibration",
         text_file, "--num-samples", 2, "--seq-len", 16,
     )  # fmt: skip

@@ -33,7 +33,8 @@ from gblm.values import parse_values, quantize
 Pack = Callable[..., Path]
 Run = Callable[..., Outcome]
 CASES = [("2:4", "int8"), ("2:4", "int4:32"), ("0.5", "int8:row"), ("0.5", "int4"),
-         ("dense", "int8"), ("dense", "int4:64"), ("dense", "float")]  # fmt: skip
+         ("dense", "int8"), ("dense", "int4:64"), ("dense", "float"), ("2:4", "uint4:32"),
+         ("0.5", "uint4"), ("0.7", "uint4:row"), ("dense", "uint4:64")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("pattern", "values"), CASES)
@@ -50,7 +51,9 @@ def test_packed_model_equals_its_dense_export(
             assert torch.equal(gblm.packed.load(folder, backend)(input_ids=ids).logits, want)
 
 
-@pytest.mark.parametrize(("pattern", "values"), [("2:4", "int8"), ("0.5", "int4")])
+@pytest.mark.parametrize(
+    ("pattern", "values"), [("2:4", "int8"), ("0.5", "int4"), ("0.5", "uint4")]
+)
 def test_codes_and_scales_are_never_cast(pack_tiny: Pack, pattern: str, values: str) -> None:
     folder = pack_tiny("wanda", pattern, values)
     model = gblm.packed.load(folder, "reference", dtype=torch.float32)
@@ -64,7 +67,7 @@ def test_codes_and_scales_are_never_cast(pack_tiny: Pack, pattern: str, values: 
     assert model(input_ids=torch.arange(4).reshape(1, 4)).logits.dtype == torch.float32
 
 
-@pytest.mark.parametrize("values", ["int8", "int4:32"])
+@pytest.mark.parametrize("values", ["int8", "int4:32", "uint4:32"])
 @pytest.mark.parametrize("pattern", ["2:4", "0.5"])
 def test_codes_are_those_of_the_kept_source_weights(
     tiny: Path, pack_tiny: Pack, pattern: str, values: str
@@ -75,6 +78,7 @@ def test_codes_are_those_of_the_kept_source_weights(
             want = quantize(dense.tensor(f"{name}.weight"), found.mask, linear.fmt.values)
             assert torch.equal(found.codes, want.codes)
             assert torch.equal(found.scales, want.scales)
+            assert found.zeros is want.zeros is None or torch.equal(found.zeros, want.zeros)
 
 
 def test_later_layers_see_what_the_codes_stand_for(tiny: Path) -> None:
@@ -112,7 +116,8 @@ def test_float_folders_do_not_mention_values(pack_tiny: Pack) -> None:
 @pytest.mark.parametrize(
     ("pattern", "values", "bits"),
     [("2:4", "int8:64", 4 + 1 + 16 / 64), ("2:4", "int4:64", 2 + 1 + 16 / 64),
-     ("dense", "int8:64", 8 + 16 / 64), ("dense", "int4:64", 4 + 16 / 64)],
+     ("dense", "int8:64", 8 + 16 / 64), ("dense", "int4:64", 4 + 16 / 64),
+     ("2:4", "uint4:64", 2 + 1 + 24 / 64), ("dense", "uint4:64", 4 + 24 / 64)],
 )  # fmt: skip
 def test_bits_per_weight_count_masks_codes_and_scales(
     pack_tiny: Pack, pattern: str, values: str, bits: float
@@ -129,12 +134,13 @@ def test_bits_per_weight_count_masks_codes_and_scales(
     )
 
 
-def test_inspect_counts_kept_codes_of_padded_rows(pack_tiny: Pack) -> None:
-    (group,) = inspect(pack_tiny("magnitude", "0.7", "int4:32"))["groups"]
+@pytest.mark.parametrize("values", ["int4:32", "uint4:32"])
+def test_inspect_counts_kept_codes_of_padded_rows(pack_tiny: Pack, values: str) -> None:
+    (group,) = inspect(pack_tiny("magnitude", "0.7", values))["groups"]
     assert group["sparsity"] == pytest.approx(0.7, abs=1e-3)
 
 
-@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("values", ["int8", "int4", "uint4"])
 def test_any_dense_folder_packs_as_dense(tiny: Path, tmp_path: Path, values: str) -> None:
     report = export_pack(tiny, tmp_path / "out", pattern="dense", values=values)
     verify(tmp_path / "out")
@@ -173,19 +179,31 @@ def test_weights_without_whole_groups_are_refused_before_anything_runs(
 
 
 @pytest.mark.parametrize(
-    ("damage", "match"),
-    [("scale", r"up_proj\.scales: row 0, group 0 is nan"), ("code", r"up_proj\.values: holds"),
-     ("cast", r"up_proj\.scales: is .* torch.float32, but"), ("missing", "part 'scales'")],
+    ("values", "damage", "match"),
+    [("int8", "scale", r"up_proj\.scales: row 0, group 0 is nan"),
+     ("int8", "code", r"up_proj\.values: holds"),
+     ("int8", "cast", r"up_proj\.scales: is .* torch.float32, but"),
+     ("int8", "missing", "part 'scales'"),
+     ("uint4", "scale", r"up_proj\.scales: row 0, group 0 is nan"),
+     ("uint4", "zero", r"up_proj\.zeros: row 1, group 0 is 16; zero points are 0 to 15"),
+     ("uint4", "signed", r"up_proj\.zeros: is .* torch.int8, but"),
+     ("uint4", "without zeros", "part 'zeros'")],
 )  # fmt: skip
 def test_damaged_codes_are_named_at_load(
-    pack_tiny: Pack, tmp_path: Path, damage: str, match: str
+    pack_tiny: Pack, tmp_path: Path, values: str, damage: str, match: str
 ) -> None:
     import shutil
 
-    folder = Path(shutil.copytree(pack_tiny("wanda", "2:4", "int8"), tmp_path / "out"))
+    folder = Path(shutil.copytree(pack_tiny("wanda", "2:4", values), tmp_path / "out"))
     tensors = load_file(folder / "model.safetensors")
     name = "model.layers.0.mlp.up_proj"
-    if damage == "scale":
+    if damage == "zero":
+        tensors[f"{name}.zeros"][1, 0] = 16
+    elif damage == "signed":
+        tensors[f"{name}.zeros"] = tensors[f"{name}.zeros"].to(torch.int8)
+    elif damage == "without zeros":
+        del tensors[f"{name}.zeros"]
+    elif damage == "scale":
         tensors[f"{name}.scales"][0, 0] = float("nan")
     elif damage == "code":
         tensors[f"{name}.values"][0, 0] = -128
@@ -229,4 +247,4 @@ def test_values_on_the_command_line(gblm: Run, tiny: Path, tmp_path: Path) -> No
     assert gblm("verify", packed).code == 0
     done = gblm("prune", tiny, "--group-size", "32", "--output", tmp_path / "no")
     assert done.code == 2
-    assert "--group-size goes with --values int8 or int4" in done.err
+    assert "--group-size goes with --values int8, int4 or uint4" in done.err

@@ -56,7 +56,8 @@ def _self_test(name: str) -> str:
     """Multiply with small weights of every format and value type; compare with dense products."""
     generator = torch.Generator().manual_seed(0)
     patterns: tuple[Pattern, ...] = (NM(2, 4), NM(4, 8), Unstructured(0.5), Dense())
-    for pattern, values in product(patterns, (FLOAT, ValueType("int8", 64), ValueType("int4", 32))):
+    kinds = (FLOAT, ValueType("int8", 64), ValueType("int4", 32), ValueType("uint4", 32))
+    for pattern, values in product(patterns, kinds):
         weight = torch.randn(48, 64, generator=generator)
         sparse = SparseWeight.cut(weight, pattern.keep(weight.abs(), "row"))
         if not values.is_float:

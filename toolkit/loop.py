@@ -16,6 +16,7 @@ from gblm.choices import Choice
 from gblm.errors import InputError
 from gblm.layers import Layers
 from gblm.methods.pipeline import Pipeline
+from gblm.scales import SCALE_DTYPE, ZERO_DTYPE
 from gblm.weights import SparseWeight
 
 logger = logging.getLogger(__name__)
@@ -169,13 +170,14 @@ class _Pruning:
         groups = linear.in_features // values.group(linear.in_features)
         codes = torch.empty_like(mask, dtype=torch.int8)
         scales = torch.empty(len(mask), groups, device=mask.device)
+        zeros = torch.empty_like(scales, dtype=ZERO_DTYPE) if values.has_zeros else None
         if own is not None and own.codes is not None and own.scales is not None:
-            codes, scales = own.codes, own.scales.float()
-        self._ranks.broadcast_(codes)
-        self._ranks.broadcast_(scales)
-        return SparseWeight.from_codes(
-            codes, scales.to(torch.bfloat16), mask.bool(), linear.weight.dtype
-        )
+            codes, scales, zeros = own.codes, own.scales.float(), own.zeros
+        for tensor in (codes, scales, zeros):
+            if tensor is not None:
+                self._ranks.broadcast_(tensor)
+        scales = scales.to(SCALE_DTYPE)
+        return SparseWeight.from_codes(codes, scales, mask.bool(), linear.weight.dtype, zeros)
 
     def _choose(self, local: str, linear: nn.Linear) -> SparseWeight:
         if self._more is None:

@@ -1,7 +1,8 @@
 """Value types: floats, or integer codes with group scales; and the rounding from one to the other.
 
-A group is `group_size` consecutive dense columns of one row; its codes stand for code · scale.
-Formats store codes and scales without loss; the only lossy step is the rounding.
+A group is `group_size` consecutive dense columns of one row; its codes stand for code · scale, or
+(code − zero) · scale where groups have zero points. Formats store all of it without loss; the only
+lossy step is the rounding.
 """
 
 from __future__ import annotations
@@ -14,23 +15,22 @@ import torch
 from torch import Tensor
 
 from gblm.errors import InputError, PatternError
+from gblm.scales import CodeRange, Levels, mse_levels, to_codes_, widest_levels
 from gblm.weights import SparseWeight
 
-Kind = Literal["float", "int8", "int4"]
-# nearest: scale of the largest weight. mse: scale of the least squared error. obs: the columns
+Kind = Literal["float", "int8", "int4", "uint4"]
+# nearest: codes reach the largest weight. mse: scale of the least squared error. obs: the columns
 # to the right make up for the error, too (gblm.methods.obs).
 Rounding = Literal["nearest", "mse", "obs"]
 GROUP_SIZES = (32, 64, 96, 128, 192, 256)
 # Of each linear's columns: the largest of AUTO_SIZES that divides them, and all of them.
 AUTO, ROW = 0, -1
 AUTO_SIZES = (128, 96, 64, 32)
-# Largest code. Symmetric: −128 and −8 have no opposite and are never used.
-LIMITS = {"int8": 127, "int4": 7}
-SCALE_DTYPE = torch.bfloat16
-# What the search multiplies the absmax scale with, best first on a tie.
-SHRINK = tuple(1 - 0.02 * step for step in range(21))
-# Weights that are searched at once, so that they stay in the cache.
-SEARCHED = 1 << 18
+# Largest code. Symmetric ones: −128 and −8 have no opposite and are never used.
+LIMITS = {"int8": 127, "int4": 7, "uint4": 15}
+# int8 with zero points would gain nothing: what its 255 levels lose is too little to notice.
+WITH_ZEROS = ("uint4",)
+NIBBLES = ("int4", "uint4")
 WORDS = {AUTO: "auto", ROW: "row"}
 
 
@@ -39,7 +39,8 @@ class ValueType:
     """How the kept values of a weight are stored. str() gives its spec: `float`, `int8:128`.
 
     Attributes:
-        kind: "float" is the checkpoint's own dtype; "int8" and "int4" are codes with scales.
+        kind: "float" is the checkpoint's own dtype; "int8" and "int4" are codes with scales;
+            "uint4" has a zero point beside each scale.
         group_size: columns that share a scale: one of GROUP_SIZES, ROW, or AUTO, which `resolve`
             settles for each linear. Always 0 for "float".
 
@@ -52,7 +53,9 @@ class ValueType:
 
     def __post_init__(self) -> None:
         if self.kind not in ("float", *LIMITS):
-            raise PatternError(f"values {self.kind!r} are unknown: give float, int8 or int4.")
+            raise PatternError(
+                f"values {self.kind!r} are unknown: give float, {', '.join(LIMITS)}."
+            )
         if self.is_float and self.group_size:
             raise PatternError("values float have no scales: leave the group size out.")
         if not self.is_float and self.group_size not in (AUTO, ROW, *GROUP_SIZES):
@@ -73,8 +76,22 @@ class ValueType:
 
     @property
     def limit(self) -> int:
-        """The largest code: 127 or 7. Integer kinds only."""
+        """The largest code: 127, 7 or 15. Integer kinds only."""
         return LIMITS[self.kind]
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether each group has a zero point."""
+        return self.kind in WITH_ZEROS
+
+    @property
+    def in_nibbles(self) -> bool:
+        """Whether two codes share a byte."""
+        return self.kind in NIBBLES
+
+    def codes(self, limit: int | None = None) -> CodeRange:
+        """Which codes there are, up to another limit if one is given. Integer kinds only."""
+        return CodeRange(limit or self.limit, self.has_zeros)
 
     def group(self, columns: int) -> int:
         """How many of a weight's columns share a scale. Integer kinds only, `resolve`d."""
@@ -117,14 +134,14 @@ def parse_values(text: str) -> ValueType:
     Raises:
         PatternError: the text is none of these.
     """
-    match = re.fullmatch(r"(float|int8|int4)(?::(\d{1,4}|row|auto))?", text)
+    match = re.fullmatch(r"(float|int8|int4|uint4)(?::(\d{1,4}|row|auto))?", text)
     if match is None or match[1] == "float" != text:
         raise PatternError(
-            f"values {text[:40]!r} are unknown: give float, or int8 or int4 with a group size, "
-            "such as int8:128, int4:row or int8:auto."
+            f"values {text[:40]!r} are unknown: give float, or int8, int4 or uint4 with a group "
+            "size, such as int8:128, int4:row or uint4:auto."
         )
-    kind: Kind = "float" if match[1] == "float" else "int8" if match[1] == "int8" else "int4"
-    words = {word: size for size, word in WORDS.items()}
+    kinds: dict[str, Kind] = {"float": "float", "int8": "int8", "int4": "int4", "uint4": "uint4"}
+    kind, words = kinds[match[1]], {word: size for size, word in WORDS.items()}
     size = match[2] or WORDS[AUTO]
     if size.isdigit() and int(size) == AUTO:
         raise PatternError(f"values {text!r}: a group has columns; write {kind}:auto.")
@@ -141,7 +158,7 @@ def quantize(
     importance: Tensor | None = None,
     limit: int | None = None,
 ) -> SparseWeight:
-    """Round kept weights to the nearest code, symmetric, one scale a group.
+    """Round kept weights to the nearest code; one scale a group, and a zero point if it has one.
 
     The scale is rounded to bfloat16 before the codes are taken, so that they fit the stored one.
     `gblm.methods.obs.round_obs` chooses codes better than to the nearest.
@@ -151,12 +168,12 @@ def quantize(
         mask: [out, in] bool, True = kept.
         values: an integer kind, `resolve`d for `in`.
         name: of the linear, for messages.
-        rounding: "nearest" has the scale of the largest weight, "mse" that of `mse_scales`.
+        rounding: "nearest" has levels that reach the largest weight, "mse" those of `mse_levels`.
         importance: [in] ≥ 0, what "mse" weighs squared errors with, such as the diagonal of H.
         limit: the largest code, if not that of the value type: 3 measures int3.
 
     Returns:
-        Codes, scales, and as `weight` what they stand for, in the given dtype.
+        Codes, scales, zero points, and as `weight` what they stand for, in the given dtype.
 
     Raises:
         InputError: a weight is NaN or Inf, or becomes so.
@@ -164,90 +181,33 @@ def quantize(
     """
     rows, columns = weight.shape
     values.check_columns(name, columns)
-    size, limit = values.group(columns), limit or values.limit
+    size, codes = values.group(columns), values.codes(limit)
     groups = torch.where(mask, weight, torch.zeros_like(weight)).float()
     groups = groups.reshape(rows, columns // size, size)
     if rounding == "nearest":
-        scales = absmax_scales(groups, limit)
+        levels = widest_levels(groups, codes)
     else:
         by_group = None if importance is None else importance.reshape(-1, size)
-        scales = mse_scales(groups, limit, by_group)
-    codes = to_codes_(groups, scales.unsqueeze(-1), limit).reshape(rows, columns).to(torch.int8)
+        levels = mse_levels(groups, codes, by_group)
+    rounded = to_codes_(groups, levels, codes).reshape(rows, columns).to(torch.int8)
     del groups
-    return checked_codes(codes, scales, mask, weight.dtype, values, name)
-
-
-def absmax_scales(groups: Tensor, limit: int) -> Tensor:
-    """Scales that map the largest weight of a group to the largest code.
-
-    Args:
-        groups: [..., size] float32.
-        limit: the largest code.
-
-    Returns:
-        [...] bfloat16, > 0; not finite where a group is not.
-    """
-    return _stored_scales(groups.abs().amax(dim=-1) / limit)
-
-
-def mse_scales(groups: Tensor, limit: int, importance: Tensor | None = None) -> Tensor:
-    """Scales of the least squared error of the group, of those in SHRINK times the absmax one.
-
-    Finer steps for the many cost the largest their distance: Banner et al. 2018,
-    https://arxiv.org/abs/1810.05723, who solve for the clipping that is searched for here.
-
-    Args:
-        groups: [out, ..., size] float32; zeros have no error, so dropped weights must be zero.
-        limit: the largest code.
-        importance: [..., size] ≥ 0, broadcast over `groups`, what squared errors are weighed with.
-
-    Returns:
-        [out, ...] bfloat16, > 0; not finite where a group is not.
-    """
-    rows = max(SEARCHED * len(groups) // max(groups.numel(), 1), 1)
-    return torch.cat([_search_scales(part, limit, importance) for part in groups.split(rows)])
-
-
-def to_codes_(weights: Tensor, scales: Tensor, limit: int) -> Tensor:
-    """Replace float32 weights by their nearest codes, −limit to limit; scales must broadcast."""
-    return weights.div_(scales).round_().clamp_(-limit, limit)
+    return checked_codes(rounded, levels, mask, weight.dtype, values, name)
 
 
 def checked_codes(
-    codes: Tensor, scales: Tensor, mask: Tensor, dtype: torch.dtype, values: ValueType, name: str
+    codes: Tensor, levels: Levels, mask: Tensor, dtype: torch.dtype, values: ValueType, name: str
 ) -> SparseWeight:
     """SparseWeight.from_codes of codes that were just rounded.
 
     Raises:
         InputError: a scale is NaN or Inf, or a weight leaves the range of its dtype.
     """
-    if not bool(scales.isfinite().all()):
+    if not bool(levels.scales.isfinite().all()):
         raise InputError(f"{name}.weight holds NaN or Inf, which has no {values.kind} code.")
-    rounded = SparseWeight.from_codes(codes, scales, mask, dtype)
+    rounded = SparseWeight.from_codes(codes, levels.scales, mask, dtype, levels.zeros)
     if not bool(rounded.weight.isfinite().all()):
         raise InputError(
             f"{name}.weight: its largest values leave the range of {dtype} when they are "
             f"rounded to {values.kind}. Leave it dense with --ignore."
         )
     return rounded
-
-
-def _stored_scales(scales: Tensor) -> Tensor:
-    """As they are stored; 1 also where all of a group is too small for any bfloat16 scale."""
-    scales = scales.to(SCALE_DTYPE)
-    return torch.where(scales == 0, torch.ones_like(scales), scales)
-
-
-def _search_scales(groups: Tensor, limit: int, importance: Tensor | None) -> Tensor:
-    """mse_scales of a few rows."""
-    widest = groups.abs().amax(dim=-1) / limit
-    best, least = _stored_scales(widest), torch.full_like(widest, torch.inf)
-    for factor in SHRINK:
-        scales = _stored_scales(widest * factor)
-        steps = scales.float().unsqueeze(-1)
-        codes = to_codes_(groups.clone(), steps, limit)
-        error = torch.addcmul(groups, codes, steps, value=-1).square_()
-        total = (error if importance is None else error.mul_(importance)).sum(dim=-1)
-        best = torch.where(total < least, scales, best)
-        least = torch.minimum(total, least)
-    return best

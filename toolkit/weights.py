@@ -17,14 +17,18 @@ class SparseWeight:
         weight: [out, in] floating point, zero wherever `mask` is False. A kept weight may be
             zero too. With codes it is what they stand for, rounded once to its dtype.
         mask: [out, in] bool, True = kept.
-        codes: [out, in] int8, zero wherever `mask` is False; None for floating values.
+        codes: [out, in] int8, counted from the zero point of their group, if it has one, so that a
+            weight is code · scale; zero wherever `mask` is False. None for floating values.
         scales: [out, groups] bfloat16, of groups of consecutive columns; None without codes.
+        zeros: [out, groups] uint8, the zero points: a code is stored as code + zero. None where
+            codes are symmetric.
     """
 
     weight: Tensor
     mask: Tensor
     codes: Tensor | None = None
     scales: Tensor | None = None
+    zeros: Tensor | None = None
 
     @classmethod
     def cut(cls, weight: Tensor, mask: Tensor) -> SparseWeight:
@@ -38,64 +42,72 @@ class SparseWeight:
 
     @classmethod
     def from_codes(
-        cls, codes: Tensor, scales: Tensor, mask: Tensor, dtype: torch.dtype
+        cls,
+        codes: Tensor,
+        scales: Tensor,
+        mask: Tensor,
+        dtype: torch.dtype,
+        zeros: Tensor | None = None,
     ) -> SparseWeight:
-        """What codes and scales stand for, in a floating dtype."""
-        return cls(dequantize(codes, scales, dtype), mask, codes, scales)
+        """What codes and scales stand for, in a floating dtype; codes count from the zero point."""
+        return cls(dequantize(codes, scales, dtype), mask, codes, scales, zeros)
 
     @classmethod
     def cat(cls, pieces: Sequence[SparseWeight]) -> SparseWeight:
         """Join weights that have the same columns and groups, row after row."""
         codes = [piece.codes for piece in pieces if piece.codes is not None]
         scales = [piece.scales for piece in pieces if piece.scales is not None]
+        zeros = [piece.zeros for piece in pieces if piece.zeros is not None]
         return cls(
             torch.cat([piece.weight for piece in pieces]),
             torch.cat([piece.mask for piece in pieces]),
             torch.cat(codes) if codes else None,
             torch.cat(scales) if scales else None,
+            torch.cat(zeros) if zeros else None,
         )
 
     @property
-    def zeros(self) -> Tensor:
+    def is_zero(self) -> Tensor:
         """[out, in] bool, True = zero, kept or not. Does not depend on the dtype of `weight`."""
         return (self.weight if self.codes is None else self.codes) == 0
 
     def narrow(self, dim: int, start: int, length: int) -> SparseWeight:
         """A copy of the rows (`dim` 0) or columns (1) start ≤ i < start + length.
 
-        Columns must be cut between groups; a scale of whole rows goes along with every cut.
+        Columns must be cut between groups; what belongs to a whole row goes along with every cut.
         """
         weight, mask = (t.narrow(dim, start, length).clone() for t in (self.weight, self.mask))
         if self.codes is None or self.scales is None:
             return SparseWeight(weight, mask)
-        scales, num_groups = self.scales, self.scales.shape[1]
-        if dim == 0:
-            scales = scales.narrow(0, start, length)
-        elif num_groups > 1:
+        codes, num_groups = self.codes.narrow(dim, start, length).clone(), self.scales.shape[1]
+        if dim == 1 and num_groups == 1:
+            start, length = 0, 1
+        elif dim == 1:
             size = self.codes.shape[1] // num_groups
             if start % size or length % size:
                 raise ValueError(f"columns {start}..{start + length} cut groups of {size}.")
-            scales = scales.narrow(1, start // size, length // size)
-        return SparseWeight(
-            weight, mask, self.codes.narrow(dim, start, length).clone(), scales.clone()
-        )
+            start, length = start // size, length // size
+        scales = self.scales.narrow(dim, start, length).clone()
+        zeros = None if self.zeros is None else self.zeros.narrow(dim, start, length).clone()
+        return SparseWeight(weight, mask, codes, scales, zeros)
 
     def to(self, dtype: torch.dtype, device: str | torch.device = "cpu") -> SparseWeight:
-        """The same weight in another dtype, on another device; codes and scales do not change."""
+        """The same weight in another dtype, on another device; codes and their groups stay."""
         mask = self.mask.to(device)
         if self.codes is None or self.scales is None:
             return SparseWeight(self.weight.to(device, dtype), mask)
         codes, scales = self.codes.to(device), self.scales.to(device)
+        zeros = None if self.zeros is None else self.zeros.to(device)
         if self.weight.dtype == dtype:
-            return SparseWeight(self.weight.to(device), mask, codes, scales)
-        return SparseWeight.from_codes(codes, scales, mask, dtype)
+            return SparseWeight(self.weight.to(device), mask, codes, scales, zeros)
+        return SparseWeight.from_codes(codes, scales, mask, dtype, zeros)
 
 
 def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """What codes stand for: the exact product with the group's scale, rounded once.
 
     Args:
-        codes: [out, in] int8.
+        codes: [out, in] int8, counted from the zero point if there is one.
         scales: [out, groups] bfloat16; groups divides in.
         dtype: floating point, of the result.
 

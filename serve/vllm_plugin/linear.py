@@ -30,6 +30,7 @@ from gblm.values import ROW
 
 # −128; twice −8.
 NO_CODE: dict[torch.dtype, float] = {torch.int8: -0x80, torch.uint8: 0x88}
+NO_ZERO, NOT_LOADED = 0xFF, -1
 MAX_RANKS = 64  # looked at for the way out of a refusal
 
 
@@ -116,11 +117,20 @@ class SparseLinearMethod(LinearMethodBase):
 
     def _loaded_parts(self, layer: torch.nn.Module) -> dict[str, Tensor]:
         if self.pieces is None:
-            return {part: getattr(layer, part).data for part in self.fmt.parts}
+            parts = {part: getattr(layer, part).data for part in self.fmt.parts}
+            if self.fmt.values.has_zeros:
+                parts["values"] = self._narrowed(parts["values"])
+            return parts
         device = layer.get_parameter("values").device
         parts = {part: tensor.to(device) for part, tensor in self.pieces.join().items()}
         self.pieces = None
         return parts
+
+    def _narrowed(self, loaded: Tensor) -> Tensor:
+        """Bytes of codes; see `_rectangle`."""
+        if bool((loaded == NOT_LOADED).any()):
+            raise CheckpointError(f"{self.name}: values are missing in the checkpoint.")
+        return loaded.to(torch.uint8)
 
     def _check_shard(self, input_size: int) -> None:
         """A rank's columns must hold whole bytes of every part, and whole groups."""
@@ -144,24 +154,30 @@ class SparseLinearMethod(LinearMethodBase):
             return str(error)
         if num_ranks == 1 or not isinstance(self.fmt, RectangleFormat):
             return None
-        within = self.fmt.values.kind == "int4" and self.fmt.kept_per_row(columns) % 2
+        kind = self.fmt.values.kind
+        within = self.fmt.values.in_nibbles and self.fmt.kept_per_row(columns) % 2
         return (
-            f"{self.name}: int4 codes of {columns} columns end within a byte." if within else None
+            f"{self.name}: {kind} codes of {columns} columns end within a byte." if within else None
         )
 
 
 def _rectangle(fmt: Format, part: str, spec: TensorSpec, loader: Any) -> BasevLLMParameter:
     """An empty part that vLLM cuts like a dense weight: at the same relative place.
 
-    NaN, codes that there are none of and an empty bitmask are refused later, should the loader skip
-    this layer.
+    NaN, codes and zero points that there are none of and an empty bitmask are refused later, should
+    the loader skip this layer.
     """
-    fill = math.nan if spec.dtype.is_floating_point else 0
-    if part == "values":
+    fill, dtype = math.nan if spec.dtype.is_floating_point else 0, spec.dtype
+    if part == "values" and fmt.values.has_zeros:
+        # Every byte is two codes, so that only a wider type can tell what was not loaded.
+        fill, dtype = NOT_LOADED, torch.int16
+    elif part == "values":
         fill = NO_CODE.get(spec.dtype, fill)
-    data = torch.full(spec.shape, fill, dtype=spec.dtype)
-    if part == "scales" and fmt.values.group_size == ROW:
-        # A scale of a whole row goes to every rank that holds some of its columns.
+    elif part == "zeros":
+        fill = NO_ZERO
+    data = torch.full(spec.shape, fill, dtype=dtype)
+    if part in ("scales", "zeros") and fmt.values.group_size == ROW:
+        # What belongs to a whole row goes to every rank that holds some of its columns.
         return ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=loader)
     return ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
 

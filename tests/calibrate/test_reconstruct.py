@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from gblm.calibrate.reconstruct import Training, reconstruct
 from gblm.calibrate.trainable import trainable
 from gblm.calibrate.walk import DecoderLayer, Walk, walk
 from gblm.errors import InputError
+from gblm.formats.codes import check_range
 from gblm.layers import Layers
 from gblm.model import load
 from gblm.patterns import NM
@@ -35,6 +37,11 @@ def cut(weight: torch.Tensor) -> SparseWeight:
 def rounded(weight: torch.Tensor) -> SparseWeight:
     pruned = cut(weight)
     return quantize(pruned.weight, pruned.mask, parse_values("int4:32"))
+
+
+def rounded_with_zeros(weight: torch.Tensor) -> SparseWeight:
+    pruned = cut(weight)
+    return quantize(pruned.weight, pruned.mask, parse_values("uint4:32"))
 
 
 def pruned_layer(
@@ -66,7 +73,9 @@ def loss(layer: DecoderLayer) -> float:
     return total / layer.streams.num_samples
 
 
-@pytest.mark.parametrize(("make", "share"), [(cut, 0.9), (rounded, 0.97)])
+@pytest.mark.parametrize(
+    ("make", "share"), [(cut, 0.9), (rounded, 0.97), (rounded_with_zeros, 0.97)]
+)
 def test_training_brings_the_layer_closer_to_the_dense_one(
     tiny: Path, batches: list[torch.Tensor], make: object, share: float
 ) -> None:
@@ -86,15 +95,20 @@ def test_training_brings_the_layer_closer_to_the_dense_one(
     assert done.loss[0] > done.loss[1]
 
 
-def test_trained_codes_stay_codes(tiny: Path, batches: list[torch.Tensor]) -> None:
-    layer, weights = pruned_layer(tiny, batches, rounded)
+@pytest.mark.parametrize("make", [rounded, rounded_with_zeros])
+def test_trained_codes_stay_codes(
+    tiny: Path, batches: list[torch.Tensor], make: Callable[[torch.Tensor], SparseWeight]
+) -> None:
+    layer, weights = pruned_layer(tiny, batches, make)
+    values = parse_values("int4:32" if make is rounded else "uint4:32")
     how = Training(epochs=8, learning_rate=2e-2, batch_size=1)
     done = reconstruct(layer.module, weights, layer.streams, how, ALONE, "layer")
     changed = 0
     for name, weight in done.weights.items():
         assert weight.codes is not None
         assert weight.scales is not None
-        assert int(weight.codes.abs().max()) <= 7
+        check_range(name, weight, values)
+        assert weight.zeros is weights[name].zeros
         assert bool((weight.scales > 0).all())
         again = SparseWeight.from_codes(weight.codes, weight.scales, weight.mask, torch.float32)
         assert torch.equal(again.weight, weight.weight)
@@ -102,7 +116,7 @@ def test_trained_codes_stay_codes(tiny: Path, batches: list[torch.Tensor]) -> No
     assert changed > 0
 
 
-@pytest.mark.parametrize("make", [cut, rounded])
+@pytest.mark.parametrize("make", [cut, rounded, rounded_with_zeros])
 def test_without_a_step_nothing_changes(make: object) -> None:
     start = make(torch.randn(8, 64, generator=torch.Generator().manual_seed(1)))
     part = trainable(start)
@@ -112,10 +126,14 @@ def test_without_a_step_nothing_changes(make: object) -> None:
     if start.codes is not None:
         assert torch.equal(end.codes, start.codes)
         assert torch.equal(end.scales, start.scales)
+        assert end.zeros is start.zeros
 
 
-def test_gradients_reach_kept_weights_and_scales_only() -> None:
-    start = rounded(torch.randn(8, 64, generator=torch.Generator().manual_seed(1)))
+@pytest.mark.parametrize("make", [rounded, rounded_with_zeros])
+def test_gradients_reach_kept_weights_and_scales_only(
+    make: Callable[[torch.Tensor], SparseWeight],
+) -> None:
+    start = make(torch.randn(8, 64, generator=torch.Generator().manual_seed(1)))
     part = trainable(start)
     part.value().square().sum().backward()
     weights, scales = (group["params"][0] for group in part.groups(1e-3))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +19,8 @@ from gblm.weights import SparseWeight
 CASES = [("nm", "2:4"), ("nm", "4:8"), ("nm", "1:4"), ("nm", "3:4"), ("bitmask", "0.5"),
          ("bitmask", "0.9"), ("bitmask", "0"), ("bitmask", "1x4@0.5"),
          ("dense", "dense")]  # fmt: skip
-INTEGERS = ["int8:row", "int4:row", "int8:32", "int4:32", "int8:64", "int4:64"]
+INTEGERS = ["int8:row", "int4:row", "int8:32", "int4:32", "int8:64", "int4:64", "uint4:row",
+            "uint4:32"]  # fmt: skip
 SHAPES = [(1, 8), (3, 16), (16, 64), (7, 40)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -76,6 +79,8 @@ def test_codes_and_scales_come_back_exactly(
     back = fmt.unpack(parts, dtype)
     assert torch.equal(back.codes, weight.codes)
     assert same_bits(back.scales, weight.scales)
+    assert (back.zeros is None) == (weight.zeros is None) == (not fmt.values.has_zeros)
+    assert back.zeros is None or torch.equal(back.zeros, weight.zeros)
     assert torch.equal(back.mask, weight.mask)
     assert same_bits(back.weight, weight.weight)
     assert same_bits(fmt.expand(parts, dtype), weight.weight)
@@ -118,7 +123,7 @@ def test_negative_zero_is_stored_as_positive_zero(name: str, pattern: str) -> No
 @settings(max_examples=100, deadline=None)
 @given(
     case=st.sampled_from([case for case in CASES if case[0] != "dense"]),
-    values=st.sampled_from(["float", "int8:row", "int4:row"]),
+    values=st.sampled_from(["float", "int8:row", "int4:row", "uint4:row"]),
     rows=st.integers(1, 6),
     octets=st.integers(1, 6),
     seed=st.integers(0, 10_000),
@@ -142,7 +147,7 @@ def test_fewer_kept_weights_than_allowed_pack_exactly(
         assert same_bits(again, sparse.weight[row : row + 1])
 
 
-@pytest.mark.parametrize("values", ["float", "int8:row", "int4:row", "int8:32", "int4:32"])
+@pytest.mark.parametrize("values", ["float", *INTEGERS[:4], "uint4:row", "uint4:32"])
 @pytest.mark.parametrize(("name", "pattern"), CASES)
 def test_rows_are_the_parts_of_the_cut_weight(name: str, pattern: str, values: str) -> None:
     fmt, shape = make_format(name, pattern, values), (7, 96)
@@ -155,7 +160,7 @@ def test_rows_are_the_parts_of_the_cut_weight(name: str, pattern: str, values: s
         assert all(torch.equal(rows[p], tensor) for p, tensor in fmt.pack("w", cut).items())
 
 
-@pytest.mark.parametrize("values", ["float", "int8:32", "int4:32"])
+@pytest.mark.parametrize("values", ["float", "int8:32", "int4:32", "uint4:32"])
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "dense"])
 @pytest.mark.parametrize("dim", [0, 1])
 def test_cut_parts_equal_packing_the_cut_weight(pattern: str, dim: int, values: str) -> None:
@@ -208,6 +213,15 @@ def test_a_format_never_loses_or_makes_up_codes() -> None:
         integers.pack("w", SparseWeight(weight.weight, weight.mask))
     with pytest.raises(PatternError, match="do not fit int4, which has -7 to 7"):
         make_format("nm", "2:4", "int4:row").pack("w", weight)
+    zeros = random_weight(make_format("nm", "2:4", "uint4:row"), (4, 8), torch.float32)
+    with pytest.raises(PatternError, match="int4:row would lose zero points"):
+        make_format("nm", "2:4", "int4:row").pack("w", zeros)
+    with pytest.raises(PatternError, match="uint4:row needs zero points"):
+        make_format("nm", "2:4", "uint4:row").pack("w", weight)
+    for codes, points in ((zeros.codes * 8, zeros.zeros), (zeros.codes - 16, zeros.zeros + 16)):
+        wrong = replace(zeros, codes=codes, zeros=points)
+        with pytest.raises(PatternError, match="do not fit uint4, which has 0 to 15"):
+            make_format("nm", "2:4", "uint4:row").pack("w", wrong)
     grouped = random_weight(integers, (4, 64), torch.float32)
     with pytest.raises(PatternError, match=r"scales are \[4, 1\] torch.bfloat16; format .* needs"):
         make_format("nm", "2:4", "int8:32").pack("w", grouped)
@@ -285,3 +299,16 @@ def test_disk_layout_of_codes_is_pinned() -> None:
     codes = make_format("nm", "2:4", "int8:row").pack("w", wide)
     assert codes["values"].tolist() == [[127, -36, 54, 72], [91, 109, 127, 0]]
     assert codes["scales"].tolist() == [[float(scale)]] * 2
+
+
+def test_disk_layout_of_zero_points_is_pinned() -> None:
+    """docs/format.md, example of zero points."""
+    weight = torch.tensor([[9.0, 0, -6, 0, 0, 3, 0, 4], [0, -5, -6, 0, -15, 0, 0, 0]])
+    sparse = quantize(weight, weight != 0, ValueType("uint4", -1))
+    nm = make_format("nm", "2:4", "uint4:row").pack("w", sparse)
+    assert nm["values"].tolist() == [[0x0F, 0xA9], [0x9A, 0xF0]]
+    assert nm["scales"].tolist() == [[1], [1]]
+    assert nm["zeros"].tolist() == [[6], [15]]
+    ragged = make_format("bitmask", "0.5", "uint4:row").pack("w", sparse)
+    assert ragged["values"].tolist() == [0x0F, 0xA9, 0x9A, 0x00]
+    assert ragged["zeros"].tolist() == [[6], [15]]

@@ -12,7 +12,8 @@ from gblm.weights import SparseWeight
 
 SHAPE = (4, 16)
 FORMATS = [("nm", "2:4"), ("bitmask", "0.5"), ("dense", "dense")]
-INTEGERS = [(*fmt, values) for values in ("int8:row", "int4:row") for fmt in FORMATS]
+SYMMETRIC = [(*fmt, values) for values in ("int8:row", "int4:row") for fmt in FORMATS]
+INTEGERS = [*SYMMETRIC, *((*fmt, "uint4:row") for fmt in FORMATS)]
 
 
 def good(fmt: Format) -> dict[str, torch.Tensor]:
@@ -76,7 +77,7 @@ def test_scales_that_scale_nothing(name: str, pattern: str, values: str, bad: fl
     refuse(fmt, parts, r"w\.scales: row 2, group 0 is")
 
 
-@pytest.mark.parametrize(("name", "pattern", "values"), INTEGERS)
+@pytest.mark.parametrize(("name", "pattern", "values"), SYMMETRIC)
 def test_codes_without_an_opposite(name: str, pattern: str, values: str) -> None:
     fmt = make_format(name, pattern, values)
     for nibble in (0x08, 0x80):
@@ -85,14 +86,36 @@ def test_codes_without_an_opposite(name: str, pattern: str, values: str) -> None
         refuse(fmt, parts, r"w\.values: holds the code -(128|8); int\d codes are -(127|7) to")
 
 
+@pytest.mark.parametrize(("name", "pattern"), FORMATS)
+def test_with_zero_points_every_nibble_is_a_code(name: str, pattern: str) -> None:
+    fmt = make_format(name, pattern, "uint4:row")
+    parts = good(fmt)
+    parts["values"].view(-1)[1] = 0x08
+    fmt.validate("w", parts, SHAPE)
+    pair = fmt.kept(parts).reshape(-1)[2:4]
+    assert pair.tolist() == [8, 0]
+
+
+@pytest.mark.parametrize(("name", "pattern"), FORMATS)
+@pytest.mark.parametrize("bad", [16, 128, 255])
+def test_zero_points_that_are_no_codes(name: str, pattern: str, bad: int) -> None:
+    fmt = make_format(name, pattern, "uint4:row")
+    parts = good(fmt)
+    parts["zeros"][2, 0] = 15
+    fmt.validate("w", parts, SHAPE)
+    parts["zeros"][2, 0] = bad
+    refuse(fmt, parts, rf"w\.zeros: row 2, group 0 is {bad}; zero points are 0 to 15")
+
+
 def test_codes_of_another_width() -> None:
     refuse(make_format("nm", "2:4", "int8:row"), good(make_format("nm", "2:4", "int4:row")),
            r"w\.values: is \[4, 4\] torch.uint8, but .* needs \[4, 8\] torch.int8")  # fmt: skip
 
 
+@pytest.mark.parametrize("values", ["int4:row", "uint4:row"])
 @pytest.mark.parametrize(("name", "pattern"), [("nm", "1:16"), ("bitmask", "1x16@0.5")])
-def test_padding_that_is_not_zero(name: str, pattern: str) -> None:
-    fmt = make_format(name, pattern, "int4:row")
+def test_padding_that_is_not_zero(name: str, pattern: str, values: str) -> None:
+    fmt = make_format(name, pattern, values)
     weight = torch.ones(SHAPE)
     mask = torch.zeros(SHAPE, dtype=torch.bool)
     mask[:, 3] = True

@@ -16,7 +16,8 @@ from gblm.weights import SparseWeight
 FORMATS = [("nm", "2:4"), ("nm", "4:8"), ("nm", "1:4"), ("bitmask", "0.5"), ("bitmask", "0.9"),
            ("dense", "dense")]  # fmt: skip
 SHAPES = [(48, 64), (5, 24), (70, 8192)]
-INTEGERS = [(values, shape) for values in ("int8:row", "int4:row", "int8:64", "int4:64")
+KINDS = ("int8:row", "int4:row", "int8:64", "int4:64", "uint4:row", "uint4:64")
+INTEGERS = [(values, shape) for values in KINDS
             for shape in SHAPES if values.endswith("row") or shape[1] % 64 == 0]  # fmt: skip
 CPU = torch.device("cpu")
 
@@ -113,7 +114,7 @@ def test_linear_of_codes_equals_the_float64_product(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("values", ["float", "int8:32", "int4:row"])
+@pytest.mark.parametrize("values", ["float", "int8:32", "int4:row", "uint4:32"])
 @pytest.mark.parametrize(("name", "pattern"), [("nm", "2:4"), ("bitmask", "0.5")])
 def test_op_passes_opcheck_and_compiles_as_one_graph(
     backend: str, name: str, pattern: str, values: str

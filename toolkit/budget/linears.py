@@ -105,11 +105,11 @@ def rest_bytes(reader: Reader, linears: Iterable[Linear], head: Head | None) -> 
 def most_bytes(choice: Choice, shape: Shape, dtype: torch.dtype) -> int:
     """Bytes of a packed weight [out, in] whose rows keep as many as they like.
 
-    A row of int4 codes begins at a byte, so each row may waste half a byte.
+    A row of 4-bit codes begins at a byte, so each row may waste half a byte.
     """
     fmt = choice.fmt
     size = packed_bytes(fmt, shape, dtype)
-    if fmt.name != "bitmask" or fmt.values.kind != "int4":
+    if fmt.name != "bitmask" or not fmt.values.in_nibbles:
         return size
     kept = prod(shape) - int(prod(shape) * fmt.pattern.sparsity)
     even = shape[0] * -(-kept // (2 * shape[0]))

@@ -35,6 +35,8 @@ from gblm.progress import Progress, no_progress
 # Sparsities of unstructured masks that are measured.
 SPARSITIES = (0.3, 0.5, 0.7)
 PROBED, TINY = 1 << 21, (16, 64)
+# Bits of a value as the kernels hold it.
+IN_MEMORY = {"float": 16, "int8": 8, "int4": 4, "uint4": 8}
 ROUNDS, BLOCK_SECONDS, MAX_CALLS = 3, 0.02, 300
 
 
@@ -117,7 +119,7 @@ def probe(
     step()
     for name, kind in asked:
         text = name if kind == "float" else f"{name}/{kind}"
-        bits = {"float": 16, "int8": 8, "int4": 4}[kind.partition(":")[0]]
+        bits = IN_MEMORY[kind.partition(":")[0]]
         timed = packed_linear(Asked(text), "cpu", weight, _cold(bits, weights), clock)
         found[name, kind.partition(":")[0]] = _seconds(timed, shape[1], clock)
         step()

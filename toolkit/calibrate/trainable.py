@@ -57,16 +57,20 @@ class Floats:
 
 
 class Codes:
-    """Scales and, behind their rounding, values are parameters."""
+    """Scales and, behind their rounding, values are parameters; zero points stay."""
 
     def __init__(self, start: SparseWeight) -> None:
         codes, scales = start.codes, start.scales
         if codes is None or scales is None:
             raise ValueError("this weight has no codes.")
         self._mask = start.mask
-        self._low, self._high = int(codes.min()), int(codes.max())
         self._scales = scales.float()
         self._group = codes.shape[1] // scales.shape[1]
+        # The range of the codes as they are stored; a narrower one than that of their type stays.
+        stored, self._zeros = self._grouped(codes.float()), start.zeros
+        if start.zeros is not None:
+            stored += start.zeros.unsqueeze(-1)
+        self._low, self._high = int(stored.min()), int(stored.max())
         self._weight = nn.Parameter(codes.float() * self._spread(self._scales))
         self._factor = nn.Parameter(torch.zeros_like(self._scales))
 
@@ -80,7 +84,7 @@ class Codes:
     def value(self) -> Tensor:
         """See Trainable."""
         scales = self._spread(_through(self._current_scales()))
-        codes = (self._weight / scales).clamp(self._low, self._high)
+        codes = self._clamp(self._weight / scales)
         return (codes + (codes.round() - codes).detach()) * scales * self._mask
 
     @torch.no_grad()
@@ -88,8 +92,20 @@ class Codes:
         """See Trainable."""
         scales = self._current_scales().to(torch.bfloat16)
         codes = (self._weight / self._spread(scales.float())).round()
-        codes = codes.clamp(self._low, self._high).to(torch.int8) * self._mask
-        return SparseWeight.from_codes(codes, scales, start.mask, start.weight.dtype)
+        codes = self._clamp(codes).to(torch.int8) * self._mask
+        return SparseWeight.from_codes(codes, scales, start.mask, start.weight.dtype, start.zeros)
+
+    def _clamp(self, codes: Tensor) -> Tensor:
+        """[out, in] float32, to the codes that its group has."""
+        if self._zeros is None:
+            return codes.clamp(self._low, self._high)
+        zeros = self._zeros.float().unsqueeze(-1)
+        groups = self._grouped(codes).clamp(self._low - zeros, self._high - zeros)
+        return groups.reshape(codes.shape)
+
+    def _grouped(self, tensor: Tensor) -> Tensor:
+        """[out, in] → [out, groups, size]."""
+        return tensor.reshape(len(tensor), -1, self._group)
 
     def _current_scales(self) -> Tensor:
         """[out, groups] float32, before they are rounded to bfloat16."""

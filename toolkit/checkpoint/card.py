@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from gblm.checkpoint.report import MAX_NAMED, in_words
+from gblm.values import WITH_ZEROS
 
 DENSE = "dense"
 CARD = """\
@@ -57,7 +59,7 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
     return CARD.format(
         tags=", ".join([*_tags(patterns, list(kinds), recipe["method"]), "gblm", "vllm"]),
         title=_title(patterns, recipe["method"], values),
-        included="mask, codes and scales" if values else "mask",
+        included=_included(kinds),
         values=f"\n| values | {', '.join(values)} (codes, columns that share a scale) |"
         if values
         else "",
@@ -75,6 +77,15 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
         packed=report["bytes_packed"] / 1e6,
         dense=report["bytes_dense"] / 1e6,
     )
+
+
+def _included(kinds: Iterable[str]) -> str:
+    """What the bits per weight count."""
+    found = set(kinds)
+    if not found:
+        return "mask"
+    with_zeros = found & {*WITH_ZEROS}
+    return "mask, codes, scales and zero points" if with_zeros else "mask, codes and scales"
 
 
 def _tags(patterns: list[str], kinds: list[str], method: str) -> list[str]:

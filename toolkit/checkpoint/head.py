@@ -122,7 +122,7 @@ class Head:
             weight = quantize(rows, every, self.fmt.values, self.name)
             for part, tensor in self.fmt.pack(self.name, weight).items():
                 parts[part][start : start + len(rows)] = tensor
-            zeros += int(weight.zeros.sum())
+            zeros += int(weight.is_zero.sum())
         row = weight_row(self.name, self.fmt, self.shape, self.dtype, zeros, parts)
         return {f"{self.name}.{part}": t for part, t in parts.items()}, row | {"tied": self.tied}
 

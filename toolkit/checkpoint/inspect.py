@@ -97,8 +97,8 @@ def _in_a_layer(name: str) -> bool:
 
 
 def _kept(packed: PackedReader, linear: PackedLinear) -> int:
-    """How many positions are kept; bytes of int4 codes do not tell, because rows are padded."""
-    if linear.fmt.values.kind != "int4":
+    """How many positions are kept; bytes of 4-bit codes do not tell, because rows are padded."""
+    if not linear.fmt.values.in_nibbles:
         return math.prod(linear.headers["values"][0])
     if "row_offsets" in linear.fmt.parts:
         return int(packed.tensor(f"{linear.name}.row_offsets")[-1])

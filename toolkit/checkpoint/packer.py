@@ -196,5 +196,5 @@ def _report_row(
 ) -> dict[str, Any]:
     shape = (weight.mask.shape[0], weight.mask.shape[1])
     heads_on = heads_of(name) if head_dim else None
-    row = weight_row(name, fmt, shape, weight.weight.dtype, int(weight.zeros.sum()), parts)
+    row = weight_row(name, fmt, shape, weight.weight.dtype, int(weight.is_zero.sum()), parts)
     return row | {"structure": structure(weight.mask, head_dim, heads_on)}

@@ -89,7 +89,7 @@ def _check_round_trip(
                 raise CheckpointError(
                     f"{name}.{part}: packing the unpacked weight gives other bytes."
                 )
-        zeros += int(weight.zeros.sum())
+        zeros += int(weight.is_zero.sum())
     if (row.get("zeros"), row.get("shape")) != (zeros, list(linear.shape)):
         raise CheckpointError(f"{name}: {REPORT_FILE} does not describe the stored weight.")
 

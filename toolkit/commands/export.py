@@ -69,7 +69,7 @@ def pack(
 ) -> None:
     """Pack SOURCE, a dense HF folder whose zeros are already there. Never prunes.
 
-    With --values int8 or int4 the weights are rounded to the nearest code, with --head the output
+    With integer --values the weights are rounded to the nearest code, with --head the output
     head.
     """
     spec = values_spec(values, group_size)

@@ -50,16 +50,17 @@ method_options = options(
 values_options = options(
     click.option(
         "--values",
-        type=click.Choice(["float", "int8", "int4"]),
+        type=click.Choice(["float", "int8", "int4", "uint4"]),
         default="float",
         show_default=True,
-        help="How kept weights are stored: as they are, or rounded to codes with group scales.",
+        help="How kept weights are stored: as they are, or rounded to codes with group scales. "
+        "uint4 adds zero points; it is served at the speed and memory of int8.",
     ),
     click.option(
         "--group-size",
         type=click.Choice(["auto", "32", "64", "96", "128", "192", "256", "row"]),
-        help="Columns per scale of int8 and int4; auto (default) is the largest of 128, 96, 64, 32 "
-        "that divides the linear's.",
+        help="Columns per scale of integer values; auto (default) is the largest of 128, 96, 64, "
+        "32 that divides the linear's.",
     ),
 )
 head_option = click.option(
@@ -76,7 +77,7 @@ step_options = options(
         type=click.Choice(["nearest", "mse", "obs"]),
         default="nearest",
         show_default=True,
-        help="How int8 and int4 codes are found: to the nearest; with scales of least error; or so "
+        help="How integer codes are found: to the nearest; with scales of least error; or so "
         "that the weights not yet rounded make up for it (GPTQ; joint with sparsegpt's mask).",
     ),
     click.option("--refit", is_flag=True, help="Least squares on the weights that stay."),
@@ -193,7 +194,7 @@ def values_spec(values: str, group_size: str | None) -> str:
     if values != "float":
         return f"{values}:{group_size or 'auto'}"
     if group_size is not None:
-        raise click.UsageError("--group-size goes with --values int8 or int4.")
+        raise click.UsageError("--group-size goes with --values int8, int4 or uint4.")
     return values
 
 

@@ -15,15 +15,17 @@ from torch import Tensor
 
 from gblm.errors import CheckpointError, PatternError
 from gblm.formats.bits import expand_bits, unpack_bits
+from gblm.formats.codes import check_groups, check_range, spread, stored_codes
 from gblm.patterns import Pattern
-from gblm.values import AUTO, FLOAT, SCALE_DTYPE, ValueType
+from gblm.scales import SCALE_DTYPE, ZERO_DTYPE
+from gblm.values import AUTO, FLOAT, ValueType
 from gblm.weights import SparseWeight, dequantize
 
 Parts = Mapping[str, Tensor]
 Headers = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 Shape = tuple[int, int]
 VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-CODE_DTYPES = {"int8": torch.int8, "int4": torch.uint8}
+CODE_DTYPES = {"int8": torch.int8, "int4": torch.uint8, "uint4": torch.uint8}
 
 
 class TensorSpec(NamedTuple):
@@ -48,7 +50,8 @@ class Format(ABC):
     Attributes:
         pattern: which positions may be kept.
         values: how kept values are stored.
-        parts: local names of the tensors, in order; integer values add `scales`.
+        parts: local names of the tensors, in order; integer values add `scales`, and
+            `zeros` if they have zero points.
         spec: identifies all of it, such as "nm/2:4" or "nm/2:4/int8:128"; see `from_spec`.
     """
 
@@ -60,7 +63,8 @@ class Format(ABC):
             raise PatternError(f"values {values}: resolve the group size before packing.")
         self.pattern = pattern
         self.values = values
-        self.parts = self.own_parts if values.is_float else (*self.own_parts, "scales")
+        added = () if values.is_float else ("scales", "zeros") if values.has_zeros else ("scales",)
+        self.parts = (*self.own_parts, *added)
         # A plain string, made once, so that torch.compile sees a constant.
         self.spec = f"{self.name}/{pattern}" + ("" if values.is_float else f"/{values}")
 
@@ -69,18 +73,20 @@ class Format(ABC):
 
         Args:
             shape: [out, in].
-            dtype: of floating values; codes and scales have their own.
+            dtype: of floating values; codes, scales and zero points have their own.
         """
         stored = dtype if self.values.is_float else CODE_DTYPES[self.values.kind]
         specs = {"values": TensorSpec(self.values_shape(shape), stored)} | self.mask_layout(shape)
         if not self.values.is_float:
-            groups = shape[1] // self.values.group(shape[1])
-            specs["scales"] = TensorSpec((shape[0], groups), SCALE_DTYPE)
+            groups = (shape[0], shape[1] // self.values.group(shape[1]))
+            specs["scales"] = TensorSpec(groups, SCALE_DTYPE)
+            if self.values.has_zeros:
+                specs["zeros"] = TensorSpec(groups, ZERO_DTYPE)
         return specs
 
     @abstractmethod
     def values_shape(self, shape: Shape) -> tuple[int, ...]:
-        """Shape of the part `values` of a weight [out, in]; int4 counts bytes."""
+        """Shape of the part `values` of a weight [out, in]; 4-bit codes count as bytes."""
 
     @abstractmethod
     def mask_layout(self, shape: Shape) -> dict[str, TensorSpec]:
@@ -107,10 +113,12 @@ class Format(ABC):
         self.check_shape(name, (weight.mask.shape[0], weight.mask.shape[1]))
         self._check_weight(name, weight)
         mask = self.stored_mask(name, weight.mask)
-        kept = weight.weight[mask] + 0.0 if weight.codes is None else weight.codes[mask]
+        kept = weight.weight[mask] + 0.0 if weight.codes is None else stored_codes(weight)[mask]
         parts = {"values": self.store(kept, mask), **self.mask_parts(mask)}
         if weight.scales is not None:
             parts["scales"] = weight.scales
+        if weight.zeros is not None:
+            parts["zeros"] = weight.zeros
         return parts
 
     def stored_mask(self, name: str, mask: Tensor) -> Tensor:
@@ -119,11 +127,11 @@ class Format(ABC):
 
     @abstractmethod
     def store(self, kept: Tensor, mask: Tensor) -> Tensor:
-        """The part `values`, from the kept values or codes in row order and the written mask."""
+        """The part `values`, from the kept values or stored codes in row order and the mask."""
 
     @abstractmethod
     def kept(self, parts: Parts) -> Tensor:
-        """The inverse of `store`: values in their dtype, or codes int8, in row order."""
+        """The inverse of `store`: values in their dtype, or stored codes int8, in row order."""
 
     @abstractmethod
     def mask_parts(self, mask: Tensor) -> dict[str, Tensor]:
@@ -143,7 +151,7 @@ class Format(ABC):
         if self.values.is_float:
             return SparseWeight(self.expand(parts), self.mask(parts))
         return SparseWeight.from_codes(
-            self.scatter(parts), parts["scales"], self.mask(parts), dtype
+            self.scatter(parts), parts["scales"], self.mask(parts), dtype, parts.get("zeros")
         )
 
     def expand(self, parts: Parts, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -152,7 +160,18 @@ class Format(ABC):
         return dense if self.values.is_float else dequantize(dense, parts["scales"], dtype)
 
     def scatter(self, parts: Parts) -> Tensor:
-        """Values in their dtype, or codes int8, at their places: [out, in], zero elsewhere."""
+        """Values in their dtype, or codes int8, at their places: [out, in], zero elsewhere.
+
+        Codes count from the zero point of their group, if it has one.
+        """
+        placed = self.placed(parts)
+        if not self.values.has_zeros:
+            return placed
+        relative: Tensor = placed - spread(parts["zeros"], placed.shape[1])
+        return relative.mul_(self.mask(parts))
+
+    def placed(self, parts: Parts) -> Tensor:
+        """What `kept` returns, at its places: [out, in], zero elsewhere."""
         return expand_bits(self.kept(parts), parts["bitmask"])
 
     def rows(self, parts: Parts, start: int, stop: int) -> dict[str, Tensor]:
@@ -167,21 +186,18 @@ class Format(ABC):
         self.check_mask_data(name, parts, shape)
         if self.values.is_float:
             return
-        scales = parts["scales"]
-        wrong = (~(scales.isfinite() & (scales > 0))).nonzero()
-        if len(wrong):
-            row, group = (int(i) for i in wrong[0])
-            raise CheckpointError(
-                f"{name}.scales: row {row}, group {group} is {float(scales[row, group])}; scales "
-                "are finite and greater than 0. The file is damaged."
-            )
-        codes = self.kept(parts)
-        if codes.numel() and int(codes.min()) < -self.values.limit:
+        check_groups(name, parts, self.values)
+        self._check_codes(name, parts)
+
+    def _check_codes(self, name: str, parts: Parts) -> None:
+        """Codes are those of the value type, and its padding; each uint4 is a code."""
+        codes, limit = self.kept(parts), self.values.limit
+        if not self.values.has_zeros and codes.numel() and int(codes.min()) < -limit:
             raise CheckpointError(
                 f"{name}.values: holds the code {int(codes.min())}; {self.values.kind} codes are "
-                f"-{self.values.limit} to {self.values.limit}. The file is damaged."
+                f"-{limit} to {limit}. The file is damaged."
             )
-        if self.values.kind == "int4" and bool((self.padding(parts) != 0).any()):
+        if self.values.in_nibbles and bool((self.padding(parts) != 0).any()):
             raise CheckpointError(
                 f"{name}.values: the last nibble of a row with an odd number of codes is not 0. "
                 "The file is damaged."
@@ -193,7 +209,7 @@ class Format(ABC):
 
     @abstractmethod
     def padding(self, parts: Parts) -> Tensor:
-        """The nibbles of int4 `values` that belong to no code, [any number]."""
+        """The nibbles of 4-bit `values` that belong to no code, [any number]."""
 
     def check_shape(self, name: str, shape: Shape) -> None:
         """Raise PatternError when a weight of this shape [out, in] cannot be stored."""
@@ -236,25 +252,23 @@ class Format(ABC):
         self.check_data(name, parts, shape)
 
     def _check_weight(self, name: str, weight: SparseWeight) -> None:
-        """Codes and scales are there exactly when the value type has them, and fit it."""
+        """Codes and what belongs to them are there exactly when the value type has it, and fit."""
         if self.values.is_float:
             if weight.codes is not None:
                 raise PatternError(f"{name}: format {self.spec} would lose the weight's codes.")
             return
-        codes, scales = weight.codes, weight.scales
-        if codes is None or scales is None:
+        if weight.codes is None or weight.scales is None:
             raise PatternError(
                 f"{name}: format {self.spec} stores codes, but the weight has none. `quantize` it."
             )
-        columns, limit = weight.mask.shape[1], self.values.limit
-        shape = (weight.mask.shape[0], columns // self.values.group(columns))
-        if tuple(scales.shape) != shape or scales.dtype != SCALE_DTYPE:
-            raise PatternError(
-                f"{name}: scales are {list(scales.shape)} {scales.dtype}; format {self.spec} needs "
-                f"{list(shape)} {SCALE_DTYPE}."
-            )
-        if int(codes.min()) < -limit or int(codes.max()) > limit:
-            raise PatternError(
-                f"{name}: codes {int(codes.min())} to {int(codes.max())} do not fit "
-                f"{self.values.kind}, which has -{limit} to {limit}."
-            )
+        if self.values.has_zeros != (weight.zeros is not None):
+            verb = "needs" if self.values.has_zeros else "would lose"
+            raise PatternError(f"{name}: format {self.spec} {verb} zero points.")
+        layout = self.layout((weight.mask.shape[0], weight.mask.shape[1]))
+        for part, tensor in (("scales", weight.scales), ("zeros", weight.zeros)):
+            if tensor is not None and not layout[part].fits(tuple(tensor.shape), tensor.dtype):
+                raise PatternError(
+                    f"{name}: {part} are {list(tensor.shape)} {tensor.dtype}; format {self.spec} "
+                    f"needs {list(layout[part].shape)} {layout[part].dtype}."
+                )
+        check_range(name, weight, self.values)

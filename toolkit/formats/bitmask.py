@@ -14,7 +14,7 @@ from gblm.formats.nibbles import byte_offsets, pack_ragged, unpack_ragged
 class BitmaskFormat(Format):
     """values [kept], bitmask u8 [out, in/8], row_offsets i64 [out + 1].
 
-    int4 values are bytes, ceil(count/2) a row; `row_offsets` count codes all the same.
+    4-bit values are bytes, ceil(count/2) a row; `row_offsets` count codes all the same.
     """
 
     name = "bitmask"
@@ -33,15 +33,16 @@ class BitmaskFormat(Format):
 
     def store(self, kept: Tensor, mask: Tensor) -> Tensor:
         """See Format.store."""
-        if self.values.kind != "int4":
+        if not self.values.in_nibbles:
             return kept
         return pack_ragged(kept, mask.sum(dim=1, dtype=torch.int64))
 
     def kept(self, parts: Parts) -> Tensor:
         """See Format.kept; [kept]."""
-        if self.values.kind != "int4":
+        if not self.values.in_nibbles:
             return parts["values"]
-        return unpack_ragged(parts["values"], parts["row_offsets"].diff())
+        counts = parts["row_offsets"].diff()
+        return unpack_ragged(parts["values"], counts, signed=not self.values.has_zeros)
 
     def mask_parts(self, mask: Tensor) -> dict[str, Tensor]:
         """See Format.mask_parts."""
@@ -83,4 +84,4 @@ class BitmaskFormat(Format):
 
     def _begins(self, offsets: Tensor) -> Tensor:
         """Where each row's values begin in the part `values`, and where the last one ends."""
-        return byte_offsets(offsets.diff()) if self.values.kind == "int4" else offsets
+        return byte_offsets(offsets.diff()) if self.values.in_nibbles else offsets

@@ -11,7 +11,7 @@ from gblm.formats.rectangle import RectangleFormat
 
 
 class DenseFormat(RectangleFormat):
-    """values [out, in], of int4 [out, in/2] bytes; no mask."""
+    """values [out, in], of 4-bit codes [out, in/2] bytes; no mask."""
 
     name = "dense"
     own_parts = ("values",)
@@ -21,15 +21,15 @@ class DenseFormat(RectangleFormat):
         return columns
 
     def columns(self, parts: Parts) -> int:
-        """See RectangleFormat.columns; `in` is even, so int4 has no padding."""
-        return parts["values"].shape[1] * (2 if self.values.kind == "int4" else 1)
+        """See RectangleFormat.columns; `in` is even, so there is no padding."""
+        return parts["values"].shape[1] * (2 if self.values.in_nibbles else 1)
 
     def shape_of(self, name: str, headers: Headers) -> Shape:
         """See Format.shape_of."""
         shape = headers["values"][0]
         if len(shape) != 2 or min(shape) < 1:
             raise CheckpointError(f"{name}.values: shape {list(shape)} is impossible.")
-        return shape[0], shape[1] * (2 if self.values.kind == "int4" else 1)
+        return shape[0], shape[1] * (2 if self.values.in_nibbles else 1)
 
     def mask_layout(self, shape: Shape) -> dict[str, TensorSpec]:
         """See Format.mask_layout."""
@@ -49,8 +49,8 @@ class DenseFormat(RectangleFormat):
         shape = (parts["values"].shape[0], self.columns(parts))
         return torch.ones(shape, dtype=torch.bool, device=parts["values"].device)
 
-    def scatter(self, parts: Parts) -> Tensor:
-        """See Format.scatter."""
+    def placed(self, parts: Parts) -> Tensor:
+        """See Format.placed."""
         return self.kept(parts)
 
     def check_mask_data(self, name: str, parts: Parts, shape: Shape) -> None:

@@ -1,5 +1,6 @@
-"""int4 codes two a byte: low nibble first, two's complement; every row starts at a byte.
+"""4-bit codes two a byte, low nibble first: int4 in two's complement, uint4 as 0 to 15.
 
+Every row starts at a byte.
 A row with an odd number of codes ends in a nibble of zero.
 """
 
@@ -11,15 +12,17 @@ from torch.nn import functional
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
-    """[rows, n] int8 codes of −8..7 → [rows, ceil(n/2)] uint8."""
+    """[rows, n] int8 codes of −8..7, or 0..15 → [rows, ceil(n/2)] uint8."""
     nibbles = functional.pad(codes, (0, codes.shape[-1] % 2)).view(torch.uint8) & 15
     return nibbles[..., ::2] | nibbles[..., 1::2] << 4
 
 
-def unpack_nibbles(packed: Tensor, count: int) -> Tensor:
+def unpack_nibbles(packed: Tensor, count: int, signed: bool) -> Tensor:
     """[rows, ceil(count/2)] uint8 → [rows, count] int8."""
     # Shifts of int8 keep the sign.
-    pairs = torch.stack([(packed << 4).view(torch.int8) >> 4, packed.view(torch.int8) >> 4], -1)
+    low, high = (packed << 4, packed) if signed else (packed & 15, packed >> 4)
+    pairs = torch.stack([low.view(torch.int8), high.view(torch.int8)], -1)
+    pairs = pairs >> 4 if signed else pairs
     return pairs.reshape(packed.shape[0], -1)[:, :count]
 
 
@@ -31,9 +34,10 @@ def pack_ragged(codes: Tensor, counts: Tensor) -> Tensor:
     return pack_nibbles(nibbles.reshape(1, -1)).reshape(-1)
 
 
-def unpack_ragged(packed: Tensor, counts: Tensor) -> Tensor:
+def unpack_ragged(packed: Tensor, counts: Tensor, signed: bool) -> Tensor:
     """The inverse of `pack_ragged`: [kept] int8."""
-    return unpack_nibbles(packed.reshape(1, -1), 2 * len(packed)).reshape(-1)[_real_nibbles(counts)]
+    nibbles = unpack_nibbles(packed.reshape(1, -1), 2 * len(packed), signed)
+    return nibbles.reshape(-1)[_real_nibbles(counts)]
 
 
 def byte_offsets(counts: Tensor) -> Tensor:

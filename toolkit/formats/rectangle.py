@@ -11,7 +11,7 @@ from gblm.formats.nibbles import pack_nibbles, unpack_nibbles
 
 
 class RectangleFormat(Format):
-    """values [out, kept per row], of int4 [out, ceil(kept per row / 2)] bytes."""
+    """values [out, kept per row], of 4-bit codes [out, ceil(kept per row / 2)] bytes."""
 
     @abstractmethod
     def kept_per_row(self, columns: int) -> int:
@@ -24,19 +24,21 @@ class RectangleFormat(Format):
     def values_shape(self, shape: Shape) -> tuple[int, ...]:
         """See Format.values_shape."""
         kept = self.kept_per_row(shape[1])
-        return shape[0], (kept + 1) // 2 if self.values.kind == "int4" else kept
+        return shape[0], (kept + 1) // 2 if self.values.in_nibbles else kept
 
     def store(self, kept: Tensor, mask: Tensor) -> Tensor:
         """See Format.store."""
         values = kept.reshape(mask.shape[0], -1)
-        return pack_nibbles(values) if self.values.kind == "int4" else values
+        return pack_nibbles(values) if self.values.in_nibbles else values
 
     def kept(self, parts: Parts) -> Tensor:
         """See Format.kept; [out, kept per row]."""
         values = parts["values"]
-        if self.values.kind != "int4":
+        if not self.values.in_nibbles:
             return values
-        return unpack_nibbles(values, self.kept_per_row(self.columns(parts)))
+        return unpack_nibbles(
+            values, self.kept_per_row(self.columns(parts)), not self.values.has_zeros
+        )
 
     def padding(self, parts: Parts) -> Tensor:
         """See Format.padding."""

@@ -2,7 +2,7 @@
 
 One token reads every kept weight once; up to 16 share what is expanded in registers; more share
 what is expanded into cache. Integer weights meet activations that are rounded to int8, one scale
-per token and group.
+per token and group. Codes with zero points are kept as int8: the code less its zero point.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from gblm.formats import Format, Parts, Shape
 from gblm.formats.nibbles import byte_offsets
 from gblm.kernels import native
 from gblm.kernels.base import Backend
 
-COLUMN_UNIT = {"float": 8, "int8": 32, "int4": 32}
+COLUMN_UNIT = {"float": 8, "int8": 32, "int4": 32, "uint4": 32}
 
 
 class Cpu(Backend):
@@ -52,12 +53,13 @@ class Cpu(Backend):
             mask = native.DENSE
         elif str(fmt.pattern) == "2:4":
             mask = native.TWO_OF_FOUR
+        values, data, starts = _stored(fmt, parts, shape[0])
         source = native.Source(
             shape=shape,
-            values=fmt.values.kind,
+            values=values,
             mask=mask,
-            data=parts["values"],
-            starts=_row_starts(fmt, parts, shape[0]),
+            data=data,
+            starts=starts,
             bitmask=parts.get("bitmask"),
             scales=parts.get("scales"),
         )
@@ -69,12 +71,22 @@ class Cpu(Backend):
         return out
 
 
+def _stored(fmt: Format, parts: Parts, rows: int) -> tuple[str, Tensor, Tensor]:
+    """The kind of values that the kernels see, the values, and [out + 1] each row's first byte."""
+    if not fmt.values.has_zeros:
+        return fmt.values.kind, parts["values"], _row_starts(fmt, parts, rows)
+    # No kernel subtracts zero points: a difference of 4-bit codes has five bits, and is an int8.
+    mask = fmt.mask(parts)
+    starts = functional.pad(mask.sum(dim=1).cumsum(0), (1, 0))
+    return "int8", fmt.scatter(parts)[mask], starts
+
+
 def _row_starts(fmt: Format, parts: Parts, rows: int) -> Tensor:
     """[out + 1] int64, first byte of each row in the part "values"."""
     values = parts["values"]
     if "row_offsets" not in parts:
         return torch.arange(rows + 1) * (values.shape[1] * values.element_size())
     offsets = parts["row_offsets"]
-    if fmt.values.kind == "int4":
+    if fmt.values.in_nibbles:
         return byte_offsets(offsets.diff())
     return offsets * values.element_size()

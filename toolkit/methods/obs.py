@@ -63,8 +63,8 @@ def round_obs(
     """Round the kept weights of a fixed mask; with a mask that keeps all, this is GPTQ.
 
     GPTQ (https://arxiv.org/abs/2210.17323) with columns in their order, whose error includes what
-    the mask drops, and symmetric scales of the least squared error, weighed by what an error costs.
-    A group's scale is fitted when the sweep reaches it; that of a whole row, before the sweep.
+    the mask drops, and scales of the least squared error, weighed by what an error costs. A group's
+    scale and zero point are fitted when the sweep reaches it; those of a whole row, before it.
 
     Args:
         weight: [out, in] floating point; before pruning, so that its error can be made up for.
@@ -75,7 +75,7 @@ def round_obs(
         limit: the largest code, if not that of the value type: 3 measures int3.
 
     Returns:
-        The mask, codes int8, scales bfloat16, and as `weight` what they stand for, in the given
+        The mask, codes, scales, zero points, and as `weight` what they stand for, in the given
         dtype.
 
     Raises:
@@ -84,7 +84,7 @@ def round_obs(
     """
     columns = weight.shape[1]
     values.check_columns(name, columns)
-    grid = Grid(values.group(columns), limit or values.limit)
+    grid = Grid(values.group(columns), values.codes(limit))
     sweep = Sweep(weight, stats, grid=grid, mask=mask)
     # A block may be part of a group or hold several, but not cut one in two.
     block = BLOCK // grid.size * grid.size or BLOCK

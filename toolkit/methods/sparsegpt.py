@@ -96,7 +96,7 @@ class SparseGPT(Method):
             name: of the linear, for messages.
 
         Returns:
-            The mask, codes int8, scales bfloat16, and as `weight` what they stand for, in the given
+            The mask, codes, scales, zero points, and as `weight` what they stand for, in the given
             dtype.
 
         Raises:
@@ -106,7 +106,7 @@ class SparseGPT(Method):
         self.check_pattern(pattern)
         columns, rule = weight.shape[1], _rule(pattern, weight.device)
         values.check_columns(name, columns)
-        grid = Grid(values.group(columns), values.limit)
+        grid = Grid(values.group(columns), values.codes())
         sweep = Sweep(weight, stats, grid=grid)
         sweep.run(0, columns, _plan(pattern, rule, self.block_size, columns, grid.size))
         return sweep.rounded(grid, weight.dtype, values, name)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from gblm.errors import InputError
 from gblm.methods.base import Stats
-from gblm.values import ValueType, checked_codes, mse_scales, to_codes_
+from gblm.scales import CodeRange, Levels, mse_levels
+from gblm.values import ValueType, checked_codes
 from gblm.weights import SparseWeight
 
 # Columns that are worked through one by one before one product settles the next ones.
@@ -26,29 +27,33 @@ Choose = Callable[[Tensor, int, int], Tensor]
 
 
 class Grid:
-    """The scales of a weight's groups of columns, which are opened from left to right.
+    """The levels of a weight's groups of columns, which are opened from left to right.
 
     Attributes:
         size: columns of a group.
-        limit: the largest code.
+        codes: which there are.
         steps: [out] float32, the scales of the open group.
+        zeros: [out] float32, its zero points; None for symmetric codes.
     """
 
     steps: Tensor
+    zeros: Tensor | None
 
-    def __init__(self, size: int, limit: int) -> None:
-        self.size, self.limit = size, limit
-        self._scales: list[Tensor] = []
+    def __init__(self, size: int, codes: CodeRange) -> None:
+        self.size, self.codes = size, codes
+        self._levels: list[Levels] = []
 
     def open(self, kept: Tensor, pivots: Tensor) -> None:
-        """Fit the scales of the next group.
+        """Fit the levels of the next group.
 
         Args:
             kept: [size, out] float32, the group's weights; zero where they will be dropped.
             pivots: [size, 1] float32: an error costs its square divided by them.
         """
-        self._scales.append(mse_scales(kept.t(), self.limit, pivots.squeeze(1).reciprocal()))
-        self.steps = self._scales[-1].float()
+        levels = mse_levels(kept.t(), self.codes, pivots.squeeze(1).reciprocal())
+        self._levels.append(levels)
+        self.steps = levels.scales.float()
+        self.zeros = None if levels.zeros is None else levels.zeros.float()
 
     def round_(self, column: Tensor, keep: Tensor, error: Tensor) -> None:
         """Replace a column of the open group by its codes.
@@ -59,12 +64,14 @@ class Grid:
             error: [out] float32, for the column less what its codes stand for.
         """
         error.copy_(column)
-        to_codes_(column, self.steps, self.limit).mul_(keep)
+        self.codes.round_(column, self.steps, self.zeros).mul_(keep)
         error.addcmul_(column, self.steps, value=-1)
 
-    def scales(self) -> Tensor:
-        """[out, groups] bfloat16, of the groups that were opened."""
-        return torch.stack(self._scales, dim=1)
+    def levels(self) -> Levels:
+        """[out, groups], of the groups that were opened."""
+        zeros = [levels.zeros for levels in self._levels if levels.zeros is not None]
+        scales = torch.stack([levels.scales for levels in self._levels], dim=1)
+        return Levels(scales, torch.stack(zeros, dim=1) if zeros else None)
 
 
 @dataclass(frozen=True)
@@ -172,7 +179,7 @@ class Sweep:
         if not bool(self.errors.isfinite().all()):
             raise InputError(f"{name}.weight holds NaN or Inf, which has no {values.kind} code.")
         codes = self.columns.to(torch.int8).t().contiguous()
-        return checked_codes(codes, grid.scales(), self.mask(), dtype, values, name)
+        return checked_codes(codes, grid.levels(), self.mask(), dtype, values, name)
 
     def _eliminate(self, start: int, stop: int) -> None:
         """Update and settle the columns of a leaf one after another."""

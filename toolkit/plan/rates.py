@@ -128,7 +128,7 @@ def _probe_pruning(
     def pack() -> None:
         fmt.pack("probe", pruned)
         structure(pruned.mask)
-        pruned.zeros.float().mean()
+        pruned.is_zero.float().mean()
 
     actions = [choose, pack, *([_a_step(setting, found)] if setting.training else [])]
     rates = [weight.numel() / _seconds(action, device) for action in actions]

@@ -221,7 +221,7 @@ def _layer(
 def packed_bytes(fmt: Format, shape: tuple[int, int], dtype: torch.dtype) -> int:
     """Bytes of one packed weight [out, in]; dtype is that of floating values."""
     kept = shape[0] * shape[1] - int(shape[0] * shape[1] * fmt.pattern.sparsity)
-    if fmt.values.kind == "int4":
+    if fmt.values.in_nibbles:
         kept = shape[0] * math.ceil(kept / shape[0] / 2)  # bytes; every row starts at one
     specs = fmt.layout(shape, dtype).values()
     return sum(

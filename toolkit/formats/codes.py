@@ -1,0 +1,59 @@
+"""Codes as they are written: with the zero point of their group added, where it has one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from gblm.errors import CheckpointError, PatternError
+from gblm.values import ValueType
+from gblm.weights import SparseWeight
+
+
+def stored_codes(weight: SparseWeight) -> Tensor:
+    """[out, in] int8 of a weight that has codes."""
+    if weight.codes is None:
+        raise ValueError("this weight has no codes.")
+    if weight.zeros is None:
+        return weight.codes
+    return weight.codes + spread(weight.zeros, weight.codes.shape[1])
+
+
+def spread(zeros: Tensor, columns: int) -> Tensor:
+    """Zero points for every column: [out, groups] uint8 → [out, in] int8."""
+    return zeros.view(torch.int8).repeat_interleave(columns // zeros.shape[1], dim=1)
+
+
+def check_range(name: str, weight: SparseWeight, values: ValueType) -> None:
+    """Raise PatternError when a weight's codes or zero points are none of the value type's."""
+    codes = stored_codes(weight)
+    low, high, least = int(codes.min()), int(codes.max()), -values.limit
+    if weight.zeros is not None:
+        least, high = 0, max(high, int(weight.zeros.max()))
+    if low < least or high > values.limit:
+        raise PatternError(
+            f"{name}: codes {low} to {high} do not fit {values.kind}, which has {least} to "
+            f"{values.limit}."
+        )
+
+
+def check_groups(name: str, parts: Mapping[str, Tensor], values: ValueType) -> None:
+    """Raise CheckpointError when scales or zero points from a file are none."""
+    scales = parts["scales"]
+    wrong = ~(scales.isfinite() & (scales > 0))
+    _refuse(name, "scales", scales, wrong, "scales are finite and greater than 0")
+    if values.has_zeros:
+        zeros, limit = parts["zeros"], values.limit
+        _refuse(name, "zeros", zeros, zeros > limit, f"zero points are 0 to {limit}")
+
+
+def _refuse(name: str, part: str, found: Tensor, wrong: Tensor, rule: str) -> None:
+    places = wrong.nonzero()
+    if len(places):
+        row, group = (int(i) for i in places[0])
+        raise CheckpointError(
+            f"{name}.{part}: row {row}, group {group} is {found[row, group].item()}; {rule}. "
+            "The file is damaged."
+        )
