@@ -93,11 +93,13 @@ def import_legacy(
         every = tuple(prunable(model))
         names = _packable(reader, every)
         pattern = _pattern(reader, names)
-        choices = {name: Choice(pattern) for name in names}
+        choices = {name: Choice(pattern, reader.values(name)) for name in names}
         check_packable(reader, choices)
+        if reader.legacy.activations:
+            logger.warning("%s: only weights are converted; activations stay floating.", folder)
         recipe = {
             "model": str(folder), "method": "pack", "pattern": str(pattern),
-            "options": {"legacy": reader.layout},
+            "options": {"legacy": reader.legacy.layout},
         }  # fmt: skip
         packing = Packing(
             folder, choices, every, recipe, notes={}, keeps_values=False, head_dim=head_dim(model),
@@ -111,7 +113,7 @@ def _packable(reader: LegacyReader, linears: tuple[str, ...]) -> list[str]:
     """The linears that are stored sparse and have columns that our formats can hold."""
     names = []
     for name in linears:
-        if reader.layout != "dense" and f"{name}.weight" not in reader.packed:
+        if reader.legacy.layout != "dense" and f"{name}.weight" not in reader.packed:
             continue
         columns = reader.headers[f"{name}.weight"][0][1]
         if columns % 8:
@@ -125,10 +127,10 @@ def _packable(reader: LegacyReader, linears: tuple[str, ...]) -> list[str]:
 
 def _pattern(reader: LegacyReader, names: list[str]) -> Pattern:
     """2:4 where the file says so, else the tightest that all masks follow."""
-    if reader.layout == TWO_OF_FOUR:
+    if reader.legacy.layout == TWO_OF_FOUR:
         return NM(2, 4)
     found = find_pattern((name, reader.mask(name)) for name in names)
-    if reader.layout == "dense" and found.sparsity < MIN_SPARSITY:
+    if reader.legacy.layout == "dense" and found.sparsity < MIN_SPARSITY:
         raise InputError(
             f"{reader.folder}: only {found.sparsity:.2%} of the weights are zero, so packing would "
             "make it larger; its tensors are plain floats: remove `quantization_config` from "
@@ -143,8 +145,8 @@ def _pieces(packing: Packing, reader: LegacyReader, step: Callable[[], None]) ->
         tensors, rows = packing.pack(reader, {name: weight})
         parts = {part: tensors[f"{name}.{part}"] for part in choice.fmt.parts}
         choice.fmt.validate(name, parts, (weight.mask.shape[0], weight.mask.shape[1]))
-        # + 0.0: packing writes −0.0 as +0.0.
-        if not _same_bits(choice.fmt.expand(parts), weight.weight + 0.0):
+        unpacked = reader.unpacked(name) + 0.0  # packing writes −0.0 as +0.0
+        if not _same_bits(choice.fmt.expand(parts, unpacked.dtype), unpacked):
             raise CheckpointError(f"{name}: the packed weight is not the one in the file.")
         yield tensors, rows
         reader.release()

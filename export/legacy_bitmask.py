@@ -111,8 +111,11 @@ class BitmaskTensor:
     def dense(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The values at their places, zero elsewhere, and the mask: both [rows, columns]."""
         mask = self.mask(parts)
-        dense = torch.zeros(mask.shape, dtype=self.dtype)
-        dense[mask] = parts["compressed"].reshape(-1)
+        dense, values = torch.zeros(mask.shape, dtype=self.dtype), parts["compressed"].reshape(-1)
+        if self.dtype.itemsize == 1:  # torch does not index fp8 on CPU
+            dense.view(torch.uint8)[mask] = values.view(torch.uint8)
+        else:
+            dense[mask] = values
         return dense, mask
 
     def _damaged(self, part: str, what: str) -> None:

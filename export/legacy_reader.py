@@ -4,25 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from gblm.checkpoint.reader import Header, Reader
-from gblm.errors import CheckpointError, InputError
+from gblm.errors import CheckpointError
 from gblm.export.legacy_bitmask import PARTS, BitmaskTensor
-from gblm.folder import LEGACY_FORMATS, LEGACY_METHOD, quant_method, read_config
+from gblm.export.legacy_codes import Scaling
+from gblm.export.legacy_config import LegacyConfig
+from gblm.folder import read_config
 from gblm.formats import VALUE_DTYPES
+from gblm.values import FLOAT, ValueType
 from gblm.weights import SparseWeight
+
+SCALE = "weight_scale"
+# Tensors that quantise activations; ours stay floating.
+ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
+REFUSED = {"weight_zero_point": "asymmetric codes", "weight_g_idx": "codes in another column order"}
 
 
 class LegacyReader(Reader):
     """The tensors by the names of the dense model; packed ones are expanded when they are read.
 
     Attributes:
-        layout: how config.json says the weights are stored: a name of LEGACY_FORMATS.
+        legacy: how config.json says the weights are stored.
         packed: tensors that are stored in parts, by the name of the dense tensor.
+        scalings: of those that are stored as codes, likewise.
         headers: shape and dtype by dense name.
     """
 
@@ -32,27 +40,38 @@ class LegacyReader(Reader):
         Raises:
             CheckpointError: not of compressed-tensors, damaged, or no format that can be read.
         """
-        self.layout = layout_of(folder, read_config(folder))
+        self.legacy = LegacyConfig.of(folder, read_config(folder))
         super().__init__(folder)
         self.packed = {tensor.name: tensor for tensor in self._find()}
-        if self.layout in PARTS and not self.packed:
+        if self.legacy.layout in PARTS and not self.packed:
             raise CheckpointError(
-                f"{folder}: config.json says {self.layout}, but no tensor is stored so."
+                f"{folder}: config.json says {self.legacy.layout}, but no tensor is stored so."
             )
+        self.scalings = dict(self._find_scalings())
         used = {f"{t.prefix}.{part}" for t in self.packed.values() for part in PARTS[t.layout]}
+        used |= {_scale_name(name) for name in self.scalings}
+        if self.legacy.scalings:
+            used |= {name for name in self.headers if name.rpartition(".")[2] in ACTIVATIONS}
         headers = {name: header for name, header in self.headers.items() if name not in used}
-        for name, tensor in self.packed.items():
-            if name in headers:
-                raise CheckpointError(f"{folder}: {name} is stored twice, packed and as it is.")
-            headers[name] = (tensor.shape, tensor.dtype)
-        self.headers = headers
+        self.headers = headers | dict(self._dense_headers(headers))
 
     def tensor(self, name: str) -> Tensor:
-        """Read one tensor, expanded if it is packed."""
+        """Read one tensor, expanded if it is packed; codes exactly or not at all."""
         if name not in self.packed:
             return super().tensor(name)
         tensor = self.packed[name]
-        return tensor.dense(self._parts(tensor))[0].reshape(tensor.shape)
+        dense = tensor.dense(self._parts(tensor))[0].reshape(tensor.shape)
+        if name in self.scalings:
+            return self.scalings[name].floats(dense, self._load(_scale_name(name)))
+        return dense
+
+    def unpacked(self, module: str) -> Tensor:
+        """A linear's weight as the old library unpacks it, codes rounded once to their scales'."""
+        name = f"{module}.weight"
+        if name not in self.scalings:
+            return self.tensor(name)
+        dense = self.packed[name].dense(self._parts(self.packed[name]))[0]
+        return self.scalings[name].unpacked(dense, self._load(_scale_name(name)))
 
     def mask(self, module: str) -> Tensor:
         """What is stored of a linear's weight, [out, in] bool; of a dense one what is not zero."""
@@ -61,40 +80,76 @@ class LegacyReader(Reader):
             return super().tensor(f"{module}.weight") != 0
         return tensor.mask(self._parts(tensor))
 
+    def values(self, module: str) -> ValueType:
+        """How we store a linear's values."""
+        scaling = self.scalings.get(f"{module}.weight")
+        return FLOAT if scaling is None else scaling.values
+
     def weight(self, module: str) -> SparseWeight:
         """A linear's weight with the mask of what is stored."""
-        tensor = self.packed.get(f"{module}.weight")
+        name = f"{module}.weight"
+        tensor = self.packed.get(name)
         if tensor is None:
-            return SparseWeight.from_zeros(super().tensor(f"{module}.weight"))
-        return SparseWeight(*tensor.dense(self._parts(tensor)))
+            return SparseWeight.from_zeros(super().tensor(name))
+        dense, mask = tensor.dense(self._parts(tensor))
+        if name in self.scalings:
+            return self.scalings[name].weight(dense, mask, self._load(_scale_name(name)))
+        return SparseWeight(dense, mask)
 
     def _parts(self, tensor: BitmaskTensor) -> dict[str, Tensor]:
         return {part: self._load(f"{tensor.prefix}.{part}") for part in PARTS[tensor.layout]}
 
     def _find(self) -> Iterator[BitmaskTensor]:
         """Every tensor that is stored in parts, with all of them."""
-        own = PARTS.get(self.layout, ())
+        layout = self.legacy.layout
+        own, names = PARTS.get(layout, ()), set[str]()
+        for prefix, headers in self._found(own).items():
+            for part in own:
+                if part not in headers:
+                    raise CheckpointError(f"{self.folder}: {prefix}.{part} is missing.")
+            tensor = BitmaskTensor.of(prefix, layout, headers, self._shape(prefix, headers))
+            if tensor.name in names:
+                raise CheckpointError(f"{self.folder}: {tensor.name} is stored twice.")
+            names.add(tensor.name)
+            yield tensor
+
+    def _found(self, own: tuple[str, ...]) -> dict[str, dict[str, Header]]:
+        """The parts' headers by what the names begin with."""
         found: dict[str, dict[str, Header]] = {}
         for name, header in self.headers.items():
             prefix, _, part = name.rpartition(".")
             if part in own:
                 found.setdefault(prefix, {})[part] = header
             elif part in ("compressed", "bitmask", "row_offsets"):
-                raise CheckpointError(f"{self.folder}: {name} is no part of {self.layout}.")
-        names = set[str]()
-        for prefix, headers in found.items():
-            for part in own:
-                if part not in headers:
-                    raise CheckpointError(f"{self.folder}: {prefix}.{part} is missing.")
-            tensor = BitmaskTensor.of(prefix, self.layout, headers, self._shape(prefix, headers))
-            if tensor.dtype not in VALUE_DTYPES:
+                raise CheckpointError(f"{self.folder}: {name} is no part of {self.legacy.layout}.")
+        return found
+
+    def _find_scalings(self) -> Iterator[tuple[str, Scaling]]:
+        """Every packed tensor that holds codes."""
+        for name, tensor in self.packed.items():
+            scale = self.headers.get(_scale_name(name))
+            if scale is not None:
+                allowed = self.legacy.scalings
+                yield name, Scaling.of(name, tensor.shape, tensor.dtype, scale, allowed)
+            elif tensor.dtype not in VALUE_DTYPES:
                 raise CheckpointError(
-                    f"{prefix}.compressed: values have dtype {tensor.dtype}; floats are needed."
+                    f"{tensor.prefix}.compressed: values of {tensor.dtype} without scales; floats "
+                    "are needed."
                 )
-            if tensor.name in names:
-                raise CheckpointError(f"{self.folder}: {tensor.name} is stored twice.")
-            names.add(tensor.name)
-            yield tensor
+
+    def _dense_headers(self, others: dict[str, Header]) -> Iterator[tuple[str, Header]]:
+        """What the packed tensors look like, once nothing unknown stands beside them."""
+        for name, tensor in self.packed.items():
+            if name in others:
+                raise CheckpointError(f"{self.folder}: {name} is stored twice, packed and dense.")
+            scaling = self.scalings.get(name)
+            yield name, (tensor.shape, tensor.dtype if scaling is None else scaling.dtype)
+        for name in others:
+            part = name.rpartition(".")[2]
+            if part in REFUSED:
+                raise CheckpointError(f"{name}: {REFUSED[part]} are not converted.")
+            if part == SCALE:
+                raise CheckpointError(f"{name}: the scales of codes that are not stored sparse.")
 
     def _shape(self, prefix: str, headers: dict[str, Header]) -> list[int]:
         shape, dtype = headers["shape"]
@@ -103,30 +158,5 @@ class LegacyReader(Reader):
         return [int(size) for size in self._load(f"{prefix}.shape").reshape(-1)]
 
 
-def layout_of(folder: Path, config: dict[str, Any]) -> str:
-    """The name in LEGACY_FORMATS that config.json gives; nothing is looked up or run by it.
-
-    Raises:
-        CheckpointError: no checkpoint of compressed-tensors, or a format that is not converted.
-    """
-
-    def refuse(why: str) -> NoReturn:
-        raise CheckpointError(f"{folder}: {why}")
-
-    if quant_method(config) != LEGACY_METHOD:
-        refuse(
-            "packed neither by gblm nor by compressed-tensors; a dense model is packed with "
-            "`gblm export pack`."
-        )
-    fields = config["quantization_config"]
-    if fields.get("config_groups"):
-        raise InputError(f"{folder}: quantised weights are not converted.")
-    sparse = fields.get("sparsity_config")
-    if not isinstance(sparse, dict):
-        refuse("config.json has no sparsity_config: nothing in it is stored sparse.")
-    name = sparse.get("format")
-    if not isinstance(name, str) or name not in LEGACY_FORMATS:
-        refuse(
-            f"sparsity format {str(name)[:40]!r} is unknown; known are {', '.join(LEGACY_FORMATS)}."
-        )
-    return name
+def _scale_name(name: str) -> str:
+    return f"{name.removesuffix('weight')}{SCALE}"

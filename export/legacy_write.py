@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from gblm.folder import LEGACY_METHOD
 from gblm.formats import format_for
 from gblm.patterns import NM
 from gblm.progress import Progress, no_progress
+from gblm.values import ROW
 from gblm.weights import SparseWeight
 
 # The last version of compressed-tensors before it dropped these formats' writers.
@@ -34,7 +36,7 @@ def write_legacy(
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Write floating values in a bitmask layout of compressed-tensors, exactly.
+    """Write floating values or int8 codes in a bitmask layout of compressed-tensors, exactly.
 
     Args:
         source: a packed folder of ours.
@@ -47,11 +49,11 @@ def write_legacy(
         Sizes and counts.
 
     Raises:
-        InputError: integer values, which neither layout holds.
+        InputError: int4 values, or a packed output head, which neither layout holds.
         PatternError: a weight keeps more than two of four, and the layout is of 2:4.
     """
     with PackedReader(source) as packed:
-        _refuse_integers(packed)
+        _check_values(packed)
         check_output(output, overwrite, int(1.1 * _num_bytes(packed)) + (16 << 20), source)
         zeros = weights = 0
         with new_folder(output, overwrite) as folder:
@@ -89,12 +91,13 @@ def _num_bytes(packed: PackedReader) -> int:
     )
 
 
-def _refuse_integers(packed: PackedReader) -> None:
+def _check_values(packed: PackedReader) -> None:
     for name, linear in packed.linears.items():
-        if not linear.fmt.values.is_float:
+        values = linear.fmt.values
+        if values.kind == "int4" or (linear.fmt.name == "dense" and not values.is_float):
             raise InputError(
-                f"{name}: {linear.fmt.values} values cannot be written exactly in a bitmask "
-                "layout of compressed-tensors. Pack the model with floating values."
+                f"{name}: {values} values of the format {linear.fmt.name} cannot be written "
+                "exactly in a sparse layout of compressed-tensors; sparse floats and int8 can."
             )
 
 
@@ -108,7 +111,7 @@ def _masked(name: str, weight: SparseWeight, layout: str) -> SparseWeight:
     groups = weight.mask.reshape(-1, 4).sum(dim=1)
     if bool((groups == 2).all()):
         return weight
-    return SparseWeight(weight.weight, fmt.stored_mask(name, weight.weight != 0))
+    return replace(weight, mask=fmt.stored_mask(name, ~weight.zeros))
 
 
 def _checked(name: str, weight: SparseWeight, layout: str) -> dict[str, torch.Tensor]:
@@ -117,9 +120,10 @@ def _checked(name: str, weight: SparseWeight, layout: str) -> dict[str, torch.Te
     headers = {part: (tuple(tensor.shape), tensor.dtype) for part, tensor in parts.items()}
     shape = [int(size) for size in parts["shape"].reshape(-1)]
     dense = BitmaskTensor.of(name, layout, headers, shape).dense(parts)[0]
-    if not torch.equal(dense.view(torch.uint8), weight.weight.contiguous().view(torch.uint8)):
+    stored = weight.weight if weight.codes is None else weight.codes
+    if not torch.equal(dense.view(torch.uint8), stored.contiguous().view(torch.uint8)):
         raise CheckpointError(f"{name}: unpacking the written weight gives other bits.")
-    return parts
+    return parts if weight.scales is None else parts | {"weight_scale": weight.scales}
 
 
 def _config(packed: PackedReader, layout: str, sparsity: float) -> dict[str, Any]:
@@ -127,9 +131,15 @@ def _config(packed: PackedReader, layout: str, sparsity: float) -> dict[str, Any
     matrices = {name for name in packed.dense_names() if len(packed.headers[name][0]) == 2}
     # A tied head has no tensor, but readers of these files would look for its parts.
     ignore = {"lm_head", *(name.removesuffix(".weight") for name in matrices)}
+    codes = _code_groups(packed)
+    quantized = {
+        "config_groups": codes, "format": "int-quantized", "ignore": sorted(ignore),
+        "quantization_status": "compressed",
+    }  # fmt: skip
     return {
         "quant_method": LEGACY_METHOD,
         "version": WRITTEN_AS,
+        **(quantized if codes else {}),
         "sparsity_config": {
             "format": layout,
             "global_sparsity": round(sparsity, 6),
@@ -139,3 +149,22 @@ def _config(packed: PackedReader, layout: str, sparsity: float) -> dict[str, Any
             "targets": ["Linear"],
         },
     }
+
+
+def _code_groups(packed: PackedReader) -> dict[str, Any]:
+    """config_groups of the linears that are stored as codes, by the columns that share a scale."""
+    found: dict[int, list[str]] = {}
+    for name, linear in packed.linears.items():
+        if not linear.fmt.values.is_float:
+            found.setdefault(linear.fmt.values.group_size, []).append(name)
+    return {
+        f"group_{number}": {
+            "targets": names,
+            "weights": {
+                "num_bits": 8, "type": "int", "symmetric": True, "dynamic": False,
+                **({"strategy": "channel"} if size == ROW else
+                   {"strategy": "group", "group_size": size}),
+            },
+        }
+        for number, (size, names) in enumerate(found.items())
+    }  # fmt: skip

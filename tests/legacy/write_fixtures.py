@@ -7,7 +7,8 @@ Run it where the old library is installed, once with compressed-tensors 0.9.4 an
 
 `--check FOLDER` lets the library unpack a folder that gblm wrote and prints hashes of its weights.
 Every fixture is a folder of config.json and model.safetensors. The weights that the library had
-before it packed them lie beside the folders: unstructured.safetensors and 2of4.safetensors.
+before it packed them lie beside the folders: unstructured.safetensors and 2of4.safetensors; what it
+unpacks quantised ones to lies beside them under the folder's name.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import compressed_tensors
 import torch
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.config import SparsityCompressionConfig
+from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -88,6 +91,34 @@ def sparse(folder: Path, name: str) -> None:
     save(folder, model, ModelCompressor(sparsity_config=config))
 
 
+@torch.no_grad()
+def quantized(folder: Path, kind: str, weights: dict[str, Any]) -> None:
+    """Codes in sparse-24-bitmask, with activations to quantise beside them; and the truth."""
+    model = tiny_model()
+    prune(linears(model).values(), two_of_four=True)
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8, "symmetric": True, **weights}}
+    group["input_activations"] = {
+        "num_bits": 8, "type": weights["type"], "strategy": "token", "dynamic": True,
+    }  # fmt: skip
+    config = QuantizationConfig(config_groups={"group_0": group}, ignore=["lm_head"], format=kind)
+    apply_quantization_config(model, config)
+    for linear in linears(model).values():
+        args = linear.quantization_scheme.weights
+        rows = linear.weight.reshape(linear.out_features, -1, args.group_size or linear.in_features)
+        scales, _ = calculate_qparams(rows.amin(dim=-1), rows.amax(dim=-1), args)
+        linear.weight_scale.copy_(scales.reshape(linear.weight_scale.shape))
+    sparse_config = SparsityCompressionConfig.load_from_registry(
+        "sparse-24-bitmask", global_sparsity=0.5, targets=["Linear"], ignore=["lm_head"],
+    )  # fmt: skip
+    save(folder, model, ModelCompressor(sparse_config, config))
+    if weights["type"] == "float":
+        return  # the library unpacks these on a GPU only
+    fresh = tiny_model()
+    ModelCompressor(sparse_config, config).decompress(str(folder), fresh)
+    truth = {f"{n}.weight": m.weight.detach().clone() for n, m in linears(fresh).items()}
+    save_file(truth, folder.parent / f"{folder.name}.safetensors")
+
+
 def main(root: Path) -> None:
     """Write all that this version is the source of."""
     if OLD:
@@ -96,6 +127,10 @@ def main(root: Path) -> None:
     sparse(root / "bitmask", "sparse-bitmask")
     sparse(root / "24-bitmask", "sparse-24-bitmask")
     sparse(root / "dense", "dense")
+    channel, group = {"strategy": "channel"}, {"strategy": "group", "group_size": 32}
+    quantized(root / "24-int8-channel", "int-quantized", {"type": "int", **channel})
+    quantized(root / "24-int8-group", "int-quantized", {"type": "int", **group})
+    quantized(root / "24-fp8", "float-quantized", {"type": "float", **channel})
 
 
 def check(folder: Path) -> None:
