@@ -18,6 +18,7 @@ from gblm.checkpoint.packer import Packing, Piece, check_packable, check_room, w
 from gblm.choices import Choice
 from gblm.errors import CheckpointError, InputError, UsageError
 from gblm.export.legacy_bitmask import TWO_OF_FOUR
+from gblm.export.legacy_marlin import MARLIN
 from gblm.export.legacy_reader import LegacyReader
 from gblm.export.legacy_write import write_legacy
 from gblm.export.pack import MIN_SPARSITY, find_pattern
@@ -127,7 +128,7 @@ def _packable(reader: LegacyReader, linears: tuple[str, ...]) -> list[str]:
 
 def _pattern(reader: LegacyReader, names: list[str]) -> Pattern:
     """2:4 where the file says so, else the tightest that all masks follow."""
-    if reader.legacy.layout == TWO_OF_FOUR:
+    if reader.legacy.layout in (TWO_OF_FOUR, MARLIN):
         return NM(2, 4)
     found = find_pattern((name, reader.mask(name)) for name in names)
     if reader.legacy.layout == "dense" and found.sparsity < MIN_SPARSITY:

@@ -81,6 +81,11 @@ class BitmaskTensor:
         name = f"{prefix}.weight" if weightless else prefix
         return cls(name, prefix, layout, tuple(shape), dtype)
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What it is stored in."""
+        return PARTS[self.layout]
+
     def mask(self, parts: Mapping[str, Tensor]) -> Tensor:
         """The stored positions, [rows, columns] bool; one row for one dimension.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from gblm.checkpoint.reader import Header
 from gblm.errors import CheckpointError, InputError
 from gblm.formats import VALUE_DTYPES
-from gblm.values import FLOAT, GROUP_SIZES, ROW, SCALE_DTYPE, ValueType
+from gblm.values import FLOAT, GROUP_SIZES, ROW, SCALE_DTYPE, Kind, ValueType
 from gblm.weights import SparseWeight
 
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
@@ -30,6 +30,7 @@ class Scaling:
         groups: scales per row.
         columns: that share a scale.
         grouped: whether config.json says so, and not that it is the whole row.
+        bits: of an integer code, 8 or 4.
     """
 
     name: str
@@ -38,11 +39,12 @@ class Scaling:
     groups: int
     columns: int
     grouped: bool = False
+    bits: int = 8
 
     @classmethod
     def of(
         cls, name: str, shape: tuple[int, ...], codes: torch.dtype, header: Header,
-        allowed: frozenset[str | int],
+        allowed: frozenset[str | int], bits: int = 8,
     ) -> Scaling:  # fmt: skip
         """Hold the header of the scales against the weight's.
 
@@ -52,6 +54,7 @@ class Scaling:
             codes: dtype of the codes.
             header: of the scales.
             allowed: see LegacyConfig.scalings.
+            bits: of an integer code.
 
         Raises:
             CheckpointError: they do not belong together, or not to config_groups.
@@ -64,7 +67,7 @@ class Scaling:
             if len(found) == 2 and found[0] == rows and found[1] > 0 and columns % found[1] == 0:
                 size = columns // found[1]
                 if size in allowed or (size == columns and "channel" in allowed):
-                    return cls(name, codes, dtype, found[1], size, size in allowed)
+                    return cls(name, codes, dtype, found[1], size, size in allowed, bits)
         raise CheckpointError(
             f"{name}: scales of {list(found)} {dtype} and codes of {list(shape)} {codes} are not "
             "what config_groups says."
@@ -72,17 +75,18 @@ class Scaling:
 
     @property
     def values(self) -> ValueType:
-        """How we store the codes: int8 as codes, fp8 as the floats that they stand for."""
+        """How we store the codes: integers as codes, fp8 as the floats that they stand for."""
         if self.codes == FP8:
             return FLOAT
+        kind: Kind = "int4" if self.bits == 4 else "int8"
         if self.grouped and self.columns in GROUP_SIZES:
-            return ValueType("int8", self.columns)
+            return ValueType(kind, self.columns)
         if self.groups > 1:
             sizes = ", ".join(map(str, GROUP_SIZES))
             raise InputError(
                 f"{self.name}: groups of {self.columns} columns cannot be stored; {sizes} can."
             )
-        return ValueType("int8", ROW)
+        return ValueType(kind, ROW)
 
     def scales(self, stored: Tensor, rows: int) -> Tensor:
         """[rows, groups] in their dtype; finite and positive, or refused."""
@@ -107,8 +111,8 @@ class Scaling:
         scales = self.scales(stored, len(codes))
         if not torch.equal(scales.to(SCALE_DTYPE).double(), scales.double()):
             raise InputError(f"{self.name}: its scales do not fit bfloat16, {WAY_OUT}.")
-        if bool((codes == -128).any()):
-            raise InputError(f"{self.name}: holds the code -128, which gblm has not, {WAY_OUT}.")
+        if (least := int(codes.min())) < -self.values.limit:
+            raise InputError(f"{self.name}: holds the code {least}, which gblm has not, {WAY_OUT}.")
         return SparseWeight.from_codes(codes, scales.to(SCALE_DTYPE).contiguous(), mask, self.dtype)
 
     def floats(self, codes: Tensor, stored: Tensor) -> Tensor:
@@ -123,7 +127,7 @@ class Scaling:
             part = slice(start, start + step)
             exact = codes[part].double() * scales[part].double().repeat_interleave(self.columns, 1)
             if not torch.equal(floats[part].double(), exact):
-                kind = "fp8" if self.codes == FP8 else "int8"
+                kind = "fp8" if self.codes == FP8 else f"int{self.bits}"
                 raise InputError(
                     f"{self.name}: its {kind} codes times their scales do not fit "
                     f"{str(self.dtype).removeprefix('torch.')}, {WAY_OUT}."

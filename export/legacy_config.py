@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gblm.errors import CheckpointError
+from gblm.export.legacy_marlin import MARLIN
 from gblm.folder import LEGACY_FORMATS, LEGACY_METHOD, quant_method
 
 # How codes may be stored beneath a sparse layout.
@@ -46,11 +47,12 @@ class LegacyConfig:
         fields = config["quantization_config"]
         layout = _layout(folder, fields)
         groups = fields.get("config_groups")
-        if not groups:
+        if not groups and layout != MARLIN:
             return cls(layout)
         _check_codes(folder, layout, fields)
         activations = any(group.get("input_activations") for group in groups.values())
-        scalings = (_scaling(folder, group.get("weights")) for group in groups.values())
+        bits = (4, 8) if layout == MARLIN else (8,)
+        scalings = (_scaling(folder, group.get("weights"), bits) for group in groups.values())
         return cls(layout, frozenset(scalings), activations)
 
 
@@ -59,8 +61,8 @@ def _refuse(folder: Path, why: str) -> NoReturn:
 
 
 def _layout(folder: Path, fields: dict[str, Any]) -> str:
-    if fields.get("format") == "marlin-24":
-        _refuse(folder, "marlin-24 is not converted; prune the dense model: `gblm prune`.")
+    if fields.get("format") == MARLIN:
+        return MARLIN
     sparse = fields.get("sparsity_config")
     if not isinstance(sparse, dict):
         _refuse(folder, "config.json has no sparsity_config: nothing in it is stored sparse.")
@@ -73,10 +75,10 @@ def _layout(folder: Path, fields: dict[str, Any]) -> str:
 
 def _check_codes(folder: Path, layout: str, fields: dict[str, Any]) -> None:
     """Codes beneath a sparse layout, and nothing else that is quantised."""
-    groups, name = fields["config_groups"], fields.get("format")
+    groups, name = fields.get("config_groups"), fields.get("format")
     if layout == "dense":
         _refuse(folder, "quantised weights that are stored dense are no sparse checkpoint.")
-    if name not in CODE_FORMATS:
+    if layout != MARLIN and name not in CODE_FORMATS:
         known = ", ".join(CODE_FORMATS)
         _refuse(folder, f"codes stored as {str(name)[:40]!r} are not converted; {known} are.")
     if fields.get("kv_cache_scheme"):
@@ -85,13 +87,13 @@ def _check_codes(folder: Path, layout: str, fields: dict[str, Any]) -> None:
         _refuse(folder, "config_groups are no groups of settings.")
 
 
-def _scaling(folder: Path, weights: Any) -> str | int:
+def _scaling(folder: Path, weights: Any, bits: tuple[int, ...]) -> str | int:
     """How a group of linears has its scales; refuses all that codes and scales do not tell."""
     if not isinstance(weights, dict):
         _refuse(folder, "config_groups have no settings for weights.")
     off = (None, False)
     wanted: dict[str, tuple[object, ...]] = {
-        "num_bits": (8,), "type": ("int", "float"), "symmetric": (True,),
+        "num_bits": bits, "type": ("int", "float"), "symmetric": (True,),
         "actorder": off, "dynamic": off,
     }  # fmt: skip
     for key, values in wanted.items():
@@ -99,7 +101,7 @@ def _scaling(folder: Path, weights: Any) -> str | int:
             _refuse(
                 folder,
                 f"weights with {key} {str(weights.get(key))[:40]!r} are not converted; symmetric "
-                "int8 or fp8 codes in column order are.",
+                "int8 or fp8 codes in column order are, and int4 ones in marlin-24.",
             )
     strategy, size = weights.get("strategy"), weights.get("group_size")
     if strategy == "group" and isinstance(size, int) and not isinstance(size, bool) and size > 0:

@@ -13,6 +13,7 @@ from gblm.errors import CheckpointError
 from gblm.export.legacy_bitmask import PARTS, BitmaskTensor
 from gblm.export.legacy_codes import Scaling
 from gblm.export.legacy_config import LegacyConfig
+from gblm.export.legacy_marlin import MARLIN, MarlinTensor
 from gblm.folder import read_config
 from gblm.formats import VALUE_DTYPES
 from gblm.values import FLOAT, ValueType
@@ -21,7 +22,9 @@ from gblm.weights import SparseWeight
 SCALE = "weight_scale"
 # Tensors that quantise activations; ours stay floating.
 ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
+FOREIGN = ("compressed", "bitmask", "row_offsets", "weight_packed", "scale_packed")
 REFUSED = {"weight_zero_point": "asymmetric codes", "weight_g_idx": "codes in another column order"}
+PackedTensor = BitmaskTensor | MarlinTensor
 
 
 class LegacyReader(Reader):
@@ -43,12 +46,12 @@ class LegacyReader(Reader):
         self.legacy = LegacyConfig.of(folder, read_config(folder))
         super().__init__(folder)
         self.packed = {tensor.name: tensor for tensor in self._find()}
-        if self.legacy.layout in PARTS and not self.packed:
+        if self.legacy.layout != "dense" and not self.packed:
             raise CheckpointError(
                 f"{folder}: config.json says {self.legacy.layout}, but no tensor is stored so."
             )
         self.scalings = dict(self._find_scalings())
-        used = {f"{t.prefix}.{part}" for t in self.packed.values() for part in PARTS[t.layout]}
+        used = {f"{t.prefix}.{part}" for t in self.packed.values() for part in t.parts}
         used |= {_scale_name(name) for name in self.scalings}
         if self.legacy.scalings:
             used |= {name for name in self.headers if name.rpartition(".")[2] in ACTIVATIONS}
@@ -62,7 +65,7 @@ class LegacyReader(Reader):
         tensor = self.packed[name]
         dense = tensor.dense(self._parts(tensor))[0].reshape(tensor.shape)
         if name in self.scalings:
-            return self.scalings[name].floats(dense, self._load(_scale_name(name)))
+            return self.scalings[name].floats(dense, self._scales(name))
         return dense
 
     def unpacked(self, module: str) -> Tensor:
@@ -71,14 +74,15 @@ class LegacyReader(Reader):
         if name not in self.scalings:
             return self.tensor(name)
         dense = self.packed[name].dense(self._parts(self.packed[name]))[0]
-        return self.scalings[name].unpacked(dense, self._load(_scale_name(name)))
+        return self.scalings[name].unpacked(dense, self._scales(name))
 
     def mask(self, module: str) -> Tensor:
         """What is stored of a linear's weight, [out, in] bool; of a dense one what is not zero."""
         tensor = self.packed.get(f"{module}.weight")
         if tensor is None:
             return super().tensor(f"{module}.weight") != 0
-        return tensor.mask(self._parts(tensor))
+        parts = self._parts(tensor)
+        return tensor.mask(parts) if isinstance(tensor, BitmaskTensor) else tensor.dense(parts)[1]
 
     def values(self, module: str) -> ValueType:
         """How we store a linear's values."""
@@ -93,21 +97,31 @@ class LegacyReader(Reader):
             return SparseWeight.from_zeros(super().tensor(name))
         dense, mask = tensor.dense(self._parts(tensor))
         if name in self.scalings:
-            return self.scalings[name].weight(dense, mask, self._load(_scale_name(name)))
+            return self.scalings[name].weight(dense, mask, self._scales(name))
         return SparseWeight(dense, mask)
 
-    def _parts(self, tensor: BitmaskTensor) -> dict[str, Tensor]:
-        return {part: self._load(f"{tensor.prefix}.{part}") for part in PARTS[tensor.layout]}
+    def _parts(self, tensor: PackedTensor) -> dict[str, Tensor]:
+        return {part: self._load(f"{tensor.prefix}.{part}") for part in tensor.parts}
 
-    def _find(self) -> Iterator[BitmaskTensor]:
+    def _scales(self, name: str) -> Tensor:
+        tensor = self.packed[name]
+        if isinstance(tensor, MarlinTensor):
+            return tensor.scales(self._load(f"{tensor.prefix}.scale_packed"))
+        return self._load(_scale_name(name))
+
+    def _find(self) -> Iterator[PackedTensor]:
         """Every tensor that is stored in parts, with all of them."""
-        layout = self.legacy.layout
-        own, names = PARTS.get(layout, ()), set[str]()
+        layout, names = self.legacy.layout, set[str]()
+        own = MarlinTensor.parts if layout == MARLIN else PARTS.get(layout, ())
         for prefix, headers in self._found(own).items():
             for part in own:
                 if part not in headers:
                     raise CheckpointError(f"{self.folder}: {prefix}.{part} is missing.")
-            tensor = BitmaskTensor.of(prefix, layout, headers, self._shape(prefix, headers))
+            tensor: PackedTensor
+            if layout == MARLIN:
+                tensor = MarlinTensor.of(prefix, headers)
+            else:
+                tensor = BitmaskTensor.of(prefix, layout, headers, self._shape(prefix, headers))
             if tensor.name in names:
                 raise CheckpointError(f"{self.folder}: {tensor.name} is stored twice.")
             names.add(tensor.name)
@@ -120,16 +134,22 @@ class LegacyReader(Reader):
             prefix, _, part = name.rpartition(".")
             if part in own:
                 found.setdefault(prefix, {})[part] = header
-            elif part in ("compressed", "bitmask", "row_offsets"):
+            elif part in FOREIGN:
                 raise CheckpointError(f"{self.folder}: {name} is no part of {self.legacy.layout}.")
         return found
 
     def _find_scalings(self) -> Iterator[tuple[str, Scaling]]:
         """Every packed tensor that holds codes."""
+        allowed = self.legacy.scalings
         for name, tensor in self.packed.items():
             scale = self.headers.get(_scale_name(name))
-            if scale is not None:
-                allowed = self.legacy.scalings
+            if isinstance(tensor, MarlinTensor):
+                scale = ((tensor.shape[0], tensor.groups), torch.float16)
+                yield (
+                    name,
+                    Scaling.of(name, tensor.shape, tensor.dtype, scale, allowed, tensor.bits),
+                )
+            elif scale is not None:
                 yield name, Scaling.of(name, tensor.shape, tensor.dtype, scale, allowed)
             elif tensor.dtype not in VALUE_DTYPES:
                 raise CheckpointError(

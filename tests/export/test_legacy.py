@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gblm.checkpoint.inspect import inspect
+from gblm.checkpoint.packed_folder import PackedReader
 from gblm.checkpoint.verify import verify
 from gblm.commands.export import LAYOUTS
 from gblm.errors import CheckpointError, InputError, PatternError, UsageError
@@ -398,6 +400,76 @@ def test_one_scale_for_a_whole_tensor_is_that_of_every_row(tmp_path: Path) -> No
     assert ours[f"{UP}.scales"].tolist() == [[0.0078125]] * 64
 
 
+def sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("fixture", ["marlin-int4", "marlin-int8"])
+def test_marlin_is_taken_apart_into_the_codes_it_was_made_from(
+    fixture: str, tmp_path: Path
+) -> None:
+    export_legacy(FIXTURES / fixture, tmp_path / "ours")
+    verify(tmp_path / "ours")
+    codes_and_scales = json.loads((FIXTURES / f"{fixture}.json").read_text())
+    with PackedReader(tmp_path / "ours") as ours:
+        assert ours.linears.keys() == codes_and_scales.keys()
+        kinds = {linear.fmt.spec for linear in ours.linears.values()}
+        for name, (codes, scales) in codes_and_scales.items():
+            weight = ours.linears[name].fmt.unpack(ours.parts(name))
+            assert weight.codes is not None
+            assert weight.scales is not None
+            assert sha256(weight.codes) == codes
+            assert sha256(weight.scales.half()) == scales
+    rows = f"nm/2:4/{fixture[-4:]}:row"
+    assert kinds == ({rows, "nm/2:4/int4:128"} if fixture == "marlin-int4" else {rows})
+
+
+def smallest_code(words: Tensor) -> Tensor:
+    """The first code of all becomes -8."""
+    words[0, 0] = words[0, 0] >> 4 << 4
+    return words
+
+
+def no_pair(meta: Tensor) -> Tensor:
+    """The first group of four keeps its first place twice."""
+    meta[0, 0] = meta[0, 0] >> 4 << 4
+    return meta
+
+
+MARLIN = {
+    "code -8": (put("weight_packed", smallest_code), "holds the code -8"),
+    "place twice": (put("meta", no_pair), "does not keep two of row 0, columns 0"),
+    "fine scales": (put("scale_packed", lambda t: t * 1.001), "do not fit bfloat16"),
+    "scale zero": (put("scale_packed", lambda t: t * 0), "a scale is not positive"),
+    "scales of bf16": (put("scale_packed", lambda t: t.bfloat16()), "no parts of one weight"),
+    "scales of groups": (put("scale_packed", lambda t: t.repeat(4, 1)), "config_groups says"),
+    "scales of 3 groups": (put("scale_packed", lambda t: t.repeat(3, 1)), "no parts of one"),
+    "no scales": (drop("scale_packed"), "up_proj.scale_packed is missing"),
+    "half the meta": (put("meta", lambda t: t[:1]), "no parts of one weight"),
+    "meta of int32": (put("meta", lambda t: t.int()), "no parts of one weight"),
+    "half the words": (put("weight_packed", lambda t: t[:, ::2]), "no parts of one weight"),
+    "no words": (put("weight_packed", lambda t: t[:0]), "no parts of one weight"),
+    "flat": (put("weight_packed", lambda t: t.flatten()), "no parts of one weight"),
+    "other layout": (
+        lambda t: t.update({f"{UP}.bitmask": torch.zeros(1)}), "is no part of marlin-24",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MARLIN)
+def test_marlin_that_is_not_exact_or_damaged_is_refused(kind: str, tmp_path: Path) -> None:
+    change, sentence = MARLIN[kind]
+    with pytest.raises(InputError, match=sentence):
+        export_legacy(altered(tmp_path, "marlin-int4", change), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_marlin_without_settings_is_refused(tmp_path: Path) -> None:
+    folder = altered(tmp_path, "marlin-int4", config=lambda c: c.pop("config_groups"))
+    with pytest.raises(CheckpointError, match="config_groups are no groups of settings"):
+        export_legacy(folder, tmp_path / "out")
+
+
 def test_bits_behind_the_last_column_are_damage() -> None:
     headers = {
         "bitmask": ((1, 1), torch.uint8),
@@ -414,7 +486,7 @@ def test_bits_behind_the_last_column_are_damage() -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_a_damaged_header_is_never_a_crash(seed: int, tmp_path: Path) -> None:
-    folder = altered(tmp_path, ("bitmask", "24-int8-group", "bitmask-0.8")[seed % 3])
+    folder = altered(tmp_path, ("bitmask", "24-int8-group", "marlin-int8")[seed % 3])
     path, draw = folder / "model.safetensors", np.random.default_rng(seed)
     data = bytearray(path.read_bytes())
     length = int.from_bytes(data[:8], "little")
@@ -466,7 +538,7 @@ def test_other_commands_name_the_way_out(
     assert f"`gblm export legacy {FIXTURES / fixture} --output OUT`" in done.err
 
 
-@pytest.mark.parametrize("fixture", TRUTH)
+@pytest.mark.parametrize("fixture", [*TRUTH, "24-fp8", "marlin-int8"])
 def test_serve_names_the_way_out(fixture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "vllm" or None)
     with pytest.raises(InputError, match=r"`gblm export legacy .* --output OUT`"):

@@ -14,6 +14,7 @@ unpacks quantised ones to lies beside them under the folder's name.
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,8 +25,10 @@ import torch
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.config import SparsityCompressionConfig
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+from compressed_tensors.quantization.lifecycle.forward import quantize
 from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 OLD = compressed_tensors.__version__.startswith("0.8.")
@@ -119,6 +122,43 @@ def quantized(folder: Path, kind: str, weights: dict[str, Any]) -> None:
     save_file(truth, folder.parent / f"{folder.name}.safetensors")
 
 
+@torch.no_grad()
+def marlin(folder: Path, bits: int, **shape: int) -> None:
+    """marlin-24, which the library only writes: the truth are hashes of codes and scales."""
+    model = tiny_model(hidden_size=64, num_key_value_heads=2, head_dim=32, **shape)
+    prune(linears(model).values(), two_of_four=True)
+    way = {"num_bits": bits, "type": "int", "symmetric": True}
+    groups = {
+        "group_0": {"targets": ["re:.*down_proj"],
+                    "weights": {**way, "strategy": "group", "group_size": 128}},
+        "group_1": {"targets": ["re:.*(self_attn|gate_proj|up_proj).*"],
+                    "weights": {**way, "strategy": "channel"}},
+    }  # fmt: skip
+    if model.config.intermediate_size % 128:
+        groups["group_0"]["weights"] = groups["group_1"]["weights"]
+    config = QuantizationConfig(config_groups=groups, ignore=["lm_head"], format="marlin-24")
+    apply_quantization_config(model, config)
+    truth = {}
+    for name, linear in linears(model).items():
+        args = linear.quantization_scheme.weights
+        rows = linear.weight.reshape(linear.out_features, -1, args.group_size or linear.in_features)
+        # The library's own scales give most rows a code of -2^(bits - 1), which is refused.
+        scales = rows.abs().amax(dim=-1) / (2 ** (bits - 1) - 1)
+        linear.weight_scale.copy_(scales.reshape(linear.weight_scale.shape))
+        half = linear.weight_scale.half()
+        zeros = torch.zeros_like(linear.weight_scale)
+        codes = quantize(linear.weight.half(), half, zeros, args).to(torch.int8)
+        truth[name] = [digest(codes), digest(half)]
+    save(folder, model, ModelCompressor(quantization_config=config))
+    (folder.parent / f"{folder.name}.json").write_text(json.dumps(truth, indent=1) + "\n")
+
+
+def digest(tensor: Tensor) -> str:
+    """Of all bytes."""
+    data = tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(data).hexdigest()
+
+
 def main(root: Path) -> None:
     """Write all that this version is the source of."""
     if OLD:
@@ -131,6 +171,8 @@ def main(root: Path) -> None:
     quantized(root / "24-int8-channel", "int-quantized", {"type": "int", **channel})
     quantized(root / "24-int8-group", "int-quantized", {"type": "int", **group})
     quantized(root / "24-fp8", "float-quantized", {"type": "float", **channel})
+    marlin(root / "marlin-int4", 4, intermediate_size=384)
+    marlin(root / "marlin-int8", 8, intermediate_size=64)
 
 
 def check(folder: Path) -> None:
@@ -140,9 +182,8 @@ def check(folder: Path) -> None:
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     compressor.decompress(str(folder), model)
     for name in sorted(linears(model)):
-        weight = model.get_submodule(name).weight.detach()
-        digest = hashlib.sha256(weight.contiguous().view(torch.uint8).numpy().tobytes())
-        print(name, weight.dtype, digest.hexdigest())
+        weight = model.get_submodule(name).weight
+        print(name, weight.dtype, digest(weight))
 
 
 if __name__ == "__main__":
