@@ -49,7 +49,7 @@ def write_legacy(
         Sizes and counts.
 
     Raises:
-        InputError: int4 values, or a packed output head, which neither layout holds.
+        InputError: other codes, or a packed output head, which neither layout holds.
         PatternError: a weight keeps more than two of four, and the layout is of 2:4.
     """
     with PackedReader(source) as packed:
@@ -94,7 +94,8 @@ def _num_bytes(packed: PackedReader) -> int:
 def _check_values(packed: PackedReader) -> None:
     for name, linear in packed.linears.items():
         values = linear.fmt.values
-        if values.kind == "int4" or (linear.fmt.name == "dense" and not values.is_float):
+        codes = values.kind == "int8" and linear.fmt.name != "dense"
+        if not (values.is_float or codes):
             raise InputError(
                 f"{name}: {values} values of the format {linear.fmt.name} cannot be written "
                 "exactly in a sparse layout of compressed-tensors; sparse floats and int8 can."
