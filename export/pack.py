@@ -5,11 +5,12 @@ Any dense folder is packed with the pattern `dense`. Integer values are rounded 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gblm.checkpoint.packer import Packing, check_packable, check_room, write_packed
 from gblm.checkpoint.reader import Reader
@@ -65,7 +66,7 @@ def export_pack(
         packed_head = output_head(model, head, reader)
         check_room(reader, output, overwrite, packed_head.num_bytes if packed_head else 0)
         linears, every = prunable(model, ignore=ignore), tuple(prunable(model))
-        chosen = parse(pattern) if pattern else find_pattern(reader, tuple(linears))
+        chosen = parse(pattern) if pattern else _worthwhile(reader, linears)
         choices = {
             name: Choice(chosen, kind.resolve(name, linear.in_features))
             for name, linear in linears.items()
@@ -84,24 +85,31 @@ def export_pack(
         return write_packed(packing, pieces, output, overwrite)
 
 
-def find_pattern(reader: Reader, linears: tuple[str, ...]) -> Pattern:
-    """The tightest N:M pattern that every weight follows, else their mean sparsity."""
+def find_pattern(masks: Iterable[tuple[str, Tensor]]) -> Pattern:
+    """The tightest N:M pattern that every weight follows, else their mean sparsity.
+
+    Args:
+        masks: names and keep masks [out, in] bool of the linears.
+    """
     candidates = list(KNOWN_PATTERNS)
     zeros = weights = 0
-    for name in linears:
-        mask = reader.tensor(f"{name}.weight") != 0
+    for name, mask in masks:
         zeros += int((~mask).sum())
         weights += mask.numel()
         candidates = [c for c in candidates if _follows(c, name, mask)]
     if candidates:
         return candidates[0]
-    sparsity = zeros / weights
-    if sparsity < MIN_SPARSITY:
+    return Unstructured(round(zeros / weights, 4))
+
+
+def _worthwhile(reader: Reader, linears: Iterable[str]) -> Pattern:
+    found = find_pattern((name, reader.tensor(f"{name}.weight") != 0) for name in linears)
+    if found.sparsity < MIN_SPARSITY:
         raise InputError(
-            f"{reader.folder}: only {sparsity:.2%} of the weights are zero; packing would make it "
-            "larger. Prune it first: `gblm prune`; or keep every weight: --pattern dense."
+            f"{reader.folder}: only {found.sparsity:.2%} of the weights are zero; packing would "
+            "make it larger. Prune it first: `gblm prune`; or keep every weight: --pattern dense."
         )
-    return Unstructured(round(sparsity, 4))
+    return found
 
 
 def _follows(pattern: NM, name: str, mask: Any) -> bool:

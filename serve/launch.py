@@ -14,6 +14,7 @@ import psutil
 
 from gblm.checkpoint.reader import Reader
 from gblm.errors import InputError, MachineError, UsageError
+from gblm.folder import legacy_sentence, read_config
 from gblm.kernels import BACKEND_VARIABLE, BACKENDS
 from gblm.packed import check_loadable, is_packed
 
@@ -89,7 +90,7 @@ def check(server: Server) -> None:
 
     Raises:
         MachineError: vLLM is not installed.
-        InputError: the folder is not servable.
+        InputError: the folder is not servable, or must be converted first.
         UsageError: the backend is unknown or does not apply.
     """
     if importlib.util.find_spec("vllm") is None:
@@ -105,6 +106,8 @@ def check(server: Server) -> None:
         raise UsageError(
             f"backend {server.backend!r} is unknown: choose from {', '.join(BACKENDS)}."
         )
+    if sentence := legacy_sentence(server.folder, read_config(server.folder)):
+        raise InputError(sentence)
     if is_packed(server.folder):
         check_loadable(server.folder)
         return

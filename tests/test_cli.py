@@ -17,7 +17,8 @@ Run = Callable[..., Outcome]
 
 
 @pytest.mark.parametrize(
-    "command", [*COMMANDS, "bench serving", "bench kernels", "export dense", "export pack"]
+    "command",
+    [*COMMANDS, "bench serving", "bench kernels", "export dense", "export pack", "export legacy"],
 )
 def test_every_command_has_help(gblm: Run, command: str) -> None:
     done = gblm(*command.split(), "--help")

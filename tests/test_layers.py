@@ -68,10 +68,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "doctor": {"formats", "kernels", "patterns", "provenance", "values", "weights"},
     "export": {
-        "checkpoint", "choices", "errors", "folder", "layers", "model", "patterns", "progress",
-        "values", "weights",
+        "checkpoint", "choices", "errors", "folder", "formats", "layers", "model", "patterns",
+        "progress", "values", "weights",
     },
-    "serve": {"checkpoint", "errors", "formats", "kernels", "packed", "values", "weights"},
+    "serve": {
+        "checkpoint", "errors", "folder", "formats", "kernels", "packed", "values", "weights",
+    },
     "commands": {
         "bench", "budget", "checkpoint", "doctor", "errors", "evaluate", "export", "fetch",
         "folder", "patterns", "plan", "provenance", "prune", "recipe", "serve",

@@ -13,6 +13,10 @@ from gblm.errors import CheckpointError, InputError
 
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja", "LICENSE*"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+# How compressed-tensors wrote sparse weights until it dropped them. The list is closed: elsewhere a
+# format's name was looked up as code (transformers#46342).
+LEGACY_METHOD = "compressed-tensors"
+LEGACY_FORMATS = ("sparse-24-bitmask", "sparse-bitmask", "marlin-24", "dense")
 
 
 def resolve(model: str | Path) -> Path:
@@ -73,6 +77,34 @@ def quant_method(config: dict[str, Any]) -> str | None:
     if fields is None:
         return None
     return str(fields.get("quant_method")) if isinstance(fields, dict) else "unknown"
+
+
+def legacy_format(config: dict[str, Any]) -> str | None:
+    """The name in LEGACY_FORMATS of a checkpoint that compressed-tensors wrote; None if it is none.
+
+    "dense" are plain weights beside a `sparsity_config`, which vLLM refuses all the same.
+    """
+    if quant_method(config) != LEGACY_METHOD:
+        return None
+    fields = config["quantization_config"]
+    if fields.get("format") == "marlin-24":
+        return "marlin-24"
+    sparse = fields.get("sparsity_config")
+    name = sparse.get("format") if isinstance(sparse, dict) else None
+    if name == "dense" and fields.get("config_groups"):
+        return None
+    return name if isinstance(name, str) and name in LEGACY_FORMATS else None
+
+
+def legacy_sentence(folder: Path, config: dict[str, Any]) -> str | None:
+    """What to do with a folder of `legacy_format`; None if it is none."""
+    name = legacy_format(config)
+    if name is None:
+        return None
+    return (
+        f"{folder}: compressed-tensors wrote the weights as `{name}`, which current software no "
+        f"longer reads; convert them first: `gblm export legacy {folder} --output OUT`."
+    )
 
 
 def check_weights(folder: Path) -> None:

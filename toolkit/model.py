@@ -16,7 +16,7 @@ from gblm.checkpoint.head import Head
 from gblm.checkpoint.reader import Reader
 from gblm.choices import matches
 from gblm.errors import CheckpointError, InputError, MachineError, UsageError
-from gblm.folder import quant_method, read_config
+from gblm.folder import legacy_sentence, quant_method, read_config
 
 
 def load(
@@ -86,7 +86,10 @@ def skeleton(folder: Path, num_tensors: int, buffers: bool = False) -> nn.Module
 
 def refuse_packed(folder: Path) -> None:
     """Raise InputError when a folder's weights are stored quantised or packed."""
-    if method := quant_method(read_config(folder)):
+    config = read_config(folder)
+    if sentence := legacy_sentence(folder, config):
+        raise InputError(sentence)
+    if method := quant_method(config):
         way_out = "it is packed already" if method == "gblm" else "start from the dense model"
         raise InputError(f"{folder}: the weights are stored as `{method}`; {way_out}.")
 

@@ -9,7 +9,7 @@ from typing import Any
 from gblm.checkpoint.packed_folder import PackedLinear, PackedReader
 from gblm.checkpoint.reader import Reader
 from gblm.errors import CheckpointError
-from gblm.folder import quant_method, read_config
+from gblm.folder import legacy_sentence, quant_method, read_config
 from gblm.formats.manifest import QUANT_METHOD
 
 COUNTS = ("linears", "weights", "kept", "bytes", "bytes_dense")
@@ -33,6 +33,8 @@ def inspect(folder: Path) -> dict[str, Any]:
     elif method is None:
         with Reader(folder) as dense:
             facts = _dense(dense)
+    elif sentence := legacy_sentence(folder, config):
+        raise CheckpointError(sentence)
     else:
         raise CheckpointError(
             f"{folder}: weights are stored as {method!r}, which gblm cannot read."

@@ -14,7 +14,7 @@ import torch
 
 from gblm.checkpoint.reader import Header, Reader
 from gblm.errors import CheckpointError
-from gblm.folder import read_config
+from gblm.folder import legacy_sentence, read_config
 from gblm.formats import VALUE_DTYPES, Format, Shape
 from gblm.formats.manifest import Manifest
 
@@ -43,6 +43,8 @@ class PackedReader(Reader):
             CheckpointError: no manifest of ours, or parts are missing or misshapen.
         """
         self.config = read_config(folder)
+        if sentence := legacy_sentence(folder, self.config):
+            raise CheckpointError(sentence)
         self.manifest = Manifest.from_config(self.config.get("quantization_config"))
         super().__init__(folder)
         # Hosts load every shard they find, so an unlisted one could replace what was checked.

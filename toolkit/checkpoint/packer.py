@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ class Packing:
             codes; False for methods that update them.
         head_dim: rows or columns per attention head, for the report.
         head: the output head, when it is stored as codes.
+        open: gives the reader of `source`.
     """
 
     source: Path
@@ -60,6 +61,7 @@ class Packing:
     keeps_values: bool = True
     head_dim: int | None = None
     head: Head | None = None
+    open: Callable[[Path], Reader] = Reader
 
     def pack(self, reader: Reader, weights: Mapping[str, SparseWeight]) -> Piece:
         """Pack linears by full name, in the dtype of the source checkpoint or as codes.
@@ -132,7 +134,7 @@ def write_packed(
         The sparsity report, as in sparsity_report.json.
     """
     rows: list[dict[str, Any]] = []
-    with Reader(packing.source) as reader, new_folder(output, overwrite, within) as folder:
+    with packing.open(packing.source) as reader, new_folder(output, overwrite, within) as folder:
         shards, done = ShardWriter(folder), set[str]()
         for tensors, own_rows in pieces:
             rows += own_rows

@@ -86,6 +86,9 @@ class Reader:
         """Read one tensor into memory."""
         if name not in self.headers:
             raise CheckpointError(f"{self.folder}: tensor {name} is missing.")
+        return self._load(name)
+
+    def _load(self, name: str) -> Tensor:
         try:
             tensor: Tensor = self._open(self._file_of[name]).get_tensor(name)
         except (SafetensorError, OSError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""`gblm export dense|pack SOURCE --output OUT`."""
+"""`gblm export dense|pack|legacy SOURCE --output OUT`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from gblm.commands.common import (
 )
 from gblm.commands.recipe_options import head_option, values_options, values_spec
 
+# Repeated here because the layouts themselves need torch; a test compares them.
+LAYOUTS = ("sparse-24-bitmask", "sparse-bitmask")
 output_options = options(
     click.argument("source"),
     click.option(
@@ -84,4 +86,21 @@ def pack(
         f"{output}: {result['linears']} linears packed, {result['sparsity']:.1%} zeros, "
         f"{megabytes(result['bytes_dense'])} dense -> {megabytes(result['bytes_packed'])} packed"
         f"{head_note(result)}"
+    ))  # fmt: skip
+
+
+@command.command("legacy", cls=Command)
+@output_options
+@click.option("--to", type=click.Choice(LAYOUTS), help="Format to write a folder of gblm in.")
+@click.pass_context
+def legacy(ctx: click.Context, source: str, output: Path, overwrite: bool, to: str | None) -> None:
+    """Convert SOURCE, a sparse checkpoint of compressed-tensors, bit for bit; or back with --to."""
+    with progress_bars(ctx) as progress:
+        from gblm.export.legacy import export_legacy
+
+        result = export_legacy(source, output, to, overwrite, progress)
+    facts = {key: value for key, value in result.items() if key != "tensors"}
+    size = result["bytes_packed"] if to is None else result["bytes"]
+    emit(ctx, facts | {"output": str(output)}, lambda: click.echo(
+        f"{output}: {result['linears']} linears converted to {to or 'gblm'}, {megabytes(size)}"
     ))  # fmt: skip

@@ -1,0 +1,160 @@
+"""Convert checkpoints that compressed-tensors wrote into packed folders of ours, bit for bit.
+
+It dropped its sparse formats, and vLLM and transformers dropped them with it, so nothing else reads
+these files. The way back is `gblm.export.legacy_write`. Never prunes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gblm.checkpoint.packer import Packing, Piece, check_packable, check_room, write_packed
+from gblm.choices import Choice
+from gblm.errors import CheckpointError, InputError, UsageError
+from gblm.export.legacy_bitmask import TWO_OF_FOUR
+from gblm.export.legacy_marlin import MARLIN
+from gblm.export.legacy_reader import LegacyReader
+from gblm.export.legacy_write import write_legacy
+from gblm.export.pack import MIN_SPARSITY, find_pattern
+from gblm.folder import quant_method, read_config, resolve
+from gblm.formats.manifest import QUANT_METHOD
+from gblm.layers import StreamedLayers
+from gblm.model import head_dim, prunable
+from gblm.patterns import NM, Pattern
+from gblm.progress import Progress, no_progress
+
+logger = logging.getLogger(__name__)
+
+
+def export_legacy(
+    source: str | Path,
+    output: Path,
+    to: str | None = None,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Convert a folder of compressed-tensors into ours, or one of ours into theirs.
+
+    Args:
+        source: a folder or hub id; what it holds decides the direction.
+        output: the folder to make.
+        to: the layout to write a folder of ours in; None for one of theirs.
+        overwrite: replace an existing folder.
+        progress: for a progress bar.
+
+    Returns:
+        What `import_legacy` or `write_legacy` does.
+
+    Raises:
+        UsageError: `to` does not fit the source.
+    """
+    folder = resolve(source)
+    ours = quant_method(read_config(folder)) == QUANT_METHOD
+    if ours and to is None:
+        raise UsageError(f"{folder} is packed by gblm already: name the format to write with --to.")
+    if not ours and to is not None:
+        raise UsageError(
+            f"--to {to}: {folder} is not packed by gblm; leave --to out to convert it."
+        )
+    if to is not None:
+        return write_legacy(folder, output, to, overwrite, progress)
+    return import_legacy(folder, output, overwrite, progress)
+
+
+def import_legacy(
+    folder: Path, output: Path, overwrite: bool = False, progress: Progress = no_progress
+) -> dict[str, Any]:
+    """Convert a folder of compressed-tensors; one linear at a time is in memory.
+
+    Linears of the decoder layers that are stored sparse are packed, everything else is stored as
+    the dense tensor that it stands for.
+
+    Args:
+        folder: with a sparse format of compressed-tensors.
+        output: the folder to make.
+        overwrite: replace an existing folder.
+        progress: for a progress bar.
+
+    Returns:
+        The sparsity report.
+
+    Raises:
+        CheckpointError: the folder is damaged, or of a format that is not converted.
+        InputError: there is nothing to pack.
+    """
+    with LegacyReader(folder) as reader:
+        model = StreamedLayers(reader).model
+        check_room(reader, output, overwrite)
+        every = tuple(prunable(model))
+        names = _packable(reader, every)
+        pattern = _pattern(reader, names)
+        choices = {name: Choice(pattern, reader.values(name)) for name in names}
+        check_packable(reader, choices)
+        if reader.legacy.activations:
+            logger.warning("%s: only weights are converted; activations stay floating.", folder)
+        recipe = {
+            "model": str(folder), "method": "pack", "pattern": str(pattern),
+            "options": {"legacy": reader.legacy.layout},
+        }  # fmt: skip
+        packing = Packing(
+            folder, choices, every, recipe, notes={}, keeps_values=False, head_dim=head_dim(model),
+            open=LegacyReader,
+        )  # fmt: skip
+        step = progress("converting", len(names))
+        return write_packed(packing, _pieces(packing, reader, step), output, overwrite)
+
+
+def _packable(reader: LegacyReader, linears: tuple[str, ...]) -> list[str]:
+    """The linears that are stored sparse and have columns that our formats can hold."""
+    names = []
+    for name in linears:
+        if reader.legacy.layout != "dense" and f"{name}.weight" not in reader.packed:
+            continue
+        columns = reader.headers[f"{name}.weight"][0][1]
+        if columns % 8:
+            logger.warning("%s: %d columns are no multiple of 8: stored dense.", name, columns)
+            continue
+        names.append(name)
+    if not names:
+        raise InputError(f"{reader.folder}: no linear of a decoder layer can be stored packed.")
+    return names
+
+
+def _pattern(reader: LegacyReader, names: list[str]) -> Pattern:
+    """2:4 where the file says so, else the tightest that all masks follow."""
+    if reader.legacy.layout in (TWO_OF_FOUR, MARLIN):
+        return NM(2, 4)
+    found = find_pattern((name, reader.mask(name)) for name in names)
+    if reader.legacy.layout == "dense" and found.sparsity < MIN_SPARSITY:
+        raise InputError(
+            f"{reader.folder}: only {found.sparsity:.2%} of the weights are zero, so packing would "
+            "make it larger; its tensors are plain floats: remove `quantization_config` from "
+            "config.json and use it as a dense model."
+        )
+    return found
+
+
+def _pieces(packing: Packing, reader: LegacyReader, step: Callable[[], None]) -> Iterator[Piece]:
+    for name, choice in packing.choices.items():
+        weight = reader.weight(name)
+        tensors, rows = packing.pack(reader, {name: weight})
+        parts = {part: tensors[f"{name}.{part}"] for part in choice.fmt.parts}
+        choice.fmt.validate(name, parts, (weight.mask.shape[0], weight.mask.shape[1]))
+        unpacked = reader.unpacked(name) + 0.0  # packing writes −0.0 as +0.0
+        if not _same_bits(choice.fmt.expand(parts, unpacked.dtype), unpacked):
+            raise CheckpointError(f"{name}: the packed weight is not the one in the file.")
+        yield tensors, rows
+        reader.release()
+        step()
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two weights are equal in dtype, shape and every bit, NaN included."""
+    same = a.dtype == b.dtype and a.shape == b.shape
+    return same and torch.equal(a.view(torch.uint8), b.contiguous().view(torch.uint8))

@@ -1,0 +1,142 @@
+"""`gblm export legacy` on codes and scales: exactly or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from legacy_cases import (
+    FIXTURES,
+    UP,
+    Tensors,
+    altered,
+    drop,
+    put,
+    same_bits,
+    scale,
+    settings,
+)
+from safetensors.torch import load_file
+
+from gblm.checkpoint.inspect import inspect
+from gblm.checkpoint.verify import verify
+from gblm.errors import InputError
+from gblm.export.dense import export_dense
+from gblm.export.legacy import export_legacy
+
+
+@pytest.mark.parametrize("fixture", ["24-int8-channel", "24-int8-group"])
+def test_int8_codes_and_scales_become_ours_and_back(fixture: str, tmp_path: Path) -> None:
+    export_legacy(FIXTURES / fixture, tmp_path / "ours")
+    verify(tmp_path / "ours")
+    kind = "int8:row" if fixture == "24-int8-channel" else "int8:32"
+    assert [g["dtype"] for g in inspect(tmp_path / "ours")["groups"]] == [kind]
+    export_dense(tmp_path / "ours", tmp_path / "dense")
+    dense, unpacked = (
+        load_file(f)
+        for f in (tmp_path / "dense/model.safetensors", FIXTURES / f"{fixture}.safetensors")
+    )
+    assert same_bits({n: dense[n] for n in unpacked}, unpacked)
+    export_legacy(tmp_path / "ours", tmp_path / "theirs", to="sparse-24-bitmask")
+    wrote, read = (f / "model.safetensors" for f in (tmp_path / "theirs", FIXTURES / fixture))
+    assert same_bits(load_file(wrote), load_file(read))
+    export_legacy(tmp_path / "theirs", tmp_path / "again")
+    again = load_file(tmp_path / "again/model.safetensors")
+    assert same_bits(again, load_file(tmp_path / "ours/model.safetensors"))
+
+
+def test_only_weights_are_converted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def change(tensors: Tensors) -> None:
+        tensors[f"{UP}.input_scale"] = torch.ones(1)
+
+    with caplog.at_level("WARNING"):
+        export_legacy(altered(tmp_path, "24-int8-channel", change), tmp_path / "ours")
+    assert "activations stay floating" in caplog.text
+    assert f"{UP}.input_scale" not in load_file(tmp_path / "ours/model.safetensors")
+
+
+def test_fp8_is_refused_unless_its_products_are_exact(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="fp8 codes times their scales do not fit bfloat16"):
+        export_legacy(FIXTURES / "24-fp8", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+    def change(tensors: Tensors) -> None:
+        for name in [n for n in tensors if n.endswith("weight_scale")]:
+            tensors[name] = torch.full_like(tensors[name], 0.25)
+
+    folder = altered(tmp_path, "24-fp8", change)
+    export_legacy(folder, tmp_path / "ours")
+    theirs = load_file(folder / "model.safetensors")
+    values = load_file(tmp_path / "ours/model.safetensors")[f"{UP}.values"]
+    assert values.equal(theirs[f"{UP}.compressed"].to(torch.bfloat16) / 4 + 0.0)
+
+
+CODES: dict[str, tuple[Any, Any, str]] = {
+    "code -128": (
+        lambda t: t[f"{UP}.compressed"].__setitem__((0, 0), -128), None, "holds the code -128",
+    ),
+    "fine scales": (scale(lambda t: t.float() * 1.001), None, "do not fit bfloat16"),
+    "no scales": (drop("weight_scale"), None, "without scales"),
+    "scale zero": (scale(lambda t: t * 0), None, "a scale is not positive"),
+    "scale infinite": (scale(lambda t: t / 0), None, "a scale is not positive"),
+    "scales of other rows": (scale(lambda t: t[1:]), None, "are not what config_groups says"),
+    "scales of groups": (scale(lambda t: t.repeat(1, 2)), None, "are not what config_groups says"),
+    "scales of integers": (scale(lambda t: t.int()), None, "are not what config_groups says"),
+    "codes of floats": (
+        put("compressed", lambda t: t.float()), None, "are not what config_groups says",
+    ),
+    "zero points": (
+        lambda t: t.update({f"{UP}.weight_zero_point": torch.ones(1)}), None, "asymmetric codes",
+    ),
+    "column order": (
+        lambda t: t.update({f"{UP}.weight_g_idx": torch.ones(1)}), None, "another column order",
+    ),
+    "scales of a dense weight": (
+        lambda t: t.update({"lm_head.weight_scale": torch.ones(1)}), None, "not stored sparse",
+    ),
+    "asymmetric": (None, settings(symmetric=False), "symmetric 'False' are not converted"),
+    "four bits": (None, settings(num_bits=4), "num_bits '4' are not converted"),
+    "reordered": (None, settings(actorder="group"), "actorder 'group' are not converted"),
+    "blocks": (None, settings(strategy="block"), "scales by 'block' are not converted"),
+    "group of 0": (None, settings(strategy="group", group_size=0), "scales by 'group'"),
+    "no settings": (None, lambda c: c.update(config_groups={"a": {}}), "no settings for weights"),
+    "groups of text": (None, lambda c: c.update(config_groups=["a"]), "no groups of settings"),
+    "hostile format": (None, lambda c: c.update(format="os:system"), "'os:system' are not convert"),
+    "packed int4": (None, lambda c: c.update(format="pack-quantized"), "'pack-quantized' are not"),
+    "KV cache": (None, lambda c: c.update(kv_cache_scheme={"num_bits": 8}), "KV cache"),
+    "stored dense": (
+        None, lambda c: c["sparsity_config"].update(format="dense"), "no sparse checkpoint",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CODES)
+def test_codes_that_are_not_exact_or_damaged_are_refused(kind: str, tmp_path: Path) -> None:
+    change, config, sentence = CODES[kind]
+    with pytest.raises(InputError, match=sentence):
+        export_legacy(altered(tmp_path, "24-int8-channel", change, config), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_groups_that_we_have_not_are_refused(tmp_path: Path) -> None:
+    folder = altered(
+        tmp_path, "24-int8-group",
+        lambda t: t.update({n: x.repeat(1, 2) for n, x in t.items() if n.endswith("_scale")}),
+        settings(group_size=16),
+    )  # fmt: skip
+    with pytest.raises(InputError, match="groups of 16 columns cannot be stored; 32, 64"):
+        export_legacy(folder, tmp_path / "out")
+
+
+def test_one_scale_for_a_whole_tensor_is_that_of_every_row(tmp_path: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        for name in [n for n in tensors if n.endswith("weight_scale")]:
+            tensors[name] = torch.full((1,), 0.0078125, dtype=torch.bfloat16)
+
+    folder = altered(tmp_path, "24-int8-channel", change, settings(strategy="tensor"))
+    export_legacy(folder, tmp_path / "ours")
+    verify(tmp_path / "ours")
+    ours = load_file(tmp_path / "ours/model.safetensors")
+    assert ours[f"{UP}.scales"].tolist() == [[0.0078125]] * 64
