@@ -10,7 +10,8 @@ from torch import Tensor
 from gblm.checkpoint.reader import Header
 from gblm.errors import CheckpointError, InputError
 from gblm.formats import VALUE_DTYPES
-from gblm.values import FLOAT, GROUP_SIZES, ROW, SCALE_DTYPE, Kind, ValueType
+from gblm.scales import SCALE_DTYPE
+from gblm.values import FLOAT, GROUP_SIZES, ROW, Kind, ValueType
 from gblm.weights import SparseWeight
 
 INT8, FP8 = torch.int8, torch.float8_e4m3fn

@@ -64,7 +64,7 @@ def write_legacy(
                 weight = _masked(name, linear.fmt.unpack(parts), layout)
                 for part, tensor in _checked(name, weight, layout).items():
                     shards.add(f"{name}.{part}", tensor)
-                zeros += int(weight.zeros.sum())
+                zeros += int(weight.is_zero.sum())
                 weights += weight.mask.numel()
                 packed.release()
                 step()
@@ -112,7 +112,7 @@ def _masked(name: str, weight: SparseWeight, layout: str) -> SparseWeight:
     groups = weight.mask.reshape(-1, 4).sum(dim=1)
     if bool((groups == 2).all()):
         return weight
-    return replace(weight, mask=fmt.stored_mask(name, ~weight.zeros))
+    return replace(weight, mask=fmt.stored_mask(name, ~weight.is_zero))
 
 
 def _checked(name: str, weight: SparseWeight, layout: str) -> dict[str, torch.Tensor]:
