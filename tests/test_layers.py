@@ -69,7 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": {"formats", "kernels", "patterns", "provenance", "values", "weights"},
     "export": {
         "checkpoint", "choices", "errors", "folder", "formats", "layers", "model", "patterns",
-        "progress", "values", "weights",
+        "progress", "scales", "values", "weights",
     },
     "serve": {
         "checkpoint", "errors", "folder", "formats", "kernels", "packed", "values", "weights",
