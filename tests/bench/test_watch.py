@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -21,7 +23,19 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from gblm.bench import scrape
 from gblm.bench import watch as watching
 from gblm.bench.compare import ratio_interval, resample
-from gblm.bench.counters import E2E, ITL, OUTPUT, PROMPT, TPOT, TTFT, RestartError, Snapshot
+from gblm.bench.counters import (
+    COUNTERS,
+    E2E,
+    HISTOGRAMS,
+    HTTP,
+    ITL,
+    OUTPUT,
+    PROMPT,
+    TPOT,
+    TTFT,
+    RestartError,
+    Snapshot,
+)  # fmt: skip
 from gblm.bench.counters import Histogram as Buckets
 from gblm.bench.scrape import Target
 from gblm.bench.watch import Window, watch
@@ -350,7 +364,8 @@ GOOD = Engine().text().decode()
     "text",
     ["", "<html>hello</html>", 'vllm:x{le="0.1', "\x00", GOOD.replace(' 0.0', " NaN"),
      GOOD.replace(" 0.0", " -1"), GOOD.replace('le="+Inf"', 'le="9"'),
-     GOOD.replace('le="+Inf"', 'le="word"'), GOOD.replace("vllm:", "sglang:"), GOOD[:5000]],
+     GOOD.replace('le="+Inf"', 'le="word"'), GOOD.replace("vllm:", "sglang:"), GOOD[:5000],
+     GOOD.replace("vllm:generation_tokens", "other")],
 )  # fmt: skip
 def test_text_that_is_not_vllms_metrics_is_refused(
     make_site: Callable[..., Site], text: str
@@ -376,6 +391,7 @@ def test_a_huge_answer_is_cut(
     site.body = b"x" * (2**20)
     assert len(Target.of("A", site.url).fetch()) == 2**20
     site.body += b"x"
+    site.headers = {"Content-Length": str(10**9)}  # only what is read is ever held
     with pytest.raises(InputError, match="more than 1 MiB"):
         Target.of("A", site.url).fetch()
 
@@ -430,7 +446,7 @@ def test_the_key_comes_from_a_file(make_site: Callable[..., Site], tmp_path: Pat
 @pytest.mark.parametrize(
     "url",
     ["", "localhost:8000", "ftp://a", "file:///etc/passwd", "http://", "http://a:b",
-     "http://u:p@a", "http://a/?q=1", "http://a#f", "http://a\r\nX: y", "http://[::1"],
+     "http://u:p@a", "http://a/?q=1", "http://a#f", "http://a\r\nX: y", "http://[::1", "http://ü.example"],
 )  # fmt: skip
 def test_addresses_that_are_refused(url: str) -> None:
     with pytest.raises(UsageError, match="server B: "):
@@ -449,9 +465,18 @@ def test_a_reading_that_is_late_by_an_interval_is_skipped(
 
     a.script = stall
     record = run(a, b)
-    assert record["window"]["intervals"] == 8
-    assert max(interval["a"]["seconds"] for interval in record["intervals"]) == 25
+    assert record["window"]["intervals"] == 9
+    assert max(interval["a"]["seconds"] for interval in record["intervals"]) == 35
     assert clock.now == 100
+
+
+@pytest.mark.vllm
+def test_the_names_are_those_of_the_installed_vllm() -> None:
+    (folder,) = importlib.util.find_spec("vllm").submodule_search_locations
+    source = (Path(folder) / "v1" / "metrics" / "loggers.py").read_text()
+    registered = set(re.findall(r'name="(vllm:\w+)"', source))
+    counters = {name.removesuffix("_total") for name in COUNTERS if name != HTTP}
+    assert counters | set(HISTOGRAMS) <= registered
 
 
 def test_a_window_that_is_too_short_and_one_server_twice_are_refused() -> None:
