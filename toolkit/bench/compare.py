@@ -101,7 +101,7 @@ def ratio_interval(columns: Columns) -> tuple[float, float, float] | None:
 
 def _block(intervals: int) -> int:
     """Neighbours that are drawn together."""
-    return max(1, round(intervals ** (1 / 3)))
+    return max(1, round(math.pow(intervals, 1 / 3)))
 
 
 def _half_width(draws: Columns, intervals: int) -> float:
