@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "search": ("gblm.commands.search", "Make and measure the best ways to hold a budget."),
     "export": ("gblm.commands.export", "Write a packed model for other tools, or pack theirs."),
     "serve": ("gblm.commands.serve", "Serve a model with vLLM's OpenAI server."),
-    "bench": ("gblm.commands.bench", "Measure speed: two servers in turn, or the kernels alone."),
+    "bench": ("gblm.commands.bench", "Measure speed: two servers in turn or live, or kernels."),
     "inspect": ("gblm.commands.inspect", "Show what is in a model folder."),
     "verify": ("gblm.commands.verify", "Check hashes, patterns and exact unpacking."),
     "doctor": ("gblm.commands.doctor", "Show what this machine can do; self-test the kernels."),

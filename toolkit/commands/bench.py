@@ -1,4 +1,4 @@
-"""`gblm bench serving|kernels`."""
+"""`gblm bench serving|watch|kernels`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from gblm.commands.bench_kernels import command as kernels
+from gblm.commands.bench_watch import command as watch
 from gblm.commands.common import (
     Command,
     backend_option,
@@ -31,10 +32,11 @@ LABELS = {
 
 @click.group("bench")
 def command() -> None:
-    """Measure speed: a packed model beside its dense one in vLLM, or the kernels alone."""
+    """Measure speed: two servers under test load or live, or the kernels alone."""
 
 
 command.add_command(kernels)
+command.add_command(watch)
 
 
 @command.command("serving", cls=Command)

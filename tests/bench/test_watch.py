@@ -1,0 +1,516 @@
+"""`gblm bench watch` against servers whose expositions prometheus_client itself writes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import re
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Outcome
+
+pytest.importorskip("prometheus_client")
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from gblm.bench import scrape
+from gblm.bench import watch as watching
+from gblm.bench.compare import ratio_interval, resample
+from gblm.bench.counters import (
+    COUNTERS,
+    E2E,
+    HISTOGRAMS,
+    HTTP,
+    ITL,
+    OUTPUT,
+    PROMPT,
+    TPOT,
+    TTFT,
+    RestartError,
+    Snapshot,
+)  # fmt: skip
+from gblm.bench.counters import Histogram as Buckets
+from gblm.bench.scrape import Target
+from gblm.bench.watch import Window, watch
+from gblm.errors import InputError, MachineError, UsageError
+
+BUCKETS = {
+    TTFT: (0.01, 0.04, 0.1, 0.25, 0.5, 1),
+    TPOT: (0.01, 0.025, 0.05, 0.1),
+    ITL: (0.01, 0.025, 0.05, 0.1),
+    E2E: (0.3, 0.5, 1, 2, 5),
+    PROMPT: (10, 100, 1000),
+    OUTPUT: (10, 100, 1000),
+}
+QUICK = Window(duration=100, interval=10)
+
+
+class Clock:
+    """Time that passes in sleep alone, so that a busy machine changes nothing."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(watching, "time", clock)
+    return clock
+
+
+class Engine:
+    """The metrics of one vLLM, with its labels; `slow` stretches its latencies."""
+
+    def __init__(self, slow: float = 1.0, seed: int = 0, started: float = 1.0) -> None:
+        self.slow, self.random = slow, np.random.default_rng(seed)
+        self.registry = CollectorRegistry()
+        labels, rest = ("model_name", "engine"), {"registry": self.registry}
+        self.histograms = {
+            name: Histogram(name, "-", labels, buckets=bounds, **rest).labels("m", "0")
+            for name, bounds in BUCKETS.items()
+        }
+        self.tokens = Counter("vllm:generation_tokens", "-", labels, **rest).labels("m", "0")
+        self.ended = Counter("vllm:request_success", "-", (*labels, "finished_reason"), **rest)
+        for reason in ("stop", "length", "abort", "error"):
+            self.ended.labels("m", "0", reason)
+        self.http = Counter("http_requests", "-", ("handler", "method", "status"), **rest)
+        Gauge("process_start_time_seconds", "-", **rest).set(started)
+
+    def serve(self, requests: int, prompt: int = 50, tokens: int = 20, failed: int = 0) -> None:
+        """Requests that are answered; the last ones fail."""
+        for number in range(requests):
+            first, token = self.slow * self.random.uniform([0.05, 0.01], [0.2, 0.04])
+            self.histograms[TTFT].observe(first)
+            self.histograms[TPOT].observe(token)
+            for _ in range(tokens - 1):
+                self.histograms[ITL].observe(token)
+            self.histograms[E2E].observe(first + token * (tokens - 1))
+            self.histograms[PROMPT].observe(prompt)
+            self.histograms[OUTPUT].observe(tokens)
+            self.tokens.inc(tokens)
+            bad = number >= requests - failed
+            self.ended.labels("m", "0", "error" if bad else "stop").inc()
+            self.http.labels("none", "POST", "5xx" if bad else "2xx").inc()
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class Site:
+    """What a URL answers: `script` is called before each reading with its number."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.script: Callable[[int], object] = lambda number: self.engine.serve(8)
+        self.reads: list[dict[str, str]] = []
+        self.status, self.headers = 200, {}
+        self.body: bytes | None = None
+        self.url = ""
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        self.reads.append(dict(request.headers) | {"path": request.path})
+        self.script(len(self.reads) - 1)
+        body = self.engine.text() if self.body is None else self.body
+        request.send_response(self.status)
+        for name, value in ({"Content-Length": str(len(body))} | self.headers).items():
+            request.send_header(name, value)
+        request.end_headers()
+        request.wfile.write(body)
+
+
+@pytest.fixture
+def make_site() -> Iterator[Callable[..., Site]]:
+    servers = []
+
+    def make(slow: float = 1.0, seed: int = 0) -> Site:
+        site = Site(Engine(slow, seed))
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                site.answer(self)
+
+            def log_message(self, *args: object) -> None: ...
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.handle_error = lambda *args: None  # a client that hangs up is part of the tests
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        servers.append(server)
+        site.url = f"http://127.0.0.1:{server.server_port}"
+        return site
+
+    yield make
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def run(a: Site, b: Site, window: Window = QUICK) -> dict[str, Any]:
+    return watch(Target.of("A", a.url), Target.of("B", b.url), window)
+
+
+def test_a_faster_server_is_found_faster(make_site: Callable[..., Site]) -> None:
+    record = run(make_site(slow=1.0, seed=1), make_site(slow=0.5, seed=2))
+    for metric in ("ttft", "tpot", "itl", "e2e"):
+        row = record["metrics"][metric]
+        assert row["low"] < 2 < row["high"], metric
+        assert row["verdict"].startswith(f"B is faster by {row['ratio']:.2f}x ("), metric
+    assert record["load"]["a"]["finished"] == 80
+    assert record["load"]["a"]["prompt_tokens"] == 50
+    assert record["problems"] == [] == record["caveats"]
+    assert record["metrics"]["failed"]["verdict"].startswith("no difference")
+
+
+def test_a_slower_server_is_found_slower(make_site: Callable[..., Site]) -> None:
+    row = run(make_site(slow=0.5), make_site(slow=1.0))["metrics"]["ttft"]
+    assert row["ratio"] == pytest.approx(0.5)
+    assert row["verdict"].startswith("B is slower by 2.00x (")
+
+
+def test_means_and_counts_are_those_of_the_window_alone(make_site: Callable[..., Site]) -> None:
+    a, b = make_site(), make_site()
+    a.engine.serve(1000, prompt=9)  # before the window
+    record = run(a, b)
+    assert record["metrics"]["ttft"]["a"]["count"] == 80
+    assert record["metrics"]["ttft"]["a"]["mean"] == pytest.approx(0.125, rel=0.15)
+    assert record["load"]["a"]["prompt_tokens"] == 50
+
+
+def test_equal_servers_show_no_difference(make_site: Callable[..., Site]) -> None:
+    record = run(make_site(seed=3), make_site(seed=4))
+    verdicts = [row["verdict"] for row in record["metrics"].values()]
+    assert [text[:36] for text in verdicts] == ["no difference that this window shows"] * 8
+
+
+def test_too_few_requests(make_site: Callable[..., Site]) -> None:
+    a, b = make_site(), make_site()
+    b.script = lambda number: number <= 2 and b.engine.serve(10)
+    metrics = run(a, b)["metrics"]
+    assert metrics["ttft"]["verdict"] == "too few requests: 20 of at least 30"
+    assert metrics["ttft"]["ratio"] is None
+    b.script = lambda number: b.engine.serve(40 if len(b.reads) % 11 == 2 else 0)
+    assert run(a, b)["metrics"]["e2e"]["verdict"] == (
+        "too few intervals with requests on both: 1 of at least 8"
+    )
+
+
+def test_no_traffic(make_site: Callable[..., Site]) -> None:
+    a, b = make_site(), make_site()
+    a.script = b.script = lambda number: None
+    record = run(a, b)
+    assert record["metrics"]["ttft"]["verdict"] == "too few requests: 0 of at least 30"
+    assert record["metrics"]["ttft"]["a"] == {
+        "count": 0, "mean": None, "p50": None, "p90": None, "p99": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("started", [1.0, 2.0])
+def test_a_restart_makes_its_interval_invalid(
+    make_site: Callable[..., Site], started: float
+) -> None:
+    a, b = make_site(), make_site()
+
+    def restart(number: int) -> None:
+        if number == 4:
+            # With a new start time even counters that have overtaken the old ones are noticed.
+            b.engine = Engine(started=started)
+            b.engine.serve(5 if started == 1.0 else 500)
+        b.engine.serve(8)
+
+    b.script = restart
+    record = run(a, b)
+    assert record["window"]["valid"] == record["window"]["intervals"] - 1
+    assert record["metrics"]["ttft"]["a"]["count"] == 72 == record["metrics"]["ttft"]["b"]["count"]
+    (problem,) = record["problems"]
+    assert "server B restarted" in problem
+
+
+def test_a_failed_reading_lengthens_the_interval(make_site: Callable[..., Site]) -> None:
+    a, b = make_site(), make_site()
+
+    def fail(number: int) -> None:
+        a.status = 500 if number == 3 else 200
+        a.engine.serve(8)
+
+    a.script = fail
+    record = run(a, b)
+    assert record["window"]["intervals"] == 9
+    assert record["metrics"]["ttft"]["b"]["count"] == 80
+    assert "answers HTTP 500" in record["problems"][0]
+
+
+def test_no_valid_interval_is_an_error(make_site: Callable[..., Site]) -> None:
+    a, b = make_site(), make_site()
+
+    def restart(number: int) -> None:
+        b.engine = Engine(started=number)
+
+    b.script = restart
+    with pytest.raises(MachineError, match="no interval of this window can be used"):
+        run(a, b)
+
+
+def test_different_loads_are_caveats(make_site: Callable[..., Site]) -> None:
+    a, b = make_site(), make_site()
+    b.script = lambda number: b.engine.serve(12, prompt=80, tokens=30)
+    caveats = " ".join(run(a, b)["caveats"])
+    for words in ("requests per second", "prompt tokens", "generated tokens"):
+        assert f"{words}" in caveats
+    b.script = lambda number: b.engine.serve(9, prompt=55, tokens=22)
+    assert run(a, b)["caveats"] == []
+
+
+def test_requests_that_never_end_are_a_caveat(make_site: Callable[..., Site]) -> None:
+    a, b = make_site(), make_site()
+
+    def hang(number: int) -> None:
+        b.engine.serve(8)
+        for _ in range(3):
+            b.engine.histograms[TTFT].observe(0.1)
+
+    b.script = hang
+    (caveat,) = run(a, b)["caveats"]
+    assert caveat.startswith("B: 110 requests gave a first token but only 80 ended")
+
+
+def test_failures_are_compared_in_points(make_site: Callable[..., Site]) -> None:
+    a, b = make_site(), make_site()
+    b.script = lambda number: b.engine.serve(8, failed=2)
+    metrics = run(a, b)["metrics"]
+    assert metrics["failed"]["verdict"] == "B fails more often, by 25.00 points (25.00–25.00)"
+    assert metrics["http_5xx"]["b"] == {"count": 20, "of": 80, "mean": 25}
+    assert metrics["aborted"]["points"] == 0
+
+
+def test_engines_of_one_server_are_summed(make_site: Callable[..., Site]) -> None:
+    a, b = make_site(), make_site()
+    second = Histogram("x", "-", ("model_name", "engine"), buckets=BUCKETS[TTFT], registry=None)
+    a.engine.registry.register(Renamed(second))
+    a.script = lambda number: (a.engine.serve(8), second.labels("m", "1").observe(0.2))
+    assert run(a, b)["metrics"]["ttft"]["a"]["count"] == 90
+
+
+class Renamed:
+    """A second engine's TTFT, which a registry would refuse as a duplicate."""
+
+    def __init__(self, histogram: Histogram) -> None:
+        self.histogram = histogram
+
+    def collect(self) -> Iterator[Any]:
+        for family in self.histogram.collect():
+            samples = [s._replace(name=s.name.replace("x", TTFT, 1)) for s in family.samples]
+            family.name, family.samples = TTFT, samples
+            yield family
+
+
+def test_quantiles_are_interpolated_in_their_bucket() -> None:
+    buckets = Buckets((1.0, 2.0, 4.0, math.inf), (50, 30, 20, 0), 0)
+    assert buckets.quantile(0.5) == (1.0, 0, 1.0)
+    assert buckets.quantile(0.65) == pytest.approx((1.5, 1, 2))
+    assert buckets.quantile(0.9) == pytest.approx((3.0, 2, 4))
+    assert Buckets((1.0, math.inf), (1, 9), 0).quantile(0.5) == (None, 1.0, None)
+    assert Buckets((1.0, math.inf), (0, 0), 0).quantile(0.5) is None
+
+
+@pytest.mark.parametrize("intervals", [8, 40])
+def test_confidence_covers_the_truth_about_as_often_as_it_says(intervals: int) -> None:
+    random, covered = np.random.default_rng(5), 0
+    for _ in range(200):
+        counts = random.poisson(20, size=(intervals, 2))
+        sums = random.gamma(2.0 * counts, [0.13, 0.1])
+        columns = np.stack([sums[:, 0], counts[:, 0], sums[:, 1], counts[:, 1]], axis=1)
+        _, low, high = ratio_interval(columns) or (0, 0, 0)
+        covered += low < 1.3 < high
+    assert 0.91 <= covered / 200 <= 0.995
+
+
+def test_resampling_keeps_an_interval_together_and_draws_blocks() -> None:
+    sums = resample(np.stack([np.arange(27.0), 2 * np.arange(27.0)], axis=1))
+    assert (sums[:, 1] == 2 * sums[:, 0]).all()
+    # Sums of neighbours spread wider than those of single draws: by about √3 for blocks of 3.
+    alone = np.random.default_rng(0).integers(27, size=(1000, 27)).sum(axis=1).std()
+    assert sums[:, 0].std() > 1.4 * alone
+
+
+def test_a_counter_that_falls_or_goes_is_a_restart() -> None:
+    engine = Engine()
+    engine.serve(3)
+    before, fewer = Snapshot.parse(engine.text().decode(), 0), Engine()
+    fewer.serve(2)
+    with pytest.raises(RestartError):
+        Snapshot.parse(fewer.text().decode(), 1).growth_since(before)
+    engine.http.clear()
+    with pytest.raises(RestartError):
+        Snapshot.parse(engine.text().decode(), 1).growth_since(before)
+
+
+GOOD = Engine().text().decode()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "<html>hello</html>", 'vllm:x{le="0.1', "\x00", GOOD.replace(' 0.0', " NaN"),
+     GOOD.replace(" 0.0", " -1"), GOOD.replace('le="+Inf"', 'le="9"'),
+     GOOD.replace('le="+Inf"', 'le="word"'), GOOD.replace("vllm:", "sglang:"), GOOD[:5000],
+     GOOD.replace("vllm:generation_tokens", "other")],
+)  # fmt: skip
+def test_text_that_is_not_vllms_metrics_is_refused(
+    make_site: Callable[..., Site], text: str
+) -> None:
+    a, b = make_site(), make_site()
+    b.body = text.encode()
+    with pytest.raises(InputError, match=f"^server B, {b.url}/metrics: "):
+        run(a, b)
+
+
+def test_bytes_that_are_not_text_are_refused(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    site.body = b"\xff\xfe"
+    with pytest.raises(InputError, match="not UTF-8"):
+        Target.of("A", site.url).fetch()
+
+
+def test_a_huge_answer_is_cut(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scrape, "MAX_BYTES", 2**20)
+    site = make_site()
+    site.body = b"x" * (2**20)
+    assert len(Target.of("A", site.url).fetch()) == 2**20
+    site.body += b"x"
+    site.headers = {"Content-Length": str(10**9)}  # only what is read is ever held
+    with pytest.raises(InputError, match="more than 1 MiB"):
+        Target.of("A", site.url).fetch()
+
+
+def test_a_cut_off_answer_is_refused(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    site.headers = {"Content-Length": "1000000"}
+    with pytest.raises(MachineError, match="cannot be reached"):
+        Target.of("A", site.url).fetch()
+
+
+def test_a_slow_answer_is_given_up(make_site: Callable[..., Site]) -> None:
+    site, done = make_site(), threading.Event()
+
+    def drip(request: BaseHTTPRequestHandler) -> None:
+        """Bytes come often enough for the socket's own timeout."""
+        request.send_response(200)
+        request.end_headers()
+        while not done.wait(0.05):
+            request.wfile.write(b"#\n")
+
+    site.answer = drip  # type: ignore[method-assign]
+    try:
+        with pytest.raises(MachineError, match=r"did not answer within 0\.3 s"):
+            Target.of("A", site.url).fetch(0.3)
+    finally:
+        done.set()
+
+
+def test_redirects_are_not_followed(make_site: Callable[..., Site]) -> None:
+    a, b = make_site(), make_site()
+    a.status, a.headers = 302, {"Location": f"{b.url}/metrics"}
+    with pytest.raises(MachineError, match="HTTP 302; redirects are not followed"):
+        Target.of("A", a.url).fetch()
+    assert b.reads == []
+
+
+def test_the_key_comes_from_a_file(make_site: Callable[..., Site], tmp_path: Path) -> None:
+    site, file = make_site(), tmp_path / "key"
+    file.write_text("secret\n")
+    target = Target.of("A", f"{site.url}/base/", file)
+    target.fetch()
+    assert site.reads[0]["Authorization"] == "Bearer secret"
+    assert site.reads[0]["path"] == "/base/metrics"
+    assert "secret" not in repr(target)
+    for bad in ("", "two\nlines", "ümlaut"):
+        file.write_text(bad)
+        with pytest.raises(InputError, match="must hold one line"):
+            Target.of("A", site.url, file)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "localhost:8000", "ftp://a", "file:///etc/passwd", "http://", "http://a:b",
+     "http://u:p@a", "http://a/?q=1", "http://a#f", "http://a\r\nX: y", "http://[::1", "http://ü.example"],
+)  # fmt: skip
+def test_addresses_that_are_refused(url: str) -> None:
+    with pytest.raises(UsageError, match="server B: "):
+        Target.of("B", url)
+
+
+def test_a_reading_that_is_late_by_an_interval_is_skipped(
+    make_site: Callable[..., Site], clock: Clock
+) -> None:
+    a, b = make_site(), make_site()
+
+    def stall(number: int) -> None:
+        if number == 2:
+            clock.now += 25
+        a.engine.serve(8)
+
+    a.script = stall
+    record = run(a, b)
+    assert record["window"]["intervals"] == 9
+    assert max(interval["a"]["seconds"] for interval in record["intervals"]) == 35
+    assert clock.now == 100
+
+
+@pytest.mark.vllm
+def test_the_names_are_those_of_the_installed_vllm() -> None:
+    (folder,) = importlib.util.find_spec("vllm").submodule_search_locations
+    source = (Path(folder) / "v1" / "metrics" / "loggers.py").read_text()
+    registered = set(re.findall(r'name="(vllm:\w+)"', source))
+    counters = {name.removesuffix("_total") for name in COUNTERS if name != HTTP}
+    assert counters | set(HISTOGRAMS) <= registered
+
+
+def test_a_window_that_is_too_short_and_one_server_twice_are_refused() -> None:
+    a = Target.of("A", "http://127.0.0.1:1")
+    with pytest.raises(UsageError, match="holds 3 intervals"):
+        watch(a, Target.of("B", "http://127.0.0.1:2"), Window(30, 10))
+    with pytest.raises(UsageError, match="the same server"):
+        watch(a, Target.of("B", "http://127.0.0.1:1/metrics"), Window())
+
+
+def test_the_command(
+    make_site: Callable[..., Site], gblm: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    a, b = make_site(), make_site(slow=0.5)
+    done = gblm("bench", "watch", a.url, b.url, "--duration", 3, "--interval", 0.1,
+                "--output", tmp_path / "watch.json")  # fmt: skip
+    assert done.code == 0, done
+    assert "TTFT: B is faster by 2.0" in done.out
+    assert "A p99" in done.out
+    record = json.loads((tmp_path / "watch.json").read_text())
+    assert record["kind"] == "bench watch"
+    assert len(record["intervals"]) == record["window"]["intervals"]
+    done = gblm("bench", "watch", a.url, b.url, "--duration", 3, "--interval", 0.1, "--json")
+    assert json.loads(done.out)["metrics"]["ttft"]["verdict"].startswith("B is faster")
+
+
+def test_a_server_that_is_not_there_is_one_sentence(
+    make_site: Callable[..., Site], gblm: Callable[..., Outcome]
+) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        done = gblm("bench", "watch", make_site().url, url)
+    assert done.code == 3
+    assert done.err == f"gblm: error: server B cannot be reached at {url}/metrics: " + (
+        "Connection refused.\n"
+    )

@@ -1,0 +1,228 @@
+"""vLLM's counters and histograms out of Prometheus text, and how much they grew between two times.
+
+Names are those of vllm/v1/metrics/loggers.py, version 0.32. prometheus_client parses the text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from gblm.errors import InputError, MachineError
+
+if TYPE_CHECKING:
+    from prometheus_client.metrics_core import Metric
+    from prometheus_client.samples import Sample
+
+TTFT = "vllm:time_to_first_token_seconds"
+TPOT = "vllm:request_time_per_output_token_seconds"
+ITL = "vllm:inter_token_latency_seconds"
+E2E = "vllm:e2e_request_latency_seconds"
+PROMPT = "vllm:request_prompt_tokens"
+OUTPUT = "vllm:request_generation_tokens"
+HISTOGRAMS = (TTFT, TPOT, ITL, E2E, PROMPT, OUTPUT)
+
+GENERATED = "vllm:generation_tokens_total"
+FINISHED = "vllm:request_success_total"
+REJECTED = "vllm:admission_rejections_total"
+# Of the API server, not of the engine; it alone sees requests that never reach the engine.
+HTTP = "http_requests_total"
+# Counter → the label whose values are counted apart.
+COUNTERS = {GENERATED: "", FINISHED: "finished_reason", REJECTED: "", HTTP: "status"}
+START = "process_start_time_seconds"
+
+Series = tuple[str, tuple[tuple[str, str], ...]]
+
+
+class RestartError(Exception):
+    """A counter went down or is gone, so its growth is unknown."""
+
+
+class Quantile(NamedTuple):
+    """An interpolated quantile and the bucket it lies in; `value` and `high` are None in +Inf."""
+
+    value: float | None
+    low: float
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Observations in buckets.
+
+    Attributes:
+        bounds: upper bounds of the buckets, rising, the last one infinite.
+        counts: observations in each bucket alone.
+        total: sum of the observations.
+    """
+
+    bounds: tuple[float, ...]
+    counts: tuple[float, ...]
+    total: float
+
+    @property
+    def count(self) -> float:
+        """Number of observations."""
+        return sum(self.counts)
+
+    @property
+    def mean(self) -> float | None:
+        """Exact, as the sum is kept beside the buckets; None without observations."""
+        return self.total / self.count if self.count else None
+
+    def __add__(self, other: Histogram) -> Histogram:
+        counts = tuple(a + b for a, b in zip(self.counts, other.counts, strict=True))
+        return Histogram(self.bounds, counts, self.total + other.total)
+
+    def quantile(self, share: float) -> Quantile | None:
+        """Linear interpolation in the bucket that holds the quantile, as Prometheus does it.
+
+        This is as coarse as the buckets: nothing is known about where in its bucket the quantile
+        lies. vLLM's have bounds at 10, 25, 50, 75 and 100 ms for tokens (all below 10 ms is one
+        bucket), at 100, 250, 500 ms for first tokens, at 0.3, 0.5, 0.8, 1 s for requests.
+
+        Args:
+            share: of the observations that are not above the quantile, in (0, 1).
+
+        Returns:
+            None without observations.
+        """
+        wanted, seen, low = share * self.count, 0.0, 0.0
+        if not self.count:
+            return None
+        for bound, count in zip(self.bounds, self.counts, strict=True):
+            if count and seen + count >= wanted:
+                break
+            seen, low = seen + count, bound
+        if math.isinf(bound):
+            return Quantile(None, low, None)
+        return Quantile(low + (bound - low) * (wanted - seen) / count, low, bound)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What happened on one server between two times.
+
+    Attributes:
+        seconds: between them.
+        counters: increases by counter and the value of its label ("" if it has none).
+        histograms: of the observations made meanwhile.
+    """
+
+    seconds: float
+    counters: Mapping[tuple[str, str], float]
+    histograms: Mapping[str, Histogram]
+
+    def finished(self) -> float:
+        """Requests that ended, for whatever reason."""
+        return sum(n for (name, _), n in self.counters.items() if name == FINISHED)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A server's counters at one time, every label set (engine, model) a series of its own."""
+
+    seconds: float
+    series: Mapping[Series, float]
+    bounds: Mapping[str, tuple[float, ...]]
+    started: float | None
+
+    @classmethod
+    def parse(cls, text: str, seconds: float) -> Snapshot:
+        """Read an answer of /metrics.
+
+        Args:
+            text: in Prometheus' text format.
+            seconds: when it came, by a clock that never goes back.
+
+        Raises:
+            InputError: it is not in that format, or not of a vLLM server.
+            MachineError: prometheus_client is not installed.
+        """
+        series: dict[Series, float] = {}
+        started = None
+        for sample in _samples(text):
+            if sample.name == START:
+                started = sample.value
+            elif _is_counted(sample):
+                if not 0 <= sample.value < math.inf:
+                    raise InputError(f"{sample.name} is not a count.")
+                series[sample.name, tuple(sorted(sample.labels.items()))] = sample.value
+        names = {name for name, _ in series}
+        needed = {GENERATED, FINISHED, *(f"{name}_bucket" for name in HISTOGRAMS)}
+        if missing := sorted(needed - names):
+            raise InputError(
+                f"there is no {missing[0]}; this must be a vLLM server (0.32 or newer) that runs "
+                "without --disable-log-stats."
+            )
+        return cls(seconds, series, {name: _bounds(name, series) for name in HISTOGRAMS}, started)
+
+    def growth_since(self, before: Snapshot) -> Growth:
+        """Differences of all counters, summed over engines and models.
+
+        Raises:
+            RestartError: the server was started anew in between.
+        """
+        lost = [key for key, value in before.series.items() if self.series.get(key, -1) < value]
+        if lost or (before.started, before.bounds) != (self.started, self.bounds):
+            raise RestartError
+        grown = {key: value - before.series.get(key, 0) for key, value in self.series.items()}
+        counters: dict[tuple[str, str], float] = defaultdict(float)
+        for (name, labels), value in grown.items():
+            if name in COUNTERS:
+                counters[name, dict(labels).get(COUNTERS[name], "")] += value
+        return Growth(
+            self.seconds - before.seconds,
+            dict(counters),
+            {name: _histogram(name, bounds, grown) for name, bounds in self.bounds.items()},
+        )
+
+
+def _samples(text: str) -> Iterator[Sample]:
+    try:
+        from prometheus_client.parser import text_string_to_metric_families
+    except ImportError as error:
+        raise MachineError(
+            "watching needs the `prometheus_client` package: pip install 'gblm-toolkit[bench]'."
+        ) from error
+    try:
+        families: list[Metric] = list(text_string_to_metric_families(text))
+    except (ValueError, IndexError, KeyError, TypeError) as error:
+        raise InputError("this is not Prometheus' text format.") from error
+    for family in families:
+        yield from family.samples
+
+
+def _is_counted(sample: Sample) -> bool:
+    parts = ("_bucket", "_sum")
+    return sample.name in COUNTERS or any(
+        sample.name == name + part for name in HISTOGRAMS for part in parts
+    )
+
+
+def _bounds(name: str, series: Mapping[Series, float]) -> tuple[float, ...]:
+    words = {dict(labels).get("le", "") for key, labels in series if key == f"{name}_bucket"}
+    try:
+        bounds = tuple(sorted(map(float, words)))
+    except ValueError:
+        bounds = ()
+    if not bounds or bounds[-1] != math.inf:
+        raise InputError(f"{name} lacks its bucket without a bound.")
+    return bounds
+
+
+def _histogram(name: str, bounds: tuple[float, ...], grown: Mapping[Series, float]) -> Histogram:
+    cumulative: dict[float, float] = defaultdict(float)
+    total = 0.0
+    for (sample, labels), value in grown.items():
+        if sample == f"{name}_bucket":
+            cumulative[float(dict(labels)["le"])] += value
+        elif sample == f"{name}_sum":
+            total += value
+    below = (0.0, *(cumulative[bound] for bound in bounds[:-1]))
+    # A scrape may fall into an observation: a bucket then lags behind the one below it.
+    counts = tuple(max(0.0, cumulative[b] - low) for b, low in zip(bounds, below, strict=True))
+    return Histogram(bounds, counts, total)
