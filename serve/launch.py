@@ -16,6 +16,7 @@ from gblm.checkpoint.reader import Reader
 from gblm.errors import InputError, MachineError, UsageError
 from gblm.kernels import BACKEND_VARIABLE, BACKENDS
 from gblm.packed import check_loadable, is_packed
+from gblm.serve.versions import check_version
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ def check(server: Server) -> None:
     """Refuse what cannot work before vLLM starts.
 
     Raises:
-        MachineError: vLLM is not installed.
+        MachineError: vLLM is not installed, or untested with packed weights.
         InputError: the folder is not servable.
         UsageError: the backend is unknown or does not apply.
     """
@@ -106,6 +107,7 @@ def check(server: Server) -> None:
             f"backend {server.backend!r} is unknown: choose from {', '.join(BACKENDS)}."
         )
     if is_packed(server.folder):
+        check_version()
         check_loadable(server.folder)
         return
     if server.backend is not None:
