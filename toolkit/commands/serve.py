@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ from gblm.commands.common import Command, backend_option
 @backend_option
 @click.option("--name", help="Model name in the API (default: the folder's name).")
 @click.option("--api-key-file", type=click.Path(path_type=Path), help="File with the API key.")
+@click.option("--insecure", is_flag=True, help="Serve other machines without an API key.")
+@click.option(
+    "--ssl-certfile", type=click.Path(path_type=Path), help="Serve HTTPS with this certificate."
+)
+@click.option("--ssl-keyfile", type=click.Path(path_type=Path), help="Key of the certificate.")
 @click.option(
     "--shutdown-timeout",
     type=click.IntRange(0),
@@ -27,10 +33,18 @@ from gblm.commands.common import Command, backend_option
 )
 @click.pass_context
 def command(
-    ctx: click.Context, /, folder: str, vllm_options: tuple[str, ...], **given: Any
+    ctx: click.Context,
+    /,
+    folder: str,
+    vllm_options: tuple[str, ...],
+    name: str | None,
+    **given: Any,
 ) -> None:
-    """Serve FOLDER with vLLM's OpenAI server; options behind -- go to vLLM."""
-    from gblm.folder import resolve
-    from gblm.serve.launch import Server, serve
+    """Serve FOLDER (or a hub id) with vLLM's OpenAI server; options behind -- go to vLLM."""
+    from gblm.folder import model_name, resolve
+    from gblm.serve.launch import Server, check_options, serve
 
-    serve(Server(folder=resolve(folder), options=vllm_options, **given))
+    name = name or model_name(folder)
+    server = Server(folder=Path(folder), name=name, options=vllm_options, **given)
+    check_options(server)
+    serve(replace(server, folder=resolve(folder)))
