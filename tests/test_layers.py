@@ -70,7 +70,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "checkpoint", "choices", "errors", "folder", "layers", "model", "patterns", "progress",
         "values", "weights",
     },
-    "serve": {"checkpoint", "errors", "formats", "kernels", "packed", "values", "weights"},
+    "serve": {
+        "__init__", "checkpoint", "errors", "fetch", "folder", "formats", "kernels", "model",
+        "packed", "patterns", "progress", "provenance", "prune", "recipe", "steps", "values",
+        "weights",
+    },
     "commands": {
         "bench", "budget", "checkpoint", "doctor", "errors", "evaluate", "export", "fetch",
         "folder", "patterns", "plan", "provenance", "prune", "recipe", "serve",

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from gblm.commands.common import Command, backend_option
+from gblm.commands.common import Command, backend_option, progress_bars
 
 
 @click.command("serve", cls=Command, context_settings={"ignore_unknown_options": False})
@@ -17,6 +17,12 @@ from gblm.commands.common import Command, backend_option
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
 @backend_option
+@click.option(
+    "--prune",
+    metavar='"METHOD PATTERN"',
+    help="Prune the dense FOLDER into the cache first, once, with the defaults of `gblm prune`; "
+    'such as "gblm 2:4".',
+)
 @click.option("--name", help="Model name in the API (default: the folder's name).")
 @click.option("--api-key-file", type=click.Path(path_type=Path), help="File with the API key.")
 @click.option("--insecure", is_flag=True, help="Serve other machines without an API key.")
@@ -37,6 +43,7 @@ def command(
     /,
     folder: str,
     vllm_options: tuple[str, ...],
+    prune: str | None,
     name: str | None,
     **given: Any,
 ) -> None:
@@ -47,4 +54,14 @@ def command(
     name = name or model_name(folder)
     server = Server(folder=Path(folder), name=name, options=vllm_options, **given)
     check_options(server)
-    serve(replace(server, folder=resolve(folder)))
+    found = resolve(folder) if prune is None else _pruned(ctx, folder, prune)
+    serve(replace(server, folder=found))
+
+
+def _pruned(ctx: click.Context, model: str, words: str) -> Path:
+    from gblm.serve.pruned import pruned_folder
+    from gblm.serve.versions import check_version
+
+    check_version()  # pruning takes long: what would be refused afterwards is refused now
+    with progress_bars(ctx) as progress:
+        return pruned_folder(model, words, progress)
