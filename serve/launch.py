@@ -65,7 +65,7 @@ def command(server: Server) -> list[str]:
     if server.ssl_certfile is not None:
         tls = ["--ssl-certfile", str(server.ssl_certfile), "--ssl-keyfile", str(server.ssl_keyfile)]
     return [
-        sys.executable, "-m", "gblm.serve.vllm_cli", "serve", str(server.folder),
+        sys.executable, "-m", "gblm.serve.watch", "serve", str(server.folder),
         "--host", server.host,
         "--port", str(server.port),
         "--served-model-name", server.name or server.folder.resolve().name,
@@ -146,7 +146,7 @@ def check_options(server: Server) -> None:
 
 
 def serve(server: Server) -> None:
-    """Become vLLM: this process is replaced, so signals reach the server directly.
+    """Become `gblm.serve.watch`, which runs vLLM: nothing of this large process stays.
 
     The options were checked with `check_options` before there was a folder.
     """

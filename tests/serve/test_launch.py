@@ -20,7 +20,7 @@ def test_command_is_vllms_own_server_with_safe_defaults(tmp_path: Path) -> None:
     assert words[:5] == [
         sys.executable,
         "-m",
-        "gblm.serve.vllm_cli",
+        "gblm.serve.watch",
         "serve",
         str(tmp_path / "model-a"),
     ]
