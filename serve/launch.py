@@ -17,12 +17,16 @@ from gblm.errors import InputError, MachineError, UsageError
 from gblm.folder import legacy_sentence, read_config
 from gblm.kernels import BACKEND_VARIABLE, BACKENDS
 from gblm.packed import check_loadable, is_packed
+from gblm.serve.access import KEY_VARIABLE, check_address, check_certificate, read_key
+from gblm.serve.versions import check_version
 
 logger = logging.getLogger(__name__)
 
 # Without a limit vLLM claims half the memory of a CPU machine for its cache.
 KV_CACHE_SHARE = 0.25
 MAX_KV_CACHE_GIB = 4
+# Answers that one request may ask for; vLLM allows 16384.
+MAX_SEQUENCES = 64
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,9 @@ class Server:
         backend: a name of `gblm.kernels.BACKENDS` for packed weights; the best one if None.
         name: model name in the API; the folder's name if None.
         api_key_file: a file that holds the API key; it never appears on a command line.
+        ssl_certfile: certificate of an HTTPS server, with `ssl_keyfile`.
+        ssl_keyfile: its key.
+        insecure: allow other machines without an API key.
         shutdown_timeout: seconds that running requests get after SIGTERM.
         options: further options for vLLM, handed through as they are.
     """
@@ -46,18 +53,25 @@ class Server:
     backend: str | None = None
     name: str | None = None
     api_key_file: Path | None = None
+    ssl_certfile: Path | None = None
+    ssl_keyfile: Path | None = None
+    insecure: bool = False
     shutdown_timeout: int = 30
     options: tuple[str, ...] = ()
 
 
 def command(server: Server) -> list[str]:
     """The command line that starts vLLM."""
+    tls: list[str] = []
+    if server.ssl_certfile is not None:
+        tls = ["--ssl-certfile", str(server.ssl_certfile), "--ssl-keyfile", str(server.ssl_keyfile)]
     return [
-        sys.executable, "-m", "gblm.serve.vllm_cli", "serve", str(server.folder),
+        sys.executable, "-m", "gblm.serve.watch", "serve", str(server.folder),
         "--host", server.host,
         "--port", str(server.port),
         "--served-model-name", server.name or server.folder.resolve().name,
         "--shutdown-timeout", str(server.shutdown_timeout),
+        *tls,
         *server.options,
     ]  # fmt: skip
 
@@ -69,12 +83,13 @@ def environment(server: Server, base: Mapping[str, str]) -> dict[str, str]:
     """
     env = dict(base)
     env.setdefault("VLLM_NO_USAGE_STATS", "1")
+    env.setdefault("VLLM_MAX_N_SEQUENCES", str(MAX_SEQUENCES))
     # `python -m` would import from the current folder first: `gblm serve .` must not run its files.
     env["PYTHONSAFEPATH"] = "1"
     if server.backend is not None:
         env[BACKEND_VARIABLE] = server.backend
     if server.api_key_file is not None:
-        env["VLLM_API_KEY"] = _read_key(server.api_key_file)
+        env[KEY_VARIABLE] = read_key(server.api_key_file)
     if on_cpu():
         free = psutil.virtual_memory().available / 2**30
         size = max(1, min(MAX_KV_CACHE_GIB, int(KV_CACHE_SHARE * free)))
@@ -86,12 +101,32 @@ def environment(server: Server, base: Mapping[str, str]) -> dict[str, str]:
 
 
 def check(server: Server) -> None:
-    """Refuse what cannot work before vLLM starts.
+    """Refuse a folder that cannot be served before vLLM starts.
+
+    Raises:
+        MachineError: vLLM is untested with packed weights.
+        InputError: the folder is not servable or must be converted first, or the backend does not
+            apply.
+    """
+    if sentence := legacy_sentence(server.folder, read_config(server.folder)):
+        raise InputError(sentence)
+    if is_packed(server.folder):
+        check_version()
+        check_loadable(server.folder)
+        return
+    if server.backend is not None:
+        raise InputError(f"{server.folder} is dense: --backend applies to packed folders only.")
+    with Reader(server.folder):
+        pass  # vLLM would open a pickle, or follow a shard name out of the folder
+
+
+def check_options(server: Server) -> None:
+    """Refuse what cannot work with any folder, before one is looked for or made.
 
     Raises:
         MachineError: vLLM is not installed.
-        InputError: the folder is not servable, or must be converted first.
-        UsageError: the backend is unknown or does not apply.
+        InputError: a key or certificate is not readable.
+        UsageError: the backend is unknown, or the server would be open to strangers.
     """
     if importlib.util.find_spec("vllm") is None:
         raise MachineError(
@@ -106,19 +141,19 @@ def check(server: Server) -> None:
         raise UsageError(
             f"backend {server.backend!r} is unknown: choose from {', '.join(BACKENDS)}."
         )
-    if sentence := legacy_sentence(server.folder, read_config(server.folder)):
-        raise InputError(sentence)
-    if is_packed(server.folder):
-        check_loadable(server.folder)
-        return
-    if server.backend is not None:
-        raise InputError(f"{server.folder} is dense: --backend applies to packed folders only.")
-    with Reader(server.folder):
-        pass  # vLLM would open a pickle, or follow a shard name out of the folder
+    if server.api_key_file is not None:
+        read_key(server.api_key_file)
+    key = server.api_key_file is not None or bool(os.environ.get(KEY_VARIABLE))
+    key = key or any(word.startswith(("--api-key", "--api_key")) for word in server.options)
+    check_address(server.host, key, server.insecure, server.options)
+    check_certificate(server.ssl_certfile, server.ssl_keyfile)
 
 
 def serve(server: Server) -> None:
-    """Become vLLM: this process is replaced, so signals reach the server directly."""
+    """Become `gblm.serve.watch`, which runs vLLM: nothing of this large process stays.
+
+    The options were checked with `check_options` before there was a folder.
+    """
     check(server)
     words = command(server)
     logger.info("starting %s", " ".join(words[3:]))
@@ -152,13 +187,3 @@ def _ranges(cores: list[int]) -> str:
         else:
             spans.append([core, core])
     return ",".join(f"{a}-{b}" if a != b else str(a) for a, b in spans)
-
-
-def _read_key(path: Path) -> str:
-    try:
-        key = path.read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise InputError(f"API key file {path} cannot be read: {error}") from error
-    if not key:
-        raise InputError(f"API key file {path} is empty.")
-    return key

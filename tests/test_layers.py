@@ -72,7 +72,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "progress", "scales", "values", "weights",
     },
     "serve": {
-        "checkpoint", "errors", "folder", "formats", "kernels", "packed", "values", "weights",
+        "__init__", "checkpoint", "errors", "fetch", "folder", "formats", "kernels", "model",
+        "packed", "patterns", "progress", "provenance", "prune", "recipe", "steps", "values",
+        "weights",
     },
     "commands": {
         "bench", "budget", "checkpoint", "doctor", "errors", "evaluate", "export", "fetch",

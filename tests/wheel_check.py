@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from importlib.metadata import entry_points, files
 from pathlib import Path
 
@@ -29,6 +30,10 @@ def test_the_wheel_holds_the_cpu_kernels() -> None:
 
     assert native.refusal() is None
     assert not any(str(file).endswith((".cpp", ".h")) for file in files("gblm-toolkit") or [])
+
+
+def test_the_wheel_brings_the_proxy_configuration() -> None:
+    assert (Path(sys.prefix) / "share" / "gblm" / "nginx.conf").is_file()
 
 
 def test_entry_points_are_there() -> None:

@@ -42,6 +42,12 @@ def resolve(model: str | Path) -> Path:
         ) from error
 
 
+def model_name(model: str | Path) -> str:
+    """What to call a model: the name of its folder, or the end of its hub id."""
+    path = Path(model).expanduser()
+    return (path.resolve() if path.is_dir() else path).name
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """One JSON object from a file.
 

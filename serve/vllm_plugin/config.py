@@ -22,6 +22,7 @@ from gblm.errors import CheckpointError
 from gblm.formats import Format, join_formats
 from gblm.formats.manifest import QUANT_METHOD, Manifest
 from gblm.kernels import Backend
+from gblm.serve.versions import check_version
 from gblm.serve.vllm_plugin.head import EmbeddingMethod, HeadMethod, PackedHeadMethod
 from gblm.serve.vllm_plugin.linear import SparseLinearMethod
 
@@ -37,7 +38,8 @@ class SparseConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SparseConfig:
-        """Check the "quantization_config" object."""
+        """Check vLLM's version and the "quantization_config" object."""
+        check_version()
         return cls(Manifest.from_config(config))
 
     def get_name(self) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from gblm.errors import CheckpointError, InputError, UsageError
 from gblm.serve import launch
-from gblm.serve.launch import Server, check, command, environment
+from gblm.serve.launch import Server, check, check_options, command, environment
 
 Pack = Callable[..., Path]
 
@@ -20,7 +20,7 @@ def test_command_is_vllms_own_server_with_safe_defaults(tmp_path: Path) -> None:
     assert words[:5] == [
         sys.executable,
         "-m",
-        "gblm.serve.vllm_cli",
+        "gblm.serve.watch",
         "serve",
         str(tmp_path / "model-a"),
     ]
@@ -83,7 +83,7 @@ def test_what_cannot_be_served_is_refused_before_vllm_starts(pack_tiny: Pack, ti
     check(Server(pack_tiny()))
     check(Server(tiny))
     with pytest.raises(UsageError, match="'cuda' is unknown"):
-        check(Server(pack_tiny(), backend="cuda"))
+        check_options(Server(pack_tiny(), backend="cuda"))
 
 
 @pytest.mark.vllm

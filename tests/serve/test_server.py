@@ -1,4 +1,4 @@
-"""`gblm serve` as a process: the official client, streaming, SIGTERM; and the A/B benchmark."""
+"""`gblm serve` as a process: the official client, streaming, how it ends; and the A/B benchmark."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,9 @@ OPTIONS = ["--enforce-eager", "--max-model-len", "256"]
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
-@pytest.fixture(scope="module")
-def server(
-    pack_tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[str, subprocess.Popen, Path]]:
-    folder, log = pack_tiny(), tmp_path_factory.mktemp("serve") / "log"
+@contextmanager
+def served(folder: Path, log: Path) -> Iterator[tuple[str, subprocess.Popen, Path]]:
+    """URL, process and log of `gblm serve`, once it is healthy."""
     port = free_port()
     with log.open("wb") as stream:
         process = subprocess.Popen(
@@ -47,6 +46,14 @@ def server(
     if process.poll() is None:
         process.kill()
     process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(
+    pack_tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, subprocess.Popen, Path]]:
+    with served(pack_tiny(), tmp_path_factory.mktemp("serve") / "log") as running:
+        yield running
 
 
 @pytest.fixture
@@ -79,18 +86,55 @@ def test_log_says_which_backend_runs(server: tuple, best_backend: str) -> None:
     assert line in server[2].read_text()
 
 
-def test_sigterm_ends_the_server_and_its_children(server: tuple) -> None:
+def test_too_many_answers_are_refused(client: object) -> None:
+    openai = pytest.importorskip("openai")
+    with pytest.raises(openai.BadRequestError, match="at most 64"):
+        client.completions.create(model="tiny", prompt="abc", max_tokens=1, n=65)
+
+
+def test_sigterm_finishes_requests_and_ends_the_server_and_its_children(server: tuple) -> None:
     import psutil
 
     url, process, log = server
     children = psutil.Process(process.pid).children(recursive=True)
     assert children
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) in (0, -signal.SIGTERM, 143), log.read_text()[-2000:]
+    with stream_tokens(url, 200) as lines:
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        rest = [line for line in lines if line.startswith(b"data: {")]
+    answers = [json.loads(line[6:])["choices"][0] for line in rest]
+    assert answers[-1]["finish_reason"] == "length"
+    assert process.wait(60) == 0, log.read_text()[-2000:]
     _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(f"{url}/health", timeout=2)
+
+
+def test_a_killed_engine_ends_the_server_with_an_error(
+    pack_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    import psutil
+
+    with served(pack_tiny(), tmp_path / "log") as (_, process, log):
+        children = psutil.Process(process.pid).children(recursive=True)
+        (engine,) = (child for child in children if "EngineCore" in " ".join(child.cmdline()))
+        engine.kill()
+        assert process.wait(60) > 0, log.read_text()[-2000:]
+        _, alive = psutil.wait_procs(children, timeout=20)
+        assert not alive
+
+
+@contextmanager
+def stream_tokens(url: str, count: int) -> Iterator[Iterator[bytes]]:
+    """Lines of a streamed answer of so many tokens."""
+    body = {"model": "tiny", "prompt": "abc", "max_tokens": count, "ignore_eos": True,
+            "stream": True}  # fmt: skip
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        yield iter(answer)
 
 
 def test_bench_compares_two_servers(

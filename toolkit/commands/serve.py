@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from gblm.commands.common import Command, backend_option
+from gblm.commands.common import Command, backend_option, progress_bars
 
 
 @click.command("serve", cls=Command, context_settings={"ignore_unknown_options": False})
@@ -16,8 +17,19 @@ from gblm.commands.common import Command, backend_option
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
 @backend_option
+@click.option(
+    "--prune",
+    metavar='"METHOD PATTERN"',
+    help="Prune the dense FOLDER into the cache first, once, with the defaults of `gblm prune`; "
+    'such as "gblm 2:4".',
+)
 @click.option("--name", help="Model name in the API (default: the folder's name).")
 @click.option("--api-key-file", type=click.Path(path_type=Path), help="File with the API key.")
+@click.option("--insecure", is_flag=True, help="Serve other machines without an API key.")
+@click.option(
+    "--ssl-certfile", type=click.Path(path_type=Path), help="Serve HTTPS with this certificate."
+)
+@click.option("--ssl-keyfile", type=click.Path(path_type=Path), help="Key of the certificate.")
 @click.option(
     "--shutdown-timeout",
     type=click.IntRange(0),
@@ -27,10 +39,29 @@ from gblm.commands.common import Command, backend_option
 )
 @click.pass_context
 def command(
-    ctx: click.Context, /, folder: str, vllm_options: tuple[str, ...], **given: Any
+    ctx: click.Context,
+    /,
+    folder: str,
+    vllm_options: tuple[str, ...],
+    prune: str | None,
+    name: str | None,
+    **given: Any,
 ) -> None:
-    """Serve FOLDER with vLLM's OpenAI server; options behind -- go to vLLM."""
-    from gblm.folder import resolve
-    from gblm.serve.launch import Server, serve
+    """Serve FOLDER (or a hub id) with vLLM's OpenAI server; options behind -- go to vLLM."""
+    from gblm.folder import model_name, resolve
+    from gblm.serve.launch import Server, check_options, serve
 
-    serve(Server(folder=resolve(folder), options=vllm_options, **given))
+    name = name or model_name(folder)
+    server = Server(folder=Path(folder), name=name, options=vllm_options, **given)
+    check_options(server)
+    found = resolve(folder) if prune is None else _pruned(ctx, folder, prune)
+    serve(replace(server, folder=found))
+
+
+def _pruned(ctx: click.Context, model: str, words: str) -> Path:
+    from gblm.serve.pruned import pruned_folder
+    from gblm.serve.versions import check_version
+
+    check_version()  # pruning takes long: what would be refused afterwards is refused now
+    with progress_bars(ctx) as progress:
+        return pruned_folder(model, words, progress)

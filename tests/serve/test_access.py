@@ -1,0 +1,117 @@
+"""Addresses, keys and certificates of `gblm serve`; nothing here starts vLLM."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from conftest import Outcome
+
+from gblm.errors import InputError, UsageError
+from gblm.serve.access import check_address, check_certificate, is_loopback
+from gblm.serve.launch import Server, check_options, command, environment
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A self-signed certificate and its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    folder = tmp_path_factory.mktemp("tls")
+    certificate, key = folder / "cert.pem", folder / "key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost",
+         "-keyout", str(key), "-out", str(certificate), "-days", "2"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return certificate, key
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("127.0.0.1", True), ("127.8.0.1", True), ("::1", True), ("localhost", True),
+     ("0.0.0.0", False), ("::", False), ("", False), ("192.168.0.7", False), ("box", False)],
+)  # fmt: skip
+def test_which_addresses_only_this_machine_reaches(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected
+
+
+def test_other_machines_need_a_key_or_insecure(caplog: pytest.LogCaptureFixture) -> None:
+    check_address("127.0.0.1", has_key=False, insecure=False)
+    assert not caplog.records
+    with pytest.raises(UsageError, match=r"without an API key: give --api-key-file"):
+        check_address("0.0.0.0", has_key=False, insecure=False)
+    with caplog.at_level(logging.WARNING):
+        check_address("0.0.0.0", has_key=True, insecure=False)
+        assert "/v1 only" in caplog.text
+        assert "deploy/nginx.conf" in caplog.text
+        caplog.clear()
+        check_address("0.0.0.0", has_key=False, insecure=True)
+        assert "no API key" in caplog.text
+
+
+@pytest.mark.parametrize("word", ["--host", "--host=0.0.0.0", "--hos"])
+def test_an_address_among_vllms_options_is_refused(word: str) -> None:
+    with pytest.raises(UsageError, match="before the `--`"):
+        check_address("127.0.0.1", True, False, (word, "0.0.0.0"))
+    check_address("127.0.0.1", True, False, ("--hf-overrides", "--h11-max-header-count=9"))
+
+
+@pytest.mark.vllm
+def test_every_way_to_give_a_key_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    (tmp_path / "key").write_text("secret")
+    check_options(Server(tmp_path, host="::", api_key_file=tmp_path / "key"))
+    check_options(Server(tmp_path, host="::", options=("--api-key", "secret")))
+    with pytest.raises(UsageError, match="without an API key"):
+        check_options(Server(tmp_path, host="::"))
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    check_options(Server(tmp_path, host="::"))
+    with pytest.raises(InputError, match="cannot be read"):
+        check_options(Server(tmp_path, host="::", api_key_file=tmp_path / "none"))
+
+
+@pytest.mark.vllm
+def test_serve_refuses_before_it_looks_for_the_model(gblm: Callable[..., Outcome]) -> None:
+    done = gblm("serve", "./nowhere", "--host", "0.0.0.0", VLLM_API_KEY="")
+    assert done.code == 2, done
+    assert "--insecure" in done.err
+
+
+def test_certificate_and_key_reach_vllm(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    certificate, key = pair
+    check_certificate(certificate, key)
+    check_certificate(None, None)
+    pairs = set(pairwise(command(Server(tmp_path, ssl_certfile=certificate, ssl_keyfile=key))))
+    assert pairs >= {("--ssl-certfile", str(certificate)), ("--ssl-keyfile", str(key))}
+    assert not [word for word in command(Server(tmp_path)) if "ssl" in word]
+
+
+def test_certificates_that_cannot_work_are_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    certificate, key = pair
+    for one in ((certificate, None), (None, key)):
+        with pytest.raises(UsageError, match="go together"):
+            check_certificate(*one)
+    with pytest.raises(InputError, match=r"none\.pem cannot be read"):
+        check_certificate(certificate, tmp_path / "none.pem")
+    with pytest.raises(InputError, match="no certificate and its key"):
+        check_certificate(key, certificate)
+    locked = tmp_path / "locked.pem"
+    subprocess.run(
+        ["openssl", "rsa", "-aes256", "-passout", "pass:words", "-in", str(key), "-out",
+         str(locked)], check=True, capture_output=True,
+    )  # fmt: skip
+    with pytest.raises(InputError, match="without a password"):
+        check_certificate(certificate, locked)
+
+
+def test_a_request_may_ask_for_few_answers_only(tmp_path: Path) -> None:
+    assert environment(Server(tmp_path), {})["VLLM_MAX_N_SEQUENCES"] == "64"
+    mine = environment(Server(tmp_path), os.environ | {"VLLM_MAX_N_SEQUENCES": "8"})
+    assert mine["VLLM_MAX_N_SEQUENCES"] == "8"

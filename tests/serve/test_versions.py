@@ -1,0 +1,88 @@
+"""An untested vLLM: refused for packed models, untouched for all others."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Outcome
+
+from gblm.errors import MachineError
+from gblm.serve import versions
+from gblm.serve.launch import Server, check
+
+pytestmark = pytest.mark.vllm
+DOCS = Path(__file__).parents[2] / "docs" / "serving.md"
+SENTENCE = "vLLM 0.99.1 is installed, but gblm's packed weights were tested with 0.32 only"
+
+
+@pytest.fixture
+def untested(tmp_path: Path) -> dict[str, str]:
+    """Environment of a process that finds another version of vLLM's distribution."""
+    info = tmp_path / "other" / "vllm-0.99.1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.99.1\n")
+    paths = [str(info.parent), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def run(code: str, environment: dict[str, str]) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False,
+        env=os.environ | environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_serve_refuses_a_packed_model_before_vllm_starts(
+    gblm: Callable[..., Outcome], packed: Path, untested: dict[str, str]
+) -> None:
+    done = gblm("serve", packed, **untested)
+    assert done.code == 3, done
+    assert SENTENCE in done.err
+    assert "GBLM_ALLOW_UNTESTED_VLLM=1" in done.err
+    assert "starting" not in done.err
+
+
+def test_override_and_dense_models_pass(
+    packed: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versions, "vllm_version", lambda: "0.320.0")
+    check(Server(tiny))
+    with pytest.raises(MachineError, match=r"0\.320\.0 is installed"):
+        check(Server(packed))
+    monkeypatch.setenv("GBLM_ALLOW_UNTESTED_VLLM", "1")
+    check(Server(packed))
+
+
+def test_plugin_refuses_when_a_packed_model_is_loaded(untested: dict[str, str]) -> None:
+    code = (
+        "import gblm.serve.vllm_plugin as p; p.register()\n"
+        "from vllm.model_executor.layers.quantization import get_quantization_config as g\n"
+        "try: g('gblm').from_config({})\n"
+        "except Exception as error: print(type(error).__name__, error)"
+    )
+    assert f"MachineError {SENTENCE}" in run(code, untested)
+    allowed = run(code, untested | {"GBLM_ALLOW_UNTESTED_VLLM": "1"})
+    assert "CheckpointError" in allowed
+
+
+def test_plugin_that_does_not_fit_leaves_an_untested_vllm_alone(untested: dict[str, str]) -> None:
+    broken = (
+        "import sys; sys.modules['vllm.model_executor.layers.quantization'] = None\n"
+        "import gblm.serve.vllm_plugin as p\n"
+    )
+    log = run(f"{broken}p.register()", untested)
+    assert "packed models cannot be served by vLLM 0.99.1" in log
+    code = f"{broken}try: p.register()\nexcept ImportError: print('raised')"
+    assert "raised" in run(code, {})
+
+
+@pytest.mark.parametrize("release", versions.TESTED_VERSIONS)
+def test_documentation_lists_every_tested_release(release: str) -> None:
+    assert f"\n| {release}." in DOCS.read_text()

@@ -1,0 +1,42 @@
+"""The process around vLLM: exit codes and signals, with small children in vLLM's place."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+WATCH = (
+    "import sys; from gblm.serve.watch import watch; sys.exit(watch([sys.executable, '-c', {}]))"
+)
+WAIT = (
+    "import signal, sys, time\n"
+    "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"
+    "print('ready', flush=True); time.sleep(60)"
+)
+
+
+@pytest.mark.parametrize(
+    ("child", "code"),
+    [("pass", 1), ("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", 137)],
+)
+def test_an_end_that_nobody_asked_for_is_an_error(child: str, code: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WATCH.format(repr(child))], capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == code
+    assert ("vLLM ended by itself" in done.stderr) == (child == "pass")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGKILL, -9)])
+def test_the_child_ends_with_its_parent(number: signal.Signals, code: int) -> None:
+    words = [sys.executable, "-c", WATCH.format(repr(WAIT))]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(number)
+        assert process.wait(30) == code
+        assert process.stdout.read() == b""  # the child held it open
