@@ -7,6 +7,7 @@ small process passes signals on, and turns an end that no signal asked for into 
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import subprocess
 import sys
@@ -27,6 +28,8 @@ def watch(command: list[str]) -> int:
 
     def forward(number: int, _: FrameType | None) -> None:
         asked.append(number)
+        if number == signal.SIGINT and _in_foreground():
+            return  # the terminal has sent Ctrl-C to the child, too; two would cut it short
         for child in children:
             child.send_signal(number)
 
@@ -41,6 +44,14 @@ def watch(command: list[str]) -> int:
         print("gblm: error: vLLM ended by itself; the reason stands above.", file=sys.stderr)
         return 1
     return code if code >= 0 else 128 - code
+
+
+def _in_foreground() -> bool:
+    """Whether a terminal's signals go to this process and its child."""
+    try:
+        return os.tcgetpgrp(0) == os.getpgrp()
+    except OSError:
+        return False
 
 
 def _die_with_parent() -> None:

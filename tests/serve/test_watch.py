@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -15,6 +18,15 @@ WAIT = (
     "import signal, sys, time\n"
     "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"
     "print('ready', flush=True); time.sleep(60)"
+)
+
+COUNT = (
+    "import signal, sys, time\n"
+    "seen = []\n"
+    "signal.signal(signal.SIGINT, lambda *_: seen.append(1))\n"
+    "print('ready', flush=True)\n"
+    "while not seen: time.sleep(0.05)\n"
+    "time.sleep(1); print('seen', len(seen), flush=True)"
 )
 
 
@@ -40,3 +52,19 @@ def test_the_child_ends_with_its_parent(number: signal.Signals, code: int) -> No
         process.send_signal(number)
         assert process.wait(30) == code
         assert process.stdout.read() == b""  # the child held it open
+
+
+def test_control_c_reaches_the_child_once() -> None:
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-c", WATCH.format(repr(COUNT))])
+    shown = b""
+    while b"ready" not in shown:
+        shown += os.read(terminal, 1000)
+    time.sleep(0.2)
+    os.write(terminal, b"\x03")
+    while b"seen" not in shown or not shown.endswith(b"\n"):
+        shown += os.read(terminal, 1000)
+    assert b"seen 1\r\n" in shown
+    os.waitpid(pid, 0)
+    os.close(terminal)
