@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("setuptools", minversion="77")  # the build is not isolated: no network
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("toolkit", "export", "serve")
+FOLDERS = ("toolkit", "export", "serve", "deploy")
 FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
 
 CHECK = """
@@ -36,7 +36,7 @@ print(linear(torch.ones(1, 8).bfloat16(), prepared, (1, 8), fmt, backend).item()
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A wheel of this tree made where no compiler can be started, and what its building said."""
     source, out = (tmp_path_factory.mktemp(name) for name in ("source", "wheel"))
-    for name in PACKAGES:
+    for name in FOLDERS:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__py*"))
     for name in FILES:
         shutil.copy(ROOT / name, source)

@@ -13,7 +13,7 @@ def main() -> None:
     llm = LLM(folder, max_model_len=256, distributed_executor_backend="uni", **settings)
     prompts = [{"prompt_token_ids": [(7 * i + j) % 250 for j in range(5 + i)]} for i in range(8)]
     options = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, logprobs=20)
-    for done in llm.generate(prompts, options):
+    for done in llm.generate(prompts, options, use_tqdm=False):
         out = done.outputs[0]
         steps = [{token: one.logprob for token, one in step.items()} for step in out.logprobs]
         print("TOKENS " + json.dumps({"tokens": list(out.token_ids), "steps": steps}), flush=True)
