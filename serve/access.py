@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import ssl
 from collections.abc import Sequence
 from pathlib import Path
 
 from gblm.errors import InputError, UsageError
+from gblm.network import is_loopback
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +42,6 @@ def check_address(host: str, has_key: bool, insecure: bool, options: Sequence[st
             f"--host {host} opens the server to other machines without an API key: give "
             f"--api-key-file or set {KEY_VARIABLE}, or pass --insecure if the network is yours."
         )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address; unknown names count as reachable."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def check_certificate(certificate: Path | None, key: Path | None) -> None:

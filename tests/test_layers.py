@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "values": {"errors", "scales", "weights"},
     "choices": {"errors", "formats", "patterns", "recipe", "values"},
     "progress": set(),
+    "network": set(),
     "structure": set(),
     "recipe": {"errors", "folder"},
     "folder": {"errors"},
@@ -63,7 +64,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "provenance", "prune", "recipe", "values",
     },
     "bench": {
-        "checkpoint", "errors", "folder", "formats", "kernels", "patterns", "progress",
+        "checkpoint", "errors", "folder", "formats", "kernels", "network", "patterns", "progress",
         "provenance", "values", "weights",
     },
     "doctor": {"formats", "kernels", "patterns", "provenance", "values", "weights"},
@@ -73,8 +74,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "serve": {
         "__init__", "checkpoint", "errors", "fetch", "folder", "formats", "kernels", "model",
-        "packed", "patterns", "progress", "provenance", "prune", "recipe", "steps", "values",
-        "weights",
+        "network", "packed", "patterns", "progress", "provenance", "prune", "recipe", "steps",
+        "values", "weights",
     },
     "commands": {
         "bench", "budget", "checkpoint", "doctor", "errors", "evaluate", "export", "fetch",

@@ -14,7 +14,8 @@ import pytest
 from conftest import Outcome
 
 from gblm.errors import InputError, UsageError
-from gblm.serve.access import check_address, check_certificate, is_loopback
+from gblm.network import is_loopback
+from gblm.serve.access import check_address, check_certificate
 from gblm.serve.launch import Server, check_options, command, environment
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import ipaddress
 import logging
 import socket
 import threading
@@ -17,6 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from gblm.errors import GblmError, InputError, MachineError, UsageError
+from gblm.network import is_loopback
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Target:
                 "a key goes into --api-key-file."
             )
         key = None if key_file is None else _read_key(key_file)
-        if key is not None and parts.scheme == "http" and not _is_loopback(parts.hostname or ""):
+        if key is not None and parts.scheme == "http" and not is_loopback(parts.hostname or ""):
             logger.warning("server %s: its API key is sent over http, unencrypted", name)
         path = parts.path.rstrip("/").removesuffix("/metrics")
         return cls(name, f"{parts.scheme}://{parts.netloc}{path}/metrics", key)
@@ -146,12 +146,6 @@ def _cut_off(connection: socket.socket) -> None:
     with contextlib.suppress(OSError):
         # The plain socket's method: SSLSocket's own would let the reader go on unencrypted.
         socket.socket.shutdown(connection, socket.SHUT_RDWR)
-
-
-def _is_loopback(host: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
 
 
 def _read_key(path: Path) -> str:
