@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CHECK := build/check
 CSRC := toolkit/kernels/csrc
 
-.PHONY: help dev lint types unit sanitize arm64 dist wheel test demo bench image clean
+.PHONY: help dev lint types unit sanitize arm64 dist wheel vllm-cuda test demo bench image clean
 
 help:
 	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -84,6 +84,13 @@ wheel: dist ## install the wheel in an empty environment, run it there
 	$(CHECK)/bin/pip install --quiet --disable-pip-version-check dist/*.whl pytest
 	cd build && check/bin/gblm --version && check/bin/gblm doctor
 	cd build && check/bin/pytest -q -p no:cacheprovider -o pythonpath=$(CURDIR)/tests $(CURDIR)/tests/wheel_check.py
+
+# Imports vLLM and cuts weights; a model runs on no machine without a device. 10 GB to install.
+vllm-cuda: dist ## optional: the plugin in vLLM's newest CUDA build, which needs no GPU for this
+	$(PYTHON) -m venv build/vllm-cuda
+	build/vllm-cuda/bin/pip install --quiet --disable-pip-version-check dist/*.whl vllm==0.33.0 pytest
+	cd build && vllm-cuda/bin/pytest -q -p no:cacheprovider -o pythonpath=$(CURDIR)/tests \
+		$(CURDIR)/tests/cuda_build_check.py $(CURDIR)/tests/serve/test_sharding.py $(CURDIR)/tests/serve/test_versions.py
 
 test: lint types unit sanitize wheel ## everything that CI runs
 

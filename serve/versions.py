@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from gblm.errors import MachineError
 
 # Releases this plugin was run with; each entry is a line of docs/serving.md.
-TESTED_VERSIONS = ("0.32",)
+TESTED_VERSIONS = ("0.32", "0.33")
 ALLOW_VARIABLE = "GBLM_ALLOW_UNTESTED_VLLM"
 
 
