@@ -99,6 +99,9 @@ CASES = {
     ),
     "alps-24": Case("2:4, ALPS", _sparse("alps", "2:4")),
     "alps-24-rec": Case("2:4, ALPS + reconstruct", _sparse("alps", "2:4", **REC)),
+    "alps-24-rec4": Case(
+        "2:4, ALPS + reconstruct 4", _sparse("alps", "2:4", reconstruct={"epochs": 4})
+    ),
     "sparsegpt-50": Case("50 %, SparseGPT", _sparse("sparsegpt", "0.5")),
     "sparsegpt-50-rec": Case("50 %, SparseGPT + reconstruct", _sparse("sparsegpt", "0.5", **REC)),
     # Sparse and four bits.
