@@ -13,7 +13,7 @@ import yaml
 DEPLOY = Path(__file__).parents[1] / "deploy"
 DASHBOARD = DEPLOY / "grafana" / "dashboards" / "gblm.json"
 ALERTS = DEPLOY / "prometheus" / "alerts.yml"
-VARIABLES = {"$model": ".*", "$instance": ".*", "$__rate_interval": "30s"}
+VARIABLES = {"$model": ".*", "$instance": ".*", "$__rate_interval": "2m"}
 # Everything in a query that is no name of a metric: labels, strings, windows, lists of labels.
 OTHER = re.compile(
     r"""\{[^}]*\}|"[^"]*"|\[[^]]*\]|\b(?:by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)"""

@@ -156,11 +156,11 @@ def test_prometheus_scrapes_the_server_and_answers_the_dashboard(
     with prometheus(server[0].removeprefix("http://"), tmp_path) as ask:
         waited(lambda: ask("query", query='up{job="gblm"} == 1')["result"])
         client.completions.create(model="tiny", prompt="abc", max_tokens=4)
-        # Two scrapes after the request, so that there are rates.
-        grown = "rate(vllm:generation_tokens_total[30s]) > 0"
-        waited(lambda: ask("query", query=grown)["result"])
+        # Rates take two scrapes after the request.
         for query in (*promql.of_panels(), *promql.of_variables()):
-            assert ask("query", query=query)["result"], query
+            waited(lambda query=query: ask("query", query=query)["result"], lambda q=query: q)
+        generated = "sum(increase(vllm:generation_tokens_total[2m])) > 0"
+        waited(lambda: ask("query", query=generated)["result"])
         running = "sum(gblm_linears)"
         assert ask("query", query=running)["result"][0]["value"][1] == "8"
         (group,) = waited(lambda: evaluated(ask("rules")["groups"]))
@@ -253,7 +253,7 @@ def prometheus(target: str, folder: Path) -> Iterator[Callable[..., dict]]:
         yield ask
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
 
 
 def answers(address: str) -> bool:
@@ -271,8 +271,8 @@ def evaluated(groups: list[dict]) -> list[dict]:
 
 
 def waited(look: Callable[[], object], why: Callable[[], str] = str) -> object:
-    """What is found within a minute."""
-    limit = time.monotonic() + 60
+    """What is found within two minutes."""
+    limit = time.monotonic() + 120
     while not (found := look()):
         assert time.monotonic() < limit, why()
         time.sleep(0.3)
