@@ -20,11 +20,14 @@ $(VENV)/.ready: pyproject.toml setup.py $(wildcard $(CSRC)/*)
 	$(BIN)/pip uninstall --quiet --yes torchaudio torchcodec
 	touch $@
 
-lint: dev ## ruff, clang-format, and hadolint for the Dockerfile
+lint: dev ## ruff, clang-format, hadolint for the Dockerfile, and the files of deploy/
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/clang-format --dry-run --Werror $(wildcard $(CSRC)/*.h $(CSRC)/*.cpp tests/kernels/*.h tests/kernels/*.cpp)
 	$(BIN)/hadolint Dockerfile
+	$(BIN)/yamllint --strict deploy
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec $(wildcard deploy/compose*.yaml)
+	$(BIN)/kubernetes-validate --quiet --strict --kubernetes-version 1.30 $(wildcard deploy/kubernetes/*.yaml)
 
 # The type checker cannot follow an editable install's import hook, so it is shown a real tree.
 types: dev ## mypy --strict

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from gblm.formats import Format, join_formats
 from gblm.formats.manifest import QUANT_METHOD, Manifest
 from gblm.kernels import Backend
 from gblm.serve.versions import check_version
+from gblm.serve.vllm_plugin import metrics
 from gblm.serve.vllm_plugin.head import EmbeddingMethod, HeadMethod, PackedHeadMethod
 from gblm.serve.vllm_plugin.linear import SparseLinearMethod
 
@@ -30,9 +33,10 @@ from gblm.serve.vllm_plugin.linear import SparseLinearMethod
 class SparseConfig(QuantizationConfig):
     """The packed weights of one checkpoint, as vLLM asks for them."""
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, reports: Path | None = None) -> None:
         super().__init__()
         self.manifest = manifest
+        self.reports = reports
         self.num_created = 0
         self._chosen: list[tuple[Backend, Sequence[str]]] = []
 
@@ -40,7 +44,7 @@ class SparseConfig(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> SparseConfig:
         """Check vLLM's version and the "quantization_config" object."""
         check_version()
-        return cls(Manifest.from_config(config))
+        return cls(Manifest.from_config(config), metrics.reports().new_folder())
 
     def get_name(self) -> str:
         """The quant_method."""
@@ -80,6 +84,7 @@ class SparseConfig(QuantizationConfig):
         if len(self._chosen) == self.num_created:
             _show_logs()
             kernels.log_choice(self._chosen)
+            metrics.report(self.reports, Counter(chosen.name for chosen, _ in self._chosen))
             self._chosen.clear()
 
     def _head_method(self, prefix: str) -> QuantizeMethodBase:

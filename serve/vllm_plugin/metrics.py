@@ -1,0 +1,204 @@
+"""gblm's metrics beside vLLM's: which backends the workers run, and what the checkpoint holds.
+
+vLLM hands the SparseConfig of the process that answers /metrics to its workers. It names a folder:
+each worker leaves one small file there when its weights are prepared, and scrapes read these. A
+stat logger would make vLLM keep statistics under --disable-log-stats, too, for every model.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from prometheus_client import REGISTRY, Gauge
+from prometheus_client.metrics_core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+import gblm
+from gblm.checkpoint.durable import write_object
+from gblm.checkpoint.inspect import inspect
+from gblm.checkpoint.packed_folder import MANIFEST_FILE
+from gblm.checkpoint.writer import sha256
+from gblm.errors import GblmError
+from gblm.folder import read_json_object
+from gblm.kernels import BACKENDS
+
+logger = logging.getLogger(__name__)
+
+Report = dict[str, Any]
+MULTIPROCESS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+GROUP = ("part", "format", "pattern", "values")
+
+
+class Reports(Collector):
+    """The reports of this server's workers, for the registry that /metrics shows."""
+
+    def __init__(self) -> None:
+        self._folders: list[TemporaryDirectory[str]] = []
+        self._known: dict[Path, tuple[int, Report]] = {}
+
+    def new_folder(self) -> Path:
+        """A folder for the workers of one model; removed when this process ends."""
+        self._folders.append(TemporaryDirectory(prefix="gblm-", ignore_cleanup_errors=True))
+        return Path(self._folders[-1].name)
+
+    def collect(self) -> list[GaugeMetricFamily]:
+        """What is known now; a report stays known if something empties the folder."""
+        for folder in self._folders:
+            for path in Path(folder.name).glob("*.json"):
+                stamp = path.stat().st_mtime_ns
+                if self._known.get(path, (None,))[0] != stamp:
+                    self._known[path] = (stamp, read_json_object(path))
+        return families(report for _, report in self._known.values())
+
+
+@cache
+def reports() -> Reports:
+    """The one collector of this process, registered at the first call."""
+    collector = Reports()
+    REGISTRY.register(collector)
+    return collector
+
+
+def report(folder: Path | None, backends: Mapping[str, int]) -> None:
+    """Say what this worker runs; called when all of its weights are prepared.
+
+    Args:
+        folder: of `Reports.new_folder`, made by the server's process; None where there is none.
+        backends: linears by the name of their backend.
+    """
+    from vllm.config import get_current_vllm_config_or_none
+    from vllm.distributed import get_pp_group
+
+    current = get_current_vllm_config_or_none()
+    if folder is None or current is None:
+        return
+    model = current.model_config
+    found: Report = {
+        "model_name": model.served_model_name,
+        "stage": get_pp_group().rank_in_group,
+        "backends": dict(backends),
+    }
+    try:
+        source = local_folder(model.model, model.revision, current.load_config.download_dir)
+        found |= checkpoint_facts(source)
+    except Exception as error:  # of the hub's client, too: none of them may end a server
+        logger.warning("gblm: /metrics cannot describe the checkpoint: %s", error)
+    try:
+        write_object(folder / f"{os.getpid()}.json", found)
+    except GblmError as error:
+        logger.warning("gblm: /metrics does not count this worker: %s", error)
+        return
+    if MULTIPROCESS_VARIABLE in os.environ:
+        publish(families(map(read_json_object, folder.glob("*.json"))))
+
+
+def local_folder(model: str, revision: str | None, cache_dir: str | None) -> Path:
+    """Where vLLM has loaded a model from: its folder, or the hub's snapshot in the cache."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(model, revision=revision, cache_dir=cache_dir, local_files_only=True)
+    )
+
+
+def checkpoint_facts(folder: Path) -> Report:
+    """What `gblm inspect` finds in a packed folder, and the hash of its list of hashes."""
+    facts = inspect(folder)
+    parts = [("linears", group) for group in facts["groups"]]
+    parts += [("head", facts["head"])] if "head" in facts else []
+    manifest = folder / MANIFEST_FILE
+    return {
+        "manifest_sha256": sha256(manifest) if manifest.is_file() else "",
+        "groups": [
+            {"part": part, "format": group["format"], "pattern": group["pattern"],
+             "values": group["dtype"], "linears": group["linears"], "bytes": group["bytes"],
+             "bytes_dense": group["bytes_dense"]}
+            for part, group in parts
+        ],
+    }  # fmt: skip
+
+
+def families(found: Iterable[Report]) -> list[GaugeMetricFamily]:
+    """The metrics of a server from the reports of its workers; none without reports."""
+    models: dict[str, list[Report]] = {}
+    for one in found:
+        models.setdefault(one["model_name"], []).append(one)
+    return [*_running(models), *_stored(models)] if models else []
+
+
+def publish(found: Iterable[GaugeMetricFamily]) -> None:
+    """For several API servers, whose /metrics show what processes write into a common folder.
+
+    Numbers only grow as workers report, so that the largest is the complete one.
+    """
+    for family in found:
+        for sample in family.samples:
+            gauge = _gauge(family.name, family.documentation, tuple(sample.labels))
+            gauge.labels(**sample.labels).set(sample.value)
+
+
+@cache
+def _gauge(name: str, text: str, labels: tuple[str, ...]) -> Gauge:
+    return Gauge(name, text, labels, multiprocess_mode="max", registry=None)
+
+
+def _running(models: Mapping[str, list[Report]]) -> list[GaugeMetricFamily]:
+    linears = GaugeMetricFamily(
+        "gblm_linears",
+        "Linears by the backend that runs them; what vLLM fuses is one, a packed head is another.",
+        labels=["model_name", "backend"],
+    )
+    workers = GaugeMetricFamily(
+        "gblm_workers", "Worker processes that the counts come from.", labels=["model_name"]
+    )
+    for name, own in models.items():
+        workers.add_metric([name], len(own))
+        for backend in BACKENDS:
+            linears.add_metric([name, backend], _count(own, backend))
+    return [linears, workers]
+
+
+def _count(own: Iterable[Report], backend: str) -> int:
+    """Ranks of one pipeline stage share its linears; stages have different ones."""
+    stages: dict[int, int] = {}
+    for one in own:
+        stage = one["stage"]
+        stages[stage] = max(stages.get(stage, 0), one["backends"].get(backend, 0))
+    return sum(stages.values())
+
+
+def _stored(models: Mapping[str, list[Report]]) -> list[GaugeMetricFamily]:
+    labels = ["model_name", *GROUP]
+    stored = {
+        "linears": GaugeMetricFamily(
+            "gblm_stored_linears", "Packed linears in the checkpoint.", labels=labels
+        ),
+        "bytes": GaugeMetricFamily(
+            "gblm_packed_bytes", "Bytes of packed weights in the checkpoint.", labels=labels
+        ),
+        "bytes_dense": GaugeMetricFamily(
+            "gblm_dense_bytes", "Bytes of the same weights without packing.", labels=labels
+        ),
+    }
+    info = GaugeMetricFamily(
+        "gblm_checkpoint_info",
+        f"The sha256 of {MANIFEST_FILE}, and the version of gblm that serves it.",
+        labels=["model_name", "manifest_sha256", "version"],
+    )
+    for name, own in models.items():
+        facts = next((one for one in own if "groups" in one), None)
+        if facts is None:
+            continue
+        info.add_metric([name, facts["manifest_sha256"], gblm.__version__], 1)
+        for group in facts["groups"]:
+            for key, family in stored.items():
+                family.add_metric([name, *(group[label] for label in GROUP)], group[key])
+    return [*stored.values(), info]

@@ -1,0 +1,154 @@
+"""From the reports of the workers to the metrics of a server, without one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from gblm.checkpoint.inspect import inspect
+
+metrics = pytest.importorskip(
+    "gblm.serve.vllm_plugin.metrics", reason="prometheus_client is not installed"
+)
+
+
+def worker(stage: int = 0, **backends: int) -> dict:
+    return {"model_name": "m", "stage": stage, "backends": backends}
+
+
+def values(found: list) -> dict[str, dict[str, float]]:
+    """Per metric its values, by the last label."""
+    return {
+        family.name: {[*sample.labels.values()][-1]: sample.value for sample in family.samples}
+        for family in found
+    }
+
+
+def running(*reports: dict) -> dict[str, float]:
+    return values(metrics.families(reports))["gblm_linears"]
+
+
+def test_tensor_parallel_ranks_share_their_linears() -> None:
+    assert running(worker(cpu=8), worker(cpu=8)) == {"cpu": 8, "reference": 0, "dense": 0}
+
+
+def test_pipeline_stages_add_up() -> None:
+    assert running(worker(0, cpu=4), worker(1, cpu=5), worker(1, cpu=5))["cpu"] == 9
+
+
+def test_ranks_that_disagree_show_both_backends() -> None:
+    assert running(worker(cpu=8), worker(cpu=6, reference=2)) == {
+        "cpu": 8, "reference": 2, "dense": 0,
+    }  # fmt: skip
+
+
+def test_workers_are_counted() -> None:
+    assert values(metrics.families([worker(), worker()]))["gblm_workers"] == {"m": 2}
+
+
+def test_no_reports_no_metrics() -> None:
+    assert metrics.families([]) == []
+
+
+def test_reports_are_read_as_they_come_and_kept() -> None:
+    reports = metrics.Reports()
+    folder = reports.new_folder()
+    assert reports.collect() == []
+    path = folder / "1.json"
+    path.write_text(json.dumps(worker(cpu=8)))
+    assert values(reports.collect())["gblm_linears"]["cpu"] == 8
+    path.unlink()  # as a system does that empties /tmp
+    assert values(reports.collect())["gblm_linears"]["cpu"] == 8
+    path.write_text(json.dumps(worker(dense=8)))
+    assert values(reports.collect())["gblm_linears"] == {"cpu": 0, "reference": 0, "dense": 8}
+
+
+def test_facts_are_those_of_inspect(pack_tiny: Callable[..., Path]) -> None:
+    folder = pack_tiny(pattern="0.5", values="int4", head="int8", tied=False)
+    facts = inspect(folder)
+    found = metrics.checkpoint_facts(folder)
+    expected = [("linears", group) for group in facts["groups"]] + [("head", facts["head"])]
+    assert [
+        (group["part"], group["format"], group["pattern"], group["values"], group["linears"],
+         group["bytes"], group["bytes_dense"])
+        for group in found["groups"]
+    ] == [
+        (part, group["format"], group["pattern"], group["dtype"], group["linears"], group["bytes"],
+         group["bytes_dense"])
+        for part, group in expected
+    ]  # fmt: skip
+
+
+def test_a_hub_id_is_found_in_the_cache(tmp_path: Path) -> None:
+    repo = tmp_path / "models--org--name"
+    snapshot = repo / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0" * 40)
+    assert metrics.local_folder("org/name", None, str(tmp_path)) == snapshot
+    assert metrics.local_folder(str(tmp_path), None, None) == tmp_path
+
+
+SEVERAL_SERVERS = """
+import os
+from prometheus_client import CollectorRegistry, generate_latest, multiprocess
+from gblm.serve.vllm_plugin.metrics import families, publish
+
+first, second = ({"model_name": "m", "stage": n, "backends": {"cpu": 4}} for n in (0, 1))
+if os.fork() == 0:
+    publish(families([first, second]))
+    os._exit(0)
+os.wait()
+publish(families([first]))
+registry = CollectorRegistry()
+multiprocess.MultiProcessCollector(registry)
+print(generate_latest(registry).decode())
+"""
+
+
+def test_several_api_servers_show_the_complete_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(metrics.MULTIPROCESS_VARIABLE, str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-c", SEVERAL_SERVERS], capture_output=True, text=True, check=True
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("gblm_")]
+    assert sorted(lines) == [
+        'gblm_linears{backend="cpu",model_name="m"} 8.0',
+        'gblm_linears{backend="dense",model_name="m"} 0.0',
+        'gblm_linears{backend="reference",model_name="m"} 0.0',
+        'gblm_workers{model_name="m"} 2.0',
+    ]
+
+
+@pytest.mark.vllm
+def test_a_report_that_fails_does_not_end_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import vllm.config
+    import vllm.distributed
+
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(model="org/none", revision=None, served_model_name="m"),
+        load_config=SimpleNamespace(download_dir=str(tmp_path)),
+    )
+    monkeypatch.setattr(vllm.config, "get_current_vllm_config_or_none", lambda: config)
+    stage = SimpleNamespace(rank_in_group=1)
+    monkeypatch.setattr(vllm.distributed, "get_pp_group", lambda: stage)
+    with caplog.at_level(logging.WARNING, "gblm"):
+        metrics.report(tmp_path, {"cpu": 8})
+    assert "cannot describe the checkpoint" in caplog.text
+    (path,) = tmp_path.glob("*.json")
+    assert json.loads(path.read_text()) == worker(1, cpu=8)
+    assert values(metrics.families([worker(1, cpu=8)]))["gblm_checkpoint_info"] == {}
+    with caplog.at_level(logging.WARNING, "gblm"):
+        metrics.report(tmp_path / "nowhere", {"cpu": 8})
+    assert "does not count this worker" in caplog.text
