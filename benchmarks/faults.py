@@ -119,7 +119,9 @@ def bad_requests(model: str, context: int) -> list[Bad]:
         "deep JSON": b'{"a":' * 100_000,
         "invalid UTF-8": good.replace(b"Once", b"\xff\xfe\xc3("),
         "NUL bytes": b"\0" * 1000,
-        "a number of 5000 digits": good.replace(b'"max_tokens": 16', b'"max_tokens": ' + b"9" * 5000),
+        "a number of 5000 digits": good.replace(
+            b'"max_tokens": 16', b'"max_tokens": ' + b"9" * 5000
+        ),
     }
     asked = [
         Bad(name, json.dumps(ask(model) | fields).encode()) for name, fields in changed.items()
@@ -281,7 +283,7 @@ def settle(url: str) -> int:
     """Requests still running a while after the last client left."""
     running, limit = 1, time.monotonic() + 30
     while running and time.monotonic() < limit:
-        running = _count(httpx.get(f"{url}/metrics", timeout=SECONDS).text)
+        running = in_flight(httpx.get(f"{url}/metrics", timeout=SECONDS).text)
         time.sleep(0.1)
     return running
 
@@ -334,10 +336,10 @@ async def _plain(
 
 
 async def _running(client: httpx.AsyncClient, url: str) -> int:
-    return _count((await client.get(f"{url}/metrics")).text)
+    return in_flight((await client.get(f"{url}/metrics")).text)
 
 
-def _count(metrics: str) -> int:
+def in_flight(metrics: str) -> int:
     """Requests that vLLM's metrics call running or waiting."""
     names = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
     found = [line for line in metrics.splitlines() if line.startswith(names)]

@@ -13,15 +13,16 @@ from collections.abc import Callable
 from typing import Any
 
 Files = dict[str, bytes]
-WEIGHTS, CONFIG = ".safetensors", "config.json"
+WEIGHTS, CONFIG, INDEX = ".safetensors", "config.json", ".index.json"
 # What a hostile hand would write where a value stands.
 VALUES: tuple[Any, ...] = (
-    None, True, False, -1, 0, 1, 2, 7, 8, 31, 64, 65, 1023, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1,
-    2**63, 2**64, 10**30, 0.5, -0.5, 1e308, float("nan"), float("inf"), "", ".", "..", "../x", "/etc/passwd",
-    "nm", "bitmask", "dense", "p:attr", "os.system", "2:4", "1:64", "64:64", "4:2", "0", "0.5", ".9999999",
-    "1024x1024@0.5", "1x4@.5", "float", "int8", "int4:row", "uint4:64", "int8:3", "٢:٤", "\0", "a\nb",
-    "*", "model.layers.*", "*.*.*.*.*", "F32", "BF16", "F8_E4M3", "EVIL", "llama", "gpt2", "mixtral",
-    "x" * 10_000, [], {}, [[]], [0, 0], [2**40, 2**40], {"a": {}}, ["model"] * 100,
+    None, True, False, -1, 0, 1, 2, 7, 8, 31, 64, 65, 1023, 2**31 - 1, 2**31, 2**32, 2**53,
+    2**63 - 1, 2**63, 2**64, 10**30, 0.5, -0.5, 1e308, float("nan"), float("inf"), "", ".", "..",
+    "../x", "/etc/passwd", "nm", "bitmask", "dense", "p:attr", "os.system", "2:4", "1:64", "64:64",
+    "4:2", "0", "0.5", ".9999999", "1024x1024@0.5", "1x4@.5", "float", "int8", "int4:row",
+    "uint4:64", "int8:3", "٢:٤", "\0", "a\nb", "*", "model.layers.*", "*.*.*.*.*", "F32", "BF16",
+    "F8_E4M3", "EVIL", "llama", "gpt2", "mixtral", "x" * 10_000, [], {}, [[]], [0, 0],
+    [2**40, 2**40], {"a": {}}, ["model"] * 100,
 )  # fmt: skip
 NUMBERS = (0, 1, 2, 7, 8, 255, 2**15, 2**31 - 1, 2**32, 2**40, 2**62, 2**63 - 1, 2**64 - 1)
 BYTES = (0x00, 0x01, 0x0F, 0x7F, 0x80, 0x88, 0xF0, 0xFF)
@@ -94,7 +95,10 @@ def _add(rng: random.Random, holder: Any) -> None:
 
 
 def _pick(rng: random.Random, files: Files, end: str) -> str:
-    return rng.choice(sorted(name for name in files if name.endswith(end)))
+    """A file whose name ends so; those that every reader opens are taken more often."""
+    names = sorted(name for name in files if name.endswith(end))
+    weights = [8 if name.endswith((WEIGHTS, CONFIG, INDEX)) else 1 for name in names]
+    return rng.choices(names, weights)[0]
 
 
 def _bytes(rng: random.Random, files: Files) -> None:
@@ -169,7 +173,7 @@ def _entry(rng: random.Random, files: Files) -> None:
 
 def _twice(rng: random.Random, files: Files) -> None:
     """One key of a header, or of a JSON file, stands there twice."""
-    name = rng.choice(sorted(files))
+    name = _pick(rng, files, "")
     found = split(files[name]) if name.endswith(WEIGHTS) else (_json(files[name]), b"")
     if found is None or not isinstance(found[0], dict) or not found[0]:
         return

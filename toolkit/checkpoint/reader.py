@@ -141,9 +141,12 @@ def _shards(folder: Path) -> dict[str, set[str] | None]:
     index = folder / INDEX
     if not index.exists():
         raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}.")
-    weight_map = read_json_object(index).get("weight_map")
+    found = read_json_object(index)
+    weight_map = found.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} is no safetensors index: it has no weight_map.")
+    if not isinstance(found.get("metadata", {}), dict):
+        raise CheckpointError(f"{index} is no safetensors index: its metadata are no object.")
     shards: dict[str, set[str] | None] = {}
     for name, file in weight_map.items():
         expected = shards.setdefault(str(file), set())
