@@ -248,7 +248,7 @@ def save(name: str, result: dict[str, Any]) -> None:
     """Put a step's result into the record, in the place of an older one."""
     steps = json.loads(RECORD.read_text())["steps"] if RECORD.exists() else {}
     steps[name] = result
-    record = {"kind": "soak", "provenance": provenance(), "steps": steps}
+    record = {"kind": "soak", "provenance": provenance(), "threads": THREADS, "steps": steps}
     RECORD.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -15,7 +15,7 @@ from gblm.checkpoint.writer import sha256
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 UP = "model.layers.0.mlp.up_proj"
-NORM = "model.norm.weight"
+NORM, BITS = "model.norm.weight", f"{UP}.bitmask"
 Damage = Callable[[Path], None]
 # Arguments of the fixture pack_tiny: pattern and values.
 NM, NM8, ANY4, ANYU4 = ("2:4", "float"), ("2:4", "int8"), ("0.5", "int4"), ("0.5", "uint4")
@@ -182,7 +182,7 @@ DAMAGES: dict[str, tuple[tuple[str, str], Damage, str]] = {
     "row offsets beyond the values": (ANY4, part("row_offsets", _set((-1,), 2**62)), "row_offsets"),
     "row offsets that begin at 1": (ANY4, part("row_offsets", lambda t: t.add_(1)), "run from 1"),
     "bitmask of fewer rows": (
-        NM, tensors(lambda t: t.update({f"{UP}.bitmask": t[f"{UP}.bitmask"][:-1].clone()})), "needs",
+        NM, tensors(lambda t: t.update({BITS: t[BITS][:-1].clone()})), "needs",
     ),
     # Values, codes, scales, zero points.
     "NaN value": (NM, part("values", _set((2, 1), float("nan"))), "NaN"),
@@ -224,9 +224,11 @@ DAMAGES: dict[str, tuple[tuple[str, str], Damage, str]] = {
     "manifest without groups": (
         NM, config(lambda c: c["quantization_config"].update(groups=[])), "groups",
     ),
-    "another version": (NM, config(lambda c: c["quantization_config"].update(version=2)), "version 2"),
+    "another version": (
+        NM, config(lambda c: c["quantization_config"].update(version=2)), "version 2",
+    ),
     "config.json with a key twice": (
-        NM, config(lambda c: b'{"hidden_size": 8, ' + json.dumps(c).encode()[1:]), "stands there twice",
+        NM, config(lambda c: b'{"hidden_size": 8, ' + json.dumps(c).encode()[1:]), "there twice",
     ),
     "config.json that names code": (
         NM, config(lambda c: c.update(auto_map={"AutoConfig": "evil.Evil"})), "auto_map",

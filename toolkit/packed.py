@@ -202,7 +202,7 @@ def _check_dense(model: nn.Module, reader: PackedReader) -> None:
     """What is not packed: all there, of the right shapes, floating, and nothing besides."""
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     packed = {f"{name}.weight" for name in reader.linears}
-    for name, parameter in model.named_parameters():
+    for name, _ in model.named_parameters():
         aliases = {name, *(one for pair in tied.items() if name in pair for one in pair)}
         if name not in packed and not any(alias in reader for alias in aliases):
             raise CheckpointError(f"{reader.folder}: tensor {name} is missing.")

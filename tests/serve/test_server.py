@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import faults
+import psutil
 import pytest
 from conftest import Outcome
 
@@ -56,12 +57,19 @@ def server(
         yield running
 
 
+@pytest.fixture(scope="module")
+def tokens_before(server: tuple) -> list[int]:
+    """Greedy tokens of the module's server while it lives."""
+    return faults.greedy(server[0], "tiny")
+
+
 @pytest.fixture
 def client(server: tuple) -> object:
     openai = pytest.importorskip("openai", reason="the openai client is not installed")
     return openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", timeout=60)
 
 
+@pytest.mark.usefixtures("tokens_before")
 def test_completion(client: object) -> None:
     done = client.completions.create(model="tiny", prompt="abc", max_tokens=5, temperature=0)
     assert done.usage.completion_tokens == 5
@@ -92,49 +100,49 @@ def test_too_many_answers_are_refused(client: object) -> None:
         client.completions.create(model="tiny", prompt="abc", max_tokens=1, n=65)
 
 
-def test_sigterm_finishes_requests_and_ends_the_server_and_its_children(server: tuple) -> None:
-    import psutil
+def test_clients_that_hang_up_take_nothing_from_the_others(server: tuple) -> None:
+    before = faults.greedy(server[0], "tiny")
+    found = faults.abort_storm(server[0], "tiny", clients=8, tokens=100)
+    assert (found["hung_up"], found["stayed_complete"], found["running_after"]) == (4, 4, 0)
+    assert faults.greedy(server[0], "tiny") == before
 
+
+def test_bad_requests_are_refused_and_change_nothing_for_others(server: tuple) -> None:
+    bad = faults.bad_requests("tiny", context=256)
+    before = faults.greedy(server[0], "tiny")
+    for one in bad:
+        statuses = faults.refuse_all(server[0], [one])
+        assert statuses[one.name] in faults.REFUSED, one.name
+        assert faults.greedy(server[0], "tiny") == before, one.name
+    storm = faults.bad_storm(server[0], bad, at_once=16, rounds=2)
+    assert len(storm) == 2 * len(bad)
+    assert all(status in faults.REFUSED for status in storm)
+    assert faults.greedy(server[0], "tiny") == before
+
+
+def test_a_killed_engine_turns_health_red_and_ends_the_server_with_an_error(server: tuple) -> None:
     url, process, log = server
-    children = psutil.Process(process.pid).children(recursive=True)
-    assert children
-    with stream_tokens(url, 200) as lines:
-        next(lines)
-        process.send_signal(signal.SIGTERM)
-        rest = [line for line in lines if line.startswith(b"data: {")]
-    answers = [json.loads(line[6:])["choices"][0] for line in rest]
-    assert answers[-1]["finish_reason"] == "length"
-    assert process.wait(60) == 0, log.read_text()[-2000:]
-    _, alive = psutil.wait_procs(children, timeout=20)
-    assert not alive
-    with pytest.raises(OSError, match="refused"):
-        urllib.request.urlopen(f"{url}/health", timeout=2)
+    found = faults.kill_engine(url, process, "tiny", clients=4)
+    # No clock is tested here: `make soak` measures how soon.
+    assert found["health"] in (503, "closed")
+    assert found["exit_code"] > 0, log.read_text()[-2000:]
+    assert (found["incomplete"], found["processes_left"]) == (4, 0)
 
 
-def test_a_killed_engine_ends_the_server_with_an_error(
-    pack_tiny: Callable[..., Path], tmp_path: Path
+def test_after_a_restart_it_serves_as_before_and_sigterm_loses_no_answer(
+    pack_tiny: Callable[..., Path], tmp_path: Path, tokens_before: list[int]
 ) -> None:
-    import psutil
-
-    with served(pack_tiny(), tmp_path / "log") as (_, process, log):
+    with served(pack_tiny(), tmp_path / "log") as (url, process, log):
+        assert faults.greedy(url, "tiny") == tokens_before
         children = psutil.Process(process.pid).children(recursive=True)
-        (engine,) = (child for child in children if "EngineCore" in " ".join(child.cmdline()))
-        engine.kill()
-        assert process.wait(60) > 0, log.read_text()[-2000:]
+        assert children
+        found = faults.sigterm_under_load(url, process, "tiny", clients=8, tokens=200)
+        assert (found["in_flight"], found["complete"]) == (8, 8)
+        assert found["exit_code"] == 0, log.read_text()[-2000:]
         _, alive = psutil.wait_procs(children, timeout=20)
         assert not alive
-
-
-@contextmanager
-def stream_tokens(url: str, count: int) -> Iterator[Iterator[bytes]]:
-    """Lines of a streamed answer of so many tokens."""
-    body = {"model": "tiny", "prompt": "abc", "max_tokens": count, "ignore_eos": True,
-            "stream": True}  # fmt: skip
-    request = urllib.request.Request(
-        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        yield iter(answer)
+        with pytest.raises(OSError, match="refused"):
+            urllib.request.urlopen(f"{url}/health", timeout=2)
 
 
 def test_bench_compares_two_servers(
