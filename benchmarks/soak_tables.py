@@ -27,9 +27,9 @@ def reliability() -> str:
     )
     loads = [load for step in steps.values() for load in step["load_average"]]
     return (
-        f"{table(['what', 'result'], rows)}\n\nSmolLM2-135M, magnitude 2:4, bf16, eager. Other work "
-        f"shared the cores: the load average stood between {min(loads):.0f} and {max(loads):.0f} "
-        f"when steps began and ended. {' '.join(origins)} Record: `benchmarks/results/soak.json`."
+        f"{table(['what', 'result'], rows)}\n\nSmolLM2-135M, magnitude 2:4, bf16, eager. Other "
+        f"work shared the cores: the load average was {min(loads):.0f} to {max(loads):.0f} when "
+        f"steps began and ended. {' '.join(origins)} Record: `benchmarks/results/soak.json`."
     )
 
 
