@@ -47,7 +47,7 @@ STORMS = 3
 # Threads that wait by spinning stand still when they share cores with other work.
 THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 LONG = ("runs", "samples")  # only in the record
-CHUNK = 2500  # cases in one process: a crash ends only its own
+AT_ONCE, CHUNK = 4, 2500  # processes, and cases in each: a crash ends only its own
 # The canary's traffic: prompt and generated tokens, requests in flight on each server.
 CANARY, CANARY_CONCURRENCY, CANARY_SECONDS, CANARY_INTERVAL = (64, 32), 4, 120.0, 5.0
 
@@ -166,15 +166,9 @@ def kill(soak: Soak, server: RunningServer) -> dict[str, Any]:
 
 def fuzz(soak: Soak) -> Iterator[tuple[str, dict[str, Any]]]:
     """Damaged folders without an engine, in processes of their own."""
-    chunks = []
-    for first in range(0, soak.cases, CHUNK):
-        words = ["--first", str(first), "--cases", str(min(CHUNK, soak.cases - first))]
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "fuzz.py"), *words],
-            check=False, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        crashed = {"found": [f"cases from {first}: ended with code {done.returncode}"]}
-        chunks.append(json.loads(done.stdout) if done.stdout else crashed)
+    firsts = range(0, soak.cases, CHUNK)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        chunks = list(pool.map(lambda first: _fuzz(first, min(CHUNK, soak.cases - first)), firsts))
     found = [one for chunk in chunks for one in chunk["found"]]
     counts = ("cases", "refused", "loaded unchanged", "loaded as stored", "seconds")
     yield (
@@ -186,6 +180,17 @@ def fuzz(soak: Soak) -> Iterator[tuple[str, dict[str, Any]]]:
             "kept": not found,
         },
     )
+
+
+def _fuzz(first: int, cases: int) -> dict[str, Any]:
+    words = ["--first", str(first), "--cases", str(cases)]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "fuzz.py"), *words],
+        check=False, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    crashed = {"found": [f"cases from {first}: ended with code {done.returncode}"]}
+    counts: dict[str, Any] = json.loads(done.stdout) if done.stdout else crashed
+    return counts
 
 
 def canary(soak: Soak) -> Iterator[tuple[str, dict[str, Any]]]:
