@@ -19,23 +19,6 @@ import psutil
 SECONDS = 120.0
 # Shorter than a block of vLLM's cache, so that the second asking computes what the first did.
 PROMPT = "Once upon"
-# Answers that a client is to blame for.
-REFUSED = range(400, 500)
-
-
-@dataclass(frozen=True)
-class Bad:
-    """A request that must be refused.
-
-    Attributes:
-        name: what is wrong with it.
-        body: as sent.
-        path: below the server's address.
-    """
-
-    name: str
-    body: bytes
-    path: str = "/v1/completions"
 
 
 @dataclass
@@ -67,8 +50,8 @@ class Started:
 
 
 def ask(model: str, **fields: Any) -> dict[str, Any]:
-    """The body of a greedy completion of 16 tokens, with some fields changed."""
-    body = {"model": model, "prompt": PROMPT, "max_tokens": 16, "temperature": 0}
+    """The body of a greedy completion of 12 tokens, with some fields changed."""
+    body = {"model": model, "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
     return body | {"ignore_eos": True} | fields
 
 
@@ -84,81 +67,6 @@ def greedy(url: str, model: str) -> list[int]:
     return tokens
 
 
-def bad_requests(model: str, context: int) -> list[Bad]:
-    """Everything a broken or hostile client may send.
-
-    Args:
-        model: the served name.
-        context: tokens that the server takes in one request.
-    """
-    good = json.dumps(ask(model)).encode()
-    changed = {
-        "huge n": {"n": 10**6},
-        "n of 65": {"n": 65},
-        "n of −1": {"n": -1},
-        "absurd max_tokens": {"max_tokens": 10**15},
-        "negative max_tokens": {"max_tokens": -1},
-        "another model": {"model": "../../etc/passwd"},
-        "prompt of a wrong type": {"prompt": {"text": 1}},
-        "max_tokens of a wrong type": {"max_tokens": "many"},
-        "stream of a wrong type": {"stream": [1, 2]},
-        "temperature of −1": {"temperature": -1},
-        "top_p of 7": {"top_p": 7},
-        "logprobs of a million": {"logprobs": 10**6},
-        "prompt beyond the context": {"prompt": "word " * (2 * context)},
-        "empty prompt": {"prompt": []},
-        "token ids beyond the vocabulary": {"prompt": [10**9, 1, 2]},
-        "negative token ids": {"prompt": [-5, 1, 2]},
-        "broken grammar": {"structured_outputs": {"regex": "(["}},
-        "logit_bias beyond the vocabulary": {"logit_bias": {"99999999": 1.0}},
-    }
-    raw = {
-        "malformed JSON": good[:-5],
-        "no body": b"",
-        "a list for an object": b"[1, 2, 3]",
-        "deep JSON": b'{"a":' * 100_000,
-        "invalid UTF-8": good.replace(b"Once", b"\xff\xfe\xc3("),
-        "NUL bytes": b"\0" * 1000,
-        "a number of 5000 digits": good.replace(
-            b'"max_tokens": 16', b'"max_tokens": ' + b"9" * 5000
-        ),
-    }
-    asked = [
-        Bad(name, json.dumps(ask(model) | fields).encode()) for name, fields in changed.items()
-    ]
-    chat = json.dumps({"model": model, "messages": [{"role": "user", "content": {"x": 1}}]})
-    return [
-        *asked,
-        *(Bad(name, body) for name, body in raw.items()),
-        Bad("chat message of a wrong type", chat.encode(), "/v1/chat/completions"),
-        Bad("chat without messages", good, "/v1/chat/completions"),
-    ]
-
-
-def refuse_all(url: str, bad: list[Bad]) -> dict[str, int | None]:
-    """Send bad requests one after another; the status of each by its name."""
-    with httpx.Client(timeout=SECONDS, headers={"Content-Type": "application/json"}) as client:
-        return {one.name: client.post(url + one.path, content=one.body).status_code for one in bad}
-
-
-def bad_storm(url: str, bad: list[Bad], at_once: int, rounds: int) -> list[int | None]:
-    """Send all of them again and again, so many at once; the status of each."""
-
-    async def send(client: httpx.AsyncClient, one: Bad, gate: asyncio.Semaphore) -> int | None:
-        async with gate:
-            try:
-                return (await client.post(url + one.path, content=one.body)).status_code
-            except httpx.HTTPError:
-                return None
-
-    async def run() -> list[int | None]:
-        gate = asyncio.Semaphore(at_once)
-        async with _client(headers={"Content-Type": "application/json"}) as client:
-            return await asyncio.gather(*(send(client, one, gate) for one in bad * rounds))
-
-    return asyncio.run(run())
-
-
 def abort_storm(url: str, model: str, clients: int, tokens: int) -> dict[str, Any]:
     """Half of the clients hang up after their first token; the others must get everything.
 
@@ -171,7 +79,7 @@ def abort_storm(url: str, model: str, clients: int, tokens: int) -> dict[str, An
 
     async def run() -> tuple[Started, Started]:
         staying, leaving = Started(), Started()
-        async with _client() as client:
+        async with client_of() as client:
             await asyncio.gather(*(
                 _stream(client, url, ask(model, max_tokens=tokens), side, hang_up)
                 for number in range(clients)
@@ -204,7 +112,7 @@ def sigterm_under_load(
 
     async def run() -> tuple[Started, float]:
         started, body = Started(), ask(model, max_tokens=tokens)
-        async with _client() as client:
+        async with client_of() as client:
             tasks = [
                 asyncio.create_task(
                     _stream(client, url, body, started)
@@ -234,12 +142,25 @@ def sigterm_under_load(
     }
 
 
+def seconds_for(url: str, model: str, clients: int, tokens: int) -> float:
+    """How long so many streams of so many tokens take."""
+
+    async def run() -> None:
+        async with client_of() as client:
+            body, started = ask(model, max_tokens=tokens), Started()
+            await asyncio.gather(*(_stream(client, url, body, started) for _ in range(clients)))
+
+    began = time.monotonic()
+    asyncio.run(run())
+    return time.monotonic() - began
+
+
 def kill_engine(url: str, process: psutil.Popen, model: str, clients: int) -> dict[str, Any]:
     """SIGKILL vLLM's engine under load; how soon /health is red, and how `gblm serve` ends."""
 
     async def run() -> tuple[Started, float, int | None]:
         started, body = Started(), ask(model, max_tokens=200)
-        async with _client() as client:
+        async with client_of() as client:
             tasks = [
                 asyncio.create_task(_stream(client, url, body, started)) for _ in range(clients)
             ]
@@ -288,7 +209,8 @@ def settle(url: str) -> int:
     return running
 
 
-def _client(**fields: Any) -> httpx.AsyncClient:
+def client_of(**fields: Any) -> httpx.AsyncClient:
+    """A client that opens a connection for each request, as many at once as it likes."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     return httpx.AsyncClient(timeout=SECONDS, limits=limits, **fields)
 

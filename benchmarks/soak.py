@@ -1,6 +1,6 @@
 """A long soak of `gblm serve`, faults of every kind, and damaged folders by the thousand.
 
-    python benchmarks/soak.py [--minutes 15] [--cases 10000] [--steps serving killing fuzz watch]
+    python benchmarks/soak.py [--minutes 15] [--cases 10000] [--steps serving endings fuzz watch]
 
 Serves SmolLM2, pruned to 2:4 and packed, in bf16. Each step puts its result, with where and when it
 was measured, into benchmarks/results/soak.json as soon as it is known; the exit code is 1 when one
@@ -15,7 +15,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -25,12 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import bad_requests
 import faults
-from soak_load import SPREAD, load_for, one_run, resident_bytes, sampled, slope, warm_up
+from soak_load import SPREAD, load_for, resident_bytes, sampled, slope, warm_up
+from soak_watch import watched
 
-from gblm.bench.scrape import Target
 from gblm.bench.server import RunningServer, running_server
-from gblm.bench.watch import Window, watch
 from gblm.fetch import fetch
 from gblm.folder import resolve
 from gblm.provenance import provenance
@@ -42,14 +41,13 @@ RECORD = ROOT / "results" / "soak.json"
 CONTEXT, NAME = 1024, "model"
 OPTIONS = ("--enforce-eager", "--max-model-len", str(CONTEXT))
 SHUTDOWN_SECONDS, RED_SECONDS = 30, 10.0
-TOKENS = 48  # of each request that SIGTERM meets
+# Tokens of each request that SIGTERM meets: as many as take so long.
+LEAST_TOKENS, MOST_TOKENS, DRAIN_SECONDS = 4, 64, 8.0
 STORMS = 3
 # Threads that wait by spinning stand still when they share cores with other work.
 THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 LONG = ("runs", "samples")  # only in the record
 AT_ONCE, CHUNK = 4, 2500  # processes, and cases in each: a crash ends only its own
-# The canary's traffic: prompt and generated tokens, requests in flight on each server.
-CANARY, CANARY_CONCURRENCY, CANARY_SECONDS, CANARY_INTERVAL = (64, 32), 4, 120.0, 5.0
 
 
 @dataclass(frozen=True)
@@ -82,22 +80,22 @@ class Soak:
 
 
 def serving(soak: Soak) -> Iterator[tuple[str, dict[str, Any]]]:
-    """One server: load, clients that misbehave, SIGTERM."""
+    """One server: load, then clients that misbehave."""
     with soak.serve() as server:
         tokens = faults.greedy(server.url, NAME)
         yield "load", load(soak, server, tokens)
         yield "storms", storms(soak, server, tokens)
-        yield "sigterm", sigterm(soak, server)
 
 
-def killing(soak: Soak) -> Iterator[tuple[str, dict[str, Any]]]:
-    """One server whose engine is killed, and the next one."""
+def endings(soak: Soak) -> Iterator[tuple[str, dict[str, Any]]]:
+    """One server whose engine is killed, and the next one, which SIGTERM ends."""
     with soak.serve() as server:
         tokens = faults.greedy(server.url, NAME)
         killed = kill(soak, server)
     with soak.serve() as server:
         same = faults.greedy(server.url, NAME) == tokens
-    yield "kill", {**killed, "same_tokens_after": same, "kept": killed["kept"] and same}
+        yield "kill", {**killed, "same_tokens_after": same, "kept": killed["kept"] and same}
+        yield "sigterm", sigterm(soak, server)
 
 
 def load(soak: Soak, server: RunningServer, tokens: list[int]) -> dict[str, Any]:
@@ -127,18 +125,18 @@ def load(soak: Soak, server: RunningServer, tokens: list[int]) -> dict[str, Any]
 
 def storms(soak: Soak, server: RunningServer, tokens: list[int]) -> dict[str, Any]:
     """Clients that hang up and requests that are wrong, with healthy requests between."""
-    url, bad = server.url, faults.bad_requests(NAME, CONTEXT)
+    url, bad = server.url, bad_requests.bad_requests(NAME, CONTEXT)
     before = resident_bytes(server.process.pid)
-    aborts = [faults.abort_storm(url, NAME, soak.concurrency, 64) for _ in range(STORMS)]
+    aborts = [faults.abort_storm(url, NAME, soak.concurrency, 16) for _ in range(STORMS)]
     same = [faults.greedy(url, NAME) == tokens]
     statuses, healthy = {}, 0
     for one in bad:
-        statuses |= faults.refuse_all(url, [one])
+        statuses |= bad_requests.refuse_all(url, [one])
         healthy += faults.greedy(url, NAME) == tokens
-    storm = Counter(faults.bad_storm(url, bad, soak.concurrency, 20))
+    storm = Counter(bad_requests.bad_storm(url, bad, soak.concurrency, 10))
     same.append(faults.greedy(url, NAME) == tokens)
     after = resident_bytes(server.process.pid)
-    refused = all(status in faults.REFUSED for status in (*statuses.values(), *storm))
+    refused = all(status in bad_requests.REFUSED for status in (*statuses.values(), *storm))
     gone = all(row["stayed"] == row["stayed_complete"] for row in aborts)
     return {
         "aborts": aborts,
@@ -154,10 +152,19 @@ def storms(soak: Soak, server: RunningServer, tokens: list[int]) -> dict[str, An
 
 def sigterm(soak: Soak, server: RunningServer) -> dict[str, Any]:
     """SIGTERM while so many requests are answered."""
-    found = faults.sigterm_under_load(server.url, server.process, NAME, soak.concurrency, TOKENS)
+    count = soak.concurrency
+    seconds = faults.seconds_for(server.url, NAME, count, LEAST_TOKENS)
+    # The drain must fit into the shutdown timeout on a slow machine, too.
+    tokens = max(LEAST_TOKENS, min(MOST_TOKENS, int(LEAST_TOKENS * DRAIN_SECONDS / seconds)))
+    found = faults.sigterm_under_load(server.url, server.process, NAME, count, tokens)
     kept = found["complete"] == found["in_flight"] == soak.concurrency and found["exit_code"] == 0
     in_time = found["seconds_to_last_answer"] <= SHUTDOWN_SECONDS
-    return {**found, "shutdown_timeout": SHUTDOWN_SECONDS, "kept": kept and in_time}
+    return {
+        **found,
+        "tokens": tokens,
+        "shutdown_timeout": SHUTDOWN_SECONDS,
+        "kept": kept and in_time,
+    }
 
 
 def kill(soak: Soak, server: RunningServer) -> dict[str, Any]:
@@ -197,59 +204,12 @@ def _fuzz(first: int, cases: int) -> dict[str, Any]:
 
 
 def canary(soak: Soak) -> Iterator[tuple[str, dict[str, Any]]]:
-    """`gblm bench watch` beside two live servers, against what their load generators measured."""
-    with soak.serve(soak.dense) as dense, soak.serve() as sparse:
-        sides = {"a": (dense.url, soak.dense), "b": (sparse.url, soak.packed)}
-        with ThreadPoolExecutor(len(sides)) as pool:
-            first = list(pool.map(lambda s: _traffic(*s, 4 * CANARY_CONCURRENCY), sides.values()))
-            count = int(CANARY_SECONDS * min(row["requests_per_s"] for row in first))
-            begun = threading.Event()
-            window = Window(CANARY_SECONDS * 1.5, CANARY_INTERVAL)
-            seen = pool.submit(watch, Target.of("A", dense.url), Target.of("B", sparse.url), window,
-                               lambda *_: begun.set)  # fmt: skip
-            begun.wait(60)
-            with ThreadPoolExecutor(len(sides)) as loads:
-                rows = list(loads.map(lambda s: _traffic(*s, count), sides.values()))
-            watched = seen.result()
-    own = dict(zip(sides, rows, strict=True))
-    metrics = {
-        metric: _agreement(watched["metrics"][metric], own, f"mean_{metric}_ms")
-        for metric in ("ttft", "tpot")
-    }
-    yield (
-        "watch",
-        {
-            "requests": count,
-            "concurrency": CANARY_CONCURRENCY,
-            "load_generators": own,
-            "metrics": metrics,
-            "verdicts": {name: row["verdict"] for name, row in watched["metrics"].items()},
-            "caveats": watched["caveats"],
-            "problems": watched["problems"],
-            "window": watched["window"],
-            "kept": all(row["agrees"] for row in metrics.values()),
-        },
-    )
+    """A dense server and a packed one, watched under the same load."""
+    with soak.serve(soak.dense) as dense, soak.serve() as packed:
+        yield "watch", watched((dense.url, soak.dense), (packed.url, soak.packed))
 
 
-def _traffic(url: str, folder: Path, count: int) -> dict[str, Any]:
-    return one_run(url, folder, CANARY, count, CANARY_CONCURRENCY, 0)
-
-
-def _agreement(row: dict[str, Any], own: dict[str, dict[str, Any]], key: str) -> dict[str, Any]:
-    """One metric of both; the generators' ratio must lie in the interval of the watched one."""
-    ratio = own["a"][key] / own["b"][key]
-    return {
-        "watched_ms": {side: 1000 * row[side]["mean"] for side in "ab"},
-        "generators_ms": {side: own[side][key] for side in "ab"},
-        "ratio": row["ratio"], "low": row["low"], "high": row["high"],
-        "generators_ratio": ratio,
-        "verdict": row["verdict"],
-        "agrees": row["ratio"] is not None and row["low"] <= ratio <= row["high"],
-    }  # fmt: skip
-
-
-STEPS = {"serving": serving, "killing": killing, "fuzz": fuzz, "watch": canary}
+STEPS = {"serving": serving, "endings": endings, "fuzz": fuzz, "watch": canary}
 
 
 def save(name: str, result: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import bad_requests
 import faults
 import psutil
 import pytest
@@ -108,15 +109,15 @@ def test_clients_that_hang_up_take_nothing_from_the_others(server: tuple) -> Non
 
 
 def test_bad_requests_are_refused_and_change_nothing_for_others(server: tuple) -> None:
-    bad = faults.bad_requests("tiny", context=256)
+    bad = bad_requests.bad_requests("tiny", context=256)
     before = faults.greedy(server[0], "tiny")
     for one in bad:
-        statuses = faults.refuse_all(server[0], [one])
-        assert statuses[one.name] in faults.REFUSED, one.name
+        statuses = bad_requests.refuse_all(server[0], [one])
+        assert statuses[one.name] in bad_requests.REFUSED, one.name
         assert faults.greedy(server[0], "tiny") == before, one.name
-    storm = faults.bad_storm(server[0], bad, at_once=16, rounds=2)
+    storm = bad_requests.bad_storm(server[0], bad, at_once=16, rounds=2)
     assert len(storm) == 2 * len(bad)
-    assert all(status in faults.REFUSED for status in storm)
+    assert all(status in bad_requests.REFUSED for status in storm)
     assert faults.greedy(server[0], "tiny") == before
 
 

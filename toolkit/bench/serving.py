@@ -29,6 +29,7 @@ METRICS = {
     "throughput_tok_s": "output_throughput",
 }
 LOAD_SECONDS = 3600
+RESULT = "result.json"
 
 
 @dataclass(frozen=True)
@@ -179,18 +180,9 @@ def vllm_bench(url: str, folder: Path, load: Load, work: Path) -> dict[str, Any]
     Raises:
         MachineError: the load generator failed.
     """
-    file = work / "result.json"
-    command = [
-        sys.executable, "-m", "gblm.serve.vllm_cli", "bench", "serve",
-        "--base-url", url, "--model", str(folder), "--tokenizer", str(folder),
-        "--served-model-name", "model", "--dataset-name", "random",
-        "--random-input-len", str(load.input_len), "--random-output-len", str(load.output_len),
-        "--num-prompts", str(load.num_prompts), "--max-concurrency", str(load.concurrency),
-        "--num-warmups", "1", "--ignore-eos", "--seed", str(load.seed), "--disable-tqdm",
-        "--random-range-ratio", str(load.range_ratio),
-        "--save-result", "--result-dir", str(work), "--result-filename", file.name,
-        "--percentile-metrics", "ttft,tpot,itl,e2el",
-    ]  # fmt: skip
+    file = work / RESULT
+    words = bench_options(url, folder, load, work)
+    command = [sys.executable, "-m", "gblm.serve.vllm_cli", "bench", "serve", *words]
     try:
         done = subprocess.run(
             command,
@@ -208,3 +200,17 @@ def vllm_bench(url: str, folder: Path, load: Load, work: Path) -> dict[str, Any]
     result: dict[str, Any] = json.loads(file.read_text())
     file.unlink()
     return result
+
+
+def bench_options(url: str, folder: Path, load: Load, work: Path) -> list[str]:
+    """The options of `vllm bench serve`; arguments as `vllm_bench` takes them."""
+    return [
+        "--base-url", url, "--model", str(folder), "--tokenizer", str(folder),
+        "--served-model-name", "model", "--dataset-name", "random",
+        "--random-input-len", str(load.input_len), "--random-output-len", str(load.output_len),
+        "--num-prompts", str(load.num_prompts), "--max-concurrency", str(load.concurrency),
+        "--num-warmups", "1", "--ignore-eos", "--seed", str(load.seed), "--disable-tqdm",
+        "--random-range-ratio", str(load.range_ratio),
+        "--save-result", "--result-dir", str(work), "--result-filename", RESULT,
+        "--percentile-metrics", "ttft,tpot,itl,e2el",
+    ]  # fmt: skip
