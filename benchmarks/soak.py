@@ -228,12 +228,14 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=10_000, help="damaged folders")
     parser.add_argument("--steps", nargs="+", default=list(STEPS), choices=STEPS)
     parser.add_argument("--model", help="dense folder; fetched if not given")
+    parser.add_argument("--packed", type=Path, help="folder of the pruned model, made before")
     chosen = parser.parse_args()
     os.environ.update(THREADS)
     dense, kept = resolve(chosen.model) if chosen.model else fetch("smollm2"), True
     with tempfile.TemporaryDirectory() as work:
-        packed = Path(work) / "packed"
-        prune(Recipe(model=str(dense), method="magnitude", calibration=None), packed)
+        packed = chosen.packed or Path(work) / "packed"
+        if not chosen.packed:
+            prune(Recipe(model=str(dense), method="magnitude", calibration=None), packed)
         log = Path(tempfile.gettempdir()) / "gblm-soak-servers.log"
         soak = Soak(dense, packed, chosen.minutes, chosen.concurrency, chosen.cases, log)
         for step in chosen.steps:
