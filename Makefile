@@ -93,7 +93,7 @@ demo: dev ## prune, pack, serve and compare a real model
 bench: dev ## the recorded benchmark of the README
 	$(BIN)/python benchmarks/record.py
 
-soak: dev ## an hour of load, faults and damaged folders: docs/reliability.md
+soak: dev ## half an hour of load, faults and damaged folders: docs/reliability.md
 	$(BIN)/python benchmarks/soak.py && $(BIN)/python benchmarks/tables.py
 
 image: ## build the serving image (needs Docker)
