@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,19 +41,6 @@ class SparseConfig(QuantizationConfig):
         """Check vLLM's version and the "quantization_config" object."""
         check_version()
         return cls(Manifest.from_config(config))
-
-    def maybe_update_config(
-        self, model_name: str, hf_config: Any = None, revision: str | None = None
-    ) -> None:
-        """vLLM's call with the folder: hold its headers against config.json, as `gblm serve` does.
-
-        vLLM itself would cast parts of another dtype, and let a later shard replace a tensor.
-        """
-        from gblm.packed import check_loadable
-
-        folder = Path(model_name)
-        if folder.is_dir():
-            check_loadable(folder)
 
     def get_name(self) -> str:
         """The quant_method."""
