@@ -119,5 +119,6 @@ def watched(step: Step) -> list[list[str]]:
 
 
 ROWS: dict[str, Callable[[Step], list[list[str]]]] = {
-    "load": load, "storms": storms, "sigterm": sigterm, "kill": kill, "fuzz": fuzz, "watch": watched,
+    "load": load, "storms": storms, "sigterm": sigterm, "kill": kill, "fuzz": fuzz,
+    "watch": watched,
 }  # fmt: skip
