@@ -99,7 +99,7 @@ def sharded(change: Callable[[Path, dict[str, str]], object]) -> Damage:
             own = {name: tensor for name, tensor in found.items() if files[name] == file}
             save_file(own, folder / file, metadata={"format": "pt"})
         text = change(folder, files)
-        text = text if isinstance(text, str) else json.dumps({"weight_map": files})
+        text = text if isinstance(text, str) else json.dumps({"metadata": {}, "weight_map": files})
         (folder / INDEX).write_text(text)
 
     return damage
