@@ -183,7 +183,7 @@ def kill_engine(url: str, process: psutil.Popen, model: str, clients: int) -> di
     children = psutil.Process(process.pid).children(recursive=True)
     started, red, status = asyncio.run(run())
     code = process.wait(SECONDS)
-    _, alive = psutil.wait_procs(children, timeout=20)
+    _, alive = psutil.wait_procs(children, timeout=SECONDS)
     return {
         "in_flight": clients,
         "incomplete": sum(not answer.complete for answer in started.answers),
