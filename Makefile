@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CHECK := build/check
 CSRC := toolkit/kernels/csrc
 
-.PHONY: help dev lint types unit sanitize arm64 dist wheel vllm-cuda test demo bench image clean
+.PHONY: help dev lint types unit sanitize arm64 dist wheel vllm-cuda test demo bench soak image clean
 
 help:
 	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -102,6 +102,9 @@ demo: dev ## prune, pack, serve and compare a real model
 
 bench: dev ## the recorded benchmark of the README
 	$(BIN)/python benchmarks/record.py
+
+soak: dev ## half an hour of load, faults and damaged folders: docs/reliability.md
+	$(BIN)/python benchmarks/soak.py && $(BIN)/python benchmarks/tables.py
 
 image: ## build the serving image (needs Docker)
 	docker build --tag gblm .

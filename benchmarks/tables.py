@@ -17,6 +17,7 @@ from decoding_tables import decoding
 from frontier_tables import frontier, frontier_all
 from kernel_tables import compilers, kernels
 from pages import RESULTS, ROOT, origin, table
+from soak_tables import reliability
 
 # Pattern and backend of each served run; the dense backend is the control for the packed one.
 SERVED = (("2:4", "cpu"), ("2:4", "dense"))
@@ -63,6 +64,7 @@ def blocks() -> list[tuple[Path, str, str]]:
         (ROOT / "docs" / "kernels.md", "kernels", kernels()),
         (ROOT / "docs" / "kernels.md", "decoding", decoding()),
         (ROOT / "docs" / "kernels.md", "compilers", compilers()),
+        (ROOT / "docs" / "reliability.md", "reliability", reliability()),
     ]
 
 

@@ -79,7 +79,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "commands": {
         "bench", "budget", "checkpoint", "doctor", "errors", "evaluate", "export", "fetch",
-        "folder", "patterns", "plan", "provenance", "prune", "recipe", "serve",
+        "folder", "packed", "patterns", "plan", "provenance", "prune", "recipe", "serve",
     },
     "cli": {"__init__", "commands"},
 }  # fmt: skip

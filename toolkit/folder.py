@@ -52,15 +52,27 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """One JSON object from a file.
 
     Raises:
-        InputError: the file is missing, unreadable, or holds something else.
+        InputError: the file is missing, unreadable, or holds something else, or a key twice.
     """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} cannot be read as JSON: it is no ordinary file.")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} must hold one JSON object.")
     return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys differ: of two readers one may take the first value, one the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [key for key, _ in pairs]
+        twice = next(key for key in names if names.count(key) > 1)
+        raise ValueError(f"the key {twice[:80]!r} stands there twice")
+    return found
 
 
 def read_config(folder: Path) -> dict[str, Any]:

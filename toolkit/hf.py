@@ -65,11 +65,15 @@ class GblmQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         forced = self.quantization_config.backend or kernels.requested_backend()
-        kernels.log_choice(
-            module.prepare(name, self.dtype, forced)
+        loaded = {
+            name: module
             for name, module in model.named_modules()
             if isinstance(module, packed.SparseLinear)
-        )
+        }
+        # No kernel sees anything of a checkpoint that is damaged somewhere.
+        for name, module in loaded.items():
+            module.check(name, self.dtype)
+        kernels.log_choice(module.prepare(self.dtype, forced) for module in loaded.values())
         return model
 
     def is_serializable(self) -> bool:

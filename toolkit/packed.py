@@ -6,6 +6,7 @@ Importing this module registers `quant_method: gblm` with transformers, so that
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,13 +18,17 @@ from gblm import kernels
 from gblm.checkpoint.packed_folder import PackedLinear, PackedReader
 from gblm.errors import CheckpointError, GblmError, InputError
 from gblm.folder import quant_method, read_config, resolve
-from gblm.formats import Format, Shape
+from gblm.formats import VALUE_DTYPES, Format, Shape
 from gblm.formats.manifest import QUANT_METHOD
 from gblm.kernels import Backend
 from gblm.model import check_device, skeleton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+# Old LLaMA checkpoints hold what is computed from config.json.
+LEFT_OVER = ".rotary_emb.inv_freq"
 
 
 class SparseLinear(nn.Module):
@@ -41,13 +46,27 @@ class SparseLinear(nn.Module):
             self.register_parameter(part, nn.Parameter(data, requires_grad=False))
         self.bias = bias
 
-    def prepare(
-        self, name: str, dtype: torch.dtype | None, forced: str | None
-    ) -> tuple[Backend, Sequence[str]]:
-        """Check the loaded parts and turn them into the layout of the best backend.
+    def check(self, name: str, dtype: torch.dtype | None) -> None:
+        """Check the loaded parts.
 
         Args:
             name: of the module, for messages.
+            dtype: as `prepare` takes it.
+
+        Raises:
+            CheckpointError: they are no weight of this format, or leave the range of the dtype.
+        """
+        parts = {part: getattr(self, part).data for part in self.fmt.parts}
+        self.fmt.validate(name, parts, self.shape)
+        if self.fmt.values.is_float and dtype is not None:
+            self.fmt.cast(name, parts["values"], dtype)
+
+    def prepare(
+        self, dtype: torch.dtype | None, forced: str | None
+    ) -> tuple[Backend, Sequence[str]]:
+        """Turn the checked parts into the layout of the best backend.
+
+        Args:
             dtype: of the activations, and of floating values in memory; None keeps the
                 checkpoint's, and takes bfloat16 for codes. Codes and scales are never cast.
             forced: a backend that must be taken.
@@ -56,7 +75,6 @@ class SparseLinear(nn.Module):
             The backend, and why better ones refused.
         """
         parts = {part: getattr(self, part).data for part in self.fmt.parts}
-        self.fmt.validate(name, parts, self.shape)
         if self.fmt.values.is_float:
             dtype = dtype or parts["values"].dtype
             parts["values"] = parts["values"].to(dtype)
@@ -140,8 +158,7 @@ def check_loadable(folder: Path) -> None:
         check_complete(model, packed)
         for linear in packed.linears.values():
             check_linear(model, linear)
-        for name in packed.dense_names():
-            _check_dense(model, name, packed.headers[name][0])
+        _check_dense(model, packed)
 
 
 def check_complete(model: nn.Module, reader: PackedReader) -> None:
@@ -181,15 +198,30 @@ def check_linear(model: nn.Module, linear: PackedLinear) -> nn.Linear:
     return module
 
 
-def _check_dense(model: nn.Module, name: str, shape: tuple[int, ...]) -> None:
-    try:
-        wanted = tuple(model.get_parameter(name).shape)
-    except AttributeError:
-        return
-    if wanted != shape:
-        raise CheckpointError(
-            f"{name}: stored as {list(shape)}, but config.json makes it {list(wanted)}."
-        )
+def _check_dense(model: nn.Module, reader: PackedReader) -> None:
+    """What is not packed: all there, of the right shapes, floating, and nothing besides."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    packed = {f"{name}.weight" for name in reader.linears}
+    for name, _ in model.named_parameters():
+        aliases = {name, *(one for pair in tied.items() if name in pair for one in pair)}
+        if name not in packed and not any(alias in reader for alias in aliases):
+            raise CheckpointError(f"{reader.folder}: tensor {name} is missing.")
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    for name in reader.dense_names():
+        shape, dtype = reader.headers[name]
+        try:
+            wanted = tuple(model.get_parameter(name).shape)
+        except AttributeError:
+            known = any(name == buffer for buffer, _ in model.named_buffers())
+            if known or name.endswith(LEFT_OVER) or any(re.search(one, name) for one in ignored):
+                continue
+            raise CheckpointError(f"{name}: the model has no such tensor.") from None
+        if wanted != shape:
+            raise CheckpointError(
+                f"{name}: stored as {list(shape)}, but config.json makes it {list(wanted)}."
+            )
+        if dtype not in VALUE_DTYPES:
+            raise CheckpointError(f"{name}: stored as {dtype}; floating point is needed.")
 
 
 def is_packed(folder: Path) -> bool:

@@ -259,15 +259,15 @@ def parse(text: str, sparsity: float | None = None) -> Pattern:
     Raises:
         PatternError: the text is none of these, or contradicts `sparsity`.
     """
-    if match := re.fullmatch(r"(\d{1,2}):(\d{1,2})", text):
+    if match := re.fullmatch(r"([0-9]{1,2}):([0-9]{1,2})", text):
         pattern: Pattern = NM(int(match[1]), int(match[2]))
     elif text == "dense":
         pattern = Dense()
     elif text == "unstructured":
         pattern = Unstructured(0.5 if sparsity is None else sparsity)
-    elif re.fullmatch(r"0?\.\d+|0", text):
+    elif re.fullmatch(r"0?\.[0-9]+|0", text):
         pattern = Unstructured(float(text))
-    elif match := re.fullmatch(r"(\d{1,4})x(\d{1,4})(?:@(0?\.\d+|0))?", text):
+    elif match := re.fullmatch(r"([0-9]{1,4})x([0-9]{1,4})(?:@(0?\.[0-9]+|0))?", text):
         share = match[3] or (0.5 if sparsity is None else sparsity)
         pattern = Block(float(share), int(match[1]), int(match[2]))
     else:

@@ -134,7 +134,7 @@ def parse_values(text: str) -> ValueType:
     Raises:
         PatternError: the text is none of these.
     """
-    match = re.fullmatch(r"(float|int8|int4|uint4)(?::(\d{1,4}|row|auto))?", text)
+    match = re.fullmatch(r"(float|int8|int4|uint4)(?::([0-9]{1,4}|row|auto))?", text)
     if match is None or match[1] == "float" != text:
         raise PatternError(
             f"values {text[:40]!r} are unknown: give float, or int8, int4 or uint4 with a group "

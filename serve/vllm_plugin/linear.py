@@ -82,12 +82,12 @@ class SparseLinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Check the loaded parts and turn them into the layout of the chosen backend."""
         parts = self._loaded_parts(layer)
+        if self.fmt.values.is_float and bool(parts["values"].isnan().any()):
+            raise CheckpointError(f"{self.name}: values are missing in the checkpoint, or NaN.")
         self.fmt.validate(self.name, parts, self.shape)
         if self.fmt.values.is_float:
             # vLLM may serve in another dtype than the stored one; it says so in its own log.
-            parts["values"] = parts["values"].to(self.dtype)
-            if bool(parts["values"].isnan().any()):
-                raise CheckpointError(f"{self.name}: values are missing in the checkpoint, or NaN.")
+            parts["values"] = self.fmt.cast(self.name, parts["values"], self.dtype)
         forced, device = kernels.requested_backend(), parts["values"].device
         backend, reasons = kernels.select(self.fmt, self.shape, self.dtype, device, forced)
         prepared = backend.prepare(self.fmt, parts, self.shape, self.dtype)

@@ -108,10 +108,10 @@ def _half_width(draws: Columns, intervals: int) -> float:
     """Half a confidence interval, from the draws of a statistic."""
     blocks = intervals / _block(intervals)
     error = float(draws.std()) * math.sqrt(blocks / (blocks - 1))
-    return _student(blocks - 1) * error
+    return student(blocks - 1) * error
 
 
-def _student(freedom: float) -> float:
+def student(freedom: float) -> float:
     """Student's t that CONFIDENCE lies within: Abramowitz & Stegun 26.7.5, 1 % off at 3 degrees."""
     z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     return (

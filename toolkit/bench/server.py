@@ -66,7 +66,11 @@ class RunningServer:
 
 @contextmanager
 def running_server(
-    folder: Path, backend: str | None, options: tuple[str, ...], log: Path
+    folder: Path,
+    backend: str | None,
+    options: tuple[str, ...],
+    log: Path,
+    shutdown_timeout: int = 5,
 ) -> Iterator[RunningServer]:
     """Start a server on a free port of 127.0.0.1 and stop it at the end.
 
@@ -75,13 +79,14 @@ def running_server(
         backend: for packed weights; the best one if None.
         options: for vLLM.
         log: file that receives the server's output.
+        shutdown_timeout: seconds that running requests get after SIGTERM.
 
     Raises:
         MachineError: the server ended, or was not healthy in time; the log's end is quoted.
     """
     port = free_port()
     command = [sys.executable, "-m", "gblm", "serve", str(folder), "--port", str(port),
-               "--name", "model", "--shutdown-timeout", "5"]  # fmt: skip
+               "--name", "model", "--shutdown-timeout", str(shutdown_timeout)]  # fmt: skip
     if backend is not None:
         command += ["--backend", backend]
     began = time.monotonic()

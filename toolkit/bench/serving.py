@@ -29,6 +29,7 @@ METRICS = {
     "throughput_tok_s": "output_throughput",
 }
 LOAD_SECONDS = 3600
+RESULT = "result.json"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Load:
         concurrency: requests in flight.
         rounds: rounds per model; each starts both servers anew, in alternating order.
         seed: of the prompts; both models get the same ones.
+        range_ratio: how far each request's lengths may lie from those above, as a part of them.
         options: for both vLLM servers.
     """
 
@@ -51,6 +53,7 @@ class Load:
     concurrency: int = 1
     rounds: int = 3
     seed: int = 0
+    range_ratio: float = 0.0
     options: tuple[str, ...] = ()
 
 
@@ -147,7 +150,7 @@ def summarise(runs: list[dict[str, Any]], sizes: dict[str, int]) -> dict[str, di
 
 def _measure(server: RunningServer, folder: Path, load: Load, work: Path) -> dict[str, Any]:
     """One round of load against one server, after a warm-up request of the same shape."""
-    result = _vllm_bench(server, folder, load, work)
+    result = vllm_bench(server.url, folder, load, work)
     if result.get("completed") != load.num_prompts:
         raise MachineError(
             f"{result.get('completed')} of {load.num_prompts} requests succeeded; no figure stands."
@@ -162,18 +165,24 @@ def _measure(server: RunningServer, folder: Path, load: Load, work: Path) -> dic
     }
 
 
-def _vllm_bench(server: RunningServer, folder: Path, load: Load, work: Path) -> dict[str, Any]:
-    file = work / "result.json"
-    command = [
-        sys.executable, "-m", "gblm.serve.vllm_cli", "bench", "serve",
-        "--base-url", server.url, "--model", str(folder), "--tokenizer", str(folder),
-        "--served-model-name", "model", "--dataset-name", "random",
-        "--random-input-len", str(load.input_len), "--random-output-len", str(load.output_len),
-        "--num-prompts", str(load.num_prompts), "--max-concurrency", str(load.concurrency),
-        "--num-warmups", "1", "--ignore-eos", "--seed", str(load.seed), "--disable-tqdm",
-        "--save-result", "--result-dir", str(work), "--result-filename", file.name,
-        "--percentile-metrics", "ttft,tpot,itl,e2el",
-    ]  # fmt: skip
+def vllm_bench(url: str, folder: Path, load: Load, work: Path) -> dict[str, Any]:
+    """One run of `vllm bench serve`.
+
+    Args:
+        url: of a server that calls its model "model".
+        folder: the model, for its tokenizer.
+        load: the requests; its rounds and options are not looked at.
+        work: a folder of no other run, for the result.
+
+    Returns:
+        What vLLM writes.
+
+    Raises:
+        MachineError: the load generator failed.
+    """
+    file = work / RESULT
+    words = bench_options(url, folder, load, work)
+    command = [sys.executable, "-m", "gblm.serve.vllm_cli", "bench", "serve", *words]
     try:
         done = subprocess.run(
             command,
@@ -191,3 +200,17 @@ def _vllm_bench(server: RunningServer, folder: Path, load: Load, work: Path) -> 
     result: dict[str, Any] = json.loads(file.read_text())
     file.unlink()
     return result
+
+
+def bench_options(url: str, folder: Path, load: Load, work: Path) -> list[str]:
+    """The options of `vllm bench serve`; arguments as `vllm_bench` takes them."""
+    return [
+        "--base-url", url, "--model", str(folder), "--tokenizer", str(folder),
+        "--served-model-name", "model", "--dataset-name", "random",
+        "--random-input-len", str(load.input_len), "--random-output-len", str(load.output_len),
+        "--num-prompts", str(load.num_prompts), "--max-concurrency", str(load.concurrency),
+        "--num-warmups", "1", "--ignore-eos", "--seed", str(load.seed), "--disable-tqdm",
+        "--random-range-ratio", str(load.range_ratio),
+        "--save-result", "--result-dir", str(work), "--result-filename", RESULT,
+        "--percentile-metrics", "ttft,tpot,itl,e2el",
+    ]  # fmt: skip

@@ -51,6 +51,11 @@ class PackedReader(Reader):
         for path in folder.glob("*.safetensors*"):
             if path.name not in self.files:
                 raise CheckpointError(f"{path} belongs to no index; remove it.")
+        if self.unlisted:
+            raise CheckpointError(
+                f"{self.unlisted[0]}: is in a shard for which the index does not list it; pack the "
+                "model again."
+            )
         self.linears = {linear.name: linear for linear in self._find_linears()}
         if not self.linears:
             raise CheckpointError(f"{folder}: the manifest names no weight that is there.")
@@ -58,8 +63,8 @@ class PackedReader(Reader):
     @property
     def dtype(self) -> torch.dtype:
         """What codes are expanded to: the dtype that config.json names, or bfloat16."""
-        named = getattr(torch, str(self.config.get("dtype", self.config.get("torch_dtype"))), None)
-        return named if named in VALUE_DTYPES else torch.bfloat16
+        named = f"torch.{self.config.get('dtype', self.config.get('torch_dtype'))}"
+        return next((dtype for dtype in VALUE_DTYPES if str(dtype) == named), torch.bfloat16)
 
     def weight(self, name: str) -> torch.Tensor:
         """Expand one packed linear to its dense weight [out, in]; codes in `dtype`."""

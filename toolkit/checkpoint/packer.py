@@ -23,7 +23,7 @@ from gblm.checkpoint.writer import (
     write_json,
 )
 from gblm.choices import Choice
-from gblm.errors import CheckpointError
+from gblm.errors import CheckpointError, InputError
 from gblm.folder import read_config
 from gblm.formats import Format, Parts
 from gblm.formats.manifest import Group, Manifest, group_targets
@@ -79,6 +79,11 @@ class Packing:
                 stored = SparseWeight.cut(reader.tensor(f"{name}.weight"), weight.mask.cpu())
             else:
                 stored = weight.to(reader.headers[f"{name}.weight"][1])
+            if not bool(stored.weight.isfinite().all()):
+                raise InputError(
+                    f"{name}.weight holds NaN or Inf, which readers refuse: repair the model, or "
+                    "leave it dense with --ignore."
+                )
             parts = fmt.pack(name, stored)
             tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
             rows.append(_report_row(name, stored, parts, fmt, self.head_dim))

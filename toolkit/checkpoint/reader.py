@@ -38,6 +38,7 @@ class Reader:
         folder: the model folder.
         headers: shape and dtype by tensor name.
         files: names of the shards and of the index that lists them.
+        unlisted: tensors in a shard that the index does not promise there, and are not read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -50,6 +51,7 @@ class Reader:
         self.folder = folder
         self.headers: dict[str, Header] = {}
         self.files: set[str] = set()
+        self.unlisted: list[str] = []
         self._handles: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
         shards = _shards(folder)
@@ -61,6 +63,7 @@ class Reader:
                 raise CheckpointError(
                     f"{folder / file}: {sorted(missing)[0]} is missing, though {INDEX} promises it."
                 )
+            self.unlisted += sorted(names - (names if expected is None else expected))
             for name in sorted(names if expected is None else expected):
                 self.headers[name] = self._header(file, handle, name)
                 self._file_of[name] = file
@@ -111,6 +114,8 @@ class Reader:
         if file in self._handles:
             return self._handles[file]
         path = inside(self.folder, file)
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path} is no ordinary file.")
         try:
             self._handles[file] = safe_open(path, framework="pt")
         except FileNotFoundError as error:
@@ -136,9 +141,12 @@ def _shards(folder: Path) -> dict[str, set[str] | None]:
     index = folder / INDEX
     if not index.exists():
         raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}.")
-    weight_map = read_json_object(index).get("weight_map")
+    found = read_json_object(index)
+    weight_map = found.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} is no safetensors index: it has no weight_map.")
+    if not isinstance(found.get("metadata", {}), dict):
+        raise CheckpointError(f"{index} is no safetensors index: its metadata are no object.")
     shards: dict[str, set[str] | None] = {}
     for name, file in weight_map.items():
         expected = shards.setdefault(str(file), set())

@@ -12,12 +12,15 @@ from gblm.commands.common import Command, emit, progress_bars
 @click.option("--against", help="Dense folder that the unpacked weights must equal bit for bit.")
 @click.pass_context
 def command(ctx: click.Context, folder: str, against: str | None) -> None:
-    """Re-open the packed FOLDER: hashes, headers, masks, pattern, exact unpacking."""
+    """Re-open the packed FOLDER: hashes, headers, masks, pattern, exact unpacking, config.json."""
     with progress_bars(ctx) as progress:
         from gblm.checkpoint.verify import verify
         from gblm.folder import resolve
+        from gblm.packed import check_loadable
 
-        facts = verify(resolve(folder), resolve(against) if against else None, progress)
+        path = resolve(folder)
+        check_loadable(path)
+        facts = verify(path, resolve(against) if against else None, progress)
     compared = f", equal to {against}" if against else ""
     emit(ctx, facts, lambda: click.echo(
         f"{folder}: ok, {facts['files']} files, {facts['linears']} packed weights, "

@@ -179,12 +179,14 @@ class Format(ABC):
         return {name: parts[name][start:stop] for name in self.parts}
 
     def check_data(self, name: str, parts: Parts, shape: Shape) -> None:
-        """Raise CheckpointError when masks and counts do not agree, or codes and scales are none.
+        """Raise CheckpointError when masks and counts do not agree, or numbers are none.
 
         The layout has been checked.
         """
         self.check_mask_data(name, parts, shape)
         if self.values.is_float:
+            if not bool(parts["values"].isfinite().all()):
+                raise CheckpointError(f"{name}.values: holds NaN or Inf. The file is damaged.")
             return
         check_groups(name, parts, self.values)
         self._check_codes(name, parts)
@@ -250,6 +252,20 @@ class Format(ABC):
         headers = {part: (tuple(t.shape), t.dtype) for part, t in parts.items()}
         self.check_layout(name, headers, shape)
         self.check_data(name, parts, shape)
+
+    def cast(self, name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """Checked floating values, in the dtype of the activations.
+
+        Raises:
+            CheckpointError: one leaves the range of the dtype.
+        """
+        cast = values.to(dtype)
+        if dtype != values.dtype and not bool(cast.isfinite().all()):
+            raise CheckpointError(
+                f"{name}.values: some of {values.dtype} leave the range of {dtype}; load the model "
+                "in the checkpoint's own dtype."
+            )
+        return cast
 
     def _check_weight(self, name: str, weight: SparseWeight) -> None:
         """Codes and what belongs to them are there exactly when the value type has it, and fit."""

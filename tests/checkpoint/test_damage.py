@@ -1,0 +1,127 @@
+"""Each kind of damage is refused in one sentence by every road to a kernel, and before one runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Outcome
+from damage import DAMAGES, UP, rehash
+
+from gblm import kernels
+from gblm.checkpoint.packed_folder import PackedReader
+from gblm.checkpoint.verify import verify
+from gblm.errors import InputError
+from gblm.packed import check_loadable, load
+
+Pack = Callable[..., Path]
+Watched = list[str]
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> Watched:
+    """Every call of a backend's `prepare` or `linear`: packing a layout, or multiplying."""
+    calls: Watched = []
+    for backend in kernels.BACKENDS.values():
+        for name in ("prepare", "linear"):
+            own = getattr(type(backend), name)
+
+            def spy(*arguments: object, _own: Callable = own, _name: str = name) -> object:
+                calls.append(_name)
+                return _own(*arguments)
+
+            monkeypatch.setattr(type(backend), name, spy)
+    return calls
+
+
+@pytest.fixture(params=DAMAGES)
+def damaged(request: pytest.FixtureRequest, pack_tiny: Pack, tmp_path: Path) -> tuple[Path, str]:
+    """A damaged folder whose hashes fit, and words of its refusal."""
+    base, damage, match = DAMAGES[request.param]
+    folder = Path(shutil.copytree(pack_tiny("wanda", *base), tmp_path / "packed"))
+    damage(folder)
+    rehash(folder)
+    return folder, match
+
+
+def refused(action: Callable[[], object], match: str, ran: Watched) -> None:
+    with pytest.raises(InputError, match=match) as error:
+        action()
+    assert "\n" not in str(error.value)
+    assert not ran
+
+
+def through_vllm(folder: Path) -> None:
+    """What `gblm serve` and vLLM do with a folder, for one linear and without an engine."""
+    from gblm.serve.launch import Server, check
+    from gblm.serve.vllm_plugin.config import SparseConfig
+    from gblm.serve.vllm_plugin.linear import SparseLinearMethod
+
+    check(Server(folder))
+    fields = json.loads((folder / "config.json").read_text())["quantization_config"]
+    fmt = SparseConfig.from_config(fields).manifest.format_of(UP)
+    assert fmt is not None
+    with PackedReader(folder) as packed:
+        (rows, columns), parts = packed.linears[UP].shape, packed.parts(UP)
+    method, layer = SparseLinearMethod(fmt, UP, lambda *choice: None), torch.nn.Module()
+    method.create_weights(
+        layer, columns, [rows], columns, rows, torch.bfloat16, weight_loader=lambda *args: None
+    )
+    for name, tensor in parts.items():
+        getattr(layer, name).load_column_parallel_weight(loaded_weight=tensor)
+    method.process_weights_after_loading(layer)
+
+
+@pytest.fixture
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor import parameter
+
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: 1)
+
+
+def test_damage_is_refused_by_load(damaged: tuple[Path, str], ran: Watched) -> None:
+    folder, match = damaged
+    refused(lambda: load(folder), match, ran)
+
+
+def test_damage_is_refused_by_verify(damaged: tuple[Path, str], ran: Watched) -> None:
+    folder, match = damaged
+    refused(lambda: (check_loadable(folder), verify(folder)), match, ran)
+
+
+def test_the_command_verify_holds_the_folder_against_its_config(
+    packed: Path, gblm: Callable[..., Outcome]
+) -> None:
+    DAMAGES["missing norm"][1](packed)
+    rehash(packed)
+    verify(packed)
+    done = gblm("verify", packed)
+    assert done.code == 4
+    assert "model.norm.weight is missing" in done.err
+
+
+@pytest.mark.vllm
+@pytest.mark.usefixtures("one_rank")
+def test_damage_is_refused_on_the_road_to_vllm(damaged: tuple[Path, str], ran: Watched) -> None:
+    folder, match = damaged
+    refused(lambda: through_vllm(folder), match, ran)
+
+
+@pytest.mark.vllm
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("base", sorted({base for base, _, _ in DAMAGES.values()}))
+def test_intact_folders_pass_all_roads(
+    pack_tiny: Pack, ran: Watched, base: tuple[str, str]
+) -> None:
+    folder = pack_tiny("wanda", *base)
+    load(folder)
+    assert "prepare" in ran
+    verify(folder)
+    ran.clear()
+    through_vllm(folder)
+    assert ran == ["prepare"]
