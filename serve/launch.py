@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
 import sys
@@ -27,6 +28,8 @@ KV_CACHE_SHARE = 0.25
 MAX_KV_CACHE_GIB = 4
 # Answers that one request may ask for; vLLM allows 16384.
 MAX_SEQUENCES = 64
+# vLLM serves norms and biases that the checkpoint lacks as they were made, unless told to look.
+LOADER_CONFIG = {"enable_weights_track": True}
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ def command(server: Server) -> list[str]:
         "--served-model-name", server.name or server.folder.resolve().name,
         "--shutdown-timeout", str(server.shutdown_timeout),
         *tls,
+        *_loading(server),
         *server.options,
     ]  # fmt: skip
 
@@ -167,6 +171,13 @@ def on_cpu() -> bool:
     import torch
 
     return not torch.cuda.is_available()
+
+
+def _loading(server: Server) -> list[str]:
+    """What makes vLLM's default loader miss norms and biases; the user's options come later."""
+    if "--load-format" in server.options or not is_packed(server.folder):
+        return []
+    return ["--model-loader-extra-config", json.dumps(LOADER_CONFIG)]
 
 
 def _is_parallel(options: Sequence[str]) -> bool:

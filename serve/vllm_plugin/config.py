@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
@@ -24,7 +24,7 @@ from gblm.formats.manifest import QUANT_METHOD, Manifest
 from gblm.kernels import Backend
 from gblm.serve.versions import check_version
 from gblm.serve.vllm_plugin.head import EmbeddingMethod, HeadMethod, PackedHeadMethod
-from gblm.serve.vllm_plugin.linear import SparseLinearMethod
+from gblm.serve.vllm_plugin.linear import DenseLinearMethod, SparseLinearMethod
 
 
 class SparseConfig(QuantizationConfig):
@@ -65,12 +65,12 @@ class SparseConfig(QuantizationConfig):
         if isinstance(layer, ParallelLMHead):
             return self._head_method(prefix)
         if isinstance(layer, VocabParallelEmbedding):
-            return EmbeddingMethod()
+            return EmbeddingMethod(prefix)
         if not isinstance(layer, LinearBase):
             return None
         fmt = self._format_of(prefix)
         if fmt is None:
-            return UnquantizedLinearMethod()
+            return DenseLinearMethod(prefix)
         self.num_created += 1
         return SparseLinearMethod(fmt, prefix, self.note_choice)
 
@@ -85,7 +85,7 @@ class SparseConfig(QuantizationConfig):
     def _head_method(self, prefix: str) -> QuantizeMethodBase:
         fmt = self.manifest.format_of(prefix)
         if fmt is None:
-            return HeadMethod()
+            return HeadMethod(prefix)
         if fmt.name != "dense":
             raise CheckpointError(
                 f"{prefix}: vLLM serves an output head in the format dense, not {fmt.name}."

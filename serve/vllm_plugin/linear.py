@@ -86,8 +86,7 @@ class SparseLinearMethod(LinearMethodBase):
         if self.fmt.values.is_float:
             # vLLM may serve in another dtype than the stored one; it says so in its own log.
             parts["values"] = parts["values"].to(self.dtype)
-            if bool(parts["values"].isnan().any()):
-                raise CheckpointError(f"{self.name}: values are missing in the checkpoint, or NaN.")
+            refuse_unloaded(self.name, parts["values"])
         forced, device = kernels.requested_backend(), parts["values"].device
         backend, reasons = kernels.select(self.fmt, self.shape, self.dtype, device, forced)
         prepared = backend.prepare(self.fmt, parts, self.shape, self.dtype)
@@ -159,6 +158,39 @@ class SparseLinearMethod(LinearMethodBase):
         return (
             f"{self.name}: {kind} codes of {columns} columns end within a byte." if within else None
         )
+
+
+@register_weight_loader_v2_supported_method
+class DenseLinearMethod(UnquantizedLinearMethod):
+    """A linear that is not packed: vLLM's own, which would serve memory that nothing was loaded to.
+
+    vLLM keeps account of loaded weights only where a model has no quantization config.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def create_weights(self, layer: torch.nn.Module, *sizes: Any, **attributes: Any) -> None:
+        """As vLLM does, filled with NaN."""
+        super().create_weights(layer, *sizes, **attributes)
+        layer.get_parameter("weight").data.fill_(math.nan)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Refuse what was not loaded; then vLLM's own."""
+        refuse_unloaded(self.name, layer.get_parameter("weight").data)
+        super().process_weights_after_loading(layer)
+
+
+def refuse_unloaded(name: str, values: Tensor) -> None:
+    """Refuse values that were filled with NaN and are not loaded, or not wholly.
+
+    Raises:
+        CheckpointError: there is a NaN.
+    """
+    # amax gives NaN when there is one, and needs no memory for an answer per value.
+    if values.numel() and bool(values.amax().isnan()):
+        raise CheckpointError(f"{name}: values are missing in the checkpoint, or NaN.")
 
 
 def _rectangle(fmt: Format, part: str, spec: TensorSpec, loader: Any) -> BasevLLMParameter:
