@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -61,12 +63,23 @@ def answers(
             group |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
         def run(rank: int) -> str:
-            done = subprocess.run(
-                [sys.executable, str(ENGINES), json.dumps(engines)],
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout,
-                env=environment(**group, RANK=str(rank), **variables), check=False,
-            )  # fmt: skip
-            return done.stdout
+            path = Path(folder) / f"log-{rank}"
+            with path.open("w") as log:
+                process = subprocess.Popen(
+                    [sys.executable, str(ENGINES), json.dumps(engines)],
+                    stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                    env=environment(**group, RANK=str(rank), **variables),
+                )  # fmt: skip
+                try:
+                    process.wait(timeout)
+                except subprocess.TimeoutExpired:
+                    log.write(f"no answer within {timeout} s")
+                finally:
+                    # Workers of a core that is killed wait for it.
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+            return path.read_text()
 
         log = next(pool.map(run, range(ranks)))
     return [json.loads(x[7:]) for x in log.splitlines() if x.startswith("ANSWER ")], log

@@ -60,7 +60,7 @@ def test_each_part_is_missed_where_columns_are_cut(
         if missing is None:
             method.process_weights_after_loading(layer)
             continue
-        with pytest.raises(CheckpointError, match="^w"):
+        with pytest.raises(CheckpointError, match=r"^w"):
             method.process_weights_after_loading(layer)
 
 
@@ -86,7 +86,7 @@ def expect_refusal(
     for number, parts in enumerate(pieces):
         left = parts.keys() - missing if number == piece else parts.keys()
         load_piece(layer, number, {part: parts[part] for part in left})
-    with pytest.raises(CheckpointError, match="^w"):
+    with pytest.raises(CheckpointError, match=r"^w"):
         method.process_weights_after_loading(layer)
 
 
@@ -95,7 +95,7 @@ def test_linear_that_was_never_loaded_is_refused(
     spec: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     method, layer = create(from_spec(spec), [ROWS], COLUMNS, 1, monkeypatch, 0)
-    with pytest.raises(CheckpointError, match="^w"):
+    with pytest.raises(CheckpointError, match=r"^w"):
         method.process_weights_after_loading(layer)
 
 
