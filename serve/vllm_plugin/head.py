@@ -28,7 +28,7 @@ class WatchedMethod(UnquantizedEmbeddingMethod):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.name = name
+        self.name = name or "embed_tokens"  # vLLM gives some embeddings no name
 
     def create_weights(self, layer: torch.nn.Module, *sizes: Any, **attributes: Any) -> None:
         """As vLLM does, filled with NaN."""

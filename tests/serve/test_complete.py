@@ -177,7 +177,7 @@ GONE = [
                           ("mlp.gate_proj", "mlp.gate_up_proj"),
                           ("self_attn.o_proj", "self_attn.o_proj"))),
     ("2:4", f"{LAYER}.mlp.down_proj.", f"{LAYER}.mlp.down_proj: values are missing"),
-    ("2:4", "model.embed_tokens.", "model.embed_tokens: values are missing"),
+    ("2:4", "model.embed_tokens.", "embed_tokens: values are missing"),
     ("2:4", "lm_head.", "lm_head: values are missing"),
 ]  # fmt: skip
 
