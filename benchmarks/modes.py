@@ -67,7 +67,7 @@ WAYS: dict[str, Way] = {
 }  # fmt: skip
 # Where the dense model fails, the packed ones are not tried.
 BROKEN = ("TP 2, Ray", "PP 2, eager", "LoRA, log-probs of prompts")
-TIMEOUT = 900
+TIMEOUT = 1500
 
 
 def main() -> None:
@@ -103,30 +103,39 @@ def key(row: dict[str, Any]) -> tuple[int, int]:
 
 
 def together(names: list[str]) -> list[list[str]]:
-    """Modes whose engines share a process: those of one rank, in the order of MODES."""
-    shared = [name for name in MODES if name in names]
-    return [*([shared] if shared else []), *([name] for name in names if name not in MODES)]
+    """Modes whose engines share a process: those of one rank, but for the last of MODES."""
+    shared = [name for name in list(MODES)[:-1] if name in names]
+    return [*([shared] if shared else []), *([name] for name in names if name not in shared)]
 
 
 def compare(root: Path, model: str, names: list[str]) -> list[dict[str, Any]]:
     """One row per mode, of one model."""
-    kv_heads, ranks, cores = WAYS[names[0]][1:]
-    place = folders(root, model, kv_heads)
-    variables = {"VLLM_CPU_OMP_THREADS_BIND": cores} if cores else {}
-    found: list[list[Answer]] = []
-    for backend in BACKENDS:
-        folder = place / ("dense" if backend is None else "packed")
-        engines = [engine(WAYS[name][0], folder, backend) for name in names]
-        got, log = answers(engines, ranks, TIMEOUT, **variables)
-        if len(got) < len(names) and names[0] in BROKEN:
-            return [row(model, names[0], {"dense_model": failure(log)})]
-        if len(got) < len(names):
-            raise SystemExit(f"{model}, {names[len(got)]}, {backend}: {log[-3000:]}")
-        found.append(got)
-    return [
-        row(model, name, facts(name, *(got[number] for got in found)))
-        for number, name in enumerate(names)
+    place = folders(root, model, WAYS[names[0]][1])
+    if names[0] in BROKEN:
+        got, log = serve(place, names, [None])
+        return [row(model, names[0], {} if got else {"dense_model": failure(log)})]
+    # After speculation vLLM starts no other engine in its process.
+    calls = [[one] for one in BACKENDS] if names == [list(MODES)[-1]] else [list(BACKENDS)]
+    found: list[Answer] = []
+    for backends in calls:
+        got, log = serve(place, names, backends)
+        if len(got) < len(names) * len(backends):
+            raise SystemExit(f"{model}, {names}, {backends}: {log[-3000:]}")
+        found += got
+    step = len(names)
+    return [row(model, name, facts(name, *found[n::step])) for n, name in enumerate(names)]
+
+
+def serve(place: Path, names: list[str], backends: list[str | None]) -> tuple[list[Answer], str]:
+    """Answers of all modes with the first backend, then of all with the second, …; and the log."""
+    _, _, ranks, cores = WAYS[names[0]]
+    engines = [
+        engine(WAYS[name][0], place / ("dense" if backend is None else "packed"), backend)
+        for backend in backends
+        for name in names
     ]
+    variables = {"VLLM_CPU_OMP_THREADS_BIND": cores} if cores else {}
+    return answers(engines, ranks, TIMEOUT, **variables)
 
 
 def facts(name: str, want: Answer, expanded: Answer, kernel: Answer) -> dict[str, Any]:
