@@ -63,8 +63,8 @@ class Server:
     options: tuple[str, ...] = ()
 
 
-def command(server: Server) -> list[str]:
-    """The command line that starts vLLM."""
+def command(server: Server, loading: Sequence[str] = ()) -> list[str]:
+    """The command line that starts vLLM; see `loading_options`."""
     tls: list[str] = []
     if server.ssl_certfile is not None:
         tls = ["--ssl-certfile", str(server.ssl_certfile), "--ssl-keyfile", str(server.ssl_keyfile)]
@@ -75,7 +75,7 @@ def command(server: Server) -> list[str]:
         "--served-model-name", server.name or server.folder.resolve().name,
         "--shutdown-timeout", str(server.shutdown_timeout),
         *tls,
-        *_loading(server),
+        *loading,
         *server.options,
     ]  # fmt: skip
 
@@ -159,7 +159,7 @@ def serve(server: Server) -> None:
     The options were checked with `check_options` before there was a folder.
     """
     check(server)
-    words = command(server)
+    words = command(server, loading_options(server))
     logger.info("starting %s", " ".join(words[3:]))
     sys.stdout.flush()
     sys.stderr.flush()
@@ -173,7 +173,7 @@ def on_cpu() -> bool:
     return not torch.cuda.is_available()
 
 
-def _loading(server: Server) -> list[str]:
+def loading_options(server: Server) -> list[str]:
     """What makes vLLM's default loader miss norms and biases; the user's options come later."""
     if "--load-format" in server.options or not is_packed(server.folder):
         return []
