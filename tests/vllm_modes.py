@@ -9,9 +9,13 @@ from typing import Any
 from vllm_run import Answer
 
 Mode = dict[str, Any]
-# Blocks of the KV cache so small that the prompts share one. In production vLLM is told to keep
+# Blocks of the KV cache so small that the prompts share one; and few of them, for vLLM fills them. In production vLLM is told to keep
 # account of what it loads (gblm.serve.launch); so it is here.
-COMMON = {"block_size": 32, "model_loader_extra_config": {"enable_weights_track": True}}
+COMMON = {
+    "block_size": 32,
+    "kv_cache_memory_bytes": 1 << 27,
+    "model_loader_extra_config": {"enable_weights_track": True},
+}
 EAGER = {"enforce_eager": True, **COMMON}
 ONE = EAGER | {"distributed_executor_backend": "uni"}
 SPECULATION = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3,

@@ -59,6 +59,7 @@ def answers(
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(ranks) as pool:
         # The name of the files where ranks meet becomes that of their shared memory.
         group = {"WORLD_SIZE": str(ranks), "MEETING": f"{folder}/{Path(folder).name}"}
+        group["VLLM_CPU_KVCACHE_SPACE"] = ""  # it would win over the engines' own settings
         if ranks > 1:
             group |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
