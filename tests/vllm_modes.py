@@ -9,8 +9,8 @@ from typing import Any
 from vllm_run import Answer
 
 Mode = dict[str, Any]
-# Blocks of the KV cache so small that the prompts share one; and few of them, for vLLM fills them. In production vLLM is told to keep
-# account of what it loads (gblm.serve.launch); so it is here.
+# Blocks of the KV cache so small that the prompts share one; and few of them, for vLLM fills them.
+# In production vLLM is told to keep account of what it loads (gblm.serve.launch); so it is here.
 COMMON = {
     "block_size": 32,
     "kv_cache_memory_bytes": 1 << 27,
