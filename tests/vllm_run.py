@@ -59,17 +59,17 @@ def answers(
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(ranks) as pool:
         # The name of the files where ranks meet becomes that of their shared memory.
         group = {"WORLD_SIZE": str(ranks), "MEETING": f"{folder}/{Path(folder).name}"}
-        group["VLLM_CPU_KVCACHE_SPACE"] = ""  # it would win over the engines' own settings
         if ranks > 1:
             group |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
         def run(rank: int) -> str:
             path = Path(folder) / f"log-{rank}"
+            env = environment(**group, RANK=str(rank), **variables)
+            del env["VLLM_CPU_KVCACHE_SPACE"]  # it would win over the engines' own settings
             with path.open("w") as log:
                 process = subprocess.Popen(
                     [sys.executable, str(ENGINES), json.dumps(engines)],
-                    stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                    env=environment(**group, RANK=str(rank), **variables),
+                    stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=env,
                 )  # fmt: skip
                 try:
                     process.wait(timeout)
