@@ -60,6 +60,11 @@ class SparseConfig(QuantizationConfig):
         """None: the manifest stands in config.json."""
         return []
 
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, **_: Any) -> None:
+        """Note the backend where vLLM's cache of compiled graphs looks: it is part of a graph."""
+        if hf_config is not None:
+            hf_config.gblm_backend = kernels.requested_backend() or "best"
+
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Methods of ours for packed linears, embeddings and the output head; else vLLM's own."""
         if isinstance(layer, ParallelLMHead):

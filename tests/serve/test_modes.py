@@ -5,6 +5,7 @@ All value types in all modes: benchmarks/modes.py. Compiled engines: test_vllm_p
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -59,3 +60,16 @@ def serve(places: dict[str, Path], kind: str, backend: str | None) -> tuple[dict
     assert chunked["again"] == chunked["first"] == chunked["awake"]
     assert "sleep mode is not supported on CPU" in log
     return found, log
+
+
+def test_compiled_graphs_of_two_backends_have_two_keys(
+    pack_tiny: Pack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    monkeypatch.setattr("os.environ", os.environ.copy())  # vLLM writes to it
+    keys = []
+    for backend in ("dense", "cpu", "cpu"):
+        monkeypatch.setenv("GBLM_BACKEND", backend)
+        keys.append(EngineArgs(str(pack_tiny())).create_engine_config().compute_hash())
+    assert keys[0] != keys[1] == keys[2]
