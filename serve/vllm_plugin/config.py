@@ -60,7 +60,9 @@ class SparseConfig(QuantizationConfig):
         """None: the manifest stands in config.json."""
         return []
 
-    def maybe_update_config(self, model_name: str, hf_config: Any = None, **_: Any) -> None:
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
         """Note the backend where vLLM's cache of compiled graphs looks: it is part of a graph."""
         if hf_config is not None:
             hf_config.gblm_backend = kernels.requested_backend() or "best"
