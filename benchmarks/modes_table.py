@@ -18,7 +18,11 @@ def modes() -> str:
     found = {(row["mode"], row["model"]): cell(row) for row in compared}
     cells = [[name, *(found.get((name, model), "–") for model in models)] for name in names]
     equal = sum(row["expanded_identical"] for row in compared)
-    failing = [f"* {row['mode']}: `{row['dense_model']}`" for row in rows if "dense_model" in row]
+    failing = [
+        f"* {row['mode']}: `{row['dense_model'].removeprefix('[rank0]: ')}`"
+        for row in rows
+        if "dense_model" in row
+    ]
     return "\n".join([
         table(["vLLM on CPU", *models], cells),
         "",
