@@ -47,7 +47,7 @@ MODELS = tuple((p, v) for p in ("2:4", "0.5") for v in ("float", "int8:32", "int
 BACKENDS = (None, "dense", "cpu")
 KV_HEADS = 2
 TWO = EAGER | {"tensor_parallel_size": 2}
-# Mode, heads of keys and values, ranks that are processes of ours, cores of vLLM's own workers.
+# Mode, heads of keys and values, ranks that are processes of ours, how vLLM binds its own workers.
 Way = tuple[Mode, int, int, str]
 WAYS: dict[str, Way] = {
     **{name: (mode, KV_HEADS, 1, "") for name, mode in MODES.items()},
@@ -56,13 +56,13 @@ WAYS: dict[str, Way] = {
     "TP 4, KV heads replicated": (tensor_parallel(4), 2, 4, ""),
     "TP 2, LoRA": (MODES["LoRA"] | {"settings": MODES["LoRA"]["settings"] | TWO}, 2, 2, ""),
     "TP 2, vLLM's own workers": (
-        {"settings": TWO | {"distributed_executor_backend": "mp"}}, KV_HEADS, 1, "0|1",
+        {"settings": TWO | {"distributed_executor_backend": "mp"}}, KV_HEADS, 1, "nobind",
     ),
     "TP 2, Ray": (
-        {"settings": TWO | {"distributed_executor_backend": "ray"}}, KV_HEADS, 1, "0|1",
+        {"settings": TWO | {"distributed_executor_backend": "ray"}}, KV_HEADS, 1, "nobind",
     ),
-    "PP 2, torch.compile": ({"settings": PIPELINE}, KV_HEADS, 1, "0|1"),
-    "PP 2, eager": ({"settings": PIPELINE | EAGER}, KV_HEADS, 1, "0|1"),
+    "PP 2, torch.compile": ({"settings": PIPELINE}, KV_HEADS, 1, "nobind"),
+    "PP 2, eager": ({"settings": PIPELINE | EAGER}, KV_HEADS, 1, "nobind"),
     "LoRA, log-probs of prompts": (MODES["LoRA"] | {"prompts": True}, KV_HEADS, 1, ""),
 }  # fmt: skip
 # Where the dense model fails, the packed ones are not tried.
