@@ -16,6 +16,7 @@ from budget import budget
 from decoding_tables import decoding
 from frontier_tables import frontier, frontier_all
 from kernel_tables import compilers, kernels
+from modes_table import modes
 from pages import RESULTS, ROOT, origin, table
 from soak_tables import reliability
 
@@ -65,6 +66,7 @@ def blocks() -> list[tuple[Path, str, str]]:
         (ROOT / "docs" / "kernels.md", "decoding", decoding()),
         (ROOT / "docs" / "kernels.md", "compilers", compilers()),
         (ROOT / "docs" / "reliability.md", "reliability", reliability()),
+        (ROOT / "docs" / "serving.md", "modes", modes()),
     ]
 
 

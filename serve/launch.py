@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
 import sys
@@ -27,6 +28,8 @@ KV_CACHE_SHARE = 0.25
 MAX_KV_CACHE_GIB = 4
 # Answers that one request may ask for; vLLM allows 16384.
 MAX_SEQUENCES = 64
+# vLLM serves norms and biases that the checkpoint lacks as they were made, unless told to look.
+LOADER_CONFIG = {"enable_weights_track": True}
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,8 @@ class Server:
     options: tuple[str, ...] = ()
 
 
-def command(server: Server) -> list[str]:
-    """The command line that starts vLLM."""
+def command(server: Server, loading: Sequence[str] = ()) -> list[str]:
+    """The command line that starts vLLM; see `loading_options`."""
     tls: list[str] = []
     if server.ssl_certfile is not None:
         tls = ["--ssl-certfile", str(server.ssl_certfile), "--ssl-keyfile", str(server.ssl_keyfile)]
@@ -72,6 +75,7 @@ def command(server: Server) -> list[str]:
         "--served-model-name", server.name or server.folder.resolve().name,
         "--shutdown-timeout", str(server.shutdown_timeout),
         *tls,
+        *loading,
         *server.options,
     ]  # fmt: skip
 
@@ -155,7 +159,7 @@ def serve(server: Server) -> None:
     The options were checked with `check_options` before there was a folder.
     """
     check(server)
-    words = command(server)
+    words = command(server, loading_options(server))
     logger.info("starting %s", " ".join(words[3:]))
     sys.stdout.flush()
     sys.stderr.flush()
@@ -167,6 +171,13 @@ def on_cpu() -> bool:
     import torch
 
     return not torch.cuda.is_available()
+
+
+def loading_options(server: Server) -> list[str]:
+    """What makes vLLM's default loader miss norms and biases; the user's options come later."""
+    if "--load-format" in server.options or not is_packed(server.folder):
+        return []
+    return ["--model-loader-extra-config", json.dumps(LOADER_CONFIG)]
 
 
 def _is_parallel(options: Sequence[str]) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
@@ -27,7 +27,7 @@ from gblm.kernels import Backend
 from gblm.serve.versions import check_version
 from gblm.serve.vllm_plugin import metrics
 from gblm.serve.vllm_plugin.head import EmbeddingMethod, HeadMethod, PackedHeadMethod
-from gblm.serve.vllm_plugin.linear import SparseLinearMethod
+from gblm.serve.vllm_plugin.linear import DenseLinearMethod, SparseLinearMethod
 
 
 class SparseConfig(QuantizationConfig):
@@ -64,17 +64,24 @@ class SparseConfig(QuantizationConfig):
         """None: the manifest stands in config.json."""
         return []
 
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        """Note the backend where vLLM's cache of compiled graphs looks: it is part of a graph."""
+        if hf_config is not None:
+            hf_config.gblm_backend = kernels.requested_backend() or "best"
+
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Methods of ours for packed linears, embeddings and the output head; else vLLM's own."""
         if isinstance(layer, ParallelLMHead):
             return self._head_method(prefix)
         if isinstance(layer, VocabParallelEmbedding):
-            return EmbeddingMethod()
+            return EmbeddingMethod(prefix)
         if not isinstance(layer, LinearBase):
             return None
         fmt = self._format_of(prefix)
         if fmt is None:
-            return UnquantizedLinearMethod()
+            return DenseLinearMethod(prefix)
         self.num_created += 1
         return SparseLinearMethod(fmt, prefix, self.note_choice)
 
@@ -90,7 +97,7 @@ class SparseConfig(QuantizationConfig):
     def _head_method(self, prefix: str) -> QuantizeMethodBase:
         fmt = self.manifest.format_of(prefix)
         if fmt is None:
-            return HeadMethod()
+            return HeadMethod(prefix)
         if fmt.name != "dense":
             raise CheckpointError(
                 f"{prefix}: vLLM serves an output head in the format dense, not {fmt.name}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,19 +18,33 @@ from gblm import kernels
 from gblm.errors import CheckpointError
 from gblm.formats import Shape, from_spec
 from gblm.kernels import Backend
-from gblm.serve.vllm_plugin.linear import SparseLinearMethod
+from gblm.serve.vllm_plugin.linear import SparseLinearMethod, refuse_unloaded
 
 DENSE = from_spec("dense/dense")
 
 
-class EmbeddingMethod(UnquantizedEmbeddingMethod):
+class WatchedMethod(UnquantizedEmbeddingMethod):
+    """vLLM's own, which would serve memory that nothing was loaded to."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name or "embed_tokens"  # vLLM gives some embeddings no name
+
+    def create_weights(self, layer: torch.nn.Module, *sizes: Any, **attributes: Any) -> None:
+        """As vLLM does, filled with NaN."""
+        super().create_weights(layer, *sizes, **attributes)
+        layer.get_parameter("weight").data.fill_(math.nan)
+
+
+class EmbeddingMethod(WatchedMethod):
     """vLLM's own, which on CPU makes a second copy of all embeddings, to multiply with.
 
     Here it is made when a model does: Gemma 2 has no other output head.
     """
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Nothing: lookups need the weight as it is."""
+        """Refuse what was not loaded; lookups need the weight as it is."""
+        refuse_unloaded(self.name, layer.get_parameter("weight").data)
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in] → logits [..., vocabulary]."""
@@ -39,11 +54,11 @@ class EmbeddingMethod(UnquantizedEmbeddingMethod):
         return logits
 
 
-class HeadMethod(UnquantizedEmbeddingMethod):
+class HeadMethod(WatchedMethod):
     """A head that is not packed: vLLM's own, unless a kernel takes its weight as panels."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
         self.backend: Backend | None = None
         self.shape: Shape = (0, 0)
         self.tied = False
@@ -62,6 +77,7 @@ class HeadMethod(UnquantizedEmbeddingMethod):
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Prepare the loaded weight, and let go of it unless it is that of the embeddings, too."""
         weight = layer.get_parameter("weight").data
+        refuse_unloaded(self.name, weight)
         self.shape = (weight.shape[0], weight.shape[1])
         backend, _ = kernels.select(DENSE, self.shape, weight.dtype, weight.device)
         wanted = backend.own_op and kernels.requested_backend() in (None, backend.name)

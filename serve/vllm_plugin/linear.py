@@ -161,6 +161,39 @@ class SparseLinearMethod(LinearMethodBase):
         )
 
 
+@register_weight_loader_v2_supported_method
+class DenseLinearMethod(UnquantizedLinearMethod):
+    """A linear that is not packed: vLLM's own, which would serve memory that nothing was loaded to.
+
+    vLLM keeps account of loaded weights only where a model has no quantization config.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def create_weights(self, layer: torch.nn.Module, *sizes: Any, **attributes: Any) -> None:
+        """As vLLM does, filled with NaN."""
+        super().create_weights(layer, *sizes, **attributes)
+        layer.get_parameter("weight").data.fill_(math.nan)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Refuse what was not loaded; then vLLM's own."""
+        refuse_unloaded(self.name, layer.get_parameter("weight").data)
+        super().process_weights_after_loading(layer)
+
+
+def refuse_unloaded(name: str, values: Tensor) -> None:
+    """Refuse values that were filled with NaN and are not loaded, or not wholly.
+
+    Raises:
+        CheckpointError: there is a NaN.
+    """
+    # amax gives NaN when there is one, and needs no memory for an answer per value.
+    if values.numel() and bool(values.amax().isnan()):
+        raise CheckpointError(f"{name}: values are missing in the checkpoint, or NaN.")
+
+
 def _rectangle(fmt: Format, part: str, spec: TensorSpec, loader: Any) -> BasevLLMParameter:
     """An empty part that vLLM cuts like a dense weight: at the same relative place.
 

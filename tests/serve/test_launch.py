@@ -10,7 +10,14 @@ import pytest
 
 from gblm.errors import CheckpointError, InputError, UsageError
 from gblm.serve import launch
-from gblm.serve.launch import Server, check, check_options, command, environment
+from gblm.serve.launch import (
+    Server,
+    check,
+    check_options,
+    command,
+    environment,
+    loading_options,
+)
 
 Pack = Callable[..., Path]
 
@@ -29,6 +36,16 @@ def test_command_is_vllms_own_server_with_safe_defaults(tmp_path: Path) -> None:
     assert pairs["--served-model-name"] == "model-a"
     assert pairs["--shutdown-timeout"] == "30"
     assert words[-1] == "--enforce-eager"
+
+
+def test_vllm_is_told_to_miss_what_a_packed_folder_lacks(packed: Path, tiny: Path) -> None:
+    option = "--model-loader-extra-config"
+    server = Server(packed, options=(option, "{}"))
+    assert loading_options(server) == [option, '{"enable_weights_track": true}']
+    # The user's comes later and wins.
+    assert command(server, loading_options(server))[-4:] == [*loading_options(server), option, "{}"]
+    assert loading_options(Server(tiny)) == []
+    assert loading_options(Server(packed, options=("--load-format", "fastsafetensors"))) == []
 
 
 def test_cpu_environment_bounds_the_cache_and_binds_all_cores(

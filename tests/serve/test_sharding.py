@@ -4,49 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from vllm_linear import RANKS, SHAPE, create, weight_for
 
 from gblm.errors import CheckpointError
 from gblm.formats import Format, from_spec
-from gblm.values import quantize
 from gblm.weights import SparseWeight
 
 pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm")
 
-RANKS = 2
-SHAPE = (16, 256)
 RECTANGLES = ["nm/2:4", "nm/2:4/int8:64", "nm/2:4/int4:128", "nm/2:4/int8:row", "nm/4:8/int4:row",
               "dense/dense/int8:32", "dense/dense/int4:row", "nm/2:4/uint4:128", "nm/4:8/uint4:row",
               "dense/dense/uint4:32"]  # fmt: skip
 RAGGED = ["bitmask/0.5", "bitmask/0.5/int8:64", "bitmask/0.7/int4:64", "bitmask/0.7/int4:row",
           "bitmask/0.7/uint4:64", "bitmask/0.7/uint4:row"]  # fmt: skip
-
-
-def weight_for(fmt: Format, shape: tuple[int, int] = SHAPE) -> SparseWeight:
-    dense = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
-    mask = fmt.pattern.keep(dense.float().abs(), "row")
-    if fmt.values.is_float:
-        return SparseWeight.cut(dense, mask)
-    return quantize(dense, mask, fmt.values)
-
-
-def create(
-    fmt: Format, rows: list[int], columns: int, num_ranks: int, monkeypatch: pytest.MonkeyPatch,
-    rank: int,
-) -> tuple[object, torch.nn.Module]:  # fmt: skip
-    """A linear of one rank, `columns` of the whole weight cut over `num_ranks`."""
-    from vllm.model_executor import parameter
-
-    from gblm.serve.vllm_plugin.linear import SparseLinearMethod
-
-    monkeypatch.setattr(parameter, "get_tensor_model_parallel_rank", lambda: rank)
-    monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: RANKS)
-    method, layer = SparseLinearMethod(fmt, "w", lambda *choice: None), torch.nn.Module()
-    method.create_weights(
-        layer, columns // num_ranks, rows, columns, sum(rows), torch.bfloat16,
-        weight_loader=lambda *args: None,
-    )  # fmt: skip
-    return method, layer
 
 
 @pytest.mark.parametrize("rank", range(RANKS))

@@ -1,0 +1,224 @@
+"""What was not loaded is never served: parts, pieces, whole linears, norms; vLLM keeps no account.
+
+Of quantized models it does so on demand only, and `gblm serve` demands it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from vllm_linear import RANKS, SHAPE, create, weight_for
+
+from gblm.errors import CheckpointError
+from gblm.formats import Format, from_spec
+from gblm.serve.launch import LOADER_CONFIG
+
+pytestmark = pytest.mark.vllm
+pytest.importorskip("vllm")
+Pack = Callable[..., Path]
+FORMATS = ("nm/2:4", "bitmask/0.5", "dense/dense")
+VALUES = ("float", "int8:64", "int8:row", "int4:64", "int4:row", "uint4:64", "uint4:row")
+SPECS = [f"{fmt}/{values}".removesuffix("/float") for fmt in FORMATS for values in VALUES]
+ROWS, COLUMNS = SHAPE
+
+
+def load_columns(layer: torch.nn.Module, parts: dict[str, torch.Tensor]) -> None:
+    for part, tensor in parts.items():
+        getattr(layer, part).load_row_parallel_weight(loaded_weight=tensor)
+
+
+def load_piece(layer: torch.nn.Module, piece: int, parts: dict[str, torch.Tensor]) -> None:
+    """Of two pieces of a fused layer with ROWS rows each."""
+    size = ROWS // RANKS
+    for part, tensor in parts.items():
+        getattr(layer, part).load_merged_column_weight(
+            loaded_weight=tensor, shard_id=piece, shard_offset=piece * size, shard_size=size
+        )
+
+
+def packed_parts(fmt: Format) -> dict[str, torch.Tensor]:
+    return fmt.pack("w", weight_for(fmt))
+
+
+@pytest.mark.parametrize("rank", range(RANKS))
+@pytest.mark.parametrize("spec", SPECS)
+def test_each_part_is_missed_where_columns_are_cut(
+    spec: str, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fmt = from_spec(spec)
+    whole = packed_parts(fmt)
+    for missing in (*fmt.parts, None):
+        method, layer = create(fmt, [ROWS], COLUMNS, RANKS, monkeypatch, rank)
+        load_columns(layer, {part: whole[part] for part in fmt.parts if part != missing})
+        if missing is None:
+            method.process_weights_after_loading(layer)
+            continue
+        with pytest.raises(CheckpointError, match=r"^w"):
+            method.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize("rank", range(RANKS))
+@pytest.mark.parametrize("spec", SPECS)
+def test_each_part_of_each_piece_is_missed_where_rows_are_cut(
+    spec: str, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fmt = from_spec(spec)
+    whole = packed_parts(fmt)
+    for piece in range(2):
+        for missing in ({part} for part in fmt.parts):
+            expect_refusal(fmt, [whole, whole], piece, missing, monkeypatch, rank)
+        expect_refusal(fmt, [whole, whole], piece, set(fmt.parts), monkeypatch, rank)
+
+
+def expect_refusal(
+    fmt: Format, pieces: list[dict[str, torch.Tensor]], piece: int, missing: set[str],
+    monkeypatch: pytest.MonkeyPatch, rank: int,
+) -> None:  # fmt: skip
+    """Refused without these parts of one piece."""
+    method, layer = create(fmt, [ROWS // RANKS] * 2, COLUMNS, 1, monkeypatch, rank)
+    for number, parts in enumerate(pieces):
+        left = parts.keys() - missing if number == piece else parts.keys()
+        load_piece(layer, number, {part: parts[part] for part in left})
+    with pytest.raises(CheckpointError, match=r"^w"):
+        method.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_linear_that_was_never_loaded_is_refused(
+    spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, layer = create(from_spec(spec), [ROWS], COLUMNS, 1, monkeypatch, 0)
+    with pytest.raises(CheckpointError, match=r"^w"):
+        method.process_weights_after_loading(layer)
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """vLLM's process groups of a single rank; the environment stays what it was."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import (
+        cleanup_dist_env_and_memory,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+
+    before = dict(os.environ)
+    meeting = tmp_path_factory.mktemp("ranks") / "meeting"
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{meeting}", 0, "gloo")
+        initialize_model_parallel()
+    yield
+    cleanup_dist_env_and_memory()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def load(one_rank: None) -> Callable[[Path], Any]:
+    """vLLM's own loader on a folder, with the settings of `gblm serve`."""
+    from vllm.config import set_current_vllm_config
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader import get_model_loader
+
+    # As vLLM's CPU worker does.
+    torch.accelerator.empty_cache = lambda: None
+
+    def run(folder: Path) -> Any:
+        config = EngineArgs(
+            str(folder), max_model_len=64, enforce_eager=True,
+            model_loader_extra_config=LOADER_CONFIG,
+        ).create_engine_config()  # fmt: skip
+        with set_current_vllm_config(config):
+            loader = get_model_loader(config.load_config)
+            return loader.load_model(vllm_config=config, model_config=config.model_config)
+
+    return run
+
+
+def damage(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """A copy whose tensors were changed."""
+    shutil.copytree(source, target)
+    weights = load_file(target / "model.safetensors")
+    change(weights)
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.fixture(scope="module")
+def partly(tiny_untied: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Packed folders in which `down_proj` and the head stay dense, one per pattern."""
+    from gblm.prune import prune
+    from gblm.recipe import Recipe
+
+    made: dict[str, Path] = {}
+
+    def get(pattern: str) -> Path:
+        if pattern not in made:
+            made[pattern] = tmp_path_factory.mktemp("partly") / "out"
+            recipe = Recipe(model=str(tiny_untied), method="magnitude", pattern=pattern,
+                            calibration=None, ignore=("down_proj",))  # fmt: skip
+            prune(recipe, made[pattern])
+        return made[pattern]
+
+    return get
+
+
+LAYER = "model.layers.1"
+GONE = [
+    *((pattern, f"{LAYER}.{name}.", f"{LAYER}.{fused}") for pattern in ("2:4", "0.5")
+      for name, fused in (("self_attn.k_proj", "self_attn.qkv_proj"),
+                          ("mlp.gate_proj", "mlp.gate_up_proj"),
+                          ("self_attn.o_proj", "self_attn.o_proj"))),
+    ("2:4", f"{LAYER}.mlp.down_proj.", f"{LAYER}.mlp.down_proj: values are missing"),
+    ("2:4", "model.embed_tokens.", "embed_tokens: values are missing"),
+    ("2:4", "lm_head.", "lm_head: values are missing"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("pattern", "prefix", "match"), GONE)
+def test_vllm_refuses_what_lacks_a_linear_or_an_embedding(
+    partly: Callable[[str], Path], tmp_path: Path, pattern: str, prefix: str, match: str,
+    load: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from gblm.serve import launch
+
+    def drop(weights: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in weights if name.startswith(prefix)]:
+            del weights[name]
+
+    # Ours is the refusal, not that of the account.
+    monkeypatch.setitem(launch.LOADER_CONFIG, "enable_weights_track", False)
+    with pytest.raises(CheckpointError, match=match):
+        load(damage(partly(pattern), tmp_path / "out", drop))
+
+
+def test_norm_that_was_never_loaded_is_missed_by_the_account(
+    partly: Callable[[str], Path], tmp_path: Path, load: Callable[[Path], Any]
+) -> None:
+    name = f"{LAYER}.input_layernorm.weight"
+    folder = damage(partly("0.5"), tmp_path / "out", lambda weights: weights.pop(name))
+    with pytest.raises(ValueError, match=f"not initialized.*{name}"):
+        load(folder)
+    assert load(partly("0.5")) is not None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [f"{LAYER}.self_attn.o_proj.weight", f"{LAYER}.self_attn.o_proj.row_offsets",
+     f"{LAYER}.mlp.other_proj.values", "model.other.weight"],
+)  # fmt: skip
+def test_tensor_that_has_no_place_is_refused(
+    partly: Callable[[str], Path], tmp_path: Path, name: str, load: Callable[[Path], Any]
+) -> None:
+    folder = damage(
+        partly("2:4"), tmp_path / "out", lambda weights: weights.update({name: torch.ones(8)})
+    )
+    with pytest.raises((CheckpointError, ValueError, KeyError), match=r"other|o_proj"):
+        load(folder)

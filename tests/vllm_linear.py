@@ -1,0 +1,43 @@
+"""One rank's SparseLinearMethod and weights for it, without an engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from gblm.formats import Format
+from gblm.values import quantize
+from gblm.weights import SparseWeight
+
+RANKS = 2
+SHAPE = (16, 256)
+
+
+def weight_for(fmt: Format, shape: tuple[int, int] = SHAPE) -> SparseWeight:
+    """A seeded weight that the format can hold."""
+    dense = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    mask = fmt.pattern.keep(dense.float().abs(), "row")
+    if fmt.values.is_float:
+        return SparseWeight.cut(dense, mask)
+    return quantize(dense, mask, fmt.values)
+
+
+def create(
+    fmt: Format, rows: list[int], columns: int, num_ranks: int, monkeypatch: pytest.MonkeyPatch,
+    rank: int,
+) -> tuple[Any, torch.nn.Module]:  # fmt: skip
+    """A linear of one rank, `columns` of the whole weight cut over `num_ranks`."""
+    from vllm.model_executor import parameter
+
+    from gblm.serve.vllm_plugin.linear import SparseLinearMethod
+
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_rank", lambda: rank)
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: RANKS)
+    method, layer = SparseLinearMethod(fmt, "w", lambda *choice: None), torch.nn.Module()
+    method.create_weights(
+        layer, columns // num_ranks, rows, columns, sum(rows), torch.bfloat16,
+        weight_loader=lambda *args: None,
+    )  # fmt: skip
+    return method, layer
