@@ -92,7 +92,7 @@ def import_legacy(
         model = StreamedLayers(reader).model
         check_room(reader, output, overwrite)
         every = tuple(prunable(model))
-        names = _packable(reader, every)
+        names = packable(reader, every)
         pattern = _pattern(reader, names)
         choices = {name: Choice(pattern, reader.values(name)) for name in names}
         check_packable(reader, choices)
@@ -110,8 +110,16 @@ def import_legacy(
         return write_packed(packing, _pieces(packing, reader, step), output, overwrite)
 
 
-def _packable(reader: LegacyReader, linears: tuple[str, ...]) -> list[str]:
-    """The linears that are stored sparse and have columns that our formats can hold."""
+def packable(reader: LegacyReader, linears: tuple[str, ...]) -> list[str]:
+    """The linears that are stored sparse and have columns that our formats can hold.
+
+    Args:
+        reader: of the folder.
+        linears: of the decoder layers, by full name.
+
+    Raises:
+        InputError: there are none.
+    """
     names = []
     for name in linears:
         if reader.legacy.layout != "dense" and f"{name}.weight" not in reader.packed:

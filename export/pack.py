@@ -26,6 +26,7 @@ from gblm.weights import SparseWeight
 
 # Tried in this order: the first that every weight follows stores the most.
 KNOWN_PATTERNS: tuple[NM, ...] = (NM(1, 4), NM(2, 8), NM(2, 4), NM(4, 8))
+QUICK_ROWS = 16
 MIN_SPARSITY = 1 / 16  # below this the bitmask of a bf16 weight outweighs what the zeros save
 
 
@@ -99,7 +100,7 @@ def find_pattern(masks: Iterable[tuple[str, Tensor]]) -> Pattern:
         candidates = [c for c in candidates if _follows(c, name, mask)]
     if candidates:
         return candidates[0]
-    return Unstructured(round(zeros / weights, 4))
+    return Unstructured(min(round(zeros / weights, 4), 0.9999))
 
 
 def _worthwhile(reader: Reader, linears: Iterable[str]) -> Pattern:
@@ -114,6 +115,7 @@ def _worthwhile(reader: Reader, linears: Iterable[str]) -> Pattern:
 
 def _follows(pattern: NM, name: str, mask: Any) -> bool:
     try:
+        pattern.check_mask(name, mask[:QUICK_ROWS])  # most patterns fail here, at no cost
         pattern.check_mask(name, mask)
     except PatternError:
         return False

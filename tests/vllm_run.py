@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,20 +19,37 @@ def generate(
     folder: Path, backend: str | None = None, **settings: object
 ) -> tuple[list[dict], str]:
     """Per prompt the greedy tokens and the likeliest ones' log-probs; and what vLLM printed."""
+    rows, log = generate_each([(folder, backend, settings)])
+    return rows[0], log
+
+
+def generate_each(
+    jobs: Sequence[tuple[Path, str | None, dict[str, object]]],
+) -> tuple[list[list[dict]], str]:
+    """As `generate`, for several folders in one process; after a refusal the others get no rows.
+
+    Args:
+        jobs: folder, backend and settings of `LLM`.
+    """
     env = os.environ | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "0-1" if (os.cpu_count() or 1) > 1 else "0",
         "VLLM_NO_USAGE_STATS": "1",
     }
-    env.pop("GBLM_BACKEND", None)
-    if backend:
-        env["GBLM_BACKEND"] = backend
+    asked = [
+        {"folder": str(folder), "backend": backend, "settings": settings}
+        for folder, backend, settings in jobs
+    ]
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder), json.dumps(settings)],
+        [sys.executable, str(SCRIPT), json.dumps(asked)],
         capture_output=True, text=True, env=env, timeout=400, check=False,
     )  # fmt: skip
-    rows = [json.loads(x[7:]) for x in done.stdout.splitlines() if x.startswith("TOKENS ")]
+    rows: list[list[dict]] = [[] for _ in jobs]
+    for line in done.stdout.splitlines():
+        if line.startswith("TOKENS "):
+            row = json.loads(line[7:])
+            rows[row.pop("job")].append(row)
     return rows, done.stdout + done.stderr
 
 

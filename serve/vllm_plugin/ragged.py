@@ -1,11 +1,13 @@
 """Loading ragged parts (bitmask format) through vLLM's loader: q/k/v, gate/up, tensor parallel.
 
 The number of kept values is known only when a tensor arrives. So each part of each piece is kept
-as it comes; once a piece is complete it is cut to this rank, and at the end the pieces are joined.
+as it comes; once a piece is complete it is cut to this rank, and with the last one the pieces are
+joined and packed again: no more than one linear is unpacked at a time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,6 +16,8 @@ from vllm.model_executor.parameter import BasevLLMParameter
 
 from gblm.errors import CheckpointError
 from gblm.formats import Format
+from gblm.serve.foreign import is_plain
+from gblm.values import ValueType
 from gblm.weights import SparseWeight
 
 Cut = Literal["rows", "columns"]
@@ -24,18 +28,21 @@ class Pieces:
     """The pieces of one vLLM linear, in the order of its rows.
 
     Attributes:
-        fmt: format of every piece.
+        fmt: format that every piece arrives in.
         name: of the linear, for messages.
         rows: rows of each piece on this rank.
         columns: columns on this rank.
+        settle: gives the format to keep the whole in, and the weight to pack; `fmt` if None.
     """
 
     fmt: Format
     name: str
     rows: list[int]
     columns: int
+    settle: Callable[[str, SparseWeight, ValueType], tuple[Format, SparseWeight]] | None = None
     _arriving: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     _done: dict[int, SparseWeight] = field(default_factory=dict)
+    _whole: tuple[Format, dict[str, Tensor]] | None = None
 
     def take(
         self, piece: int, part: str, tensor: Tensor, cut: Cut, rank: int, num_ranks: int
@@ -60,16 +67,27 @@ class Pieces:
         shape = (local[0] * num_ranks, local[1]) if dim == 0 else (local[0], local[1] * num_ranks)
         self.fmt.validate(f"{self.name}[{piece}]", parts, shape)
         self._done[piece] = self.fmt.unpack(parts).narrow(dim, rank * local[dim], local[dim])
+        if len(self._done) == len(self.rows):
+            self._whole = self._join()
 
-    def join(self) -> dict[str, Tensor]:
-        """The parts of the fused weight on this rank."""
-        if sorted(self._done) != list(range(len(self.rows))):
+    @property
+    def whole(self) -> tuple[Format, dict[str, Tensor]]:
+        """The format and the parts of the fused weight on this rank."""
+        if self._whole is None:
             raise CheckpointError(
                 f"{self.name}: parts of its weight are missing in the checkpoint."
             )
+        return self._whole
+
+    def _join(self) -> tuple[Format, dict[str, Tensor]]:
         whole = SparseWeight.cat([self._done[i] for i in range(len(self.rows))])
         self._done.clear()
-        return self.fmt.pack(self.name, whole)
+        fmt = self.fmt
+        if self.settle is not None:
+            fmt, whole = self.settle(self.name, whole, self.fmt.values)
+        if is_plain(fmt):
+            return fmt, {"values": whole.weight}  # as it is; it may have columns of any number
+        return fmt, fmt.pack(self.name, whole)
 
 
 class RaggedParameter(BasevLLMParameter):
@@ -99,3 +117,9 @@ class RaggedParameter(BasevLLMParameter):
         shared_by = 1 if piece == 0 else kwargs["num_heads"]
         rank, num_ranks = self.tp_rank // shared_by, self.tp_size // shared_by
         self.pieces.take(piece, self.part, loaded_weight, "rows", rank, num_ranks)
+
+
+class PlainParameter(RaggedParameter):
+    """A plain weight that is to be packed; models that are fused on disk are cut along its rows."""
+
+    output_dim = 0

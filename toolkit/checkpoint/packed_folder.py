@@ -47,10 +47,7 @@ class PackedReader(Reader):
             raise CheckpointError(sentence)
         self.manifest = Manifest.from_config(self.config.get("quantization_config"))
         super().__init__(folder)
-        # Hosts load every shard they find, so an unlisted one could replace what was checked.
-        for path in folder.glob("*.safetensors*"):
-            if path.name not in self.files:
-                raise CheckpointError(f"{path} belongs to no index; remove it.")
+        self.refuse_unlisted()
         self.linears = {linear.name: linear for linear in self._find_linears()}
         if not self.linears:
             raise CheckpointError(f"{folder}: the manifest names no weight that is there.")
