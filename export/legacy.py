@@ -96,8 +96,6 @@ def import_legacy(
         pattern = _pattern(reader, names)
         choices = {name: Choice(pattern, reader.values(name)) for name in names}
         check_packable(reader, choices)
-        if reader.legacy.activations:
-            logger.warning("%s: only weights are converted; activations stay floating.", folder)
         recipe = {
             "model": str(folder), "method": "pack", "pattern": str(pattern),
             "options": {"legacy": reader.legacy.layout},
@@ -120,6 +118,8 @@ def packable(reader: LegacyReader, linears: tuple[str, ...]) -> list[str]:
     Raises:
         InputError: there are none.
     """
+    if reader.legacy.activations:
+        logger.warning("%s: only weights are taken; activations stay floating.", reader.folder)
     names = []
     for name in linears:
         if reader.legacy.layout != "dense" and f"{name}.weight" not in reader.packed:

@@ -29,6 +29,8 @@ from gblm.weights import SparseWeight
 DENSE = from_spec("dense/dense")
 # How a mask is called until its weight is there: the format bitmask holds any.
 ANY = Unstructured(0.5)
+# Of a weight: what an N:M rectangle may store of zeros that no pattern asks for.
+MAX_WASTE = 0.1
 SAMPLED_ROWS, SAMPLED_TENSORS = 64, 8
 
 
@@ -134,7 +136,7 @@ def is_legacy(config: dict[str, Any]) -> bool:
 
 
 def settle(name: str, weight: SparseWeight, values: ValueType) -> tuple[Format, SparseWeight]:
-    """The format that stores a weight in the fewest bytes, found from its zeros.
+    """The format of a weight, found from its zeros: the tightest N:M they follow, or a bitmask.
 
     Args:
         name: of the linear, for messages.
@@ -147,12 +149,13 @@ def settle(name: str, weight: SparseWeight, values: ValueType) -> tuple[Format, 
     """
     if values.is_float:
         weight = SparseWeight.from_zeros(weight.weight)
-    found = find_pattern([(name, weight.mask)])
-    if values.is_float and (found.sparsity < MIN_SPARSITY or weight.mask.shape[1] % 8):
+    zeros = 1 - int(weight.mask.sum()) / weight.mask.numel()
+    if values.is_float and (zeros < MIN_SPARSITY or weight.mask.shape[1] % 8):
         return DENSE, weight
-    if not isinstance(found, NM):
+    found = find_pattern([(name, weight.mask)])
+    if not isinstance(found, NM) or zeros > found.sparsity + MAX_WASTE:
         # Rounded, so that all layers of a model share what is compiled for one.
-        found = Unstructured(min(round(found.sparsity, 1), 0.9))
+        found = Unstructured(min(round(zeros, 1), 0.9))
     return format_for(found, values), weight
 
 

@@ -43,7 +43,7 @@ def generate_each(
     ]
     done = subprocess.run(
         [sys.executable, str(SCRIPT), json.dumps(asked)],
-        capture_output=True, text=True, env=env, timeout=400, check=False,
+        capture_output=True, text=True, env=env, timeout=300 + 100 * len(jobs), check=False,
     )  # fmt: skip
     rows: list[list[dict]] = [[] for _ in jobs]
     for line in done.stdout.splitlines():

@@ -20,7 +20,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from gblm import kernels
 from gblm.errors import CheckpointError
-from gblm.folder import LEGACY_METHOD
+from gblm.folder import LEGACY_METHOD, legacy_format
 from gblm.formats import Format, join_formats
 from gblm.formats.manifest import QUANT_METHOD, Manifest
 from gblm.formats.nm import NMFormat
@@ -58,13 +58,16 @@ class SparseConfig(QuantizationConfig):
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
         """Claim what compressed-tensors wrote sparse; None leaves a checkpoint to vLLM."""
-        ours = user_quant in (None, QUANT_METHOD, LEGACY_METHOD)
-        return QUANT_METHOD if ours and is_legacy({"quantization_config": hf_quant_cfg}) else None
+        config = {"quantization_config": hf_quant_cfg}
+        if user_quant == QUANT_METHOD:
+            return QUANT_METHOD if legacy_format(config) else None
+        ours = user_quant in (None, LEGACY_METHOD) and is_legacy(config)
+        return QUANT_METHOD if ours else None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SparseConfig:
         """Check vLLM's version and the "quantization_config" object."""
-        if is_legacy({"quantization_config": config}):
+        if legacy_format({"quantization_config": config}):
             return cls()
         return cls(Manifest.from_config(config))
 

@@ -17,7 +17,9 @@ def main() -> None:
         run(number, last=job is jobs[-1], **job)
 
 
-def run(number: int, last: bool, folder: str, backend: str | None, settings: dict[str, Any]) -> None:
+def run(
+    number: int, last: bool, folder: str, backend: str | None, settings: dict[str, Any]
+) -> None:
     """Write a line for each prompt; then make room for the next engine."""
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory

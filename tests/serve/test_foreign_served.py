@@ -1,0 +1,93 @@
+"""Models that others made in vLLM on CPU, against the dense models that they stand for."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from legacy_cases import FIXTURES
+from vllm_run import drift, generate_each
+
+from gblm.export.dense import export_dense
+from gblm.export.legacy import export_legacy
+from gblm.kernels import native
+
+pytestmark = pytest.mark.vllm
+pytest.importorskip("vllm")
+
+TINY = {"enforce_eager": True, "max_model_len": 64, "skip_tokenizer_init": True}
+PACKING = {**TINY, "quantization": "gblm"}
+FLOATS, CODES, OLD = (
+    FIXTURES / "served" / name for name in ("24-bitmask", "24-int8-group", "bitmask-0.8")
+)
+BEST = "reference" if native.refusal() else "cpu"
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """The dense model that a sparse checkpoint stands for."""
+    root = tmp_path_factory.mktemp("dense")
+    known: dict[Path, Path] = {}
+
+    def get(folder: Path) -> Path:
+        if folder not in known:
+            place = root / str(len(known))
+            export_legacy(folder, place / "ours")
+            export_dense(place / "ours", place / "dense")
+            known[folder] = place / "dense"
+        return known[folder]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def beside_a_sparsity_config(
+    dense: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Plain weights, and the config.json that compressed-tensors wrote beside such."""
+    folder = tmp_path_factory.mktemp("dense") / "plain"
+    shutil.copytree(dense(FLOATS), folder)
+    text = (FIXTURES / "dense/config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"head_dim": 16', '"head_dim": 32'))
+    return folder
+
+
+def test_tokens_are_those_of_the_dense_model(
+    dense: Callable[[Path], Path], beside_a_sparsity_config: Path
+) -> None:
+    jobs = {
+        "floats": (dense(FLOATS), None, TINY),
+        "24-bitmask expanded": (FLOATS, "dense", TINY),
+        "24-bitmask packed": (FLOATS, BEST, TINY),
+        "sparsity_config packed": (beside_a_sparsity_config, BEST, TINY),
+        "plain expanded": (dense(FLOATS), "dense", PACKING),
+        "plain packed": (dense(FLOATS), BEST, PACKING),
+        "old": (dense(OLD), None, TINY),
+        "bitmask-0.8 expanded": (OLD, "dense", TINY),
+        "codes": (dense(CODES), None, TINY),
+        "int8 expanded": (CODES, "dense", TINY),
+    }
+    rows, log = generate_each(list(jobs.values()))
+    got = dict(zip(jobs, rows, strict=True))
+    assert all(got.values()), log
+    for expanded in ("24-bitmask expanded", "plain expanded"):
+        assert got[expanded] == got["floats"]
+    assert got["bitmask-0.8 expanded"] == got["old"]
+    assert got["int8 expanded"] == got["codes"]
+    for packed in ("24-bitmask packed", "sparsity_config packed", "plain packed"):
+        assert drift(got[packed], got["floats"]) < 0.1
+    # Both ways of packing end in the same parts.
+    assert got["sparsity_config packed"] == got["plain packed"] == got["24-bitmask packed"]
+    assert log.count(f"4 linears run on backend {BEST} (packed in memory)") == 3
+    assert log.count("4 linears run on backend dense (expanded at load)") == 4
+
+
+def test_an_incomplete_checkpoint_is_refused(tmp_path: Path) -> None:
+    from legacy_cases import altered
+
+    folder = altered(tmp_path, "served/bitmask-0.8", lambda t: t.pop("model.norm.weight.bitmask"))
+    rows, log = generate_each([(folder, None, TINY)])
+    assert rows == [[]]
+    assert "model.norm.weight.bitmask is missing" in log
