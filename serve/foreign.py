@@ -148,7 +148,7 @@ def settle(name: str, weight: SparseWeight, values: ValueType) -> tuple[Format, 
         the weight with the mask to pack.
     """
     if values.is_float:
-        weight = SparseWeight.from_zeros(weight.weight)
+        weight = SparseWeight(weight.weight, weight.weight != 0)
     zeros = 1 - int(weight.mask.sum()) / weight.mask.numel()
     if values.is_float and (zeros < MIN_SPARSITY or weight.mask.shape[1] % 8):
         return DENSE, weight

@@ -25,7 +25,7 @@ from gblm.errors import CheckpointError, PatternError
 from gblm.formats import Format, Shape, TensorSpec
 from gblm.formats.rectangle import RectangleFormat
 from gblm.kernels import Backend
-from gblm.serve.vllm_plugin.ragged import Pieces, RaggedParameter
+from gblm.serve.vllm_plugin.ragged import Pieces, RaggedParameter, give_back_memory
 from gblm.values import ROW
 
 # −128; twice −8.
@@ -90,6 +90,8 @@ class SparseLinearMethod(LinearMethodBase):
             if bool(parts["values"].isnan().any()):
                 raise CheckpointError(f"{self.name}: values are missing in the checkpoint, or NaN.")
         self._prepare(layer, parts)
+        parts.clear()
+        give_back_memory()
 
     def _prepare(self, layer: torch.nn.Module, parts: dict[str, Tensor]) -> None:
         forced, device = kernels.requested_backend(), parts["values"].device

@@ -7,6 +7,7 @@ joined and packed again: no more than one linear is unpacked at a time.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from gblm.values import ValueType
 from gblm.weights import SparseWeight
 
 Cut = Literal["rows", "columns"]
+BLOCK_WEIGHTS = 1 << 20
 
 
 @dataclass
@@ -69,6 +71,7 @@ class Pieces:
         self._done[piece] = self.fmt.unpack(parts).narrow(dim, rank * local[dim], local[dim])
         if len(self._done) == len(self.rows):
             self._whole = self._join()
+            give_back_memory()
 
     @property
     def whole(self) -> tuple[Format, dict[str, Tensor]]:
@@ -80,14 +83,31 @@ class Pieces:
         return self._whole
 
     def _join(self) -> tuple[Format, dict[str, Tensor]]:
-        whole = SparseWeight.cat([self._done[i] for i in range(len(self.rows))])
-        self._done.clear()
+        done = [self._done.pop(i) for i in range(len(self.rows))]
+        whole = done[0] if len(done) == 1 else SparseWeight.cat(done)
+        done.clear()
         fmt = self.fmt
         if self.settle is not None:
             fmt, whole = self.settle(self.name, whole, self.fmt.values)
         if is_plain(fmt):
             return fmt, {"values": whole.weight}  # as it is; it may have columns of any number
-        return fmt, fmt.pack(self.name, whole)
+        return fmt, pack_in_blocks(fmt, self.name, whole)
+
+
+def pack_in_blocks(fmt: Format, name: str, weight: SparseWeight) -> dict[str, Tensor]:
+    """As `Format.pack`, which needs many times a weight's size, in blocks of rows."""
+    rows, columns = weight.mask.shape
+    step = max(1, BLOCK_WEIGHTS // columns)
+    blocks = (weight.narrow(0, start, min(step, rows - start)) for start in range(0, rows, step))
+    packed = [fmt.pack(name, block) for block in blocks]
+    return packed[0] if len(packed) == 1 else fmt.join(packed)
+
+
+def give_back_memory() -> None:
+    """Let glibc return what was freed; it would keep the gaps between the weights that stay."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class RaggedParameter(BasevLLMParameter):

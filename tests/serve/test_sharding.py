@@ -200,10 +200,12 @@ def found(
     """As `create`, for a weight whose format is found when it is there."""
     from vllm.model_executor import parameter
 
+    from gblm.serve.vllm_plugin import ragged
     from gblm.serve.vllm_plugin.found import FoundLinearMethod
 
     monkeypatch.setattr(parameter, "get_tensor_model_parallel_rank", lambda: rank)
     monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: RANKS)
+    monkeypatch.setattr(ragged, "BLOCK_WEIGHTS", 3 * columns)
     method, layer = FoundLinearMethod(fmt, "w", lambda *choice: None), torch.nn.Module()
     method.create_weights(
         layer, columns // num_ranks, rows, columns, sum(rows), torch.bfloat16,
