@@ -149,7 +149,7 @@ def settle(name: str, weight: SparseWeight, values: ValueType) -> tuple[Format, 
     """
     if values.is_float:
         weight = SparseWeight(weight.weight, weight.weight != 0)
-    zeros = 1 - int(weight.mask.sum()) / weight.mask.numel()
+    zeros = 1 - int(weight.mask.count_nonzero()) / weight.mask.numel()
     if values.is_float and (zeros < MIN_SPARSITY or weight.mask.shape[1] % 8):
         return DENSE, weight
     found = find_pattern([(name, weight.mask)])
