@@ -85,6 +85,18 @@ def test_plain_weights_arrive_as_they_are() -> None:
     assert len(formats) == 7
 
 
+def test_plain_folders_are_held_against_their_config(tiny: Path, tmp_path: Path) -> None:
+    formats = Foreign.open(str(tiny)).formats
+    assert {fmt.spec for fmt in formats.values()} == {"dense/dense"}
+    assert len(formats) == 14
+    folder = Path(shutil.copytree(tiny, tmp_path / "m"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("model.norm.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(GblmError, match=r"model.norm.weight is missing"):
+        Foreign.open(str(folder))
+
+
 @pytest.mark.parametrize(
     ("fixture", "change", "match"),
     [
