@@ -220,6 +220,17 @@ def test_everything_else_is_left_to_vllm() -> None:
 
 
 @pytest.mark.vllm
+def test_an_incomplete_checkpoint_is_refused_before_a_process_loads_it(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    from gblm.serve.vllm_plugin.config import SparseConfig
+
+    folder = altered(tmp_path, "bitmask-0.8", lambda t: t.pop("model.norm.weight.bitmask"))
+    config = SparseConfig.from_config(quantization("bitmask-0.8"))
+    with pytest.raises(GblmError, match=r"model.norm.weight.bitmask is missing"):
+        config.maybe_update_config(str(folder))
+
+
+@pytest.mark.vllm
 def test_mappers_keep_the_model_on_whichever_side_they_are_joined() -> None:
     pytest.importorskip("vllm")
     from vllm.model_executor.models.utils import WeightsMapper

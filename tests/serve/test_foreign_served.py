@@ -87,12 +87,3 @@ def test_old_names_and_codes_are_served_as_the_dense_model(dense: Callable[[Path
     })  # fmt: skip
     assert got["old"] == got["old dense"]
     assert got["codes"] == got["codes dense"]
-
-
-def test_an_incomplete_checkpoint_is_refused(tmp_path: Path) -> None:
-    from legacy_cases import altered
-
-    folder = altered(tmp_path, "served/bitmask-0.8", lambda t: t.pop("model.norm.weight.bitmask"))
-    rows, log = generate_each([(folder, None, TINY)])
-    assert rows == [[]]
-    assert "model.norm.weight.bitmask is missing" in log
