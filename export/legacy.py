@@ -92,12 +92,10 @@ def import_legacy(
         model = StreamedLayers(reader).model
         check_room(reader, output, overwrite)
         every = tuple(prunable(model))
-        names = _packable(reader, every)
+        names = packable(reader, every)
         pattern = _pattern(reader, names)
         choices = {name: Choice(pattern, reader.values(name)) for name in names}
         check_packable(reader, choices)
-        if reader.legacy.activations:
-            logger.warning("%s: only weights are converted; activations stay floating.", folder)
         recipe = {
             "model": str(folder), "method": "pack", "pattern": str(pattern),
             "options": {"legacy": reader.legacy.layout},
@@ -110,8 +108,18 @@ def import_legacy(
         return write_packed(packing, _pieces(packing, reader, step), output, overwrite)
 
 
-def _packable(reader: LegacyReader, linears: tuple[str, ...]) -> list[str]:
-    """The linears that are stored sparse and have columns that our formats can hold."""
+def packable(reader: LegacyReader, linears: tuple[str, ...]) -> list[str]:
+    """The linears that are stored sparse and have columns that our formats can hold.
+
+    Args:
+        reader: of the folder.
+        linears: of the decoder layers, by full name.
+
+    Raises:
+        InputError: there are none.
+    """
+    if reader.legacy.activations:
+        logger.warning("%s: only weights are taken; activations stay floating.", reader.folder)
     names = []
     for name in linears:
         if reader.legacy.layout != "dense" and f"{name}.weight" not in reader.packed:

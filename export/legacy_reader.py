@@ -35,6 +35,8 @@ class LegacyReader(Reader):
         packed: tensors that are stored in parts, by the name of the dense tensor.
         scalings: of those that are stored as codes, likewise.
         headers: shape and dtype by dense name.
+        owners: the dense tensor that a stored one is a part of.
+        unused: stored tensors that quantise activations.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -51,11 +53,17 @@ class LegacyReader(Reader):
                 f"{folder}: config.json says {self.legacy.layout}, but no tensor is stored so."
             )
         self.scalings = dict(self._find_scalings())
-        used = {f"{t.prefix}.{part}" for t in self.packed.values() for part in t.parts}
-        used |= {_scale_name(name) for name in self.scalings}
-        if self.legacy.scalings:
-            used |= {name for name in self.headers if name.rpartition(".")[2] in ACTIVATIONS}
-        headers = {name: header for name, header in self.headers.items() if name not in used}
+        self.owners = {
+            f"{t.prefix}.{part}": t.name for t in self.packed.values() for part in t.parts
+        }
+        self.owners |= {_scale_name(name): name for name in self.scalings}
+        activations = (name for name in self.headers if name.rpartition(".")[2] in ACTIVATIONS)
+        self.unused = set(activations) if self.legacy.scalings else set[str]()
+        headers = {
+            name: header
+            for name, header in self.headers.items()
+            if name not in self.owners and name not in self.unused
+        }
         self.headers = headers | dict(self._dense_headers(headers))
 
     def tensor(self, name: str) -> Tensor:

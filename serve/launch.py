@@ -15,10 +15,13 @@ import psutil
 
 from gblm.checkpoint.reader import Reader
 from gblm.errors import InputError, MachineError, UsageError
-from gblm.folder import legacy_sentence, read_config
+from gblm.export.pack import MIN_SPARSITY
+from gblm.folder import read_config
+from gblm.formats.manifest import QUANT_METHOD
 from gblm.kernels import BACKEND_VARIABLE, BACKENDS
 from gblm.packed import check_loadable, is_packed
 from gblm.serve.access import KEY_VARIABLE, check_address, check_certificate, read_key
+from gblm.serve.foreign import Foreign, is_legacy, sampled_zeros
 from gblm.serve.versions import check_version
 
 logger = logging.getLogger(__name__)
@@ -37,10 +40,11 @@ class Server:
     """What to serve and where.
 
     Attributes:
-        folder: a packed or dense model folder.
+        folder: a packed or dense model folder, or a sparse one of compressed-tensors.
         host: address to bind.
         port: TCP port.
         backend: a name of `gblm.kernels.BACKENDS` for packed weights; the best one if None.
+        pack: pack the zeros of a dense folder while loading it.
         name: model name in the API; the folder's name if None.
         api_key_file: a file that holds the API key; it never appears on a command line.
         ssl_certfile: certificate of an HTTPS server, with `ssl_keyfile`.
@@ -54,6 +58,7 @@ class Server:
     host: str = "127.0.0.1"
     port: int = 8000
     backend: str | None = None
+    pack: bool = False
     name: str | None = None
     api_key_file: Path | None = None
     ssl_certfile: Path | None = None
@@ -76,6 +81,7 @@ def command(server: Server, loading: Sequence[str] = ()) -> list[str]:
         "--shutdown-timeout", str(server.shutdown_timeout),
         *tls,
         *loading,
+        *(["--quantization", QUANT_METHOD] if server.pack else []),
         *server.options,
     ]  # fmt: skip
 
@@ -109,19 +115,27 @@ def check(server: Server) -> None:
 
     Raises:
         MachineError: vLLM is untested with packed weights.
-        InputError: the folder is not servable or must be converted first, or the backend does not
-            apply.
+        InputError: the folder is not servable, or the backend does not apply.
     """
-    if sentence := legacy_sentence(server.folder, read_config(server.folder)):
-        raise InputError(sentence)
     if is_packed(server.folder):
         check_version()
         check_loadable(server.folder)
         return
+    if server.pack or is_legacy(read_config(server.folder)):
+        check_version()
+        Foreign.open(str(server.folder))
+        return
     if server.backend is not None:
-        raise InputError(f"{server.folder} is dense: --backend applies to packed folders only.")
-    with Reader(server.folder):
-        pass  # vLLM would open a pickle, or follow a shard name out of the folder
+        raise InputError(
+            f"{server.folder} is dense: --backend applies to packed folders only; --pack packs a "
+            "dense one while loading."
+        )
+    # vLLM would open a pickle, or follow a shard name out of the folder
+    with Reader(server.folder) as reader:
+        if (share := sampled_zeros(reader)) >= MIN_SPARSITY:
+            logger.info(
+                "about %.0f %% of the weights are zero: --pack serves it packed", 100 * share
+            )
 
 
 def check_options(server: Server) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,32 @@ def generate(
     folder: Path, backend: str | None = None, **settings: object
 ) -> tuple[list[dict], str]:
     """Per prompt the greedy tokens and the likeliest ones' log-probs; and what vLLM printed."""
-    env = environment()
-    if backend:
-        env["GBLM_BACKEND"] = backend
+    rows, log = generate_each([(folder, backend, settings)])
+    return rows[0], log
+
+
+def generate_each(
+    jobs: Sequence[tuple[Path, str | None, dict[str, object]]],
+) -> tuple[list[list[dict]], str]:
+    """As `generate`, for several folders in one process; after a refusal the others get no rows.
+
+    Args:
+        jobs: folder, backend and settings of `LLM`.
+    """
+    asked = [
+        {"folder": str(folder), "backend": backend, "settings": settings}
+        for folder, backend, settings in jobs
+    ]
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder), json.dumps(settings)],
-        capture_output=True, text=True, env=env, timeout=400, check=False,
+        [sys.executable, str(SCRIPT), json.dumps(asked)],
+        capture_output=True, text=True, env=environment(), timeout=300 + 100 * len(jobs),
+        check=False,
     )  # fmt: skip
-    rows = [json.loads(x[7:]) for x in done.stdout.splitlines() if x.startswith("TOKENS ")]
+    rows: list[list[dict]] = [[] for _ in jobs]
+    for line in done.stdout.splitlines():
+        if line.startswith("TOKENS "):
+            row = json.loads(line[7:])
+            rows[row.pop("job")].append(row)
     return rows, done.stdout + done.stderr
 
 

@@ -19,8 +19,12 @@ LEGACY_METHOD = "compressed-tensors"
 LEGACY_FORMATS = ("sparse-24-bitmask", "sparse-bitmask", "marlin-24", "dense")
 
 
-def resolve(model: str | Path) -> Path:
+def resolve(model: str | Path, revision: str | None = None) -> Path:
     """The local folder of a model: itself, or a snapshot of a hub id.
+
+    Args:
+        model: a folder or hub id.
+        revision: branch, tag or commit of the hub id.
 
     Raises:
         InputError: neither a folder nor a reachable hub id.
@@ -34,7 +38,7 @@ def resolve(model: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(text, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(text, revision=revision, allow_patterns=HUB_FILES))
     except Exception as error:
         raise InputError(
             f"model {text}: no such folder, and the hub could not give it "

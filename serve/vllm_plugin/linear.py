@@ -25,7 +25,7 @@ from gblm.errors import CheckpointError, PatternError
 from gblm.formats import Format, Shape, TensorSpec
 from gblm.formats.rectangle import RectangleFormat
 from gblm.kernels import Backend
-from gblm.serve.vllm_plugin.ragged import Pieces, RaggedParameter
+from gblm.serve.vllm_plugin.ragged import Pieces, RaggedParameter, give_back_memory
 from gblm.values import ROW
 
 # −128; twice −8.
@@ -39,7 +39,7 @@ class SparseLinearMethod(LinearMethodBase):
     """A packed linear; one instance per layer."""
 
     def __init__(
-        self, fmt: Format, name: str, note_choice: Callable[[Backend, Sequence[str]], None]
+        self, fmt: Format, name: str, note_choice: Callable[[Backend | None, Sequence[str]], None]
     ) -> None:
         self.fmt = fmt
         self.name = name
@@ -50,6 +50,7 @@ class SparseLinearMethod(LinearMethodBase):
         self.dense: UnquantizedLinearMethod | None = None
         self.num_prepared = 0
         self.pieces: Pieces | None = None
+        self.loaded: tuple[str, ...] = fmt.parts
 
     def create_weights(
         self,
@@ -88,21 +89,33 @@ class SparseLinearMethod(LinearMethodBase):
         if self.fmt.values.is_float:
             # vLLM may serve in another dtype than the stored one; it says so in its own log.
             parts["values"] = self.fmt.cast(self.name, parts["values"], self.dtype)
+        self._prepare(layer, parts)
+        parts.clear()
+        give_back_memory()
+
+    def _prepare(self, layer: torch.nn.Module, parts: dict[str, Tensor]) -> None:
         forced, device = kernels.requested_backend(), parts["values"].device
         backend, reasons = kernels.select(self.fmt, self.shape, self.dtype, device, forced)
         prepared = backend.prepare(self.fmt, parts, self.shape, self.dtype)
-        for part in self.fmt.parts:
-            delattr(layer, part)
         self.note_choice(backend, reasons)
         if not backend.packed:
-            # vLLM's own dense path, so that tokens equal those of the dense model.
-            layer.register_parameter("weight", Parameter(prepared[0], requires_grad=False))
-            self.dense = UnquantizedLinearMethod()
-            self.dense.process_weights_after_loading(layer)
+            self._serve_dense(layer, prepared[0])
             return
+        self._forget(layer)
         self.backend, self.num_prepared = backend, len(prepared)
         for index, tensor in enumerate(prepared):
             layer.register_parameter(_slot(index), Parameter(tensor, requires_grad=False))
+
+    def _serve_dense(self, layer: torch.nn.Module, weight: Tensor) -> None:
+        """vLLM's own dense path, so that tokens equal those of the dense model."""
+        self._forget(layer)
+        layer.register_parameter("weight", Parameter(weight, requires_grad=False))
+        self.dense = UnquantizedLinearMethod()
+        self.dense.process_weights_after_loading(layer)
+
+    def _forget(self, layer: torch.nn.Module) -> None:
+        for part in self.loaded:
+            delattr(layer, part)
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in] → [..., out]."""
@@ -121,10 +134,10 @@ class SparseLinearMethod(LinearMethodBase):
             if self.fmt.values.has_zeros:
                 parts["values"] = self._narrowed(parts["values"])
             return parts
-        device = layer.get_parameter("values").device
-        parts = {part: tensor.to(device) for part, tensor in self.pieces.join().items()}
+        device = layer.get_parameter(self.loaded[0]).device
+        self.fmt, whole = self.pieces.whole
         self.pieces = None
-        return parts
+        return {part: tensor.to(device) for part, tensor in whole.items()}
 
     def _narrowed(self, loaded: Tensor) -> Tensor:
         """Bytes of codes; see `_rectangle`."""

@@ -25,7 +25,8 @@ from gblm.checkpoint.inspect import inspect
 from gblm.checkpoint.packed_folder import MANIFEST_FILE
 from gblm.checkpoint.writer import sha256
 from gblm.errors import GblmError
-from gblm.folder import read_json_object
+from gblm.folder import quant_method, read_config, read_json_object
+from gblm.formats.manifest import QUANT_METHOD
 from gblm.kernels import BACKENDS
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,8 @@ def report(folder: Path | None, backends: Mapping[str, int]) -> None:
     }
     try:
         source = local_folder(model.model, model.revision, current.load_config.download_dir)
-        found |= checkpoint_facts(source)
+        if quant_method(read_config(source)) == QUANT_METHOD:
+            found |= checkpoint_facts(source)
     except Exception as error:  # of the hub's client, too: none of them may end a server
         logger.warning("gblm: /metrics cannot describe the checkpoint: %s", error)
     try:

@@ -1,11 +1,14 @@
 """Loading ragged parts (bitmask format) through vLLM's loader: q/k/v, gate/up, tensor parallel.
 
 The number of kept values is known only when a tensor arrives. So each part of each piece is kept
-as it comes; once a piece is complete it is cut to this rank, and at the end the pieces are joined.
+as it comes; once a piece is complete it is cut to this rank, and with the last one the pieces are
+joined and packed again: no more than one linear is unpacked at a time.
 """
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,9 +17,12 @@ from vllm.model_executor.parameter import BasevLLMParameter
 
 from gblm.errors import CheckpointError
 from gblm.formats import Format
+from gblm.serve.foreign import is_plain
+from gblm.values import ValueType
 from gblm.weights import SparseWeight
 
 Cut = Literal["rows", "columns"]
+BLOCK_WEIGHTS = 1 << 20
 
 
 @dataclass
@@ -24,18 +30,21 @@ class Pieces:
     """The pieces of one vLLM linear, in the order of its rows.
 
     Attributes:
-        fmt: format of every piece.
+        fmt: format that every piece arrives in.
         name: of the linear, for messages.
         rows: rows of each piece on this rank.
         columns: columns on this rank.
+        settle: gives the format to keep the whole in, and the weight to pack; `fmt` if None.
     """
 
     fmt: Format
     name: str
     rows: list[int]
     columns: int
+    settle: Callable[[str, SparseWeight, ValueType], tuple[Format, SparseWeight]] | None = None
     _arriving: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     _done: dict[int, SparseWeight] = field(default_factory=dict)
+    _whole: tuple[Format, dict[str, Tensor]] | None = None
 
     def take(
         self, piece: int, part: str, tensor: Tensor, cut: Cut, rank: int, num_ranks: int
@@ -60,16 +69,45 @@ class Pieces:
         shape = (local[0] * num_ranks, local[1]) if dim == 0 else (local[0], local[1] * num_ranks)
         self.fmt.validate(f"{self.name}[{piece}]", parts, shape)
         self._done[piece] = self.fmt.unpack(parts).narrow(dim, rank * local[dim], local[dim])
+        if len(self._done) == len(self.rows):
+            self._whole = self._join()
+            give_back_memory()
 
-    def join(self) -> dict[str, Tensor]:
-        """The parts of the fused weight on this rank."""
-        if sorted(self._done) != list(range(len(self.rows))):
+    @property
+    def whole(self) -> tuple[Format, dict[str, Tensor]]:
+        """The format and the parts of the fused weight on this rank."""
+        if self._whole is None:
             raise CheckpointError(
                 f"{self.name}: parts of its weight are missing in the checkpoint."
             )
-        whole = SparseWeight.cat([self._done[i] for i in range(len(self.rows))])
-        self._done.clear()
-        return self.fmt.pack(self.name, whole)
+        return self._whole
+
+    def _join(self) -> tuple[Format, dict[str, Tensor]]:
+        done = [self._done.pop(i) for i in range(len(self.rows))]
+        whole = done[0] if len(done) == 1 else SparseWeight.cat(done)
+        done.clear()
+        fmt = self.fmt
+        if self.settle is not None:
+            fmt, whole = self.settle(self.name, whole, self.fmt.values)
+        if is_plain(fmt):
+            return fmt, {"values": whole.weight}  # as it is; it may have columns of any number
+        return fmt, pack_in_blocks(fmt, self.name, whole)
+
+
+def pack_in_blocks(fmt: Format, name: str, weight: SparseWeight) -> dict[str, Tensor]:
+    """As `Format.pack`, which needs many times a weight's size, in blocks of rows."""
+    rows, columns = weight.mask.shape
+    step = max(1, BLOCK_WEIGHTS // columns)
+    blocks = (weight.narrow(0, start, min(step, rows - start)) for start in range(0, rows, step))
+    packed = [fmt.pack(name, block) for block in blocks]
+    return packed[0] if len(packed) == 1 else fmt.join(packed)
+
+
+def give_back_memory() -> None:
+    """Let glibc return what was freed; it would keep the gaps between the weights that stay."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class RaggedParameter(BasevLLMParameter):
@@ -99,3 +137,9 @@ class RaggedParameter(BasevLLMParameter):
         shared_by = 1 if piece == 0 else kwargs["num_heads"]
         rank, num_ranks = self.tp_rank // shared_by, self.tp_size // shared_by
         self.pieces.take(piece, self.part, loaded_weight, "rows", rank, num_ranks)
+
+
+class PlainParameter(RaggedParameter):
+    """A plain weight that is to be packed; models that are fused on disk are cut along its rows."""
+
+    output_dim = 0

@@ -31,7 +31,6 @@ from gblm.export.dense import export_dense
 from gblm.export.legacy import export_legacy
 from gblm.export.legacy_bitmask import PARTS
 from gblm.folder import LEGACY_FORMATS
-from gblm.serve.launch import Server, check
 
 
 def old_unpack(tensors: Tensors, prefix: str) -> Tensor:
@@ -176,13 +175,6 @@ def test_other_commands_name_the_way_out(
     done = gblm(command, FIXTURES / fixture, *words)
     assert done.code == 4, done
     assert f"`gblm export legacy {FIXTURES / fixture} --output OUT`" in done.err
-
-
-@pytest.mark.parametrize("fixture", [*TRUTH, "24-fp8", "marlin-int8"])
-def test_serve_names_the_way_out(fixture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "vllm" or None)
-    with pytest.raises(InputError, match=r"`gblm export legacy .* --output OUT`"):
-        check(Server(FIXTURES / fixture))
 
 
 def test_the_command_converts_and_converts_back(

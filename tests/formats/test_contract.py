@@ -158,6 +158,8 @@ def test_rows_are_the_parts_of_the_cut_weight(name: str, pattern: str, values: s
         rows = fmt.rows(parts, start, stop)
         fmt.validate("w", rows, (stop - start, 96))
         assert all(torch.equal(rows[p], tensor) for p, tensor in fmt.pack("w", cut).items())
+    joined = fmt.join([fmt.rows(parts, start, stop) for start, stop in ((0, 1), (1, 4), (4, 7))])
+    assert all(torch.equal(joined[part], tensor) for part, tensor in parts.items())
 
 
 @pytest.mark.parametrize("values", ["float", "int8:32", "int4:32", "uint4:32"])

@@ -8,7 +8,8 @@ Run it where the old library is installed, once with compressed-tensors 0.9.4 an
 `--check FOLDER` lets the library unpack a folder that gblm wrote and prints hashes of its weights.
 Every fixture is a folder of config.json and model.safetensors. The weights that the library had
 before it packed them lie beside the folders: unstructured.safetensors and 2of4.safetensors; what it
-unpacks quantised ones to lies beside them under the folder's name.
+unpacks quantised ones to lies beside them under the folder's name. Those in `served` have heads of
+a size that vLLM serves; no truth lies beside them.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 OLD = compressed_tensors.__version__.startswith("0.8.")
+SERVED = "served"
 
 
 def tiny_model(**fields: Any) -> LlamaForCausalLM:
@@ -79,13 +81,14 @@ def save(folder: Path, model: Any, compressor: ModelCompressor) -> None:
     print(folder.name, sum(f.stat().st_size for f in folder.iterdir()), "bytes")
 
 
-def sparse(folder: Path, name: str) -> None:
+def sparse(folder: Path, name: str, **shape: int) -> None:
     """Floats in one of the two bitmask formats, or dense with a sparsity_config."""
-    model, two_of_four = tiny_model(), name != "sparse-bitmask"
+    model, two_of_four = tiny_model(**shape), name != "sparse-bitmask"
     prune(linears(model).values(), two_of_four)
     truth = folder.parent / f"{'2of4' if two_of_four else 'unstructured'}.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, truth)
+    if folder.parent.name != SERVED:
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, truth)
     fields = {} if OLD else {"targets": ["Linear"], "ignore": ["lm_head"]}
     config = SparsityCompressionConfig.load_from_registry(
         name, global_sparsity=0.5,
@@ -95,9 +98,9 @@ def sparse(folder: Path, name: str) -> None:
 
 
 @torch.no_grad()
-def quantized(folder: Path, kind: str, weights: dict[str, Any]) -> None:
+def quantized(folder: Path, kind: str, weights: dict[str, Any], **shape: int) -> None:
     """Codes in sparse-24-bitmask, with activations to quantise beside them; and the truth."""
-    model = tiny_model()
+    model = tiny_model(**shape)
     prune(linears(model).values(), two_of_four=True)
     group = {"targets": ["Linear"], "weights": {"num_bits": 8, "symmetric": True, **weights}}
     group["input_activations"] = {
@@ -114,8 +117,8 @@ def quantized(folder: Path, kind: str, weights: dict[str, Any]) -> None:
         "sparse-24-bitmask", global_sparsity=0.5, targets=["Linear"], ignore=["lm_head"],
     )  # fmt: skip
     save(folder, model, ModelCompressor(sparse_config, config))
-    if weights["type"] == "float":
-        return  # the library unpacks these on a GPU only
+    if weights["type"] == "float" or folder.parent.name == SERVED:
+        return  # the library unpacks floats on a GPU only
     fresh = tiny_model()
     ModelCompressor(sparse_config, config).decompress(str(folder), fresh)
     truth = {f"{n}.weight": m.weight.detach().clone() for n, m in linears(fresh).items()}
@@ -163,6 +166,7 @@ def main(root: Path) -> None:
     """Write all that this version is the source of."""
     if OLD:
         sparse(root / "bitmask-0.8", "sparse-bitmask")
+        sparse(root / SERVED / "bitmask-0.8", "sparse-bitmask", head_dim=32)
         return
     sparse(root / "bitmask", "sparse-bitmask")
     sparse(root / "24-bitmask", "sparse-24-bitmask")
@@ -171,6 +175,10 @@ def main(root: Path) -> None:
     quantized(root / "24-int8-channel", "int-quantized", {"type": "int", **channel})
     quantized(root / "24-int8-group", "int-quantized", {"type": "int", **group})
     quantized(root / "24-fp8", "float-quantized", {"type": "float", **channel})
+    sparse(root / SERVED / "24-bitmask", "sparse-24-bitmask", head_dim=32)
+    quantized(
+        root / SERVED / "24-int8-group", "int-quantized", {"type": "int", **group}, head_dim=32
+    )
     marlin(root / "marlin-int4", 4, intermediate_size=384)
     marlin(root / "marlin-int8", 8, intermediate_size=64)
 

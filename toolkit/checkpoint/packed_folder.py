@@ -47,10 +47,7 @@ class PackedReader(Reader):
             raise CheckpointError(sentence)
         self.manifest = Manifest.from_config(self.config.get("quantization_config"))
         super().__init__(folder)
-        # Hosts load every shard they find, so an unlisted one could replace what was checked.
-        for path in folder.glob("*.safetensors*"):
-            if path.name not in self.files:
-                raise CheckpointError(f"{path} belongs to no index; remove it.")
+        self.refuse_unlisted()
         if self.unlisted:
             raise CheckpointError(
                 f"{self.unlisted[0]}: is in a shard for which the index does not list it; pack the "

@@ -98,6 +98,16 @@ class Reader:
             raise CheckpointError(f"{self.folder}: {name} cannot be read: {error}") from error
         return tensor
 
+    def refuse_unlisted(self) -> None:
+        """Hosts load every shard they find, so an unlisted one could replace what was checked.
+
+        Raises:
+            CheckpointError: there is one.
+        """
+        for path in self.folder.glob("*.safetensors*"):
+            if path.name not in self.files:
+                raise CheckpointError(f"{path} belongs to no index; remove it.")
+
     def release(self) -> None:
         """Let go of the files' pages, which count as this process's memory while they are mapped.
 

@@ -23,6 +23,11 @@ from gblm.commands.common import Command, backend_option, progress_bars
     help="Prune the dense FOLDER into the cache first, once, with the defaults of `gblm prune`; "
     'such as "gblm 2:4".',
 )
+@click.option(
+    "--pack",
+    is_flag=True,
+    help="Pack the zeros of a dense FOLDER while loading; every value stays as it is.",
+)
 @click.option("--name", help="Model name in the API (default: the folder's name).")
 @click.option("--api-key-file", type=click.Path(path_type=Path), help="File with the API key.")
 @click.option("--insecure", is_flag=True, help="Serve other machines without an API key.")
@@ -44,15 +49,19 @@ def command(
     folder: str,
     vllm_options: tuple[str, ...],
     prune: str | None,
+    pack: bool,
     name: str | None,
     **given: Any,
 ) -> None:
     """Serve FOLDER (or a hub id) with vLLM's OpenAI server; options behind -- go to vLLM."""
+    from gblm.errors import UsageError
     from gblm.folder import model_name, resolve
     from gblm.serve.launch import Server, check_options, serve
 
+    if pack and prune is not None:
+        raise UsageError("--prune makes a packed folder: leave --pack out.")
     name = name or model_name(folder)
-    server = Server(folder=Path(folder), name=name, options=vllm_options, **given)
+    server = Server(folder=Path(folder), name=name, pack=pack, options=vllm_options, **given)
     check_options(server)
     found = resolve(folder) if prune is None else _pruned(ctx, folder, prune)
     serve(replace(server, folder=found))

@@ -7,7 +7,7 @@ gives back exactly the same SparseWeight. docs/format.md is the normative text.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -177,6 +177,10 @@ class Format(ABC):
     def rows(self, parts: Parts, start: int, stop: int) -> dict[str, Tensor]:
         """The parts of the rows start ≤ row < stop, as views where possible."""
         return {name: parts[name][start:stop] for name in self.parts}
+
+    def join(self, pieces: Sequence[Parts]) -> dict[str, Tensor]:
+        """The parts of weights that are joined row after row; the inverse of `rows`."""
+        return {name: torch.cat([parts[name] for parts in pieces]) for name in self.parts}
 
     def check_data(self, name: str, parts: Parts, shape: Shape) -> None:
         """Raise CheckpointError when masks and counts do not agree, or numbers are none.

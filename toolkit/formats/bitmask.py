@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from gblm.errors import CheckpointError
 from gblm.formats.base import Format, Parts, Shape, TensorSpec
@@ -58,6 +61,11 @@ class BitmaskFormat(Format):
         cut["values"] = parts["values"][int(begins[start]) : int(begins[stop])]
         cut["row_offsets"] = offsets[start : stop + 1] - offsets[start]
         return cut
+
+    def join(self, pieces: Sequence[Parts]) -> dict[str, Tensor]:
+        """See Format.join."""
+        counts = torch.cat([parts["row_offsets"].diff() for parts in pieces])
+        return super().join(pieces) | {"row_offsets": functional.pad(counts.cumsum(0), (1, 0))}
 
     def padding(self, parts: Parts) -> Tensor:
         """See Format.padding."""
