@@ -89,6 +89,7 @@ def test_bad_requests_are_refused_and_change_nothing_for_others(server: tuple) -
     assert faults.greedy(server[0], "tiny") == before
 
 
+@pytest.mark.usefixtures("tokens_before")
 def test_a_killed_engine_turns_health_red_and_ends_the_server_with_an_error(server: tuple) -> None:
     url, process, log = server
     found = faults.kill_engine(url, process, "tiny", clients=4)
