@@ -9,7 +9,10 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
+
+from gblm.serve.watch import PATIENCE, patience_for
 
 WATCH = (
     "import sys; from gblm.serve.watch import watch; sys.exit(watch([sys.executable, '-c', {}]))"
@@ -27,6 +30,15 @@ COUNT = (
     "print('ready', flush=True)\n"
     "while not seen: time.sleep(0.05)\n"
     "time.sleep(1); print('seen', len(seen), flush=True)"
+)
+
+
+DEAF = (
+    "import signal, subprocess, sys, time\n"
+    "code = 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)'\n"
+    "other = subprocess.Popen([sys.executable, '-c', code])\n"
+    "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    "print(other.pid, flush=True); time.sleep(60)"
 )
 
 
@@ -68,3 +80,22 @@ def test_control_c_reaches_the_child_once() -> None:
     assert b"seen 1\r\n" in shown
     os.waitpid(pid, 0)
     os.close(terminal)
+
+
+def test_what_does_not_end_is_killed_with_its_children() -> None:
+    watch = WATCH.replace("{}])", "{}], 1)")
+    words = [sys.executable, "-c", watch.format(repr(DEAF))]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        other = psutil.Process(int(process.stdout.readline()))
+        process.terminate()
+        _, errors = process.communicate(timeout=50)
+        assert process.returncode == 137
+        assert b"vLLM did not end within 1 s; killed." in errors
+        assert not psutil.wait_procs([other], timeout=20)[1]
+
+
+def test_patience_follows_the_last_shutdown_timeout() -> None:
+    options = ["serve", "DIR", "--shutdown-timeout", "30", "--port", "1"]
+    assert patience_for(options) == 30 + PATIENCE
+    assert patience_for([*options, "--shutdown-timeout=90"]) == 90 + PATIENCE
