@@ -16,7 +16,8 @@ Run = dict[str, Any]
 # Rows of the README, at its calibration size; dense and sparse ones of about the same bytes.
 SHOWN = (
     "dense", "int8", "sparsegpt-24", "alps-24-rec", "int4-rtn", "int4-gptq", "int3-gptq",
-    "int3-gptq-rec", "int4-3.1-rec", "int4-3.1-spread-rec", "int4-2.6-rec", "int4-2.6-spread-rec",
+    "int3-gptq-rec", "int4-3.1-rec", "int4-3.1-spread-rec", "int2-g32-rec", "int4-2.6-rec",
+    "int4-2.6-spread-rec",
 )  # fmt: skip
 SHOWN_SAMPLES = 64
 PROTOCOLS = {"8w": "WikiText-2, 8w", "16w": "16w", "pydoc 8w": "pydoc, 8w", "full": "all of test"}
