@@ -73,9 +73,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "progress", "scales", "values", "weights",
     },
     "serve": {
-        "__init__", "checkpoint", "errors", "fetch", "folder", "formats", "kernels", "model",
-        "network", "packed", "patterns", "progress", "provenance", "prune", "recipe", "steps",
-        "values", "weights",
+        "__init__", "checkpoint", "errors", "export", "fetch", "folder", "formats", "kernels",
+        "layers", "model", "network", "packed", "patterns", "progress", "provenance", "prune",
+        "recipe", "steps", "values", "weights",
     },
     "commands": {
         "bench", "budget", "checkpoint", "doctor", "errors", "evaluate", "export", "fetch",
