@@ -72,6 +72,7 @@ class SparseConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SparseConfig:
         """Check vLLM's version and the "quantization_config" object."""
+        check_version()
         if legacy_format({"quantization_config": config}):
             return cls()
         return cls(Manifest.from_config(config))
