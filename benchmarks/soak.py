@@ -212,11 +212,11 @@ def canary(soak: Soak) -> Iterator[tuple[str, dict[str, Any]]]:
 STEPS = {"serving": serving, "endings": endings, "fuzz": fuzz, "watch": canary}
 
 
-def save(name: str, result: dict[str, Any]) -> None:
+def save(name: str, result: dict[str, Any], origin: dict[str, Any]) -> None:
     """Put a step's result into the record, in the place of an older one."""
     steps = json.loads(RECORD.read_text())["steps"] if RECORD.exists() else {}
     steps[name] = result
-    record = {"kind": "soak", "provenance": provenance(), "threads": THREADS, "steps": steps}
+    record = {"kind": "soak", "provenance": origin, "threads": THREADS, "steps": steps}
     RECORD.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -231,6 +231,7 @@ def main() -> None:
     parser.add_argument("--packed", type=Path, help="folder of the pruned model, made before")
     chosen = parser.parse_args()
     os.environ.update(THREADS)
+    origin = provenance()  # before the record is written, which would leave the checkout dirty
     dense, kept = resolve(chosen.model) if chosen.model else fetch("smollm2"), True
     with tempfile.TemporaryDirectory() as work:
         packed = chosen.packed or Path(work) / "packed"
@@ -244,9 +245,9 @@ def main() -> None:
                 facts = {
                     "load_average": [round(before, 1), round(os.getloadavg()[0], 1)],
                     "step_seconds": round(time.monotonic() - began, 1),
-                    "provenance": provenance(),
+                    "provenance": origin,
                 }
-                save(name, result | facts)
+                save(name, result | facts, origin)
                 kept = kept and result["kept"]
                 few = {key: value for key, value in result.items() if key not in LONG}
                 print(name, json.dumps(few), flush=True)
