@@ -67,5 +67,5 @@ def _agreement(row: dict[str, Any], own: dict[str, dict[str, Any]], key: str) ->
         "ratio": row["ratio"], "low": row["low"], "high": row["high"],
         "generators_ratio": ratio,
         "verdict": row["verdict"],
-        "agrees": row["ratio"] is not None and row["low"] <= ratio <= row["high"],
+        "agrees": row["ratio"] is not None and bool(row["low"] <= ratio <= row["high"]),
     }  # fmt: skip
