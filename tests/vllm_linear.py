@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -26,16 +27,16 @@ def weight_for(fmt: Format, shape: tuple[int, int] = SHAPE) -> SparseWeight:
 
 def create(
     fmt: Format, rows: list[int], columns: int, num_ranks: int, monkeypatch: pytest.MonkeyPatch,
-    rank: int,
+    rank: int, kind: str = "linear.SparseLinearMethod",
 ) -> tuple[Any, torch.nn.Module]:  # fmt: skip
     """A linear of one rank, `columns` of the whole weight cut over `num_ranks`."""
     from vllm.model_executor import parameter
 
-    from gblm.serve.vllm_plugin.linear import SparseLinearMethod
-
+    module, _, name = kind.partition(".")
+    method_of = getattr(importlib.import_module(f"gblm.serve.vllm_plugin.{module}"), name)
     monkeypatch.setattr(parameter, "get_tensor_model_parallel_rank", lambda: rank)
     monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: RANKS)
-    method, layer = SparseLinearMethod(fmt, "w", lambda *choice: None), torch.nn.Module()
+    method, layer = method_of(fmt, "w", lambda *choice: None), torch.nn.Module()
     method.create_weights(
         layer, columns // num_ranks, rows, columns, sum(rows), torch.bfloat16,
         weight_loader=lambda *args: None,

@@ -10,45 +10,26 @@ from vllm.model_executor.layers.linear import register_weight_loader_v2_supporte
 
 from gblm.serve.foreign import is_plain, settle
 from gblm.serve.vllm_plugin.linear import SparseLinearMethod
-from gblm.serve.vllm_plugin.ragged import Pieces, PlainParameter, RaggedParameter
+from gblm.serve.vllm_plugin.ragged import Pieces, PlainParameter
 
 
 @register_weight_loader_v2_supported_method
 class FoundLinearMethod(SparseLinearMethod):
     """A linear that arrives plain or as a bitmask, and is packed when the last piece is there."""
 
-    def create_weights(
-        self,
-        layer: torch.nn.Module,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
+    def _register(
+        self, layer: torch.nn.Module, input_size: int, rows: list[int], loader: Any
     ) -> None:
-        """Register an empty parameter for every part that arrives; a plain one is `weight`."""
-        self.shape = (sum(output_partition_sizes), input_size_per_partition)
-        self.dtype = params_dtype
-        self.pieces = Pieces(
-            self.fmt, self.name, output_partition_sizes, self.shape[1], settle=settle
-        )
-        loader = extra_weight_attrs["weight_loader"]
-        if is_plain(self.fmt):
-            self.loaded = ("weight",)
-            empty = torch.empty(0, dtype=params_dtype)
-            plain = PlainParameter(
-                data=empty, weight_loader=loader, part="values", pieces=self.pieces
-            )
-            layer.register_parameter("weight", plain)
+        """A plain weight arrives as `weight`, of any number of columns."""
+        pieces = Pieces(self.fmt, self.name, rows, self.shape[1], settle=settle)
+        if not is_plain(self.fmt):
+            self._check_shard(input_size)
+            self._register_ragged(layer, pieces, loader)
             return
-        self._check_shard(input_size)
-        for part, spec in self.fmt.layout(self.shape, params_dtype).items():
-            empty = torch.empty(0, dtype=spec.dtype)
-            ragged = RaggedParameter(
-                data=empty, weight_loader=loader, part=part, pieces=self.pieces
-            )
-            layer.register_parameter(part, ragged)
+        self.pieces, self.loaded = pieces, ("weight",)
+        empty = torch.empty(0, dtype=self.dtype)
+        plain = PlainParameter(data=empty, weight_loader=loader, part="values", pieces=pieces)
+        layer.register_parameter("weight", plain)
 
     def _prepare(self, layer: torch.nn.Module, parts: dict[str, Tensor]) -> None:
         if not is_plain(self.fmt):

@@ -65,26 +65,32 @@ class SparseLinearMethod(LinearMethodBase):
         """Register an empty parameter for every part of the format's layout."""
         self.shape = (sum(output_partition_sizes), input_size_per_partition)
         self.dtype = params_dtype
-        self._check_shard(input_size)
         loader = extra_weight_attrs["weight_loader"]
-        layout = self.fmt.layout(self.shape, params_dtype)
+        self._register(layer, input_size, output_partition_sizes, loader)
+
+    def _register(
+        self, layer: torch.nn.Module, input_size: int, rows: list[int], loader: Any
+    ) -> None:
+        self._check_shard(input_size)
         if isinstance(self.fmt, RectangleFormat):
-            for part, spec in layout.items():
+            for part, spec in self.fmt.layout(self.shape, self.dtype).items():
                 layer.register_parameter(part, _rectangle(self.fmt, part, spec, loader))
             return
-        self.pieces = Pieces(self.fmt, self.name, output_partition_sizes, self.shape[1])
-        for part, spec in layout.items():
+        self._register_ragged(layer, Pieces(self.fmt, self.name, rows, self.shape[1]), loader)
+
+    def _register_ragged(self, layer: torch.nn.Module, pieces: Pieces, loader: Any) -> None:
+        self.pieces = pieces
+        for part, spec in self.fmt.layout(self.shape, self.dtype).items():
             empty = torch.empty(0, dtype=spec.dtype)
             layer.register_parameter(
-                part,
-                RaggedParameter(data=empty, weight_loader=loader, part=part, pieces=self.pieces),
+                part, RaggedParameter(data=empty, weight_loader=loader, part=part, pieces=pieces)
             )
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Check the loaded parts and turn them into the layout of the chosen backend."""
         parts = self._loaded_parts(layer)
-        if self.fmt.values.is_float and bool(parts["values"].isnan().any()):
-            raise CheckpointError(f"{self.name}: values are missing in the checkpoint, or NaN.")
+        if self.fmt.values.is_float:
+            refuse_unloaded(self.name, parts["values"])
         self.fmt.validate(self.name, parts, self.shape)
         if self.fmt.values.is_float:
             # vLLM may serve in another dtype than the stored one; it says so in its own log.

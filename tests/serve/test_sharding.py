@@ -169,20 +169,10 @@ def found(
     rank: int,
 ) -> tuple[FoundLinearMethod, torch.nn.Module]:  # fmt: skip
     """As `create`, for a weight whose format is found when it is there."""
-    from vllm.model_executor import parameter
-
     from gblm.serve.vllm_plugin import ragged
-    from gblm.serve.vllm_plugin.found import FoundLinearMethod
 
-    monkeypatch.setattr(parameter, "get_tensor_model_parallel_rank", lambda: rank)
-    monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: RANKS)
     monkeypatch.setattr(ragged, "BLOCK_WEIGHTS", 3 * columns)
-    method, layer = FoundLinearMethod(fmt, "w", lambda *choice: None), torch.nn.Module()
-    method.create_weights(
-        layer, columns // num_ranks, rows, columns, sum(rows), torch.bfloat16,
-        weight_loader=lambda *args: None,
-    )  # fmt: skip
-    return method, layer
+    return create(fmt, rows, columns, num_ranks, monkeypatch, rank, "found.FoundLinearMethod")
 
 
 def stored(fmt: Format, weight: SparseWeight) -> dict[str, torch.Tensor]:
