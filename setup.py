@@ -31,7 +31,7 @@ X86 = {
     "avx512": AVX512,
     "amx": [*AVX512, "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
 }
-COMMON = ("linear", "memory", "panels", "portable", "prepare", "torch_op")
+COMMON = ("linear", "memory", "ort_op", "panels", "portable", "prepare", "torch_op")
 ON_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 

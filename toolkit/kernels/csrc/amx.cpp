@@ -72,7 +72,7 @@ void pack(const Panels& p, const uint16_t* x, int64_t tokens, int64_t tile, void
 }
 
 template <class Reader>
-bool multiply_with(const Panels& p, const Activations& x, int64_t first, int64_t last, uint16_t* y,
+bool multiply_with(const Panels& p, const Activations& x, int64_t first, int64_t last, Output y,
                    void* scratch) {
   const TokenTiles tokens(p, x.tokens);
   const TileRegisters registers(tokens.width);
@@ -87,7 +87,7 @@ bool multiply_with(const Panels& p, const Activations& x, int64_t first, int64_t
 }
 
 template <template <int> class Reader>
-bool multiply_mask(const Panels& p, const Activations& x, int64_t first, int64_t last, uint16_t* y,
+bool multiply_mask(const Panels& p, const Activations& x, int64_t first, int64_t last, Output y,
                    void* scratch) {
   switch (p.mask) {
     case GBLM_DENSE:
@@ -99,7 +99,7 @@ bool multiply_mask(const Panels& p, const Activations& x, int64_t first, int64_t
   }
 }
 
-bool multiply(const Panels& p, const Activations& x, int64_t first, int64_t last, uint16_t* y,
+bool multiply(const Panels& p, const Activations& x, int64_t first, int64_t last, Output y,
               void* scratch) {
   switch (p.values) {
     case GBLM_BF16:

@@ -36,7 +36,7 @@ class Multiplier {
   }
 
   // False when the panels are damaged.
-  bool run(int64_t first, int64_t last, uint16_t* y) {
+  bool run(int64_t first, int64_t last, Output y) {
     const int64_t together = range_ == p.blocks ? 2 : kTogether;
     for (int64_t panel = first; panel < last; panel += together)
       if (!multiply(panel, smaller(panel + together, last), y)) return false;
@@ -44,7 +44,7 @@ class Multiplier {
   }
 
  private:
-  bool multiply(int64_t first, int64_t last, uint16_t* y) {
+  bool multiply(int64_t first, int64_t last, Output y) {
     const int64_t pairs = (last - first + 1) / 2, size = tokens.padded() * 2 * kRows;
     std::memset(sums_, 0, static_cast<size_t>(pairs * size) * sizeof(float));
     const uint8_t* at[kTogether / 2][2];
@@ -62,7 +62,7 @@ class Multiplier {
       if (!p.ends(first + i, at[i / 2][i % 2])) return false;
     for (int64_t t = 0; t < x.tokens; t++)
       for (int64_t i = 0; i < pairs; i++)
-        store_pair(p, first + 2 * i, last, sums_ + i * size + t * 2 * kRows, y + t * p.rows);
+        store_pair(p, first + 2 * i, last, sums_ + i * size + t * 2 * kRows, y.from(t, p));
     return true;
   }
 

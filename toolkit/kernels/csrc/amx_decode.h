@@ -52,12 +52,12 @@ class Decoder {
   }
 
   // False when the panels are damaged.
-  bool run(int64_t first, int64_t last, uint16_t* y) {
+  bool run(int64_t first, int64_t last, Output y) {
     for (int64_t panel = first; panel < last; panel += 2) {
       const int64_t second = smaller(panel + 1, last - 1);  // the same again if there is none
       if (!multiply(panel, second)) return false;
       for (int64_t t = 0; t < x_.tokens; t++)
-        store_pair(p_, panel, last, sums_ + t * 2 * kRows, y + t * p_.rows);
+        store_pair(p_, panel, last, sums_ + t * 2 * kRows, y.from(t, p_));
     }
     return true;
   }

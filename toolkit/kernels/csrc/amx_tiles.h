@@ -113,8 +113,7 @@ struct Ahead {
 constexpr int64_t kSumStride = 2 * kRows * static_cast<int64_t>(sizeof(float));
 
 // One token's sums of a panel and the next one, if it is not the last.
-INLINE void store_pair(const Panels& p, int64_t panel, int64_t last, const float* sums,
-                       uint16_t* y) {
+INLINE void store_pair(const Panels& p, int64_t panel, int64_t last, const float* sums, Output y) {
   store_rows(p, panel, _mm512_loadu_ps(sums), y);
   if (panel + 1 < last) store_rows(p, panel + 1, _mm512_loadu_ps(sums + kRows), y);
 }

@@ -43,7 +43,7 @@ void pack(const Panels& p, const uint16_t* x, int64_t tokens, int64_t tile, void
 }
 
 template <class Reader>
-bool multiply_with(const Panels& p, const Activations& x, int64_t first, int64_t last, uint16_t* y,
+bool multiply_with(const Panels& p, const Activations& x, int64_t first, int64_t last, Output y,
                    void* scratch) {
   if (x.tokens > kMaxDecode) return pairs<Reader>(p, x, first, last, y, scratch);
   switch (tile_width(x.tokens)) {
@@ -66,7 +66,7 @@ bool multiply_with(const Panels& p, const Activations& x, int64_t first, int64_t
   }
 }
 
-bool multiply(const Panels& p, const Activations& x, int64_t first, int64_t last, uint16_t* y,
+bool multiply(const Panels& p, const Activations& x, int64_t first, int64_t last, Output y,
               void* scratch) {
   if (skips_zeros(p, x.tokens)) return multiply_skipping(p, x, first, last, y, scratch);
   switch (p.values * 3 + p.mask) {

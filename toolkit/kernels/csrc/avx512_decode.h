@@ -69,7 +69,7 @@ INLINE const uint8_t* integer_panel(const Panels& p, const uint8_t* at, const ui
 }
 
 template <class Reader, int M>
-bool decode(const Panels& p, const Activations& x, int64_t first, int64_t last, uint16_t* y) {
+bool decode(const Panels& p, const Activations& x, int64_t first, int64_t last, Output y) {
   const uint32_t* packed = static_cast<const uint32_t*>(x.packed);
   for (int64_t panel = first; panel < last; panel++) {
     __m512 out[M];
@@ -81,7 +81,7 @@ bool decode(const Panels& p, const Activations& x, int64_t first, int64_t last, 
       at = integer_panel<Reader, M>(p, p.begin(panel), packed, x.scales, out);
     if (at == nullptr || !p.ends(panel, at)) return false;
     unroll<M>([&](auto m) LAMBDA {
-      if (m < x.tokens) store_rows(p, panel, out[m], y + m * p.rows);
+      if (m < x.tokens) store_rows(p, panel, out[m], y.from(m, p));
     });
   }
   return true;

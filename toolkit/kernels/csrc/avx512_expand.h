@@ -24,10 +24,13 @@ Words expand(const Panels& p, const uint8_t* at, int64_t blocks, uint8_t* cache)
   return {first, at};
 }
 
-INLINE void store_rows(const Panels& p, int64_t panel, __m512 sums, uint16_t* y) {
+INLINE void store_rows(const Panels& p, int64_t panel, __m512 sums, Output y) {
   const int64_t left = p.rows - panel * kRows;
   const __mmask16 rows = left >= kRows ? 0xFFFF : static_cast<__mmask16>((1u << left) - 1);
-  _mm256_mask_storeu_epi16(y + panel * kRows, rows, (__m256i)_mm512_cvtneps_pbh(sums));
+  if (y.wide != nullptr)
+    _mm512_mask_storeu_ps(y.wide + panel * kRows, rows, sums);
+  else
+    _mm256_mask_storeu_epi16(y.rounded + panel * kRows, rows, (__m256i)_mm512_cvtneps_pbh(sums));
 }
 
 }  // namespace

@@ -133,19 +133,19 @@ void walk(int64_t width, const List (&lists)[kRows], const int64_t (&lengths)[kR
 
 // Sums [rows][tokens of the tile] of a panel to y [tokens][rows].
 inline void store_tile(const Panels& p, int64_t panel, const float* sums, int64_t width,
-                       int64_t tokens, uint16_t* y) {
+                       int64_t tokens, Output y) {
   for (int64_t t = 0; t < tokens; t += 16) {
     __m512i rows[16];
     unroll<16>([&](auto r) LAMBDA { rows[r] = load512(sums + r * width + t); });
     transpose(rows);
     unroll<16>([&](auto i) LAMBDA {
-      if (t + i < tokens) store_rows(p, panel, (__m512)rows[i], y + (t + i) * p.rows);
+      if (t + i < tokens) store_rows(p, panel, (__m512)rows[i], y.from(t + i, p));
     });
   }
 }
 
-bool multiply_skipping(const Panels& p, const Activations& x, int64_t first, int64_t last,
-                       uint16_t* y, void* memory) {
+bool multiply_skipping(const Panels& p, const Activations& x, int64_t first, int64_t last, Output y,
+                       void* memory) {
   const int64_t count = last - first, padded = round_up(x.tokens, 16);
   if (count > kSkipPanels) return false;
   Skip& s = *static_cast<Skip*>(memory);
@@ -170,7 +170,7 @@ bool multiply_skipping(const Panels& p, const Activations& x, int64_t first, int
     if (!p.ends(first + i, at[i])) return false;
     for (int64_t t = 0; t < padded; t += kSkipWidth)
       store_tile(p, first + i, s.sums + (i * padded + t) * kRows, smaller(kSkipWidth, padded - t),
-                 smaller(kSkipWidth, x.tokens - t), y + t * p.rows);
+                 smaller(kSkipWidth, x.tokens - t), y.from(t, p));
   }
   return true;
 }

@@ -138,7 +138,7 @@ bool integer_pair(const Panels& p, const Activations& x, Scratch& s, const uint8
 }
 
 template <class Reader>
-bool pairs(const Panels& p, const Activations& x, int64_t first, int64_t last, uint16_t* y,
+bool pairs(const Panels& p, const Activations& x, int64_t first, int64_t last, Output y,
            void* memory) {
   for (int64_t panel = first; panel < last; panel += 2) {
     Scratch s(memory, x.tokens);
@@ -153,7 +153,7 @@ bool pairs(const Panels& p, const Activations& x, int64_t first, int64_t last, u
     if (!good) return false;
     for (int64_t t = 0; t < x.tokens; t++)
       for (int i = 0; i < 1 + (pair[1] != pair[0]); i++)
-        store_rows(p, pair[i], _mm512_loadu_ps(s.sums + t * 2 * kRows + i * kRows), y + t * p.rows);
+        store_rows(p, pair[i], _mm512_loadu_ps(s.sums + t * 2 * kRows + i * kRows), y.from(t, p));
   }
   return true;
 }

@@ -82,7 +82,7 @@ struct Columns {
 
   template <int Values, int Mask>
   static bool multiply_with(const Panels& p, const Activations& x, int64_t first, int64_t last,
-                            uint16_t* y, void* scratch) {
+                            Output y, void* scratch) {
     using Read = Reader<Values, Mask>;
     const int64_t tiles = (x.tokens + kTogether - 1) / kTogether;
     Lanes* sums = static_cast<Lanes*>(scratch);
@@ -181,18 +181,22 @@ struct Columns {
     sums[token] += sum * (load<Lanes>(weights) * scale);
   }
 
-  static void store(const Panels& p, int64_t panel, int64_t tokens, const Lanes* sums,
-                    uint16_t* y) {
+  static void store(const Panels& p, int64_t panel, int64_t tokens, const Lanes* sums, Output y) {
     const int64_t rows = smaller(kRows, p.rows - panel * kRows);
     for (int64_t t = 0; t < tokens; t++) {
       float sum[kRows];
       std::memcpy(sum, sums + t, sizeof sum);
-      for (int64_t r = 0; r < rows; r++) y[t * p.rows + panel * kRows + r] = to_bf16(sum[r]);
+      const Output to = y.from(t, p);
+      for (int64_t r = 0; r < rows; r++)
+        if (to.wide != nullptr)
+          to.wide[panel * kRows + r] = sum[r];
+        else
+          to.rounded[panel * kRows + r] = to_bf16(sum[r]);
     }
   }
 
-  static bool multiply(const Panels& p, const Activations& x, int64_t first, int64_t last,
-                       uint16_t* y, void* scratch) {
+  static bool multiply(const Panels& p, const Activations& x, int64_t first, int64_t last, Output y,
+                       void* scratch) {
     using Multiply = decltype(&multiply_with<0, 0>);
     static constexpr Multiply table[3][3] = {
         {multiply_with<0, 0>, multiply_with<0, 1>, multiply_with<0, 2>},

@@ -10,6 +10,17 @@ struct Activations {
   int64_t tokens;
 };
 
+// Where sums go, [tokens, rows]: as they are, or rounded to bf16. One of the two is null.
+struct Output {
+  uint16_t* rounded;
+  float* wide;
+
+  GBLM_INLINE Output from(int64_t token, const Panels& p) const {
+    return wide != nullptr ? Output{nullptr, wide + token * p.rows}
+                           : Output{rounded + token * p.rows, nullptr};
+  }
+};
+
 struct Isa {
   const char* name;
   bool (*supported)();
@@ -23,7 +34,7 @@ struct Isa {
   void (*pack)(const Panels&, const uint16_t* x, int64_t tokens, int64_t tile, void* packed,
                float* scales);
   // y [tokens, rows] of some panels; false when the panels are damaged.
-  bool (*multiply)(const Panels&, const Activations&, int64_t first, int64_t last, uint16_t* y,
+  bool (*multiply)(const Panels&, const Activations&, int64_t first, int64_t last, Output y,
                    void* scratch);
 };
 

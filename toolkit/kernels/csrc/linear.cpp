@@ -53,7 +53,7 @@ class Buffer {
   int64_t bytes_ = 0;
 };
 
-thread_local Buffer t_scratch, t_packed;
+thread_local Buffer t_scratch, t_packed, t_terms;
 
 struct Job {
   const Isa& isa;
@@ -62,7 +62,7 @@ struct Job {
   const uint16_t* source;
   void* packed;
   float* scales;
-  uint16_t* y;
+  Output y;
   int64_t tiles, step;
   std::atomic<int64_t> next{0};
   std::atomic<int> result{GBLM_OK};
@@ -90,7 +90,7 @@ void multiply_panels(void* context, int64_t) {
   }
 }
 
-int multiply(const Panels& panels, const uint16_t* x, int64_t tokens, uint16_t* y,
+int multiply(const Panels& panels, const uint16_t* x, int64_t tokens, Output y,
              const gblm_pool* pool) {
   const Isa& with = isa();
   const int64_t packed_bytes = round_up(with.packed_bytes(panels, tokens), kLine);
@@ -108,6 +108,63 @@ int multiply(const Panels& panels, const uint16_t* x, int64_t tokens, uint16_t* 
   return job.result;
 }
 
+// float32 activations as bf16 rows [tokens * terms, columns]: rounded, then what that left out.
+struct Split {
+  const float* x;
+  uint16_t* rows;
+  int64_t columns, terms;
+};
+
+void split_token(void* context, int64_t token) {
+  const Split& split = *static_cast<const Split*>(context);
+  const float* x = split.x + token * split.columns;
+  uint16_t* high = split.rows + token * split.terms * split.columns;
+  if (split.terms == 1) {
+    for (int64_t k = 0; k < split.columns; k++) high[k] = to_bf16(x[k]);
+    return;
+  }
+  uint16_t* low = high + split.columns;
+  for (int64_t k = 0; k < split.columns; k++) {
+    const uint32_t bits = load<uint32_t>(x + k);
+    const bool finite = (bits & 0x7F800000) != 0x7F800000;
+    // Cut where rounding would give infinity.
+    const bool huge = (bits & 0x7FFFFFFF) >= 0x7F7F8000;
+    high[k] = finite && huge ? static_cast<uint16_t>(bits >> 16) : to_bf16(x[k]);
+    low[k] = finite ? to_bf16(x[k] - from_bf16(high[k])) : uint16_t{0};
+  }
+}
+
+struct Add {
+  const float* sums;  // [tokens * 2, rows]
+  float* y;
+  int64_t rows;
+};
+
+void add_terms(void* context, int64_t token) {
+  const Add& add = *static_cast<const Add*>(context);
+  const float* high = add.sums + token * 2 * add.rows;
+  float* y = add.y + token * add.rows;
+  for (int64_t r = 0; r < add.rows; r++) y[r] = high[r] + high[add.rows + r];
+}
+
+int multiply_wide(const Panels& panels, const float* x, int64_t tokens, float* y,
+                  const gblm_pool* pool) {
+  // Integer weights round activations to int8: a second term would change nothing.
+  const int64_t terms = panels.group ? 1 : 2;
+  const int64_t split_bytes = round_up(tokens * terms * panels.columns * 2, kLine);
+  const int64_t sum_bytes = terms == 2 ? tokens * 2 * panels.rows * 4 : 0;
+  uint8_t* memory = t_terms.get(split_bytes + sum_bytes);
+  if (memory == nullptr) return GBLM_NO_MEMORY;
+  Split split{x, reinterpret_cast<uint16_t*>(memory), panels.columns, terms};
+  run(pool, tokens, split_token, &split);
+  float* sums = terms == 2 ? reinterpret_cast<float*>(memory + split_bytes) : y;
+  const int result = multiply(panels, split.rows, tokens * terms, Output{nullptr, sums}, pool);
+  if (result != GBLM_OK || terms == 1) return result;
+  Add add{sums, y, panels.rows};
+  run(pool, tokens, add_terms, &add);
+  return GBLM_OK;
+}
+
 }  // namespace
 
 extern "C" {
@@ -119,7 +176,23 @@ int gblm_linear(const void* memory, int64_t bytes, const uint16_t* x, int64_t to
   if (tokens < 0 || (tokens > 0 && (x == nullptr || y == nullptr))) return GBLM_BAD_ARGUMENT;
   for (int64_t t = 0; t < tokens; t += kMaxTokens) {
     const int64_t now = smaller(kMaxTokens, tokens - t);
-    const int result = multiply(panels, x + t * panels.columns, now, y + t * panels.rows, pool);
+    const Output rows{y + t * panels.rows, nullptr};
+    const int result = multiply(panels, x + t * panels.columns, now, rows, pool);
+    if (result != GBLM_OK) return result;
+  }
+  return GBLM_OK;
+}
+
+int gblm_linear_f32(const void* memory, int64_t bytes, const float* x, int64_t tokens, float* y,
+                    const gblm_pool* pool) {
+  Panels panels;
+  if (const int result = open_panels(memory, bytes, &panels)) return result;
+  if (tokens < 0 || (tokens > 0 && (x == nullptr || y == nullptr))) return GBLM_BAD_ARGUMENT;
+  constexpr int64_t together = kMaxTokens / 2;
+  for (int64_t t = 0; t < tokens; t += together) {
+    const int64_t now = smaller(together, tokens - t);
+    const int result =
+        multiply_wide(panels, x + t * panels.columns, now, y + t * panels.rows, pool);
     if (result != GBLM_OK) return result;
   }
   return GBLM_OK;

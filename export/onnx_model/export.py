@@ -1,0 +1,234 @@
+"""`gblm export onnx`: a graph, its weights, what stands beside them, and proof that it is right."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gblm import model as dense_model
+from gblm import packed
+from gblm.checkpoint.packed_folder import PackedReader
+from gblm.checkpoint.reader import Reader
+from gblm.checkpoint.writer import check_output, new_folder, write_json
+from gblm.errors import GateError, InputError, PatternError
+from gblm.export.dense import export_dense
+from gblm.export.onnx_model.builder import build
+from gblm.export.onnx_model.folder import complete, write_tensorrt_options
+from gblm.export.onnx_model.portable import build_portable
+from gblm.export.onnx_model.rewrite import Replaced, pack_graph
+from gblm.export.onnx_model.runtime import DOMAIN, MODEL_FILE, check_installation, library
+from gblm.export.onnx_model.storage import DATA_FILE
+from gblm.export.onnx_model.targets import TARGETS, check_target
+from gblm.export.onnx_model.validate import TOLERANCES, Tolerance, validate
+from gblm.folder import resolve
+from gblm.patterns import NM
+from gblm.progress import Progress, no_progress
+from gblm.provenance import provenance
+
+REPORT_FILE = "onnx_report.json"
+TWO_OF_FOUR = NM(2, 4)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to export.
+
+    Attributes:
+        target: a name of TARGETS.
+        precision: of the graph; None for the target's default.
+        sparse: keep the weights packed, for the operator ai.gblm::Linear.
+        validate: tokens to compare with the original; 0 leaves it out.
+        min_agreement: least top-1 agreement, instead of the precision's own.
+    """
+
+    target: str = "cpu"
+    precision: str | None = None
+    sparse: bool = False
+    validate: int = 64
+    min_agreement: float | None = None
+
+
+def export_onnx(
+    source: str | Path,
+    output: Path,
+    wanted: Wanted | None = None,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Write a model folder for ONNX Runtime.
+
+    Args:
+        source: a packed or dense folder, or a hub id.
+        output: the folder to make.
+        wanted: the target, precision and validation.
+        overwrite: replace an existing folder.
+        progress: for a progress bar.
+
+    Returns:
+        The report, which also lies in the folder.
+
+    Raises:
+        UsageError: ONNX Runtime cannot run what is asked for.
+        InputError: the model cannot be exported so.
+        MachineError: a package is missing, or the disk is full.
+        GateError: the export differs from the original more than it may; it is written all the
+            same, with its report.
+    """
+    wanted = wanted or Wanted()
+    precision = check_target(wanted.target, wanted.precision, wanted.sparse)
+    check_installation("onnx", *_makers(wanted.target))
+    folder = resolve(source)
+    is_packed = packed.is_packed(folder)
+    if wanted.sparse:
+        _check_sparse(folder, is_packed)
+    check_output(output, overwrite, _needed_bytes(folder, is_packed), folder)
+    step = progress("exporting", 2 + bool(wanted.validate))
+    with new_folder(output, overwrite) as made:
+        replaced = _make(folder, is_packed, made, wanted, precision)
+        step()
+        complete(folder, made, output, wanted.sparse)
+        if wanted.target == "cuda" and _is_two_of_four(folder, is_packed):
+            write_tensorrt_options(made, precision)
+        report = _report(folder, made, wanted, precision, replaced)
+        step()
+        if wanted.validate:
+            model = _original(folder, is_packed)
+            provider = TARGETS[wanted.target].provider
+            tolerance = _tolerance(wanted, precision, replaced)
+            report["validation"] = validate(
+                model, folder, made, provider, wanted.validate, tolerance
+            )
+            step()
+        write_json(made / REPORT_FILE, report)
+    _judge(report, output)
+    return report
+
+
+def _makers(target: str) -> tuple[str, ...]:
+    """What must be installed to make the graph."""
+    if TARGETS[target].builder is None:
+        return ("onnxscript",)
+    import importlib.util
+
+    return () if importlib.util.find_spec("onnxruntime_genai") else ("onnxruntime-genai",)
+
+
+def _check_sparse(folder: Path, is_packed: bool) -> None:
+    if not is_packed:
+        raise InputError(
+            f"{folder} is not packed, so --sparse has nothing to keep: prune it with `gblm prune`, "
+            f"or pack zeros that are there with `gblm export pack {folder} --output OUT`."
+        )
+    library()
+
+
+def _needed_bytes(folder: Path, is_packed: bool) -> int:
+    """The graph in float32, and the unpacked copy that it is made from."""
+    with PackedReader(folder) if is_packed else Reader(folder) as reader:
+        if isinstance(reader, PackedReader):
+            weights = sum(
+                rows * columns for rows, columns in (x.shape for x in reader.linears.values())
+            )
+            weights += sum(reader.num_bytes(name) // 2 for name in reader.dense_names())
+            return 4 * weights + 4 * weights
+        return 2 * sum(map(reader.num_bytes, reader))
+
+
+def _make(
+    folder: Path, is_packed: bool, made: Path, wanted: Wanted, precision: str
+) -> list[Replaced]:
+    """The graph and its data."""
+    target = TARGETS[wanted.target]
+    if target.builder is None:
+        build_portable(_original(folder, is_packed), made)
+        return []
+    with tempfile.TemporaryDirectory(dir=made.parent, prefix=".onnx-") as name:
+        work, dense = Path(name), folder
+        if is_packed:
+            dense = work / "dense"
+            export_dense(folder, dense)
+        if not wanted.sparse:
+            build(dense, made, precision, target.builder)
+            return []
+        built = work / "built"
+        build(dense, built, precision, target.builder)
+        replaced = pack_graph(built, folder, made)
+        for file in built.iterdir():
+            if file.name not in (MODEL_FILE, DATA_FILE):
+                (made / file.name).write_bytes(file.read_bytes())
+        return replaced
+
+
+def _original(folder: Path, is_packed: bool) -> nn.Module:
+    """The torch model that an export is held against: float32, every weight as it is stored."""
+    if is_packed:
+        return packed.load(folder, backend="dense", dtype=torch.float32)
+    return dense_model.load(folder, dtype=torch.float32)
+
+
+def _is_two_of_four(folder: Path, is_packed: bool) -> bool:
+    """Whether every linear of the decoder layers follows 2:4."""
+    if is_packed:
+        with PackedReader(folder) as reader:
+            return all(linear.fmt.pattern == TWO_OF_FOUR for linear in reader.linears.values())
+    with Reader(folder) as reader:
+        names = [name for name in reader if name.endswith("_proj.weight")]
+        try:
+            for name in names:
+                TWO_OF_FOUR.check_mask(name, reader.tensor(name) != 0)
+                reader.release()
+        except PatternError:
+            return False
+        return bool(names)
+
+
+def _tolerance(wanted: Wanted, precision: str, replaced: list[Replaced]) -> Tolerance:
+    name = precision
+    if wanted.sparse:
+        codes = any("/int" in one.spec or "/uint" in one.spec for one in replaced)
+        name = "sparse-int" if codes else "sparse"
+    found = TOLERANCES[name]
+    if wanted.min_agreement is None:
+        return found
+    return Tolerance(found.logit_difference, wanted.min_agreement)
+
+
+def _report(
+    folder: Path, made: Path, wanted: Wanted, precision: str, replaced: list[Replaced]
+) -> dict[str, Any]:
+    """Sizes, zeros and where it all comes from."""
+    files = {file.name: file.stat().st_size for file in sorted(made.iterdir())}
+    return {
+        "source": str(folder),
+        "target": wanted.target,
+        "precision": precision,
+        "sparse": wanted.sparse,
+        "provenance": provenance(),
+        "bytes": files,
+        "bytes_total": sum(files.values()),
+        "operator": f"{DOMAIN}::Linear" if wanted.sparse else None,
+        "linears": [asdict(one) | {"sparsity": one.zeros / _weights(one)} for one in replaced],
+    }
+
+
+def _weights(one: Replaced) -> int:
+    return one.shape[0] * one.shape[1]
+
+
+def _judge(report: dict[str, Any], output: Path) -> None:
+    found = report.get("validation")
+    if found is None or found["passed"]:
+        return
+    allowed = found["tolerance"]
+    raise GateError(
+        f"{output}: the export differs from the original: the largest logit difference is "
+        f"{found['max_logit_difference_over_std']:.3g} standard deviations "
+        f"(allowed: {allowed['max_logit_difference_over_std']}), the same next token in "
+        f"{found['top1_agreement']:.1%} of {found['tokens']} places "
+        f"(needed: {allowed['top1_agreement']:.1%}). See {output / REPORT_FILE}."
+    )

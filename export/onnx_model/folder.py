@@ -1,0 +1,67 @@
+"""What stands beside the graph: configuration, tokenizer, the operator's library."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from gblm.checkpoint.writer import copy_side_files, write_json
+from gblm.export.onnx_model.runtime import CONFIG_FILE, library
+from gblm.folder import read_config, read_json_object
+
+LIBRARY_FILE = "libgblm_ort.so"
+TENSORRT_FILE = "tensorrt_options.json"
+# transformers' own default, which older readers take when the old key is missing.
+DEFAULT_THETA = 10000.0
+
+
+def complete(source: Path, folder: Path, final: Path, sparse: bool) -> None:
+    """Add what the graph's maker leaves out.
+
+    Args:
+        source: the model folder.
+        folder: with the graph and genai_config.json.
+        final: the name that the folder will have.
+        sparse: whether the graph needs the operator's library.
+    """
+    copy_side_files(source, folder)
+    config = {key: v for key, v in read_config(source).items() if key != "quantization_config"}
+    write_json(folder / "config.json", with_rope_theta(config))
+    if sparse:
+        shutil.copyfile(library(), folder / LIBRARY_FILE)
+        _name_library(folder, final)
+
+
+def with_rope_theta(config: dict[str, Any]) -> dict[str, Any]:
+    """The rotary base in both spellings: transformers 5 writes `rope_parameters` alone.
+
+    Readers of the old key silently take 10000 for a missing one.
+    """
+    parameters = config.get("rope_parameters")
+    if isinstance(parameters, dict) and "rope_theta" in parameters:
+        return config | {"rope_theta": parameters["rope_theta"]}
+    theta = config.get("rope_theta", DEFAULT_THETA)
+    return config | {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+
+
+def write_tensorrt_options(folder: Path, precision: str) -> None:
+    """Provider options that let TensorRT look for 2:4 weights; whether it gains is its choice."""
+    options = {
+        "trt_sparsity_enable": True,
+        "trt_fp16_enable": precision == "fp16",
+        "trt_bf16_enable": precision == "bf16",
+        "trt_engine_cache_enable": True,
+        "trt_engine_cache_path": "tensorrt_cache",
+    }
+    write_json(folder / TENSORRT_FILE, {"TensorrtExecutionProvider": options})
+
+
+def _name_library(folder: Path, final: Path) -> None:
+    """genai reads the library's path as it stands there, so it must be absolute."""
+    path = folder / CONFIG_FILE
+    config = read_json_object(path)
+    options = config["model"]["decoder"]["session_options"]
+    options["custom_ops_library"] = str(final.resolve() / LIBRARY_FILE)
+    path.write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")

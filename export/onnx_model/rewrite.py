@@ -1,0 +1,238 @@
+"""Replace the MatMuls of a graph of the model builder by `ai.gblm::Linear`.
+
+A weight is replaced only after it was compared, value by value, with the checkpoint's: a graph that
+names its weights in another way is refused, never guessed at.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gblm.checkpoint.packed_folder import PackedReader
+from gblm.errors import CheckpointError
+from gblm.export.onnx_model.runtime import DOMAIN, DOMAIN_VERSION, MODEL_FILE
+from gblm.export.onnx_model.storage import DataFile, StoredGraph
+from gblm.export.onnx_model.weights import Panels, dense_panels, is_bfloat16, packed_panels
+
+LAYER_WEIGHT = re.compile(r"model\.layers\.(\d+)\.(attn|mlp)\.(\w+)\.MatMul\.weight")
+HEAD_WEIGHT = "lm_head.MatMul.weight"
+EMBEDDINGS = "model.embed_tokens.weight"
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
+OP = "Linear"
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """What became of one MatMul.
+
+    Attributes:
+        linears: whose weights it multiplies by.
+        spec: of the format.
+        shape: [out, in].
+        num_bytes: of the panels.
+        zeros: weights that are zero.
+    """
+
+    linears: tuple[str, ...]
+    spec: str
+    shape: tuple[int, int]
+    num_bytes: int
+    zeros: int
+
+
+def pack_graph(built: Path, packed: Path, output: Path) -> list[Replaced]:
+    """Write a graph whose linears are packed.
+
+    Args:
+        built: a float32 graph of the model builder, from the unpacked checkpoint.
+        packed: the packed checkpoint.
+        output: a folder; the graph and its data are written there.
+
+    Returns:
+        What was replaced, in the order of the graph.
+
+    Raises:
+        CheckpointError: the graph is not what the builder makes of this checkpoint.
+    """
+    import onnx
+
+    graph = StoredGraph(built)
+    if any(entry.domain == DOMAIN for entry in graph.model.opset_import):
+        raise CheckpointError(f"{built}: the graph is rewritten already.")
+    with PackedReader(packed) as reader, DataFile(output) as data:
+        rewriter = _Rewriter(graph, reader, data)
+        nodes = [made for node in graph.model.graph.node for made in rewriter.rewrite(node)]
+        rewriter.check_complete()
+        kept = rewriter.initializers(nodes)
+    proto = graph.model
+    del proto.graph.node[:], proto.graph.initializer[:]
+    proto.graph.node.extend(nodes)
+    proto.graph.initializer.extend(kept)
+    proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
+    (output / MODEL_FILE).write_bytes(proto.SerializeToString())
+    return rewriter.replaced
+
+
+class _Rewriter:
+    """Node after node, with the tensors that the new nodes need."""
+
+    def __init__(self, graph: StoredGraph, reader: PackedReader, data: DataFile) -> None:
+        self.graph, self.reader, self.data = graph, reader, data
+        self.replaced: list[Replaced] = []
+        self._made: dict[str, Any] = {}
+        self._transposed = {
+            node.output[0]: node.input[0]
+            for node in graph.model.graph.node
+            if node.op_type == "Transpose" and node.input[0] in graph.tensors
+        }
+
+    def rewrite(self, node: Any) -> Iterator[Any]:
+        """The nodes that take a node's place."""
+        weight = node.input[1] if node.op_type == "MatMul" else None
+        if weight in self.graph.tensors:
+            linears = _linears(weight, self.reader)
+            yield from self._linear(node, weight, linears) if linears else [node]
+        elif node.op_type == "Gather" and self._embeddings(node.input[0]) is not None:
+            yield from self._gather(node)
+        elif node.op_type == "Transpose" and node.output[0] in self._transposed:
+            return  # of the tied embeddings, which are now read as they are
+        else:
+            yield node
+
+    def check_complete(self) -> None:
+        """Raise CheckpointError when a packed weight has found no MatMul."""
+        done = {name for one in self.replaced for name in one.linears}
+        missing = sorted(set(self.reader.linears) - done)
+        if missing:
+            raise CheckpointError(
+                f"{self.graph.folder}: the graph has no MatMul by the weight of {missing[0]}."
+            )
+
+    def initializers(self, nodes: list[Any]) -> list[Any]:
+        """What the nodes use: what was made, and the rest of the old ones."""
+        used = {name for node in nodes for name in node.input}
+        kept = []
+        for name, tensor in self.graph.tensors.items():
+            if name in used:
+                raw = self.graph.raw(name)
+                kept.append(self.data.tensor(name, tensor.data_type, tensor.dims, raw.data))
+        return [*self._made.values(), *kept]
+
+    def _linear(self, node: Any, weight: str, linears: tuple[str, ...]) -> Iterator[Any]:
+        stored = torch.from_numpy(self.graph.floats(weight).copy()).T.contiguous()
+        packed = None
+        if all(name in self.reader.linears for name in linears):
+            packed = packed_panels(self.reader, linears)
+        if packed is not None:
+            panels, expected = packed
+            self._check_same(linears, stored, expected)
+            yield self._node(node, panels, linears)
+        elif any(name in self.reader.linears for name in linears):
+            yield from self._parted(node, stored, linears)
+        elif is_bfloat16(stored) and stored.shape[1] % 8 == 0:
+            yield self._node(node, dense_panels(linears[0], stored), linears)
+        else:
+            yield node
+
+    def _parted(self, node: Any, stored: Tensor, linears: tuple[str, ...]) -> Iterator[Any]:
+        """Weights of different formats that the builder has joined: a node each, then Concat."""
+        import onnx
+
+        first, outputs = 0, []
+        for name in linears:
+            rows = self.reader.linears[name].shape[0] if name in self.reader.linears else 0
+            found = packed_panels(self.reader, [name]) if rows else None
+            if found is None:
+                raise CheckpointError(
+                    f"{name} is dense, but the graph joins it with packed linears: prune it, too, "
+                    "or leave all of them dense with --ignore."
+                )
+            self._check_same((name,), stored[first : first + rows], found[1])
+            outputs.append(f"{node.output[0]}/{name}")
+            yield self._node(node, found[0], (name,), outputs[-1])
+            first += rows
+        yield onnx.helper.make_node(
+            "Concat", outputs, list(node.output), name=f"{node.name}/Concat", axis=-1
+        )
+
+    def _node(
+        self, node: Any, panels: Panels, linears: tuple[str, ...], output: str | None = None
+    ) -> Any:
+        import onnx
+
+        name = f"{linears[0]}.panels"
+        if name not in self._made:
+            array = panels.data.numpy()
+            self._made[name] = self.data.tensor(
+                name, onnx.TensorProto.UINT8, array.shape, array.data
+            )
+        self.replaced.append(
+            Replaced(linears, panels.spec, panels.shape, panels.data.numel(), panels.zeros)
+        )
+        out, into = panels.shape
+        return onnx.helper.make_node(
+            OP,
+            [node.input[0], name],
+            [output or node.output[0]],
+            name=f"{node.name}/{linears[0]}" if output else node.name,
+            domain=DOMAIN,
+            out_features=out,
+            in_features=into,
+        )
+
+    def _embeddings(self, name: str) -> str | None:
+        """The initializer behind the table of a Gather, if it is the embeddings."""
+        source = self._transposed.get(name, name)
+        return source if source in (HEAD_WEIGHT, EMBEDDINGS) else None
+
+    def _gather(self, node: Any) -> Iterator[Any]:
+        """Look up bfloat16 rows and widen those alone, where that loses nothing."""
+        import onnx
+
+        source = str(self._embeddings(node.input[0]))
+        table = torch.from_numpy(self.graph.floats(source).copy())
+        table = table.T.contiguous() if source == HEAD_WEIGHT else table
+        halves = is_bfloat16(table)
+        name = EMBEDDINGS if source == HEAD_WEIGHT or not halves else f"{EMBEDDINGS}.bfloat16"
+        dtype = onnx.TensorProto.BFLOAT16 if halves else onnx.TensorProto.FLOAT
+        stored = table.to(torch.bfloat16).view(torch.int16) if halves else table
+        if halves or source == HEAD_WEIGHT:
+            self._made[name] = self.data.tensor(name, dtype, table.shape, stored.numpy().data)
+        if not halves:
+            yield onnx.helper.make_node(
+                "Gather", [name, node.input[1]], list(node.output), name=node.name
+            )
+            return
+        rows = f"{node.output[0]}/bfloat16"
+        yield onnx.helper.make_node("Gather", [name, node.input[1]], [rows], name=node.name)
+        yield onnx.helper.make_node(
+            "Cast", [rows], list(node.output), name=f"{node.name}/Cast", to=onnx.TensorProto.FLOAT
+        )
+
+    def _check_same(self, linears: tuple[str, ...], stored: Tensor, expected: Tensor) -> None:
+        expected = expected.to(self.reader.dtype).float()
+        if stored.shape != expected.shape or not torch.equal(stored, expected):
+            raise CheckpointError(
+                f"{self.graph.folder}: the graph's weight of {', '.join(linears)} is not the "
+                "checkpoint's."
+            )
+
+
+def _linears(weight: str, reader: PackedReader) -> tuple[str, ...]:
+    """The checkpoint's linears behind a weight of the graph, in the order of their rows."""
+    if weight == HEAD_WEIGHT:
+        return ("lm_head",)
+    found = LAYER_WEIGHT.fullmatch(weight)
+    if found is None:
+        return ()
+    block = "self_attn" if found[2] == "attn" else "mlp"
+    return tuple(
+        f"model.layers.{found[1]}.{block}.{name}" for name in FUSED.get(found[3], (found[3],))
+    )

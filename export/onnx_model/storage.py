@@ -1,0 +1,124 @@
+"""Initializers in one external file under a fixed name, each where a page begins.
+
+Names in a graph are never used as paths: data come from, and go to, the one file beside the graph.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from typing_extensions import Self
+
+from gblm.errors import CheckpointError
+from gblm.export.onnx_model.runtime import MODEL_FILE
+
+DATA_FILE = f"{MODEL_FILE}.data"
+# Smaller ones stay in the graph, where shape inference sees them.
+INLINE_BYTES = 1024
+
+
+class StoredGraph:
+    """A graph that lies on disk, its initializers not yet read.
+
+    Attributes:
+        model: the `onnx.ModelProto`.
+        tensors: its initializers by name.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read the graph.
+
+        Raises:
+            CheckpointError: there is none, or its data would come from another file.
+        """
+        import onnx
+
+        self.folder = folder
+        try:
+            self.model: Any = onnx.load(str(folder / MODEL_FILE), load_external_data=False)
+        except Exception as error:
+            raise CheckpointError(f"{folder / MODEL_FILE} is no ONNX model: {error}") from error
+        self.tensors: dict[str, Any] = {t.name: t for t in self.model.graph.initializer}
+        self._data: np.ndarray[Any, Any] | None = None
+        for tensor in self.tensors.values():
+            place = _place(tensor)
+            if place is not None and place["location"] != DATA_FILE:
+                raise CheckpointError(
+                    f"{folder}: {tensor.name} lies in {place['location']!r}, not in {DATA_FILE}."
+                )
+
+    def raw(self, name: str) -> np.ndarray[Any, Any]:
+        """[bytes] uint8 of an initializer."""
+        import onnx
+
+        tensor = self.tensors[name]
+        place = _place(tensor)
+        if place is None:
+            held = tensor.raw_data or onnx.numpy_helper.to_array(tensor).tobytes()
+            return np.frombuffer(held, dtype=np.uint8)
+        if self._data is None:
+            self._data = np.memmap(self.folder / DATA_FILE, dtype=np.uint8, mode="r")
+        start = int(place.get("offset", 0))
+        stop = start + int(place["length"]) if "length" in place else len(self._data)
+        if stop > len(self._data):
+            raise CheckpointError(f"{self.folder / DATA_FILE} is cut off before {name}.")
+        return self._data[start:stop]
+
+    def floats(self, name: str) -> np.ndarray[Any, Any]:
+        """A float32 initializer in its shape."""
+        return self.raw(name).view(np.float32).reshape(tuple(self.tensors[name].dims))
+
+
+class DataFile:
+    """Writes external data; a context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / DATA_FILE
+
+    def __enter__(self) -> Self:
+        self._stream = self._path.open("wb")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stream.close()
+
+    def tensor(self, name: str, dtype: int, shape: Iterable[int], data: Any) -> Any:
+        """An `onnx.TensorProto` whose data now lie in the file, or inline when they are few.
+
+        Args:
+            name: of the initializer.
+            dtype: a member of `onnx.TensorProto.DataType`.
+            shape: its dimensions.
+            data: its bytes, as a buffer.
+        """
+        import onnx
+
+        made = onnx.TensorProto(name=name, data_type=dtype, dims=list(shape))
+        size = memoryview(data).nbytes
+        if size < INLINE_BYTES:
+            made.raw_data = bytes(data)
+            return made
+        self._stream.write(b"\0" * (-self._stream.tell() % mmap.PAGESIZE))
+        made.data_location = onnx.TensorProto.EXTERNAL
+        place = {"location": DATA_FILE, "offset": self._stream.tell(), "length": size}
+        for key, value in place.items():
+            made.external_data.add(key=key, value=str(value))
+        self._stream.write(data)
+        return made
+
+
+def _place(tensor: Any) -> dict[str, str] | None:
+    """Where external data lie; None if they are in the graph."""
+    if not tensor.external_data:
+        return None
+    return {entry.key: entry.value for entry in tensor.external_data}

@@ -1,0 +1,117 @@
+"""An exported model against the original torch model, never against another export.
+
+Teacher-forced logits in one run hold the prefill against torch; greedy tokens, one by one, the
+decoding with its cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gblm.export.onnx_model.decoder import OrtDecoder, greedy
+from gblm.folder import read_config
+
+PROMPT = (
+    "The steam engine changed how people worked and lived. Before it, most goods were made by "
+    "hand, in small shops or at home. In the years that followed,"
+)
+PROMPT_TOKENS = 24  # of a model without tokenizer
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What an export may differ from the original.
+
+    Attributes:
+        logit_difference: largest absolute difference of a logit, over the standard deviation of the
+            original's logits; None: not judged.
+        top1_agreement: least share of positions where both name the same next token.
+    """
+
+    logit_difference: float | None
+    top1_agreement: float
+
+
+# fp32 rounds otherwise; the others round weights or activations, too.
+TOLERANCES = {
+    "fp32": Tolerance(0.01, 0.98),
+    "fp16": Tolerance(0.1, 0.95),
+    "bf16": Tolerance(0.5, 0.9),
+    "int8": Tolerance(None, 0.85),
+    "int4": Tolerance(None, 0.4),
+    "sparse": Tolerance(0.01, 0.98),
+    "sparse-int": Tolerance(None, 0.85),
+}
+
+
+def validate(
+    model: nn.Module, source: Path, folder: Path, provider: str, count: int, tolerance: Tolerance
+) -> dict[str, Any]:
+    """Compare an export with the model it came from.
+
+    Args:
+        model: the original in float32, on CPU.
+        source: its folder, for the tokenizer.
+        folder: the export.
+        provider: the execution provider that must run it.
+        count: tokens to generate.
+        tolerance: what counts as passed.
+
+    Returns:
+        Figures, and `passed`.
+    """
+    prompt = prompt_tokens(source, model)
+    tokens, expected = torch_greedy(model, prompt, count)
+    decoder = OrtDecoder(folder, provider)
+    forced = torch.cat([prompt, torch.tensor(tokens[:-1], dtype=torch.long)])
+    logits = decoder.step(forced)[prompt.numel() - 1 :]
+    found = greedy(decoder, prompt, count)
+    difference = float((logits - expected).abs().max())
+    relative = difference / float(expected.std())
+    agreement = float((logits.argmax(-1) == expected.argmax(-1)).float().mean())
+    within = tolerance.logit_difference is None or relative <= tolerance.logit_difference
+    same = next((i for i, (a, b) in enumerate(zip(tokens, found, strict=True)) if a != b), count)
+    return {
+        "reference": "torch float32, the checkpoint's own values",
+        "tokens": count,
+        "prompt_tokens": prompt.numel(),
+        "max_logit_difference": difference,
+        "max_logit_difference_over_std": relative,
+        "top1_agreement": agreement,
+        "equal_greedy_tokens": same,
+        "providers": decoder.session.get_providers(),
+        "tolerance": {
+            "max_logit_difference_over_std": tolerance.logit_difference,
+            "top1_agreement": tolerance.top1_agreement,
+        },
+        "passed": within and agreement >= tolerance.top1_agreement,
+    }
+
+
+def prompt_tokens(source: Path, model: nn.Module) -> Tensor:
+    """[tokens] int64 of a fixed English text; random ones for a folder without tokenizer."""
+    if (source / "tokenizer.json").exists() or (source / "tokenizer.model").exists():
+        from gblm.model import load_tokenizer
+
+        ids: Tensor = load_tokenizer(source)(PROMPT, return_tensors="pt")["input_ids"][0]
+        return ids
+    vocabulary = int(read_config(source)["vocab_size"])
+    return torch.randint(vocabulary, (PROMPT_TOKENS,), generator=torch.Generator().manual_seed(0))
+
+
+@torch.inference_mode()
+def torch_greedy(model: nn.Module, prompt: Tensor, count: int) -> tuple[list[int], Tensor]:
+    """The most likely tokens one by one, and their logits [count, vocabulary] float32."""
+    past, tokens, rows, step = None, [], [], prompt[None]
+    for _ in range(count):
+        out = model(input_ids=step, past_key_values=past, use_cache=True)
+        past = out.past_key_values
+        rows.append(out.logits[0, -1].float())
+        tokens.append(int(rows[-1].argmax()))
+        step = torch.tensor([tokens[-1:]])
+    return tokens, torch.stack(rows)
