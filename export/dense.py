@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gblm.checkpoint.packed_folder import PackedReader
 from gblm.checkpoint.writer import (
     ShardWriter,
@@ -17,7 +19,11 @@ from gblm.progress import Progress, no_progress
 
 
 def export_dense(
-    source: Path, output: Path, overwrite: bool = False, progress: Progress = no_progress
+    source: Path,
+    output: Path,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Unpack every weight exactly, codes as what they stand for; the rest goes along.
 
@@ -26,6 +32,8 @@ def export_dense(
         output: the folder to make.
         overwrite: replace an existing folder.
         progress: for a progress bar.
+        dtype: of what codes stand for, and of the model when it is loaded; in float32 codes times
+            scales are exact. None: what config.json names.
 
     Returns:
         Sizes and counts.
@@ -40,13 +48,16 @@ def export_dense(
         for name, linear in packed.linears.items():
             parts = packed.parts(name)
             linear.fmt.validate(name, parts, linear.shape)
-            shards.add(f"{name}.weight", linear.fmt.expand(parts, packed.dtype))
+            shards.add(f"{name}.weight", linear.fmt.expand(parts, dtype or packed.dtype))
             step()
         for name in packed.dense_names():
             shards.add(name, packed.tensor(name))
         shards.finish()
         copy_side_files(source, folder)
         config = {k: v for k, v in packed.config.items() if k != "quantization_config"}
+        if dtype is not None:
+            config = {k: v for k, v in config.items() if k != "torch_dtype"}
+            config["dtype"] = str(dtype).removeprefix("torch.")
         write_json(folder / "config.json", config)
         return {
             "source": str(source),

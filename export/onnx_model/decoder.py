@@ -1,6 +1,7 @@
 """A decoder in ONNX Runtime with its key-value cache, for validation and benchmarks.
 
-Keys and values stay in ONNX Runtime: what one step returns is bound as the input of the next.
+Keys and values stay in ONNX Runtime. GroupQueryAttention writes them into one buffer, which is input
+and output at once, as onnxruntime-genai runs it; other graphs return longer ones at every step.
 """
 
 from __future__ import annotations
@@ -11,17 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gblm.errors import CheckpointError
+from gblm.errors import CheckpointError, UsageError
 from gblm.export.onnx_model.runtime import CONFIG_FILE, CPU, open_session
 from gblm.folder import read_json_object
 
 TOKEN_INPUTS = {"input_ids", "attention_mask", "position_ids"}
-# What keys and values are made of: numpy's type, and the number of ONNX's.
-ELEMENTS = {
-    "tensor(float)": (np.float32, 1),
-    "tensor(float16)": (np.float16, 10),
-    "tensor(bfloat16)": (np.uint16, 16),
-}
+CAPACITY = 2048
+# ONNX's numbers of what keys and values are made of.
+ELEMENTS = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}
 
 
 class OrtDecoder:
@@ -30,9 +28,16 @@ class OrtDecoder:
     Attributes:
         session: the `onnxruntime.InferenceSession`.
         length: tokens that are in the cache.
+        capacity: tokens that fit, where keys and values share one buffer.
     """
 
-    def __init__(self, folder: Path, provider: str = CPU, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        provider: str = CPU,
+        threads: int | None = None,
+        capacity: int = CAPACITY,
+    ) -> None:
         """Open the session.
 
         Raises:
@@ -48,9 +53,13 @@ class OrtDecoder:
             raise CheckpointError(
                 f"{folder}: the graph is no decoder as gblm or optimum exports it ({odd})."
             )
-        about = read_json_object(folder / CONFIG_FILE)["model"]["decoder"]
-        self._heads, self._head_size = about["num_key_value_heads"], about["head_size"]
-        self._dtype, self._element = ELEMENTS[self._inputs[self._past[0]].type]
+        about = read_json_object(folder / CONFIG_FILE)
+        decoder = about["model"]["decoder"]
+        self._heads, self._head_size = decoder["num_key_value_heads"], decoder["head_size"]
+        shared = about["search"]["past_present_share_buffer"]
+        self._context = int(about["model"]["context_length"])
+        self.capacity = min(capacity, self._context) if shared else 0
+        self._element = ELEMENTS[self._inputs[self._past[0]].type]
         self.reset()
 
     def reset(self) -> None:
@@ -58,9 +67,9 @@ class OrtDecoder:
         import onnxruntime
 
         self.length = 0
-        empty = np.zeros((1, self._heads, 0, self._head_size), dtype=self._dtype)
-        make = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type
-        self._cache = {name: make(empty, self._element) for name in self._past}
+        shape = (1, self._heads, self.capacity, self._head_size)
+        make = onnxruntime.OrtValue.ortvalue_from_shape_and_type
+        self._cache = {name: make(shape, self._element, "cpu") for name in self._past}
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append tokens.
@@ -77,6 +86,9 @@ class OrtDecoder:
     def run(self, tokens: Tensor) -> None:
         """Append tokens and leave the logits in ONNX Runtime, as a benchmark wants it."""
         new = tokens.numel()
+        room = self.capacity or self._context
+        if not new or self.length + new > room:
+            raise UsageError(f"{new} tokens after {self.length}: 1 to {room - self.length} fit.")
         binding = self.session.io_binding()
         total = self.length + new
         fed = {
@@ -90,7 +102,11 @@ class OrtDecoder:
         for name, value in self._cache.items():
             binding.bind_ortvalue_input(name, value)
         for name in self._outputs:
-            binding.bind_output(name, "cpu")
+            past = name.replace("present", "past_key_values")
+            if self.capacity and past in self._cache:
+                binding.bind_ortvalue_output(name, self._cache[past])
+            else:
+                binding.bind_output(name, "cpu")
         self.session.run_with_iobinding(binding)
         values = dict(zip(self._outputs, binding.get_outputs(), strict=True))
         self._logits = values["logits"]

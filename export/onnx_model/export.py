@@ -91,7 +91,7 @@ def export_onnx(
     with new_folder(output, overwrite) as made:
         replaced = _make(folder, is_packed, made, wanted, precision)
         step()
-        complete(folder, made, output, wanted.sparse)
+        complete(folder, made, wanted.sparse)
         if wanted.target == "cuda" and _is_two_of_four(folder, is_packed):
             write_tensorrt_options(made, precision)
         report = _report(folder, made, wanted, precision, replaced)
@@ -144,14 +144,14 @@ def _make(
 ) -> list[Replaced]:
     """The graph and its data."""
     target = TARGETS[wanted.target]
-    if target.builder is None:
-        build_portable(_original(folder, is_packed), made)
-        return []
     with tempfile.TemporaryDirectory(dir=made.parent, prefix=".onnx-") as name:
         work, dense = Path(name), folder
         if is_packed:
             dense = work / "dense"
-            export_dense(folder, dense)
+            export_dense(folder, dense, dtype=torch.float32)
+        if target.builder is None:
+            build_portable(dense_model.load(dense, dtype=torch.float32), made)
+            return []
         if not wanted.sparse:
             build(dense, made, precision, target.builder)
             return []

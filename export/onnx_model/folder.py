@@ -17,13 +17,12 @@ TENSORRT_FILE = "tensorrt_options.json"
 DEFAULT_THETA = 10000.0
 
 
-def complete(source: Path, folder: Path, final: Path, sparse: bool) -> None:
+def complete(source: Path, folder: Path, sparse: bool) -> None:
     """Add what the graph's maker leaves out.
 
     Args:
         source: the model folder.
         folder: with the graph and genai_config.json.
-        final: the name that the folder will have.
         sparse: whether the graph needs the operator's library.
     """
     copy_side_files(source, folder)
@@ -31,7 +30,7 @@ def complete(source: Path, folder: Path, final: Path, sparse: bool) -> None:
     write_json(folder / "config.json", with_rope_theta(config))
     if sparse:
         shutil.copyfile(library(), folder / LIBRARY_FILE)
-        _name_library(folder, final)
+        _name_library(folder)
 
 
 def with_rope_theta(config: dict[str, Any]) -> dict[str, Any]:
@@ -58,10 +57,10 @@ def write_tensorrt_options(folder: Path, precision: str) -> None:
     write_json(folder / TENSORRT_FILE, {"TensorrtExecutionProvider": options})
 
 
-def _name_library(folder: Path, final: Path) -> None:
-    """genai reads the library's path as it stands there, so it must be absolute."""
+def _name_library(folder: Path) -> None:
+    """onnxruntime-genai looks for it beside the graph, so that the folder may be moved."""
     path = folder / CONFIG_FILE
     config = read_json_object(path)
     options = config["model"]["decoder"]["session_options"]
-    options["custom_ops_library"] = str(final.resolve() / LIBRARY_FILE)
+    options["custom_ops_library"] = LIBRARY_FILE
     path.write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")

@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,14 @@ def _quietly_export(model: nn.Module, arguments: tuple[Any, ...], names: list[st
         past,
     )
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        warnings.catch_warnings(),
+        torch.no_grad(),
+    ):
+        warnings.simplefilter("ignore")
         return torch.onnx.export(
-            Wrapper(model),
+            Wrapper(model).eval(),
             arguments,
             dynamo=True,
             dynamic_shapes=shapes,

@@ -217,7 +217,6 @@ class _Rewriter:
         )
 
     def _check_same(self, linears: tuple[str, ...], stored: Tensor, expected: Tensor) -> None:
-        expected = expected.to(self.reader.dtype).float()
         if stored.shape != expected.shape or not torch.equal(stored, expected):
             raise CheckpointError(
                 f"{self.graph.folder}: the graph's weight of {', '.join(linears)} is not the "

@@ -1,4 +1,4 @@
-"""`gblm bench serving|watch|kernels`."""
+"""`gblm bench serving|watch|kernels|onnx`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from gblm.commands.bench_kernels import command as kernels
+from gblm.commands.bench_onnx import command as onnx
 from gblm.commands.bench_watch import command as watch
 from gblm.commands.common import (
     Command,
@@ -32,11 +33,12 @@ LABELS = {
 
 @click.group("bench")
 def command() -> None:
-    """Measure speed: two servers under test load or live, or the kernels alone."""
+    """Measure speed: two servers under test load or live, ONNX models, or the kernels alone."""
 
 
 command.add_command(kernels)
 command.add_command(watch)
+command.add_command(onnx)
 
 
 @command.command("serving", cls=Command)

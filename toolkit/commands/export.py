@@ -1,8 +1,9 @@
-"""`gblm export dense|pack|legacy SOURCE --output OUT`."""
+"""`gblm export dense|pack|legacy|onnx SOURCE --output OUT`."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -19,6 +20,8 @@ from gblm.commands.recipe_options import head_option, values_options, values_spe
 
 # Repeated here because the layouts themselves need torch; a test compares them.
 LAYOUTS = ("sparse-24-bitmask", "sparse-bitmask")
+ONNX_TARGETS = ("cpu", "cuda", "portable")
+ONNX_PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 output_options = options(
     click.argument("source"),
     click.option(
@@ -104,3 +107,66 @@ def legacy(ctx: click.Context, source: str, output: Path, overwrite: bool, to: s
     emit(ctx, facts | {"output": str(output)}, lambda: click.echo(
         f"{output}: {result['linears']} linears converted to {to or 'gblm'}, {megabytes(size)}"
     ))  # fmt: skip
+
+
+@command.command("onnx", cls=Command)
+@output_options
+@click.option(
+    "--target",
+    type=click.Choice(ONNX_TARGETS),
+    default="cpu",
+    show_default=True,
+    help="cpu and cuda: a graph with ONNX Runtime's fused operators, also for onnxruntime-genai; "
+    "portable: standard operators alone.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(ONNX_PRECISIONS),
+    help="Of the graph. Default: fp32 for cpu and portable, fp16 for cuda.",
+)
+@click.option(
+    "--sparse",
+    is_flag=True,
+    help="Keep the weights of the packed folder SOURCE packed: the graph then needs gblm's "
+    "operator library, which is put beside it.",
+)
+@click.option(
+    "--validate",
+    type=click.IntRange(0, 1024),
+    default=64,
+    show_default=True,
+    help="Greedy tokens to compare with the original torch model; 0 leaves it out.",
+)
+@click.option(
+    "--min-agreement",
+    type=click.FloatRange(0, 1),
+    help="Share of places where the export must name the same next token, instead of the "
+    "precision's own bound.",
+)
+@click.pass_context
+def onnx(ctx: click.Context, source: str, output: Path, overwrite: bool, **wanted: Any) -> None:
+    """Write SOURCE, a packed or dense folder, as a decoder with key-value cache for ONNX Runtime.
+
+    Exit status 5: the export differs from the original more than it may.
+    """
+    with progress_bars(ctx) as progress:
+        from gblm.export.onnx_model.export import Wanted, export_onnx
+
+        result = export_onnx(source, output, Wanted(**wanted), overwrite, progress)
+    emit(ctx, result, lambda: click.echo(_onnx_line(output, result)))
+
+
+def _onnx_line(output: Path, report: dict[str, Any]) -> str:
+    parts = [
+        f"{output}: {report['target']} {report['precision']}, {megabytes(report['bytes_total'])}"
+    ]
+    if report["sparse"]:
+        packed = sum(row["num_bytes"] for row in report["linears"])
+        parts.append(f"{len(report['linears'])} linears packed, {megabytes(packed)}")
+    if found := report.get("validation"):
+        parts.append(
+            f"{found['equal_greedy_tokens']} of {found['tokens']} greedy tokens as in torch, same "
+            f"next token in {found['top1_agreement']:.0%} of places, largest logit difference "
+            f"{found['max_logit_difference']:.2g}"
+        )
+    return "; ".join(parts)

@@ -12,6 +12,12 @@ constexpr int64_t kOpenGroups = 4;  // expanded, not yet scaled
 constexpr int64_t kRingBytes = 2 * kRing * kTile;
 constexpr int64_t kDecodeBytes = kRingBytes + kDecodeTiles * kTileRows * kSumStride;
 
+// The look-ahead of a panel ends in the one behind it, and of a pair in the first of the next pair.
+INLINE void ask_for_start(const uint8_t* panel) {
+  for (int64_t i = 0; i < kAhead; i += kLine)
+    _mm_prefetch(reinterpret_cast<const char*>(panel + i), _MM_HINT_T0);
+}
+
 // A panel on its way through a ring of steps.
 template <class Reader>
 struct Stream {
@@ -55,6 +61,7 @@ class Decoder {
   bool run(int64_t first, int64_t last, Output y) {
     for (int64_t panel = first; panel < last; panel += 2) {
       const int64_t second = smaller(panel + 1, last - 1);  // the same again if there is none
+      ask_for_start(p_.begin(smaller(panel + 3, last - 1)));
       if (!multiply(panel, second)) return false;
       for (int64_t t = 0; t < x_.tokens; t++)
         store_pair(p_, panel, last, sums_ + t * 2 * kRows, y.from(t, p_));
