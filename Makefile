@@ -16,7 +16,7 @@ dev: $(VENV)/.ready ## set up .venv with everything for CPU work
 # torchaudio and torchcodec come along as CUDA builds that break `from vllm import LLM`.
 $(VENV)/.ready: pyproject.toml setup.py $(wildcard $(CSRC)/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[cpu,fetch,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[cpu,fetch,onnx-cpu,dev]'
 	$(BIN)/pip uninstall --quiet --yes torchaudio torchcodec
 	touch $@
 
@@ -68,7 +68,7 @@ sanitize: $(CHECKED) ## the CPU kernels under address and undefined-behaviour sa
 arm64: ## optional: the portable CPU kernels for arm64, built by a cross compiler, run by qemu
 	mkdir -p build/arm64
 	aarch64-linux-gnu-g++ -std=c++17 -O3 -fPIC -shared -Wall -Wextra -Werror -Wno-psabi -Wl,-z,defs \
-		$(addprefix $(CSRC)/,linear.cpp memory.cpp panels.cpp portable.cpp prepare.cpp torch_op.cpp) \
+		$(addprefix $(CSRC)/,linear.cpp memory.cpp ort_op.cpp panels.cpp portable.cpp prepare.cpp torch_op.cpp) \
 		-ldl -o build/arm64/_cpu.so
 	aarch64-linux-gnu-g++ -std=c++17 -O3 -static -Wall -Wextra -Werror -Wno-psabi -pthread \
 		$(addprefix $(CSRC)/,linear.cpp memory.cpp panels.cpp portable.cpp prepare.cpp) \

@@ -69,8 +69,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "doctor": {"formats", "kernels", "patterns", "provenance", "values", "weights"},
     "export": {
-        "checkpoint", "choices", "errors", "folder", "formats", "layers", "model", "patterns",
-        "progress", "scales", "values", "weights",
+        "bench", "checkpoint", "choices", "errors", "folder", "formats", "kernels", "layers",
+        "model", "packed", "patterns", "progress", "provenance", "scales", "values", "weights",
     },
     "serve": {
         "__init__", "checkpoint", "errors", "export", "fetch", "folder", "formats", "kernels",

@@ -1,6 +1,6 @@
 """A decoder in ONNX Runtime with its key-value cache, for validation and benchmarks.
 
-Keys and values stay in ONNX Runtime. GroupQueryAttention writes them into one buffer, which is input
+Keys and values stay in ONNX Runtime. GroupQueryAttention writes them into one buffer that is input
 and output at once, as onnxruntime-genai runs it; other graphs return longer ones at every step.
 """
 

@@ -25,6 +25,7 @@ from gblm.export.onnx_model.runtime import DOMAIN, MODEL_FILE, check_installatio
 from gblm.export.onnx_model.storage import DATA_FILE
 from gblm.export.onnx_model.targets import TARGETS, check_target
 from gblm.export.onnx_model.validate import TOLERANCES, Tolerance, validate
+from gblm.export.onnx_model.zeros import count_zeros
 from gblm.folder import resolve
 from gblm.patterns import NM
 from gblm.progress import Progress, no_progress
@@ -167,7 +168,8 @@ def _make(
 def _original(folder: Path, is_packed: bool) -> nn.Module:
     """The torch model that an export is held against: float32, every weight as it is stored."""
     if is_packed:
-        return packed.load(folder, backend="dense", dtype=torch.float32)
+        model: nn.Module = packed.load(folder, backend="dense", dtype=torch.float32)
+        return model
     return dense_model.load(folder, dtype=torch.float32)
 
 
@@ -212,12 +214,9 @@ def _report(
         "bytes": files,
         "bytes_total": sum(files.values()),
         "operator": f"{DOMAIN}::Linear" if wanted.sparse else None,
-        "linears": [asdict(one) | {"sparsity": one.zeros / _weights(one)} for one in replaced],
+        "linears": [asdict(one) for one in replaced],
+        "weights": count_zeros(made),
     }
-
-
-def _weights(one: Replaced) -> int:
-    return one.shape[0] * one.shape[1]
 
 
 def _judge(report: dict[str, Any], output: Path) -> None:

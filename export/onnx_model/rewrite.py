@@ -37,14 +37,12 @@ class Replaced:
         spec: of the format.
         shape: [out, in].
         num_bytes: of the panels.
-        zeros: weights that are zero.
     """
 
     linears: tuple[str, ...]
     spec: str
     shape: tuple[int, int]
     num_bytes: int
-    zeros: int
 
 
 def pack_graph(built: Path, packed: Path, output: Path) -> list[Replaced]:
@@ -173,9 +171,7 @@ class _Rewriter:
             self._made[name] = self.data.tensor(
                 name, onnx.TensorProto.UINT8, array.shape, array.data
             )
-        self.replaced.append(
-            Replaced(linears, panels.spec, panels.shape, panels.data.numel(), panels.zeros)
-        )
+        self.replaced.append(Replaced(linears, panels.spec, panels.shape, panels.data.numel()))
         out, into = panels.shape
         return onnx.helper.make_node(
             OP,

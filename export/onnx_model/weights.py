@@ -30,13 +30,11 @@ class Panels:
         shape: [out, in].
         data: [bytes] uint8.
         spec: of the format it was made from.
-        zeros: weights that are zero.
     """
 
     shape: Shape
     data: Tensor
     spec: str
-    zeros: int
 
 
 def packed_panels(reader: PackedReader, linears: Sequence[str]) -> tuple[Panels, Tensor] | None:
@@ -105,5 +103,4 @@ def _prepare(name: str, fmt: Format, parts: dict[str, Tensor], shape: Shape) -> 
     backend = BACKENDS[CPU_BACKEND]
     if reason := backend.refuses(fmt, shape, torch.bfloat16, torch.device("cpu")):
         raise InputError(f"{name}: the operator cannot take this weight: {reason}.")
-    zeros = int((fmt.scatter(parts) == 0).sum())
-    return Panels(shape, backend.prepare(fmt, parts, shape)[0], fmt.spec, zeros)
+    return Panels(shape, backend.prepare(fmt, parts, shape)[0], fmt.spec)

@@ -33,7 +33,7 @@ from gblm.commands.common import (
 @record_option
 @click.pass_context
 def command(
-    ctx: click.Context, folders: tuple[Path, ...], output: Path | None, **settings: Any
+    ctx: click.Context, /, folders: tuple[Path, ...], output: Path | None, **settings: Any
 ) -> None:
     """Time exported FOLDERs against each other in ONNX Runtime on CPU; the first is the baseline.
 

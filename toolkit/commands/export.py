@@ -144,7 +144,7 @@ def legacy(ctx: click.Context, source: str, output: Path, overwrite: bool, to: s
     "precision's own bound.",
 )
 @click.pass_context
-def onnx(ctx: click.Context, source: str, output: Path, overwrite: bool, **wanted: Any) -> None:
+def onnx(ctx: click.Context, /, source: str, output: Path, overwrite: bool, **wanted: Any) -> None:
     """Write SOURCE, a packed or dense folder, as a decoder with key-value cache for ONNX Runtime.
 
     Exit status 5: the export differs from the original more than it may.

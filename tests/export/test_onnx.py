@@ -1,0 +1,361 @@
+"""`gblm export onnx` on the tiny model: what is written is what torch computes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_tiny_model
+
+from gblm.checkpoint.packed_folder import PackedReader
+from gblm.commands.export import ONNX_PRECISIONS, ONNX_TARGETS
+from gblm.errors import (
+    CheckpointError,
+    GateError,
+    InputError,
+    MachineError,
+    UsageError,
+)
+from gblm.export.onnx_model import runtime
+from gblm.export.onnx_model.export import REPORT_FILE, Wanted, export_onnx
+from gblm.export.onnx_model.folder import LIBRARY_FILE, with_rope_theta
+from gblm.export.onnx_model.targets import TARGETS, check_target
+
+pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+
+from gblm.export.onnx_model.decoder import OrtDecoder, greedy
+from gblm.export.onnx_model.rewrite import pack_graph
+from gblm.export.onnx_model.storage import DATA_FILE, StoredGraph
+
+Pack = Callable[..., Path]
+SPARSE = Wanted(sparse=True, validate=16)
+
+
+@pytest.fixture(scope="module")
+def sparse(pack_tiny: Pack, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, 2:4, packed in ONNX."""
+    folder = tmp_path_factory.mktemp("onnx") / "sparse"
+    export_onnx(pack_tiny(), folder, SPARSE)
+    return folder
+
+
+@pytest.fixture
+def damaged(sparse: Path, tmp_path: Path) -> Path:
+    """A private copy of it."""
+    return Path(shutil.copytree(sparse, tmp_path / "damaged"))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "values", "head", "tied"),
+    [
+        ("2:4", "float", "float", True),
+        ("0.5", "float", "float", False),
+        ("dense", "float", "float", True),
+        ("0.5", "int8", "int8", True),
+        ("2:4", "int4", "int8", True),
+        ("0.5", "uint4", "float", True),
+        ("dense", "int4", "int4", False),
+    ],
+)
+def test_packed_weights_stay_packed_and_compute_the_same(
+    pack_tiny: Pack, tmp_path: Path, pattern: str, values: str, head: str, tied: bool
+) -> None:
+    source = pack_tiny("magnitude", pattern, values, head, tied)
+    report = export_onnx(source, tmp_path / "out", SPARSE)
+    found = report["validation"]
+    assert found["passed"]
+    assert found["providers"] == ["CPUExecutionProvider"]
+    if values == "float":
+        assert found["equal_greedy_tokens"] == 16
+        assert found["max_logit_difference_over_std"] < 1e-3
+    graph = StoredGraph(tmp_path / "out").model.graph
+    assert not [node for node in graph.node if node.op_type == "MatMul"]
+    with PackedReader(source) as reader:
+        zeros = {name: int((reader.weight(name) == 0).sum()) for name in reader.linears}
+    written = {name: 0 for name in zeros}
+    for row in report["linears"]:
+        weights = {w["name"]: w for w in report["weights"]}
+        name = row["linears"][0]
+        parts = [one for one in row["linears"] if one in zeros]
+        if parts:
+            written[name] = weights[f"{name}.panels"]["zeros"]
+            assert written[name] == sum(zeros[one] for one in parts)
+
+
+def test_dense_graph_keeps_the_zeros(pack_tiny: Pack, tmp_path: Path) -> None:
+    report = export_onnx(pack_tiny(), tmp_path / "out", Wanted(validate=16))
+    assert report["validation"]["equal_greedy_tokens"] == 16
+    layers = [row for row in report["weights"] if "layers" in row["name"]]
+    assert len(layers) == 10
+    assert all(row["sparsity"] == 0.5 for row in layers)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_own_integers_of_onnx_runtime(tiny: Path, tmp_path: Path, precision: str) -> None:
+    report = export_onnx(tiny, tmp_path / "out", Wanted(precision=precision, validate=16))
+    assert report["validation"]["tolerance"]["max_logit_difference_over_std"] is None
+    assert report["validation"]["top1_agreement"] > 0.3
+
+
+def test_portable_graph_has_standard_operators_alone(pack_tiny: Pack, tmp_path: Path) -> None:
+    source = pack_tiny("magnitude", "0.5", "int8")
+    report = export_onnx(source, tmp_path / "out", Wanted("portable", validate=16))
+    assert report["validation"]["equal_greedy_tokens"] == 16
+    graph = StoredGraph(tmp_path / "out").model
+    assert {node.domain for node in graph.graph.node} <= {"", "pkg.onnxscript.torch_lib"}
+    names = [node.name for node in graph.graph.input]
+    assert names[:3] == ["input_ids", "attention_mask", "position_ids"]
+    assert names[3:5] == ["past_key_values.0.key", "past_key_values.0.value"]
+    assert [node.name for node in graph.graph.output][:2] == ["logits", "present.0.key"]
+
+
+def test_cuda_graph_of_a_2_of_4_model_comes_with_options_of_tensorrt(
+    pack_tiny: Pack, tmp_path: Path
+) -> None:
+    export_onnx(pack_tiny(), tmp_path / "out", Wanted("cuda", validate=0))
+    options = json.loads((tmp_path / "out/tensorrt_options.json").read_text())
+    assert options["TensorrtExecutionProvider"]["trt_sparsity_enable"] is True
+    export_onnx(pack_tiny("magnitude", "0.5"), tmp_path / "any", Wanted("cuda", validate=0))
+    assert not (tmp_path / "any/tensorrt_options.json").exists()
+
+
+def test_folder_is_complete_and_movable(sparse: Path, tmp_path: Path) -> None:
+    files = {path.name for path in sparse.iterdir()}
+    assert {
+        "model.onnx", DATA_FILE, LIBRARY_FILE, "config.json", "genai_config.json", "tokenizer.json",
+        REPORT_FILE,
+    } <= files  # fmt: skip
+    assert "quantization_config" not in json.loads((sparse / "config.json").read_text())
+    config = json.loads((sparse / "genai_config.json").read_text())
+    assert config["model"]["decoder"]["session_options"]["custom_ops_library"] == LIBRARY_FILE
+    for path in sparse.iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) & 0o444 == 0o444, path
+
+
+def test_onnxruntime_genai_generates_the_same_tokens(sparse: Path, tmp_path: Path) -> None:
+    import onnxruntime_genai as genai
+
+    moved = Path(shutil.copytree(sparse, tmp_path / "moved"))
+    prompt = [5, 40, 77, 101]
+    model = genai.Model(str(moved))
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=12, do_sample=False)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(prompt)
+    while not generator.is_done():
+        generator.generate_next_token()
+    expected = greedy(OrtDecoder(sparse), torch.tensor(prompt), 8)
+    found = generator.get_sequence(0).tolist()[4:]
+    assert found == expected[: len(found)]
+
+
+def test_rotary_base_is_written_in_both_spellings() -> None:
+    new = {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
+    assert with_rope_theta(new)["rope_theta"] == 500000.0
+    old = with_rope_theta({"rope_theta": 100000.0})
+    assert old["rope_parameters"] == {"rope_type": "default", "rope_theta": 100000.0}
+
+
+def test_linears_that_stay_dense_are_taken_as_bfloat16(
+    tiny: Path, text_file: Path, tmp_path: Path
+) -> None:
+    from gblm.prune import prune
+    from gblm.recipe import Recipe
+
+    recipe = Recipe(model=str(tiny), method="magnitude", pattern="0.5", ignore=("*.mlp.*",))
+    prune(recipe, tmp_path / "packed")
+    report = export_onnx(tmp_path / "packed", tmp_path / "out", SPARSE)
+    specs = {row["linears"][0].split(".")[-1]: row["spec"] for row in report["linears"]}
+    assert specs["gate_proj"] == specs["lm_head"] == "dense/dense"
+    assert specs["q_proj"] == "bitmask/0.5"
+
+
+def test_formats_that_do_not_join_are_concatenated(tiny: Path, tmp_path: Path) -> None:
+    from gblm.prune import prune
+    from gblm.recipe import LayerChoice, Recipe
+
+    other = LayerChoice(targets=("*.v_proj",), pattern="0.5", values="int8")
+    recipe = Recipe(model=str(tiny), method="magnitude", pattern="2:4", layers=(other,))
+    prune(recipe, tmp_path / "packed")
+    report = export_onnx(tmp_path / "packed", tmp_path / "out", SPARSE)
+    assert report["validation"]["passed"]
+    graph = StoredGraph(tmp_path / "out").model.graph
+    assert sum(node.op_type == "Concat" for node in graph.node) == 2
+
+
+def test_attention_biases_survive(tmp_path: Path) -> None:
+    from gblm.prune import prune
+    from gblm.recipe import Recipe
+
+    source = save_tiny_model(tmp_path / "biased", attention_bias=True)
+    prune(Recipe(model=str(source), method="magnitude", pattern="0.5"), tmp_path / "packed")
+    report = export_onnx(tmp_path / "packed", tmp_path / "out", SPARSE)
+    assert report["validation"]["equal_greedy_tokens"] == 16
+
+
+def test_float32_checkpoint_is_refused_when_sparse(tmp_path: Path) -> None:
+    from gblm.prune import prune
+    from gblm.recipe import Recipe
+
+    source = save_tiny_model(tmp_path / "wide", dtype="float32")
+    prune(Recipe(model=str(source), method="magnitude", pattern="0.5"), tmp_path / "packed")
+    with pytest.raises(InputError, match=r"torch\.float32 and not exact in bfloat16"):
+        export_onnx(tmp_path / "packed", tmp_path / "out", SPARSE)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (Wanted("cpu", "fp16"), "ONNX Runtime cannot run it: its CPU provider has no"),
+        (Wanted("cpu", "bf16"), "no MatMul for bfloat16. Choose from fp32, int8, int4"),
+        (Wanted("portable", "int4"), "use --target cpu"),
+        (Wanted("cuda", sparse=True), "has no CUDA kernel yet"),
+        (Wanted("portable", sparse=True), "is not portable"),
+        (Wanted("cpu", "int8", sparse=True), "prune with --values int8"),
+        (Wanted("tpu"), "'tpu' is unknown: choose from cpu, cuda, portable"),
+    ],
+)
+def test_what_cannot_run_is_refused_with_the_reason(
+    tiny: Path, tmp_path: Path, wanted: Wanted, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        export_onnx(tiny, tmp_path / "out", wanted)
+    assert not (tmp_path / "out").exists()
+
+
+def test_dense_folder_has_nothing_to_keep_packed(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not packed, so --sparse has nothing to keep"):
+        export_onnx(tiny, tmp_path / "out", SPARSE)
+
+
+def test_command_names_every_target_and_precision() -> None:
+    assert set(ONNX_TARGETS) == set(TARGETS)
+    assert set(ONNX_PRECISIONS) == {p for t in TARGETS.values() for p in t.precisions}
+    assert check_target("cuda", None, sparse=False) == "fp16"
+
+
+def test_wrong_export_is_written_but_fails(
+    pack_tiny: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tensors change places behind the export's back; the report and exit status 5 tell."""
+
+    def scramble(built: Path, packed: Path, output: Path) -> object:
+        replaced = pack_graph(built, packed, output)
+        graph = StoredGraph(output).model
+        linears = [node for node in graph.graph.node if node.op_type == "Linear"]
+        gate, up = (
+            n for n in linears if "layers.0/mlp/gate" in n.name or "layers.0/mlp/up" in n.name
+        )
+        gate.input[1], up.input[1] = up.input[1], gate.input[1]
+        (output / "model.onnx").write_bytes(graph.SerializeToString())
+        return replaced
+
+    monkeypatch.setattr("gblm.export.onnx_model.export.pack_graph", scramble)
+    with pytest.raises(GateError, match="differs from the original") as error:
+        export_onnx(pack_tiny(), tmp_path / "out", SPARSE)
+    assert error.value.exit_code == 5
+    report = json.loads((tmp_path / "out" / REPORT_FILE).read_text())
+    assert report["validation"]["passed"] is False
+
+
+def test_weight_that_is_not_the_checkpoints_is_refused(
+    pack_tiny: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gblm.export.onnx_model import export as module
+
+    other = pack_tiny("magnitude", "2:4")
+
+    def build_other(source: Path, output: Path, precision: str, provider: str) -> None:
+        module.export_dense(other, output.parent / "other", dtype=torch.float32)
+        genuine(output.parent / "other", output, precision, provider)
+
+    genuine = module.build
+    monkeypatch.setattr(module, "build", build_other)
+    with pytest.raises(CheckpointError, match=r"q_proj.* is not the checkpoint's"):
+        export_onnx(pack_tiny("wanda", "2:4"), tmp_path / "out", SPARSE)
+
+
+def test_rewritten_graph_is_not_rewritten_again(
+    sparse: Path, pack_tiny: Pack, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match="rewritten already"):
+        pack_graph(sparse, pack_tiny(), tmp_path)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no graph": (lambda f: (f / "model.onnx").unlink(), "is missing: export the model"),
+    "no data": (lambda f: (f / DATA_FILE).unlink(), "ONNX Runtime cannot load it"),
+    "data cut off": (lambda f: (f / DATA_FILE).write_bytes(b""), "ONNX Runtime cannot load it"),
+    "no protobuf": (lambda f: (f / "model.onnx").write_bytes(b"x" * 99), "cannot load it"),
+    "no genai config": (lambda f: (f / "genai_config.json").unlink(), "cannot be read as JSON"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_folder_is_refused_with_a_sentence(damaged: Path, name: str) -> None:
+    harm, message = DAMAGE[name]
+    harm(damaged)
+    with pytest.raises(InputError, match=message):
+        OrtDecoder(damaged)
+
+
+def test_data_from_elsewhere_are_not_read(damaged: Path) -> None:
+    graph = StoredGraph(damaged).model
+    stored = next(t for t in graph.graph.initializer if t.external_data)
+    next(e for e in stored.external_data if e.key == "location").value = "../../etc/passwd"
+    (damaged / "model.onnx").write_bytes(graph.SerializeToString())
+    with pytest.raises(CheckpointError, match=r"not in model\.onnx\.data"):
+        StoredGraph(damaged)
+
+
+def test_tokens_beyond_the_context_are_refused(sparse: Path) -> None:
+    decoder = OrtDecoder(sparse)
+    assert decoder.capacity == 512
+    with pytest.raises(UsageError, match="513 tokens after 0: 1 to 512 fit"):
+        decoder.run(torch.zeros(513, dtype=torch.long))
+
+
+def test_mixed_installations_are_named_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"onnxruntime": "1.31.1", "onnxruntime-gpu": "1.31.1"}
+    monkeypatch.setattr(runtime, "_version", installed.get)
+    with pytest.raises(MachineError, match=r"overwrite each other.*pip uninstall"):
+        runtime.check_installation()
+    installed = {"onnxruntime-gpu": "1.31.1", "onnxruntime-genai": "0.18.0"}
+    monkeypatch.setattr(runtime, "_version", installed.get)
+    with pytest.raises(MachineError, match="onnxruntime-genai does not go with onnxruntime-gpu"):
+        runtime.check_installation()
+    monkeypatch.setattr(runtime, "_version", {"onnxruntime": "1.16.3"}.get)
+    with pytest.raises(MachineError, match=r"1\.16\.3 is too old: 1\.17 or later"):
+        runtime.check_installation()
+    monkeypatch.setattr(runtime, "_version", {}.get)
+    with pytest.raises(MachineError, match="onnx, onnxruntime is not installed"):
+        runtime.check_installation("onnx")
+
+
+def test_missing_library_is_named(
+    pack_tiny: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gblm.kernels.native.LIBRARY", tmp_path / "none.so")
+    with pytest.raises(MachineError, match="the CPU kernels cannot be used"):
+        export_onnx(pack_tiny(), tmp_path / "out", SPARSE)
+
+
+@pytest.mark.real
+def test_smollm2_generates_the_same_64_tokens(smollm2: Path, tmp_path: Path) -> None:
+    from gblm.prune import prune
+    from gblm.recipe import Recipe
+
+    packed = tmp_path / "packed"
+    prune(Recipe(model=str(smollm2), method="magnitude", pattern="0.5"), packed)
+    report = export_onnx(packed, tmp_path / "onnx", Wanted(sparse=True))
+    assert report["validation"]["equal_greedy_tokens"] == 64
+    embeddings = 49152 * 576 * 2
+    stored = (packed / "model.safetensors").stat().st_size + embeddings
+    written = sum(report["bytes"][name] for name in ("model.onnx", DATA_FILE))
+    assert written < 1.02 * stored

@@ -1,0 +1,208 @@
+"""ai.gblm::Linear in ONNX Runtime, against float64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from gblm.formats import format_for
+from gblm.kernels import native
+from gblm.kernels.cpu import Cpu
+from gblm.patterns import parse
+from gblm.values import parse_values, quantize
+from gblm.weights import SparseWeight
+
+onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+pytestmark = pytest.mark.skipif(native.refusal() is not None, reason=str(native.refusal()))
+
+ROOT = Path(__file__).resolve().parents[2]
+FLOAT, FLOAT16, BFLOAT16, DOUBLE, UINT8 = 1, 10, 16, 11, 2
+HEADER = "onnxruntime_c_api.h"
+
+
+def make_weight(rows: int, columns: int, pattern: str, values: str) -> tuple[Tensor, Tensor]:
+    """The weight that is meant [rows, columns] float64, and its panels."""
+    generator = torch.Generator().manual_seed(rows + columns)
+    weight = torch.randn(rows, columns, generator=generator).bfloat16() / 8
+    parsed, kind = parse(pattern), parse_values(values)
+    mask = torch.ones_like(weight, dtype=torch.bool)
+    if pattern == "2:4":
+        order = torch.rand(rows, columns // 4, 4, generator=generator).argsort(-1)
+        mask = (order < 2).reshape(rows, columns)
+    elif pattern != "dense":
+        mask = torch.rand(rows, columns, generator=generator) >= float(pattern)
+    if kind.is_float:
+        packed = SparseWeight.cut(weight, mask)
+    else:
+        kind = kind.resolve("weight", columns)
+        packed = quantize(weight, mask, kind, "weight")
+    fmt = format_for(parsed, kind)
+    parts = fmt.pack("weight", packed)
+    return fmt.expand(parts, torch.float64).double(), Cpu().prepare(fmt, parts, (rows, columns))[0]
+
+
+def make_session(
+    panels: Tensor, rows: int, columns: int, dtype: int = FLOAT, threads: int = 2,
+    constant: bool = True,
+) -> onnxruntime.InferenceSession:  # fmt: skip
+    helper = onnx.helper
+    node = helper.make_node(
+        "Linear", ["x", "panels"], ["y"], domain="ai.gblm", out_features=rows, in_features=columns
+    )
+    inputs = [helper.make_tensor_value_info("x", dtype, ["batch", "tokens", "features"])]
+    if not constant:
+        inputs.append(helper.make_tensor_value_info("panels", UINT8, [panels.numel()]))
+    held = [onnx.numpy_helper.from_array(panels.numpy(), "panels")] if constant else []
+    output = helper.make_tensor_value_info("y", dtype, None)
+    graph = helper.make_graph([node], "graph", inputs, [output], held)
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("ai.gblm", 1)]
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 4
+    options.register_custom_ops_library(str(native.LIBRARY))
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    return onnxruntime.InferenceSession(model.SerializeToString(), options)
+
+
+def run(session: onnxruntime.InferenceSession, x: Tensor, rows: int) -> Tensor:
+    """y in float64, whatever the dtype of x."""
+    if x.dtype != torch.bfloat16:
+        return torch.from_numpy(session.run(None, {"x": x.numpy()})[0]).double()
+    y = torch.empty(*x.shape[:-1], rows, dtype=torch.bfloat16)
+    binding = session.io_binding()
+    for bind, name, tensor in (("input", "x", x), ("output", "y", y)):
+        getattr(binding, f"bind_{bind}")(
+            name, "cpu", 0, BFLOAT16, tuple(tensor.shape), tensor.data_ptr()
+        )
+    session.run_with_iobinding(binding)
+    return y.double()
+
+
+@pytest.fixture(params=["amx", "avx512", "avx2", "portable"])
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    best = native.instruction_set()
+    try:
+        native.use_instruction_set(request.param)
+    except native.KernelError as error:
+        pytest.skip(str(error))
+    yield str(request.param)
+    native.use_instruction_set(best)
+
+
+# Largest error over the largest result: bf16 terms hold 16 bits; integer weights round activations
+# to int8; the others round y.
+BOUNDS = {FLOAT: 1e-5, FLOAT16: 1e-3, BFLOAT16: 6e-3}
+INT_BOUND = 0.02
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 17, 300])
+@pytest.mark.parametrize("values", ["float", "int8", "int4"])
+@pytest.mark.parametrize("pattern", ["dense", "0.5", "2:4"])
+def test_operator_multiplies(instruction_set: str, pattern: str, values: str, tokens: int) -> None:
+    rows, columns = 72, 192
+    weight, panels = make_weight(rows, columns, pattern, values)
+    x = torch.randn(2, tokens, columns, generator=torch.Generator().manual_seed(tokens))
+    dtypes = {FLOAT: torch.float32, FLOAT16: torch.float16, BFLOAT16: torch.bfloat16}
+    for dtype, kind in dtypes.items():
+        given = x.to(kind)
+        y = run(make_session(panels, rows, columns, dtype), given, rows)
+        expected = given.double() @ weight.T
+        bound = BOUNDS[dtype] if values == "float" else INT_BOUND
+        assert y.shape == (2, tokens, rows)
+        assert float((y - expected).abs().max() / expected.abs().max()) < bound
+
+
+def test_float32_activations_are_not_rounded_to_bfloat16() -> None:
+    weight, panels = make_weight(64, 64, "0.5", "float")
+    x = torch.full((1, 1, 64), 1 + 2**-12)
+    y = run(make_session(panels, 64, 64), x, 64)
+    rounded = x.bfloat16().double() @ weight.T
+    exact = x.double() @ weight.T
+    assert float((y - exact).abs().max()) < 0.02 * float((rounded - exact).abs().max())
+
+
+def test_extreme_activations_stay_what_they_are() -> None:
+    weight, panels = make_weight(16, 32, "dense", "float")
+    session = make_session(panels, 16, 32)
+    largest = torch.zeros(1, 1, 32)
+    largest[0, 0, 3] = torch.finfo(torch.float32).max
+    found = run(session, largest, 16)
+    torch.testing.assert_close(found, largest.double() @ weight.T, rtol=2**-7, atol=0)
+    for value in (float("inf"), float("nan")):
+        odd = torch.zeros(1, 1, 32)
+        odd[0, 0, 3] = value
+        assert not bool(run(session, odd, 16).isfinite().any())
+
+
+@pytest.mark.parametrize("value", [0.0, 6.1e-5, 5.96e-8, 65504.0, -1.0, 1 / 3, float("inf")])
+def test_float16_is_read_and_written_exactly(value: float) -> None:
+    identity = SparseWeight.from_zeros(torch.eye(32, dtype=torch.bfloat16))
+    fmt = format_for(parse("0.5"))
+    panels = Cpu().prepare(fmt, fmt.pack("weight", identity), (32, 32))[0]
+    x = torch.zeros(1, 1, 32, dtype=torch.float16)
+    x[0, 0, 0] = value
+    y = run(make_session(panels, 32, 32, FLOAT16), x, 32)
+    assert float(y[0, 0, 0]) == float(x[0, 0, 0])
+
+
+def test_no_tokens_give_no_rows() -> None:
+    _, panels = make_weight(16, 32, "0.5", "float")
+    assert run(make_session(panels, 16, 32), torch.zeros(1, 0, 32), 16).shape == (1, 0, 16)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_change_nothing(threads: int) -> None:
+    _, panels = make_weight(200, 64, "0.5", "float")
+    x = torch.randn(1, 5, 64)
+    alone = run(make_session(panels, 200, 64, threads=1), x, 200)
+    assert run(make_session(panels, 200, 64, threads=threads), x, 200).equal(alone)
+
+
+def test_shape_inference_keeps_the_names_of_dimensions() -> None:
+    _, panels = make_weight(16, 32, "0.5", "float")
+    assert make_session(panels, 16, 32).get_outputs()[0].shape == ["batch", "tokens", 16]
+
+
+def damage(panels: Tensor, at: int) -> Tensor:
+    damaged = panels.clone()
+    damaged[at] ^= 0xFF
+    return damaged
+
+
+BAD = {
+    "not constant": (lambda p: make_session(p, 16, 32, constant=False), "constant initializer"),
+    "cut off": (lambda p: make_session(p[:-64].clone(), 16, 32), "damaged"),
+    "another version": (lambda p: make_session(damage(p, 4), 16, 32), "export the model again"),
+    "another shape": (lambda p: make_session(p, 32, 32), "another shape"),
+    "float64": (lambda p: make_session(p, 16, 32, DOUBLE).run(
+        None, {"x": np.zeros((1, 1, 32))}), "float32, float16 or bfloat16"),
+    "features": (lambda p: make_session(p, 16, 32).run(
+        None, {"x": np.zeros((1, 1, 31), dtype=np.float32)}), "x must have 32 features"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_with_a_sentence(name: str) -> None:
+    _, panels = make_weight(16, 32, "0.5", "float")
+    attempt, message = BAD[name]
+    call: Callable[[Tensor], object] = attempt
+    with pytest.raises(Exception, match=message):
+        call(panels)
+
+
+def test_declared_abi_is_that_of_the_header(tmp_path: Path) -> None:
+    folders = [os.environ.get("ONNXRUNTIME_INCLUDE_DIR"), "/usr/include/onnxruntime"]
+    found = [folder for folder in folders if folder and (Path(folder) / HEADER).exists()]
+    if not found:
+        pytest.skip(f"{HEADER} is not there: install libonnxruntime-dev, or set "
+                    "ONNXRUNTIME_INCLUDE_DIR")  # fmt: skip
+    source = ROOT / "tests/kernels/ort_abi.cpp"
+    include = [f"-I{ROOT / 'toolkit/kernels/csrc'}", f"-I{found[0]}"]
+    subprocess.run(["g++", "-std=c++17", "-fsyntax-only", *include, str(source)], check=True)
