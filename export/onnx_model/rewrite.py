@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gblm.checkpoint.packed_folder import PackedReader
 from gblm.errors import CheckpointError
@@ -125,63 +124,32 @@ class _Rewriter:
 
     def _linear(self, node: Any, weight: str, linears: tuple[str, ...]) -> Iterator[Any]:
         stored = torch.from_numpy(self.graph.floats(weight).copy()).T.contiguous()
-        packed = None
-        if all(name in self.reader.linears for name in linears):
-            packed = packed_panels(self.reader, linears)
-        if packed is not None:
-            panels, expected = packed
-            self._check_same(linears, stored, expected)
-            yield self._node(node, panels, linears)
-        elif any(name in self.reader.linears for name in linears):
-            yield from self._parted(node, stored, linears)
+        if any(name in self.reader.linears for name in linears):
+            panels, expected = packed_panels(self.reader, linears)
+            if not torch.equal(stored, expected):
+                raise CheckpointError(
+                    f"{self.graph.folder}: the graph's weight of {', '.join(linears)} is not the "
+                    "checkpoint's."
+                )
         elif is_bfloat16(stored) and stored.shape[1] % 8 == 0:
-            yield self._node(node, dense_panels(linears[0], stored), linears)
+            panels = dense_panels(linears[0], stored)
         else:
             yield node
+            return
+        yield self._node(node, panels, linears)
 
-    def _parted(self, node: Any, stored: Tensor, linears: tuple[str, ...]) -> Iterator[Any]:
-        """Weights of different formats that the builder has joined: a node each, then Concat."""
-        import onnx
-
-        first, outputs = 0, []
-        for name in linears:
-            rows = self.reader.linears[name].shape[0] if name in self.reader.linears else 0
-            found = packed_panels(self.reader, [name]) if rows else None
-            if found is None:
-                raise CheckpointError(
-                    f"{name} is dense, but the graph joins it with packed linears: prune it, too, "
-                    "or leave all of them dense with --ignore."
-                )
-            self._check_same((name,), stored[first : first + rows], found[1])
-            outputs.append(f"{node.output[0]}/{name}")
-            yield self._node(node, found[0], (name,), outputs[-1])
-            first += rows
-        yield onnx.helper.make_node(
-            "Concat", outputs, list(node.output), name=f"{node.name}/Concat", axis=-1
-        )
-
-    def _node(
-        self, node: Any, panels: Panels, linears: tuple[str, ...], output: str | None = None
-    ) -> Any:
+    def _node(self, node: Any, panels: Panels, linears: tuple[str, ...]) -> Any:
         import onnx
 
         name = f"{linears[0]}.panels"
-        if name not in self._made:
-            array = panels.data.numpy()
-            self._made[name] = self.data.tensor(
-                name, onnx.TensorProto.UINT8, array.shape, array.data
-            )
+        array = panels.data.numpy()
+        self._made[name] = self.data.tensor(name, onnx.TensorProto.UINT8, array.shape, array.data)
         self.replaced.append(Replaced(linears, panels.spec, panels.shape, panels.data.numel()))
         out, into = panels.shape
         return onnx.helper.make_node(
-            OP,
-            [node.input[0], name],
-            [output or node.output[0]],
-            name=f"{node.name}/{linears[0]}" if output else node.name,
-            domain=DOMAIN,
-            out_features=out,
-            in_features=into,
-        )
+            OP, [node.input[0], name], list(node.output), name=node.name, domain=DOMAIN,
+            out_features=out, in_features=into,
+        )  # fmt: skip
 
     def _embeddings(self, name: str) -> str | None:
         """The initializer behind the table of a Gather, if it is the embeddings."""
@@ -211,13 +179,6 @@ class _Rewriter:
         yield onnx.helper.make_node(
             "Cast", [rows], list(node.output), name=f"{node.name}/Cast", to=onnx.TensorProto.FLOAT
         )
-
-    def _check_same(self, linears: tuple[str, ...], stored: Tensor, expected: Tensor) -> None:
-        if stored.shape != expected.shape or not torch.equal(stored, expected):
-            raise CheckpointError(
-                f"{self.graph.folder}: the graph's weight of {', '.join(linears)} is not the "
-                "checkpoint's."
-            )
 
 
 def _linears(weight: str, reader: PackedReader) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gblm.checkpoint.packed_folder import PackedReader
-from gblm.errors import InputError
+from gblm.errors import CheckpointError, InputError
 from gblm.formats import Format, Shape, format_for, join_formats
 from gblm.kernels import BACKENDS
 from gblm.patterns import Dense
@@ -37,7 +37,7 @@ class Panels:
     spec: str
 
 
-def packed_panels(reader: PackedReader, linears: Sequence[str]) -> tuple[Panels, Tensor] | None:
+def packed_panels(reader: PackedReader, linears: Sequence[str]) -> tuple[Panels, Tensor]:
     """The joined weights of packed linears.
 
     Args:
@@ -45,24 +45,28 @@ def packed_panels(reader: PackedReader, linears: Sequence[str]) -> tuple[Panels,
         linears: names, in the order of their rows.
 
     Returns:
-        Panels, and the dense weight [out, in] float32 that they stand for; None when their formats
-        do not join.
+        Panels, and the dense weight [out, in] float32 that they stand for.
 
     Raises:
         InputError: floating values are not exact in bfloat16, or the kernels cannot take the shape.
+        CheckpointError: the linears cannot be one.
     """
-    found = [reader.linears[name] for name in linears]
-    fmt = join_formats(linear.fmt for linear in found)
-    if fmt is None:
-        return None
+    found = [reader.linears.get(name) for name in linears]
+    packed = [linear for linear in found if linear is not None]
+    fmt = join_formats(linear.fmt for linear in packed)
+    if fmt is None or len(packed) < len(linears):
+        raise CheckpointError(
+            f"{reader.folder}: {', '.join(linears)} are one linear in the graph; pack them in one "
+            "format."
+        )
     pieces = []
-    for linear in found:
+    for linear in packed:
         parts = reader.parts(linear.name)
         linear.fmt.validate(linear.name, parts, linear.shape)
         if fmt.values.is_float:
             parts["values"] = exact_bfloat16(linear.name, parts["values"])
         pieces.append(parts)
-    shape = (sum(linear.shape[0] for linear in found), found[0].shape[1])
+    shape = (sum(linear.shape[0] for linear in packed), packed[0].shape[1])
     joined = fmt.join(pieces)
     return _prepare(linears[0], fmt, joined, shape), fmt.expand(joined, torch.float32).float()
 

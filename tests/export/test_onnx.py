@@ -175,19 +175,6 @@ def test_linears_that_stay_dense_are_taken_as_bfloat16(
     assert specs["q_proj"] == "bitmask/0.5"
 
 
-def test_formats_that_do_not_join_are_concatenated(tiny: Path, tmp_path: Path) -> None:
-    from gblm.prune import prune
-    from gblm.recipe import LayerChoice, Recipe
-
-    other = LayerChoice(targets=("*.v_proj",), pattern="0.5", values="int8")
-    recipe = Recipe(model=str(tiny), method="magnitude", pattern="2:4", layers=(other,))
-    prune(recipe, tmp_path / "packed")
-    report = export_onnx(tmp_path / "packed", tmp_path / "out", SPARSE)
-    assert report["validation"]["passed"]
-    graph = StoredGraph(tmp_path / "out").model.graph
-    assert sum(node.op_type == "Concat" for node in graph.node) == 2
-
-
 def test_attention_biases_survive(tmp_path: Path) -> None:
     from gblm.prune import prune
     from gblm.recipe import Recipe
