@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CHECK := build/check
 CSRC := toolkit/kernels/csrc
 
-.PHONY: help dev lint types unit sanitize arm64 dist wheel vllm-cuda test demo bench soak image clean
+.PHONY: help dev lint types unit sanitize arm64 dist wheel vllm-cuda onnx-gpu test demo bench soak image clean
 
 help:
 	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -95,7 +95,13 @@ vllm-cuda: dist ## optional: the plugin in vLLM's newest CUDA build, which needs
 	cd build && vllm-cuda/bin/pytest -q -p no:cacheprovider -o pythonpath=$(CURDIR)/tests \
 		$(CURDIR)/tests/cuda_build_check.py $(CURDIR)/tests/serve/test_sharding.py $(CURDIR)/tests/serve/test_versions.py
 
-test: lint types unit sanitize wheel ## everything that CI runs
+# onnxruntime-gpu runs its CPU provider without a GPU, but cannot lie beside onnxruntime.
+onnx-gpu: dist ## the ONNX export with the packages of the extra [onnx], in an environment of their own
+	$(PYTHON) -m venv build/onnx-gpu
+	build/onnx-gpu/bin/pip install --quiet --disable-pip-version-check "$$(ls dist/*.whl)[onnx]" pytest
+	cd build && onnx-gpu/bin/pytest -q -p no:cacheprovider -o pythonpath=$(CURDIR)/tests $(CURDIR)/tests/onnx_gpu_check.py
+
+test: lint types unit sanitize wheel onnx-gpu ## everything that CI runs
 
 demo: dev ## prune, pack, serve and compare a real model
 	$(BIN)/python benchmarks/demo.py

@@ -17,6 +17,7 @@ from decoding_tables import decoding
 from frontier_tables import frontier, frontier_all
 from kernel_tables import compilers, kernels
 from modes_table import modes
+from onnx_tables import onnx
 from pages import RESULTS, ROOT, origin, table
 from soak_tables import reliability
 
@@ -67,6 +68,7 @@ def blocks() -> list[tuple[Path, str, str]]:
         (ROOT / "docs" / "kernels.md", "compilers", compilers()),
         (ROOT / "docs" / "reliability.md", "reliability", reliability()),
         (ROOT / "docs" / "serving.md", "modes", modes()),
+        (ROOT / "docs" / "onnx.md", "onnx", onnx()),
     ]
 
 
