@@ -49,7 +49,7 @@ def make_folders(root: Path, name: str) -> dict[str, Path]:
     model = fetch(name) if name == "smollm2" else shape_folder(root, name)
     folders = {}
     for row, command, pattern, values, head, precision in CASES:
-        folders[row] = root / name / row
+        folders[row] = root / "exports" / name / row
         if folders[row].exists():
             continue
         folders[row].parent.mkdir(parents=True, exist_ok=True)

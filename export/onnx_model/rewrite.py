@@ -1,4 +1,4 @@
-"""Replace the MatMuls of a graph of the model builder by `ai.gblm::Linear`.
+"""Replace the MatMuls of a graph of the model builder by the operators of ai.gblm.
 
 A weight is replaced only after it was compared, value by value, with the checkpoint's: a graph that
 names its weights in another way is refused, never guessed at.
@@ -7,15 +7,17 @@ names its weights in another way is refused, never guessed at.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gblm.checkpoint.packed_folder import PackedReader
 from gblm.errors import CheckpointError
+from gblm.export.onnx_model.gates import find_gates
 from gblm.export.onnx_model.runtime import DOMAIN, DOMAIN_VERSION, MODEL_FILE
 from gblm.export.onnx_model.storage import DataFile, StoredGraph
 from gblm.export.onnx_model.weights import Panels, dense_panels, is_bfloat16, packed_panels
@@ -24,7 +26,7 @@ LAYER_WEIGHT = re.compile(r"model\.layers\.(\d+)\.(attn|mlp)\.(\w+)\.MatMul\.wei
 HEAD_WEIGHT = "lm_head.MatMul.weight"
 EMBEDDINGS = "model.embed_tokens.weight"
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
-OP = "Linear"
+LINEAR, GATED = "Linear", "GatedLinear"
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,14 @@ class Replaced:
     """What became of one MatMul.
 
     Attributes:
+        op: the operator that took its place.
         linears: whose weights it multiplies by.
         spec: of the format.
         shape: [out, in].
         num_bytes: of the panels.
     """
 
+    op: str
     linears: tuple[str, ...]
     spec: str
     shape: tuple[int, int]
@@ -84,6 +88,9 @@ class _Rewriter:
         self.graph, self.reader, self.data = graph, reader, data
         self.replaced: list[Replaced] = []
         self._made: dict[str, Any] = {}
+        gates = [g for g in find_gates(graph.model.graph.node) if self._packable([g.gate, g.up])]
+        self._gates = {gate.last.name: gate for gate in gates}
+        self._inner = {name for gate in gates for name in gate.inner}
         self._transposed = {
             node.output[0]: node.input[0]
             for node in graph.model.graph.node
@@ -92,10 +99,13 @@ class _Rewriter:
 
     def rewrite(self, node: Any) -> Iterator[Any]:
         """The nodes that take a node's place."""
-        weight = node.input[1] if node.op_type == "MatMul" else None
-        if weight in self.graph.tensors:
-            linears = _linears(weight, self.reader)
-            yield from self._linear(node, weight, linears) if linears else [node]
+        if node.name in self._inner:
+            return
+        if node.name in self._gates:
+            gate = self._gates[node.name]
+            yield self._node(node, GATED, [gate.gate, gate.up])
+        elif node.op_type == "MatMul" and self._packable([node]):
+            yield self._node(node, LINEAR, [node])
         elif node.op_type == "Gather" and self._embeddings(node.input[0]) is not None:
             yield from self._gather(node)
         elif node.op_type == "Transpose" and node.output[0] in self._transposed:
@@ -122,33 +132,46 @@ class _Rewriter:
                 kept.append(self.data.tensor(name, tensor.data_type, tensor.dims, raw.data))
         return [*self._made.values(), *kept]
 
-    def _linear(self, node: Any, weight: str, linears: tuple[str, ...]) -> Iterator[Any]:
-        stored = torch.from_numpy(self.graph.floats(weight).copy()).T.contiguous()
+    def _packable(self, matmuls: Sequence[Any]) -> tuple[str, ...]:
+        """The linears behind MatMuls whose weights can be joined panels; none if they cannot."""
+        weights = [node.input[1] for node in matmuls]
+        if not all(name in self.graph.tensors for name in weights):
+            return ()
+        linears = tuple(name for weight in weights for name in _linears(weight))
         if any(name in self.reader.linears for name in linears):
-            panels, expected = packed_panels(self.reader, linears)
-            if not torch.equal(stored, expected):
-                raise CheckpointError(
-                    f"{self.graph.folder}: the graph's weight of {', '.join(linears)} is not the "
-                    "checkpoint's."
-                )
-        elif is_bfloat16(stored) and stored.shape[1] % 8 == 0:
-            panels = dense_panels(linears[0], stored)
-        else:
-            yield node
-            return
-        yield self._node(node, panels, linears)
+            return linears
+        exact = all(_fits(self._stored(name)) for name in weights) if linears else False
+        return linears if exact else ()
 
-    def _node(self, node: Any, panels: Panels, linears: tuple[str, ...]) -> Any:
+    def _panels(self, matmuls: Sequence[Any], linears: tuple[str, ...]) -> Panels:
+        stored = torch.cat([self._stored(node.input[1]) for node in matmuls])
+        if not any(name in self.reader.linears for name in linears):
+            return dense_panels(linears[0], stored)
+        panels, expected = packed_panels(self.reader, linears)
+        if not torch.equal(stored, expected):
+            raise CheckpointError(
+                f"{self.graph.folder}: the graph's weight of {', '.join(linears)} is not the "
+                "checkpoint's."
+            )
+        return panels
+
+    def _stored(self, name: str) -> Tensor:
+        """A weight of the graph as [out, in] float32."""
+        return torch.from_numpy(self.graph.floats(name).copy()).T.contiguous()
+
+    def _node(self, node: Any, op: str, matmuls: Sequence[Any]) -> Any:
         import onnx
 
+        linears = self._packable(matmuls)
+        panels = self._panels(matmuls, linears)
         name = f"{linears[0]}.panels"
         array = panels.data.numpy()
         self._made[name] = self.data.tensor(name, onnx.TensorProto.UINT8, array.shape, array.data)
-        self.replaced.append(Replaced(linears, panels.spec, panels.shape, panels.data.numel()))
+        self.replaced.append(Replaced(op, linears, panels.spec, panels.shape, panels.data.numel()))
         out, into = panels.shape
         return onnx.helper.make_node(
-            OP, [node.input[0], name], list(node.output), name=node.name, domain=DOMAIN,
-            out_features=out, in_features=into,
+            op, [matmuls[0].input[0], name], list(node.output), name=node.name, domain=DOMAIN,
+            out_features=out // (2 if op == GATED else 1), in_features=into,
         )  # fmt: skip
 
     def _embeddings(self, name: str) -> str | None:
@@ -181,7 +204,12 @@ class _Rewriter:
         )
 
 
-def _linears(weight: str, reader: PackedReader) -> tuple[str, ...]:
+def _fits(weight: Tensor) -> bool:
+    """Whether a dense weight [out, in] can be panels without loss."""
+    return is_bfloat16(weight) and weight.shape[1] % 8 == 0
+
+
+def _linears(weight: str) -> tuple[str, ...]:
     """The checkpoint's linears behind a weight of the graph, in the order of their rows."""
     if weight == HEAD_WEIGHT:
         return ("lm_head",)

@@ -78,6 +78,12 @@ std::vector<uint16_t> activations(int64_t count, Random& r) {
   return x;
 }
 
+uint16_t cut_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return static_cast<uint16_t>(bits >> 16);
+}
+
 // Loose: tests/kernels/test_cpu.py has the tight bounds. 1 % covers bf16 and int8 activations.
 void compare(const Weight& w, const std::vector<uint16_t>& x, const std::vector<uint16_t>& y) {
   const auto rows = static_cast<size_t>(w.source.rows), k = static_cast<size_t>(w.source.columns);
@@ -109,6 +115,27 @@ void check_good(const Weight& w, const Memory& panels, Random& r) {
   }
 }
 
+// float32 in and out, of activations that are exact in bf16 and of others.
+void check_wide(const Weight& w, const Memory& panels, Random& r) {
+  for (const int64_t tokens : {0, 1, 2, 9, 17, 99, 300}) {
+    const auto halves = activations(tokens * w.source.columns, r);
+    std::vector<float> x(halves.size());
+    std::vector<float> y(static_cast<size_t>(tokens * w.source.rows)), again(y.size());
+    for (size_t i = 0; i < x.size(); i++) x[i] = from_bf16(halves[i]) * (i % 2 ? 1 : 1 + 0x1p-12f);
+    Threads four{4};
+    const gblm_pool pool = four.pool();
+    expect(gblm_linear_f32(panels.get(), panels.size, x.data(), tokens, y.data(), nullptr) ==
+                   GBLM_OK &&
+               gblm_linear_f32(panels.get(), panels.size, x.data(), tokens, again.data(), &pool) ==
+                   GBLM_OK,
+           "linear_f32 refused good panels");
+    expect(y == again, "threads change the result of linear_f32");
+    std::vector<uint16_t> rounded(y.size());
+    for (size_t i = 0; i < y.size(); i++) rounded[i] = cut_bf16(y[i]);
+    compare(w, halves, rounded);
+  }
+}
+
 // Anything but a crash will do.
 void feed(const Memory& panels, Random& r) {
   std::vector<uint8_t> values, mask;
@@ -119,6 +146,9 @@ void feed(const Memory& panels, Random& r) {
     const auto x = activations(tokens * info.columns, r);
     std::vector<uint16_t> y(static_cast<size_t>(tokens * info.rows));
     gblm_linear(panels.get(), panels.size, x.data(), tokens, y.data(), nullptr);
+    const std::vector<float> wide(x.size(), 1);
+    std::vector<float> sums(y.size());
+    gblm_linear_f32(panels.get(), panels.size, wide.data(), tokens, sums.data(), nullptr);
   }
 }
 
@@ -207,6 +237,7 @@ void run(int32_t values, int32_t mask, uint64_t seed) {
     const gblm_pool pool = three.pool();
     const Memory panels = prepare(w, &pool);
     check_good(w, panels, r);
+    check_wide(w, panels, r);
     const int rounds = columns > 1000 ? 20 : 150;
     damage(panels, rounds, r);
     damage_source(w, rounds, r);

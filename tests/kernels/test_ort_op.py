@@ -51,11 +51,11 @@ def make_weight(rows: int, columns: int, pattern: str, values: str) -> tuple[Ten
 
 def make_session(
     panels: Tensor, rows: int, columns: int, dtype: int = FLOAT, threads: int = 2,
-    constant: bool = True,
+    constant: bool = True, op: str = "Linear",
 ) -> onnxruntime.InferenceSession:  # fmt: skip
     helper = onnx.helper
     node = helper.make_node(
-        "Linear", ["x", "panels"], ["y"], domain="ai.gblm", out_features=rows, in_features=columns
+        op, ["x", "panels"], ["y"], domain="ai.gblm", out_features=rows, in_features=columns
     )
     inputs = [helper.make_tensor_value_info("x", dtype, ["batch", "tokens", "features"])]
     if not constant:
@@ -117,6 +117,37 @@ def test_operator_multiplies(instruction_set: str, pattern: str, values: str, to
         bound = BOUNDS[dtype] if values == "float" else INT_BOUND
         assert y.shape == (2, tokens, rows)
         assert float((y - expected).abs().max() / expected.abs().max()) < bound
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 300])
+@pytest.mark.parametrize("values", ["float", "int8"])
+def test_gated_operator_is_silu_of_one_half_times_the_other(values: str, tokens: int) -> None:
+    features, columns = 40, 192
+    weight, panels = make_weight(2 * features, columns, "0.5", values)
+    x = 2 * torch.randn(2, tokens, columns, generator=torch.Generator().manual_seed(tokens))
+    dtypes = {FLOAT: torch.float32, FLOAT16: torch.float16, BFLOAT16: torch.bfloat16}
+    for dtype, kind in dtypes.items():
+        given = x.to(kind)
+        session = make_session(panels, features, columns, dtype, op="GatedLinear")
+        gate, up = (given.double() @ weight.T).chunk(2, dim=-1)
+        expected = torch.nn.functional.silu(gate) * up
+        y = run(session, given, features)
+        bound = BOUNDS[dtype] if values == "float" else 2 * INT_BOUND
+        assert y.shape == expected.shape
+        assert float((y - expected).abs().max() / expected.abs().max()) < bound
+
+
+def test_gates_far_from_zero_are_open_or_shut() -> None:
+    weight = torch.zeros(64, 32, dtype=torch.bfloat16)
+    weight[:32] = torch.eye(32)  # gates
+    weight[32:, 0] = 1  # what they let through
+    fmt = format_for(parse("0.5"))
+    panels = Cpu().prepare(fmt, fmt.pack("weight", SparseWeight.from_zeros(weight)), (64, 32))[0]
+    session = make_session(panels, 32, 32, op="GatedLinear")
+    x = torch.arange(-128.0, 128.0, 8).reshape(1, 1, 32)
+    x[0, 0, 0] = 1
+    expected = torch.nn.functional.silu(x.double())
+    torch.testing.assert_close(run(session, x, 32), expected, rtol=1e-6, atol=1e-35)
 
 
 def test_float32_activations_are_not_rounded_to_bfloat16() -> None:

@@ -1,6 +1,7 @@
-// The ONNX Runtime operator ai.gblm::Linear, and ONNX Runtime's thread pool as a gblm_pool.
+// The ONNX Runtime operators of the domain ai.gblm, and its thread pool as a gblm_pool.
 //
 //   y [..., out_features] = Linear(x [..., in_features], panels [bytes] uint8 constant)
+//   y [..., out_features] = GatedLinear(x, panels): silu(x G^T) * (x U^T), panels of G over U
 //
 // x and y are both float32, float16 or bfloat16. Panels are what gblm_prepare makes: an operator
 // cannot prepare weights itself without holding them twice.
@@ -12,7 +13,7 @@
 
 #include "gblm_kernels.h"
 #include "ort_api.h"
-#include "panels.h"
+#include "ort_floats.h"
 
 namespace {
 
@@ -23,12 +24,20 @@ ort::Api api;
   if (ort::Status* const status = (call)) return status
 
 ort::Status* refuse(const std::string& what) {
-  return api.CreateStatus(ort::kInvalidArgument, ("ai.gblm::Linear: " + what).c_str());
+  return api.CreateStatus(ort::kInvalidArgument, ("ai.gblm: " + what).c_str());
 }
 
 struct Kernel {
   const void* panels;
   gblm_info info;
+  bool gated;
+
+  int64_t features() const { return gated ? info.rows / 2 : info.rows; }
+};
+
+struct Op : ort::CustomOp {
+  const char* name;
+  bool gated;
 };
 
 struct TensorInfo {
@@ -85,54 +94,65 @@ void pool_run(void* self, int64_t count, void (*task)(void*, int64_t), void* con
                                                 0, &tasks);
 }
 
-float from_f16(uint16_t half) {
-  const uint32_t sign = uint32_t{half & 0x8000u} << 16, magnitude = half & 0x7FFFu;
-  // Its exponent is 112 less than that of float32; multiplying makes subnormal numbers normal.
-  const uint32_t bits = magnitude >= 0x7C00 ? 0x7F800000 | magnitude << 13 : magnitude << 13;
-  const float scaled = magnitude >= 0x7C00 ? load<float>(&bits) : load<float>(&bits) * 0x1p112f;
-  const uint32_t joined = sign | load<uint32_t>(&scaled);
-  return load<float>(&joined);
+std::vector<float> widen(const uint16_t* from, int64_t count, ort::ElementType type) {
+  std::vector<float> wide(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; i++)
+    wide[static_cast<size_t>(i)] = type == ort::kFloat16 ? from_f16(from[i]) : from_bf16(from[i]);
+  return wide;
 }
 
-uint16_t to_f16(float value) {
-  const uint32_t bits = load<uint32_t>(&value), sign = bits >> 16 & 0x8000;
-  uint32_t magnitude = bits & 0x7FFFFFFF;
-  if (magnitude > 0x7F800000) return static_cast<uint16_t>(sign | 0x7E00);
-  if (magnitude >= 0x477FF000) return static_cast<uint16_t>(sign | 0x7C00);
-  if (magnitude < 0x38800000) {  // subnormal: the sum's last bit is worth 2^-24
-    const float sum = load<float>(&magnitude) + 0.5f;
-    return static_cast<uint16_t>(sign | (load<uint32_t>(&sum) - 0x3F000000));
-  }
-  magnitude += 0xC8000FFF + (magnitude >> 13 & 1);  // exponent - 112, round to even
-  return static_cast<uint16_t>(sign | magnitude >> 13);
+void narrow(const float* from, int64_t count, ort::ElementType type, uint16_t* to) {
+  for (int64_t i = 0; i < count; i++)
+    to[i] = type == ort::kFloat16 ? to_f16(from[i]) : to_bf16(from[i]);
 }
 
-int multiply_f16(const Kernel& kernel, const uint16_t* x, int64_t tokens, uint16_t* y,
-                 const gblm_pool* pool) {
-  const size_t in = static_cast<size_t>(tokens * kernel.info.columns);
-  const size_t out = static_cast<size_t>(tokens * kernel.info.rows);
-  std::vector<float> wide(in + out);
-  for (size_t i = 0; i < in; i++) wide[i] = from_f16(x[i]);
-  float* sums = wide.data() + in;
-  const int error =
-      gblm_linear_f32(kernel.panels, kernel.info.bytes, wide.data(), tokens, sums, pool);
-  for (size_t i = 0; i < out; i++) y[i] = to_f16(sums[i]);
+struct Gating {
+  const float* sums;  // [tokens, 2 * features]: gates, then what they let through
+  float* y;
+  int64_t features;
+};
+
+void gate_one(void* context, int64_t token) {
+  const Gating& g = *static_cast<const Gating*>(context);
+  const float* sums = g.sums + token * 2 * g.features;
+  gate_token(sums, sums + g.features, g.features, g.y + token * g.features);
+}
+
+// Memory of a thread for its next call.
+float* kept_memory(int64_t count) {
+  static thread_local std::vector<float> memory;
+  if (memory.size() < static_cast<size_t>(count)) memory.resize(static_cast<size_t>(count));
+  return memory.data();
+}
+
+int multiply_wide(const Kernel& kernel, const float* x, int64_t tokens, float* y,
+                  const gblm_pool* pool) {
+  const int64_t bytes = kernel.info.bytes;
+  if (!kernel.gated) return gblm_linear_f32(kernel.panels, bytes, x, tokens, y, pool);
+  float* sums = kept_memory(tokens * kernel.info.rows);
+  const int error = gblm_linear_f32(kernel.panels, bytes, x, tokens, sums, pool);
+  Gating gating{sums, y, kernel.features()};
+  run(pool, tokens, gate_one, &gating);
   return error;
 }
 
 int multiply(const Kernel& kernel, ort::ElementType type, const void* x, int64_t tokens, void* y,
              const gblm_pool* pool) {
-  const int64_t bytes = kernel.info.bytes;
   if (type == ort::kFloat)
-    return gblm_linear_f32(kernel.panels, bytes, static_cast<const float*>(x), tokens,
-                           static_cast<float*>(y), pool);
+    return multiply_wide(kernel, static_cast<const float*>(x), tokens, static_cast<float*>(y),
+                         pool);
   const auto* halves = static_cast<const uint16_t*>(x);
-  if (type == ort::kFloat16)
-    return multiply_f16(kernel, halves, tokens, static_cast<uint16_t*>(y), pool);
-  return gblm_linear(kernel.panels, bytes, halves, tokens, static_cast<uint16_t*>(y), pool);
+  auto* rounded = static_cast<uint16_t*>(y);
+  if (type == ort::kBfloat16 && !kernel.gated)
+    return gblm_linear(kernel.panels, kernel.info.bytes, halves, tokens, rounded, pool);
+  const std::vector<float> wide = widen(halves, tokens * kernel.info.columns, type);
+  std::vector<float> sums(static_cast<size_t>(tokens * kernel.features()));
+  const int error = multiply_wide(kernel, wide.data(), tokens, sums.data(), pool);
+  narrow(sums.data(), tokens * kernel.features(), type, rounded);
+  return error;
 }
 
-ort::Status* create(const ort::CustomOp*, const void* const*, const ort::KernelInfo* info,
+ort::Status* create(const ort::CustomOp* op, const void* const*, const ort::KernelInfo* info,
                     void** made) {
   int constant = 0;
   const ort::Value* value = nullptr;
@@ -152,9 +172,10 @@ ort::Status* create(const ort::CustomOp*, const void* const*, const ort::KernelI
   int64_t rows, columns;
   GBLM_TRY(api.KernelInfoGetAttribute_int64(info, "out_features", &rows));
   GBLM_TRY(api.KernelInfoGetAttribute_int64(info, "in_features", &columns));
-  if (rows != found.rows || columns != found.columns)
+  const bool gated = static_cast<const Op*>(op)->gated;
+  if (rows * (gated ? 2 : 1) != found.rows || columns != found.columns)
     return refuse("the panels hold a weight of another shape than the node says");
-  *made = new Kernel{panels, found};
+  *made = new Kernel{panels, found, gated};
   return nullptr;
 }
 
@@ -172,7 +193,7 @@ ort::Status* compute(void* self, ort::KernelContext* context) {
     return refuse("x must be float32, float16 or bfloat16");
   int64_t tokens = 1;
   for (size_t i = 0; i + 1 < shape.sizes.size(); i++) tokens *= shape.sizes[i];
-  shape.sizes.back() = kernel.info.rows;
+  shape.sizes.back() = kernel.features();
   ort::Value* y;
   void *from, *to;
   GBLM_TRY(api.KernelContext_GetOutput(context, 0, shape.sizes.data(), shape.sizes.size(), &y));
@@ -208,10 +229,10 @@ ort::Status* infer_shape(const ort::CustomOp*, ort::ShapeContext* context) {
   return api.ShapeInferContext_SetOutputTypeShape(context, 0, y.info);
 }
 
-ort::CustomOp linear_op() {
-  ort::CustomOp op{};
+Op make_op(const char* name, bool gated) {
+  Op op{{}, name, gated};
   op.version = ort::kApiVersion;
-  op.GetName = [](const ort::CustomOp*) { return "Linear"; };
+  op.GetName = [](const ort::CustomOp* self) { return static_cast<const Op*>(self)->name; };
   op.GetExecutionProviderType = [](const ort::CustomOp*) { return "CPUExecutionProvider"; };
   op.GetInputTypeCount = [](const ort::CustomOp*) -> size_t { return 2; };
   op.GetInputType = [](const ort::CustomOp*, size_t index) {
@@ -246,14 +267,14 @@ GBLM_API ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort:
   for (size_t i = 0; i < sizeof ort::kPlaces / sizeof *ort::kPlaces; i++)
     std::memcpy(reinterpret_cast<char*>(&api) + i * sizeof(void*), table + ort::kPlaces[i],
                 sizeof(void*));
-  static const ort::CustomOp op = linear_op();
+  static const Op ops[] = {make_op("Linear", false), make_op("GatedLinear", true)};
   static ort::CustomOpDomain* domain = nullptr;  // ONNX Runtime neither copies nor frees it
   static std::mutex alone;
   const std::lock_guard<std::mutex> lock(alone);
   if (domain == nullptr) {
     ort::CustomOpDomain* made;
     GBLM_TRY(api.CreateCustomOpDomain("ai.gblm", &made));
-    GBLM_TRY(api.CustomOpDomain_Add(made, &op));
+    for (const Op& op : ops) GBLM_TRY(api.CustomOpDomain_Add(made, &op));
     domain = made;
   }
   return api.AddCustomOpDomain(options, domain);
