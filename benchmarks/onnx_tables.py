@@ -1,4 +1,4 @@
-"""The table of docs/onnx.md, from the record of onnx_speed.py."""
+"""The tables of README.md and docs/onnx.md, from the record of onnx_speed.py."""
 
 from __future__ import annotations
 
@@ -23,12 +23,18 @@ LABELS = {
 }
 
 
-def onnx() -> str:
-    """One table for each model and number of threads."""
+def onnx(model: str = "", threads: int = 0) -> str:
+    """One table for each model and number of threads; those of one alone if they are named."""
     path = RESULTS / "onnx.json"
     if not path.exists():
         return "Nothing has been recorded yet."
-    return "\n\n".join(one(run) for run in json.loads(path.read_text())["runs"])
+    runs = json.loads(path.read_text())["runs"]
+    asked = [
+        run
+        for run in runs
+        if model in ("", run["model"]) and threads in (0, run["settings"]["threads"])
+    ]
+    return "\n\n".join(map(one, asked))
 
 
 def one(run: dict[str, Any]) -> str:
