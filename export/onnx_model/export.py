@@ -18,7 +18,11 @@ from gblm.checkpoint.writer import check_output, new_folder, write_json
 from gblm.errors import GateError, InputError, PatternError
 from gblm.export.dense import export_dense
 from gblm.export.onnx_model.builder import build
-from gblm.export.onnx_model.folder import complete, write_tensorrt_options
+from gblm.export.onnx_model.folder import (
+    complete,
+    settle_head_size,
+    write_tensorrt_options,
+)
 from gblm.export.onnx_model.portable import build_portable
 from gblm.export.onnx_model.rewrite import Replaced, pack_graph
 from gblm.export.onnx_model.runtime import DOMAIN, MODEL_FILE, check_installation, library
@@ -93,6 +97,7 @@ def export_onnx(
         replaced = _make(folder, is_packed, made, wanted, precision)
         step()
         complete(folder, made, wanted.sparse)
+        settle_head_size(made)
         if wanted.target == "cuda" and _is_two_of_four(folder, is_packed):
             write_tensorrt_options(made, precision)
         report = _report(folder, made, wanted, precision, replaced)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gblm.checkpoint.writer import copy_side_files, write_json
-from gblm.export.onnx_model.runtime import CONFIG_FILE, library
+from gblm.export.onnx_model.runtime import CONFIG_FILE, MODEL_FILE, library
 from gblm.folder import read_config, read_json_object
 
 LIBRARY_FILE = "libgblm_ort.so"
@@ -31,6 +31,21 @@ def complete(source: Path, folder: Path, sparse: bool) -> None:
     if sparse:
         shutil.copyfile(library(), folder / LIBRARY_FILE)
         _name_library(folder)
+
+
+def settle_head_size(folder: Path) -> None:
+    """Give keys and values their last dimension as a number, which the model builder only names.
+
+    lm-eval's `onnxruntime` backend takes a name for 1.
+    """
+    import onnx
+
+    decoder = read_json_object(folder / CONFIG_FILE)["model"]["decoder"]
+    model = onnx.load(str(folder / MODEL_FILE), load_external_data=False)
+    for value in (*model.graph.input, *model.graph.output):
+        if value.name.startswith(("past_key_values.", "present.")):
+            value.type.tensor_type.shape.dim[3].dim_value = decoder["head_size"]
+    (folder / MODEL_FILE).write_bytes(model.SerializeToString())
 
 
 def with_rope_theta(config: dict[str, Any]) -> dict[str, Any]:

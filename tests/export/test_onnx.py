@@ -153,6 +153,13 @@ def test_onnxruntime_genai_generates_the_same_tokens(sparse: Path, tmp_path: Pat
     assert found == expected[: len(found)]
 
 
+def test_cache_has_the_shape_that_other_tools_need(sparse: Path) -> None:
+    graph = StoredGraph(sparse).model.graph
+    values = [v for v in (*graph.input, *graph.output) if "past" in v.name or "present" in v.name]
+    shapes = {tuple(d.dim_value for d in v.type.tensor_type.shape.dim[1::2]) for v in values}
+    assert (len(values), shapes) == (8, {(2, 32)})
+
+
 def test_rotary_base_is_written_in_both_spellings() -> None:
     new = {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
     assert with_rope_theta(new)["rope_theta"] == 500000.0
