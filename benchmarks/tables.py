@@ -55,7 +55,7 @@ def blocks() -> list[tuple[Path, str, str]]:
     return [
         (ROOT / "README.md", "decoding", decoding("1-compiled")),
         (ROOT / "README.md", "frontier", frontier()),
-        (ROOT / "README.md", "onnx", onnx("smollm2", 2)),
+        (ROOT / "README.md", "onnx", onnx("tinyllama", 2)),
         (ROOT / "README.md", "results", f"{quality(METHODS)}\n\n{serving()}"),
         (methods, "frontier-all", frontier_all()),
         (methods, "published", published()),

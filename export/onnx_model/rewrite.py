@@ -19,7 +19,7 @@ from gblm.checkpoint.packed_folder import PackedReader
 from gblm.errors import CheckpointError
 from gblm.export.onnx_model.gates import find_gates
 from gblm.export.onnx_model.runtime import DOMAIN, DOMAIN_VERSION, MODEL_FILE
-from gblm.export.onnx_model.storage import DataFile, StoredGraph
+from gblm.export.onnx_model.storage import DATA_FILE, DataFile, StoredGraph
 from gblm.export.onnx_model.weights import Panels, dense_panels, is_bfloat16, packed_panels
 
 LAYER_WEIGHT = re.compile(r"model\.layers\.(\d+)\.(attn|mlp)\.(\w+)\.MatMul\.weight")
@@ -67,8 +67,8 @@ def pack_graph(built: Path, packed: Path, output: Path) -> list[Replaced]:
     graph = StoredGraph(built)
     if any(entry.domain == DOMAIN for entry in graph.model.opset_import):
         raise CheckpointError(f"{built}: the graph is rewritten already.")
-    with PackedReader(packed) as reader, DataFile(output) as data:
-        rewriter = _Rewriter(graph, reader, data)
+    with PackedReader(packed) as reader, (output / DATA_FILE).open("wb") as stream:
+        rewriter = _Rewriter(graph, reader, DataFile(stream))
         nodes = [made for node in graph.model.graph.node for made in rewriter.rewrite(node)]
         rewriter.check_complete()
         kept = rewriter.initializers(nodes)

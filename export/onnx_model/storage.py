@@ -8,11 +8,9 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-from typing_extensions import Self
 
 from gblm.errors import CheckpointError
 from gblm.export.onnx_model.runtime import MODEL_FILE
@@ -75,22 +73,11 @@ class StoredGraph:
 
 
 class DataFile:
-    """Writes external data; a context manager."""
+    """Writes external data into DATA_FILE."""
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / DATA_FILE
-
-    def __enter__(self) -> Self:
-        self._stream = self._path.open("wb")
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stream.close()
+    def __init__(self, stream: BinaryIO) -> None:
+        """Take the file, opened for writing."""
+        self._stream = stream
 
     def tensor(self, name: str, dtype: int, shape: Iterable[int], data: Any) -> Any:
         """An `onnx.TensorProto` whose data now lie in the file, or inline when they are few.
