@@ -59,8 +59,9 @@ void pack_integers(const Panels& p, const uint16_t* x, int64_t tokens, const Tok
   }
 }
 
-void pack(const Panels& p, const uint16_t* x, int64_t tokens, int64_t tile, void* packed,
+void pack(const Panels& p, const void* source, int64_t tokens, int64_t tile, void* packed,
           float* scales) {
+  const uint16_t* x = static_cast<const uint16_t*>(source);
   const TokenTiles tiles(p, tokens);
   const int64_t first = tile * tiles.width, here = smaller(tiles.width, tokens - first);
   uint8_t* to = static_cast<uint8_t*>(packed) + tile * tiles.tile_bytes();
@@ -140,4 +141,4 @@ bool supported() {
 }  // namespace
 
 const Isa kAmx = {"amx", supported, panels_per_task, packed_bytes, scratch_bytes,
-                  tiles, pack,      multiply};
+                  tiles, pack,      multiply,        nullptr};

@@ -175,6 +175,16 @@ using Engine = Columns<Avx2Reader>;
 
 bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
+const Isa kAvx2Wide = {"avx2",
+                       supported,
+                       Engine::panels_per_task,
+                       Engine::packed_bytes,
+                       Engine::scratch_bytes,
+                       Engine::tiles,
+                       Engine::pack<float>,
+                       Engine::multiply,
+                       nullptr};
+
 }  // namespace
 
 const Isa kAvx2 = {"avx2",
@@ -183,5 +193,6 @@ const Isa kAvx2 = {"avx2",
                    Engine::packed_bytes,
                    Engine::scratch_bytes,
                    Engine::tiles,
-                   Engine::pack,
-                   Engine::multiply};
+                   Engine::pack<uint16_t>,
+                   Engine::multiply,
+                   &kAvx2Wide};

@@ -26,8 +26,9 @@ int64_t tiles(const Panels& p, int64_t tokens) {
   return (tokens + width - 1) / width;
 }
 
-void pack(const Panels& p, const uint16_t* x, int64_t tokens, int64_t tile, void* packed,
+void pack(const Panels& p, const void* source, int64_t tokens, int64_t tile, void* packed,
           float* scales) {
+  const uint16_t* x = static_cast<const uint16_t*>(source);
   const int64_t width = pack_width(p, tokens), first = tile * width;
   const int64_t here = smaller(width, tokens - first);
   const int64_t padded = tokens <= kMaxDecode     ? width
@@ -42,27 +43,40 @@ void pack(const Panels& p, const uint16_t* x, int64_t tokens, int64_t tile, void
                   scales + first * (p.columns / p.group));
 }
 
-template <class Reader>
+template <class Reader, class Dot>
 bool multiply_with(const Panels& p, const Activations& x, int64_t first, int64_t last, Output y,
                    void* scratch) {
-  if (x.tokens > kMaxDecode) return pairs<Reader>(p, x, first, last, y, scratch);
+  if (x.tokens > kMaxDecode) return pairs<Reader, Dot>(p, x, first, last, y, scratch);
   switch (tile_width(x.tokens)) {
     case 1:
-      return decode<Reader, 1>(p, x, first, last, y);
+      return decode<Reader, Dot, 1>(p, x, first, last, y);
     case 2:
-      return decode<Reader, 2>(p, x, first, last, y);
+      return decode<Reader, Dot, 2>(p, x, first, last, y);
     case 3:
-      return decode<Reader, 3>(p, x, first, last, y);
+      return decode<Reader, Dot, 3>(p, x, first, last, y);
     case 4:
-      return decode<Reader, 4>(p, x, first, last, y);
+      return decode<Reader, Dot, 4>(p, x, first, last, y);
     case 6:
-      return decode<Reader, 6>(p, x, first, last, y);
+      return decode<Reader, Dot, 6>(p, x, first, last, y);
     case 8:
-      return decode<Reader, 8>(p, x, first, last, y);
+      return decode<Reader, Dot, 8>(p, x, first, last, y);
     case 12:
-      return decode<Reader, 12>(p, x, first, last, y);
+      return decode<Reader, Dot, 12>(p, x, first, last, y);
     default:
-      return decode<Reader, 16>(p, x, first, last, y);
+      return decode<Reader, Dot, 16>(p, x, first, last, y);
+  }
+}
+
+template <class Dot>
+bool multiply_floats(const Panels& p, const Activations& x, int64_t first, int64_t last, Output y,
+                     void* scratch) {
+  switch (p.mask) {
+    case GBLM_DENSE:
+      return multiply_with<Bf16<GBLM_DENSE>, Dot>(p, x, first, last, y, scratch);
+    case GBLM_ANY:
+      return multiply_with<Bf16<GBLM_ANY>, Dot>(p, x, first, last, y, scratch);
+    default:
+      return multiply_with<Bf16<GBLM_2_OF_4>, Dot>(p, x, first, last, y, scratch);
   }
 }
 
@@ -70,27 +84,41 @@ bool multiply(const Panels& p, const Activations& x, int64_t first, int64_t last
               void* scratch) {
   if (skips_zeros(p, x.tokens)) return multiply_skipping(p, x, first, last, y, scratch);
   switch (p.values * 3 + p.mask) {
-    case GBLM_BF16 * 3 + GBLM_DENSE:
-      return multiply_with<Bf16<GBLM_DENSE>>(p, x, first, last, y, scratch);
-    case GBLM_BF16 * 3 + GBLM_ANY:
-      return multiply_with<Bf16<GBLM_ANY>>(p, x, first, last, y, scratch);
-    case GBLM_BF16 * 3 + GBLM_2_OF_4:
-      return multiply_with<Bf16<GBLM_2_OF_4>>(p, x, first, last, y, scratch);
     case GBLM_INT8 * 3 + GBLM_DENSE:
-      return multiply_with<Int8<GBLM_DENSE>>(p, x, first, last, y, scratch);
+      return multiply_with<Int8<GBLM_DENSE>, PairDot>(p, x, first, last, y, scratch);
     case GBLM_INT8 * 3 + GBLM_ANY:
-      return multiply_with<Int8<GBLM_ANY>>(p, x, first, last, y, scratch);
+      return multiply_with<Int8<GBLM_ANY>, PairDot>(p, x, first, last, y, scratch);
     case GBLM_INT8 * 3 + GBLM_2_OF_4:
-      return multiply_with<Int8<GBLM_2_OF_4>>(p, x, first, last, y, scratch);
+      return multiply_with<Int8<GBLM_2_OF_4>, PairDot>(p, x, first, last, y, scratch);
     case GBLM_INT4 * 3 + GBLM_DENSE:
-      return multiply_with<Int4<GBLM_DENSE>>(p, x, first, last, y, scratch);
+      return multiply_with<Int4<GBLM_DENSE>, PairDot>(p, x, first, last, y, scratch);
     case GBLM_INT4 * 3 + GBLM_ANY:
-      return multiply_with<Int4<GBLM_ANY>>(p, x, first, last, y, scratch);
+      return multiply_with<Int4<GBLM_ANY>, PairDot>(p, x, first, last, y, scratch);
     case GBLM_INT4 * 3 + GBLM_2_OF_4:
-      return multiply_with<Int4<GBLM_2_OF_4>>(p, x, first, last, y, scratch);
+      return multiply_with<Int4<GBLM_2_OF_4>, PairDot>(p, x, first, last, y, scratch);
     default:
-      return false;
+      return multiply_floats<PairDot>(p, x, first, last, y, scratch);
   }
+}
+
+// float32 activations do not skip zeros: the lists hold pairs of bf16.
+int64_t wide_packed_bytes(const Panels& p, int64_t tokens) {
+  return round_up(tokens, tile_width(tokens)) * p.blocks * kColumns * 4;
+}
+int64_t wide_scratch_bytes(const Panels&, int64_t tokens) {
+  return 2 * kCacheBytes + tokens * 2 * kRows * static_cast<int64_t>(sizeof(float));
+}
+int64_t wide_tiles(const Panels&, int64_t tokens) {
+  const int64_t width = tile_width(tokens);
+  return (tokens + width - 1) / width;
+}
+void pack_wide(const Panels& p, const void* source, int64_t tokens, int64_t tile, void* packed,
+               float*) {
+  const int64_t width = tile_width(tokens), first = tile * width;
+  const int64_t here = smaller(width, tokens - first);
+  pack_wide_floats(p, static_cast<const float*>(source) + first * p.columns, here,
+                   tokens <= kMaxDecode ? width : here,
+                   static_cast<float*>(packed) + first * p.blocks * kColumns);
 }
 
 bool supported() {
@@ -102,7 +130,17 @@ bool supported() {
          __builtin_cpu_supports("fma");
 }
 
+const Isa kAvx512Wide = {"avx512",
+                         supported,
+                         panels_per_task,
+                         wide_packed_bytes,
+                         wide_scratch_bytes,
+                         wide_tiles,
+                         pack_wide,
+                         multiply_floats<WideDot>,
+                         nullptr};
+
 }  // namespace
 
 const Isa kAvx512 = {"avx512", supported, panels_per_task, packed_bytes, scratch_bytes,
-                     tiles,    pack,      multiply};
+                     tiles,    pack,      multiply,        &kAvx512Wide};

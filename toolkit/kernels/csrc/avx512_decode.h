@@ -10,8 +10,32 @@ constexpr int kChains = M <= 2   ? 4
                         : M <= 4 ? 2
                                  : 1;  // independent sums hide the latency
 
-template <class Reader, int M>
-INLINE const uint8_t* float_panel(const Panels& p, const uint8_t* at, const uint32_t* x,
+// Sum += two columns of weights times activations [words][M] of bf16 pairs.
+struct PairDot {
+  using X = uint32_t;
+  static constexpr int kPerWord = 1;
+  template <int M>
+  static INLINE __m512 add(const X* x, int64_t word, int token, __m512i weights, __m512 sum) {
+    return broadcast_bf16(x + word * M + token, weights, sum);
+  }
+};
+
+// The same of float32 [columns][M].
+struct WideDot {
+  using X = float;
+  static constexpr int kPerWord = 2;
+  template <int M>
+  static INLINE __m512 add(const X* x, int64_t word, int token, __m512i weights, __m512 sum) {
+    const __m512i odd = _mm512_and_si512(weights, _mm512_set1_epi32(static_cast<int>(0xFFFF0000)));
+    const __m512i even = _mm512_slli_epi32(weights, 16);
+    x += word * 2 * M + token;
+    sum = _mm512_fmadd_ps(_mm512_castsi512_ps(even), _mm512_set1_ps(x[0]), sum);
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(odd), _mm512_set1_ps(x[M]), sum);
+  }
+};
+
+template <class Reader, class Dot, int M>
+INLINE const uint8_t* float_panel(const Panels& p, const uint8_t* at, const typename Dot::X* x,
                                   __m512 (&out)[M]) {
   constexpr int chains = kChains<M>;
   __m512 sum[chains * M];
@@ -21,10 +45,10 @@ INLINE const uint8_t* float_panel(const Panels& p, const uint8_t* at, const uint
     at = Reader::block(at, [&](auto w, __m512i word) LAMBDA {
       constexpr int chain = w % chains;
       unroll<M>([&](auto m) LAMBDA {
-        sum[chain * M + m] = broadcast_bf16(x + w * M + m, word, sum[chain * M + m]);
+        sum[chain * M + m] = Dot::template add<M>(x, w, m, word, sum[chain * M + m]);
       });
     });
-    x += Reader::kWords * M;
+    x += Reader::kWords * Dot::kPerWord * M;
   }
   unroll<M>([&](auto m) LAMBDA {
     out[m] = sum[m];
@@ -68,15 +92,15 @@ INLINE const uint8_t* integer_panel(const Panels& p, const uint8_t* at, const ui
   return at;
 }
 
-template <class Reader, int M>
+template <class Reader, class Dot, int M>
 bool decode(const Panels& p, const Activations& x, int64_t first, int64_t last, Output y) {
-  const uint32_t* packed = static_cast<const uint32_t*>(x.packed);
+  const auto* packed = static_cast<const typename Dot::X*>(x.packed);
   for (int64_t panel = first; panel < last; panel++) {
     __m512 out[M];
     unroll<M>([&](auto m) LAMBDA { out[m] = _mm512_setzero_ps(); });  // for the compiler's warning
     const uint8_t* at;
     if constexpr (Reader::kWords == 16)
-      at = float_panel<Reader, M>(p, p.begin(panel), packed, out);
+      at = float_panel<Reader, Dot, M>(p, p.begin(panel), packed, out);
     else
       at = integer_panel<Reader, M>(p, p.begin(panel), packed, x.scales, out);
     if (at == nullptr || !p.ends(panel, at)) return false;

@@ -31,6 +31,20 @@ void pack_floats(const Panels& p, const uint16_t* x, int64_t tokens, int64_t wid
   }
 }
 
+// The same of float32, [columns][width].
+void pack_wide_floats(const Panels& p, const float* x, int64_t tokens, int64_t width, float* to) {
+  const int64_t padded = p.blocks * kColumns;
+  for (int64_t t = 0; t < width; t++) {
+    const float* row = x + t * p.columns;
+    const int64_t filled = t < tokens ? p.columns : 0;
+    if (width == 1)
+      std::memcpy(to, row, static_cast<size_t>(filled) * 4);
+    else
+      for (int64_t k = 0; k < filled; k++) to[k * width + t] = row[k];
+    for (int64_t k = filled; k < padded; k++) to[k * width + t] = 0;
+  }
+}
+
 void pack_integers(const Panels& p, const uint16_t* x, int64_t tokens, int64_t width, uint32_t* to,
                    float* scales) {
   const int64_t groups = p.columns / p.group;

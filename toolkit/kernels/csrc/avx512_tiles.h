@@ -8,19 +8,19 @@ namespace {
 
 constexpr int64_t kCacheColumns = 1024;  // two expanded panels: 64 KB of bf16
 
-template <int T>
-void float_tile(const uint8_t* w0, const uint8_t* w1, int64_t words, const uint32_t* x, float* c) {
+template <class Dot, int T>
+void float_tile(const uint8_t* w0, const uint8_t* w1, int64_t words, const typename Dot::X* x,
+                float* c) {
   __m512 a[T], b[T];
   unroll<T>([&](auto t) LAMBDA {
     a[t] = _mm512_loadu_ps(c + 32 * t);
     b[t] = _mm512_loadu_ps(c + 32 * t + 16);
   });
-  for (int64_t w = 0; w < words; w++, x += T) {
+  for (int64_t w = 0; w < words; w++, x += T * Dot::kPerWord) {
     const __m512i word0 = load512(w0 + kLine * w), word1 = load512(w1 + kLine * w);
     unroll<T>([&](auto t) LAMBDA {
-      const __m512i pair = _mm512_set1_epi32(static_cast<int>(x[t]));
-      a[t] = _mm512_dpbf16_ps(a[t], (__m512bh)word0, (__m512bh)pair);
-      b[t] = _mm512_dpbf16_ps(b[t], (__m512bh)word1, (__m512bh)pair);
+      a[t] = Dot::template add<T>(x, 0, t, word0, a[t]);
+      b[t] = Dot::template add<T>(x, 0, t, word1, b[t]);
     });
   }
   unroll<T>([&](auto t) LAMBDA {
@@ -58,9 +58,11 @@ void integer_tile(const uint8_t* w0, const uint8_t* w1, int64_t words, const uin
   });
 }
 
-constexpr decltype(&float_tile<1>) kFloatTiles[] = {
-    float_tile<1>, float_tile<2>, float_tile<3>, float_tile<4>,  float_tile<5>,  float_tile<6>,
-    float_tile<7>, float_tile<8>, float_tile<9>, float_tile<10>, float_tile<11>, float_tile<12>};
+template <class Dot>
+constexpr decltype(&float_tile<Dot, 1>) kFloatTiles[] = {
+    float_tile<Dot, 1>, float_tile<Dot, 2>,  float_tile<Dot, 3>,  float_tile<Dot, 4>,
+    float_tile<Dot, 5>, float_tile<Dot, 6>,  float_tile<Dot, 7>,  float_tile<Dot, 8>,
+    float_tile<Dot, 9>, float_tile<Dot, 10>, float_tile<Dot, 11>, float_tile<Dot, 12>};
 template <int S>
 constexpr decltype(&integer_tile<S, 1>) kIntegerTiles[] = {
     integer_tile<S, 1>, integer_tile<S, 2>,  integer_tile<S, 3>,  integer_tile<S, 4>,
@@ -82,7 +84,7 @@ struct Scratch {
   }
 };
 
-template <class Reader>
+template <class Reader, class Dot>
 bool float_pair(const Panels& p, const Activations& x, Scratch& s, const uint8_t* (&at)[2]) {
   const int64_t width = tile_width(x.tokens);
   for (int64_t block = 0; block < p.blocks; block += kCacheColumns / kColumns) {
@@ -95,10 +97,10 @@ bool float_pair(const Panels& p, const Activations& x, Scratch& s, const uint8_t
     }
     for (int64_t t = 0; t < x.tokens; t += width) {
       const int64_t n = smaller(width, x.tokens - t);
-      const uint32_t* tile =
-          static_cast<const uint32_t*>(x.packed) + Reader::kWords * (t * p.blocks + block * n);
-      kFloatTiles[n - 1](w[0].first, w[1].first, blocks * Reader::kWords, tile,
-                         s.sums + t * 2 * kRows);
+      const auto* tile = static_cast<const typename Dot::X*>(x.packed) +
+                         Reader::kWords * Dot::kPerWord * (t * p.blocks + block * n);
+      kFloatTiles<Dot>[n - 1](w[0].first, w[1].first, blocks * Reader::kWords, tile,
+                              s.sums + t * 2 * kRows);
     }
   }
   return true;
@@ -137,7 +139,7 @@ bool integer_pair(const Panels& p, const Activations& x, Scratch& s, const uint8
   return true;
 }
 
-template <class Reader>
+template <class Reader, class Dot>
 bool pairs(const Panels& p, const Activations& x, int64_t first, int64_t last, Output y,
            void* memory) {
   for (int64_t panel = first; panel < last; panel += 2) {
@@ -146,7 +148,7 @@ bool pairs(const Panels& p, const Activations& x, int64_t first, int64_t last, O
     const uint8_t* at[2] = {p.begin(pair[0]), p.begin(pair[1])};
     bool good;
     if constexpr (Reader::kWords == 16)
-      good = float_pair<Reader>(p, x, s, at);
+      good = float_pair<Reader, Dot>(p, x, s, at);
     else
       good = integer_pair<Reader>(p, x, s, at);
     for (int i = 0; i < 2; i++) good = good && p.ends(pair[i], at[i]);

@@ -52,17 +52,22 @@ struct Columns {
     return (tokens + kTogether - 1) / kTogether;
   }
 
+  static float widen(uint16_t x) { return from_bf16(x); }
+  static float widen(float x) { return x; }
+
   // Tiles of [columns][4 tokens]; integers as the codes -127 .. 127.
-  static void pack(const Panels& p, const uint16_t* x, int64_t tokens, int64_t tile, void* packed,
+  template <class X>
+  static void pack(const Panels& p, const void* source, int64_t tokens, int64_t tile, void* packed,
                    float* scales) {
+    const X* x = static_cast<const X*>(source);
     float* to = static_cast<float*>(packed) + tile * kTogether * padded(p);
     const int64_t groups = p.group ? p.columns / p.group : 0;
     std::memset(to, 0, static_cast<size_t>(kTogether * padded(p)) * 4);
     for (int64_t t = 0; t < kTogether; t++) {
       const int64_t token = tile * kTogether + t;
-      const uint16_t* row = x + smaller(token, tokens - 1) * p.columns;
+      const X* row = x + smaller(token, tokens - 1) * p.columns;
       float* sx = scales + token * groups;
-      for (int64_t k = 0; k < p.columns; k++) to[k * kTogether + t] = from_bf16(row[k]);
+      for (int64_t k = 0; k < p.columns; k++) to[k * kTogether + t] = widen(row[k]);
       for (int64_t g = 0; g < groups; g++)
         sx[g] = quantise(to + g * p.group * kTogether + t, p.group);
     }

@@ -73,8 +73,8 @@ GBLM_API int gblm_unpack(const void* panels, int64_t bytes, void* values, uint8_
 GBLM_API int gblm_linear(const void* panels, int64_t bytes, const uint16_t* x, int64_t tokens,
                          uint16_t* y, const gblm_pool* pool);
 
-/* The same for float32. With bf16 weights x counts as two bf16 terms, which hold 16 of its 24 bits;
- * sums are not rounded. */
+/* The same for float32; sums are not rounded. On AMX x counts as two bf16 terms where weights are
+ * bf16, which hold 16 of its 24 bits. */
 GBLM_API int gblm_linear_f32(const void* panels, int64_t bytes, const float* x, int64_t tokens,
                              float* y, const gblm_pool* pool);
 

@@ -31,11 +31,13 @@ struct Isa {
   int64_t (*scratch_bytes)(const Panels&, int64_t tokens);
   // Packing is cut into tiles, which may be packed in parallel.
   int64_t (*tiles)(const Panels&, int64_t tokens);
-  void (*pack)(const Panels&, const uint16_t* x, int64_t tokens, int64_t tile, void* packed,
+  void (*pack)(const Panels&, const void* x, int64_t tokens, int64_t tile, void* packed,
                float* scales);
   // y [tokens, rows] of some panels; false when the panels are damaged.
   bool (*multiply)(const Panels&, const Activations&, int64_t first, int64_t last, Output y,
                    void* scratch);
+  // For bf16 weights and float32 activations; null: those come as two bf16 terms.
+  const Isa* wide;
 };
 
 extern const Isa kPortable;

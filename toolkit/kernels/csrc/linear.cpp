@@ -59,7 +59,7 @@ struct Job {
   const Isa& isa;
   const Panels& panels;
   Activations x;
-  const uint16_t* source;
+  const void* source;
   void* packed;
   float* scales;
   Output y;
@@ -90,9 +90,8 @@ void multiply_panels(void* context, int64_t) {
   }
 }
 
-int multiply(const Panels& panels, const uint16_t* x, int64_t tokens, Output y,
+int multiply(const Isa& with, const Panels& panels, const void* x, int64_t tokens, Output y,
              const gblm_pool* pool) {
-  const Isa& with = isa();
   const int64_t packed_bytes = round_up(with.packed_bytes(panels, tokens), kLine);
   const int64_t groups = panels.group ? panels.columns / panels.group : 0;
   const int64_t padded = tokens + 64;  // a tile may be wider than its tokens
@@ -149,6 +148,9 @@ void add_terms(void* context, int64_t token) {
 
 int multiply_wide(const Panels& panels, const float* x, int64_t tokens, float* y,
                   const gblm_pool* pool) {
+  const Isa& with = isa();
+  if (panels.group == 0 && with.wide != nullptr)
+    return multiply(*with.wide, panels, x, tokens, Output{nullptr, y}, pool);
   // Integer weights round activations to int8: a second term would change nothing.
   const int64_t terms = panels.group ? 1 : 2;
   const int64_t split_bytes = round_up(tokens * terms * panels.columns * 2, kLine);
@@ -158,7 +160,8 @@ int multiply_wide(const Panels& panels, const float* x, int64_t tokens, float* y
   Split split{x, reinterpret_cast<uint16_t*>(memory), panels.columns, terms};
   run(pool, tokens, split_token, &split);
   float* sums = terms == 2 ? reinterpret_cast<float*>(memory + split_bytes) : y;
-  const int result = multiply(panels, split.rows, tokens * terms, Output{nullptr, sums}, pool);
+  const int result =
+      multiply(with, panels, split.rows, tokens * terms, Output{nullptr, sums}, pool);
   if (result != GBLM_OK || terms == 1) return result;
   Add add{sums, y, panels.rows};
   run(pool, tokens, add_terms, &add);
@@ -177,7 +180,7 @@ int gblm_linear(const void* memory, int64_t bytes, const uint16_t* x, int64_t to
   for (int64_t t = 0; t < tokens; t += kMaxTokens) {
     const int64_t now = smaller(kMaxTokens, tokens - t);
     const Output rows{y + t * panels.rows, nullptr};
-    const int result = multiply(panels, x + t * panels.columns, now, rows, pool);
+    const int result = multiply(isa(), panels, x + t * panels.columns, now, rows, pool);
     if (result != GBLM_OK) return result;
   }
   return GBLM_OK;

@@ -46,6 +46,16 @@ using Engine = Columns<PortableReader>;
 
 bool always() { return true; }
 
+const Isa kPortableWide = {"portable",
+                           always,
+                           Engine::panels_per_task,
+                           Engine::packed_bytes,
+                           Engine::scratch_bytes,
+                           Engine::tiles,
+                           Engine::pack<float>,
+                           Engine::multiply,
+                           nullptr};
+
 }  // namespace
 
 const Isa kPortable = {"portable",
@@ -54,5 +64,6 @@ const Isa kPortable = {"portable",
                        Engine::packed_bytes,
                        Engine::scratch_bytes,
                        Engine::tiles,
-                       Engine::pack,
-                       Engine::multiply};
+                       Engine::pack<uint16_t>,
+                       Engine::multiply,
+                       &kPortableWide};
