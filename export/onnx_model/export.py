@@ -15,7 +15,7 @@ from gblm import packed
 from gblm.checkpoint.packed_folder import PackedReader
 from gblm.checkpoint.reader import Reader
 from gblm.checkpoint.writer import check_output, new_folder, write_json
-from gblm.errors import GateError, InputError, PatternError
+from gblm.errors import GateError, InputError, MachineError, PatternError
 from gblm.export.dense import export_dense
 from gblm.export.onnx_model.builder import build
 from gblm.export.onnx_model.folder import (
@@ -91,6 +91,11 @@ def export_onnx(
     is_packed = packed.is_packed(folder)
     if wanted.sparse:
         _check_sparse(folder, is_packed)
+    if wanted.validate and wanted.target == "cuda" and not torch.cuda.is_available():
+        raise MachineError(
+            "--target cuda: there is no CUDA device here to validate the export on; --validate 0 "
+            "writes it unproven."
+        )
     check_output(output, overwrite, _needed_bytes(folder, is_packed), folder)
     step = progress("exporting", 2 + bool(wanted.validate))
     with new_folder(output, overwrite) as made:

@@ -123,6 +123,13 @@ def test_cuda_graph_of_a_2_of_4_model_comes_with_options_of_tensorrt(
     assert not (tmp_path / "any/tensorrt_options.json").exists()
 
 
+def test_cuda_export_cannot_be_validated_without_a_device(tiny: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(MachineError, match="--validate 0 writes it unproven"):
+        export_onnx(tiny, tmp_path / "out", Wanted("cuda"))
+
+
 def test_folder_is_complete_and_movable(sparse: Path, tmp_path: Path) -> None:
     files = {path.name for path in sparse.iterdir()}
     assert {
