@@ -17,14 +17,14 @@ from torch import Tensor
 
 from gblm.checkpoint.packed_folder import PackedReader
 from gblm.errors import CheckpointError
-from gblm.export.onnx_model.gates import find_gates
+from gblm.export.onnx_model.gates import Gate, find_gates
 from gblm.export.onnx_model.runtime import DOMAIN, DOMAIN_VERSION, MODEL_FILE
 from gblm.export.onnx_model.storage import DATA_FILE, DataFile, StoredGraph
 from gblm.export.onnx_model.weights import Panels, dense_panels, is_bfloat16, packed_panels
 
 LAYER_WEIGHT = re.compile(r"model\.layers\.(\d+)\.(attn|mlp)\.(\w+)\.MatMul\.weight")
 HEAD_WEIGHT = "lm_head.MatMul.weight"
-EMBEDDINGS = "model.embed_tokens.weight"
+EMBEDDINGS, TABLE = "model.embed_tokens.weight", "model.embed_tokens.table"
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 LINEAR, GATED = "Linear", "GatedLinear"
 
@@ -88,9 +88,11 @@ class _Rewriter:
         self.graph, self.reader, self.data = graph, reader, data
         self.replaced: list[Replaced] = []
         self._made: dict[str, Any] = {}
-        gates = [g for g in find_gates(graph.model.graph.node) if self._packable([g.gate, g.up])]
-        self._gates = {gate.last.name: gate for gate in gates}
-        self._inner = {name for gate in gates for name in gate.inner}
+        self._gates: dict[str, tuple[Gate, tuple[str, ...]]] = {}
+        for gate in find_gates(graph.model.graph.node):
+            if linears := self._packable([gate.gate, gate.up]):
+                self._gates[gate.last.name] = gate, linears
+        self._inner = {name for gate, _ in self._gates.values() for name in gate.inner}
         self._transposed = {
             node.output[0]: node.input[0]
             for node in graph.model.graph.node
@@ -102,10 +104,10 @@ class _Rewriter:
         if node.name in self._inner:
             return
         if node.name in self._gates:
-            gate = self._gates[node.name]
-            yield self._node(node, GATED, [gate.gate, gate.up])
-        elif node.op_type == "MatMul" and self._packable([node]):
-            yield self._node(node, LINEAR, [node])
+            gate, linears = self._gates[node.name]
+            yield self._node(node, GATED, [gate.gate, gate.up], linears)
+        elif node.op_type == "MatMul" and (linears := self._packable([node])):
+            yield self._node(node, LINEAR, [node], linears)
         elif node.op_type == "Gather" and self._embeddings(node.input[0]) is not None:
             yield from self._gather(node)
         elif node.op_type == "Transpose" and node.output[0] in self._transposed:
@@ -159,10 +161,9 @@ class _Rewriter:
         """A weight of the graph as [out, in] float32."""
         return torch.from_numpy(self.graph.floats(name).copy()).T.contiguous()
 
-    def _node(self, node: Any, op: str, matmuls: Sequence[Any]) -> Any:
+    def _node(self, node: Any, op: str, matmuls: Sequence[Any], linears: tuple[str, ...]) -> Any:
         import onnx
 
-        linears = self._packable(matmuls)
         panels = self._panels(matmuls, linears)
         name = f"{linears[0]}.panels"
         array = panels.data.numpy()
@@ -186,22 +187,17 @@ class _Rewriter:
         source = str(self._embeddings(node.input[0]))
         table = torch.from_numpy(self.graph.floats(source).copy())
         table = table.T.contiguous() if source == HEAD_WEIGHT else table
-        halves = is_bfloat16(table)
-        name = EMBEDDINGS if source == HEAD_WEIGHT or not halves else f"{EMBEDDINGS}.bfloat16"
-        dtype = onnx.TensorProto.BFLOAT16 if halves else onnx.TensorProto.FLOAT
-        stored = table.to(torch.bfloat16).view(torch.int16) if halves else table
-        if halves or source == HEAD_WEIGHT:
-            self._made[name] = self.data.tensor(name, dtype, table.shape, stored.numpy().data)
-        if not halves:
+        rows, dtype = node.output[0], onnx.TensorProto.FLOAT
+        if exact := is_bfloat16(table):
+            table = table.to(torch.bfloat16).view(torch.int16)
+            rows, dtype = f"{rows}/bfloat16", onnx.TensorProto.BFLOAT16
+        self._made[TABLE] = self.data.tensor(TABLE, dtype, table.shape, table.numpy().data)
+        yield onnx.helper.make_node("Gather", [TABLE, node.input[1]], [rows], name=node.name)
+        if exact:
             yield onnx.helper.make_node(
-                "Gather", [name, node.input[1]], list(node.output), name=node.name
-            )
-            return
-        rows = f"{node.output[0]}/bfloat16"
-        yield onnx.helper.make_node("Gather", [name, node.input[1]], [rows], name=node.name)
-        yield onnx.helper.make_node(
-            "Cast", [rows], list(node.output), name=f"{node.name}/Cast", to=onnx.TensorProto.FLOAT
-        )
+                "Cast", [rows], list(node.output), name=f"{node.name}/Cast",
+                to=onnx.TensorProto.FLOAT,
+            )  # fmt: skip
 
 
 def _fits(weight: Tensor) -> bool:

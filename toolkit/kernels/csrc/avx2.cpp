@@ -175,24 +175,8 @@ using Engine = Columns<Avx2Reader>;
 
 bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
-const Isa kAvx2Wide = {"avx2",
-                       supported,
-                       Engine::panels_per_task,
-                       Engine::packed_bytes,
-                       Engine::scratch_bytes,
-                       Engine::tiles,
-                       Engine::pack<float>,
-                       Engine::multiply,
-                       nullptr};
+constexpr Isa kAvx2Wide = Engine::isa<float>("avx2", supported, nullptr);
 
 }  // namespace
 
-const Isa kAvx2 = {"avx2",
-                   supported,
-                   Engine::panels_per_task,
-                   Engine::packed_bytes,
-                   Engine::scratch_bytes,
-                   Engine::tiles,
-                   Engine::pack<uint16_t>,
-                   Engine::multiply,
-                   &kAvx2Wide};
+const Isa kAvx2 = Engine::isa<uint16_t>("avx2", supported, &kAvx2Wide);

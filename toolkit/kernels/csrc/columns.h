@@ -209,6 +209,13 @@ struct Columns {
         {multiply_with<2, 0>, multiply_with<2, 1>, multiply_with<2, 2>}};
     return table[p.values][p.mask](p, x, first, last, y, scratch);
   }
+
+  // Of activations of type X.
+  template <class X>
+  static constexpr Isa isa(const char* name, bool (*supported)(), const Isa* wide) {
+    return {name,  supported, panels_per_task, packed_bytes, scratch_bytes,
+            tiles, pack<X>,   multiply,        wide};
+  }
 };
 
 }  // namespace

@@ -46,24 +46,8 @@ using Engine = Columns<PortableReader>;
 
 bool always() { return true; }
 
-const Isa kPortableWide = {"portable",
-                           always,
-                           Engine::panels_per_task,
-                           Engine::packed_bytes,
-                           Engine::scratch_bytes,
-                           Engine::tiles,
-                           Engine::pack<float>,
-                           Engine::multiply,
-                           nullptr};
+constexpr Isa kPortableWide = Engine::isa<float>("portable", always, nullptr);
 
 }  // namespace
 
-const Isa kPortable = {"portable",
-                       always,
-                       Engine::panels_per_task,
-                       Engine::packed_bytes,
-                       Engine::scratch_bytes,
-                       Engine::tiles,
-                       Engine::pack<uint16_t>,
-                       Engine::multiply,
-                       &kPortableWide};
+const Isa kPortable = Engine::isa<uint16_t>("portable", always, &kPortableWide);
