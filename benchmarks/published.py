@@ -1,21 +1,27 @@
 """Compare with the published GBLM-Pruner code: masks bit by bit, perplexity.
 
-    python benchmarks/published.py REFERENCE
+    python benchmarks/published.py REFERENCE [--rounding N]
 
 REFERENCE holds `golden/` (masks and figures of runs of that code) and `data/wikitext-2/`; it is not
 part of the repository. Writes benchmarks/results/published-code.json.
+
+With --rounding: SparseGPT alone, of N models whose weights differ by a float32 rounding, which
+tells what one run of it is worth. Writes benchmarks/results/published-rounding.json.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
+import shutil
+import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from gblm import data
 from gblm.checkpoint.packed_folder import PackedReader
@@ -27,7 +33,11 @@ from gblm.provenance import provenance
 from gblm.prune import prune
 from gblm.recipe import Calibration, Recipe
 
-RECORD = Path(__file__).resolve().parent / "results" / "published-code.json"
+RESULTS = Path(__file__).resolve().parent / "results"
+RECORD = RESULTS / "published-code.json"
+ROUNDING = RESULTS / "published-rounding.json"
+# Standard deviation of what weights are multiplied by: a few units in float32's last place.
+ROUNDING_NOISE = 1e-6
 # Method, pattern, name of the reference run.
 RUNS = (
     ("wanda", "2:4", "wanda_2_4"),
@@ -81,9 +91,42 @@ def perplexity_as_published(packed_folder: Path, reference: Path) -> float:
     return perplexity(load(packed_folder, "dense", torch.bfloat16), windows)
 
 
-def main() -> None:
-    """Run all and write the record."""
-    reference = Path(sys.argv[1])
+def rounding(reference: Path, seeds: int) -> dict[str, Any]:
+    """Perplexities of SparseGPT, of models that differ by rounding alone."""
+    runs = {}
+    for method, pattern, name in (run for run in RUNS if run[0] == "sparsegpt"):
+        found = []
+        for seed in range(seeds):
+            with tempfile.TemporaryDirectory() as work:
+                model, folder = Path(work) / "model", Path(work) / "out"
+                _rounded_otherwise(fetch("smollm2"), seed, model)
+                prune_as_published(model, reference, method, pattern, folder)
+                found.append(perplexity_as_published(folder, reference))
+            print(name, seed, found[-1], flush=True)
+        mean = statistics.mean(found)
+        runs[name] = {
+            "perplexities": found,
+            "mean": mean,
+            "relative_deviation": statistics.stdev(found) / mean,
+        }
+    return runs
+
+
+def _rounded_otherwise(model: Path, seed: int, output: Path) -> None:
+    """Copy a model folder, its weights times 1 + ROUNDING_NOISE · N(0, 1)."""
+    shutil.copytree(model, output)
+    generator = torch.Generator().manual_seed(seed)
+    for file in output.glob("*.safetensors"):
+        changed = {
+            name: tensor.float()
+            * (1 + ROUNDING_NOISE * torch.randn(tensor.shape, generator=generator))
+            for name, tensor in load_file(file).items()
+        }
+        save_file(changed, file, metadata={"format": "pt"})
+
+
+def comparison(reference: Path) -> list[dict[str, Any]]:
+    """A row for each run of the published code."""
     published = json.loads((reference / "golden/golden.json").read_text())["results"]
     rows: list[dict[str, Any]] = []
     for method, pattern, name in RUNS:
@@ -99,8 +142,22 @@ def main() -> None:
             }
         rows.append(row)
         print(row, flush=True)
-    record = {"kind": "published code", "provenance": provenance(), "runs": rows}
-    RECORD.write_text(json.dumps(record, indent=2) + "\n")
+    return rows
+
+
+def main() -> None:
+    """Run what is asked for and write its record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("reference", type=Path)
+    parser.add_argument("--rounding", type=int, default=0, metavar="N")
+    chosen = parser.parse_args()
+    if chosen.rounding:
+        runs: Any = rounding(chosen.reference, chosen.rounding)
+        record, file = {"kind": "published code, rounding", "noise": ROUNDING_NOISE}, ROUNDING
+    else:
+        runs, record, file = comparison(chosen.reference), {"kind": "published code"}, RECORD
+    record |= {"provenance": provenance(), "runs": runs}
+    file.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":
