@@ -161,7 +161,24 @@ def published() -> str:
         "", "different mask bits in layers 0, 15, 29", "perplexity, published code", "ours",
         "difference",
     ]  # fmt: skip
-    return f"{table(header, cells)}\n\n{origin(record, 'torch', 'transformers')}"
+    return f"{table(header, cells)}\n\n{origin(record, 'torch', 'transformers')}\n\n{_rounding()}"
+
+
+def _rounding() -> str:
+    """What one run of SparseGPT is worth."""
+    record = read("published-rounding")
+    runs = [
+        f"{name.removeprefix('sparsegpt_').replace('_', ':')}: {run['mean']:.2f} ± "
+        f"{run['relative_deviation']:.1%} ({min(run['perplexities']):.2f}–"
+        f"{max(run['perplexities']):.2f})"
+        for name, run in record["runs"].items()
+    ]
+    count = len(record["runs"]["sparsegpt_2_4"]["perplexities"])
+    return (
+        f"SparseGPT amplifies rounding. Perplexity of {count} runs, weights times "
+        f"1 + {record['noise']:g} · N(0, 1), mean ± standard deviation and range: "
+        f"{'; '.join(runs)}. Record `published-rounding.json`: {origin(record, 'torch')}"
+    )
 
 
 def speed() -> str:

@@ -20,6 +20,9 @@ from gblm.model import load_tokenizer
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 # Half of what later layers differ by where calibration sees dense layers: 3 and 6 % of the bits.
 OTHER_SUMS = {"0.5": 1.5e-2, "2:4": 3e-2}
+# Two runs of SparseGPT that round differently: three deviations of what lies between them, whose
+# deviations are 0.5 and 1.3 % each (benchmarks/results/published-rounding.json).
+PERPLEXITY_BOUNDS = {"0.5": 0.021, "2:4": 0.055}
 
 
 class Pruned(NamedTuple):
@@ -94,12 +97,21 @@ def test_updating_methods_start_with_the_published_masks(pruned: Pruned) -> None
     assert pruned.different_bits[0] < 1e-3
 
 
-@only("wanda", "gblm", "sparsegpt")
+@only("wanda", "gblm")
 def test_perplexity_is_within_two_percent_of_the_published_code(
     pruned: Pruned, shared: Path
 ) -> None:
     got = published.perplexity_as_published(pruned.folder, shared)
     assert got == pytest.approx(pruned.published_perplexity, rel=0.02)
+
+
+@only("sparsegpt")
+def test_perplexity_of_updating_methods_differs_by_rounding_alone(
+    pruned: Pruned, shared: Path
+) -> None:
+    got = published.perplexity_as_published(pruned.folder, shared)
+    bound = PERPLEXITY_BOUNDS[pruned.pattern]
+    assert got == pytest.approx(pruned.published_perplexity, rel=bound)
 
 
 @pytest.mark.parametrize("pruned", [("magnitude", "2:4", "magnitude_2_4")], indirect=True)
