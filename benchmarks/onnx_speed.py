@@ -1,18 +1,19 @@
 """Packed weights in ONNX Runtime on CPU: SmolLM2 and a 1.1B LLaMA shape against its own types.
 
     python benchmarks/onnx_speed.py [--models smollm2 tinyllama] [--threads 1 2] [--rounds 7]
-        [--folder DIR]
+        [--prompt-len 64 …] [--folder DIR] [--record FILE]
 
 Rows: ONNX Runtime's fp32, int8 and int4 of the dense model, then ai.gblm::Linear with bf16, int8
 and int4 values, each dense (the control, no sparsity) and 50 % sparse by magnitude. Heads: ONNX
 Runtime's integer graphs round the head, too, so ours do, to the same type. The 1.1B model is
 random, and exported without validation: nothing is ever certain to be its next token. Folders are
-made once, in DIR. Writes benchmarks/results/onnx.json.
+made once, in DIR. Writes benchmarks/results/onnx.json, or FILE.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -85,17 +86,19 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--threads", nargs="+", type=int, default=(1, 2))
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--prompt-len", nargs="+", type=int, default=(64,))
+    parser.add_argument("--record", type=Path, default=RECORD)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "gblm-onnx")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     runs = []
     for model in arguments.models:
         folders = make_folders(arguments.folder, model)
-        for threads in arguments.threads:
-            settings = Settings(threads=threads, rounds=arguments.rounds)
+        for threads, length in itertools.product(arguments.threads, arguments.prompt_len):
+            settings = Settings(threads=threads, prompt_len=length, rounds=arguments.rounds)
             record = bench_onnx(list(folders.values()), settings)
             runs.append({"model": model, "validation": validations(folders), **record})
-    RECORD.write_text(json.dumps({"kind": "onnx", "runs": runs}, indent=2) + "\n")
+    arguments.record.write_text(json.dumps({"kind": "onnx", "runs": runs}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

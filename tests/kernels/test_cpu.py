@@ -30,18 +30,6 @@ VALUES = ("float", "int8", "int4")
 MASKS = ("dense", "any", "2:4")
 
 
-@pytest.fixture(params=SETS)
-def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set of this CPU in turn; the best one again afterwards."""
-    best = native.instruction_set()
-    try:
-        native.use_instruction_set(request.param)
-    except native.KernelError:
-        pytest.skip(f"this CPU has no {request.param}")
-    yield request.param
-    native.use_instruction_set(best)
-
-
 @pytest.fixture
 def threads() -> Iterator[None]:
     before = torch.get_num_threads()

@@ -79,23 +79,14 @@ def feed(data: bytes) -> int:
 
 @pytest.mark.parametrize("mask", ["dense", "any", "2:4"])
 @pytest.mark.parametrize("values", ["float", "int8", "int4"])
-@pytest.mark.parametrize("instructions", ["amx", "avx512", "avx2", "portable"])
 def test_damaged_panels_never_crash(instructions: str, values: str, mask: str) -> None:
-    best = native.instruction_set()
-    try:
-        native.use_instruction_set(instructions)
-    except native.KernelError:
-        pytest.skip(f"this CPU has no {instructions}")
-    try:
-        rng = random.Random(f"{values} {mask}")
-        good = case((37, 96), values, mask).panels.numpy().tobytes()
-        assert feed(good) == 6
-        found = [feed(mutate(good, rng)) for _ in range(ROUNDS)]
-        # The damage must be neither always seen at once nor never.
-        assert 0 in found
-        assert max(found) > 0
-    finally:
-        native.use_instruction_set(best)
+    rng = random.Random(f"{values} {mask}")
+    good = case((37, 96), values, mask).panels.numpy().tobytes()
+    assert feed(good) == 6
+    found = [feed(mutate(good, rng)) for _ in range(ROUNDS)]
+    # The damage must be neither always seen at once nor never.
+    assert 0 in found
+    assert max(found) > 0
 
 
 def test_panels_never_claim_more_memory_than_they_take() -> None:

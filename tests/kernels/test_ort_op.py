@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -85,17 +85,6 @@ def run(session: onnxruntime.InferenceSession, x: Tensor, rows: int) -> Tensor:
     return y.double()
 
 
-@pytest.fixture(params=["amx", "avx512", "avx2", "portable"])
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    best = native.instruction_set()
-    try:
-        native.use_instruction_set(request.param)
-    except native.KernelError as error:
-        pytest.skip(str(error))
-    yield str(request.param)
-    native.use_instruction_set(best)
-
-
 # Largest error over the largest result: bf16 terms hold 16 bits; integer weights round activations
 # to int8; the others round y.
 BOUNDS = {FLOAT: 1e-5, FLOAT16: 1e-3, BFLOAT16: 6e-3}
@@ -105,7 +94,7 @@ INT_BOUND = 0.02
 @pytest.mark.parametrize("tokens", [1, 3, 17, 300])
 @pytest.mark.parametrize("values", ["float", "int8", "int4"])
 @pytest.mark.parametrize("pattern", ["dense", "0.5", "2:4"])
-def test_operator_multiplies(instruction_set: str, pattern: str, values: str, tokens: int) -> None:
+def test_operator_multiplies(instructions: str, pattern: str, values: str, tokens: int) -> None:
     rows, columns = 72, 192
     weight, panels = make_weight(rows, columns, pattern, values)
     x = torch.randn(2, tokens, columns, generator=torch.Generator().manual_seed(tokens))
@@ -121,7 +110,9 @@ def test_operator_multiplies(instruction_set: str, pattern: str, values: str, to
 
 @pytest.mark.parametrize("tokens", [1, 17, 300])
 @pytest.mark.parametrize("values", ["float", "int8"])
-def test_gated_operator_is_silu_of_one_half_times_the_other(values: str, tokens: int) -> None:
+def test_gated_operator_is_silu_of_one_half_times_the_other(
+    instructions: str, values: str, tokens: int
+) -> None:
     features, columns = 40, 192
     weight, panels = make_weight(2 * features, columns, "0.5", values)
     x = 2 * torch.randn(2, tokens, columns, generator=torch.Generator().manual_seed(tokens))
@@ -137,7 +128,7 @@ def test_gated_operator_is_silu_of_one_half_times_the_other(values: str, tokens:
         assert float((y - expected).abs().max() / expected.abs().max()) < bound
 
 
-def test_gates_far_from_zero_are_open_or_shut() -> None:
+def test_gates_far_from_zero_are_open_or_shut(instructions: str) -> None:
     weight = torch.zeros(64, 32, dtype=torch.bfloat16)
     weight[:32] = torch.eye(32)  # gates
     weight[32:, 0] = 1  # what they let through

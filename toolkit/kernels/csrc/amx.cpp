@@ -7,6 +7,7 @@
 #include "amx_cache.h"
 #include "amx_decode.h"
 #include "avx512_round.h"
+#include "gate.h"
 
 #if defined(__linux__)
 #include <sys/syscall.h>
@@ -141,4 +142,4 @@ bool supported() {
 }  // namespace
 
 const Isa kAmx = {"amx", supported, panels_per_task, packed_bytes, scratch_bytes,
-                  tiles, pack,      multiply,        nullptr};
+                  tiles, pack,      multiply,        gate_token,   nullptr};

@@ -5,6 +5,7 @@
 // time, and multiplied from there; or zeros are skipped, where few weights are kept.
 #include "avx512_skip.h"
 #include "avx512_tiles.h"
+#include "gate.h"
 
 namespace {
 
@@ -130,17 +131,11 @@ bool supported() {
          __builtin_cpu_supports("fma");
 }
 
-const Isa kAvx512Wide = {"avx512",
-                         supported,
-                         panels_per_task,
-                         wide_packed_bytes,
-                         wide_scratch_bytes,
-                         wide_tiles,
-                         pack_wide,
-                         multiply_floats<WideDot>,
-                         nullptr};
+const Isa kAvx512Wide = {"avx512",           supported,  panels_per_task, wide_packed_bytes,
+                         wide_scratch_bytes, wide_tiles, pack_wide,       multiply_floats<WideDot>,
+                         gate_token,         nullptr};
 
 }  // namespace
 
 const Isa kAvx512 = {"avx512", supported, panels_per_task, packed_bytes, scratch_bytes,
-                     tiles,    pack,      multiply,        &kAvx512Wide};
+                     tiles,    pack,      multiply,        gate_token,   &kAvx512Wide};

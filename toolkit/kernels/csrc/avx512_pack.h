@@ -18,31 +18,38 @@ int64_t tile_width(int64_t tokens) {
   return (tokens + tiles - 1) / tiles;
 }
 
-void pack_floats(const Panels& p, const uint16_t* x, int64_t tokens, int64_t width, uint32_t* to) {
-  const int64_t words = p.columns / 2, padded = p.blocks * kColumns / 2;
-  for (int64_t t = 0; t < width; t++) {
-    const uint16_t* row = x + t * p.columns;
-    const int64_t filled = t < tokens ? words : 0;
-    if (width == 1)
-      std::memcpy(to, row, static_cast<size_t>(words) * 4);
-    else
-      for (int64_t w = 0; w < filled; w++) to[w * width + t] = load<uint32_t>(row + 2 * w);
-    for (int64_t w = filled; w < padded; w++) to[w * width + t] = 0;
+// x [tokens][words of 4 bytes] becomes [padded words][width]; what is missing is zero. Four tokens
+// and four words at a time change places in registers.
+void pack_words(const void* source, int64_t tokens, int64_t words, int64_t width, int64_t padded,
+                void* packed) {
+  const float* x = static_cast<const float*>(source);
+  float* to = static_cast<float*>(packed);
+  std::memset(to + words * width, 0, static_cast<size_t>((padded - words) * width) * 4);
+  if (width == 1) {
+    std::memcpy(to, x, static_cast<size_t>(words) * 4);
+    return;
   }
+  for (int64_t t = 0; t < width; t += 4) {
+    const __mmask8 lanes = static_cast<__mmask8>((1 << smaller<int64_t>(4, width - t)) - 1);
+    for (int64_t w = 0; w < words; w += 4) {
+      __m128 row[4];
+      unroll<4>([&](auto i) LAMBDA {
+        row[i] = t + i < tokens ? _mm_loadu_ps(x + (t + i) * words + w) : _mm_setzero_ps();
+      });
+      _MM_TRANSPOSE4_PS(row[0], row[1], row[2], row[3]);
+      unroll<4>([&](auto i)
+                    LAMBDA { _mm_mask_storeu_ps(to + (w + i) * width + t, lanes, row[i]); });
+    }
+  }
+}
+
+void pack_floats(const Panels& p, const uint16_t* x, int64_t tokens, int64_t width, uint32_t* to) {
+  pack_words(x, tokens, p.columns / 2, width, p.blocks * kColumns / 2, to);
 }
 
 // The same of float32, [columns][width].
 void pack_wide_floats(const Panels& p, const float* x, int64_t tokens, int64_t width, float* to) {
-  const int64_t padded = p.blocks * kColumns;
-  for (int64_t t = 0; t < width; t++) {
-    const float* row = x + t * p.columns;
-    const int64_t filled = t < tokens ? p.columns : 0;
-    if (width == 1)
-      std::memcpy(to, row, static_cast<size_t>(filled) * 4);
-    else
-      for (int64_t k = 0; k < filled; k++) to[k * width + t] = row[k];
-    for (int64_t k = filled; k < padded; k++) to[k * width + t] = 0;
-  }
+  pack_words(x, tokens, p.columns, width, p.blocks * kColumns, to);
 }
 
 void pack_integers(const Panels& p, const uint16_t* x, int64_t tokens, int64_t width, uint32_t* to,

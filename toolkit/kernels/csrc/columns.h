@@ -6,6 +6,7 @@
 //   kScale: what its floats must be multiplied with
 #pragma once
 
+#include "gate.h"
 #include "isa.h"
 
 namespace {
@@ -214,7 +215,7 @@ struct Columns {
   template <class X>
   static constexpr Isa isa(const char* name, bool (*supported)(), const Isa* wide) {
     return {name,  supported, panels_per_task, packed_bytes, scratch_bytes,
-            tiles, pack<X>,   multiply,        wide};
+            tiles, pack<X>,   multiply,        gate_token,   wide};
   }
 };
 

@@ -78,6 +78,10 @@ GBLM_API int gblm_linear(const void* panels, int64_t bytes, const uint16_t* x, i
 GBLM_API int gblm_linear_f32(const void* panels, int64_t bytes, const float* x, int64_t tokens,
                              float* y, const gblm_pool* pool);
 
+/* y [tokens, features] = silu(gate) * up, of sums [tokens, 2 * features]: gates, then ups. */
+GBLM_API void gblm_gate(const float* sums, int64_t tokens, int64_t features, float* y,
+                        const gblm_pool* pool);
+
 GBLM_API const char* gblm_error(int result);
 /* The instruction set in use: "amx", "avx512", "avx2" or "portable". */
 GBLM_API const char* gblm_isa(void);

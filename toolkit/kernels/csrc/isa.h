@@ -36,6 +36,8 @@ struct Isa {
   // y [tokens, rows] of some panels; false when the panels are damaged.
   bool (*multiply)(const Panels&, const Activations&, int64_t first, int64_t last, Output y,
                    void* scratch);
+  // y [features] = silu(gate) * up, of the sums gate [features], up [features] of one token.
+  void (*gate)(const float* sums, int64_t features, float* y);
   // For bf16 weights and float32 activations; null: those come as two bf16 terms.
   const Isa* wide;
 };

@@ -146,6 +146,17 @@ void add_terms(void* context, int64_t token) {
   for (int64_t r = 0; r < add.rows; r++) y[r] = high[r] + high[add.rows + r];
 }
 
+struct Gating {
+  const float* sums;
+  float* y;
+  int64_t features;
+};
+
+void gate_one(void* context, int64_t token) {
+  const Gating& g = *static_cast<const Gating*>(context);
+  isa().gate(g.sums + token * 2 * g.features, g.features, g.y + token * g.features);
+}
+
 int multiply_wide(const Panels& panels, const float* x, int64_t tokens, float* y,
                   const gblm_pool* pool) {
   const Isa& with = isa();
@@ -199,6 +210,12 @@ int gblm_linear_f32(const void* memory, int64_t bytes, const float* x, int64_t t
     if (result != GBLM_OK) return result;
   }
   return GBLM_OK;
+}
+
+void gblm_gate(const float* sums, int64_t tokens, int64_t features, float* y,
+               const gblm_pool* pool) {
+  Gating gating{sums, y, features};
+  run(pool, tokens, gate_one, &gating);
 }
 
 const char* gblm_isa(void) { return isa().name; }

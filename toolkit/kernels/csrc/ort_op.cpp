@@ -106,18 +106,6 @@ void narrow(const float* from, int64_t count, ort::ElementType type, uint16_t* t
     to[i] = type == ort::kFloat16 ? to_f16(from[i]) : to_bf16(from[i]);
 }
 
-struct Gating {
-  const float* sums;  // [tokens, 2 * features]: gates, then what they let through
-  float* y;
-  int64_t features;
-};
-
-void gate_one(void* context, int64_t token) {
-  const Gating& g = *static_cast<const Gating*>(context);
-  const float* sums = g.sums + token * 2 * g.features;
-  gate_token(sums, sums + g.features, g.features, g.y + token * g.features);
-}
-
 // Memory of a thread for its next call.
 float* kept_memory(int64_t count) {
   static thread_local std::vector<float> memory;
@@ -131,8 +119,7 @@ int multiply_wide(const Kernel& kernel, const float* x, int64_t tokens, float* y
   if (!kernel.gated) return gblm_linear_f32(kernel.panels, bytes, x, tokens, y, pool);
   float* sums = kept_memory(tokens * kernel.info.rows);
   const int error = gblm_linear_f32(kernel.panels, bytes, x, tokens, sums, pool);
-  Gating gating{sums, y, kernel.features()};
-  run(pool, tokens, gate_one, &gating);
+  gblm_gate(sums, tokens, kernel.features(), y, pool);
   return error;
 }
 
