@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/onnx.md, from the record of onnx_speed.py."""
+"""The tables of README.md and docs/onnx.md, from the records of onnx_speed.py."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 from pages import RESULTS, origin, table
 
+# On a CPU with AMX, and on one without.
+RECORDS = ("onnx", "onnx-zen4")
 NAMES = {"smollm2": "SmolLM2-135M", "tinyllama": "1.1B LLaMA shape"}
 # Row → the dense rows that it is compared with.
 LABELS = {
@@ -25,13 +27,10 @@ LABELS = {
 
 def onnx(model: str = "", threads: int = 0) -> str:
     """One table for each model and number of threads; those of one alone if they are named."""
-    path = RESULTS / "onnx.json"
-    if not path.exists():
-        return "Nothing has been recorded yet."
-    runs = json.loads(path.read_text())["runs"]
     asked = [
         run
-        for run in runs
+        for record in RECORDS
+        for run in json.loads((RESULTS / f"{record}.json").read_text())["runs"]
         if model in ("", run["model"]) and threads in (0, run["settings"]["threads"])
     ]
     return "\n\n".join(map(one, asked))

@@ -141,7 +141,7 @@ class SparseLinearMethod(LinearMethodBase):
                 parts["values"] = self._narrowed(parts["values"])
             return parts
         device = layer.get_parameter(self.loaded[0]).device
-        self.fmt, whole = self.pieces.whole
+        self.fmt, whole = self.pieces.hand_over()
         self.pieces = None
         return {part: tensor.to(device) for part, tensor in whole.items()}
 

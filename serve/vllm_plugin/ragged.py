@@ -73,14 +73,20 @@ class Pieces:
             self._whole = self._join()
             give_back_memory()
 
-    @property
-    def whole(self) -> tuple[Format, dict[str, Tensor]]:
-        """The format and the parts of the fused weight on this rank."""
-        if self._whole is None:
+    def hand_over(self) -> tuple[Format, dict[str, Tensor]]:
+        """The format and the parts of the fused weight on this rank, which are not kept here.
+
+        vLLM holds parameters, and they this, beyond loading.
+
+        Raises:
+            CheckpointError: not all parts have arrived.
+        """
+        whole, self._whole = self._whole, None
+        if whole is None:
             raise CheckpointError(
                 f"{self.name}: parts of its weight are missing in the checkpoint."
             )
-        return self._whole
+        return whole
 
     def _join(self) -> tuple[Format, dict[str, Tensor]]:
         done = [self._done.pop(i) for i in range(len(self.rows))]
