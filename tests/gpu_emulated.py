@@ -6,10 +6,12 @@ of ptx.cuh and libcuda: see kernels/gpu/.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -21,7 +23,7 @@ from gblm.kernels.cuda.driver import Driver
 from gblm.kernels.cuda.source import Variant
 
 HERE = Path(__file__).parent / "kernels" / "gpu"
-KERNELS = {"mma_sp": ("repack", "mma_sp", "expand"), "delta": ("delta",)}
+KERNELS = {"mma_sp": ("repack", "mma_sp", "expand"), "delta": ("delta", "scatter")}
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
 
 
@@ -71,7 +73,10 @@ class EmulatedDevice(Device):
 
 
 @cache
-def device(folder: Path) -> EmulatedDevice:
+def emulated() -> EmulatedDevice:
+    """The one of this process: its driver's symbols are global."""
+    folder = Path(tempfile.mkdtemp(prefix="gblm-gpu-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return EmulatedDevice(folder)
 
 

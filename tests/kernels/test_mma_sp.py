@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-from gpu_emulated import EmulatedDevice, missing
+from gpu_emulated import EmulatedDevice, emulated, missing
 
 from gblm.errors import MachineError
 from gblm.formats import Format, make_format
@@ -46,8 +44,10 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmulatedDevice]:
-    yield EmulatedDevice(tmp_path_factory.mktemp("gpu"))
+def gpu() -> Iterator[EmulatedDevice]:
+    torch.use_deterministic_algorithms(True)  # fills what new_empty gives with NaN
+    yield emulated()
+    torch.use_deterministic_algorithms(False)
 
 
 def weight_of(fmt: Format, shape: tuple[int, int], dtype: torch.dtype) -> SparseWeight:
@@ -89,3 +89,102 @@ def test_the_kernels_source_gives_the_float64_product(
     dense = backend.expand(x, prepared, fmt, shape)
     assert torch.equal(dense, fmt.expand(fmt.pack("w", weight), dtype))
     assert not torch.signbit(dense[dense == 0]).any()
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("values", ["int8:row", "int4:row", "uint4:row"])
+def test_every_code_is_widened_exactly(
+    gpu: EmulatedDevice, values: str, dtype: torch.dtype
+) -> None:
+    fmt, shape = make_format("nm", "2:4", values), (16, 512)
+    mask = torch.arange(512).remainder(4).lt(2).expand(shape)
+    limit = fmt.values.limit
+    zeros = torch.arange(16, dtype=torch.uint8).unsqueeze(1) if fmt.values.has_zeros else None
+    lowest = -limit if zeros is None else 0
+    span = limit - lowest + 1
+    codes = torch.arange(256).remainder(span).add(lowest).expand(16, 256)
+    placed = torch.zeros(shape, dtype=torch.int8)
+    placed[mask] = codes.reshape(-1).to(torch.int8)
+    if zeros is not None:
+        placed = (placed - zeros.to(torch.int8)) * mask
+    scales = torch.ones(16, 1, dtype=BF16)
+    weight = SparseWeight.from_codes(placed, scales, mask, dtype, zeros)
+    backend, parts = SparseTensorCore(lambda _: gpu), fmt.pack("w", weight)
+    x = torch.empty(1, 512, dtype=dtype)
+    dense = backend.expand(x, backend.prepare(fmt, parts, shape, dtype), fmt, shape)
+    assert torch.equal(dense, placed.to(dtype))
+
+
+def test_shapes_and_views_of_activations(gpu: EmulatedDevice) -> None:
+    fmt, shape, backend = make_format("nm", "2:4"), (16, 64), SparseTensorCore(lambda _: gpu)
+    weight = weight_of(fmt, shape, BF16)
+    prepared = backend.prepare(fmt, fmt.pack("w", weight), shape, BF16)
+    whole = torch.randn(2, 3, 65, generator=torch.Generator().manual_seed(1)).to(BF16)
+    for x in (whole[..., 1:], whole[:, :1, :64], whole[0, 0, :64], whole[:, :0, :64]):
+        got = backend.linear(x, prepared, fmt, shape)
+        assert got.shape == (*x.shape[:-1], 16)
+        torch.testing.assert_close(got.double(), product(weight, x), rtol=4e-3, atol=1e-5)
+
+
+def test_many_tokens_meet_the_expanded_weight(gpu: EmulatedDevice) -> None:
+    fmt, shape, backend = (
+        make_format("nm", "2:4", "int8:32"),
+        (16, 64),
+        SparseTensorCore(lambda _: gpu),
+    )
+    weight = weight_of(fmt, shape, BF16)
+    prepared = backend.prepare(fmt, fmt.pack("w", weight), shape, BF16)
+    x = torch.randn(65, 64, generator=torch.Generator().manual_seed(1)).to(BF16)
+    gpu.launches.clear()
+    got = backend.linear(x, prepared, fmt, shape)
+    assert gpu.launches == ["expand"]
+    assert torch.equal(got, torch.nn.functional.linear(x, weight.weight.to(BF16)))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "launches"),
+    [(1, ["mma_sp"]), (16, ["mma_sp"]), (17, ["repack", "mma_sp"]), (64, ["repack", "mma_sp"])],
+)
+def test_few_tokens_take_one_launch(gpu: EmulatedDevice, tokens: int, launches: list[str]) -> None:
+    fmt, shape, backend = make_format("nm", "2:4"), (16, 64), SparseTensorCore(lambda _: gpu)
+    prepared = backend.prepare(fmt, fmt.pack("w", weight_of(fmt, shape, BF16)), shape, BF16)
+    gpu.launches.clear()
+    backend.linear(torch.ones(tokens, 64, dtype=BF16), prepared, fmt, shape)
+    assert gpu.launches == launches
+    assert token_blocks(tokens) * 8 >= tokens
+
+
+def test_the_emulated_gpu_notices_what_it_should(gpu: EmulatedDevice) -> None:
+    fmt, shape, backend = make_format("nm", "2:4"), (16, 128), SparseTensorCore(lambda _: gpu)
+    values, meta, scales = pack_tiles(fmt, fmt.pack("w", weight_of(fmt, shape, BF16)), shape)
+    x = torch.ones(1, 128, dtype=BF16)
+    with pytest.raises(MachineError, match="a read out of bounds"):
+        backend.linear(x, [values[:-16], meta, scales], fmt, shape)
+    with pytest.raises(MachineError, match="a read out of bounds"):
+        backend.linear(x, [values, meta[..., :-1].contiguous(), scales], fmt, shape)
+    with pytest.raises(MachineError, match="metadata out of order"):
+        backend.linear(x, [values, torch.zeros_like(meta), scales], fmt, shape)
+
+
+def test_metadata_is_what_the_instruction_defines() -> None:
+    # PTX ISA: of sixteen nibbles these are legal with ordered metadata.
+    assert sorted(PLACES.values()) == [4, 8, 9, 12, 13, 14]
+    for mask, places in PLACES.items():
+        assert mask == 1 << (places & 3) | 1 << (places >> 2)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "values", "dtype", "reason"),
+    [
+        ("4:8", "float", BF16, "the pattern must be 2:4, not 4:8"),
+        ("2:4", "float", torch.float32, "activations must be bfloat16 or float16, not float32"),
+        ("2:4", "uint4:32", FP16, None),
+    ],
+)
+def test_it_says_why_it_refuses(
+    pattern: str, values: str, dtype: torch.dtype, reason: str | None
+) -> None:
+    fmt, backend = make_format("nm", pattern, values), SparseTensorCore()
+    assert backend.refuses_weight(fmt, dtype) == reason
+    here = backend.refuses(fmt, (16, 64), dtype, torch.device("cpu"))
+    assert here == "it runs on CUDA devices, not on cpu"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ def device(index: int) -> Device:
     Raises:
         MachineError: there is no driver.
     """
-    facts = torch.cuda.get_device_properties(index)
+    facts: Any = torch.cuda.get_device_properties(index)
     arch = (facts.major, facts.minor)
     return Device(
         driver=Driver(),

@@ -34,6 +34,8 @@ DEVICE void store16(uint4* p, uint4 v) { *p = v; }
 DEVICE void store8(uint2* p, uint2 v) { *p = v; }
 DEVICE void store2(unsigned short* p, unsigned v) { *p = (unsigned short)v; }
 
+DEVICE unsigned pick_byte(unsigned word, int which) { return __byte_perm(word, 0, 0x4440 + which); }
+
 // As many bytes as the launch asks for.
 DEVICE void* dynamic_shared() {
   extern __shared__ uint4 dynamic_memory[];

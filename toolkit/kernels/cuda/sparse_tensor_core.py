@@ -27,7 +27,8 @@ VALUES = {"float": 16, "int8": 8, "int4": 4, "uint4": 14}
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-def _device_of(x: Tensor) -> Device:
+def device_of(x: Tensor) -> Device:
+    """The CUDA device that holds a tensor."""
     return cuda.device(x.device.index or 0)
 
 
@@ -36,8 +37,9 @@ class SparseTensorCore(Backend):
 
     name = "mma_sp"
     packed = True
+    needs = "cuda"
 
-    def __init__(self, device_of: Callable[[Tensor], Device] = _device_of) -> None:
+    def __init__(self, device_of: Callable[[Tensor], Device] = device_of) -> None:
         """`device_of` finds where activations lie; tests give it an emulated device."""
         self._device_of = device_of
 
@@ -78,7 +80,7 @@ class SparseTensorCore(Backend):
         rows, columns = padded(fmt, shape)
         dense = x.new_empty(shape)
         grid = -(-(rows // ROWS) * (columns // STEP) // WARPS)
-        arguments = [*prepared, dense, *shape]
+        arguments: list[Tensor | int] = [*prepared, dense, *shape]
         self._device_of(x).launch(variant(fmt, shape, x.dtype, 1), "expand", grid, arguments)
         return dense
 

@@ -86,14 +86,14 @@ def _store(kept: Tensor, fmt: Format) -> Tensor:
 def _metadata(bitmask: Tensor, rows: int, columns: int) -> Tensor:
     """[out, in/8] uint8 → int32 [tiles, steps, 32]."""
     table = torch.full((16,), FIRST_TWO, dtype=torch.int32, device=bitmask.device)
-    for mask, places in PLACES.items():
-        table[mask] = places
+    for mask, code in PLACES.items():
+        table[mask] = code
     masks = torch.stack([bitmask & 15, bitmask >> 4], dim=-1).flatten(1)
     places = table[masks.long()]
     missing = (0, columns // 4 - places.shape[1], 0, rows - places.shape[0])
-    places = functional.pad(places, missing, value=FIRST_TWO)
+    whole: Tensor = functional.pad(places, missing, value=FIRST_TWO)
     # tile, row / 8, g, step, half, block of 16 columns, group
-    cut = places.reshape(rows // ROWS, 2, 8, columns // STEP, 2, 2, 4)
+    cut = whole.reshape(rows // ROWS, 2, 8, columns // STEP, 2, 2, 4)
     shifts = 4 * torch.arange(4, dtype=torch.int32, device=bitmask.device)
     halves = (cut << shifts).sum(dim=-1, dtype=torch.int32)
     words = halves[:, 0] | halves[:, 1] << 16
@@ -106,10 +106,10 @@ def _scales(fmt: Format, parts: Parts, shape: Shape) -> Tensor:
     rows, columns = padded(fmt, shape)
     group = scale_group(fmt, shape)
     groups = columns // group if group else 1
-    scales = parts["scales"]
-    missing = (0, groups - scales.shape[1], 0, rows - shape[0])
-    stored = functional.pad(scales, missing)
+    missing = (0, groups - parts["scales"].shape[1], 0, rows - shape[0])
+    stored: Tensor = functional.pad(parts["scales"], missing)
     if fmt.values.has_zeros:
-        zeros = functional.pad(parts["zeros"], missing).to(torch.int32)
-        stored = stored.view(torch.int16).to(torch.int32) << 16 | zeros
-    return stored.reshape(rows // ROWS, ROWS, groups).transpose(1, 2).contiguous()
+        zeros: Tensor = functional.pad(parts["zeros"], missing)
+        stored = stored.view(torch.int16).to(torch.int32) << 16 | zeros.to(torch.int32)
+    by_group: Tensor = stored.reshape(rows // ROWS, ROWS, groups).transpose(1, 2)
+    return by_group.contiguous()
