@@ -167,7 +167,7 @@ def test_doctor_tests_every_backend(gblm: Run) -> None:
     assert done.code == 0, done
     facts = json.loads(done.out)
     assert facts["ok"]
-    assert set(facts["backends"]) == {"cpu", "reference", "dense"}
+    assert set(facts["backends"]) == {"cpu", "mma_sp", "delta", "reference", "dense"}
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

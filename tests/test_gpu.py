@@ -11,9 +11,13 @@ import pytest
 import torch
 
 from gblm.checkpoint.packed_folder import PackedReader
+from gblm.formats import make_format
+from gblm.kernels import BACKENDS, linear
 from gblm.layers import stream
 from gblm.prune import prune
 from gblm.recipe import Calibration, Recipe
+from gblm.values import quantize
+from gblm.weights import SparseWeight
 
 pytestmark = pytest.mark.gpu
 METHODS = ["magnitude", "wanda", "sparsegpt", "gradient", "gblm"]
@@ -69,3 +73,33 @@ def test_two_devices_share_the_samples(tiny: Path, text_file: Path, tmp_path: Pa
     ]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
     assert different_bits(tmp_path / "one", tmp_path / "two") < 1e-3
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 16, 17, 64, 65])
+@pytest.mark.parametrize("values", ["float", "int8:row", "int8:128", "int4:32", "uint4:128"])
+@pytest.mark.parametrize(("name", "pattern"), [("nm", "2:4"), ("bitmask", "0.5")])
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if BACKENDS[b].needs == "cuda"])
+def test_linears_on_the_gpu_equal_the_float64_product(
+    backend: str, name: str, pattern: str, values: str, tokens: int
+) -> None:
+    fmt, shape, runs = make_format(name, pattern, values), (200, 1152), BACKENDS[backend]
+    if runs.refuses(fmt, shape, torch.bfloat16, torch.device("cuda")):
+        assert (backend, name) == ("mma_sp", "bitmask")
+        return
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    mask = fmt.pattern.keep(drawn.abs(), "row")
+    weight = SparseWeight.cut(drawn.bfloat16(), mask)
+    if not fmt.values.is_float:
+        weight = quantize(drawn, mask, fmt.values)
+    parts = {part: tensor.cuda() for part, tensor in fmt.pack("w", weight).items()}
+    prepared = runs.prepare(fmt, parts, shape, torch.bfloat16)
+    x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(1)).bfloat16().cuda()
+    got = linear(x, prepared, shape, fmt, runs)
+    want = x.double() @ weight.weight.double().t().cuda()
+    assert float((got.double() - want).norm() / want.norm()) < 1e-2
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = linear(x, prepared, shape, fmt, runs)
+    captured.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(captured, got)

@@ -21,6 +21,7 @@ class GblmConfig(QuantizationConfigMixin):
 
     Attributes:
         backend: a name of `gblm.kernels.BACKENDS`, or None for the best; never written to disk.
+        device: where the model will run; None: where its parts are loaded. Never written, either.
     """
 
     def __init__(
@@ -28,12 +29,14 @@ class GblmConfig(QuantizationConfigMixin):
         version: int = VERSION,
         groups: Any = (),
         backend: str | None = None,
+        device: str | None = None,
         quant_method: str = QUANT_METHOD,
     ) -> None:
         self.quant_method = quant_method
         self.version = version
         self.groups = groups
         self.backend = backend
+        self.device = device
 
 
 @register_quantizer(QUANT_METHOD)
@@ -73,7 +76,8 @@ class GblmQuantizer(HfQuantizer):
         # No kernel sees anything of a checkpoint that is damaged somewhere.
         for name, module in loaded.items():
             module.check(name, self.dtype)
-        kernels.log_choice(module.prepare(self.dtype, forced) for module in loaded.values())
+        device = self.quantization_config.device
+        kernels.log_choice(module.prepare(self.dtype, forced, device) for module in loaded.values())
         return model
 
     def is_serializable(self) -> bool:

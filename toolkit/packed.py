@@ -62,7 +62,7 @@ class SparseLinear(nn.Module):
             self.fmt.cast(name, parts["values"], dtype)
 
     def prepare(
-        self, dtype: torch.dtype | None, forced: str | None
+        self, dtype: torch.dtype | None, forced: str | None, device: str | None = None
     ) -> tuple[Backend, Sequence[str]]:
         """Turn the checked parts into the layout of the best backend.
 
@@ -70,16 +70,17 @@ class SparseLinear(nn.Module):
             dtype: of the activations, and of floating values in memory; None keeps the
                 checkpoint's, and takes bfloat16 for codes. Codes and scales are never cast.
             forced: a backend that must be taken.
+            device: where the weight will be used; None: where it is. The layout is made there.
 
         Returns:
             The backend, and why better ones refused.
         """
-        parts = {part: getattr(self, part).data for part in self.fmt.parts}
+        parts = {part: getattr(self, part).data.to(device) for part in self.fmt.parts}
         if self.fmt.values.is_float:
             dtype = dtype or parts["values"].dtype
             parts["values"] = parts["values"].to(dtype)
-        dtype, device = dtype or torch.bfloat16, parts["values"].device
-        backend, reasons = kernels.select(self.fmt, self.shape, dtype, device, forced)
+        dtype, where = dtype or torch.bfloat16, parts["values"].device
+        backend, reasons = kernels.select(self.fmt, self.shape, dtype, where, forced)
         prepared = backend.prepare(self.fmt, parts, self.shape, dtype)
         for part in self.fmt.parts:
             delattr(self, part)
@@ -125,11 +126,11 @@ def load(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    path = resolve(folder)
+    path, target = resolve(folder), check_device(device)
     check_loadable(path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-        config.quantization_config["backend"] = backend
+        config.quantization_config |= {"backend": backend, "device": str(target)}
         model = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -142,7 +143,7 @@ def load(
         raise
     except Exception as error:
         raise CheckpointError(f"{folder} could not be loaded by transformers: {error}") from error
-    return model.to(check_device(device)).eval()
+    return model.to(target).eval()
 
 
 def check_loadable(folder: Path) -> None:

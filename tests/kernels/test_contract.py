@@ -51,6 +51,9 @@ def serving(
     reason = BACKENDS[backend].refuses(fmt, shape, dtype, CPU)
     if reason is None:
         return BACKENDS[backend]
+    if BACKENDS[backend].needs == "cuda":
+        assert reason == "it runs on CUDA devices, not on cpu"
+        return None
     unit = 8 if fmt.values.is_float else 32
     may = dtype != torch.bfloat16 or shape[1] % unit or native.refusal() is not None
     assert backend == "cpu"
@@ -156,7 +159,12 @@ def test_first_backend_that_does_not_refuse_wins() -> None:
     assert reasons == []
     backend, reasons = select(fmt, (8, 8), torch.float32, CPU)
     assert backend.name == "reference"
-    assert reasons == ["cpu: activations must be bfloat16, not float32"]
+    assert reasons[0] == "cpu: activations must be bfloat16, not float32"
+    assert reasons[1:] == [
+        f"{name}: it runs on CUDA devices, not on cpu"
+        for name in BACKENDS
+        if BACKENDS[name].needs == "cuda"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -176,5 +184,5 @@ def test_cpu_backend_says_why_it_refuses(
 
 
 def test_unknown_backend_lists_the_known_ones() -> None:
-    with pytest.raises(UsageError, match="cpu, reference, dense"):
+    with pytest.raises(UsageError, match="cpu, mma_sp, delta, reference, dense"):
         select(make_format("nm", "2:4"), (8, 8), torch.float32, CPU, forced="cuda")

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from gblm.checkpoint.inspect import inspect
+from gblm.kernels import BACKENDS
 
 metrics = pytest.importorskip(
     "gblm.serve.vllm_plugin.metrics", reason="prometheus_client is not installed"
@@ -35,8 +36,12 @@ def running(*reports: dict) -> dict[str, float]:
     return values(metrics.families(reports))["gblm_linears"]
 
 
+def counts(**linears: int) -> dict[str, int]:
+    return dict.fromkeys(BACKENDS, 0) | linears
+
+
 def test_tensor_parallel_ranks_share_their_linears() -> None:
-    assert running(worker(cpu=8), worker(cpu=8)) == {"cpu": 8, "reference": 0, "dense": 0}
+    assert running(worker(cpu=8), worker(cpu=8)) == counts(cpu=8)
 
 
 def test_pipeline_stages_add_up() -> None:
@@ -44,9 +49,7 @@ def test_pipeline_stages_add_up() -> None:
 
 
 def test_ranks_that_disagree_show_both_backends() -> None:
-    assert running(worker(cpu=8), worker(cpu=6, reference=2)) == {
-        "cpu": 8, "reference": 2, "dense": 0,
-    }  # fmt: skip
+    assert running(worker(cpu=8), worker(cpu=6, reference=2)) == counts(cpu=8, reference=2)
 
 
 def test_workers_are_counted() -> None:
@@ -67,7 +70,7 @@ def test_reports_are_read_as_they_come_and_kept() -> None:
     path.unlink()  # as a system does that empties /tmp
     assert values(reports.collect())["gblm_linears"]["cpu"] == 8
     path.write_text(json.dumps(worker(dense=8)))
-    assert values(reports.collect())["gblm_linears"] == {"cpu": 0, "reference": 0, "dense": 8}
+    assert values(reports.collect())["gblm_linears"] == counts(dense=8)
 
 
 def test_facts_are_those_of_inspect(pack_tiny: Callable[..., Path]) -> None:
@@ -123,7 +126,9 @@ def test_several_api_servers_show_the_complete_numbers(
     lines = [line for line in done.stdout.splitlines() if line.startswith("gblm_")]
     assert sorted(lines) == [
         'gblm_linears{backend="cpu",model_name="m"} 8.0',
+        'gblm_linears{backend="delta",model_name="m"} 0.0',
         'gblm_linears{backend="dense",model_name="m"} 0.0',
+        'gblm_linears{backend="mma_sp",model_name="m"} 0.0',
         'gblm_linears{backend="reference",model_name="m"} 0.0',
         'gblm_workers{model_name="m"} 2.0',
     ]

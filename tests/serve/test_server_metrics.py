@@ -22,6 +22,7 @@ from vllm_server import served
 import gblm
 from gblm.bench.server import free_port
 from gblm.checkpoint.inspect import inspect
+from gblm.kernels import BACKENDS
 
 pytestmark = pytest.mark.vllm
 PROMETHEUS = shutil.which("prometheus")
@@ -58,7 +59,7 @@ def test_metrics_say_what_is_served(
     (group,) = inspect(folder)["groups"]
     how = ("tiny", "linears", group["format"], group["pattern"], group["dtype"])
     manifest = hashlib.sha256((folder / "MANIFEST.json").read_bytes()).hexdigest()
-    running = {backend: 0 for backend in ("cpu", "reference", "dense")} | {best_backend: 8}
+    running = dict.fromkeys(BACKENDS, 0) | {best_backend: 8}
     assert f"8 linears run on backend {best_backend} " in server[2].read_text()
     assert ours(scraped(server[0])) == {
         "gblm_linears": {("tiny", backend): count for backend, count in running.items()},

@@ -18,6 +18,8 @@ class Backend(ABC):
     name: ClassVar[str]
     packed: ClassVar[bool]
     """Whether the weight stays packed in memory."""
+    needs: ClassVar[str] = "cpu"
+    """Type of the devices that it runs on; "cpu" ones that refuse no device run on any."""
     own_op: ClassVar[bool] = False
     """Whether `linear` calls one PyTorch op and nothing else, so that tracing needs no other."""
 

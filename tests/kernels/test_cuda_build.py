@@ -1,0 +1,82 @@
+"""NVRTC compiles every kernel for every GPU, within budgets; cubins are kept on disk."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from cuda_code import ARCHS, VARIANTS, Limits, disassembler, examine
+
+from gblm.errors import MachineError
+from gblm.kernels.cuda import nvrtc
+from gblm.kernels.cuda.source import Variant
+
+pytestmark = [
+    pytest.mark.skipif(nvrtc.refusal() is not None, reason=str(nvrtc.refusal())),
+    pytest.mark.skipif(disassembler() is None, reason="no nvdisasm: pip install triton"),
+]
+SMALL = Variant("delta", (("BF16", 1), ("TOKENS", 1)))
+
+
+@pytest.mark.parametrize("arch", ARCHS, ids=str)
+@pytest.mark.parametrize(
+    ("variant", "limits"), VARIANTS.items(), ids=lambda v: getattr(v, "label", "")
+)
+def test_machine_code_stays_within_its_budget(
+    variant: Variant, limits: Limits, arch: tuple[int, int]
+) -> None:
+    image = nvrtc.compile_text(variant.text(), variant.options, arch, variant.label)
+    found = examine(image)[variant.file]
+    assert found.spilled_bytes == 0
+    assert found.registers <= limits.registers, found
+    assert found.instructions(variant) <= limits.instructions, found
+    if variant.file == "mma_sp":
+        assert found.sparse_products >= 2 * dict(variant.defines)["TOKENS"]
+
+
+def test_a_cubin_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = nvrtc.cubin(SMALL, (9, 0), tmp_path)
+    (file,) = tmp_path.iterdir()
+    monkeypatch.delattr(nvrtc, "compile_text")
+    assert nvrtc.cubin(SMALL, (9, 0), tmp_path) == first == file.read_bytes()
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a cubin"])
+def test_a_damaged_cubin_is_compiled_again(tmp_path: Path, damage: bytes) -> None:
+    first = nvrtc.cubin(SMALL, (9, 0), tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(damage)
+    assert nvrtc.cubin(SMALL, (9, 0), tmp_path) == first == file.read_bytes()
+
+
+def test_another_gpu_and_another_variant_are_other_files(tmp_path: Path) -> None:
+    nvrtc.cubin(SMALL, (9, 0), tmp_path)
+    nvrtc.cubin(SMALL, (8, 0), tmp_path)
+    nvrtc.cubin(Variant("delta", (("BF16", 0), ("TOKENS", 1))), (9, 0), tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_cache_forgets_what_was_longest_unused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, used = tmp_path / "old.cubin", tmp_path / "used.cubin"
+    for age, file in ((200, old), (100, used)):
+        file.write_bytes(b"\x7fELF" + bytes(30_000))
+        os.utime(file, (time.time() - age,) * 2)
+    monkeypatch.setattr(nvrtc, "CACHE_BYTES", 60_000)
+    nvrtc.cubin(SMALL, (9, 0), tmp_path)
+    assert not old.exists()
+    assert used.exists()
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert nvrtc.cubin(SMALL, (9, 0), blocked / "below").startswith(b"\x7fELF")
+
+
+def test_a_source_that_is_wrong_is_refused_with_its_log() -> None:
+    with pytest.raises(MachineError, match=r"NVRTC refuses broken for sm_90: .*error"):
+        nvrtc.compile_text("nonsense", [], (9, 0), "broken")

@@ -1,0 +1,164 @@
+"""NVRTC: CUDA source → machine code of one architecture, kept on disk.
+
+The library comes with CUDA builds of PyTorch, or with the package nvidia-cuda-nvrtc; no header
+and no compiler is needed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import os
+import tempfile
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from gblm.errors import MachineError
+from gblm.kernels.cuda.source import Variant
+
+# mma.sp::ordered_metadata is PTX 8.5.
+OLDEST = (12, 5)
+# A cubin takes 10 to 40 KB.
+CACHE_BYTES = 64 << 20
+CACHE_VARIABLE = "GBLM_CACHE"
+
+
+def refusal() -> str | None:
+    """Why nothing can be compiled, for people; None when it can."""
+    try:
+        found = version()
+    except MachineError as error:
+        return str(error).rstrip(".")
+    if found < OLDEST:
+        return f"NVRTC {found[0]}.{found[1]} is too old: {OLDEST[0]}.{OLDEST[1]} is needed"
+    return None
+
+
+def version() -> tuple[int, int]:
+    """Of the NVRTC that is used.
+
+    Raises:
+        MachineError: there is none.
+    """
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _library().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return major.value, minor.value
+
+
+def cubin(variant: Variant, arch: tuple[int, int], folder: Path | None = None) -> bytes:
+    """The machine code of a variant, from the cache or compiled.
+
+    Args:
+        variant: what to compile.
+        arch: compute capability, such as (9, 0).
+        folder: of the cache; gblm's own if None.
+
+    Raises:
+        MachineError: there is no NVRTC, or it refuses the source.
+    """
+    folder = cache_folder() if folder is None else folder
+    text = variant.text()
+    facts = (text, *variant.options, f"{arch}", f"{version()}")
+    path = folder / f"{hashlib.sha256(chr(0).join(facts).encode()).hexdigest()[:40]}.cubin"
+    try:
+        found = path.read_bytes()
+        path.touch()
+    except OSError:
+        found = b""
+    if found.startswith(b"\x7fELF"):
+        return found
+    made = compile_text(text, variant.options, arch, variant.label)
+    _keep(path, made)
+    return made
+
+
+def compile_text(text: str, options: list[str], arch: tuple[int, int], label: str) -> bytes:
+    """Source → cubin.
+
+    Args:
+        text: CUDA C++ without includes.
+        options: of the command line.
+        arch: compute capability.
+        label: for messages.
+
+    Raises:
+        MachineError: NVRTC refuses; the message has the first line of its log.
+    """
+    library, program = _library(), ctypes.c_void_p()
+    flags = [f"--gpu-architecture=sm_{arch[0]}{arch[1]}", "--std=c++17", *options]
+    values = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
+    library.nvrtcCreateProgram(
+        ctypes.byref(program), text.encode(), f"{label}.cu".encode(), 0, None, None
+    )
+    try:
+        if library.nvrtcCompileProgram(program, len(flags), values):
+            log = _text(program, "nvrtcGetProgramLog").decode().strip()
+            raise MachineError(f"NVRTC refuses {label} for sm_{arch[0]}{arch[1]}: {log[:500]}")
+        return _text(program, "nvrtcGetCUBIN")
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def cache_folder() -> Path:
+    """$GBLM_CACHE, else gblm's folder in the user's cache; compiled kernels have their own."""
+    base = os.environ.get(CACHE_VARIABLE)
+    if base:
+        return Path(base) / "cubins"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gblm" / "cubins"
+
+
+def _keep(path: Path, made: bytes) -> None:
+    """Write at once or not at all; a cache that cannot be written is no error."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+            file.write(made)
+        Path(file.name).replace(path)
+        _trim(path.parent)
+    except OSError:
+        return
+
+
+def _trim(folder: Path) -> None:
+    """Forget what was longest unused, until the cache is as small as it must be."""
+    found = [(file.stat(), file) for file in folder.glob("*.cubin")]
+    total = sum(facts.st_size for facts, _ in found)
+    for facts, file in sorted(found, key=lambda pair: pair[0].st_mtime):
+        if total <= CACHE_BYTES:
+            return
+        file.unlink(missing_ok=True)
+        total -= facts.st_size
+
+
+def _text(program: ctypes.c_void_p, what: str) -> bytes:
+    library, size = _library(), ctypes.c_size_t()
+    getattr(library, f"{what}Size")(program, ctypes.byref(size))
+    buffer = ctypes.create_string_buffer(max(size.value, 1))
+    getattr(library, what)(program, buffer)
+    return buffer.raw[: size.value]
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    for path in _candidates():
+        try:
+            library = ctypes.CDLL(path)
+        except OSError:
+            continue
+        library.nvrtcCreateProgram.argtypes = [
+            ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int,
+            ctypes.c_void_p, ctypes.c_void_p,
+        ]  # fmt: skip
+        return library
+    raise MachineError("NVRTC was not found: pip install nvidia-cuda-nvrtc.")
+
+
+def _candidates() -> Iterator[str]:
+    """Where NVRTC may be: the wheels' folders first, then what the system finds."""
+    spec = importlib.util.find_spec("nvidia")
+    for root in (spec.submodule_search_locations or []) if spec else []:
+        for pattern in ("cu*/lib/libnvrtc.so.*", "cuda_nvrtc/lib/libnvrtc.so.*"):
+            yield from map(str, sorted(Path(root).glob(pattern), reverse=True))
+    yield from ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")

@@ -1,0 +1,123 @@
+"""mma_sp: 2:4 weights that the sparse tensor core of NVIDIA GPUs reads compressed.
+
+Up to 64 tokens meet the weight as it lies in memory (cuda/mma_sp.cu). For more, arithmetic is the
+limit: the weight is expanded into memory that all linears share, and PyTorch multiplies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gblm.formats import Format, Parts, Shape
+from gblm.kernels.base import Backend
+from gblm.kernels.cuda import device as cuda
+from gblm.kernels.cuda.device import THREADS, Device
+from gblm.kernels.cuda.source import Variant
+from gblm.kernels.cuda.tiles import ROWS, STEP, pack_tiles, padded, scale_group
+
+MAX_TOKENS = 64
+# Above, activations are rearranged first: the loads of more fragments would fill the L1 cache.
+MAX_DIRECT = 16
+WARPS = THREADS // 32
+VALUES = {"float": 16, "int8": 8, "int4": 4, "uint4": 14}
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def device_of(x: Tensor) -> Device:
+    """The CUDA device that holds a tensor."""
+    return cuda.device(x.device.index or 0)
+
+
+class SparseTensorCore(Backend):
+    """Tiles in memory; bfloat16 or float16 activations on compute capability 8.0 to 12.1."""
+
+    name = "mma_sp"
+    packed = True
+    needs = "cuda"
+
+    def __init__(self, device_of: Callable[[Tensor], Device] = device_of) -> None:
+        """`device_of` finds where activations lie; tests give it an emulated device."""
+        self._device_of = device_of
+
+    def refuses(
+        self, fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device
+    ) -> str | None:
+        """Other devices, patterns and activations."""
+        return cuda.refusal(device) or self.refuses_weight(fmt, dtype)
+
+    def refuses_weight(self, fmt: Format, dtype: torch.dtype) -> str | None:
+        """What does not depend on the device."""
+        if str(fmt.pattern) != "2:4":
+            return f"the pattern must be 2:4, not {fmt.pattern}"
+        if dtype not in DTYPES:
+            name = str(dtype).removeprefix("torch.")
+            return f"activations must be bfloat16 or float16, not {name}"
+        return None
+
+    def prepare(
+        self, fmt: Format, parts: Parts, shape: Shape, dtype: torch.dtype = torch.bfloat16
+    ) -> list[Tensor]:
+        """Values, metadata and scales: see `pack_tiles`."""
+        return pack_tiles(fmt, parts, shape)
+
+    def linear(self, x: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape) -> Tensor:
+        """See cuda/mma_sp.cu; no host synchronisation, on the current stream."""
+        tokens = aligned(x.reshape(-1, shape[1]))
+        if len(tokens) > MAX_TOKENS:
+            out = functional.linear(tokens, self.expand(x, prepared, fmt, shape))
+        else:
+            out = x.new_empty((len(tokens), shape[0]))
+            if out.numel():
+                self._multiply(tokens, out, prepared, fmt, shape)
+        return out.reshape(*x.shape[:-1], shape[0])
+
+    def expand(self, x: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape) -> Tensor:
+        """The dense weight [out, in] where and as x is; the allocator reuses its memory."""
+        rows, columns = padded(fmt, shape)
+        dense = x.new_empty(shape)
+        grid = -(-(rows // ROWS) * (columns // STEP) // WARPS)
+        arguments: list[Tensor | int] = [*prepared, dense, *shape]
+        self._device_of(x).launch(variant(fmt, shape, x.dtype, 1), "expand", grid, arguments)
+        return dense
+
+    def _multiply(
+        self, x: Tensor, out: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape
+    ) -> None:
+        device, tokens = self._device_of(x), len(x)
+        compiled = variant(fmt, shape, x.dtype, tokens)
+        rows, columns = padded(fmt, shape)
+        if tokens > MAX_DIRECT:
+            pieces = columns // STEP * 2 * token_blocks(tokens)
+            fragments = x.new_empty(pieces * 32 * 8)
+            grid = -(-pieces * 32 // THREADS)
+            device.launch(compiled, "repack", grid, [x, fragments, tokens, shape[1]])
+            x = fragments
+        device.launch(compiled, "mma_sp", rows // ROWS, [*prepared, x, out, tokens, *shape])
+
+
+def token_blocks(tokens: int) -> int:
+    """Blocks of eight tokens, of the sizes that are compiled: 1, 2, 4, 8."""
+    return 1 << (max(-(-tokens // 8), 1) - 1).bit_length()
+
+
+def variant(fmt: Format, shape: Shape, dtype: torch.dtype, tokens: int) -> Variant:
+    """What is compiled for a weight [out, in] and so many tokens."""
+    defines = {
+        "BF16": int(dtype == torch.bfloat16),
+        "TOKENS": token_blocks(tokens),
+        "VALUES": VALUES[fmt.values.kind],
+        "GROUP": scale_group(fmt, shape),
+        "TAIL": int(padded(fmt, shape)[1] != shape[1]),
+        "REPACKED": int(tokens > MAX_DIRECT),
+    }
+    return Variant("mma_sp", tuple(defines.items()))
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Contiguous, and at an address that vector loads may take."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
