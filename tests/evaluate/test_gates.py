@@ -31,7 +31,7 @@ ONNX = {
         ("ppl", "write VALUE <= NUMBER"),
         ("ppl <= 1.1x and top1 >= 0.9", "write VALUE <= NUMBER"),
         ("ppl <= nan", "write VALUE <= NUMBER"),
-        ("__import__('os') <= 1", "write VALUE <= NUMBER"),
+        ("__import__('os') <= 1", "__import__ is unknown; choose from ppl"),
         ("bleu >= 1", "bleu is unknown; choose from ppl"),
         ("ppl >= 1.1x", "ppl takes <=, not >="),
         ("top1 <= 0.9", "top1 takes >=, not <="),
