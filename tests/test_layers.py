@@ -57,7 +57,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "calibrate", "checkpoint", "choices", "errors", "folder", "formats", "layers", "methods",
         "model", "patterns", "recipe", "steps", "structure", "values", "weights",
     },
-    "evaluate": {"data", "folder", "model", "packed", "progress"},
+    "evaluate": {
+        "checkpoint", "data", "errors", "export", "folder", "model", "packed", "progress", "serve",
+    },
     "budget": {
         "bench", "calibrate", "checkpoint", "choices", "data", "errors", "evaluate", "folder",
         "formats", "kernels", "layers", "methods", "model", "patterns", "plan", "progress",
@@ -91,6 +93,7 @@ ONLY_IN = {
     "onnxruntime": ("gblm.export.onnx_model",),
     "triton": ("gblm.kernels.triton",),
     "datasets": ("gblm.data",),
+    "lm_eval": ("gblm.evaluate.harness",),
     "pyarrow": ("gblm.data",),
     "matplotlib": ("gblm.budget.figure",),
     "click": ("gblm.cli", "gblm.commands"),
@@ -159,11 +162,14 @@ def test_help_loads_no_torch() -> None:
     subprocess.run([sys.executable, "-c", check], capture_output=True, check=True)
 
 
-@pytest.mark.parametrize("package", ["vllm", "onnx", "onnxruntime", "triton", "matplotlib"])
+@pytest.mark.parametrize(
+    "package", ["vllm", "onnx", "onnxruntime", "triton", "matplotlib", "lm_eval"]
+)
 def test_core_imports_without_optional_packages(package: str) -> None:
     check = (
         f"import sys; sys.modules[{package!r}] = None\n"
         "import gblm.prune, gblm.packed, gblm.evaluate.perplexity, gblm.export.pack, gblm.doctor\n"
-        "import gblm.serve.launch, gblm.bench.serving, gblm.bench.kernels, gblm.budget.search"
+        "import gblm.serve.launch, gblm.bench.serving, gblm.bench.kernels, gblm.budget.search\n"
+        "import gblm.evaluate.run, gblm.evaluate.gates, gblm.evaluate.side_by_side"
     )
     subprocess.run([sys.executable, "-c", check], capture_output=True, check=True)

@@ -97,21 +97,34 @@ def _hopeless(encoded: dict[int, list[int]], num_documents: int, draws: int, seq
 
 
 def evaluation_windows(
-    documents: list[str], tokenizer: Any, seq_len: int, max_windows: int | None = None
+    documents: list[str],
+    tokenizer: Any,
+    seq_len: int,
+    max_windows: int | None = None,
+    stride: int | None = None,
 ) -> Tensor:
-    """Cut the text, joined by blank lines, into non-overlapping windows; the tail is dropped.
+    """Cut the text, joined by blank lines, into windows; the tail is dropped.
+
+    Args:
+        documents: the text.
+        tokenizer: of the model.
+        seq_len: tokens per window.
+        max_windows: the first so many; all if None.
+        stride: tokens from one window's start to the next; `seq_len`, no overlap, if None.
 
     Returns:
         [num_windows, seq_len] int64.
     """
     ids = encode(tokenizer, "\n\n".join(documents))
-    count = len(ids) // seq_len
+    stride = stride or seq_len
+    count = (len(ids) - seq_len) // stride + 1 if len(ids) >= seq_len else 0
     if count == 0:
         raise InputError(
             f"evaluation text has {len(ids)} tokens, fewer than one window of {seq_len}."
         )
     count = min(count, max_windows or count)
-    return torch.tensor(ids[: count * seq_len], dtype=torch.int64).reshape(count, seq_len)
+    windows = torch.tensor(ids, dtype=torch.int64).unfold(0, seq_len, stride)
+    return windows[:count].clone()
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

@@ -18,22 +18,27 @@ from gblm.commands.common import (
     save_record,
     table,
 )
+from gblm.commands.eval_options import ENGINES, protocols, task_options, tasks_of, text_options
+from gblm.errors import UsageError
+
+TASK_KEYS = ("tasks", "path", "limit", "seed")
 
 
 @click.command("eval", cls=Command)
 @click.argument("model")
-@click.option("--baseline", help="Dense model to compare with.")
+@click.option("--baseline", help="Dense model to compare with. Default: what MODEL says it is of.")
+@click.option("--no-baseline", "without_baseline", is_flag=True, help="Measure MODEL alone.")
 @click.option(
-    "--text",
-    "source",
-    default="pydoc",
-    show_default=True,
-    help="A .txt, .jsonl or .parquet file, or pydoc, wikitext2, c4 (held-out part).",
+    "--engine", type=click.Choice(ENGINES), help="What computes. Default: what MODEL is made for."
 )
+@text_options
+@task_options
+@click.option("--gate", "gates", multiple=True, help="A bound, such as 'ppl <= 1.10x'; repeatable.")
 @click.option(
-    "--seq-len", type=click.IntRange(2), default=2048, show_default=True, help="Tokens per window."
+    "--record",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Record of `gblm bench` for gates on speed.",
 )
-@click.option("--max-windows", type=click.IntRange(1), help="Use the first so many windows.")
 @dtype_option
 @device_option
 @backend_option
@@ -42,26 +47,86 @@ from gblm.commands.common import (
 def command(
     ctx: click.Context,
     /,
-    model: str,
-    baseline: str | None,
-    device: str,
-    backend: str | None,
+    gates: tuple[str, ...],
+    record: Path | None,
     output: Path | None,
-    **protocol: Any,
+    **given: Any,
 ) -> None:
-    """Measure the perplexity of MODEL, packed or dense, and print the whole protocol with it."""
+    """Measure MODEL's quality on texts and tasks, its dense baseline and the protocol beside it.
+
+    MODEL is a dense, packed or exported folder. Exit status 5: a gate failed.
+    """
+    from gblm.evaluate.gates import check_gates, judge, parse_gate
+    from gblm.folder import read_json_object
+
+    parsed = [parse_gate(gate) for gate in gates]
+    wanted = {key: given.pop(key) for key in TASK_KEYS}
+    bench = read_json_object(record) if record else None
     with progress_bars(ctx) as progress:
-        from gblm.evaluate.perplexity import Protocol, evaluate
+        from gblm.evaluate.run import Evaluation, run_evaluation
 
-        result = evaluate(model, Protocol(**protocol), baseline, device, backend, progress)
+        tasks = tasks_of(**wanted)
+        asked = Evaluation(
+            protocols=protocols(tasks=tasks is not None, **_texts(given)), tasks=tasks, **given
+        )
+        names = [Path(one.source).name for one in asked.protocols]
+        check_gates(parsed, names, tasks.names if tasks else (), record is not None)
+        if asked.without_baseline and any(gate.needs_baseline for gate in parsed):
+            raise UsageError("--no-baseline: a gate needs the dense model to compare with.")
+        result = run_evaluation(asked, progress)
+    verdicts = judge(parsed, result, bench)
+    result["gates"] = [one.to_dict() for one in verdicts]
+    save_record(output, result)
+    emit(ctx, result, lambda: _show(result))
+    failed = [row["gate"] for row in result["gates"] if not row["passed"]]
+    if failed:
+        click.echo(f"gblm: gate failed: {'; '.join(failed)}", err=True)
+        ctx.exit(5)
 
-    def text() -> None:
-        rows = [[model, f"{result['perplexity']:.2f}"]]
-        if baseline:
-            rows.append([baseline, f"{result['perplexity_baseline']:.2f}"])
-            rows.append(["ratio", f"{result['ratio']:.3f}"])
-        table(["model", "perplexity"], rows)
-        click.echo(f"protocol: {result['protocol']}")
 
-    emit(ctx, result, text)
-    save_record(output, {"kind": "perplexity", **result})
+def _texts(given: dict[str, Any]) -> dict[str, Any]:
+    keys = ("sources", "name", "seq_len", "stride", "max_windows", "dtype")
+    return {key: given.pop(key) for key in keys}
+
+
+def _show(result: dict[str, Any]) -> None:
+    """A block per text, then tasks, then gates; the protocol under every figure."""
+    for row in result["texts"]:
+        rows = [[result["model"], f"{row['perplexity']:.2f}"]]
+        if result["baseline"]:
+            rows.append([result["baseline"], f"{row['perplexity_baseline']:.2f}"])
+            rows.append(["ratio", f"{row['ratio']:.3f}"])
+        table([row["text"], "perplexity"], rows)
+        if drift := row.get("drift"):
+            kl = "" if drift["kl_mean"] is None else f", KL {drift['kl_mean']:.4f} nats"
+            click.echo(
+                f"drift of log-probs: mean {drift['mean']:.4f}, p99 {drift['p99']:.4f}, max "
+                f"{drift['max']:.4f} nats{kl}; same top-1 {drift['top1']:.1%}"
+            )
+        click.echo(f"protocol: {row['protocol']}")
+        if row.get("protocol_baseline", row["protocol"]) != row["protocol"]:
+            click.echo(f"protocol of the baseline: {row['protocol_baseline']}")
+    if tasks := result["tasks"]:
+        cells = [
+            [task, metric, _share(row["value"], row["stderr"]),
+             _share(row.get("baseline"), row.get("baseline_stderr"))]
+            for task, metrics in tasks["results"].items()
+            for metric, row in metrics.items()
+        ]  # fmt: skip
+        table(["task", "metric", "model", "baseline"], cells)
+        click.echo(f"protocol: {tasks['protocol']}")
+    note = result["baseline_note"]
+    click.echo(f"baseline: {result['baseline'] or 'none'} ({note})")
+    if result["gates"]:
+        table(["gate", "decided by", "value", ""], [_verdict(row) for row in result["gates"]])
+
+
+def _share(value: float | None, error: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def _verdict(row: dict[str, Any]) -> list[str]:
+    value = "nan" if row["value"] is None else f"{row['value']:.4f}{row['unit']}"
+    return [row["gate"], row["of"], value, "pass" if row["passed"] else "FAIL"]

@@ -21,6 +21,10 @@ from gblm.folder import resolve
 from gblm.model import load_tokenizer
 from gblm.progress import Progress, no_progress
 
+# The papers' windows; `own` takes what is asked for.
+SEQ_LENS = {"gblm": 2048, "wanda": 4096}
+TORCH = {"hf": "torch", "packed": "torch"}
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -31,20 +35,49 @@ class Protocol:
         seq_len: tokens per window.
         max_windows: the first so many windows; all if None.
         dtype: of weights and activations; "auto" is the checkpoint's.
+        stride: tokens between the starts of two windows, of which only the last so many of a later
+            window count; `seq_len`, no overlap, if None.
+        name: "gblm", "wanda" or "own".
     """
 
     source: str = "pydoc"
     seq_len: int = 2048
     max_windows: int | None = None
     dtype: str = "auto"
+    stride: int | None = None
+    name: str = "own"
 
-    def line(self, num_windows: int, dtype: torch.dtype) -> str:
-        """The whole protocol in one line, to stand beside every figure."""
-        name = Path(self.source).name
+    def line(self, num_windows: int, dtype: torch.dtype | str, engine: str = "") -> str:
+        """The whole protocol in one line, to stand beside every figure.
+
+        Args:
+            num_windows: that were measured.
+            dtype: of the computation.
+            engine: what computed it; hf and packed are both torch.
+        """
+        stride = self.stride or self.seq_len
+        overlap = "no overlap" if stride == self.seq_len else f"stride {stride}"
+        where = f", {TORCH.get(engine, engine)}" if engine else ""
         return (
-            f"{name}, held-out text as one stream, {num_windows} windows × {self.seq_len} tokens, "
-            f"no overlap, no special tokens, {str(dtype).removeprefix('torch.')}"
+            f"{self.text(num_windows)}, {overlap}, no special tokens, "
+            f"{str(dtype).removeprefix('torch.')}{where}"
         )
+
+    def text(self, num_windows: int) -> str:
+        """Which text is measured, and in how large pieces."""
+        name = "" if self.name == "own" else f"protocol {self.name}: "
+        part = "test split" if self.source == "wikitext2" else "held-out text"
+        return (
+            f"{name}{Path(self.source).name}, {part} as one stream, "
+            f"{num_windows} windows × {self.seq_len} tokens"
+        )
+
+    def windows(self, tokenizer: Any) -> Tensor:
+        """The text as token ids [num_windows, seq_len] int64."""
+        return data.evaluation_windows(
+            data.read_documents(self.source, "held-out"),
+            tokenizer, self.seq_len, self.max_windows, self.stride,
+        )  # fmt: skip
 
 
 @torch.no_grad()
@@ -92,12 +125,7 @@ def evaluate(
         "protocol", "perplexity", and with a baseline "perplexity_baseline" and "ratio".
     """
     folder = resolve(model)
-    windows = data.evaluation_windows(
-        data.read_documents(protocol.source, "held-out"),
-        load_tokenizer(folder),
-        protocol.seq_len,
-        protocol.max_windows,
-    )
+    windows = protocol.windows(load_tokenizer(folder))
     dtype = None if protocol.dtype == "auto" else getattr(torch, protocol.dtype)
 
     def measure(path: Path, label: str, chosen: str | None) -> tuple[float, torch.dtype]:

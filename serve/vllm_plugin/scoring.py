@@ -1,0 +1,72 @@
+"""vLLM's offline engine as a scorer of prompts."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gblm.errors import InputError, MachineError
+from gblm.serve.versions import check_version
+
+# For the cache of the one prompt that is scored at a time, unless the user asks for more.
+CACHE_GIB = "1"
+
+
+class PromptScorer:
+    """One engine without a process of its own.
+
+    Attributes:
+        dtype: of the computation, by name.
+    """
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        """Start the engine.
+
+        Raises:
+            MachineError: vLLM is missing, or was never run with packed weights.
+            InputError: vLLM cannot load the folder.
+        """
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CACHE_GIB)
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise MachineError(
+                f"--engine vllm needs vLLM ({error}): pip install 'gblm-toolkit[cpu]', or [cuda]."
+            ) from error
+        check_version()
+        try:
+            # Cached prefixes give no log-probs, so each prompt is computed anew.
+            self._llm: Any = LLM(
+                str(folder), dtype=dtype, enforce_eager=True, enable_prefix_caching=False,
+                distributed_executor_backend="uni",
+            )  # fmt: skip
+        except Exception as error:
+            raise InputError(f"{folder} could not be loaded by vLLM: {error}") from error
+        found = self._llm.llm_engine.model_config.dtype
+        self.dtype = str(found).removeprefix("torch.")
+
+    def score(self, tokens: Sequence[int]) -> tuple[list[float], list[int]]:
+        """Log-probs of a prompt's tokens but the first, and the likeliest token at each place."""
+        from vllm import SamplingParams
+
+        options = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1)
+        (found,) = self._llm.generate([{"prompt_token_ids": list(tokens)}], options, use_tqdm=False)
+        own, best = [], []
+        for token, step in zip(tokens[1:], found.prompt_logprobs[1:], strict=True):
+            own.append(step[token].logprob)
+            best.append(next(number for number, one in step.items() if one.rank == 1))
+        return own, best
+
+    def close(self) -> None:
+        """End the engine and give back its memory."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        gc.collect()
+        cleanup_dist_env_and_memory()

@@ -1,0 +1,179 @@
+"""One interface for all engines: they say the same of the same tokens."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from vllm_run import environment
+
+from gblm import data
+from gblm.errors import InputError, UsageError
+from gblm.evaluate.drift import Drift
+from gblm.evaluate.measure import known_baseline, measure
+from gblm.evaluate.perplexity import Protocol, perplexity
+from gblm.evaluate.subjects import Scores, TorchSubject, open_subject
+from gblm.model import load_tokenizer
+
+Pack = Callable[..., Path]
+# float32 on both sides; only the order of sums differs.
+TOLERANCE = 2e-4
+
+
+@pytest.fixture(scope="module")
+def windows() -> torch.Tensor:
+    return torch.randint(256, (3, 40), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def exported(pack_tiny: Pack, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    from gblm.export.onnx_model.export import Wanted, export_onnx
+
+    folder = tmp_path_factory.mktemp("onnx") / "out"
+    export_onnx(pack_tiny(), folder, Wanted(sparse=True, validate=0))
+    return folder
+
+
+def test_hf_scores_are_those_of_plain_log_softmax(tiny: Path, windows: torch.Tensor) -> None:
+    subject = open_subject(tiny, dtype="float32")
+    assert isinstance(subject, TorchSubject)
+    with torch.no_grad():
+        logits = subject.model(input_ids=windows).logits.double()
+    want = torch.stack([
+        torch.stack([row[t].log_softmax(-1)[w[t + 1]] for t in range(39)])
+        for row, w in zip(logits, windows, strict=True)
+    ])  # fmt: skip
+    torch.testing.assert_close(subject.logprobs(windows).double(), want, atol=TOLERANCE, rtol=0)
+
+
+def test_packed_and_onnx_agree(
+    pack_tiny: Pack, exported: Path, tiny: Path, windows: torch.Tensor
+) -> None:
+    packed = open_subject(pack_tiny(), dtype="float32", backend="reference")
+    onnx = open_subject(exported)
+    assert (packed.engine, onnx.engine, onnx.dtype) == ("packed", "onnx", "float32")
+    torch.testing.assert_close(
+        onnx.logprobs(windows), packed.logprobs(windows), atol=TOLERANCE, rtol=0
+    )
+    dense = open_subject(tiny, dtype="float32")
+    assert (dense.logprobs(windows) - packed.logprobs(windows)).abs().max() > 0.1
+
+
+@pytest.mark.vllm
+def test_vllm_agrees(pack_tiny: Pack, windows: torch.Tensor) -> None:
+    """In a process of its own, for vLLM sets up its process."""
+    code = (
+        "import json, sys, torch\nfrom pathlib import Path\n"
+        "from gblm.evaluate.subjects import open_subject\n"
+        "folder, tokens = sys.argv[1], torch.tensor(json.loads(sys.argv[2]))\n"
+        "subject = open_subject(Path(folder), 'vllm', 'float32')\n"
+        "rows = [subject.score(window) for window in tokens]\n"
+        "print('SCORES', json.dumps([[r.logprobs.tolist(), r.top1.tolist()] for r in rows]))\n"
+        "subject.close()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(pack_tiny()), json.dumps(windows.tolist())],
+        capture_output=True, text=True, env=environment(), timeout=300, check=False,
+    )  # fmt: skip
+    lines = [line for line in done.stdout.splitlines() if line.startswith("SCORES ")]
+    assert lines, done.stdout + done.stderr
+    packed = open_subject(pack_tiny(), dtype="float32")
+    for window, (own, best) in zip(windows, json.loads(lines[0][7:]), strict=True):
+        want = packed.score(window)
+        torch.testing.assert_close(torch.tensor(own), want.logprobs, atol=1e-3, rtol=0)
+        assert torch.equal(torch.tensor(best), want.top1)
+
+
+def test_engines_refuse_what_they_cannot_run(tiny: Path, exported: Path) -> None:
+    with pytest.raises(UsageError, match="it runs packed"):
+        open_subject(tiny, "packed")
+    with pytest.raises(UsageError, match="it runs hf and packed"):
+        open_subject(exported, "vllm")
+    with pytest.raises(UsageError, match="computes in float32"):
+        open_subject(exported, dtype="bfloat16")
+    with pytest.raises(UsageError, match="do not go with --engine onnx"):
+        open_subject(exported, backend="dense")
+
+
+def test_a_model_has_no_drift_from_itself_and_some_from_another(
+    tiny: Path, pack_tiny: Pack, text_file: Path
+) -> None:
+    protocol = Protocol(str(text_file), 32, 2, "float32")
+    dense, packed = (open_subject(folder, dtype="float32") for folder in (tiny, pack_tiny()))
+    tokenizer = load_tokenizer(tiny)
+    (same,) = measure(dense, dense, [protocol], tokenizer)
+    assert same["ratio"] == 1.0
+    assert same["drift"]["max"] == 0.0
+    assert same["drift"]["top1"] == 1.0
+    (other,) = measure(packed, dense, [protocol], tokenizer)
+    assert other["drift"]["kl_mean"] > 0.01
+    assert other["drift"]["top1"] < 1.0
+    ratio = other["perplexity"] / other["perplexity_baseline"]
+    assert other["ratio"] == pytest.approx(ratio, rel=1e-6)
+    assert isinstance(dense, TorchSubject)
+    want = perplexity(dense.model, protocol.windows(tokenizer))
+    assert other["perplexity_baseline"] == pytest.approx(want, rel=1e-5)
+
+
+def test_drift_is_that_of_a_loop() -> None:
+    generator = torch.Generator().manual_seed(1)
+    window = torch.randint(7, (12,), generator=generator)
+    ours, theirs = torch.randn(2, 12, 7, generator=generator)
+    drift = Drift()
+    drift.add(Scores.of(ours, window), Scores.of(theirs, window), slice(0, None))
+    q, p = ours.double().softmax(-1).tolist(), theirs.double().softmax(-1).tolist()
+    changes, kls, same = [], [], 0
+    for t in range(11):
+        token = int(window[t + 1])
+        changes.append(abs(math.log(q[t][token] / p[t][token])))
+        kls.append(sum(a * math.log(a / b) for a, b in zip(p[t], q[t], strict=True)))
+        same += q[t].index(max(q[t])) == p[t].index(max(p[t]))
+    found = drift.summary()
+    assert found["mean"] == pytest.approx(sum(changes) / 11, rel=1e-5)
+    assert found["max"] == found["p99"] == pytest.approx(max(changes), rel=1e-5)
+    assert found["kl_mean"] == pytest.approx(sum(kls) / 11, rel=1e-4)
+    assert found["top1"] == pytest.approx(same / 11)
+
+
+def test_drift_refuses_another_vocabulary() -> None:
+    window = torch.tensor([0, 1, 2])
+    ours, theirs = (Scores.of(torch.zeros(3, size), window) for size in (5, 6))
+    with pytest.raises(InputError, match="5 tokens"):
+        Drift().add(ours, theirs, slice(0, None))
+
+
+def test_stride_counts_every_token_once(tiny: Path, text_file: Path) -> None:
+    tokenizer = load_tokenizer(tiny)
+    subject = open_subject(tiny, dtype="float32")
+    protocol = Protocol(str(text_file), 32, 4, "float32", stride=8)
+    (row,) = measure(subject, None, [protocol], tokenizer)
+    assert row["tokens"] == 31 + 3 * 8
+    assert "stride 8" in row["protocol"]
+    ids = torch.tensor(data.encode(tokenizer, text_file.read_text())[:56])
+    losses = []
+    for end in range(1, 56):
+        # The first window, or the one that ends with the block of 8 that holds the token.
+        start = 0 if end < 32 else (end - 32) // 8 * 8 + 8
+        scores = subject.score(ids[start : start + 32])
+        losses.append(-float(scores.logprobs[end - start - 1]))
+    assert row["perplexity"] == pytest.approx(math.exp(sum(losses) / 55), rel=1e-5)
+
+
+def test_the_dense_model_is_found_from_what_was_made_of_it(
+    tiny: Path, pack_tiny: Pack, exported: Path, packed: Path
+) -> None:
+    assert known_baseline(pack_tiny()) == (tiny, "named by recipe.json")
+    assert known_baseline(exported)[0] == tiny
+    assert known_baseline(tiny)[0] is None
+    recipe = json.loads((packed / "recipe.json").read_text())
+    (packed / "recipe.json").write_text(json.dumps(recipe | {"model": "gone"}))
+    found, why = known_baseline(packed)
+    assert found is None
+    assert "gone, which is not here; give --baseline" in why

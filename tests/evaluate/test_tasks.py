@@ -1,0 +1,93 @@
+"""Tasks: a local one, offline, through lm-evaluation-harness, the same on every engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Outcome
+
+from gblm.evaluate.subjects import open_subject
+from gblm.evaluate.tasks import PAPERS, Tasks, run_tasks, task_names
+from gblm.model import load_tokenizer
+
+TASKS = Path(__file__).parent / "tasks"
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+
+@pytest.fixture
+def task_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    text = (TASKS / "tiny_choice.yaml").read_text()
+    place = str(TASKS / "tiny_choice.jsonl")
+    (folder / "tiny_choice.yaml").write_text(text.replace("DATA", place))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for key, value in OFFLINE.items():
+        monkeypatch.setenv(key, value)
+    return folder
+
+
+def test_names_of_the_papers() -> None:
+    assert task_names("papers") == PAPERS
+    assert len(PAPERS) == 7
+    assert task_names("tiny, boolq,papers") == ("tiny", "boolq", *(p for p in PAPERS[1:]))
+
+
+def test_every_engine_gives_the_same_scores(
+    task_path: Path, tiny: Path, pack_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    from gblm.evaluate.harness import SubjectLM
+    from gblm.export.onnx_model.export import Wanted, export_onnx
+
+    export_onnx(pack_tiny(), tmp_path / "onnx", Wanted(sparse=True, validate=0))
+    tasks = Tasks(("tiny_choice",), task_path)
+    tokenizer = load_tokenizer(tiny)
+    packed = open_subject(pack_tiny(), dtype="float32")
+    dense = open_subject(tiny, dtype="float32")
+    want = run_tasks(tasks, packed, dense, tokenizer, 512)["results"]["tiny_choice"]
+    got = run_tasks(tasks, open_subject(tmp_path / "onnx"), None, tokenizer, 512)
+    for metric in ("acc", "acc_norm"):
+        assert got["results"]["tiny_choice"][metric]["value"] == want[metric]["value"]
+        assert want[metric]["stderr"] > 0
+        assert "baseline" in want[metric]
+    ours = SubjectLM(packed, tokenizer, 512)
+    from lm_eval.models.huggingface import HFLM
+
+    theirs = HFLM(pretrained=packed.model, tokenizer=tokenizer, batch_size=1)
+    pair = ("The quick brown fox", " jumps over")
+    asked = [(pair, tokenizer(pair[0])["input_ids"], tokenizer(pair[1])["input_ids"])]
+    ((one, _),) = ours._loglikelihood_tokens(asked)
+    ((other, _),) = theirs._loglikelihood_tokens(asked, disable_tqdm=True)
+    assert one == pytest.approx(other, abs=1e-3)
+
+
+def test_the_command_keeps_stderr_and_protocol_in_the_record(
+    gblm: Callable[..., Outcome], task_path: Path, pack_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    done = gblm(
+        "eval", pack_tiny(), "--tasks", "tiny_choice", "--task-path", task_path, "--limit", 4,
+        "--gate", "acc(tiny_choice) >= -100pt", "--gate", "acc_norm(tiny_choice) >= 1.01",
+        "--output", "record.json", **OFFLINE,
+    )  # fmt: skip
+    assert done.code == 5, done
+    assert "gate failed: acc_norm(tiny_choice) >= 1.01" in done.err
+    record = json.loads((tmp_path / "record.json").read_text())
+    row = record["tasks"]["results"]["tiny_choice"]["acc"]
+    assert row["stderr"] > 0
+    assert row["baseline_stderr"] > 0
+    assert 4 * row["value"] in (0, 1, 2, 3, 4)
+    assert "0-shot, the first 4 examples, seed 0" in record["tasks"]["protocol"]
+    assert [gate["passed"] for gate in record["gates"]] == [True, False]
+
+
+def test_an_unknown_task_gets_one_sentence(
+    gblm: Callable[..., Outcome], task_path: Path, tiny: Path
+) -> None:
+    done = gblm("eval", tiny, "--tasks", "tiny_chioce", "--task-path", task_path, **OFFLINE)
+    assert done.code == 2, done
+    assert "knows no such task" in done.err
