@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -102,7 +103,20 @@ def save_record(path: Path | None, record: dict[str, Any]) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         full = record if "provenance" in record else {"provenance": provenance(), **record}
+        full = {"command": command_line(sys.argv[1:]), **full}
         path.write_text(json.dumps(full, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """This call in words, for a record; of absolute paths the last part, as others are private."""
+    words = []
+    for argument in arguments:
+        option, equals, value = (
+            argument.rpartition("=") if argument[:1] == "-" else ("", "", argument)
+        )
+        local = value.startswith(("/", "~"))
+        words.append(f"{option}{equals}{Path(value).name if local else value}")
+    return shlex.join(["gblm", *words])
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
