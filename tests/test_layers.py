@@ -64,8 +64,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "provenance", "prune", "recipe", "values",
     },
     "bench": {
-        "checkpoint", "errors", "folder", "formats", "kernels", "network", "patterns", "progress",
-        "provenance", "values", "weights",
+        "checkpoint", "errors", "folder", "formats", "kernels", "network", "packed", "patterns",
+        "progress", "provenance", "values", "weights",
     },
     "report": {"__init__", "checkpoint", "errors", "folder", "formats", "kernels", "structure"},
     "doctor": {"formats", "kernels", "patterns", "provenance", "values", "weights"},
