@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import resource
 import subprocess
@@ -118,7 +119,7 @@ def serve(open_decoder: Callable[[Path, dict[str, Any]], Decoder]) -> None:
     said = {
         "requests": [asdict(request) for request in requests],
         "seconds": time.perf_counter() - began,
-        "prompts": hashlib.sha256(tokens.tobytes()).hexdigest(),
+        "prompts": f"loop:{hashlib.sha256(tokens.tobytes()).hexdigest()}",
         "load_s": loaded,
         # Kilobytes on Linux; the most that the process ever held.
         "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
@@ -143,7 +144,7 @@ def one_request(
     for _ in range(output_len - 1):
         token = decoder.run([token])
         times.append(time.perf_counter())
-    gaps = tuple(after - before for before, after in zip(times, times[1:], strict=False))
+    gaps = tuple(after - before for before, after in itertools.pairwise(times))
     return Request(
         began - clock_start, times[-1] - began, len(prompt), len(times), times[0] - began, gaps
     )

@@ -132,7 +132,7 @@ def fingerprint(side: Side, asked: Asked, context: Context) -> str:
         path = side.path / name
         if path.exists():
             digest.update(path.read_bytes())
-    return digest.hexdigest()
+    return f"vllm:{digest.hexdigest()}"
 
 
 def latency(side: Side, loads: Sequence[Asked], context: Context) -> list[Seen]:

@@ -47,7 +47,7 @@ class Seen:
         completed: requests that did, where the tool tells no more of them than that.
         preemptions: requests that the server threw out for want of cache; None if not known.
         cached: share of the prompt tokens that came from the prefix cache; None if not known.
-        prompts: fingerprint of the prompts; of one generator they must be equal.
+        prompts: "GENERATOR:FINGERPRINT" of the prompts; within one generator they must be equal.
         noise: of `gblm.bench.noise.Meter`.
         extra: further metrics, such as memory.
     """
@@ -92,13 +92,17 @@ def check_alike(runs: Mapping[str, Seen]) -> list[str]:
         runs: by side.
     """
     reasons = []
+    generators = dict.fromkeys(seen.prompts.partition(":")[0] for seen in runs.values())
+    for generator in generators:
+        prompts = {side: seen.prompts for side, seen in runs.items()
+                   if seen.prompts.partition(":")[0] == generator}  # fmt: skip
+        if different := _unlike(prompts):
+            reasons.append(f"{' and '.join(different)} had different prompts")
     for what, of in (
         ("prompt lengths", lambda seen: [r.input_len for r in seen.requests]),
         ("output lengths", lambda seen: [r.output_len for r in seen.requests]),
-        ("prompts", lambda seen: seen.prompts),
     ):
-        different = _unlike({side: of(seen) for side, seen in runs.items()})
-        if different:
+        if different := _unlike({side: of(seen) for side, seen in runs.items()}):
             reasons.append(f"{' and '.join(different)} had different {what}")
     return reasons
 
