@@ -144,6 +144,7 @@ def round_runs(number: int, found: dict[str, list[Seen]], plan: Plan) -> list[Ru
                         "completed": len(seen.requests) or seen.completed,
                         "failed": seen.failed,
                         "seconds": seen.seconds,
+                        "input_tokens": sum(r.input_len for r in seen.requests),
                         "prompts": seen.prompts,
                         "preemptions": seen.preemptions,
                         "cached": seen.cached,
@@ -241,7 +242,7 @@ def caveats(sides: Sequence[Side], plan: Plan) -> list[str]:
     if "vllm" in engines and len(engines) > 1:
         found.append(
             "vLLM is measured through its own tool, and its server if there is one; the other "
-            "engines by a loop in their process, with other random prompts of the same lengths: "
+            "engines by a loop in their process, with other random prompts of about the same lengths: "
             "ratios between them hold HTTP and scheduling, too."
         )
     if plan.loads[0].num_prompts < 100:

@@ -46,7 +46,7 @@ class Meter:
     def evidence(self) -> dict[str, Any]:
         """For the record."""
         return {
-            "seconds": self.seconds,
+            "wall_seconds": self.seconds,
             "steal": round(self.steal, 4),
             "other_load": round(self.other, 4),
             "joules": self.joules,

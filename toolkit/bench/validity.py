@@ -92,19 +92,15 @@ def check_alike(runs: Mapping[str, Seen]) -> list[str]:
         runs: by side.
     """
     reasons = []
-    generators = dict.fromkeys(seen.prompts.partition(":")[0] for seen in runs.values())
-    for generator in generators:
-        prompts = {side: seen.prompts for side, seen in runs.items()
-                   if seen.prompts.partition(":")[0] == generator}  # fmt: skip
-        if different := _unlike(prompts):
-            reasons.append(f"{' and '.join(different)} had different prompts")
-    for what, of in (
-        ("prompt lengths", lambda seen: [r.input_len for r in seen.requests]),
-        ("output lengths", lambda seen: [r.output_len for r in seen.requests]),
-    ):
-        if different := _unlike({side: of(seen) for side, seen in runs.items()}):
-            reasons.append(f"{' and '.join(different)} had different {what}")
-    return reasons
+    generators: dict[str, dict[str, Seen]] = {}
+    for side, seen in runs.items():
+        generators.setdefault(seen.prompts.partition(":")[0], {})[side] = seen
+    for own in generators.values():
+        reasons += _different("prompts", {side: seen.prompts for side, seen in own.items()})
+        inputs = {side: [r.input_len for r in seen.requests] for side, seen in own.items()}
+        reasons += _different("prompt lengths", inputs)
+    outputs = {side: [r.output_len for r in seen.requests] for side, seen in runs.items()}
+    return reasons + _different("output lengths", outputs)
 
 
 def _lengths(asked: Asked, requests: Sequence[Request]) -> Iterable[str]:
@@ -167,10 +163,10 @@ def _noise(noise: Mapping[str, Any], limits: Limits) -> Iterable[str]:
             yield f"{share:.1%} {words} (at most {limit:.0%})"
 
 
-def _unlike(values: Mapping[str, Any]) -> list[str]:
-    """The first side and one that differs from it; sides that do not tell count for nothing."""
+def _different(what: str, values: Mapping[str, Any]) -> list[str]:
+    """A sentence on the first side and one that differs; sides that do not tell do not count."""
     told = [(side, value) for side, value in values.items() if value]
     for side, value in told[1:]:
         if value != told[0][1]:
-            return [told[0][0], side]
+            return [f"{told[0][0]} and {side} had different {what}"]
     return []

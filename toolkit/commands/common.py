@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -107,16 +108,13 @@ def save_record(path: Path | None, record: dict[str, Any]) -> None:
         path.write_text(json.dumps(full, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+# An absolute path, alone or behind "--option=", "name=" or "engine:"; not the "//" of an address.
+LOCAL_PATH = re.compile(r"(^|[=:,])(?!//)~?/(?:[^/=:,]*/)*([^/=:,]*)")
+
+
 def command_line(arguments: Sequence[str]) -> str:
     """This call in words, for a record; of absolute paths the last part, as others are private."""
-    words = []
-    for argument in arguments:
-        option, equals, value = (
-            argument.rpartition("=") if argument[:1] == "-" else ("", "", argument)
-        )
-        local = value.startswith(("/", "~"))
-        words.append(f"{option}{equals}{Path(value).name if local else value}")
-    return shlex.join(["gblm", *words])
+    return shlex.join(["gblm", *(LOCAL_PATH.sub(r"\1\2", word) for word in arguments)])
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
