@@ -242,8 +242,8 @@ def caveats(sides: Sequence[Side], plan: Plan) -> list[str]:
     if "vllm" in engines and len(engines) > 1:
         found.append(
             "vLLM is measured through its own tool, and its server if there is one; the other "
-            "engines by a loop in their process, with other random prompts of about the same lengths: "
-            "ratios between them hold HTTP and scheduling, too."
+            "engines by a loop in their process, with other random prompts of about the same "
+            "lengths: ratios between them hold HTTP and scheduling, too."
         )
     if plan.loads[0].num_prompts < 100:
         found.append(
