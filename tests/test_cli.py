@@ -18,7 +18,15 @@ Run = Callable[..., Outcome]
 
 @pytest.mark.parametrize(
     "command",
-    [*COMMANDS, "bench serving", "bench kernels", "export dense", "export pack", "export legacy"],
+    [
+        *COMMANDS,
+        "bench models",
+        "bench serving",
+        "bench kernels",
+        "export dense",
+        "export pack",
+        "export legacy",
+    ],
 )
 def test_every_command_has_help(gblm: Run, command: str) -> None:
     done = gblm(*command.split(), "--help")

@@ -66,9 +66,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "provenance", "prune", "recipe", "values",
     },
     "bench": {
-        "checkpoint", "errors", "folder", "formats", "kernels", "network", "patterns", "progress",
-        "provenance", "values", "weights",
+        "checkpoint", "errors", "folder", "formats", "kernels", "network", "packed", "patterns",
+        "progress", "provenance", "values", "weights",
     },
+    "report": {"__init__", "checkpoint", "errors", "folder", "formats", "kernels", "structure"},
     "doctor": {"formats", "kernels", "patterns", "provenance", "values", "weights"},
     "export": {
         "bench", "checkpoint", "choices", "errors", "folder", "formats", "kernels", "layers",
@@ -81,7 +82,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "commands": {
         "bench", "budget", "checkpoint", "doctor", "errors", "evaluate", "export", "fetch",
-        "folder", "packed", "patterns", "plan", "provenance", "prune", "recipe", "serve",
+        "folder", "packed", "patterns", "plan", "provenance", "prune", "recipe", "report", "serve",
     },
     "cli": {"__init__", "commands"},
 }  # fmt: skip

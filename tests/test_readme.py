@@ -60,7 +60,7 @@ def test_the_tours_commands_run_on_a_tiny_model(
         ran.append(words[0])
     assert ran == [
         "prune", "plan", "inspect", "verify", "eval", "prune", "prune", "plan", "search",
-        "export", "export", "export", "doctor",
+        "report", "export", "export", "export", "doctor",
     ]  # fmt: skip
 
 

@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("gblm.commands.export", "Write a packed model for other tools, or pack theirs."),
     "serve": ("gblm.commands.serve", "Serve a model with vLLM's OpenAI server."),
     "bench": ("gblm.commands.bench", "Measure speed: two servers in turn or live, or kernels."),
+    "report": ("gblm.commands.report", "Show records and packed folders as one page."),
     "inspect": ("gblm.commands.inspect", "Show what is in a model folder."),
     "verify": ("gblm.commands.verify", "Check hashes, patterns and exact unpacking."),
     "doctor": ("gblm.commands.doctor", "Show what this machine can do; self-test the kernels."),

@@ -9,6 +9,9 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
+DRAWS, CONFIDENCE = 10_000, 0.95
 Times = Mapping[str, Sequence[Sequence[float]]]
 
 
@@ -26,6 +29,23 @@ def speedup(times: Times, name: str, baseline: str) -> dict[str, float]:
     """How often faster than the baseline: the ratio of medians of each round, and its spread."""
     pairs = zip(round_medians(times[baseline]), round_medians(times[name]), strict=True)
     return spread([theirs / ours for theirs, ours in pairs])
+
+
+def bootstrap_median(values: Sequence[float], seed: int = 0) -> dict[str, float]:
+    """The median, and the interval that CONFIDENCE of the medians of resampled values lie in.
+
+    Percentile bootstrap (Efron 1979): DRAWS samples with replacement. Of fewer than six values the
+    interval is all but their range.
+
+    Args:
+        values: such as ratios that were paired by round.
+        seed: of the draws.
+    """
+    found = np.asarray(values, dtype=np.float64)
+    picks = np.random.default_rng(seed).integers(len(found), size=(DRAWS, len(found)))
+    medians = np.median(found[picks], axis=1)
+    low, high = np.quantile(medians, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return {"median": float(np.median(found)), "low": float(low), "high": float(high)}
 
 
 def share_of_limit(medians: Sequence[float], size: int, limit: float) -> dict[str, float]:

@@ -180,9 +180,25 @@ def vllm_bench(url: str, folder: Path, load: Load, work: Path) -> dict[str, Any]
     Raises:
         MachineError: the load generator failed.
     """
-    file = work / RESULT
-    words = bench_options(url, folder, load, work)
-    command = [sys.executable, "-m", "gblm.serve.vllm_cli", "bench", "serve", *words]
+    words = ["serve", *bench_options(url, folder, load, work)]
+    return run_vllm_bench(words, work / RESULT)
+
+
+def run_vllm_bench(words: list[str], file: Path) -> dict[str, Any]:
+    """Run `vllm bench` in a process of its own.
+
+    Args:
+        words: the tool (serve, latency, throughput) and its options.
+        file: where they say that the result shall be; it is removed.
+
+    Returns:
+        What vLLM writes.
+
+    Raises:
+        MachineError: it failed, or wrote nothing.
+    """
+    tool = words[0]
+    command = [sys.executable, "-m", "gblm.serve.vllm_cli", "bench", *words]
     try:
         done = subprocess.run(
             command,
@@ -193,10 +209,10 @@ def vllm_bench(url: str, folder: Path, load: Load, work: Path) -> dict[str, Any]
             timeout=LOAD_SECONDS,
         )
     except subprocess.TimeoutExpired as error:
-        raise MachineError(f"vllm bench serve was not done after {LOAD_SECONDS} s.") from error
+        raise MachineError(f"vllm bench {tool} was not done after {LOAD_SECONDS} s.") from error
     if done.returncode or not file.exists():
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise MachineError(f"vllm bench serve ended with code {done.returncode}: {last}")
+        raise MachineError(f"vllm bench {tool} ended with code {done.returncode}: {last}")
     result: dict[str, Any] = json.loads(file.read_text())
     file.unlink()
     return result

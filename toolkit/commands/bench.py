@@ -1,4 +1,4 @@
-"""`gblm bench serving|watch|kernels|onnx`."""
+"""`gblm bench models|serving|watch|kernels|onnx`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from gblm.commands.bench_kernels import command as kernels
+from gblm.commands.bench_models import command as models
 from gblm.commands.bench_onnx import command as onnx
 from gblm.commands.bench_watch import command as watch
 from gblm.commands.common import (
@@ -33,9 +34,10 @@ LABELS = {
 
 @click.group("bench")
 def command() -> None:
-    """Measure speed: two servers under test load or live, ONNX models, or the kernels alone."""
+    """Measure speed: models against each other, live servers, ONNX models, the kernels alone."""
 
 
+command.add_command(models)
 command.add_command(kernels)
 command.add_command(watch)
 command.add_command(onnx)

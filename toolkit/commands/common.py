@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -102,7 +104,17 @@ def save_record(path: Path | None, record: dict[str, Any]) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         full = record if "provenance" in record else {"provenance": provenance(), **record}
+        full = {"command": command_line(sys.argv[1:]), **full}
         path.write_text(json.dumps(full, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# An absolute path, alone or behind "--option=", "name=" or "engine:"; not the "//" of an address.
+LOCAL_PATH = re.compile(r"(^|[=:,])(?!//)~?/(?:[^/=:,]*/)*([^/=:,]*)")
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """This call in words, for a record; of absolute paths the last part, as others are private."""
+    return shlex.join(["gblm", *(LOCAL_PATH.sub(r"\1\2", word) for word in arguments)])
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -1,0 +1,1 @@
+"""Reports: record files and packed folders → one HTML page, or Markdown. Measures nothing."""

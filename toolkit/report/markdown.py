@@ -1,0 +1,102 @@
+"""Tables for READMEs, and the model-index of a model card, from the same facts as the page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+
+from gblm.report.axes import number
+from gblm.report.facts import Facts, Quality
+from gblm.report.figures import by_protocol
+from gblm.report.page import quality_row, repeat
+from gblm.report.sources import Sources
+
+
+def markdown(sources: Sources, title: str) -> str:
+    """A page of tables; with perplexities it begins with their model-index.
+
+    Args:
+        sources: what it shows.
+        title: of the page.
+    """
+    facts = sources.facts
+    lines = [*model_index(facts.quality), f"# {escape(title)}", ""]
+    if facts.invalid:
+        lines += ["**INVALID measurements, left out of every table:**", ""]
+        lines += [*(f"- {escape(reason)}" for reason in facts.invalid), ""]
+    for (protocol, _), rows in by_protocol(facts.quality).items():
+        header = ("model", "perplexity", "× dense", "MB", "bits per weight")
+        lines += ["## Quality", "", f"Protocol: {escape(protocol)}.", ""]
+        lines += [*table(header, [quality_row(row) for row in rows]), ""]
+    lines += _speeds(facts)
+    for folder in sources.folders:
+        size, dense = folder.facts["bytes"] / 1e6, folder.facts["bytes_if_dense"] / 1e6
+        lines += [f"## {escape(folder.name)}", ""]
+        lines += [f"{len(folder.linears)} packed linears, {size:.1f} MB ({dense:.1f} MB dense)."]
+        lines += [""]
+    lines += _repeat(sources)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def model_index(rows: Sequence[Quality]) -> list[str]:
+    """The front matter that model hubs read: every finite perplexity with its protocol."""
+    names = dict.fromkeys(row.name for row in rows if row.perplexity < float("inf"))
+    if not names:
+        return []
+    lines = ["---", "model-index:"]
+    for name in names:
+        # JSON's strings are YAML's, too.
+        lines += [f"- name: {json.dumps(name)}", "  results:"]
+        for row in rows:
+            if row.name != name or row.perplexity == float("inf"):
+                continue
+            dataset = row.protocol.partition(",")[0]
+            lines += [
+                "  - task: {type: text-generation}",
+                f"    dataset: {{name: {json.dumps(dataset)}, type: {json.dumps(dataset)}}}",
+                "    metrics:",
+                f"    - {{type: perplexity, value: {row.perplexity:.4f}, "
+                f"name: {json.dumps('perplexity (' + row.protocol + ')')}}}",
+            ]
+    return [*lines, "---", ""]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table, numbers to the right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    lines = [header, rule, *([escape(cell) for cell in row] for row in rows)]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def escape(text: str) -> str:
+    """Text that stays text: no markup, no HTML, no new cell."""
+    for sign in "\\`*_[]<>|":
+        text = text.replace(sign, f"\\{sign}")
+    return " ".join(text.split())
+
+
+def _speeds(facts: Facts) -> Iterator[str]:
+    for setting in dict.fromkeys(speed.setting for speed in facts.speeds):
+        rows = [(s.name, *map(number, (s.median, s.low, s.high)))
+                for s in facts.speeds if s.setting == setting]  # fmt: skip
+        yield from ("## Milliseconds per token", "", f"{escape(setting)}.", "")
+        yield from table(("model", "median", "min", "max"), rows)
+        yield ""
+    for setting in dict.fromkeys(ratio.setting for ratio in facts.ratios):
+        ratios = [(r.name, r.metric, *map(number, (r.median, r.low, r.high)))
+                  for r in facts.ratios if r.setting == setting]  # fmt: skip
+        yield from ("## Ratios", "", f"{escape(setting)}.", "")
+        yield from table(("model", "metric", "ratio", "low", "high"), ratios)
+        yield ""
+
+
+def _repeat(sources: Sources) -> Iterator[str]:
+    found = repeat(sources)
+    yield from ("## How to repeat it", "")
+    # A fence that no recorded command can close.
+    yield from (f"    {' '.join(command.split())}" for command in found["commands"])
+    yield ""
+    for name in found["unrecorded"]:
+        yield f"- {escape(name)}: the record does not say by which command it was made."
+    for environment in found["environments"]:
+        yield "- " + "; ".join(f"{key}: {escape(value)}" for key, value in environment.items())
