@@ -197,7 +197,9 @@ def run_vllm_bench(words: list[str], file: Path) -> dict[str, Any]:
     Raises:
         MachineError: it failed, or wrote nothing.
     """
-    tool = words[0]
+    tool, environment = words[0], child_environment()
+    # vLLM divides by the seconds of its progress bar, which are 0 where bars are switched off.
+    environment.pop("TQDM_DISABLE", None)
     command = [sys.executable, "-m", "gblm.serve.vllm_cli", "bench", *words]
     try:
         done = subprocess.run(
@@ -205,7 +207,7 @@ def run_vllm_bench(words: list[str], file: Path) -> dict[str, Any]:
             capture_output=True,
             text=True,
             check=False,
-            env=child_environment(),
+            env=environment,
             timeout=LOAD_SECONDS,
         )
     except subprocess.TimeoutExpired as error:

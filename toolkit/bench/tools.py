@@ -159,7 +159,11 @@ def throughput(side: Side, loads: Sequence[Asked], context: Context) -> list[See
     found = []
     for asked in loads:
         words = ["throughput", *_model(side, asked, context), "--num-prompts",
-                 str(asked.num_prompts), "--dataset-name", "random"]  # fmt: skip
+                 str(asked.num_prompts), "--dataset-name", "random",
+                 # Its own defaults stand above --input-len and --output-len.
+                 "--random-input-len", str(asked.input_len),
+                 "--random-output-len", str(asked.output_len),
+                 "--random-range-ratio", "0"]  # fmt: skip
         with measured() as meter:
             result = run_vllm_bench(words, context.work / RESULT)
         extra = {
