@@ -11,6 +11,7 @@ Ray only where Ray is installed. Writes benchmarks/results/modes.json row by row
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import shutil
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--append", action="store_true", help="keep the rows of the record")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin nothing after them")
     chosen = parser.parse_args()
+    commit()
     ends = time.monotonic() + 60 * chosen.minutes
     rows = json.loads(RECORD.read_text())["rows"] if chosen.append and RECORD.exists() else []
     with tempfile.TemporaryDirectory() as root:
@@ -157,7 +159,14 @@ def failure(log: str) -> str:
 
 def row(model: str, mode: str, found: dict[str, Any]) -> dict[str, Any]:
     """With where it comes from."""
-    return {"mode": mode, "model": model, **found, "commit": provenance()["commit"]}
+    return {"mode": mode, "model": model, **found, "commit": commit()}
+
+
+@functools.cache
+def commit() -> str | None:
+    """Of the tree as it was before the record was written."""
+    found: str | None = provenance()["commit"]
+    return found
 
 
 def folders(root: Path, model: str, kv_heads: int) -> Path:

@@ -16,6 +16,7 @@ from budget import budget
 from decoding_tables import decoding
 from frontier_tables import frontier, frontier_all
 from kernel_tables import compilers, kernels
+from loading_table import loading
 from modes_table import modes
 from onnx_tables import onnx
 from pages import RESULTS, ROOT, origin, table
@@ -69,6 +70,7 @@ def blocks() -> list[tuple[Path, str, str]]:
         (ROOT / "docs" / "kernels.md", "compilers", compilers()),
         (ROOT / "docs" / "reliability.md", "reliability", reliability()),
         (ROOT / "docs" / "serving.md", "modes", modes()),
+        (ROOT / "docs" / "serving.md", "loading", loading()),
         (ROOT / "docs" / "onnx.md", "onnx", onnx()),
     ]
 

@@ -1,0 +1,75 @@
+"""The engines of `gblm eval` on one text: how far they are from each other and from the dense model.
+
+    python benchmarks/evaluation.py [--windows 8] [--folder DIR]
+
+SmolLM2-135M-Instruct, Wanda 2:4: packed in torch (float32 and bfloat16), its ONNX export with
+packed weights, and vLLM's offline engine; pydoc, windows of 512 tokens. Folders are made once, in
+DIR. Writes benchmarks/results/evaluation.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from gblm.fetch import fetch
+from gblm.provenance import provenance
+
+RECORD = Path(__file__).resolve().parent / "results" / "evaluation.json"
+# Engine, folder, dtype of the model.
+ROWS = (
+    ("packed", "packed", "float32"),
+    ("onnx", "onnx", "float32"),
+    ("packed", "packed", "bfloat16"),
+    ("vllm", "packed", "bfloat16"),
+)
+SEQ_LEN = 512
+
+
+def gblm(*words: str) -> None:
+    """Run a command of gblm."""
+    subprocess.run([sys.executable, "-m", "gblm", *words], check=True)
+
+
+def make_folders(root: Path) -> None:
+    """Prune and export, unless that is done."""
+    if not (root / "packed").exists():
+        gblm("prune", str(fetch("smollm2")), "--method", "wanda", "--pattern", "2:4",
+             "--output", str(root / "packed"))  # fmt: skip
+    if not (root / "onnx").exists():
+        gblm("export", "onnx", str(root / "packed"), "--sparse", "--output", str(root / "onnx"))
+
+
+def measure(root: Path, engine: str, folder: str, dtype: str, windows: int) -> dict[str, Any]:
+    """One run of `gblm eval`; the dense model in torch beside it."""
+    file = root / "eval.json"
+    words = ["eval", str(root / folder), "--engine", engine, "--baseline", str(fetch("smollm2")),
+             "--text", "pydoc", "--seq-len", str(SEQ_LEN), "--max-windows", str(windows),
+             "--output", str(file)]  # fmt: skip
+    if engine != "onnx":  # a graph has the dtype that it was exported in
+        words += ["--dtype", dtype]
+    gblm(*words)
+    found: dict[str, Any] = json.loads(file.read_text())
+    return {"engine": engine, "dtype": dtype, **found["texts"][0]}
+
+
+def main() -> None:
+    """Make the folders, measure, write the record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "gblm-eval")
+    chosen = parser.parse_args()
+    chosen.folder.mkdir(parents=True, exist_ok=True)
+    make_folders(chosen.folder)
+    record = {"kind": "evaluation of engines", "provenance": provenance()}
+    record["rows"] = [measure(chosen.folder, *row, chosen.windows) for row in ROWS]
+    RECORD.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
