@@ -1,4 +1,4 @@
-"""The engines of `gblm eval` on one text: how far they are from each other and from the dense model.
+"""The engines of `gblm eval` on one text: against each other and against the dense model.
 
     python benchmarks/evaluation.py [--windows 8] [--folder DIR]
 
