@@ -44,6 +44,20 @@ def test_models_of_one_name_are_joined_and_protocols_are_kept_apart(tmp_path: Pa
     assert "other text" not in found[0].note
 
 
+def test_what_eval_writes_is_read(
+    gblm: Callable[..., Outcome], packed: Path, tiny: Path, text_file: Path, tmp_path: Path
+) -> None:
+    words = ("--text", text_file, "--seq-len", 32, "--max-windows", 2)
+    assert gblm("eval", packed, "--baseline", tiny, *words, "--output", "record.json").code == 0
+    record = json.loads((tmp_path / "record.json").read_text())
+    ours, dense = read_sources([tmp_path / "record.json"], []).facts.quality
+    assert (ours.name, dense.name) == (packed.name, tiny.name)
+    assert (ours.perplexity, ours.ratio) == (record["perplexity"], record["ratio"])
+    assert dense.perplexity == record["perplexity_baseline"]
+    assert ours.num_bytes == record["size"]["bytes"]
+    assert ours.bits is not None
+
+
 def test_every_chart_has_its_figures_in_a_table(tmp_path: Path) -> None:
     record = models_record({"dense": 20.0, "half": 10.0}, concurrency=(1, 4))
     facts = read_sources([write(tmp_path, "m.json", record)], []).facts

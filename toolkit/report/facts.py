@@ -125,8 +125,27 @@ def model(value: Any) -> str:
     return words(value).rstrip("/").rpartition("/")[2]
 
 
+def evaluation(record: Record) -> Facts:
+    """`gblm eval --output`: the model and its baseline, on each text."""
+    size, name = record.get("size") or {}, model(record["model"])
+    rows = []
+    for found in record["texts"]:
+        protocol, text = words(found["protocol"]), str(found.get("tokens_sha256", ""))
+        value, ratio = found["perplexity"], found.get("ratio")
+        rows.append(
+            Quality(name, protocol, float(value) if value == math.inf else finite(value),
+                    finite(ratio) if ratio not in (None, math.inf) else None,
+                    _maybe(size, "bytes"), _maybe(size, "bits per weight"), text)
+        )  # fmt: skip
+        if found.get("perplexity_baseline") is not None:
+            dense = finite(found["perplexity_baseline"])
+            protocol = words(found["protocol_baseline"])
+            rows.append(Quality(model(record["baseline"]), protocol, dense, 1.0, text=text))
+    return Facts(quality=rows)
+
+
 def perplexity(record: Record) -> Facts:
-    """`gblm eval --output`: the model and its baseline."""
+    """A record of benchmarks/record.py: the model, its baseline, and the report of its pruning."""
     protocol, text = words(record["protocol"]), str(record.get("tokens_sha256", ""))
     report = record.get("report", {})
     value = record["perplexity"]

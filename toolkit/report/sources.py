@@ -19,6 +19,7 @@ from gblm.report.models import models
 
 MAX_BYTES = 64 * 2**20
 READERS: dict[str, Callable[[Record], Facts]] = {
+    "evaluation": facts.evaluation,
     "perplexity": facts.perplexity,
     "budget": facts.budget,
     "frontier": facts.frontier,
