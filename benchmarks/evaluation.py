@@ -29,6 +29,7 @@ ROWS = (
     ("vllm", "packed", "bfloat16"),
 )
 SEQ_LEN = 512
+CALIBRATION = "--method wanda --pattern 2:4 --num-samples 16 --seq-len 256 --seed 0"
 
 
 def gblm(*words: str) -> None:
@@ -39,8 +40,8 @@ def gblm(*words: str) -> None:
 def make_folders(root: Path) -> None:
     """Prune and export, unless that is done."""
     if not (root / "packed").exists():
-        gblm("prune", str(fetch("smollm2")), "--method", "wanda", "--pattern", "2:4",
-             "--output", str(root / "packed"))  # fmt: skip
+        gblm("prune", str(fetch("smollm2")), *CALIBRATION.split(), "--output",
+             str(root / "packed"))  # fmt: skip
     if not (root / "onnx").exists():
         gblm("export", "onnx", str(root / "packed"), "--sparse", "--output", str(root / "onnx"))
 

@@ -78,9 +78,10 @@ def test_the_command_keeps_stderr_and_protocol_in_the_record(
     assert "gate failed: acc_norm(tiny_choice) >= 1.01" in done.err
     record = json.loads((tmp_path / "record.json").read_text())
     row = record["tasks"]["results"]["tiny_choice"]["acc"]
-    assert row["stderr"] > 0
-    assert row["baseline_stderr"] > 0
-    assert 4 * row["value"] in (0, 1, 2, 3, 4)
+    for share, error in (("value", "stderr"), ("baseline", "baseline_stderr")):
+        assert 4 * row[share] in (0, 1, 2, 3, 4)
+        # Of the mean of four zeros and ones; all of one kind have none.
+        assert row[error] == pytest.approx((row[share] * (1 - row[share]) / 3) ** 0.5)
     assert "0-shot, the first 4 examples, seed 0" in record["tasks"]["protocol"]
     assert [gate["passed"] for gate in record["gates"]] == [True, False]
 
