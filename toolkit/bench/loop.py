@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import json
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 
 from gblm.bench.noise import measured
 from gblm.bench.requests import Request
-from gblm.bench.server import child_environment
+from gblm.bench.server import child_environment, last_words, run_child
 from gblm.bench.sides import LOOPS, Side
 from gblm.bench.validity import Asked, Seen
 from gblm.errors import MachineError
@@ -80,22 +79,13 @@ def measure(
 
 
 def _run(side: Side, work: dict[str, Any]) -> dict[str, Any]:
-    command = [sys.executable, "-m", LOOPS[side.engine], str(side.path), json.dumps(work)]
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            check=False,
-            env=child_environment(),
-            timeout=LIMIT_SECONDS,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise MachineError(f"{side.name}: was not done after {LIMIT_SECONDS} s.") from error
+    words = [LOOPS[side.engine], str(side.path), json.dumps(work)]
+    done = run_child(words, f"{side.name}:", LIMIT_SECONDS, child_environment())
     lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
     if done.returncode or not lines:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise MachineError(f"{side.name}: {side.engine} ended with code {done.returncode}: {last}")
+        raise MachineError(
+            f"{side.name}: {side.engine} ended with code {done.returncode}: {last_words(done)}"
+        )
     said: dict[str, Any] = json.loads(lines[-1].removeprefix(MARK))
     return said
 

@@ -13,7 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +114,38 @@ def child_environment() -> dict[str, str]:
     the user sets another size: one that follows the free memory would differ between them.
     """
     return {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ | {"PYTHONSAFEPATH": "1"}
+
+
+def run_child(
+    words: Sequence[str], what: str, seconds: float, environment: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Run a module of this Python to its end: `python -m WORDS`.
+
+    Args:
+        words: module and arguments.
+        what: for messages.
+        seconds: that it may take.
+        environment: of the process.
+
+    Raises:
+        MachineError: it took longer.
+    """
+    try:
+        return subprocess.run(
+            [sys.executable, "-m", *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise MachineError(f"{what} was not done after {seconds} s.") from error
+
+
+def last_words(done: subprocess.CompletedProcess[str]) -> str:
+    """The last line that a process wrote to its standard error, for messages."""
+    return (done.stderr.strip().splitlines() or ["no message"])[-1]
 
 
 def free_port() -> int:

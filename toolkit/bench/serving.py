@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gblm.bench.server import RunningServer, child_environment, running_server
+from gblm.bench.server import (
+    RunningServer,
+    child_environment,
+    last_words,
+    run_child,
+    running_server,
+)
 from gblm.checkpoint.inspect import inspect
 from gblm.errors import MachineError
 from gblm.folder import resolve
@@ -200,21 +204,10 @@ def run_vllm_bench(words: list[str], file: Path) -> dict[str, Any]:
     tool, environment = words[0], child_environment()
     # vLLM divides by the seconds of its progress bar, which are 0 where bars are switched off.
     environment.pop("TQDM_DISABLE", None)
-    command = [sys.executable, "-m", "gblm.serve.vllm_cli", "bench", *words]
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            check=False,
-            env=environment,
-            timeout=LOAD_SECONDS,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise MachineError(f"vllm bench {tool} was not done after {LOAD_SECONDS} s.") from error
+    what = f"vllm bench {tool}"
+    done = run_child(["gblm.serve.vllm_cli", "bench", *words], what, LOAD_SECONDS, environment)
     if done.returncode or not file.exists():
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise MachineError(f"vllm bench {tool} ended with code {done.returncode}: {last}")
+        raise MachineError(f"{what} ended with code {done.returncode}: {last_words(done)}")
     result: dict[str, Any] = json.loads(file.read_text())
     file.unlink()
     return result

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from gblm import data, packed
 from gblm.evaluate.drift import Drift
-from gblm.evaluate.perplexity import Protocol
+from gblm.evaluate.perplexity import Protocol, of_loss
 from gblm.evaluate.subjects import ONNX_MODEL, Subject
 from gblm.folder import read_json_object
 from gblm.progress import Progress, no_progress
@@ -71,13 +70,13 @@ def _measure_one(
         "protocol": protocol.line(len(windows), subject.dtype, subject.engine),
         "tokens_sha256": data.fingerprint(windows),
         "tokens": count,
-        "perplexity": _exp(loss / count),
+        "perplexity": of_loss(loss / count),
     }
     if dense is not None:
         found |= {
-            "perplexity_baseline": _exp(loss_dense / count),
+            "perplexity_baseline": of_loss(loss_dense / count),
             "protocol_baseline": protocol.line(len(windows), dense.dtype, dense.engine),
-            "ratio": _exp((loss - loss_dense) / count),
+            "ratio": of_loss((loss - loss_dense) / count),
             "drift": drift.summary(),
         }
     return found
@@ -105,7 +104,3 @@ def known_baseline(folder: Path) -> tuple[Path | None, str]:
                 return known_baseline(place)
             return place, f"named by {file.name}"
     return None, f"{file.name} names {named}, which is not here; give --baseline"
-
-
-def _exp(mean: float) -> float:
-    return math.exp(mean) if mean < 700 else math.inf

@@ -98,7 +98,11 @@ def perplexity(
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
         total += float(functional.cross_entropy(logits, ids[0, 1:]))
         on_window()
-    mean = total / len(windows)
+    return of_loss(total / len(windows))
+
+
+def of_loss(mean: float) -> float:
+    """The perplexity of a mean cross-entropy in nats; infinite where float64 ends."""
     return math.exp(mean) if mean < 700 else math.inf
 
 

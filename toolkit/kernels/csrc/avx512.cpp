@@ -18,9 +18,11 @@ int64_t packed_bytes(const Panels& p, int64_t tokens) {
   const int64_t padded = round_up(tokens, pack_width(p, tokens));
   return padded * p.blocks * kColumns * (p.values == GBLM_BF16 ? 2 : 1);
 }
-int64_t scratch_bytes(const Panels& p, int64_t tokens) {
-  if (skips_zeros(p, tokens)) return Skip::bytes(tokens);
+int64_t wide_scratch_bytes(const Panels&, int64_t tokens) {
   return 2 * kCacheBytes + tokens * 2 * kRows * static_cast<int64_t>(sizeof(float));
+}
+int64_t scratch_bytes(const Panels& p, int64_t tokens) {
+  return skips_zeros(p, tokens) ? Skip::bytes(tokens) : wide_scratch_bytes(p, tokens);
 }
 int64_t tiles(const Panels& p, int64_t tokens) {
   const int64_t width = pack_width(p, tokens);
@@ -105,9 +107,6 @@ bool multiply(const Panels& p, const Activations& x, int64_t first, int64_t last
 // float32 activations do not skip zeros: the lists hold pairs of bf16.
 int64_t wide_packed_bytes(const Panels& p, int64_t tokens) {
   return round_up(tokens, tile_width(tokens)) * p.blocks * kColumns * 4;
-}
-int64_t wide_scratch_bytes(const Panels&, int64_t tokens) {
-  return 2 * kCacheBytes + tokens * 2 * kRows * static_cast<int64_t>(sizeof(float));
 }
 int64_t wide_tiles(const Panels&, int64_t tokens) {
   const int64_t width = tile_width(tokens);

@@ -15,9 +15,8 @@ from gblm.formats import Format, Parts, Shape
 from gblm.kernels.base import Backend
 from gblm.kernels.cuda import device as cuda
 from gblm.kernels.cuda.deltas import MAX_COLUMNS, pack_deltas, padded_columns
-from gblm.kernels.cuda.device import THREADS, Device
+from gblm.kernels.cuda.device import THREADS, Device, aligned, device_of
 from gblm.kernels.cuda.source import Variant
-from gblm.kernels.cuda.sparse_tensor_core import DTYPES, aligned, device_of
 
 MAX_TOKENS = 8
 WARPS = THREADS // 32
@@ -45,9 +44,8 @@ class Delta(Backend):
         """What does not depend on the device."""
         if fmt.name == "dense":
             return "a dense weight has no zeros to leave out"
-        if dtype not in DTYPES:
-            name = str(dtype).removeprefix("torch.")
-            return f"activations must be bfloat16 or float16, not {name}"
+        if reason := cuda.dtype_refusal(dtype):
+            return reason
         if shape[1] > MAX_COLUMNS:
             return f"{shape[1]} columns are more than {MAX_COLUMNS}"
         return None

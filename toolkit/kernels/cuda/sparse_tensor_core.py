@@ -15,7 +15,7 @@ from torch.nn import functional
 from gblm.formats import Format, Parts, Shape
 from gblm.kernels.base import Backend
 from gblm.kernels.cuda import device as cuda
-from gblm.kernels.cuda.device import THREADS, Device
+from gblm.kernels.cuda.device import THREADS, Device, aligned, device_of
 from gblm.kernels.cuda.source import Variant
 from gblm.kernels.cuda.tiles import ROWS, STEP, pack_tiles, padded, scale_group
 
@@ -24,12 +24,6 @@ MAX_TOKENS = 64
 MAX_DIRECT = 16
 WARPS = THREADS // 32
 VALUES = {"float": 16, "int8": 8, "int4": 4, "uint4": 14}
-DTYPES = (torch.bfloat16, torch.float16)
-
-
-def device_of(x: Tensor) -> Device:
-    """The CUDA device that holds a tensor."""
-    return cuda.device(x.device.index or 0)
 
 
 class SparseTensorCore(Backend):
@@ -53,10 +47,7 @@ class SparseTensorCore(Backend):
         """What does not depend on the device."""
         if str(fmt.pattern) != "2:4":
             return f"the pattern must be 2:4, not {fmt.pattern}"
-        if dtype not in DTYPES:
-            name = str(dtype).removeprefix("torch.")
-            return f"activations must be bfloat16 or float16, not {name}"
-        return None
+        return cuda.dtype_refusal(dtype)
 
     def prepare(
         self, fmt: Format, parts: Parts, shape: Shape, dtype: torch.dtype = torch.bfloat16
@@ -115,9 +106,3 @@ def variant(fmt: Format, shape: Shape, dtype: torch.dtype, tokens: int) -> Varia
         "REPACKED": int(tokens > MAX_DIRECT),
     }
     return Variant("mma_sp", tuple(defines.items()))
-
-
-def aligned(x: Tensor) -> Tensor:
-    """Contiguous, and at an address that vector loads may take."""
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
