@@ -1,0 +1,171 @@
+"""Every method × pattern × value type on SmolLM2-135M: perplexity, size, cost.
+
+    python benchmarks/matrix.py [--model FOLDER] [--methods NAME …] [--patterns P …]
+        [--output FILE]
+
+Only commands of gblm are used, those of the README. A method that only chooses a mask prunes once
+per pattern; its zeros are then packed again with rounded values (`gblm export pack`). Methods that
+change weights (sparsegpt, alps) prune once per value type and round jointly (`--rounding obs`).
+Each family, a method and a pattern, is a process with one thread; cells that the record holds are
+skipped, so a benchmark that was stopped goes on. Writes benchmarks/results/matrix.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from pages import RESULTS
+
+from gblm.cli import cli
+from gblm.fetch import fetch
+from gblm.provenance import provenance
+
+RECORD = RESULTS / "matrix.json"
+MASKS = ("magnitude", "gradient", "wanda", "gblm")
+UPDATES = ("sparsegpt", "alps")
+METHODS = (*MASKS, *UPDATES)
+PATTERNS = ("2:4", "4:8", "0.5", "0.7")
+VALUES = ("float", "int8", "int4")
+# "dense" keeps all: "nearest" rounds each weight alone, "gptq" is sparsegpt without a mask.
+ROUNDINGS = ("nearest", "gptq")
+CALIBRATION = (
+    "--calibration pydoc --num-samples 16 --seq-len 256 --seed 0 --dtype float32 --order sequential"
+)
+TEXT = "--text pydoc --seq-len 512 --max-windows 8 --dtype bfloat16 --no-baseline"
+Cell = dict[str, Any]
+
+
+def families(methods: tuple[str, ...], patterns: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Method and pattern of each process; the dense model and its roundings come first."""
+    masked = [(method, pattern) for pattern in patterns for method in methods]
+    return [("none", "dense"), *((name, "dense") for name in ROUNDINGS), *masked]
+
+
+def cells_of(method: str, pattern: str) -> list[tuple[str, str, str]]:
+    """Method, pattern and values of what one process measures."""
+    values = {"none": VALUES[:1], "nearest": VALUES[1:], "gptq": VALUES[1:]}.get(method, VALUES)
+    return [(method, pattern, kind) for kind in values]
+
+
+class Family:
+    """Makes the folders of a method and a pattern, and measures them."""
+
+    def __init__(self, model: Path, root: Path, method: str, pattern: str) -> None:
+        self.model, self.root, self.method, self.pattern = model, root, method, pattern
+
+    def cells(self) -> list[Cell]:
+        """One for each value type."""
+        return [self._cell(kind) for _, _, kind in cells_of(self.method, self.pattern)]
+
+    def _cell(self, values: str) -> Cell:
+        cpu = time.process_time()
+        folder, command = self._make(values)
+        made = time.process_time() - cpu
+        record = self.root / f"{values}.json"
+        gblm(f"eval {folder} {TEXT} --output {record}")
+        found = json.loads(record.read_text())
+        cell: Cell = {
+            "method": self.method, "pattern": self.pattern, "values": values,
+            "command": command, "protocol": found["texts"][0]["protocol"],
+            "perplexity": found["texts"][0]["perplexity"], "cpu_seconds": round(made, 1),
+            "provenance": provenance(),
+        }  # fmt: skip
+        if folder != self.model:
+            report = json.loads((folder / "sparsity_report.json").read_text())
+            keys = ("sparsity", "bits_per_weight", "bytes_packed", "bytes_dense")
+            cell |= {key: report[key] for key in keys}
+        return cell
+
+    def _make(self, values: str) -> tuple[Path, str]:
+        """The packed folder, and the command that a reader would give."""
+        folder = self.root / values
+        if self.method == "none":
+            return self.model, ""
+        if self.method == "nearest":
+            options = f"--pattern dense --values {values}"
+            gblm(f"export pack {self.model} {options} --output {folder}")
+            return folder, f"gblm export pack smollm2 {options}"
+        if self.method in MASKS and values != "float":
+            return folder, self._round(values, folder)
+        method = "sparsegpt" if self.method == "gptq" else self.method
+        options = f"--method {method} --pattern {self.pattern} --values {values}"
+        if values != "float":
+            options += " --rounding obs"
+        if method != "magnitude":
+            options += f" {CALIBRATION}"
+        gblm(f"prune {self.model} {options} --output {folder}")
+        return folder, f"gblm prune smollm2 {options}"
+
+    def _round(self, values: str, folder: Path) -> str:
+        """The same zeros with rounded values."""
+        dense = self.root / "zeros"
+        if not dense.exists():
+            gblm(f"export dense {self.root / 'float'} --output {dense}")
+        options = f"--pattern {self.pattern} --values {values}"
+        gblm(f"export pack {dense} {options} --output {folder}")
+        return f"gblm export dense PRUNED --output ZEROS && gblm export pack ZEROS {options}"
+
+
+def gblm(arguments: str) -> None:
+    """One command of gblm, in this process."""
+    cli(["--quiet", "--no-progress", *arguments.split()], standalone_mode=False)
+
+
+def read(path: Path = RECORD) -> dict[str, Any]:
+    """The record; a new one if there is none."""
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+    return {"kind": "matrix", "model": "smollm2", "calibration": CALIBRATION, "cells": []}
+
+
+def add(path: Path, cells: list[Cell]) -> None:
+    """Put cells into the record, whole or not at all."""
+    record = read(path)
+    record["cells"] += cells
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=2) + "\n")
+    partial.replace(path)
+
+
+def known(path: Path) -> set[tuple[str, str, str]]:
+    """Cells that the record holds."""
+    return {(cell["method"], cell["pattern"], cell["values"]) for cell in read(path)["cells"]}
+
+
+def main() -> None:
+    """Run the families that are missing; with --one a single one, its cells printed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="SmolLM2-135M as a folder, if not fetched")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--patterns", nargs="+", default=PATTERNS)
+    parser.add_argument("--output", type=Path, default=RECORD)
+    parser.add_argument("--one", nargs=2, metavar=("METHOD", "PATTERN"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    model = given.model or fetch("smollm2")
+    if given.one:
+        with tempfile.TemporaryDirectory() as root:
+            print(json.dumps(Family(model, Path(root), *given.one).cells()))
+        return
+    for family in families(tuple(given.methods), tuple(given.patterns)):
+        if known(given.output).issuperset(cells_of(*family)):
+            continue
+        print(*family, flush=True)
+        done = subprocess.run(
+            [sys.executable, __file__, "--model", str(model), "--one", *family],
+            check=True, stdout=subprocess.PIPE, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        add(given.output, json.loads(done.stdout.splitlines()[-1]))
+
+
+if __name__ == "__main__":
+    main()
