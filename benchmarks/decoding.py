@@ -1,13 +1,13 @@
-"""Tokens per second in vLLM on a 1.1B LLaMA shape: dense, our dense controls, and sparse weights.
+"""Tokens per second in vLLM: dense, our dense controls, sparse weights, vLLM's int8 and int4.
 
-    python benchmarks/decoding.py [--threads 1] [--compiled] [--rounds 5] [--only NAME …]
-        [--llama-cpp PYTHON]
+    python benchmarks/decoding.py [--shape tinyllama|smollm2] [--threads 1] [--compiled]
+        [--rounds 5] [--only NAME …] [--llama-cpp PYTHON]
 
-The weights are random: speed does not depend on them. Every engine is a process of its own; a few
-at a time stay loaded, always beside the baseline, so that one round runs each of them once and what
-disturbs the machine disturbs all alike. Ratios are taken within a round; the record holds their
-median and all rounds. With a Python that has llama-cpp-python, its BF16, Q8_0 and Q4_0 are rows,
-too. Writes benchmarks/results/decoding-<threads>-<eager|compiled>.json.
+The 1.1B shape has random weights: speed does not depend on them. Every engine is a process of its
+own; a few at a time stay loaded, always beside the baseline, so that one round runs each of them
+once and what disturbs the machine disturbs all alike. Ratios are taken within a round; the record
+holds their median and all rounds. With a Python that has llama-cpp-python, its BF16, Q8_0 and Q4_0
+are rows, too. Writes benchmarks/results/decoding-[smollm2-]<threads>-<eager|compiled>.json.
 """
 
 from __future__ import annotations
@@ -25,47 +25,70 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp_engine
+import vllm_rivals
 from memory import shape_folder
 
 from gblm.checkpoint.inspect import inspect
+from gblm.fetch import fetch
+from gblm.folder import quant_method, read_config
 from gblm.provenance import provenance
 
 RESULTS = Path(__file__).resolve().parent / "results"
-SHAPE = "tinyllama"
+SHAPES = ("tinyllama", "smollm2")
 BASELINE = "dense bf16 (vLLM)"
-TOGETHER = 3  # engines beside the baseline
+# Engines beside the baseline, as many as memory holds.
+TOGETHER = {"tinyllama": 3, "smollm2": 7}
 LLAMA_CPP = ("BF16", "Q8_0", "Q4_0")
 PRUNE = "prune {model} --method magnitude --pattern {pattern} --values {values} --head {head}"
 PACK = "export pack {model} --pattern dense --values {values} --head {head}"
+LABELS = {
+    "dense": "dense {}", "0.5": "{} 50 %", "2:4": "{} 2:4", "4:8": "{} 4:8", "0.7": "{} 70 %",
+}  # fmt: skip
+VALUES = {"float": "bf16", "int8": "int8", "int4": "int4"}
 # Name, command that makes the folder ("" for the model itself), pattern, values, head.
 CASES = (
     (BASELINE, "", "", "", ""),
-    ("dense bf16", PACK, "dense", "float", "float"),
-    ("bf16 50 %", PRUNE, "0.5", "float", "float"),
-    ("bf16 2:4", PRUNE, "2:4", "float", "float"),
-    ("dense int8", PACK, "dense", "int8", "int8"),
-    ("int8 50 %", PRUNE, "0.5", "int8", "int8"),
-    ("dense int4", PACK, "dense", "int4", "int8"),
-    ("int4 50 %", PRUNE, "0.5", "int4", "int8"),
+    *(
+        (
+            label.format(short),
+            PACK if pattern == "dense" else PRUNE,
+            pattern,
+            values,
+            "float" if values == "float" else "int8",
+        )
+        for values, short in VALUES.items()
+        for pattern, label in LABELS.items()
+    ),
 )
 # What one round measures: sequences, prompt tokens, new tokens.
 WORK = {"decode 1": (1, 8, 32), "decode 8": (8, 8, 16), "prefill 512": (1, 512, 0)}
 
 
-def make_folders(root: Path, only: list[str]) -> dict[str, Path]:
+def model_folder(root: Path, shape: str) -> Path:
+    """The dense model."""
+    return fetch(shape) if shape == "smollm2" else shape_folder(root, shape)
+
+
+def make_folders(root: Path, shape: str, only: list[str]) -> dict[str, Path]:
     """The model folders by name; those that exist are used again."""
-    model = shape_folder(root, SHAPE)
+    model = model_folder(root, shape)
     folders = {}
     for name, command, pattern, values, head in CASES:
         if only and name not in only and name != BASELINE:
             continue
-        folder = root / f"{SHAPE}-{pattern}-{values}-{head}" if command else model
+        folder = root / f"{shape}-{pattern}-{values}-{head}" if command else model
         if not folder.exists():
             words = command.format(model=model, pattern=pattern, values=values, head=head).split()
             subprocess.run(
                 [sys.executable, "-m", "gblm", *words, "--output", str(folder)], check=True
             )
         folders[name] = folder
+    for kind in vllm_rivals.KINDS:
+        folder = root / f"{shape}-{kind}"
+        if not only or f"vLLM {kind}" in only:
+            if not folder.exists():
+                vllm_rivals.make_folder(model, kind, folder)
+            folders[f"vLLM {kind}"] = folder
     return folders
 
 
@@ -76,13 +99,13 @@ def vllm_command(folder: Path, compiled: bool) -> list[str]:
     ]  # fmt: skip
 
 
-def llama_cpp_commands(root: Path, python: str, threads: int) -> dict[str, list[str]]:
+def llama_cpp_commands(root: Path, shape: str, python: str, threads: int) -> dict[str, list[str]]:
     """Start llama.cpp engines, by the name of their row."""
     commands = {}
     for kind in LLAMA_CPP:
-        path = root / f"{SHAPE}-{kind}.gguf"
+        path = root / f"{shape}-{kind}.gguf"
         if not path.exists():
-            llama_cpp_engine.make_gguf(shape_folder(root, SHAPE), kind, path)
+            llama_cpp_engine.make_gguf(model_folder(root, shape), kind, path)
         commands[f"llama.cpp {kind}"] = [
             python, llama_cpp_engine.__file__, str(path), str(threads),
         ]  # fmt: skip
@@ -190,12 +213,14 @@ def measure(engines: dict[str, Engine], rounds: int) -> dict[str, dict[str, Any]
     }
 
 
-def measure_in_groups(commands: dict[str, list[str]], threads: int, rounds: int) -> dict[str, Any]:
+def measure_in_groups(
+    commands: dict[str, list[str]], threads: int, rounds: int, together: int
+) -> dict[str, Any]:
     """Few engines at a time, each time beside the baseline: all of them do not fit in memory."""
     rivals = [name for name in commands if name != BASELINE]
     cases: dict[str, Any] = {}
-    for start in range(0, len(rivals), TOGETHER):
-        names = [BASELINE, *rivals[start : start + TOGETHER]]
+    for start in range(0, len(rivals), together):
+        names = [BASELINE, *rivals[start : start + together]]
         with ExitStack() as stack:
             engines = {
                 name: stack.enter_context(Engine(commands[name], threads).running())
@@ -207,9 +232,12 @@ def measure_in_groups(commands: dict[str, list[str]], threads: int, rounds: int)
 
 def bits_per_weight(folder: Path) -> float:
     """Of the decoder layers' linears, as stored."""
-    groups = inspect(folder).get("groups")
-    if groups is None:
+    method = quant_method(read_config(folder))
+    if method == "compressed-tensors":
+        return vllm_rivals.BITS[folder.name.rpartition("-")[2]]
+    if method is None:
         return 16.0  # the model itself
+    groups = inspect(folder)["groups"]
     return 8 * sum(g["bytes"] for g in groups) / sum(g["weights"] for g in groups)
 
 
@@ -224,6 +252,7 @@ def llama_cpp_version(python: str | None) -> str | None:
 def main() -> None:
     """Make the folders, start the engines, measure, write the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default=SHAPES[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compiled", action="store_true", help="torch.compile, as vLLM's default")
     parser.add_argument("--rounds", type=int, default=5)
@@ -235,12 +264,14 @@ def main() -> None:
     if chosen.engine:
         serve_work(chosen.engine, chosen.compiled)
         return
-    folders = make_folders(chosen.folder, chosen.only)
+    shape, threads = chosen.shape, chosen.threads
+    origin = provenance()
+    folders = make_folders(chosen.folder, shape, chosen.only)
     commands = {name: vllm_command(folder, chosen.compiled) for name, folder in folders.items()}
     if chosen.llama_cpp:
-        commands |= llama_cpp_commands(chosen.folder, chosen.llama_cpp, chosen.threads)
+        commands |= llama_cpp_commands(chosen.folder, shape, chosen.llama_cpp, threads)
     load = os.getloadavg()[0]
-    cases = measure_in_groups(commands, chosen.threads, chosen.rounds)
+    cases = measure_in_groups(commands, threads, chosen.rounds, TOGETHER[shape])
     for name, by_work in cases.items():
         shown = [
             f"{work}: {w['tokens_per_second']:.1f} ({w['ratio']:.2f}x)"
@@ -248,13 +279,14 @@ def main() -> None:
         ]
         print(f"{name:18}", "  ".join(shown))
     record = {
-        "kind": "decoding", "provenance": provenance(), "shape": SHAPE, "threads": chosen.threads,
+        "kind": "decoding", "provenance": origin, "shape": shape, "threads": threads,
         "mode": "compiled" if chosen.compiled else "eager", "rounds": chosen.rounds,
         "load_average_at_start": load, "work": WORK, "baseline": BASELINE,
         "llama_cpp": llama_cpp_version(chosen.llama_cpp), "cases": cases,
         "bits_per_weight": {name: bits_per_weight(path) for name, path in folders.items()},
     }  # fmt: skip
-    path = RESULTS / f"decoding-{chosen.threads}-{record['mode']}.json"
+    name = "" if shape == SHAPES[0] else f"{shape}-"
+    path = RESULTS / f"decoding-{name}{threads}-{record['mode']}.json"
     path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

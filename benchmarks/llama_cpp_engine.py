@@ -1,8 +1,9 @@
-"""llama.cpp as a rival of benchmarks/decoding.py: a GGUF file of the shape, and an engine.
+"""llama.cpp as a rival: a GGUF file of the same model, an engine for speed, a score for quality.
 
-As a module (needs `gguf`): make_gguf. As a script: the engine, run by a Python that has
-llama-cpp-python built for this machine (CMAKE_ARGS=-DGGML_NATIVE=ON); it answers one line of
-standard input after the other, as the engines of decoding.py do.
+As a module (needs `gguf`): make_gguf. As a script, run by a Python that has llama-cpp-python built
+for this machine (CMAKE_ARGS=-DGGML_NATIVE=ON): `FILE THREADS` answers one line of standard input
+after the other, as the engines of decoding.py do; `FILE THREADS score` reads windows of token ids
+as JSON and prints the mean loss.
 """
 
 from __future__ import annotations
@@ -19,18 +20,20 @@ PARTS = {
     "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }  # fmt: skip
+HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
 def make_gguf(model: Path, kind: str, target: Path) -> Path:
-    """Write a dense LLaMA folder as GGUF with matrices of one kind, such as "Q8_0".
+    """Write a dense LLaMA folder as GGUF, all matrices of one kind, such as "Q8_0"; no vocabulary.
 
-    Rotary dimensions stay in their order and there is no vocabulary: good for speed alone.
+    llama.cpp rotates neighbours where transformers rotates halves: rows of q and k change places.
     """
     import gguf
     import torch
 
     from gblm.checkpoint.reader import Reader
+    from gblm.export.onnx_model.folder import with_rope_theta
 
     config = json.loads((model / "config.json").read_text())
     writer = gguf.GGUFWriter(target, "llama")
@@ -42,11 +45,14 @@ def make_gguf(model: Path, kind: str, target: Path) -> Path:
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_dimension_count(config["hidden_size"] // config["num_attention_heads"])
+    writer.add_rope_freq_base(with_rope_theta(config)["rope_theta"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("none")
     with Reader(model) as reader:
         for name in reader.headers:
             tensor = reader.tensor(name).to(torch.float32).numpy()
+            if heads := config[HEADS[part]] if (part := name.split(".")[-2]) in HEADS else 0:
+                tensor = neighbours(tensor, heads)
             quantised = gguf.GGMLQuantizationType[kind if tensor.ndim > 1 else "F32"]
             data = gguf.quants.quantize(tensor, quantised)
             writer.add_tensor(gguf_name(name), data, raw_dtype=quantised)
@@ -56,6 +62,11 @@ def make_gguf(model: Path, kind: str, target: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return target
+
+
+def neighbours(weight: Any, heads: int) -> Any:
+    """Rows of q or k [heads × 2 × half, in] so that each pair that is rotated lies together."""
+    return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
 def gguf_name(name: str) -> str:
@@ -95,5 +106,27 @@ def serve_work(path: str, threads: int) -> None:
         print("ANSWER " + json.dumps(answer), flush=True)
 
 
+def score(path: str, threads: int) -> None:
+    """Print {"loss": mean cross-entropy} of the windows on standard input."""
+    import llama_cpp
+    import numpy as np
+
+    windows = json.load(sys.stdin)
+    llm = llama_cpp.Llama(
+        path, n_ctx=len(windows[0]), n_batch=512, n_threads=threads, n_threads_batch=threads,
+        logits_all=True, verbose=False,
+    )  # fmt: skip
+    losses = []
+    for window in windows:
+        llm.reset()
+        llm.eval(window)
+        logits = np.asarray(llm.scores[: len(window) - 1], dtype=np.float64)
+        top = logits.max(axis=1, keepdims=True)
+        total = top[:, 0] + np.log(np.exp(logits - top).sum(axis=1))
+        losses.append(float((total - logits[np.arange(len(logits)), window[1:]]).mean()))
+    print(json.dumps({"loss": sum(losses) / len(losses)}))
+
+
 if __name__ == "__main__":
-    serve_work(sys.argv[1], int(sys.argv[2]))
+    file, count, *action = sys.argv[1:]
+    (score if action == ["score"] else serve_work)(file, int(count))

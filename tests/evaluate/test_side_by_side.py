@@ -10,7 +10,7 @@ import pytest
 from conftest import Outcome
 
 from gblm.errors import InputError
-from gblm.evaluate.side_by_side import compare
+from gblm.evaluate.side_by_side import compare, size_facts
 
 Run = Callable[..., Outcome]
 
@@ -61,6 +61,12 @@ def test_the_baseline_comes_from_the_recipe_and_stands_beside(
         assert row["protocol"].endswith("no overlap, no special tokens, float32, torch")
         assert row["protocol_baseline"] == row["protocol"]
         assert row["drift"]["kl_mean"] > 0
+
+
+def test_weights_that_only_another_engine_reads_have_bytes(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
+    (tmp_path / "model.safetensors").write_bytes(bytes(77))
+    assert size_facts(tmp_path) == {"bytes": 77, "values": "awq"}
 
 
 @pytest.mark.parametrize(

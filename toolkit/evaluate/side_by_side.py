@@ -7,7 +7,8 @@ from typing import Any
 
 from gblm.checkpoint.inspect import inspect
 from gblm.errors import InputError
-from gblm.folder import read_json_object
+from gblm.folder import quant_method, read_config, read_json_object
+from gblm.formats.manifest import QUANT_METHOD
 
 EVALUATION, SERVING = "evaluation", "bench serving"
 
@@ -66,7 +67,11 @@ def _read(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def size_facts(folder: Path) -> dict[str, Any]:
-    """Bytes, sparsity of the pruned linears and value types of a packed or dense folder."""
+    """Bytes, sparsity of the pruned linears and value types; of weights in others' formats less."""
+    method = quant_method(read_config(folder))
+    if method not in (None, QUANT_METHOD):
+        files = (path.stat().st_size for path in folder.glob("*.safetensors"))
+        return {"bytes": sum(files), "values": method}
     facts = inspect(folder)
     if facts["kind"] == "dense":
         return {"bytes": facts["bytes"], "sparsity": facts["sparsity"], "values": "dense"}
