@@ -101,7 +101,9 @@ onnx-gpu: dist ## the ONNX export with the packages of the extra [onnx], in an e
 	build/onnx-gpu/bin/pip install --quiet --disable-pip-version-check "$$(ls dist/*.whl)[onnx]" pytest
 	cd build && onnx-gpu/bin/pytest -q -p no:cacheprovider -o pythonpath=$(CURDIR)/tests $(CURDIR)/tests/onnx_gpu_check.py
 
-test: lint types unit sanitize wheel onnx-gpu ## everything that CI runs
+# Two at a time: one compiles while the other waits for packages.
+test: lint types unit ## everything that CI runs
+	$(MAKE) --jobs 2 --output-sync=target sanitize wheel onnx-gpu
 
 demo: dev ## prune, pack, serve and compare a real model
 	$(BIN)/python benchmarks/demo.py

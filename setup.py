@@ -7,8 +7,10 @@ works all the same, with slower backends.
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -62,14 +64,17 @@ class BuildKernels(build_ext):
     def _build(self, ext: Extension) -> None:
         if sys.platform == "win32":
             raise RuntimeError("Windows is not supported yet")
-        objects: list[str] = []
-        for source in ext.sources:
-            objects += self.compiler.compile(
+
+        def compiled(source: str) -> list[str]:
+            return self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,
                 extra_postargs=FLAGS + X86.get(Path(source).stem, []),
                 depends=ext.depends,
             )
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [found for one in pool.map(compiled, ext.sources) for found in one]
         target = self.get_ext_fullpath(ext.name)
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(objects, target, libraries=["dl"], target_lang="c++")
