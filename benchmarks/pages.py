@@ -18,8 +18,9 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def origin(record: dict[str, Any], *packages: str) -> str:
     """Machine, versions and commit of a record."""
     found = record["provenance"]
+    commit, _, dirty = found["commit"].partition("-")
     versions = ", ".join(f"{p} {found['packages'][p]}" for p in packages)
     return (
         f"{found['machine']['cpu']}, {found['machine']['cores']} cores; Python {found['python']}, "
-        f"{versions}; commit {found['commit'][:12]}."
+        f"{versions}; commit {commit[:12]}{dirty and f'-{dirty}'}."
     )

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import matrix_tables
 from budget import budget
 from decoding_tables import decoding
 from frontier_tables import frontier, frontier_all
@@ -72,6 +73,8 @@ def blocks() -> list[tuple[Path, str, str]]:
         (ROOT / "docs" / "serving.md", "modes", modes()),
         (ROOT / "docs" / "serving.md", "loading", loading()),
         (ROOT / "docs" / "onnx.md", "onnx", onnx()),
+        (ROOT / "docs" / "evaluation.md", "engines", matrix_tables.engines()),
+        *((ROOT / "docs" / "results.md", *block) for block in matrix_tables.blocks()),
     ]
 
 

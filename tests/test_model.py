@@ -97,6 +97,18 @@ def test_unknown_model_names_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> 
         folder.resolve("nobody/nothing")
 
 
+def test_hub_ids_are_taken_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    repository, commit = tmp_path / "models--somebody--tiny", "0" * 40
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    (snapshot / "config.json").write_text("{}")
+    assert folder.resolve("somebody/tiny") == snapshot
+
+
 def test_devices_are_checked() -> None:
     with pytest.raises(UsageError):
         model.check_device("warp")

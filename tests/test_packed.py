@@ -12,6 +12,7 @@ import torch
 import gblm.packed
 from gblm.errors import CheckpointError, InputError, UsageError
 from gblm.export.dense import export_dense
+from gblm.kernels import BACKENDS, log_choice
 from gblm.model import load
 
 Pack = Callable[..., Path]
@@ -121,3 +122,14 @@ def test_dense_folder_is_not_loaded_as_packed(tiny: Path) -> None:
         gblm.packed.load(tiny)
     with pytest.raises(InputError, match="--backend applies to packed folders only"):
         gblm.packed.load_any(tiny, "dense")
+
+
+def test_log_names_for_each_backend_why_better_ones_refused(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", logger="gblm.kernels")
+    log_choice([(BACKENDS["cpu"], []), (BACKENDS["dense"], ["cpu: odd"]), (BACKENDS["cpu"], [])])
+    assert caplog.messages == [
+        "gblm: 2 linears run on backend cpu (packed in memory)",
+        "gblm: 1 linears run on backend dense (expanded at load); refused: cpu: odd",
+    ]

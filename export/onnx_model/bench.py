@@ -21,9 +21,10 @@ import torch
 from gblm.bench.paired import round_medians, speedup, spread
 from gblm.errors import CheckpointError, UsageError
 from gblm.export.onnx_model.decoder import OrtDecoder
+from gblm.export.onnx_model.export import REPORT_FILE
 from gblm.export.onnx_model.runtime import MODEL_FILE
 from gblm.export.onnx_model.storage import DATA_FILE
-from gblm.folder import read_config
+from gblm.folder import read_config, read_json_object
 from gblm.progress import Progress, no_progress
 from gblm.provenance import machine, provenance
 
@@ -65,13 +66,15 @@ def bench_onnx(
         The record: a row for each folder.
 
     Raises:
-        UsageError: two folders have one name.
+        UsageError: two folders have one name, or one was exported for CUDA.
         CheckpointError: a folder is no export.
     """
     settings = settings or Settings()
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         raise UsageError("bench onnx: the folders must have different names, which name the rows.")
+    for folder in folders:
+        _check_target(folder)
     step = progress("measuring", len(folders) + settings.rounds + 1)
     alone = {}
     for name, folder in zip(names, folders, strict=True):
@@ -84,7 +87,13 @@ def bench_onnx(
     vocabulary = int(read_config(folders[0])["vocab_size"])
     times = _measure(decoders, vocabulary, settings, step)
     rows = [
-        {"name": name, "file_bytes": _file_bytes(folder), **alone[name], **_row(name, names, times)}
+        {
+            "name": name,
+            "file_bytes": _file_bytes(folder),
+            "providers": decoders[name].session.get_providers(),
+            **alone[name],
+            **_row(name, names, times),
+        }
         for name, folder in zip(names, folders, strict=True)
     ]
     return {
@@ -96,6 +105,15 @@ def bench_onnx(
         "provenance": provenance(),
         "rows": rows,
     }
+
+
+def _check_target(folder: Path) -> None:
+    report = folder / REPORT_FILE
+    if report.is_file() and read_json_object(report).get("target") == "cuda":
+        raise UsageError(
+            f"{folder} was exported for CUDA, and bench onnx times ONNX Runtime on CPU: export it "
+            "with --target cpu."
+        )
 
 
 Times = dict[str, dict[str, list[list[float]]]]

@@ -23,6 +23,7 @@ from gblm.weights import SparseWeight
 
 Cut = Literal["rows", "columns"]
 BLOCK_WEIGHTS = 1 << 20
+PIECES = {"q": 0, "k": 1, "v": 2}  # vLLM's names of what a fused q/k/v is made of
 
 
 @dataclass
@@ -134,12 +135,12 @@ class RaggedParameter(BasevLLMParameter):
 
     def load_merged_column_weight(self, loaded_weight: Tensor, **kwargs: Any) -> None:
         """One of gate and up."""
-        piece = self._shard_id_as_int(kwargs["shard_id"])
+        piece = int(kwargs["shard_id"])
         self.pieces.take(piece, self.part, loaded_weight, "rows", self.tp_rank, self.tp_size)
 
     def load_qkv_weight(self, loaded_weight: Tensor, **kwargs: Any) -> None:
         """One of q, k and v; `num_heads` ranks share a replicated key/value head."""
-        piece = self._shard_id_as_int(kwargs["shard_id"])
+        piece = PIECES[kwargs["shard_id"]]
         shared_by = 1 if piece == 0 else kwargs["num_heads"]
         rank, num_ranks = self.tp_rank // shared_by, self.tp_size // shared_by
         self.pieces.take(piece, self.part, loaded_weight, "rows", rank, num_ranks)

@@ -73,11 +73,11 @@ def select(
 
 
 def log_choice(chosen: Iterable[tuple[Backend, Sequence[str]]]) -> None:
-    """One line per model: which backend runs, for how many linears, and why not a better one."""
+    """One line per backend: for how many linears it runs, and why better ones refused those."""
     picks = list(chosen)
-    counts = Counter(backend.name for backend, _ in picks)
-    reasons = dict.fromkeys(reason for _, why in picks for reason in why)
-    for name, count in counts.items():
+    for name, count in Counter(backend.name for backend, _ in picks).items():
+        own = (why for backend, why in picks if backend.name == name)
+        reasons = dict.fromkeys(reason for why in own for reason in why)
         state = "packed in memory" if BACKENDS[name].packed else "expanded at load"
         because = f"; refused: {' · '.join(reasons)}" if reasons else ""
         logger.info("gblm: %d linears run on backend %s (%s)%s", count, name, state, because)

