@@ -24,7 +24,9 @@ def blocks() -> list[tuple[str, str]]:
         "matrix-size": (size, ("matrix",)),
         "matrix-speed": (speed, tuple(SPEED.values())),
     }
-    return [(name, make() if _there(*needed) else NOTHING) for name, (make, needed) in parts.items()]
+    return [
+        (name, make() if _there(*needed) else NOTHING) for name, (make, needed) in parts.items()
+    ]
 
 
 def quality() -> str:
