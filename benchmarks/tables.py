@@ -19,6 +19,7 @@ from frontier_tables import frontier, frontier_all
 from kernel_tables import compilers, kernels
 from loading_table import loading
 from modes_table import modes
+from onnx_sizes import sizes
 from onnx_tables import onnx
 from pages import RESULTS, ROOT, origin, table
 from soak_tables import reliability
@@ -73,6 +74,7 @@ def blocks() -> list[tuple[Path, str, str]]:
         (ROOT / "docs" / "serving.md", "modes", modes()),
         (ROOT / "docs" / "serving.md", "loading", loading()),
         (ROOT / "docs" / "onnx.md", "onnx", onnx()),
+        (ROOT / "docs" / "onnx.md", "onnx-sizes", sizes()),
         (ROOT / "docs" / "evaluation.md", "engines", matrix_tables.engines()),
         *((ROOT / "docs" / "results.md", *block) for block in matrix_tables.blocks()),
     ]
