@@ -1,4 +1,4 @@
-"""The tables of README.md, benchmarks/results.md and docs/, from the records alone.
+"""The tables of README.md and docs/, from the records alone.
 
     python benchmarks/tables.py
 
@@ -48,8 +48,6 @@ def main() -> None:
     """Rewrite all pages."""
     for path, name, text in blocks():
         replace_block(path, name, text)
-    text = f"{quality(METHODS)}\n\n{serving()}"
-    (ROOT / "benchmarks" / "results.md").write_text(f"# Measured results\n\n{text}\n")
 
 
 def blocks() -> list[tuple[Path, str, str]]:
