@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gblm.bench import loop
+from gblm.bench import guidellm, loop
 from gblm.bench.paired import bootstrap_median, spread
 from gblm.bench.requests import Slo, metrics_of
 from gblm.bench.sides import LOOPS, Side
-from gblm.bench.tools import Context, tool_of
+from gblm.bench.tools import WITH_SERVER, Context, tool_of
 from gblm.bench.validity import Asked, Limits, Seen, check_alike, check_run
 from gblm.errors import UsageError
 from gblm.progress import Progress, no_progress
@@ -33,7 +33,7 @@ class Plan:
         loads: each is put on every side in every round.
         rounds: each starts every side anew, in another order.
         seed: of the prompts; all sides get the same ones.
-        tool: for sides in vLLM: serve, latency or throughput.
+        tool: for sides in vLLM: serve, guidellm, latency or throughput.
         slo: limits for goodput; none if None.
         limits: how much noise a run may have.
         threads: of engines without a server; their own choice if None.
@@ -56,6 +56,7 @@ class Plan:
 
         Raises:
             UsageError: a side cannot have such a load, or the tool does not exist.
+            MachineError: GuideLLM is asked for and not there.
         """
         tool_of(self.tool)
         for side in sides:
@@ -67,7 +68,11 @@ class Plan:
                         f"side {side.name!r}: {side.engine} runs one request at a time; give "
                         "--concurrency 1 and no --request-rate, or serve the model in vLLM."
                     )
-        if self.tool != "serve" and any(load.request_rate is not None for load in self.loads):
+        if self.tool == "guidellm":
+            guidellm.program()
+        if self.tool not in WITH_SERVER and any(
+            load.request_rate is not None for load in self.loads
+        ):
             raise UsageError(f"--with {self.tool} has no --request-rate: it has no server.")
 
 

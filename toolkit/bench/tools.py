@@ -1,4 +1,4 @@
-"""vLLM under a load of its own tools: `vllm bench serve`, `latency`, `throughput`.
+"""vLLM under a load: `vllm bench serve`, `latency`, `throughput`, or GuideLLM.
 
 Each tool's result becomes the same list of requests; here is no load generator of our own.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from gblm.bench import guidellm
 from gblm.bench.noise import measured
 from gblm.bench.requests import Request
 from gblm.bench.scrape import Target
@@ -57,7 +58,33 @@ class Context:
 
 
 def serve(side: Side, loads: Sequence[Asked], context: Context) -> list[Seen]:
-    """Start the model's server once, and put each load on it with `vllm bench serve`."""
+    """`vllm bench serve`: one server, one load after the other."""
+
+    def generate(url: str, asked: Asked) -> Seen:
+        words = serve_options(url, side, asked, context)
+        seen = seen_of(run_vllm_bench(words, context.work / RESULT))
+        seen.prompts = fingerprint(side, asked, context)
+        return seen
+
+    return served(side, loads, context, generate)
+
+
+def guided(side: Side, loads: Sequence[Asked], context: Context) -> list[Seen]:
+    """GuideLLM in the place of `vllm bench serve`."""
+
+    def generate(url: str, asked: Asked) -> Seen:
+        return guidellm.load(url, side.path, asked, context.seed, context.work / "guidellm.json")
+
+    return served(side, loads, context, generate)
+
+
+def served(
+    side: Side,
+    loads: Sequence[Asked],
+    context: Context,
+    generate: Callable[[str, Asked], Seen],
+) -> list[Seen]:
+    """Start the model's server once, and put each load on it; with what the server counted."""
     found = []
     with running_server(
         side.path, side.backend(context.backend), context.vllm_options, context.log
@@ -65,14 +92,12 @@ def serve(side: Side, loads: Sequence[Asked], context: Context) -> list[Seen]:
         for asked in loads:
             before = counters(server)
             with measured(psutil.Process(server.process.pid)) as meter:
-                result = run_vllm_bench(serve_options(server.url, side, asked, context),
-                                        context.work / RESULT)  # fmt: skip
+                seen = generate(server.url, asked)
             after = counters(server)
-            seen = seen_of(result)
             seen.preemptions = after[PREEMPTIONS] - before[PREEMPTIONS]
             queries = after[QUERIES] - before[QUERIES]
             seen.cached = (after[HITS] - before[HITS]) / queries if queries else 0.0
-            seen.prompts, seen.noise = fingerprint(side, asked, context), meter.evidence()
+            seen.noise = meter.evidence()
             seen.extra = {
                 "load_s": server.ready_seconds,
                 "memory_mb": server.memory_bytes() / 1e6,
@@ -184,7 +209,11 @@ def _model(side: Side, asked: Asked, context: Context) -> list[str]:
 
 
 Tool = Callable[[Side, Sequence[Asked], Context], list[Seen]]
-TOOLS: dict[str, Tool] = {"serve": serve, "latency": latency, "throughput": throughput}
+TOOLS: dict[str, Tool] = {
+    "serve": serve, "guidellm": guided, "latency": latency, "throughput": throughput,
+}  # fmt: skip
+# Those that start a server, to which requests can come at a rate.
+WITH_SERVER = ("serve", "guidellm")
 
 
 def tool_of(name: str) -> Tool:

@@ -50,8 +50,9 @@ def numbers(ctx: click.Context, option: click.Parameter, value: str | None) -> t
 @click.command("models", cls=Command)
 @click.argument("words", metavar="SIDE SIDE… [-- VLLM_OPTIONS]", nargs=-1, type=click.UNPROCESSED)
 @click.option(
-    "--with", "tool", type=click.Choice(["serve", "latency", "throughput"]), default="serve",
-    show_default=True, help="`vllm bench` tool for sides in vLLM.",
+    "--with", "tool", default="serve", show_default=True,
+    type=click.Choice(["serve", "latency", "throughput", "guidellm"]),
+    help="For sides in vLLM: a tool of `vllm bench`, or GuideLLM.",
 )  # fmt: skip
 @click.option("--num-prompts", type=click.IntRange(1), default=16, show_default=True)
 @click.option("--input-len", type=click.IntRange(1), default=64, show_default=True)
