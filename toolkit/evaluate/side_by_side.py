@@ -8,7 +8,7 @@ from typing import Any
 from gblm.checkpoint.inspect import inspect
 from gblm.errors import InputError
 from gblm.folder import quant_method, read_config, read_json_object
-from gblm.formats.manifest import QUANT_METHOD
+from gblm.packed import is_packed
 
 EVALUATION, SERVING = "evaluation", "bench serving"
 
@@ -69,7 +69,7 @@ def _read(path: Path) -> tuple[str, dict[str, Any]]:
 def size_facts(folder: Path) -> dict[str, Any]:
     """Bytes, sparsity of the pruned linears and value types; of weights in others' formats less."""
     method = quant_method(read_config(folder))
-    if method not in (None, QUANT_METHOD):
+    if method is not None and not is_packed(folder):
         files = (path.stat().st_size for path in folder.glob("*.safetensors"))
         return {"bytes": sum(files), "values": method}
     facts = inspect(folder)
