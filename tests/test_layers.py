@@ -70,6 +70,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "checkpoint", "errors", "folder", "formats", "kernels", "network", "packed", "patterns",
         "progress", "provenance", "values", "weights",
     },
+    "gpu_check": {
+        "bench", "calibrate", "errors", "formats", "kernels", "methods", "patterns", "provenance",
+        "values", "weights",
+    },
     "report": {"__init__", "checkpoint", "errors", "folder", "formats", "kernels", "structure"},
     "doctor": {"formats", "kernels", "patterns", "provenance", "values", "weights"},
     "export": {
@@ -83,7 +87,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "commands": {
         "bench", "budget", "checkpoint", "doctor", "errors", "evaluate", "export", "fetch",
-        "folder", "packed", "patterns", "plan", "provenance", "prune", "recipe", "report", "serve",
+        "folder", "gpu_check", "packed", "patterns", "plan", "provenance", "prune", "recipe",
+        "report", "serve",
     },
     "cli": {"__init__", "commands"},
 }  # fmt: skip

@@ -103,6 +103,10 @@ class Autotuner:
 
     Measuring waits for the device, so it happens once per key, and never while a CUDA graph is
     being captured.
+
+    Attributes:
+        timer: the seconds of a call.
+        settled: the answers that this process goes by.
     """
 
     def __init__(
@@ -118,7 +122,7 @@ class Autotuner:
         """
         self.timer = timer
         self._answers, self._facts, self._capturing = answers, facts, capturing
-        self._settled: dict[Key, str] = {}
+        self.settled: dict[Key, str] = {}
         self._unmeasured: set[Key] = set()
 
     def settle(
@@ -132,13 +136,13 @@ class Autotuner:
             accepts: whether an answer from the file is possible.
             default: while nothing may be measured, and where `find` cannot say.
         """
-        known = self._settled.get(key)
+        known = self.settled.get(key)
         if known is not None:
             return known
         text = " ".join(map(str, (*self._facts, *key)))
         kept = self._answers.get(text)
         if kept is not None and accepts(kept):
-            self._settled[key] = kept
+            self.settled[key] = kept
             return kept
         if self._capturing():
             if key not in self._unmeasured:
@@ -148,8 +152,8 @@ class Autotuner:
         answer = find()
         if answer is not None:
             self._answers.put(text, answer)
-        self._settled[key] = default if answer is None else answer
-        return self._settled[key]
+        self.settled[key] = default if answer is None else answer
+        return self.settled[key]
 
     def choose(
         self,

@@ -115,7 +115,7 @@ class Cutlass(Library):
         with warnings.catch_warnings():
             # That its API is a prototype; the schemas are tested.
             warnings.simplefilter("ignore", UserWarning)
-            made = torch.sparse.SparseSemiStructuredTensorCUTLASS.from_dense(dense)
+            made: Any = torch.sparse.SparseSemiStructuredTensorCUTLASS.from_dense(dense)
         return [made.packed, made.meta]
 
     def product(self, packed: Sequence[Tensor], x: Tensor, algorithm: int) -> Tensor:

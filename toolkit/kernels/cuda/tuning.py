@@ -38,7 +38,7 @@ class EventTimer:
             end.record()
             events.append((begin, end))
         events[-1][1].synchronize()
-        return statistics.median(begin.elapsed_time(end) for begin, end in events) / 1e3
+        return 1e-3 * statistics.median(float(begin.elapsed_time(end)) for begin, end in events)
 
 
 def facts(device: torch.device) -> Key:
