@@ -1,10 +1,11 @@
-"""A place of the GPU check that is this CPU: the same Python, other numbers."""
+"""A place of the GPU check that is this CPU, and a stand-in for PyTorch's 2:4 libraries."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from gblm.gpu_check.place import Call, Place, Timing
 from gblm.kernels import Backend
 from gblm.kernels.autotune import Answers, Autotuner
 from gblm.kernels.cuda.delta import Delta
+from gblm.kernels.cuda.libraries import Library
 from gblm.kernels.cuda.semi_structured import SemiStructured
 from gblm.kernels.cuda.sparse_tensor_core import SparseTensorCore
 
@@ -88,3 +90,32 @@ def emulated_backends(folder: Path) -> dict[str, Backend]:
 def _seconds(call: Callable[[], object]) -> float:
     call()
     return 1.0
+
+
+class FakeLibrary(Library):
+    """Multiplies with a dense weight that it calls packed; 8 tokens at a time."""
+
+    def __init__(self, name: str, num_tensors: int = 1) -> None:
+        self.name, self.num_tensors = name, num_tensors  # type: ignore[misc]
+        self.algorithms: list[int] = []
+        self.searches = 0
+
+    def missing(self) -> str | None:
+        return None
+
+    def constraints(self, dtype: torch.dtype) -> Any:
+        return SimpleNamespace(sparse_min_rows=16, sparse_min_cols=16, dense_min_rows=8)
+
+    def pack(self, dense: Tensor) -> list[Tensor]:
+        return [dense.t().contiguous(), *[dense.new_zeros(1)] * (self.num_tensors - 1)]
+
+    def product(self, packed: Sequence[Tensor], x: Tensor, algorithm: int) -> Tensor:
+        assert len(packed) == self.num_tensors
+        assert len(x) % 8 == 0
+        self.algorithms.append(algorithm)
+        return x @ packed[0]
+
+    def search(self, packed: Sequence[Tensor], x: Tensor) -> int:
+        assert len(x) % 8 == 0
+        self.searches += 1
+        return 7

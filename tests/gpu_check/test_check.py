@@ -94,6 +94,8 @@ def test_lines_are_met_by_the_worst_size_of_the_best_backend() -> None:
     rows = [
         row("7b gate_up", 1, "nm/2:4", 1.4),
         row("7b gate_up", 1, "nm/2:4", 1.8, contender="triton"),
+        row("7b gate_up", 1, "nm/2:4", 9.9, contender="cutlass"),
+        row("70b gate_up", 16, "nm/2:4", 9.9, contender="cusparselt"),
         row("70b gate_up", 16, "nm/2:4", 1.55),
         row("7b o", 1, "nm/2:4", 0.1),
         row("7b gate_up", 64, "nm/2:4", 0.1),
@@ -263,6 +265,8 @@ def test_a_cuda_device_knows_its_facts_and_all_backends_for_it(fake_cuda: Simple
     here = Cuda()
     assert set(here.backends) == {
         "semi_structured plentiful",
+        "cusparselt",
+        "cutlass",
         *(name for name, backend in BACKENDS.items() if backend.needs == "cuda"),
     }
     assert here.cold_bytes == 3 << 10

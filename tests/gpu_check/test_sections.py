@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from gpu_emulated import missing
-from gpu_place import CpuPlace, emulated_backends
+from gpu_place import CpuPlace, FakeLibrary, emulated_backends
 from torch import Tensor
 
 from gblm.formats import Format, Shape
@@ -18,6 +18,7 @@ from gblm.gpu_check import sanitizer
 from gblm.gpu_check.bandwidth import measure_limits, read_limit
 from gblm.gpu_check.correctness import Cases, check_products, error_of
 from gblm.gpu_check.decode import Decoder, ModelShape, measure_decoding
+from gblm.gpu_check.library import LibraryBackend
 from gblm.gpu_check.pruning import LayerShape, measure_pruning
 from gblm.gpu_check.section import Section
 from gblm.gpu_check.times import measure_times
@@ -94,6 +95,27 @@ def test_what_raises_is_noted_and_the_rest_goes_on() -> None:
     assert len(own.failed) == 3
     assert own.failed[0].endswith("ValueError: no such kernel")
     assert {row["backend"] for row in own.rows} == {"reference", "cublas bf16"}
+
+
+def test_a_broken_device_ends_a_section_soon() -> None:
+    own = section()
+    for number in range(40):
+        own.attempt(str(number), lambda: [][0])
+    assert len(own.failed) == 25
+    assert own.skipped[0] == "25: too much has failed before"
+
+
+def test_each_library_is_compared_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeLibrary("cutlass")
+    own, here = section(), CpuPlace({"cutlass": LibraryBackend(fake)})
+    cases = Cases(("nm/2:4", "nm/2:4/int8:32", "bitmask/0.5"), ((48, 96),), (BF16,), (1, 9), (9,))
+    check_products(here, own, cases)
+    assert [(row["backend"], row["spec"]) for row in own.rows] == [
+        ("cutlass", "nm/2:4"), ("cublas bf16", "nm/2:4"),
+    ]  # fmt: skip
+    assert own.rows[0]["error"] < 1e-3
+    assert fake.searches == 2
+    assert fake.algorithms == [7] * 4
 
 
 def test_a_section_without_time_says_what_it_skipped() -> None:

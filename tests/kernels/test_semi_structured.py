@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from gpu_emulated import EmulatedDevice, emulated, missing
+from gpu_place import FakeLibrary
 from torch import Tensor
 
 from gblm.errors import UsageError
 from gblm.formats import make_format
 from gblm.kernels.autotune import Answers, Autotuner
 from gblm.kernels.cuda import semi_structured
-from gblm.kernels.cuda.libraries import LIBRARIES, CuSparseLt, Cutlass, Library
+from gblm.kernels.cuda.libraries import LIBRARIES, CuSparseLt, Cutlass
 from gblm.kernels.cuda.semi_structured import SemiStructured, measured_size, plentiful_memory
 from gblm.values import quantize
 from gblm.weights import SparseWeight
@@ -25,35 +25,6 @@ from gblm.weights import SparseWeight
 BF16 = torch.bfloat16
 SHAPE = (32, 64)
 needs_compiler = pytest.mark.skipif(missing() is not None, reason=str(missing()))
-
-
-class Fake(Library):
-    """Multiplies with a dense weight that it calls packed; 8 tokens at a time."""
-
-    def __init__(self, name: str, num_tensors: int = 1) -> None:
-        self.name, self.num_tensors = name, num_tensors  # type: ignore[misc]
-        self.algorithms: list[int] = []
-        self.searches = 0
-
-    def missing(self) -> str | None:
-        return None
-
-    def constraints(self, dtype: torch.dtype) -> Any:
-        return SimpleNamespace(sparse_min_rows=16, sparse_min_cols=16, dense_min_rows=8)
-
-    def pack(self, dense: Tensor) -> list[Tensor]:
-        return [dense.t().contiguous(), *[dense.new_zeros(1)] * (self.num_tensors - 1)]
-
-    def product(self, packed: Sequence[Tensor], x: Tensor, algorithm: int) -> Tensor:
-        assert len(packed) == self.num_tensors
-        assert len(x) % 8 == 0
-        self.algorithms.append(algorithm)
-        return x @ packed[0]
-
-    def search(self, packed: Sequence[Tensor], x: Tensor) -> int:
-        assert len(x) % 8 == 0
-        self.searches += 1
-        return 7
 
 
 class Setting:
@@ -145,7 +116,7 @@ def test_a_captured_graph_gets_the_way_that_needs_no_measurement(
 def test_plentiful_memory_holds_the_fastest_second_layout(
     gpu: EmulatedDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, winner: str
 ) -> None:
-    libraries = [Fake("cusparselt"), Fake("cutlass", 2)]
+    libraries = [FakeLibrary("cusparselt"), FakeLibrary("cutlass", 2)]
     setting = Setting(gpu, tmp_path, libraries=libraries, plentiful=True)
     setting.spy(monkeypatch)
     setting.seconds = dict.fromkeys(("dense", "cusparselt", "cutlass", "tiles", "expand"), 2.0)
@@ -168,7 +139,7 @@ def test_plentiful_memory_holds_the_fastest_second_layout(
 def test_a_second_layout_that_does_not_fit_is_not_asked(
     gpu: EmulatedDevice, tmp_path: Path
 ) -> None:
-    class Refusing(Fake):
+    class Refusing(FakeLibrary):
         def missing(self) -> str | None:
             return "not here"
 

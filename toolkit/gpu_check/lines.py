@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gblm.gpu_check.library import LIBRARY_NAMES
 from gblm.gpu_check.place import PLENTIFUL
 from gblm.gpu_check.weights import CUBLAS
 
@@ -62,7 +63,7 @@ def _replays(sections: Sections) -> float | None:
 
 
 def worst_of_the_best(spec: str, tokens: Sequence[int], what: str) -> Callable[..., float | None]:
-    """Of each large linear and number of tokens the best backend; of those the worst.
+    """Of each large linear and number of tokens gblm's best backend; of those the worst.
 
     Args:
         spec: of the format.
@@ -73,9 +74,9 @@ def worst_of_the_best(spec: str, tokens: Sequence[int], what: str) -> Callable[.
     def value(sections: Sections) -> float | None:
         best: dict[tuple[str, int], float] = {}
         for row in _rows(sections, "times"):
-            if row["spec"] != spec or row["label"] not in LARGE or row["tokens"] not in tokens:
-                continue
-            if row[what] is not None:
+            wanted = row["spec"] == spec and row["label"] in LARGE and row["tokens"] in tokens
+            own = row["contender"] not in LIBRARY_NAMES
+            if wanted and own and row[what] is not None:
                 place = (row["label"], row["tokens"])
                 best[place] = max(best.get(place, 0.0), float(row[what]))
         return min(best.values(), default=None)

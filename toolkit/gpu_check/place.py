@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gblm.errors import MachineError
+from gblm.gpu_check.library import library_backends
 from gblm.kernels import BACKENDS, Backend
 from gblm.kernels.cuda.semi_structured import SemiStructured
 from gblm.kernels.cuda.tuning import tuner
@@ -103,7 +104,11 @@ class Cuda(Place):
             raise MachineError("the GPU check needs a CUDA device; PyTorch sees none.")
         self.device = torch.device("cuda", torch.cuda.current_device())
         needs_one = {name: one for name, one in BACKENDS.items() if one.needs == "cuda"}
-        self.backends = needs_one | {PLENTIFUL: SemiStructured(plentiful=True)}
+        self.backends = {
+            **needs_one,
+            PLENTIFUL: SemiStructured(plentiful=True),
+            **library_backends(),
+        }
         self._properties: Any = torch.cuda.get_device_properties(self.device)
         self.cold_bytes = 3 * self._properties.L2_cache_size
 

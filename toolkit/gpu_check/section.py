@@ -12,6 +12,8 @@ import torch
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+# A device that has met an illegal access fails everything that follows.
+MAX_FAILURES = 25
 Clock = Callable[[], float]
 
 
@@ -52,6 +54,9 @@ class Section:
         """
         if not self.seconds_left:
             self.skip(what, "no time left")
+            return None
+        if len(self.failed) >= MAX_FAILURES:
+            self.skip(what, "too much has failed before")
             return None
         try:
             return work()
