@@ -215,6 +215,15 @@ def test_the_classes_of_this_pytorch_have_the_constraints_that_are_read() -> Non
         assert library.constraints(torch.float64) is None
 
 
+def test_the_operators_give_a_row_per_token() -> None:
+    x = torch.empty(16, 64, dtype=BF16, device="meta")
+    one = torch.empty(32, 36, dtype=BF16, device="meta")
+    assert CuSparseLt().product([one], x, 3).shape == (16, 32)
+    values = torch.empty(32, 32, dtype=BF16, device="meta")
+    meta = torch.empty(32, 4, dtype=torch.int16, device="meta")
+    assert Cutlass().product([values, meta], x, 0).shape == (16, 32)
+
+
 def test_libraries_say_why_they_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Cutlass, "missing", lambda self: None)
     assert Cutlass().refuses((64, 128), BF16) is None
