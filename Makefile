@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 CHECK := build/check
 CSRC := toolkit/kernels/csrc
 
-.PHONY: help dev lint types unit sanitize arm64 dist wheel vllm-cuda onnx-gpu test demo bench soak image clean
+.PHONY: help dev lint types unit sanitize arm64 dist wheel vllm-cuda onnx-gpu test test-gpu demo bench soak image clean
 
 help:
-	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 dev: $(VENV)/.ready ## set up .venv with everything for CPU work
 
@@ -104,6 +104,15 @@ onnx-gpu: dist ## the ONNX export with the packages of the extra [onnx], in an e
 # Two at a time: one compiles while the other waits for packages.
 test: lint types unit ## everything that CI runs
 	$(MAKE) --jobs 2 --output-sync=target sanitize wheel onnx-gpu
+
+# .venv holds PyTorch for CPUs. This takes a Python that has PyTorch for CUDA, gblm's other
+# requirements and pytest; gblm itself need not be installed.
+GPU_PYTHON ?= python3
+test-gpu: ## on a machine with a CUDA device: measure for 8 minutes, then the tests that need one
+	rm -rf build/gpu && mkdir -p build/gpu/gblm
+	ln -sfn $(CURDIR)/toolkit/* $(CURDIR)/export $(CURDIR)/serve build/gpu/gblm/
+	PYTHONPATH=$(CURDIR)/build/gpu $(GPU_PYTHON) -m gblm doctor --gpu-check --output build/gpu-check.json
+	PYTHONPATH=$(CURDIR)/build/gpu $(GPU_PYTHON) -m pytest -m gpu tests/test_gpu.py
 
 demo: dev ## prune, pack, serve and compare a real model
 	$(BIN)/python benchmarks/demo.py

@@ -9,10 +9,10 @@ import re
 from pathlib import Path
 
 from gblm import __version__
+from gblm.cache import cache_folder
 from gblm.checkpoint.reader import Reader
 from gblm.checkpoint.writer import SIDE_FILES, folder_sha256
 from gblm.errors import UsageError
-from gblm.fetch import cache_folder
 from gblm.folder import model_name, resolve
 from gblm.model import refuse_packed
 from gblm.patterns import parse

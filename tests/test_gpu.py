@@ -13,6 +13,8 @@ import torch
 from gblm.checkpoint.packed_folder import PackedReader
 from gblm.formats import make_format
 from gblm.kernels import BACKENDS, linear
+from gblm.kernels.cuda.libraries import LIBRARIES, Library
+from gblm.kernels.cuda.semi_structured import SemiStructured
 from gblm.layers import stream
 from gblm.prune import prune
 from gblm.recipe import Calibration, Recipe
@@ -84,7 +86,8 @@ def test_linears_on_the_gpu_equal_the_float64_product(
 ) -> None:
     fmt, shape, runs = make_format(name, pattern, values), (200, 1152), BACKENDS[backend]
     if runs.refuses(fmt, shape, torch.bfloat16, torch.device("cuda")):
-        assert (backend, name) == ("mma_sp", "bitmask")
+        assert name == "bitmask"
+        assert backend in ("mma_sp", "semi_structured")
         return
     drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     mask = fmt.pattern.keep(drawn.abs(), "row")
@@ -103,3 +106,45 @@ def test_linears_on_the_gpu_equal_the_float64_product(
     captured.fill_(torch.nan)
     graph.replay()
     assert torch.equal(captured, got)
+
+
+@pytest.mark.parametrize("tokens", [65, 300, 2048])
+@pytest.mark.parametrize("plentiful", [False, True])
+def test_prefill_is_right_captured_and_waits_for_nothing(plentiful: bool, tokens: int) -> None:
+    fmt, shape = make_format("nm", "2:4"), (512, 1024)
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    weight = SparseWeight.cut(drawn.bfloat16(), fmt.pattern.keep(drawn.abs(), "row"))
+    parts = {part: tensor.cuda() for part, tensor in fmt.pack("w", weight).items()}
+    backend = SemiStructured(plentiful=plentiful)
+    prepared = backend.prepare(fmt, parts, shape, torch.bfloat16)
+    x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(1)).bfloat16().cuda()
+    want = x.double() @ weight.weight.double().t().cuda()
+    backend.linear(x, prepared, fmt, shape)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = backend.linear(x, prepared, fmt, shape)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert float((got.double() - want).norm() / want.norm()) < 1e-2
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = backend.linear(x, prepared, fmt, shape)
+    captured.fill_(torch.nan)
+    graph.replay()
+    assert float((captured.double() - want).norm() / want.norm()) < 1e-2
+
+
+@pytest.mark.parametrize("tokens", [1, 65, 2048])
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
+def test_pytorchs_libraries_are_called_as_they_want_to_be(library: Library, tokens: int) -> None:
+    shape, kept = (512, 1024), torch.arange(1024).remainder(4).lt(2)
+    if reason := library.refuses(shape, torch.bfloat16):
+        pytest.skip(reason)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16() * kept
+    x = torch.randn(tokens, 1024, generator=torch.Generator().manual_seed(1)).bfloat16().cuda()
+    want = x.double() @ weight.double().t().cuda()
+    packed = library.pack(weight.cuda())
+    assert len(packed) == library.num_tensors
+    for algorithm in (0, library.search(packed, library.padded(x))):
+        got = library.multiply(packed, x, algorithm)
+        assert float((got.double() - want).norm() / want.norm()) < 1e-2

@@ -16,6 +16,7 @@ FOLDERS = {"toolkit": "gblm", "export": "gblm.export", "serve": "gblm.serve"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
+    "cache": set(),
     "errors": set(),
     "provenance": {"__init__"},
     "patterns": {"errors"},
@@ -32,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"errors"},
     "formats": {"errors", "patterns", "scales", "values", "weights"},
     "methods": {"errors", "patterns", "scales", "values", "weights"},
-    "kernels": {"errors", "formats"},
+    "kernels": {"cache", "errors", "formats"},
     "layers": {"checkpoint", "errors", "model"},
     "ranks": {"errors"},
     "calibrate": {"checkpoint", "errors", "folder", "layers", "model", "ranks", "weights"},
@@ -48,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "packed": {"checkpoint", "errors", "folder", "formats", "hf", "kernels", "model"},
     "hf": {"checkpoint", "formats", "kernels", "packed"},
-    "fetch": {"checkpoint", "errors"},
+    "fetch": {"cache", "checkpoint", "errors"},
     "prune": {
         "__init__", "calibrate", "checkpoint", "choices", "folder", "layers", "loop", "model",
         "output", "progress", "provenance", "ranks", "recipe", "statistics", "steps",
@@ -69,6 +70,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "checkpoint", "errors", "folder", "formats", "kernels", "network", "packed", "patterns",
         "progress", "provenance", "values", "weights",
     },
+    "gpu_check": {
+        "bench", "calibrate", "errors", "formats", "kernels", "methods", "patterns", "provenance",
+        "values", "weights",
+    },
     "report": {"__init__", "checkpoint", "errors", "folder", "formats", "kernels", "structure"},
     "doctor": {"formats", "kernels", "patterns", "provenance", "values", "weights"},
     "export": {
@@ -76,13 +81,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         "model", "packed", "patterns", "progress", "provenance", "scales", "values", "weights",
     },
     "serve": {
-        "__init__", "checkpoint", "errors", "export", "fetch", "folder", "formats", "kernels",
+        "__init__", "cache", "checkpoint", "errors", "export", "folder", "formats", "kernels",
         "layers", "model", "network", "packed", "patterns", "progress", "provenance", "prune",
         "recipe", "steps", "values", "weights",
     },
     "commands": {
         "bench", "budget", "checkpoint", "doctor", "errors", "evaluate", "export", "fetch",
-        "folder", "packed", "patterns", "plan", "provenance", "prune", "recipe", "report", "serve",
+        "folder", "gpu_check", "packed", "patterns", "plan", "provenance", "prune", "recipe",
+        "report", "serve",
     },
     "cli": {"__init__", "commands"},
 }  # fmt: skip

@@ -32,6 +32,17 @@ def test_the_wheel_holds_the_cpu_kernels() -> None:
     assert not any(str(file).endswith((".cpp", ".h")) for file in files("gblm-toolkit") or [])
 
 
+def test_the_wheel_holds_the_text_of_the_cuda_kernels() -> None:
+    from gblm.kernels.cuda.source import PRELUDE, Variant, read
+
+    for name in ("mma_sp", "delta"):
+        assert 'extern "C" __global__' in read(f"{name}.cu")
+        assert Variant(name, ()).text().startswith(read(PRELUDE))
+    held = {str(file) for file in files("gblm-toolkit") or []}
+    assert {"gblm/kernels/cuda/mma_sp.cu", "gblm/kernels/cuda/delta.cu"} <= held
+    assert f"gblm/kernels/cuda/{PRELUDE}" in held
+
+
 def test_the_wheel_brings_the_proxy_configuration() -> None:
     assert (Path(sys.prefix) / "share" / "gblm" / "nginx.conf").is_file()
 

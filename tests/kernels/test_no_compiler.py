@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from gblm.kernels import BACKENDS
+
 pytest.importorskip("setuptools", minversion="77")  # the build is not isolated: no network
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("toolkit", "export", "serve", "deploy")
@@ -72,7 +74,8 @@ def test_the_wheel_serves_with_the_reference_backend_and_says_why(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     reason = "not built (no C++ compiler at installation)"
-    on_gpus = [f"{name}: it runs on CUDA devices, not on cpu" for name in ("mma_sp", "delta")]
+    gpu_backends = [name for name in BACKENDS if BACKENDS[name].needs == "cuda"]
+    on_gpus = [f"{name}: it runs on CUDA devices, not on cpu" for name in gpu_backends]
     assert done.stdout.splitlines() == [
         reason, f"reference {[f'cpu: {reason}', *on_gpus]}", "10.0",
     ]  # fmt: skip

@@ -19,6 +19,7 @@ from gblm.formats import Format, Shape, from_spec
 from gblm.kernels.base import Backend
 from gblm.kernels.cpu import Cpu
 from gblm.kernels.cuda.delta import Delta
+from gblm.kernels.cuda.semi_structured import SemiStructured
 from gblm.kernels.cuda.sparse_tensor_core import SparseTensorCore
 from gblm.kernels.dense import Dense
 from gblm.kernels.reference import Reference
@@ -29,7 +30,15 @@ logger = logging.getLogger(__name__)
 
 # In order of preference: the first that does not refuse serves a weight.
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (Cpu(), SparseTensorCore(), Delta(), Reference(), Dense())
+    backend.name: backend
+    for backend in (
+        Cpu(),
+        SemiStructured(),
+        SparseTensorCore(),
+        Delta(),
+        Reference(),
+        Dense(),
+    )
 }
 BACKEND_VARIABLE = "GBLM_BACKEND"
 

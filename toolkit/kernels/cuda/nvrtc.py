@@ -9,12 +9,12 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib.util
-import os
-import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+from gblm.cache import cache_folder, keep
 from gblm.errors import MachineError
 from gblm.kernels.cuda.source import Variant
 
@@ -22,7 +22,6 @@ from gblm.kernels.cuda.source import Variant
 OLDEST = (12, 5)
 # A cubin takes 10 to 40 KB.
 CACHE_BYTES = 64 << 20
-CACHE_VARIABLE = "GBLM_CACHE"
 
 
 def refusal() -> str | None:
@@ -53,12 +52,12 @@ def cubin(variant: Variant, arch: tuple[int, int], folder: Path | None = None) -
     Args:
         variant: what to compile.
         arch: compute capability, such as (9, 0).
-        folder: of the cache; gblm's own if None.
+        folder: of the cache; `cubins` in gblm's own if None.
 
     Raises:
         MachineError: there is no NVRTC, or it refuses the source.
     """
-    folder = cache_folder() if folder is None else folder
+    folder = cache_folder() / "cubins" if folder is None else folder
     text = variant.text()
     facts = (text, *variant.options, f"{arch}", f"{version()}")
     path = folder / f"{hashlib.sha256(chr(0).join(facts).encode()).hexdigest()[:40]}.cubin"
@@ -70,7 +69,9 @@ def cubin(variant: Variant, arch: tuple[int, int], folder: Path | None = None) -
     if found.startswith(b"\x7fELF"):
         return found
     made = compile_text(text, variant.options, arch, variant.label)
-    _keep(path, made)
+    if keep(path, made):
+        with suppress(OSError):
+            _trim(folder)
     return made
 
 
@@ -99,26 +100,6 @@ def compile_text(text: str, options: list[str], arch: tuple[int, int], label: st
         return _text(program, "nvrtcGetCUBIN")
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
-
-
-def cache_folder() -> Path:
-    """$GBLM_CACHE, else gblm's folder in the user's cache; compiled kernels have their own."""
-    base = os.environ.get(CACHE_VARIABLE)
-    if base:
-        return Path(base) / "cubins"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gblm" / "cubins"
-
-
-def _keep(path: Path, made: bytes) -> None:
-    """Write at once or not at all; a cache that cannot be written is no error."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-            file.write(made)
-        Path(file.name).replace(path)
-        _trim(path.parent)
-    except OSError:
-        return
 
 
 def _trim(folder: Path) -> None:

@@ -63,7 +63,7 @@ class SparseTensorCore(Backend):
         else:
             out = x.new_empty((len(tokens), shape[0]))
             if out.numel():
-                self._multiply(tokens, out, prepared, fmt, shape)
+                self.multiply(tokens, out, prepared, fmt, shape)
         return out.reshape(*x.shape[:-1], shape[0])
 
     def expand(self, x: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape) -> Tensor:
@@ -75,9 +75,18 @@ class SparseTensorCore(Backend):
         self._device_of(x).launch(variant(fmt, shape, x.dtype, 1), "expand", grid, arguments)
         return dense
 
-    def _multiply(
+    def multiply(
         self, x: Tensor, out: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape
     ) -> None:
+        """One multiplication with the compressed weight.
+
+        Args:
+            x: [tokens, in] of 1 to 64 tokens, `aligned`.
+            out: [tokens, out], contiguous; written.
+            prepared: what `prepare` returned.
+            fmt: the weight's format.
+            shape: [out, in] of the weight.
+        """
         device, tokens = self._device_of(x), len(x)
         compiled = variant(fmt, shape, x.dtype, tokens)
         rows, columns = padded(fmt, shape)
