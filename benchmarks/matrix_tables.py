@@ -48,7 +48,7 @@ def quality() -> str:
         "16 × 256 tokens of the other part of that text, `--order sequential`, one seed. "
         "magnitude, gradient, wanda and gblm choose the mask, values are then rounded to the "
         "nearest; sparsegpt and alps round jointly (`--rounding obs`). alps takes minutes a "
-        "cell and was left out beyond 2:4. CPU seconds are those of pruning to bf16 with one thread, "
+        "cell and was left out beyond 2:4. CPU seconds: pruning to bf16 with one thread, "
         f"writing included. {origin(first, 'torch')}"
     )
 
