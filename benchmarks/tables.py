@@ -23,6 +23,7 @@ from onnx_sizes import sizes
 from onnx_tables import onnx
 from pages import RESULTS, ROOT, origin, table
 from soak_tables import reliability
+from triton_table import triton_code
 
 # Pattern and backend of each served run; the dense backend is the control for the packed one.
 SERVED = (("2:4", "cpu"), ("2:4", "dense"))

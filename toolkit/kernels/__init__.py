@@ -23,6 +23,7 @@ from gblm.kernels.cuda.semi_structured import SemiStructured
 from gblm.kernels.cuda.sparse_tensor_core import SparseTensorCore
 from gblm.kernels.dense import Dense
 from gblm.kernels.reference import Reference
+from gblm.kernels.triton.backend import Triton
 
 __all__ = ["BACKENDS", "Backend", "linear", "log_choice", "requested_backend", "select"]
 
@@ -36,6 +37,7 @@ BACKENDS: dict[str, Backend] = {
         SemiStructured(),
         SparseTensorCore(),
         Delta(),
+        Triton(),
         Reference(),
         Dense(),
     )

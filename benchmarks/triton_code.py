@@ -1,0 +1,188 @@
+"""What Triton makes of its kernels: registers, spills, instructions of the main loops.
+
+Needs Triton, which brings ptxas and nvdisasm, and no GPU. tests/kernels/test_triton_build.py holds
+some kernels to the limits below; run as a script, this writes the record of docs/gpu.md.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import triton
+from cuda_code import examine
+from pages import RESULTS
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gblm.kernels.triton import kernels
+from gblm.kernels.triton.launch import DENSE, WARPS, Blocks, Stored, blocks, sized
+from gblm.provenance import provenance
+
+RECORD = RESULTS / "triton-code.json"
+SHAPE, UNITS = (4096, 4096), 1
+CUDA, HIP = "cuda", "hip"
+TARGETS = {
+    "sm_80": GPUTarget(CUDA, 80, 32),
+    "sm_90": GPUTarget(CUDA, 90, 32),
+    "sm_120": GPUTarget(CUDA, 120, 32),
+    "gfx942": GPUTarget(HIP, "gfx942", 64),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel for weights of SHAPE, as the backend launches it; no tokens: `expand`."""
+
+    stored: Stored
+    tokens: int
+    float16: bool = False
+
+    @property
+    def label(self) -> str:
+        """Kernel, pattern, value type, tokens."""
+        names = {16: "float", 8: "int8", 4: "int4", 14: "uint4"}
+        kind = names[self.stored.kind] + (f":{self.stored.group}" if self.stored.group else "")
+        pattern = "2:4" if self.stored.two_four else "any"
+        what = f"multiply, {self.tokens} tokens" if self.tokens else "expand"
+        return f"{what}, {pattern} {kind}" + (", float16" if self.float16 else "")
+
+    @property
+    def blocks(self) -> Blocks:
+        """Of the launch."""
+        if self.tokens:
+            return blocks(self.stored, SHAPE, self.tokens, UNITS)
+        return Blocks(*sized(DENSE, self.stored), 0, 1)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`instructions`: of all threads, per weight of the dense shape, in the main loop."""
+
+    registers: int
+    instructions: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a compiler made; `instructions` as in Limits, 0 where there is no loop."""
+
+    registers: int
+    spilled_bytes: int
+    instructions: float
+    image_bytes: int
+
+
+def case(two_four: bool, kind: int, group: int, tokens: int, float16: bool = False) -> Case:
+    """See Case and Stored."""
+    return Case(Stored(two_four, kind, group), tokens, float16)
+
+
+# On every target; the first ones are compiled by the tests.
+CASES = {
+    case(True, 16, 0, 1): Limits(80, 7.6),
+    case(True, 16, 0, 16): Limits(80, 8.2),
+    case(False, 16, 0, 1): Limits(80, 16.0),
+    case(False, 14, 32, 16): Limits(144, 32.0),
+    case(True, 4, 128, 1): Limits(80, 8.6),
+    case(False, 16, 0, 0): Limits(80, 0),
+    case(True, 16, 0, 1, float16=True): Limits(80, 7.6),
+    case(True, 8, 0, 16): Limits(96, 10.0),
+    case(True, 8, 128, 1): Limits(80, 7.6),
+    case(True, 4, 32, 16): Limits(128, 12.0),
+    case(True, 14, 128, 1): Limits(96, 10.0),
+    case(False, 16, 0, 16): Limits(96, 18.0),
+    case(False, 8, 128, 1): Limits(80, 17.0),
+    case(False, 4, 128, 1): Limits(96, 23.0),
+    case(True, 4, 128, 0): Limits(64, 0),
+}
+TESTED = 6
+
+
+def compile_case(one: Case, target: GPUTarget) -> Any:
+    """Triton's compiled kernel, as the JIT would make it for aligned arrays."""
+    fn = kernels.multiply if one.tokens else kernels.expand
+    floats = kernels.tl.float16 if one.float16 else kernels.tl.bfloat16
+    constants = one.stored.options(SHAPE, one.blocks.rows, one.blocks.columns) | {"FLOAT": floats}
+    if one.tokens:
+        constants |= {"TOKENS": one.blocks.tokens, "SPLIT": one.blocks.split}
+    names = fn.arg_names
+    types = _types(one) | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(
+        fn=fn,
+        signature={name: types[name] for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={
+            (index,): [["tt.divisibility", 16]]
+            for index, name in enumerate(names) if name not in constants and name != "tokens"
+        },
+    )  # fmt: skip
+    return triton.compile(source, target=target, options={"num_warps": WARPS})
+
+
+def _types(one: Case) -> dict[str, str]:
+    number = "*fp16" if one.float16 else "*bf16"
+    values = {8: "*i16", 16: "*i32"} if one.stored.two_four else {8: "*i8", 16: number}
+    return {
+        "x": "*i64", "values": values.get(one.stored.kind, "*u8"), "words": "*i32",
+        "starts": "*i16", "begins": "*i64", "scales": "*bf16", "zeros": "*u8", "out": number,
+        "tokens": "i32", "rows": "i32", "columns": "i32",
+    }  # fmt: skip
+
+
+def found(one: Case, target: GPUTarget) -> Found:
+    """Compile and count."""
+    compiled = compile_case(one, target)
+    threads = WARPS * target.warp_size
+    weights = one.blocks.rows * one.blocks.columns
+    if target.backend == CUDA:
+        image = compiled.asm["cubin"]
+        (kernel,) = examine(image).values()
+        loop, registers, spilled = kernel.loop, kernel.registers, kernel.spilled_bytes
+    else:
+        image, text = compiled.asm["hsaco"], compiled.asm["amdgcn"]
+        loop, registers = amd_loop(text), _field(text, "vgpr_count")
+        spilled = _field(text, "private_segment_fixed_size")
+    per_weight = loop * threads / weights if one.tokens else 0.0
+    return Found(registers, spilled, round(per_weight, 2), len(image))
+
+
+def amd_loop(text: str) -> int:
+    """Instructions of the longest body of a backward branch."""
+    labels: dict[str, int] = {}
+    count = longest = 0
+    for line in text.splitlines():
+        if label := re.match(r"(\.LBB\w+):", line):
+            labels[label[1]] = count
+        elif op := re.match(r"\t([a-z]\w+)\s*(\S*)", line):
+            count += 1
+            if op[1].startswith(("s_cbranch", "s_branch")) and op[2] in labels:
+                longest = max(longest, count - labels[op[2]])
+    return longest
+
+
+def _field(text: str, name: str) -> int:
+    (number,) = re.findall(rf"\.{name}:\s*(\d+)", text)
+    return int(number)
+
+
+def _record() -> dict[str, Any]:
+    """Every case on every target."""
+    rows = [
+        {"variant": one.label, "arch": name, **asdict(found(one, target))}
+        for one in CASES
+        for name, target in TARGETS.items()
+    ]
+    made = provenance()
+    return {"kind": "triton code", "provenance": made, "triton": triton.__version__, "rows": rows}
+
+
+def main() -> None:
+    """Write the record; `tables.py` makes its table."""
+    RECORD.write_text(json.dumps(_record(), indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""The backend `triton`: its kernels in the interpreter, its arrays, blocks and refusals."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gblm.formats import make_format
+from gblm.kernels import BACKENDS
+from gblm.kernels.triton import backend as module
+from gblm.kernels.triton.backend import Triton, package_refusal
+from gblm.kernels.triton.launch import MAX_TOKENS, Stored, blocks, sized
+from gblm.kernels.triton.layout import arrays
+from gblm.values import GROUP_SIZES, quantize
+from gblm.weights import SparseWeight
+
+CHECK = Path(__file__).parent.parent / "triton_check.py"
+BF16, FP16 = torch.bfloat16, torch.float16
+NO_TRITON = package_refusal()
+
+
+@pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
+def test_every_kernel_in_the_interpreter() -> None:
+    # In a process of its own: Triton reads the variable when it is imported.
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CHECK)],
+        env=kept | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False, timeout=540,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    (passed,) = re.findall(r"^(\d+) passed", done.stdout, re.MULTILINE)
+    assert int(passed) >= 50, "cases were lost"
+
+
+def test_the_core_works_without_triton() -> None:
+    program = "import sys, gblm.kernels; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("columns", [8, 64, 200])
+@pytest.mark.parametrize("values", ["float", "int8:row", "int4:row", "uint4:row"])
+@pytest.mark.parametrize(("name", "pattern"), [("bitmask", "0.5"), ("nm", "4:8")])
+def test_starts_and_begins_count_the_kept(
+    name: str, pattern: str, values: str, columns: int
+) -> None:
+    fmt, shape = make_format(name, pattern, values), (7, columns)
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    mask = fmt.pattern.keep(drawn.abs(), "matrix" if name == "bitmask" else "row")
+    weight = SparseWeight.cut(drawn.to(BF16), mask)
+    if not fmt.values.is_float:
+        weight = quantize(drawn, mask, fmt.values)
+    parts = fmt.pack("w", weight)
+    made, begin = arrays(fmt, parts, shape), 0
+    for row in range(shape[0]):
+        kept = [int(bit) for bit in fmt.mask(parts)[row]]
+        assert int(made.begins[row]) == begin
+        for word in range(made.words.shape[1]):
+            bits = sum(bit << i for i, bit in enumerate(kept[32 * word : 32 * word + 32]))
+            assert int(made.words[row, word]) & 0xFFFFFFFF == bits
+            assert int(made.starts[row, word]) & 0xFFFF == sum(kept[: 32 * word])
+        begin += (sum(kept) + 1) // 2 if fmt.values.in_nibbles else sum(kept)
+    assert begin == len(made.values.reshape(-1))
+
+
+def test_the_parts_are_not_copied() -> None:
+    fmt, shape = make_format("nm", "2:4", "int8:row"), (16, 64)
+    mask = fmt.pattern.keep(torch.rand(shape), "row")
+    parts = fmt.pack("w", quantize(torch.randn(shape), mask, fmt.values))
+    made = arrays(fmt, parts, shape)
+    for array, part in ((made.values, "values"), (made.words, "bitmask"), (made.scales, "scales")):
+        assert array.data_ptr() == parts[part].data_ptr()
+    assert made.starts.numel() == made.begins.numel() == made.zeros.numel() == 0
+
+
+@pytest.mark.parametrize("two_four", [True, False])
+@pytest.mark.parametrize("tokens", [1, 2, MAX_TOKENS])
+@pytest.mark.parametrize("group", [0, *GROUP_SIZES])
+def test_blocks_suit_the_scales_and_triton(group: int, tokens: int, two_four: bool) -> None:
+    stored = Stored(two_four, 8, group)
+    block = blocks(stored, (4096, 4096), tokens, 108)
+    assert block.tokens >= tokens
+    for number in (block.rows, block.columns, block.tokens):
+        assert number & -number == number
+    assert group % block.columns == 0 or not group
+    # What tl.dot needs of 16-bit operands.
+    assert tokens == 1 or (block.columns >= 16 and block.rows >= 16)
+
+
+def test_columns_are_shared_until_every_unit_has_work() -> None:
+    stored = Stored(True, 16, 0)
+    assert blocks(stored, (4096, 4096), 1, 1).split == 1
+    assert blocks(stored, (64, 4096), 1, 132).split == 8
+    assert blocks(stored, (64, 1024), 1, 132).split == 2
+    assert blocks(stored, (64, 1016), 1, 132).split == 1
+    assert sized(((16, 256), (8, 256)), Stored(False, 8, 96)) == (64, 32)
+
+
+def test_it_comes_after_the_kernels_for_nvidia_and_before_the_reference() -> None:
+    order = list(BACKENDS)
+    assert order.index("delta") < order.index("triton") < order.index("reference")
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "columns", "dtype", "reason"),
+    [
+        ("nm", "2:4", 64, BF16, None),
+        ("bitmask", "0.5", 65536, FP16, None),
+        ("dense", "dense", 64, BF16, "a dense weight has no zeros to leave out"),
+        ("nm", "2:4", 64, torch.float32, "activations must be bfloat16 or float16, not float32"),
+        ("nm", "2:4", 65544, BF16, "65544 columns are more than 65536"),
+    ],
+)
+def test_it_says_why_it_refuses(
+    name: str, pattern: str, columns: int, dtype: torch.dtype, reason: str | None
+) -> None:
+    fmt, shape = make_format(name, pattern), (16, columns)
+    assert Triton().refuses_weight(fmt, shape, dtype) == reason
+    here = Triton().refuses(fmt, shape, dtype, torch.device("cpu"))
+    assert here == "it runs on CUDA devices, not on cpu"
+
+
+def test_it_refuses_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        module.importlib.util, "find_spec", lambda name: None if name == "triton" else found(name)
+    )
+    assert module.refusal(torch.device("cuda")) == "there is no Triton: pip install triton"
+
+
+@pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [("3.5.1", "Triton 3.5.1 is older than 3.6"), ("3.6.0", None), ("3.10.0+rocm7", None)],
+)
+def test_it_refuses_an_old_triton(
+    monkeypatch: pytest.MonkeyPatch, version: str, reason: str | None
+) -> None:
+    import triton
+
+    monkeypatch.setattr(triton, "__version__", version)
+    assert package_refusal() == reason
+
+
+@pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
+@pytest.mark.parametrize(
+    ("arch", "hip", "reason"),
+    [
+        ((8, 0), None, None),
+        ((7, 5), None, "compute capability 7.5 is older than 8.0"),
+        ((9, 4), "7.0", None),
+    ],
+)
+def test_it_takes_amd_gpus_and_refuses_old_ones(
+    monkeypatch: pytest.MonkeyPatch, arch: tuple[int, int], hip: str | None, reason: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda where: arch)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert module.refusal(torch.device("cuda")) == reason

@@ -1,0 +1,239 @@
+"""The Triton kernels in Triton's interpreter, on a CPU; tests/kernels/test_triton.py runs this.
+
+Every access is checked against the arrays of its launch, and outputs are NaN before.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gblm.formats import Format, make_format
+from gblm.kernels.triton.backend import Triton
+from gblm.values import quantize
+from gblm.weights import SparseWeight
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    raise RuntimeError("set TRITON_INTERPRET=1 before Triton is imported.")
+
+BF16, FP16 = torch.bfloat16, torch.float16
+# Every value type and group size class; rows that are no whole block, columns that are no word.
+VALUES = [
+    ("float", (37, 200), BF16),
+    ("float", (5, 8), FP16),
+    ("float", (9, 1096), FP16),
+    ("int8:row", (19, 136), BF16),
+    ("int8:32", (33, 96), FP16),
+    ("int8:128", (5, 1280), BF16),
+    ("int4:row", (21, 72), FP16),
+    ("int4:96", (7, 288), BF16),
+    ("int4:256", (3, 1536), FP16),
+    ("uint4:row", (6, 1096), BF16),
+    ("uint4:32", (17, 160), FP16),
+    ("uint4:64", (35, 192), BF16),
+]
+# Patterns, and every how many-th of VALUES they meet: other masks take the same way as 0.5.
+PATTERNS = [("nm", "2:4", 1), ("bitmask", "0.5", 1), ("nm", "4:8", 3), ("bitmask", "0.9", 4)]
+CASES = [(name, pattern, *case) for name, pattern, step in PATTERNS for case in VALUES[::step]]
+UNITS = 64
+
+
+class Watched:
+    """Triton's loads and stores; AssertionError for one outside the arguments of the launch."""
+
+    def __init__(self, real: Any) -> None:
+        self.real, self.spans = real, np.zeros((0, 2), dtype=np.uint64)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def load(self, at: Any, mask: Any, other: Any, dtype: Any) -> Any:
+        self.check(at, mask, np.dtype(dtype).itemsize)
+        return self.real.load(at, mask, other, dtype)
+
+    def store(self, at: Any, value: Any, mask: Any) -> Any:
+        self.check(at, mask, value.itemsize)
+        return self.real.store(at, value, mask)
+
+    def check(self, at: Any, mask: Any, size: int) -> None:
+        used = at[mask].astype(np.uint64)
+        assert not (used % np.uint64(size)).any(), "an access that is not aligned"
+        begin = np.searchsorted(self.spans[:, 0], used, side="right") - 1
+        inside = begin >= 0
+        inside &= used + np.uint64(size) <= self.spans[begin, 1] if len(self.spans) else False
+        assert inside.all(), "an access out of bounds"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def watched() -> Iterator[Watched]:
+    from triton.runtime import interpreter
+
+    watch = Watched(interpreter._interpreter)
+    run = interpreter.GridExecutor.__call__
+
+    def launch(self: Any, *arguments: Any, **options: Any) -> Any:
+        spans = sorted(
+            (one.data_ptr(), one.data_ptr() + one.nbytes)
+            for one in arguments if isinstance(one, torch.Tensor) and one.numel()
+        )  # fmt: skip
+        watch.spans = np.array(spans, dtype=np.uint64).reshape(-1, 2)
+        return run(self, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_interpreter", watch)
+        patch.setattr(interpreter.GridExecutor, "__call__", launch)
+        torch.use_deterministic_algorithms(True)  # fills what new_empty gives with NaN
+        yield watch
+        torch.use_deterministic_algorithms(False)
+
+
+def weight_of(fmt: Format, shape: tuple[int, int], dtype: torch.dtype) -> SparseWeight:
+    """Seeded; a row of zeros, of which bitmask keeps none, and one that keeps all it may."""
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    drawn[0] = 0
+    mask = fmt.pattern.keep(drawn.abs(), "row")
+    if fmt.name == "bitmask":
+        mask[0], mask[1] = False, True
+    if fmt.values.is_float:
+        return SparseWeight.cut(drawn.to(dtype), mask)
+    return quantize(drawn, mask, fmt.values)
+
+
+def product(weight: SparseWeight, x: torch.Tensor) -> torch.Tensor:
+    """float64, with codes as they are, not rounded to the activations' dtype."""
+    exact = weight.weight.double()
+    if weight.codes is not None and weight.scales is not None:
+        groups = weight.codes.double().reshape(len(exact), weight.scales.shape[1], -1)
+        exact = (groups * weight.scales.double().unsqueeze(-1)).reshape(exact.shape)
+    return x.double() @ exact.t()
+
+
+def prepared_case(
+    name: str, pattern: str, values: str, shape: tuple[int, int], dtype: torch.dtype
+) -> tuple[Format, SparseWeight, list[torch.Tensor]]:
+    fmt = make_format(name, pattern, values)
+    weight = weight_of(fmt, shape, dtype)
+    return fmt, weight, Triton().prepare(fmt, fmt.pack("w", weight), shape, dtype)
+
+
+def activations(tokens: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(tokens, columns, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+@pytest.mark.parametrize(("name", "pattern", "values", "shape", "dtype"), CASES, ids=str)
+def test_kernels_give_the_float64_product(
+    name: str, pattern: str, values: str, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    fmt, weight, prepared = prepared_case(name, pattern, values, shape, dtype)
+    backend = Triton(lambda _: UNITS)
+    for tokens in (1, 5, 16):
+        x = activations(tokens, shape[1], dtype)
+        got = backend.linear(x, prepared, fmt, shape)
+        assert got.dtype == dtype
+        # Sums are float32: the only error is that of rounding the result once.
+        bound = torch.finfo(dtype).eps / 2
+        want = product(weight, x)
+        torch.testing.assert_close(got.double(), want, rtol=1.01 * bound, atol=1e-5 * bound**0.5)
+    dense = backend.expand(x, prepared, fmt, shape)
+    assert torch.equal(dense, fmt.expand(fmt.pack("w", weight), dtype))
+    assert not torch.signbit(dense[dense == 0]).any()
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_shares_of_columns_add_up_whatever_their_number(tokens: int) -> None:
+    shape = (5, 1096)
+    fmt, weight, prepared = prepared_case("nm", "2:4", "float", shape, BF16)
+    x = activations(tokens, shape[1], BF16)
+    for units in (0, 64):
+        got = Triton(lambda _, units=units: units).linear(x, prepared, fmt, shape)
+        torch.testing.assert_close(got.double(), product(weight, x), rtol=4e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("values", ["int8:row", "int4:row", "uint4:row"])
+@pytest.mark.parametrize(("name", "pattern"), [("nm", "2:4"), ("bitmask", "0.5")])
+def test_every_code_is_widened_exactly(
+    name: str, pattern: str, values: str, dtype: torch.dtype
+) -> None:
+    fmt, shape = make_format(name, pattern, values), (16, 512)
+    mask = torch.arange(512).remainder(4).lt(2).expand(shape)
+    limit = fmt.values.limit
+    zeros = torch.arange(16, dtype=torch.uint8).unsqueeze(1) if fmt.values.has_zeros else None
+    lowest = -limit if zeros is None else 0
+    codes = torch.arange(256).remainder(limit - lowest + 1).add(lowest).expand(16, 256)
+    placed = torch.zeros(shape, dtype=torch.int8)
+    placed[mask] = codes.reshape(-1).to(torch.int8)
+    if zeros is not None:
+        placed = (placed - zeros.to(torch.int8)) * mask
+    scales = torch.ones(16, 1, dtype=BF16)
+    weight = SparseWeight.from_codes(placed, scales, mask, dtype, zeros)
+    backend = Triton(lambda _: 1)
+    prepared = backend.prepare(fmt, fmt.pack("w", weight), shape, dtype)
+    assert torch.equal(
+        backend.expand(torch.empty(1, 512, dtype=dtype), prepared, fmt, shape), placed.to(dtype)
+    )
+    # A token that sees one column has its codes as the sum: nothing is rounded on the way.
+    eye = torch.zeros(1, 512, dtype=dtype)
+    for column in (0, 1, 256, 509):
+        eye.zero_()[0, column] = 1
+        for x in (eye, eye.expand(2, 512)):
+            got = backend.linear(x, prepared, fmt, shape)
+            assert torch.equal(got, placed[:, column].to(dtype).expand(len(x), 16))
+
+
+def test_a_small_negative_product_is_positive_zero() -> None:
+    fmt, shape = make_format("bitmask", "0.5", "int8:row"), (16, 32)
+    mask = torch.ones(shape, dtype=torch.bool)
+    codes, scales = torch.full(shape, -1, dtype=torch.int8), torch.full((16, 1), 1e-9, dtype=BF16)
+    weight = SparseWeight.from_codes(codes, scales, mask, FP16, None)
+    backend = Triton()
+    prepared = backend.prepare(fmt, fmt.pack("w", weight), shape, FP16)
+    dense = backend.expand(torch.empty(1, 32, dtype=FP16), prepared, fmt, shape)
+    assert not dense.any()
+    assert not torch.signbit(dense).any()
+
+
+def test_a_weight_that_keeps_nothing() -> None:
+    fmt, shape = make_format("bitmask", "0.5"), (16, 32)
+    nothing = SparseWeight.cut(torch.ones(shape, dtype=BF16), torch.zeros(shape, dtype=torch.bool))
+    backend = Triton(lambda _: 1)
+    prepared = backend.prepare(fmt, fmt.pack("w", nothing), shape, BF16)
+    for tokens in (1, 2, 17):
+        assert not backend.linear(activations(tokens, 32, BF16), prepared, fmt, shape).any()
+
+
+def test_shapes_and_views_of_activations() -> None:
+    shape = (16, 64)
+    fmt, weight, prepared = prepared_case("nm", "2:4", "float", shape, BF16)
+    backend = Triton(lambda _: 1)
+    whole = activations(6, 65, BF16).reshape(2, 3, 65)
+    for x in (whole[..., 1:], whole[:, :1, :64], whole[0, 0, :64], whole[:, :0, :64]):
+        got = backend.linear(x, prepared, fmt, shape)
+        assert got.shape == (*x.shape[:-1], 16)
+        torch.testing.assert_close(got.double(), product(weight, x), rtol=4e-3, atol=1e-5)
+
+
+def test_many_tokens_meet_the_expanded_weight() -> None:
+    shape = (16, 64)
+    fmt, weight, prepared = prepared_case("nm", "2:4", "int8:32", shape, BF16)
+    x = activations(17, 64, BF16)
+    got = Triton(lambda _: 1).linear(x, prepared, fmt, shape)
+    assert torch.equal(got, torch.nn.functional.linear(x, weight.weight.to(BF16)))
+
+
+@pytest.mark.parametrize("name", ["nm", "bitmask"])
+@pytest.mark.parametrize("values", ["float", "int4:row"])
+def test_an_access_out_of_bounds_is_noticed(name: str, values: str) -> None:
+    from triton.runtime.errors import InterpreterError
+
+    pattern, shape = {"nm": "2:4", "bitmask": "0.5"}[name], (16, 64)
+    fmt, _, prepared = prepared_case(name, pattern, values, shape, BF16)
+    short = [prepared[0].reshape(-1)[:-1], *prepared[1:]]
+    for tokens in (1, 2):
+        with pytest.raises(InterpreterError, match="an access out of bounds"):
+            Triton(lambda _: 1).linear(activations(tokens, 64, BF16), short, fmt, shape)
