@@ -69,6 +69,7 @@ def blocks() -> list[tuple[Path, str, str]]:
         (ROOT / "docs" / "kernels.md", "kernels", kernels()),
         (ROOT / "docs" / "kernels.md", "decoding", decoding()),
         (ROOT / "docs" / "kernels.md", "compilers", compilers()),
+        (ROOT / "docs" / "gpu.md", "triton-code", triton_code()),
         (ROOT / "docs" / "reliability.md", "reliability", reliability()),
         (ROOT / "docs" / "serving.md", "modes", modes()),
         (ROOT / "docs" / "serving.md", "loading", loading()),

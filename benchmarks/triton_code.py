@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gblm.kernels.triton import kernels
-from gblm.kernels.triton.launch import DENSE, WARPS, Blocks, Stored, blocks, sized
+from gblm.kernels.triton.launch import COMPILER, DENSE, WARPS, Blocks, Stored, blocks, sized
 from gblm.provenance import provenance
 
 RECORD = RESULTS / "triton-code.json"
@@ -119,7 +119,7 @@ def compile_case(one: Case, target: GPUTarget) -> Any:
             for index, name in enumerate(names) if name not in constants and name != "tokens"
         },
     )  # fmt: skip
-    return triton.compile(source, target=target, options={"num_warps": WARPS})
+    return triton.compile(source, target=target, options=COMPILER)
 
 
 def _types(one: Case) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The table of docs/gpu.md of what Triton makes of its kernels, from the record of triton_code.py."""
+"""The table of docs/gpu.md about the Triton kernels, from the record of triton_code.py."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ def test_every_code_is_widened_exactly(
     )
     # A token that sees one column has its codes as the sum: nothing is rounded on the way.
     eye = torch.zeros(1, 512, dtype=dtype)
-    for column in (0, 1, 256, 509):
+    for column in (1, 508):
         eye.zero_()[0, column] = 1
         for x in (eye, eye.expand(2, 512)):
             got = backend.linear(x, prepared, fmt, shape)

@@ -17,7 +17,7 @@ from torch.nn import functional
 from gblm.formats import Format, Parts, Shape
 from gblm.kernels.base import Backend
 from gblm.kernels.cuda.device import OLDEST, aligned, dtype_refusal
-from gblm.kernels.triton.launch import ADDED, DENSE, MAX_TOKENS, WARPS, Stored, blocks, sized
+from gblm.kernels.triton.launch import ADDED, COMPILER, DENSE, MAX_TOKENS, Stored, blocks, sized
 from gblm.kernels.triton.layout import MAX_COLUMNS, arrays
 
 OLDEST_TRITON = (3, 6)
@@ -76,7 +76,7 @@ class Triton(Backend):
         grid = (-(-shape[0] // rows), -(-shape[1] // columns))
         options = stored.options(shape, rows, columns) | {"FLOAT": kernels.FLOATS[x.dtype]}
         with torch.cuda.device_of(x):
-            kernels.expand[grid](*prepared, dense, *shape, **options, num_warps=WARPS)
+            kernels.expand[grid](*prepared, dense, *shape, **options, **COMPILER)
         return dense
 
     def _multiply(
@@ -94,11 +94,11 @@ class Triton(Backend):
         options |= {"TOKENS": block.tokens, "SPLIT": block.split, "FLOAT": kernels.FLOATS[x.dtype]}
         with torch.cuda.device_of(x):
             kernels.multiply[grid](
-                x.view(torch.int64), *prepared, shares, len(x), *shape, **options, num_warps=WARPS
+                x.view(torch.int64), *prepared, shares, len(x), *shape, **options, **COMPILER
             )
             if block.split > 1:
                 kernels.add_shares[(-(-out.numel() // ADDED),)](
-                    shares, out, out.numel(), SPLIT=block.split, BLOCK=ADDED, num_warps=WARPS
+                    shares, out, out.numel(), SPLIT=block.split, BLOCK=ADDED, **COMPILER
                 )
 
 

@@ -15,7 +15,9 @@ MAX_TOKENS = 16
 KINDS = {"float": 16, "int8": 8, "int4": 4, "uint4": 14}
 # Rows and columns of a block for one token, for more, and of the dense weight: 2:4, other masks.
 ONE, MANY, DENSE = ((16, 256), (8, 256)), ((32, 128), (32, 64)), ((16, 256), (8, 256))
+# Of Triton's compiler. Multiplications and additions are fused, whatever its version's default.
 WARPS = 4
+COMPILER = {"num_warps": WARPS, "enable_fp_fusion": True}
 # Blocks that a compute unit should have, and columns that a share has at least.
 BLOCKS_PER_UNIT, LEAST_SHARE, MOST_SHARES = 2, 512, 8
 ADDED = 1024
