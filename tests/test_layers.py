@@ -169,14 +169,15 @@ def test_help_loads_no_torch() -> None:
     subprocess.run([sys.executable, "-c", check], capture_output=True, check=True)
 
 
-@pytest.mark.parametrize(
-    "package", ["vllm", "onnx", "onnxruntime", "triton", "matplotlib", "lm_eval"]
-)
-def test_core_imports_without_optional_packages(package: str) -> None:
+def test_core_imports_without_any_optional_package() -> None:
+    packages = ["vllm", "onnx", "onnxruntime", "triton", "matplotlib", "lm_eval"]
     check = (
-        f"import sys; sys.modules[{package!r}] = None\n"
+        f"import sys; sys.modules.update(dict.fromkeys({packages}))\n"
         "import gblm.prune, gblm.packed, gblm.evaluate.perplexity, gblm.export.pack, gblm.doctor\n"
         "import gblm.serve.launch, gblm.bench.serving, gblm.bench.kernels, gblm.budget.search\n"
         "import gblm.evaluate.run, gblm.evaluate.gates, gblm.evaluate.side_by_side"
     )
-    subprocess.run([sys.executable, "-c", check], capture_output=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", check], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
