@@ -584,7 +584,7 @@ def test_a_search_measures_and_goes_on(wanted: Search, monkeypatch: pytest.Monke
     assert (Path(result["best"]["folder"]) / "model.safetensors").exists()
     # Nothing is left to do.
     monkeypatch.setattr(searching, "prune", None)
-    monkeypatch.setattr(searching, "evaluate", None)
+    monkeypatch.setattr(searching, "run_evaluation", None)
     assert search(wanted)["best"] == result["best"]
 
 
@@ -596,7 +596,7 @@ def test_a_finished_folder_is_not_made_again(
             raise KeyboardInterrupt
         return {"perplexity": 300.0, "protocol": "p", "tokens_sha256": "t"}
 
-    monkeypatch.setattr(searching, "evaluate", cut_off)
+    monkeypatch.setattr(searching, "run_evaluation", cut_off)
     with pytest.raises(KeyboardInterrupt):
         search(wanted)
     (folder,) = (path.parent for path in wanted.folder.glob("*/recipe.json"))
@@ -612,7 +612,7 @@ def test_another_search_is_refused(wanted: Search, monkeypatch: pytest.MonkeyPat
     def measure(*args: Any, **kwargs: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(searching, "evaluate", measure)
+    monkeypatch.setattr(searching, "run_evaluation", measure)
     with pytest.raises(KeyboardInterrupt):
         search(wanted)
     other = Question(wanted.question.recipe, parse_budget("4bits"), wanted.question.wanted)

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from gblm.evaluate.perplexity import Protocol, evaluate, perplexity
-from gblm.model import load
+from gblm.evaluate.perplexity import Protocol, perplexity
+from gblm.evaluate.run import Evaluation, run_evaluation
+from gblm.model import load, load_tokenizer
+from gblm.packed import load_any
 
 
 def test_perplexity_follows_the_published_formula(tiny: Path) -> None:
@@ -26,7 +28,8 @@ def test_perplexity_follows_the_published_formula(tiny: Path) -> None:
 
 
 def test_protocol_stands_beside_the_figure(tiny: Path, text_file: Path) -> None:
-    result = evaluate(tiny, Protocol(source=str(text_file), seq_len=32, max_windows=2), tiny)
+    protocol = Protocol(source=str(text_file), seq_len=32, max_windows=2)
+    result = run_evaluation(Evaluation(str(tiny), (protocol,), baseline=str(tiny)))
     assert "2 windows × 32 tokens" in result["protocol"]
     assert "bfloat16" in result["protocol"]
     assert str(text_file.parent) not in result["protocol"]
@@ -38,6 +41,15 @@ def test_packed_model_is_measured_on_the_same_tokens(
     tiny: Path, text_file: Path, pack_tiny: Callable[..., Path], backend: str
 ) -> None:
     protocol = Protocol(source=str(text_file), seq_len=32, max_windows=2, dtype="float32")
-    result = evaluate(pack_tiny(), protocol, tiny, backend=backend)
+    folder = pack_tiny()
+    result = run_evaluation(
+        Evaluation(str(folder), (protocol,), baseline=str(tiny), backend=backend)
+    )
     assert result["perplexity"] != result["perplexity_baseline"]
-    assert result["ratio"] == result["perplexity"] / result["perplexity_baseline"]
+    ratio = result["perplexity"] / result["perplexity_baseline"]
+    assert result["ratio"] == pytest.approx(ratio, rel=1e-6)
+    model, windows = (
+        load_any(folder, backend, torch.float32),
+        protocol.windows(load_tokenizer(tiny)),
+    )
+    assert result["perplexity"] == pytest.approx(perplexity(model, windows), rel=1e-6)

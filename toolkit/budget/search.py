@@ -21,7 +21,8 @@ from gblm.checkpoint.packed_folder import RECIPE_FILE
 from gblm.checkpoint.reader import Reader
 from gblm.checkpoint.writer import folder_sha256
 from gblm.errors import InputError, MachineError
-from gblm.evaluate.perplexity import Protocol, evaluate
+from gblm.evaluate.perplexity import Protocol
+from gblm.evaluate.run import Evaluation, run_evaluation
 from gblm.folder import read_json_object, resolve
 from gblm.progress import Progress, no_progress
 from gblm.provenance import provenance
@@ -66,7 +67,7 @@ def search(wanted: Search, progress: Progress = no_progress) -> dict[str, Any]:
 
     Raises:
         InputError: the folder holds something else.
-        GblmError: what `answer`, `prune` and `evaluate` raise.
+        GblmError: what `answer`, `prune` and `run_evaluation` raise.
     """
     state = _open(wanted, progress)
     if "baseline" not in state:
@@ -161,7 +162,8 @@ def _measure(
 
 def _evaluate(wanted: Search, model: str | Path, progress: Progress) -> dict[str, Any]:
     device = wanted.question.recipe.device
-    return evaluate(model, wanted.protocol, device=device, progress=progress)
+    asked = Evaluation(str(model), (wanted.protocol,), without_baseline=True, device=device)
+    return run_evaluation(asked, progress)
 
 
 def _result(wanted: Search, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,8 +39,8 @@ class Drift:
                 f"the model has {model.full.shape[-1]} tokens and the baseline "
                 f"{dense.full.shape[-1]}: give the dense model that it was made from."
             )
-        ours, theirs = model.full[counted], dense.full[counted]
-        self.divergences.append((theirs.exp() * (theirs - ours)).sum(-1))
+        ours, theirs = model.full[counted], dense.full[counted].to(model.full.device)
+        self.divergences.append((theirs.exp() * (theirs - ours)).sum(-1).cpu())
 
     def summary(self) -> dict[str, float | None]:
         """Absolute change of log-probs in nats, KL(dense ‖ model) in nats, shared top-1.

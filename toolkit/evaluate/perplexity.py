@@ -7,19 +7,15 @@ seq_len − 1 tokens (lib/eval.py of GBLM-Pruner). Figures compare only within o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from gblm import data, packed
-from gblm.folder import resolve
-from gblm.model import load_tokenizer
-from gblm.progress import Progress, no_progress
+from gblm import data
+from gblm.evaluate.subjects import TorchSubject
 
 # The papers' windows; `own` takes what is asked for.
 SEQ_LENS = {"gblm": 2048, "wanda": 4096}
@@ -80,75 +76,17 @@ class Protocol:
         )  # fmt: skip
 
 
-@torch.no_grad()
-def perplexity(
-    model: nn.Module, windows: Tensor, on_window: Callable[[], None] = lambda: None
-) -> float:
-    """Perplexity of a causal language model.
+def perplexity(model: nn.Module, windows: Tensor) -> float:
+    """Perplexity of a loaded causal language model.
 
     Args:
         model: in eval mode.
-        windows: token ids [num_windows, seq_len].
-        on_window: called after each window.
+        windows: token ids [num_windows, seq_len] int64.
     """
-    device = next(model.parameters()).device
-    total = 0.0
-    for window in windows:
-        ids = window.reshape(1, -1).to(device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        total += float(functional.cross_entropy(logits, ids[0, 1:]))
-        on_window()
-    return of_loss(total / len(windows))
+    logprobs = TorchSubject(model).logprobs(windows)
+    return of_loss(-float(logprobs.double().mean()))
 
 
 def of_loss(mean: float) -> float:
     """The perplexity of a mean cross-entropy in nats; infinite where float64 ends."""
     return math.exp(mean) if mean < 700 else math.inf
-
-
-def evaluate(
-    model: str | Path,
-    protocol: Protocol,
-    baseline: str | Path | None = None,
-    device: str = "cpu",
-    backend: str | None = None,
-    progress: Progress = no_progress,
-) -> dict[str, Any]:
-    """Perplexity of a packed or dense folder, with its dense baseline beside it.
-
-    Args:
-        model: a folder or hub id.
-        protocol: text, windows and dtype.
-        baseline: the dense model to compare with.
-        device: a torch device.
-        backend: for packed weights; the best one if None. The result does not depend on it
-            beyond rounding.
-        progress: for progress bars.
-
-    Returns:
-        "protocol", "perplexity", and with a baseline "perplexity_baseline" and "ratio".
-    """
-    folder = resolve(model)
-    windows = protocol.windows(load_tokenizer(folder))
-    dtype = None if protocol.dtype == "auto" else getattr(torch, protocol.dtype)
-
-    def measure(path: Path, label: str, chosen: str | None) -> tuple[float, torch.dtype]:
-        step = progress(label, len(windows))
-        loaded = packed.load_any(path, chosen, dtype, device)
-        return perplexity(loaded, windows, step), next(loaded.parameters()).dtype
-
-    value, used = measure(folder, "perplexity", backend)
-    result: dict[str, Any] = {
-        "model": str(model),
-        "protocol": protocol.line(len(windows), used),
-        "tokens_sha256": data.fingerprint(windows),
-        "perplexity": value,
-    }
-    if baseline is not None:
-        dense, _ = measure(resolve(baseline), "perplexity of the baseline", None)
-        result |= {
-            "baseline": str(baseline),
-            "perplexity_baseline": dense,
-            "ratio": value / dense,
-        }
-    return result

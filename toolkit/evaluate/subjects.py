@@ -36,10 +36,10 @@ class Scores:
 
     @classmethod
     def of(cls, logits: Tensor, window: Tensor) -> Scores:
-        """From logits [seq_len, vocabulary] of a window [seq_len]."""
+        """From logits [seq_len, vocabulary] of a window [seq_len]; `full` stays on their device."""
         full = logits[:-1].float().log_softmax(-1)
-        own = full.gather(1, window[1:, None])[:, 0]
-        return cls(own, full.argmax(-1), full)
+        own = full.gather(1, window[1:, None].to(full.device))[:, 0]
+        return cls(own.cpu(), full.argmax(-1).cpu(), full)
 
 
 class Subject(ABC):
@@ -76,23 +76,19 @@ class TorchSubject(Subject):
     """A transformers model, dense or packed.
 
     Attributes:
-        model: the model itself.
+        model: the model itself, in eval mode.
     """
 
-    def __init__(
-        self, folder: Path, engine: str, dtype: str, device: str, backend: str | None
-    ) -> None:
-        wanted = None if dtype == "auto" else getattr(torch, dtype)
-        self.model: nn.Module = packed.load_any(folder, backend, wanted, device)
+    def __init__(self, model: nn.Module, engine: str = "hf") -> None:
+        self.model = model
         self.engine = engine
-        self.dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
 
     @torch.no_grad()
     def score(self, window: Tensor) -> Scores:
         """Score a window [seq_len] int64."""
         ids = window.reshape(1, -1).to(next(self.model.parameters()).device)
-        logits = self.model(input_ids=ids, use_cache=False).logits[0]
-        return Scores.of(logits.cpu(), window)
+        return Scores.of(self.model(input_ids=ids, use_cache=False).logits[0], window)
 
 
 class OnnxSubject(Subject):
@@ -161,9 +157,11 @@ def open_subject(
 
 
 def _torch(engine: str) -> Callable[[Path, str, str, str | None], Subject]:
-    return lambda folder, dtype, device, backend: TorchSubject(
-        folder, engine, dtype, device, backend
-    )
+    def make(folder: Path, dtype: str, device: str, backend: str | None) -> Subject:
+        wanted = None if dtype == "auto" else getattr(torch, dtype)
+        return TorchSubject(packed.load_any(folder, backend, wanted, device), engine)
+
+    return make
 
 
 def _onnx(folder: Path, dtype: str, device: str, backend: str | None) -> Subject:
