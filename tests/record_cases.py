@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 PERPLEXITY = "pydoc, held-out text as one stream, 19 windows × 512 tokens, bfloat16"
-SETTINGS = {"num_prompts": 8, "input_len": 64, "output_len": 32, "rounds": 3, "seed": 0}
+SETTINGS = {"num_prompts": 8, "input_len": 64, "output_len": 32, "rounds": 3, "seed": 0,
+            "tool": "serve", "threads": None, "slo": None, "options": []}  # fmt: skip
 
 
 def perplexity_record(model: str, value: float, protocol: str = PERPLEXITY) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def models_record(
         "reasons": [f"{side}: {reason}" for side, reason in invalid.items()],
         "settings": SETTINGS,
         "baseline": base,
-        "sides": [{"name": side} for side in tpot],
+        "sides": [{"name": side, "engine": "vllm"} for side in tpot],
         "loads": [{"concurrency": width, "request_rate": None} for width in concurrency],
         "rows": rows,
         "provenance": {"device": "a CPU"},

@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "values": {"errors", "scales", "weights"},
     "choices": {"errors", "formats", "patterns", "recipe", "values"},
     "progress": set(),
-    "network": set(),
+    "network": {"errors"},
     "structure": set(),
     "recipe": {"errors", "folder"},
     "folder": {"errors"},
@@ -59,7 +59,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "model", "patterns", "recipe", "steps", "structure", "values", "weights",
     },
     "evaluate": {
-        "checkpoint", "data", "errors", "export", "folder", "model", "packed", "progress", "serve",
+        "checkpoint", "data", "errors", "export", "folder", "model", "network", "packed",
+        "progress", "serve",
     },
     "budget": {
         "bench", "calibrate", "checkpoint", "choices", "data", "errors", "evaluate", "folder",

@@ -216,6 +216,7 @@ def _report(
     """Sizes, zeros and where it all comes from."""
     files = {file.name: file.stat().st_size for file in sorted(made.iterdir())}
     return {
+        "kind": "onnx export",
         "source": str(folder),
         "target": wanted.target,
         "precision": precision,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Outcome
+from record_cases import models_record, onnx_record
 
 from gblm.errors import InputError
 from gblm.evaluate.side_by_side import compare, size_facts
@@ -85,3 +86,85 @@ def test_contradictions_are_refused(gblm: Run, tiny: Path, words: list[str], sen
     done = gblm("eval", tiny, *words)
     assert done.code == 2, done
     assert sentence in done.err
+
+
+SEARCH = {
+    "kind": "search",
+    "baseline": {"perplexity": 20.0, "protocol": "text, 8 windows", "tokens_sha256": "ab" * 32},
+    "measured": {"int4": {"perplexity": 22.0, "bits_per_weight": 4.5, "bytes": 9}},
+}
+EXPORT = {
+    "kind": "onnx export", "target": "cpu", "precision": "fp32", "sparse": True, "bytes_total": 100,
+    "linears": [{"name": "q"}], "weights": [{"shape": [4, 8], "zeros": 16}],
+    "validation": {"tokens": 8, "prompt_tokens": 24, "max_logit_difference_over_std": 0.25,
+                   "top1_agreement": 1.0, "equal_greedy_tokens": 8, "passed": True},
+}  # fmt: skip
+
+
+def kernels_record(us: float) -> dict:
+    return {
+        "kind": "bench kernels", "provenance": {"device": "a CPU"},
+        "kernels": {"instruction_set": "avx2", "threads": 1, "clock": "wall", "cold_bytes": 9},
+        "cases": [{"shape": [8, 16], "tokens": 1, "rows": [{"linear": "2:4", "us": us}]}],
+    }  # fmt: skip
+
+
+def onnx_bench(ms: float) -> dict:
+    sizes = {"file_bytes": 9, "memory_bytes": 9, "load_s": 1.0, "prefill_ms": {"median": 3.0}}
+    record = onnx_record({"half": ms}) | {"clock": "wall time"}
+    record["rows"] = [row | sizes for row in record["rows"]]
+    return record
+
+
+def serving_record(tpot: float) -> dict:
+    return {"kind": "bench serving", "provenance": {"device": "a CPU"},
+            "load": {"rounds": 3}, "summary": {"tpot_ms": {"model": tpot}}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "what", "ratio"),
+    [
+        (onnx_bench(20.0), onnx_bench(10.0), "decode_ms", 0.5),
+        (kernels_record(8.0), kernels_record(2.0), "µs, 2:4, 8×16, 1 tokens", 0.25),
+        (serving_record(4.0), serving_record(8.0), "tpot_ms", 2.0),
+        (models_record({"half": 10.0}), models_record({"half": 30.0}),
+         "tpot_ms_p50, half, concurrency 1", 3.0),
+        (SEARCH, SEARCH | {"measured": {"int4": SEARCH["measured"]["int4"] | {"perplexity": 33.0}}},
+         "perplexity, int4", 1.5),
+        (EXPORT, EXPORT | {"bytes_total": 50}, "bytes_total", 0.5),
+        (EXPORT, EXPORT, "max_logit_difference_over_std, 8 tokens after 24", 1.0),
+        (EXPORT, EXPORT | {"weights": [{"shape": [4, 8], "zeros": 8}]}, "sparsity", 0.5),
+    ],
+)  # fmt: skip
+def test_every_kind_of_record_is_compared(
+    tmp_path: Path, a: dict, b: dict, what: str, ratio: float
+) -> None:
+    for name, record in (("a", a), ("b", b)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    rows = {row["what"]: row for row in compare(tmp_path / "a.json", tmp_path / "b.json")["rows"]}
+    assert rows[what]["ratio"] == ratio
+    broken = {key: value for key, value in b.items() if key not in ("rows", "cases", "summary")}
+    broken = broken | {"baseline": None, "weights": [{}]}
+    (tmp_path / "b.json").write_text(json.dumps(broken))
+    with pytest.raises(InputError, match=r"b\.json: is not a record of kind"):
+        compare(tmp_path / "a.json", tmp_path / "b.json")
+
+
+def test_what_is_no_figure_is_not_compared(tmp_path: Path) -> None:
+    invalid = models_record({"half": 10.0}, invalid={"half": "preempted"})
+    other = models_record({"half": 10.0}) | {"provenance": {"device": "another CPU"}}
+    records = {"a": models_record({"half": 10.0}), "invalid": invalid, "other": other,
+               "watch": {"kind": "bench watch"}, "soak": {"kind": "soak"}}  # fmt: skip
+    paths = {name: tmp_path / f"{name}.json" for name in records}
+    for name, record in records.items():
+        paths[name].write_text(json.dumps(record))
+    rows = {row["what"]: row for row in compare(paths["a"], paths["invalid"])["rows"]}
+    assert rows["half, concurrency 1"]["b"] == "INVALID"
+    assert rows["tpot_ms_p50, half, concurrency 1"]["b"] is None
+    for name, sentence in (
+        ("other", "different protocols cannot be compared"),
+        ("watch", "compares two servers already"),
+        ("soak", "kind 'soak' cannot be compared; give two of one kind: evaluation, search"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            compare(paths["a"], paths[name])

@@ -6,6 +6,7 @@ import json
 import struct
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,14 +49,93 @@ def test_what_eval_writes_is_read(
     gblm: Callable[..., Outcome], packed: Path, tiny: Path, text_file: Path, tmp_path: Path
 ) -> None:
     words = ("--text", text_file, "--seq-len", 32, "--max-windows", 2)
-    assert gblm("eval", packed, "--baseline", tiny, *words, "--output", "record.json").code == 0
+    gates = ("--gate", "ppl <= 1000000", "--gate", "top1 >= 1")
+    words = (*words, *gates, "--output", "record.json")
+    assert gblm("eval", packed, "--baseline", tiny, *words).code == 5
     record = json.loads((tmp_path / "record.json").read_text())
-    ours, dense = read_sources([tmp_path / "record.json"], []).facts.quality
+    sources = read_sources([tmp_path / "record.json"], [])
+    ours, dense = sources.facts.quality
     assert (ours.name, dense.name) == (packed.name, tiny.name)
     assert (ours.perplexity, ours.ratio) == (record["perplexity"], record["ratio"])
     assert dense.perplexity == record["perplexity_baseline"]
     assert ours.num_bytes == record["size"]["bytes"]
     assert ours.bits is not None
+    (drift,) = sources.facts.drifts
+    assert (drift.name, drift.beside) == (packed.name, tiny.name)
+    assert drift.figures[4] == record["texts"][0]["drift"]["kl_mean"]
+    assert [check.passed for check in sources.facts.checks] == [True, False]
+    page = html(sources, "x")
+    assert f"<td>{number(drift.figures[3])}</td>" in page
+    assert "<td>FAIL</td>" in page
+    assert "| FAIL |" in markdown(sources, "x")
+
+
+def test_scores_of_tasks_stand_with_their_errors_beside_the_baseline(tmp_path: Path) -> None:
+    row = {"value": 0.5, "stderr": 0.125, "baseline": 0.75, "baseline_stderr": None}
+    tasks = {"protocol": "lm-eval, 0-shot", "results": {"arc": {"acc": row}}}
+    record = {"kind": "evaluation", "model": "a/half", "baseline": "b/dense", "texts": [],
+              "tasks": tasks}  # fmt: skip
+    sources = read_sources([write(tmp_path, "a.json", record)], [])
+    page = html(sources, "x")
+    assert '<th scope="col">half</th><th scope="col">dense</th>' in page
+    assert "<td>arc</td><td>acc</td><td>0.5000 ± 0.1250</td><td>0.7500</td>" in page
+    assert "lm-eval, 0-shot" in page
+
+
+def test_what_search_keeps_is_read(tmp_path: Path) -> None:
+    base = {"perplexity": 20.0, "protocol": "text", "tokens_sha256": "ab"}
+    int4 = {"perplexity": 25.0, "ratio": 1.25, "bits_per_weight": 4.5, "bytes": 9}
+    state = {"kind": "search", "baseline": base, "measured": {"int4": int4}}
+    shown = {"kind": "search", "baseline": base, "candidates": [{"name": "int4", "measured": int4}]}
+    for record in (state, shown):
+        found = read_sources([write(tmp_path, "search.json", record)], []).facts.quality
+        assert [(row.name, row.perplexity, row.bits) for row in found] == [
+            ("unpruned", 20.0, None), ("int4", 25.0, 4.5),
+        ]  # fmt: skip
+
+
+def watch_record() -> dict:
+    quantiles = {"p50": {"value": 0.2}, "p90": {"value": 0.4}, "p99": None}
+    row = {"a": quantiles, "b": quantiles, "ratio": 2.0, "low": 1.6, "high": 2.5}
+    metrics = {key: row for key in ("ttft", "tpot", "itl", "e2e", "throughput")}
+    return {
+        "kind": "bench watch", "a": "http://one:1/metrics", "b": "http://two:2/metrics",
+        "window": {"duration": 600.0, "interval": 10.0, "intervals": 60, "valid": 59},
+        "metrics": metrics, "caveats": ["few tokens"], "problems": ["A restarted"],
+    }  # fmt: skip
+
+
+def test_live_servers_are_shown_as_ratios_of_times(tmp_path: Path) -> None:
+    sources = read_sources([write(tmp_path, "w.json", watch_record())], [])
+    ratios = {ratio.metric: ratio for ratio in sources.facts.ratios}
+    # Twice as fast is half the time, from 1/2.5 to 1/1.6.
+    assert (ratios["TTFT"].median, ratios["TTFT"].low, ratios["TTFT"].high) == (0.5, 0.4, 0.625)
+    assert ratios["generated_tok_s"].median == 2.0
+    assert ratios["TTFT"].name == "http://two:2"
+    curve = sources.facts.curves[0]
+    assert curve.points == ((50.0, 200.0), (90.0, 400.0))
+    for text in (html(sources, "x"), markdown(sources, "x")):
+        assert "few tokens" in text
+        assert "A restarted" in text
+
+
+def test_an_exported_folder_shows_its_validation(tmp_path: Path) -> None:
+    folder = tmp_path / "half-onnx"
+    folder.mkdir()
+    found = {
+        "tokens": 8, "reference": "torch float32", "max_logit_difference_over_std": float("inf"),
+        "top1_agreement": 0.99, "passed": False,
+        "tolerance": {"max_logit_difference_over_std": 0.01, "top1_agreement": 0.98},
+    }  # fmt: skip
+    report = {"source": "x/half", "target": "cpu", "precision": "fp32", "sparse": True}
+    write(folder, "onnx_report.json", report | {"validation": found})
+    sources = read_sources([folder], [0])
+    assert [(check.name, check.passed) for check in sources.facts.checks] == [
+        ("half-onnx", False), ("half-onnx", True),
+    ]  # fmt: skip
+    assert "<td>∞</td><td>≤ 0.01</td><td>FAIL</td>" in html(sources, "x")
+    write(folder, "onnx_report.json", report)
+    assert "exported without validation" in html(read_sources([folder], [0]), "x")
 
 
 def test_every_chart_has_its_figures_in_a_table(tmp_path: Path) -> None:
@@ -185,6 +265,23 @@ def test_folders_show_masks_layers_and_backends(pack_tiny: Callable[..., Path]) 
     page = html(sources, "x")
     assert page.count("<image") == 14
     assert "Layer 1, self_attn.o_proj" in page
+    assert "Pattern and values" not in page
+
+
+def test_a_map_of_backends_and_patterns_is_drawn_where_they_differ(
+    pack_tiny: Callable[..., Path],
+) -> None:
+    sources = read_sources([pack_tiny(pattern="0.5")], [0])
+    (folder,) = sources.folders
+    folder.linears[0] = replace(folder.linears[0], backend="reference", pattern="2:4")
+    maps = dict(figures.layers(sources.folders))
+    others = {linear.backend for linear in folder.linears[1:]}
+    ((picture,), (patterns,)) = (
+        [figure.picture for figure in maps[title]] for title in figures.KINDS
+    )
+    assert picture.count(": reference</title>") == 1
+    assert sum(picture.count(f": {name}</title>") for name in others) == 13
+    assert patterns.count(": 2:4 bfloat16</title>") == 1
 
 
 def test_folders_and_layers_that_are_none_are_refused(

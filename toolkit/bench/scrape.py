@@ -5,20 +5,13 @@ Knows nothing of metrics. The server is not trusted: none of its words reach a m
 
 from __future__ import annotations
 
-import contextlib
 import http.client
-import logging
-import socket
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from gblm.errors import GblmError, InputError, MachineError, UsageError
-from gblm.network import is_loopback
-
-logger = logging.getLogger(__name__)
+from gblm.errors import GblmError, InputError, MachineError
+from gblm.network import exchange, split_address, warn_of_plain_key
 
 SECONDS = 10.0
 # vLLM's metrics of one engine are some 100 KB.
@@ -52,21 +45,10 @@ class Target:
             UsageError: this is not an http or https address, or it has more than host and path.
             InputError: the file holds no key.
         """
-        try:
-            parts = urlsplit(url)
-            known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        except ValueError:
-            known = None
-        if not known or not url.isprintable() or not url.isascii() or " " in url:
-            raise UsageError(f"server {name}: give an address such as http://127.0.0.1:8000.")
-        if "@" in parts.netloc or parts.query or parts.fragment:
-            raise UsageError(
-                f"server {name}: the address may hold host, port and path only; "
-                "a key goes into --api-key-file."
-            )
+        parts = split_address(f"server {name}", url)
         key = None if key_file is None else _read_key(key_file)
-        if key is not None and parts.scheme == "http" and not is_loopback(parts.hostname or ""):
-            logger.warning("server %s: its API key is sent over http, unencrypted", name)
+        if key is not None:
+            warn_of_plain_key(f"server {name}", parts)
         path = parts.path.rstrip("/").removesuffix("/metrics")
         return cls(name, f"{parts.scheme}://{parts.netloc}{path}/metrics", key)
 
@@ -82,7 +64,7 @@ class Target:
         """
         limit = time.monotonic() + seconds
         try:
-            status, body = self._get(limit)
+            status, body = exchange(self.url, self.key, limit, MAX_BYTES)
         except (OSError, http.client.HTTPException, ValueError) as error:
             if time.monotonic() >= limit or isinstance(error, TimeoutError):
                 raise self._late(seconds) from error
@@ -104,31 +86,6 @@ class Target:
         except UnicodeDecodeError as error:
             raise InputError(f"server {self.name}: {self.url} is not UTF-8 text.") from error
 
-    def _get(self, limit: float) -> tuple[int, bytes]:
-        """Status and at most MAX_BYTES + 1 bytes; the connection is cut off at the limit."""
-        parts = urlsplit(self.url)
-        https = parts.scheme == "https"
-        kind = http.client.HTTPSConnection if https else http.client.HTTPConnection
-        connection = kind(parts.hostname or "", parts.port, timeout=limit - time.monotonic())
-        headers = {"Accept": "text/plain; version=0.0.4"}
-        if self.key is not None:
-            headers["Authorization"] = f"Bearer {self.key}"
-        with contextlib.closing(connection):
-            connection.connect()
-            # A socket's own timeout starts anew with every byte of a slow server.
-            timer = threading.Timer(limit - time.monotonic(), _cut_off, [connection.sock])
-            timer.daemon = True
-            timer.start()
-            try:
-                connection.request("GET", parts.path, headers=headers)
-                response = connection.getresponse()
-                body = response.read(MAX_BYTES + 1)
-            finally:
-                timer.cancel()
-            if response.length and len(body) <= MAX_BYTES:
-                raise http.client.IncompleteRead(b"")
-            return response.status, body
-
     def _late(self, seconds: float) -> MachineError:
         return MachineError(f"server {self.name}: {self.url} did not answer within {seconds:g} s.")
 
@@ -140,12 +97,6 @@ class Target:
         else:
             hint = "is this the address of a vLLM server?"
         return MachineError(f"server {self.name}: {self.url} answers HTTP {status}; {hint}.")
-
-
-def _cut_off(connection: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        # The plain socket's method: SSLSocket's own would let the reader go on unencrypted.
-        socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
 def _read_key(path: Path) -> str:

@@ -15,9 +15,10 @@ from gblm.commands.common import Command, emit, table
 @click.argument("b", type=click.Path(exists=True, path_type=Path))
 @click.pass_context
 def command(ctx: click.Context, /, a: Path, b: Path) -> None:
-    """Show two model folders, or two records, side by side.
+    """Show two model folders, or two records of one kind, side by side.
 
-    Records are those of `gblm eval --output` and `gblm bench serving`. Figures of different
+    Records are those of `gblm eval`, `bench serving`, `bench models`, `bench onnx` and `bench
+    kernels` (--output), search.json, and onnx_report.json of an export. Figures of different
     protocols are refused.
     """
     from gblm.evaluate.side_by_side import compare

@@ -11,11 +11,11 @@ from torch import Tensor
 from gblm import data, packed
 from gblm.evaluate.drift import Drift
 from gblm.evaluate.perplexity import Protocol, of_loss
-from gblm.evaluate.subjects import ONNX_MODEL, Subject
+from gblm.evaluate.subjects import ONNX_MODEL, ONNX_REPORT, Subject
 from gblm.folder import read_json_object
 from gblm.progress import Progress, no_progress
 
-ONNX_REPORT, RECIPE = "onnx_report.json", "recipe.json"
+RECIPE = "recipe.json"
 
 
 def measure(

@@ -74,7 +74,7 @@ def run_evaluation(asked: Evaluation, progress: Progress = no_progress) -> dict[
             "dtype": subject.dtype,
             "baseline": str(path) if path else None,
             "baseline_note": note,
-            "size": None if subject.engine == "onnx" else size_facts(folder),
+            "size": size_facts(folder),
             "texts": texts,
             "tasks": tasks,
             **{key: first[key] for key in FIRST if key in first},

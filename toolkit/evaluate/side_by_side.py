@@ -7,17 +7,17 @@ from typing import Any
 
 from gblm.checkpoint.inspect import inspect
 from gblm.errors import InputError
-from gblm.folder import quant_method, read_config, read_json_object
+from gblm.evaluate.records import read_record
+from gblm.evaluate.subjects import ONNX_MODEL, ONNX_REPORT
+from gblm.folder import quant_method, read_config
 from gblm.packed import is_packed
-
-EVALUATION, SERVING = "evaluation", "bench serving"
 
 
 def compare(a: Path, b: Path) -> dict[str, Any]:
     """What both are, row by row.
 
     Args:
-        a: a model folder, or a record of `gblm eval` or `gblm bench serving`.
+        a: a model folder, exported ones included, or a record of a kind of `records.KINDS`.
         b: another of the same kind.
 
     Returns:
@@ -54,20 +54,16 @@ def _row(name: str, a: Any, b: Any) -> dict[str, Any]:
 def _read(path: Path) -> tuple[str, dict[str, Any]]:
     if path.is_dir():
         return "folder", size_facts(path)
-    record = read_json_object(path)
-    kind = record.get("kind")
-    if kind == EVALUATION:
-        return str(kind), _evaluation(record)
-    if kind == SERVING:
-        return str(kind), _serving(record)
-    raise InputError(
-        f"{path}: a record of kind {kind!r} cannot be compared; give those of `gblm eval` or "
-        "`gblm bench serving`."
-    )
+    return read_record(path)
 
 
 def size_facts(folder: Path) -> dict[str, Any]:
-    """Bytes, sparsity of the pruned linears and value types; of weights in others' formats less."""
+    """Bytes, sparsity of the pruned linears and value types of a model folder.
+
+    Of an exported one what its onnx_report.json says; of weights in others' formats less.
+    """
+    if (folder / ONNX_MODEL).is_file():
+        return _exported(folder)
     method = quant_method(read_config(folder))
     if method is not None and not is_packed(folder):
         files = (path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -86,22 +82,10 @@ def size_facts(folder: Path) -> dict[str, Any]:
     }
 
 
-def _evaluation(record: dict[str, Any]) -> dict[str, Any]:
-    facts: dict[str, Any] = dict(record.get("size") or {})
-    protocol = []
-    for row in record["texts"]:
-        protocol.append(f"{row['protocol']}, tokens {row['tokens_sha256'][:12]}")
-        facts[f"perplexity, {row['text']}"] = row["perplexity"]
-        facts |= {f"drift {key}, {row['text']}": v for key, v in row.get("drift", {}).items()}
-    if tasks := record.get("tasks"):
-        protocol.append(tasks["protocol"])
-        for task, metrics in tasks["results"].items():
-            facts |= {f"{name}, {task}": row["value"] for name, row in metrics.items()}
-    return facts | {"protocol": "; ".join(protocol)}
-
-
-def _serving(record: dict[str, Any]) -> dict[str, Any]:
-    load, device = record["load"], record["provenance"]["device"]
-    settings = ", ".join(f"{key} {value}" for key, value in sorted(load.items()))
-    facts = {name: row["model"] for name, row in record["summary"].items()}
-    return facts | {"protocol": f"{settings}; {device}"}
+def _exported(folder: Path) -> dict[str, Any]:
+    files = [file for file in folder.glob(f"{ONNX_MODEL}*") if file.is_file()]
+    facts: dict[str, Any] = {"bytes": sum(file.stat().st_size for file in files)}
+    if (report := folder / ONNX_REPORT).is_file():
+        found = read_record(report, "onnx export")[1]
+        facts |= {key: found[key] for key in ("sparsity", "precision") if key in found}
+    return facts

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gblm import packed
 from gblm.errors import UsageError
 
-ONNX_MODEL = "model.onnx"
+ONNX_MODEL, ONNX_REPORT = "model.onnx", "onnx_report.json"
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from markupsafe import Markup
@@ -12,8 +13,9 @@ from torch import Tensor
 from gblm.report import charts, pictures
 from gblm.report.axes import number
 from gblm.report.charts import Interval, Point, Series
-from gblm.report.facts import Facts, Quality, Ratio
+from gblm.report.facts import Facts, Ratio
 from gblm.report.folders import LinearFacts, PackedFacts
+from gblm.report.tables import by_protocol
 
 # More lines than this are a tangle; further ones get a chart of their own.
 MOST_LINES = 6
@@ -38,7 +40,13 @@ MAPS: dict[str, tuple[str, Callable[[LinearFacts], float]]] = {
         lambda linear: linear.column_spread,
     ),
 }
-Table = tuple[list[str], list[str], list[list[float | None]]]
+# Title of a map → what a linear is there.
+KINDS: dict[str, Callable[[LinearFacts], str]] = {
+    "Backend on this machine's CPU": lambda linear: linear.backend,
+    "Pattern and values": lambda linear: f"{linear.pattern} {linear.values}",
+}
+Value = TypeVar("Value")
+Table = tuple[list[str], list[str], list[list[Value | None]]]
 
 
 @dataclass(frozen=True)
@@ -148,6 +156,19 @@ def layers(folders: Sequence[PackedFacts]) -> Iterator[tuple[str, list[Figure]]]
                     for name, table in tables.items()
                 ],
             )
+    for title, kind in KINDS.items():
+        kinds = list(dict.fromkeys(kind(one) for folder in folders for one in folder.linears))
+        if len(kinds) > 1:
+            yield (
+                title,
+                [
+                    Figure(
+                        name := folder.name,
+                        pictures.kinds(f"{title}, {name}", *_table(folder, kind), kinds),
+                    )
+                    for folder in folders
+                ],
+            )
     own = [folder for folder in folders if folder.heads]
     if own:
         title, shares = "Heads", [s for folder in own for row in folder.heads.values() for s in row]
@@ -161,16 +182,6 @@ def layers(folders: Sequence[PackedFacts]) -> Iterator[tuple[str, list[Figure]]]
             )
             for folder in own
         ]  # fmt: skip
-
-
-def overall(folder: PackedFacts) -> str:
-    """Sparsity and bits of all of a folder's linears, as a range where they differ."""
-    words = []
-    for key, unit in (("sparsity", "of the weights not stored"), ("bits", "bits per weight")):
-        values = [getattr(linear, key) for linear in folder.linears]
-        low, high = number(min(values)), number(max(values))
-        words.append(f"{low if low == high else f'{low} to {high}'} {unit}")
-    return ", ".join(words)
 
 
 def masks(folders: Sequence[PackedFacts]) -> Iterator[tuple[str, list[Figure]]]:
@@ -198,39 +209,7 @@ def masks(folders: Sequence[PackedFacts]) -> Iterator[tuple[str, list[Figure]]]:
         yield f"Layer {layer}, {part}", found
 
 
-def by_protocol(rows: Sequence[Quality]) -> dict[tuple[str, str], list[Quality]]:
-    """Figures that may be compared, the best first."""
-    found: dict[tuple[str, str], list[Quality]] = {}
-    for row in rows:
-        found.setdefault((row.protocol, row.text), []).append(row)
-    return {key: sorted(own, key=lambda row: row.perplexity) for key, own in found.items()}
-
-
-def linear_rows(folder: PackedFacts) -> list[tuple[str, str, str, str, str, str]]:
-    """Linears of one kind and treatment in a row: part, layers, pattern, values, bits, backend."""
-    groups: dict[tuple[str, str, str, str], list[LinearFacts]] = {}
-    for linear in folder.linears:
-        key = (linear.part, linear.pattern, linear.values, linear.backend)
-        groups.setdefault(key, []).append(linear)
-    return [
-        (part, spans([one.layer for one in own]), pattern, values,
-         number(sum(one.bits for one in own) / len(own)), backend)
-        for (part, pattern, values, backend), own in groups.items()
-    ]  # fmt: skip
-
-
-def spans(numbers: Sequence[int]) -> str:
-    """1, 2, 3, 7 → "1–3, 7"."""
-    found: list[list[int]] = []
-    for n in sorted(numbers):
-        if found and n == found[-1][1] + 1:
-            found[-1][1] = n
-        else:
-            found.append([n, n])
-    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in found)
-
-
-def _table(folder: PackedFacts, value: Callable[[LinearFacts], float]) -> Table:
+def _table(folder: PackedFacts, value: Callable[[LinearFacts], Value]) -> Table[Value]:
     """Projections, decoder layers, and a value for each pair that is packed."""
     found = {(linear.part, linear.layer): value(linear) for linear in folder.linears}
     parts = list(dict.fromkeys(part for part, _ in found))
@@ -261,7 +240,7 @@ def _ratios(found: Sequence[Ratio], setting: str) -> Iterator[Figure]:
         rows = [Interval(r.name if by_metric else directed(r.metric), r.median, r.low, r.high)
                 for r in own]  # fmt: skip
         title = f"{directed(key) if by_metric else key}: ratio to the baseline"
-        yield _intervals(title, rows, "ratio, paired by round", setting, 1.0)
+        yield _intervals(title, rows, "ratio and its interval", setting, 1.0)
 
 
 def directed(metric: str) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 
 from gblm.report.axes import number
 from gblm.report.facts import Facts, Quality
-from gblm.report.figures import by_protocol
-from gblm.report.page import quality_row, repeat
+from gblm.report.page import repeat
 from gblm.report.sources import Sources
+from gblm.report.tables import tables
 
 
 def markdown(sources: Sources, title: str) -> str:
@@ -24,10 +24,12 @@ def markdown(sources: Sources, title: str) -> str:
     if facts.invalid:
         lines += ["**INVALID measurements, left out of every table:**", ""]
         lines += [*(f"- {escape(reason)}" for reason in facts.invalid), ""]
-    for (protocol, _), rows in by_protocol(facts.quality).items():
-        header = ("model", "perplexity", "× dense", "MB", "bits per weight")
-        lines += ["## Quality", "", f"Protocol: {escape(protocol)}.", ""]
-        lines += [*table(header, [quality_row(row) for row in rows]), ""]
+    if facts.notes:
+        lines += ["To be kept in mind:", "", *(f"- {escape(note)}" for note in facts.notes), ""]
+    for one in tables(facts):
+        lines += [f"## {one.title}", ""]
+        lines += [f"Protocol: {escape(one.note)}.", ""] if one.note else []
+        lines += [*table(one.header, one.rows), ""]
     lines += _speeds(facts)
     for folder in sources.folders:
         size, dense = folder.facts["bytes"] / 1e6, folder.facts["bytes_if_dense"] / 1e6
@@ -64,7 +66,8 @@ def model_index(rows: Sequence[Quality]) -> list[str]:
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a Markdown table, numbers to the right."""
     rule = ["---", *["---:"] * (len(header) - 1)]
-    lines = [header, rule, *([escape(cell) for cell in row] for row in rows)]
+    lines = [[escape(cell) for cell in row] for row in (header, *rows)]
+    lines.insert(1, rule)
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
 

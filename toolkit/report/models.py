@@ -25,6 +25,7 @@ def models(record: Record) -> Facts:
     facts = Facts()
     names = " and ".join(words(side["name"]) for side in record["sides"])
     facts.invalid += [f"{names}: {words(reason)}" for reason in record["reasons"]]
+    facts.notes += [f"{names}: {words(caveat)}" for caveat in record.get("caveats", [])]
     rows = [row for row in record["rows"] if row["valid"] is True]
     for row in rows:
         setting = setting_line(record, row["load"])

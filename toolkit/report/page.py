@@ -9,10 +9,9 @@ from jinja2 import Environment, StrictUndefined
 
 from gblm import __version__
 from gblm.report import figures
-from gblm.report.axes import number
-from gblm.report.facts import Quality
 from gblm.report.folders import PackedFacts
 from gblm.report.sources import Origin, Sources
+from gblm.report.tables import linear_rows, overall, tables
 
 
 def html(sources: Sources, title: str) -> str:
@@ -30,8 +29,8 @@ def html(sources: Sources, title: str) -> str:
         title=title,
         origins=sources.origins,
         invalid=facts.invalid,
-        quality=[(protocol, [quality_row(row) for row in rows])
-                 for (protocol, _), rows in figures.by_protocol(facts.quality).items()],
+        notes=facts.notes,
+        tables=list(tables(facts)),
         quality_figures=[*figures.quality(facts), *figures.quality_and_speed(facts)],
         speed_figures=[*figures.speeds(facts), *figures.curves(facts)],
         folders=[_folder(folder) for folder in sources.folders],
@@ -39,13 +38,6 @@ def html(sources: Sources, title: str) -> str:
         masks=list(figures.masks(sources.folders)),
         **repeat(sources),
     ) + "\n"  # fmt: skip
-
-
-def quality_row(row: Quality) -> tuple[str, ...]:
-    """Model, perplexity, ratio to dense, MB, bits per weight."""
-    size = None if row.num_bytes is None else row.num_bytes / 1e6
-    perplexity, ratio = (number(value, 4) for value in (row.perplexity, row.ratio))
-    return (row.name, perplexity, ratio, number(size, 4), number(row.bits))
 
 
 def repeat(sources: Sources) -> dict[str, Any]:
@@ -95,8 +87,8 @@ def _folder(folder: PackedFacts) -> dict[str, Any]:
     return {
         "name": folder.name,
         "line": f"{facts['architecture']}, {len(folder.linears)} packed linears ({backends}), "
-        f"{figures.overall(folder)}, {facts['bytes'] / 1e6:.1f} MB, "
+        f"{overall(folder)}, {facts['bytes'] / 1e6:.1f} MB, "
         f"{facts['size_ratio']:.3f} of dense"
         + (f"; pruned with {method}." if isinstance(method, str) else "."),
-        "linears": figures.linear_rows(folder),
+        "linears": linear_rows(folder),
     }

@@ -9,13 +9,14 @@ import base64
 import struct
 import zlib
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from markupsafe import Markup
 from torch import Tensor
 
 from gblm.report.axes import number
-from gblm.report.charts import LINE, WIDTH, svg, text
+from gblm.report.charts import LINE, WIDTH, colour, short, svg, text
 
 BLUE = (0, 114, 178)
 # At most so many cells down and across; each is the mean of the weights that it stands for.
@@ -43,6 +44,57 @@ def heat(
         limits: the values that are pale and blue; pictures to compare share them.
     """
     low, high = limits
+
+    def paint(value: float) -> tuple[str, float, str]:
+        share = (value - low) / (high - low) if high > low else 0.5
+        return f"rgb{BLUE}", round(0.08 + 0.92 * share, 3), number(value)
+
+    parts, bottom = _cells(rows, columns, values, paint)
+    said = f"{unit}: {number(low)} (pale) to {number(high)}"
+    parts.append(text(WIDTH - 8, bottom + 17, said, "end"))
+    return svg(title, parts, bottom + 24)
+
+
+def kinds(
+    title: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Sequence[Sequence[str | None]],
+    known: Sequence[str],
+) -> Markup:
+    """A table of words as colours; arguments as of `heat`.
+
+    Args:
+        title: what it shows.
+        rows: names, from the top.
+        columns: names, from the left.
+        values: [rows][columns]; None leaves a gap.
+        known: every word, in the order of the colours; pictures to compare share it.
+    """
+
+    def paint(value: str) -> tuple[str, float, str]:
+        return colour(known.index(value)), 0.85, value
+
+    parts, bottom = _cells(rows, columns, values, paint)
+    for index, name in enumerate(known):
+        y = bottom + 10 + LINE * index
+        parts += [
+            Markup('<rect x="8" y="{}" width="9" height="9" fill="{}"/>').format(y, colour(index)),
+            text(22, y + 8, short(name), "start"),
+        ]
+    return svg(title, parts, bottom + 14 + LINE * len(known))
+
+
+Value = TypeVar("Value")
+
+
+def _cells(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Sequence[Sequence[Value | None]],
+    paint: Callable[[Value], tuple[str, float, str]],
+) -> tuple[list[Markup], int]:
+    """Names, and cells with the colour, opacity and words that `paint` gives; their lower end."""
     left = 8 + 6 * max(map(len, rows))
     wide, tall = (WIDTH - left - 8) / len(columns), 15
     parts = []
@@ -51,25 +103,21 @@ def heat(
         for c, value in enumerate(line):
             if value is None:
                 continue
-            share = (value - low) / (high - low) if high > low else 0.5
+            fill, opacity, said = paint(value)
             parts.append(
                 Markup(
                     '<rect class="mark" x="{}" y="{}" width="{}" height="{}" fill="{}" '
                     'fill-opacity="{}"><title>{}</title></rect>'
                 ).format(
                     round(left + c * wide, 1), r * tall + 1, round(wide - 0.6, 1), tall - 1.2,
-                    f"rgb{BLUE}", round(0.08 + 0.92 * share, 3),
-                    f"{name} {columns[c]}: {number(value)}",
+                    fill, opacity, f"{name} {columns[c]}: {said}",
                 )
             )  # fmt: skip
     bottom = len(rows) * tall + 13
     every = max(1, -(-len(columns) * 20 // (WIDTH - left)))
     parts += [text(left + (c + 0.5) * wide, bottom, name)
               for c, name in enumerate(columns) if c % every == 0]  # fmt: skip
-    parts.append(
-        text(WIDTH - 8, bottom + 17, f"{unit}: {number(low)} (pale) to {number(high)}", "end")
-    )
-    return svg(title, parts, bottom + 24)
+    return parts, bottom
 
 
 def mask_picture(title: str, mask: Tensor, limits: tuple[float, float]) -> Markup:

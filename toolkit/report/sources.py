@@ -6,27 +6,31 @@ Record files may come from anywhere: they are bounded in size, and each figure i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from gblm.errors import InputError
 from gblm.folder import read_json_object
-from gblm.report import facts
+from gblm.report import quality, speed
 from gblm.report.facts import Facts, Record
 from gblm.report.folders import PackedFacts, read_folder
 from gblm.report.models import models
 
 MAX_BYTES = 64 * 2**20
+ONNX_REPORT = "onnx_report.json"
 READERS: dict[str, Callable[[Record], Facts]] = {
-    "evaluation": facts.evaluation,
-    "perplexity": facts.perplexity,
-    "budget": facts.budget,
-    "frontier": facts.frontier,
-    "onnx": facts.onnx,
-    "bench serving": facts.serving,
+    "evaluation": quality.evaluation,
+    "perplexity": quality.perplexity,
+    "search": quality.search,
+    "budget": quality.search,
+    "frontier": quality.frontier,
+    "onnx export": quality.onnx_export,
+    "onnx": speed.onnx,
+    "bench serving": speed.serving,
     "bench models": models,
-    "bench kernels": facts.kernels,
+    "bench kernels": speed.kernels,
+    "bench watch": speed.watch,
 }
 
 
@@ -57,7 +61,7 @@ class Sources:
 
 
 def read_sources(paths: Sequence[Path], layers: Sequence[int]) -> Sources:
-    """Read records and packed folders.
+    """Read records, packed and exported folders.
 
     Args:
         paths: JSON files and folders.
@@ -68,7 +72,9 @@ def read_sources(paths: Sequence[Path], layers: Sequence[int]) -> Sources:
     """
     found = Sources()
     for path in paths:
-        if path.is_dir():
+        if (path / ONNX_REPORT).is_file():
+            _read_export(found, path)
+        elif path.is_dir():
             folder = read_folder(path, layers)
             if any(folder.name == other.name for other in found.folders):
                 raise InputError(
@@ -81,6 +87,15 @@ def read_sources(paths: Sequence[Path], layers: Sequence[int]) -> Sources:
                 found.facts.add(parse(path, record))
                 found.origins.append(_origin(path, record))
     return found
+
+
+def _read_export(found: Sources, folder: Path) -> None:
+    """An exported folder by its report, in which older versions did not name the kind."""
+    path = folder / ONNX_REPORT
+    record = {**read_json_object(path), "kind": "onnx export", "folder": folder.resolve().name}
+    found.facts.add(parse(path, record))
+    origin = _origin(path, record)
+    found.origins.append(replace(origin, file=f"{record['folder']}/{ONNX_REPORT}"))
 
 
 def read_records(path: Path) -> list[Record]:
