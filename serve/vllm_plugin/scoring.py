@@ -50,16 +50,28 @@ class PromptScorer:
         found = self._llm.llm_engine.model_config.dtype
         self.dtype = str(found).removeprefix("torch.")
 
-    def score(self, tokens: Sequence[int]) -> tuple[list[float], list[int]]:
-        """Log-probs of a prompt's tokens but the first, and the likeliest token at each place."""
+    def score(
+        self, tokens: Sequence[int], count: int
+    ) -> tuple[list[float], list[dict[int, float]]]:
+        """Log-probs of a prompt's tokens but the first, and of so many likeliest at each place.
+
+        Args:
+            tokens: the prompt.
+            count: at most vLLM's max_logprobs, 20.
+
+        Returns:
+            [tokens − 1]; and as many times token → log-prob, the likeliest first.
+        """
         from vllm import SamplingParams
 
-        options = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1)
+        options = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=count)
         (found,) = self._llm.generate([{"prompt_token_ids": list(tokens)}], options, use_tqdm=False)
-        own, best = [], []
+        own: list[float] = []
+        best: list[dict[int, float]] = []
         for token, step in zip(tokens[1:], found.prompt_logprobs[1:], strict=True):
             own.append(step[token].logprob)
-            best.append(next(number for number, one in step.items() if one.rank == 1))
+            ranked = sorted(step.items(), key=lambda pair: int(pair[1].rank))[:count]
+            best.append({number: one.logprob for number, one in ranked})
         return own, best
 
     def close(self) -> None:

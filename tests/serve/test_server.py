@@ -15,6 +15,9 @@ import pytest
 from conftest import Outcome
 from vllm_server import OPTIONS, served
 
+from gblm.evaluate.perplexity import Protocol
+from gblm.evaluate.run import Evaluation, run_evaluation
+
 pytestmark = pytest.mark.vllm
 
 
@@ -61,6 +64,23 @@ def test_streaming_gives_the_same_text(client: object) -> None:
 def test_log_says_which_backend_runs(server: tuple, best_backend: str) -> None:
     line = f"8 linears run on backend {best_backend} (packed in memory)"
     assert line in server[2].read_text()
+
+
+def test_eval_scores_the_running_server(
+    server: tuple, pack_tiny: Callable[..., Path], tiny: Path, text_file: Path
+) -> None:
+    protocol = Protocol(str(text_file), 64, 2)
+    found = run_evaluation(Evaluation(server[0], (protocol,)))
+    own = run_evaluation(Evaluation(str(pack_tiny()), (protocol,)))
+    assert (found["model"], found["baseline"]) == ("tiny", str(tiny))
+    # bfloat16 on both sides, other kernels.
+    assert found["perplexity"] == pytest.approx(own["perplexity"], rel=0.02)
+    ours, theirs = found["texts"][0]["drift"], own["texts"][0]["drift"]
+    assert ours["kl_over"] == 20
+    assert 0.3 * theirs["kl_mean"] < ours["kl_mean"] < 1.05 * theirs["kl_mean"]
+    assert ours["top1"] == pytest.approx(theirs["top1"], abs=0.05)
+    # Again, though the prompts are cached by now.
+    assert run_evaluation(Evaluation(server[0], (protocol,)))["perplexity"] == found["perplexity"]
 
 
 def test_too_many_answers_are_refused(client: object) -> None:

@@ -42,6 +42,12 @@ TASK_KEYS = ("tasks", "path", "limit", "seed")
 @dtype_option
 @device_option
 @backend_option
+@click.option("--tokenizer", help="Folder of it, for a server on another machine.")
+@click.option(
+    "--api-key-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File with the server's API key. Default: VLLM_API_KEY, if it is set.",
+)
 @record_option
 @click.pass_context
 def command(
@@ -54,7 +60,8 @@ def command(
 ) -> None:
     """Measure MODEL's quality on texts and tasks, its dense baseline and the protocol beside it.
 
-    MODEL is a dense, packed or exported folder. Exit status 5: a gate failed.
+    MODEL is a dense, packed or exported folder, or the address of a running vLLM server. Exit
+    status 5: a gate failed.
     """
     from gblm.evaluate.gates import check_gates, judge, parse_gate
     from gblm.folder import read_json_object

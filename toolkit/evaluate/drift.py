@@ -13,11 +13,17 @@ from gblm.evaluate.subjects import Scores
 
 @dataclass
 class Drift:
-    """Collects windows; float32 differences, one per token that is counted."""
+    """Collects windows; float32 differences, one per token that is counted.
+
+    Attributes:
+        of_likeliest: KL is over so many likeliest tokens of the model and the rest as one; None:
+            over all tokens.
+    """
 
     changes: list[Tensor] = field(default_factory=list)
     same: list[Tensor] = field(default_factory=list)
     divergences: list[Tensor] = field(default_factory=list)
+    of_likeliest: int | None = None
 
     def add(self, model: Scores, dense: Scores, counted: slice) -> None:
         """Take one window of both.
@@ -32,7 +38,12 @@ class Drift:
         """
         self.changes.append((model.logprobs - dense.logprobs)[counted].abs())
         self.same.append((model.top1 == dense.top1)[counted])
-        if model.full is None or dense.full is None:
+        if dense.full is None:
+            return
+        if model.full is None:
+            if model.some is not None:
+                self.of_likeliest = model.some[0].shape[1]
+                self.divergences.append(coarse_kl(model.some, dense.full)[counted])
             return
         if model.full.shape != dense.full.shape:
             raise InputError(
@@ -45,7 +56,8 @@ class Drift:
     def summary(self) -> dict[str, float | None]:
         """Absolute change of log-probs in nats, KL(dense ‖ model) in nats, shared top-1.
 
-        "kl_mean" and "kl_p99" are None where an engine gives no full distribution.
+        "kl_mean" and "kl_p99" are None where the baseline gives no full distribution; "kl_over" is
+        there where they are over so many likeliest tokens.
         """
         changes = torch.cat(self.changes)
         found: dict[str, float | None] = {
@@ -59,7 +71,40 @@ class Drift:
         if self.divergences:
             kl = torch.cat(self.divergences)
             found |= {"kl_mean": float(kl.mean()), "kl_p99": _p99(kl)}
+        if self.of_likeliest:
+            found["kl_over"] = self.of_likeliest
         return found
+
+
+def coarse_kl(some: tuple[Tensor, Tensor], dense: Tensor) -> Tensor:
+    """KL(dense ‖ model) in nats, all but the model's likeliest tokens taken as one.
+
+    At most that over all tokens, as merging outcomes never adds to it.
+
+    Args:
+        some: the model's likeliest tokens [places, k] int64 and their log-probs [places, k].
+        dense: log-probs of all tokens [places, vocabulary] float32.
+
+    Returns:
+        [places] float32.
+
+    Raises:
+        InputError: the baseline has no such token.
+    """
+    tokens, ours = some[0], some[1].double()
+    if int(tokens.min()) < 0 or int(tokens.max()) >= dense.shape[-1]:
+        raise InputError(
+            f"the model has a token {int(tokens.max())} and the baseline {dense.shape[-1]} tokens: "
+            "give the dense model that it was made from."
+        )
+    theirs = dense.gather(1, tokens.to(dense.device)).double().cpu()
+    # float32 log-probs of what is left may add up to a little more than 1.
+    rest, rest_dense = (
+        (1 - each.exp().sum(-1)).clamp(min=torch.finfo(torch.float32).eps)
+        for each in (ours, theirs)
+    )
+    inside = (theirs.exp() * (theirs - ours)).sum(-1)
+    return (inside + rest_dense * (rest_dense / rest).log()).float()
 
 
 def _p99(values: Tensor) -> float:

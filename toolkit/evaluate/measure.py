@@ -65,7 +65,7 @@ def _measure_one(
             loss_dense -= float(other.logprobs[counted].double().sum())
             drift.add(scores, other, counted)
         step()
-    found = {
+    found: dict[str, Any] = {
         "text": Path(protocol.source).name,
         "protocol": protocol.line(len(windows), subject.dtype, subject.engine),
         "tokens_sha256": data.fingerprint(windows),
@@ -79,6 +79,8 @@ def _measure_one(
             "ratio": of_loss((loss - loss_dense) / count),
             "drift": drift.summary(),
         }
+        if drift.of_likeliest:
+            found["protocol"] += f", KL over the likeliest {drift.of_likeliest} tokens and the rest"
     return found
 
 

@@ -6,7 +6,7 @@ A subject scores windows of tokens. It knows nothing of texts, metrics or tasks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from gblm import packed
-from gblm.errors import UsageError
+from gblm.errors import InputError, UsageError
 
 ONNX_MODEL, ONNX_REPORT = "model.onnx", "onnx_report.json"
+# Of the likeliest tokens at each place where an engine does not give all: vLLM's own limit.
+TOP = 20
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,14 @@ class Scores:
         top1: the likeliest tokens [seq_len − 1] int64.
         full: log-probs of all tokens [seq_len − 1, vocabulary] float32; None where the engine gives
             only some.
+        some: those: the likeliest tokens [seq_len − 1, k] int64, from the likeliest down, and
+            their log-probs [seq_len − 1, k] float32; None where `full` is there.
     """
 
     logprobs: Tensor
     top1: Tensor
     full: Tensor | None
+    some: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, logits: Tensor, window: Tensor) -> Scores:
@@ -40,6 +45,23 @@ class Scores:
         full = logits[:-1].float().log_softmax(-1)
         own = full.gather(1, window[1:, None].to(full.device))[:, 0]
         return cls(own.cpu(), full.argmax(-1).cpu(), full)
+
+    @classmethod
+    def likeliest(cls, own: Sequence[float], best: Sequence[Mapping[int, float]]) -> Scores:
+        """From log-probs of the tokens and of as many likeliest ones at each place.
+
+        Args:
+            own: [seq_len − 1].
+            best: token → log-prob, the likeliest first.
+
+        Raises:
+            InputError: there are not as many everywhere.
+        """
+        if len({len(row) for row in best}) != 1 or not best[0]:
+            raise InputError("vLLM did not give as many likeliest tokens at every place.")
+        tokens = torch.tensor([list(row) for row in best])
+        logprobs = torch.tensor([list(row.values()) for row in best], dtype=torch.float32)
+        return cls(torch.tensor(own, dtype=torch.float32), tokens[:, 0], None, (tokens, logprobs))
 
 
 class Subject(ABC):

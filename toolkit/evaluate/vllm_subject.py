@@ -1,16 +1,15 @@
 """A model in vLLM, in this process, scored by the log-probs of prompts.
 
-vLLM gives those of the prompt's own tokens and of the likeliest one, not of all tokens.
+vLLM gives those of the prompt's own tokens and of the likeliest ones, not of all tokens.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from gblm.evaluate.subjects import Scores, Subject
+from gblm.evaluate.subjects import TOP, Scores, Subject
 from gblm.serve.vllm_plugin.scoring import PromptScorer
 
 
@@ -25,8 +24,7 @@ class VllmSubject(Subject):
 
     def score(self, window: Tensor) -> Scores:
         """Score a window [seq_len] int64."""
-        own, best = self._scorer.score(window.tolist())
-        return Scores(torch.tensor(own, dtype=torch.float32), torch.tensor(best), None)
+        return Scores.likeliest(*self._scorer.score(window.tolist(), TOP))
 
     def close(self) -> None:
         """End the engine."""
