@@ -68,27 +68,42 @@ def test_packed_and_onnx_agree(
 
 @pytest.mark.vllm
 def test_vllm_agrees(pack_tiny: Pack, windows: torch.Tensor) -> None:
-    """In a process of its own, for vLLM sets up its process."""
+    """In a process of its own, for vLLM sets up its process; bfloat16 beside float32."""
     code = (
         "import json, sys, torch\nfrom pathlib import Path\n"
         "from gblm.evaluate.subjects import open_subject\n"
         "folder, tokens = sys.argv[1], torch.tensor(json.loads(sys.argv[2]))\n"
-        "subject = open_subject(Path(folder), 'vllm', 'float32')\n"
-        "rows = [subject.score(window) for window in tokens]\n"
-        "print('SCORES', json.dumps([[r.logprobs.tolist(), r.top1.tolist()] for r in rows]))\n"
-        "subject.close()\n"
+        "for dtype in ('float32', 'bfloat16'):\n"
+        "    subject = open_subject(Path(folder), 'vllm', dtype)\n"
+        "    assert subject.dtype == dtype\n"
+        "    rows = [subject.score(window) for window in tokens]\n"
+        "    print('SCORES', json.dumps([[r.logprobs.tolist(), r.top1.tolist(),\n"
+        "          r.some[0].tolist(), r.some[1].tolist()] for r in rows]))\n"
+        "    subject.close()\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(pack_tiny()), json.dumps(windows.tolist())],
         capture_output=True, text=True, env=environment(), timeout=300, check=False,
     )  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if line.startswith("SCORES ")]
-    assert lines, done.stdout + done.stderr
+    assert len(lines) == 2, done.stdout + done.stderr
     packed = open_subject(pack_tiny(), dtype="float32")
-    for window, (own, best) in zip(windows, json.loads(lines[0][7:]), strict=True):
+    for window, (own, best, tokens, likeliest) in zip(
+        windows, json.loads(lines[0][7:]), strict=True
+    ):
         want = packed.score(window)
         torch.testing.assert_close(torch.tensor(own), want.logprobs, atol=1e-3, rtol=0)
         assert torch.equal(torch.tensor(best), want.top1)
+        assert want.full is not None
+        found = want.full.gather(1, torch.tensor(tokens))
+        torch.testing.assert_close(torch.tensor(likeliest), found, atol=1e-3, rtol=0)
+        torch.testing.assert_close(found, want.full.topk(20).values, atol=1e-3, rtol=0)
+    packed = open_subject(pack_tiny(), dtype="bfloat16")
+    for window, (own, *_) in zip(windows, json.loads(lines[1][7:]), strict=True):
+        # Logits of about 10 with 8 bits each.
+        change = (torch.tensor(own) - packed.score(window).logprobs).abs()
+        assert float(change.max()) < 16 * 2**-8 * 4
+        assert float(change.mean()) < 16 * 2**-8
 
 
 def test_engines_refuse_what_they_cannot_run(tiny: Path, exported: Path) -> None:
@@ -96,10 +111,19 @@ def test_engines_refuse_what_they_cannot_run(tiny: Path, exported: Path) -> None
         open_subject(tiny, "packed")
     with pytest.raises(UsageError, match="it runs hf and packed"):
         open_subject(exported, "vllm")
-    with pytest.raises(UsageError, match="computes in float32"):
+    with pytest.raises(UsageError, match="computes in float32, not in --dtype float16"):
+        open_subject(exported, dtype="float16")
+    with pytest.raises(UsageError, match="no MatMul for bfloat16"):
         open_subject(exported, dtype="bfloat16")
     with pytest.raises(UsageError, match="do not go with --engine onnx"):
         open_subject(exported, backend="dense")
+
+
+def test_a_bfloat16_graph_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"")
+    (tmp_path / "onnx_report.json").write_text('{"precision": "bf16"}')
+    with pytest.raises(UsageError, match="with --engine hf, packed or vllm"):
+        open_subject(tmp_path)
 
 
 def test_a_model_has_no_drift_from_itself_and_some_from_another(

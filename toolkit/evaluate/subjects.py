@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gblm import packed
 from gblm.errors import InputError, UsageError
+from gblm.folder import read_json_object
 
 ONNX_MODEL, ONNX_REPORT = "model.onnx", "onnx_report.json"
 # Of the likeliest tokens at each place where an engine does not give all: vLLM's own limit.
@@ -121,6 +122,7 @@ class OnnxSubject(Subject):
     def __init__(self, folder: Path, dtype: str) -> None:
         from gblm.export.onnx_model.decoder import OrtDecoder
 
+        _refuse_bfloat16(folder, dtype)
         self._decoder = OrtDecoder(folder)
         kinds = {node.name: node.type for node in self._decoder.session.get_outputs()}
         names = {"float": "float32", "float16": "float16", "bfloat16": "bfloat16"}
@@ -135,6 +137,17 @@ class OnnxSubject(Subject):
         """Score a window [seq_len] int64, from an empty cache."""
         self._decoder.reset()
         return Scores.of(self._decoder.step(window), window)
+
+
+def _refuse_bfloat16(folder: Path, dtype: str) -> None:
+    """Say what ONNX Runtime's own words on a missing MatMul do not."""
+    report = folder / ONNX_REPORT
+    precision = read_json_object(report).get("precision") if report.is_file() else None
+    if "bfloat16" in (dtype, {"bf16": "bfloat16"}.get(str(precision))):
+        raise UsageError(
+            f"{folder}: --engine onnx runs on CPU, where ONNX Runtime has no MatMul for bfloat16: "
+            "evaluate the folder that it was exported from, with --engine hf, packed or vllm."
+        )
 
 
 def detect(folder: Path) -> str:
