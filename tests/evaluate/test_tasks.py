@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from conftest import Outcome
 
+from gblm.errors import InputError, UsageError
+from gblm.evaluate.run import Evaluation, run_evaluation
 from gblm.evaluate.subjects import open_subject
 from gblm.evaluate.tasks import PAPERS, Tasks, run_tasks, task_names
 from gblm.model import load_tokenizer
@@ -17,18 +19,20 @@ TASKS = Path(__file__).parent / "tasks"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
-@pytest.fixture
-def task_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def task_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One folder for all tests: the harness reads its list of tasks once for each."""
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
-    folder = tmp_path / "tasks"
+    folder = tmp_path_factory.mktemp("lm-eval") / "tasks"
     folder.mkdir()
     text = (TASKS / "tiny_choice.yaml").read_text()
     place = str(TASKS / "tiny_choice.jsonl")
     (folder / "tiny_choice.yaml").write_text(text.replace("DATA", place))
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    for key, value in OFFLINE.items():
-        monkeypatch.setenv(key, value)
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", str(folder.parent / "cache"))
+        for key, value in OFFLINE.items():
+            patch.setenv(key, value)
+        yield folder
 
 
 def test_names_of_the_papers() -> None:
@@ -86,9 +90,9 @@ def test_the_command_keeps_stderr_and_protocol_in_the_record(
     assert [gate["passed"] for gate in record["gates"]] == [True, False]
 
 
-def test_an_unknown_task_gets_one_sentence(
-    gblm: Callable[..., Outcome], task_path: Path, tiny: Path
-) -> None:
-    done = gblm("eval", tiny, "--tasks", "tiny_chioce", "--task-path", task_path, **OFFLINE)
-    assert done.code == 2, done
-    assert "knows no such task" in done.err
+def test_an_unknown_task_is_refused_before_a_model_is_looked_for(task_path: Path) -> None:
+    tasks = Tasks(("tiny_choice", "tiny_chioce"), task_path)
+    with pytest.raises(UsageError, match=r"--tasks tiny_chioce: .* knows no such task"):
+        run_evaluation(Evaluation("./nowhere", (), tasks))
+    with pytest.raises(InputError, match="there is no such folder"):
+        run_evaluation(Evaluation("./nowhere", (), Tasks(("tiny_choice",), task_path)))

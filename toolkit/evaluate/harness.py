@@ -5,6 +5,8 @@ HF and packed models are its HFLM; what has no torch model is scored as windows 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,26 @@ class SubjectLM(TemplateLM):
         )
 
 
+@functools.cache
+def _manager(task_path: Path | None) -> Any:
+    """The harness's list of tasks, which takes it seconds, so that it is made once."""
+    return TaskManager(include_path=str(task_path) if task_path else None)
+
+
+def check_known(tasks: Sequence[str], task_path: Path | None) -> None:
+    """Refuse what the harness does not know.
+
+    Raises:
+        UsageError: a task is unknown.
+    """
+    unknown = [task for task in tasks if not _manager(task_path).match_tasks([task])]
+    if unknown:
+        raise UsageError(
+            f"--tasks {unknown[0]}: lm-evaluation-harness knows no such task; give --task-path "
+            "DIR for those of your own."
+        )
+
+
 def run(
     subject: Subject,
     tokenizer: Any,
@@ -85,13 +107,7 @@ def run(
         UsageError: a task is unknown, or the engine cannot do it.
         InputError: the harness could not load or run a task.
     """
-    manager = TaskManager(include_path=str(task_path) if task_path else None)
-    unknown = [task for task in tasks if not manager.match_tasks([task])]
-    if unknown:
-        raise UsageError(
-            f"--tasks {unknown[0]}: lm-evaluation-harness knows no such task; give --task-path "
-            "DIR for those of your own."
-        )
+    check_known(tasks, task_path)
     model = (
         HFLM(pretrained=subject.model, tokenizer=tokenizer, batch_size=1)
         if isinstance(subject, TorchSubject)
@@ -99,7 +115,7 @@ def run(
     )
     try:
         found = simple_evaluate(
-            model=model, tasks=tasks, num_fewshot=0, limit=limit, task_manager=manager,
+            model=model, tasks=tasks, num_fewshot=0, limit=limit, task_manager=_manager(task_path),
             random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
             fewshot_random_seed=seed, log_samples=False,
         )  # fmt: skip

@@ -14,7 +14,7 @@ from gblm.evaluate.perplexity import Protocol
 from gblm.evaluate.served import ServedSubject, is_address
 from gblm.evaluate.side_by_side import size_facts
 from gblm.evaluate.subjects import Subject, detect, open_subject
-from gblm.evaluate.tasks import Tasks, check_installed, run_tasks
+from gblm.evaluate.tasks import Tasks, check_tasks, run_tasks
 from gblm.folder import read_config, resolve
 from gblm.model import load_tokenizer
 from gblm.progress import Progress, no_progress
@@ -63,7 +63,7 @@ def run_evaluation(asked: Evaluation, progress: Progress = no_progress) -> dict[
     if not asked.protocols and asked.tasks is None:
         raise UsageError("nothing to evaluate: give --text or --tasks.")
     if asked.tasks is not None:
-        check_installed()
+        check_tasks(asked.tasks)
     served = _served(asked)
     model = served or resolve(asked.model)
     folder = model.folder if isinstance(model, ServedSubject) else model

@@ -50,11 +50,12 @@ def task_names(text: str) -> tuple[str, ...]:
     )
 
 
-def check_installed() -> None:
+def check_tasks(tasks: Tasks) -> None:
     """Refuse before a model is loaded.
 
     Raises:
         MachineError: the harness is not installed.
+        UsageError: it does not know a task.
     """
     try:
         version("lm-eval")
@@ -62,6 +63,9 @@ def check_installed() -> None:
         raise MachineError(
             "--tasks needs lm-evaluation-harness: pip install 'gblm-toolkit[eval]'."
         ) from error
+    from gblm.evaluate.harness import check_known
+
+    check_known(tasks.names, tasks.path)
 
 
 def run_tasks(
