@@ -112,8 +112,6 @@ class Scaling:
         scales = self.scales(stored, len(codes))
         if not torch.equal(scales.to(SCALE_DTYPE).double(), scales.double()):
             raise InputError(f"{self.name}: its scales do not fit bfloat16, {WAY_OUT}.")
-        if (least := int(codes.min())) < -self.values.limit:
-            raise InputError(f"{self.name}: holds the code {least}, which gblm has not, {WAY_OUT}.")
         return SparseWeight.from_codes(codes, scales.to(SCALE_DTYPE).contiguous(), mask, self.dtype)
 
     def floats(self, codes: Tensor, stored: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ from gblm.kernels import Backend
 from gblm.serve.vllm_plugin.ragged import Pieces, RaggedParameter, give_back_memory
 from gblm.values import ROW
 
-# −128; twice −8.
-NO_CODE: dict[torch.dtype, float] = {torch.int8: -0x80, torch.uint8: 0x88}
+# −128; twice −8: codes, but no row of a real weight holds nothing else.
+NO_CODE = {torch.int8: -0x80, torch.uint8: 0x88}
 NO_ZERO, NOT_LOADED = 0xFF, -1
 MAX_RANKS = 64  # looked at for the way out of a refusal
 
@@ -139,6 +139,8 @@ class SparseLinearMethod(LinearMethodBase):
             parts = {part: getattr(layer, part).data for part in self.fmt.parts}
             if self.fmt.values.has_zeros:
                 parts["values"] = self._narrowed(parts["values"])
+            elif not self.fmt.values.is_float:
+                self._refuse_unloaded_rows(parts["values"])
             return parts
         device = layer.get_parameter(self.loaded[0]).device
         self.fmt, whole = self.pieces.hand_over()
@@ -150,6 +152,14 @@ class SparseLinearMethod(LinearMethodBase):
         if bool((loaded == NOT_LOADED).any()):
             raise CheckpointError(f"{self.name}: values are missing in the checkpoint.")
         return loaded.to(torch.uint8)
+
+    def _refuse_unloaded_rows(self, codes: Tensor) -> None:
+        """A piece that the loader skipped is whole rows of what they were filled with."""
+        if bool((codes == NO_CODE[codes.dtype]).all(dim=1).any()):
+            raise CheckpointError(
+                f"{self.name}: values are missing in the checkpoint, or a row holds nothing but "
+                "the least code."
+            )
 
     def _check_shard(self, input_size: int) -> None:
         """A rank's columns must hold whole bytes of every part, and whole groups."""
@@ -216,8 +226,8 @@ def refuse_unloaded(name: str, values: Tensor) -> None:
 def _rectangle(fmt: Format, part: str, spec: TensorSpec, loader: Any) -> BasevLLMParameter:
     """An empty part that vLLM cuts like a dense weight: at the same relative place.
 
-    NaN, codes and zero points that there are none of and an empty bitmask are refused later, should
-    the loader skip this layer.
+    NaN, rows of the least code, zero points that there are none of and an empty bitmask are refused
+    later, should the loader skip this layer.
     """
     fill, dtype = math.nan if spec.dtype.is_floating_point else 0, spec.dtype
     if part == "values" and fmt.values.has_zeros:
