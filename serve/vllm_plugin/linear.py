@@ -25,12 +25,14 @@ from gblm.errors import CheckpointError, PatternError
 from gblm.formats import Format, Shape, TensorSpec
 from gblm.formats.rectangle import RectangleFormat
 from gblm.kernels import Backend
+from gblm.serve.vllm_plugin.prepared import Stored
 from gblm.serve.vllm_plugin.ragged import Pieces, RaggedParameter, give_back_memory
 from gblm.values import ROW
 
 # −128; twice −8: codes, but no row of a real weight holds nothing else.
 NO_CODE = {torch.int8: -0x80, torch.uint8: 0x88}
 NO_ZERO, NOT_LOADED = 0xFF, -1
+NoteChoice = Callable[[Backend | None, Sequence[str], Stored | None], None]
 MAX_RANKS = 64  # looked at for the way out of a refusal
 
 
@@ -38,9 +40,7 @@ MAX_RANKS = 64  # looked at for the way out of a refusal
 class SparseLinearMethod(LinearMethodBase):
     """A packed linear; one instance per layer."""
 
-    def __init__(
-        self, fmt: Format, name: str, note_choice: Callable[[Backend | None, Sequence[str]], None]
-    ) -> None:
+    def __init__(self, fmt: Format, name: str, note_choice: NoteChoice) -> None:
         self.fmt = fmt
         self.name = name
         self.note_choice = note_choice
@@ -102,8 +102,9 @@ class SparseLinearMethod(LinearMethodBase):
     def _prepare(self, layer: torch.nn.Module, parts: dict[str, Tensor]) -> None:
         forced, device = kernels.requested_backend(), parts["values"].device
         backend, reasons = kernels.select(self.fmt, self.shape, self.dtype, device, forced)
+        stored = Stored.of(self.fmt, parts, self.shape, self.dtype)
         prepared = backend.prepare(self.fmt, parts, self.shape, self.dtype)
-        self.note_choice(backend, reasons)
+        self.note_choice(backend, reasons, stored)
         if not backend.packed:
             self._serve_dense(layer, prepared[0])
             return

@@ -242,7 +242,7 @@ def test_a_plain_weight_is_served_packed_or_as_it_is(
     fmt, weight = arriving("dense/dense", zeros, SHAPE)
     method, layer = found(fmt, [SHAPE[0]], SHAPE[1], 1, monkeypatch, 0)
     chosen = []
-    method.note_choice = lambda backend, reasons: chosen.append(backend and backend.name)
+    method.note_choice = lambda backend, *_: chosen.append(backend and backend.name)
     layer.get_parameter("weight").load_column_parallel_weight(
         loaded_weight=torch.cat([weight.weight] * RANKS)
     )
