@@ -26,6 +26,7 @@ ROUTES_VARIABLE = "GBLM_SERVE_OPEN_ROUTES"
 BODY_VARIABLE = "GBLM_SERVE_MAX_BODY_BYTES"
 # What probes ask.
 ALWAYS_OPEN = ("/health", "/ping")
+MAX_DIGITS = 18
 
 
 def settings(
@@ -104,7 +105,8 @@ class _Limited:
 
     async def run(self, scope: MutableMapping[str, Any]) -> None:
         length = _header(scope, b"content-length") or b"0"
-        if length.isdigit() and int(length) > self.limit:
+        # Python refuses to read numbers of thousands of digits.
+        if length.isdigit() and (len(length) > MAX_DIGITS or int(length) > self.limit):
             await self._refuse()
             return
         try:
