@@ -1,5 +1,7 @@
 """Convert checkpoints that compressed-tensors wrote into packed folders of ours, bit for bit.
 
+Only fp8 codes may be rounded, by who asks for it: their products with the scales become bfloat16.
+
 It dropped its sparse formats, and vLLM and transformers dropped them with it, so nothing else reads
 these files. The way back is `gblm.export.legacy_write`. Never prunes.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from gblm.checkpoint.packer import Packing, Piece, check_packable, check_room, w
 from gblm.choices import Choice
 from gblm.errors import CheckpointError, InputError, UsageError
 from gblm.export.legacy_bitmask import TWO_OF_FOUR
+from gblm.export.legacy_codes import ROUNDED, ROUNDING
 from gblm.export.legacy_marlin import MARLIN
 from gblm.export.legacy_reader import LegacyReader
 from gblm.export.legacy_write import write_legacy
@@ -38,6 +42,7 @@ def export_legacy(
     to: str | None = None,
     overwrite: bool = False,
     progress: Progress = no_progress,
+    rounds: bool = False,
 ) -> dict[str, Any]:
     """Convert a folder of compressed-tensors into ours, or one of ours into theirs.
 
@@ -47,6 +52,7 @@ def export_legacy(
         to: the layout to write a folder of ours in; None for one of theirs.
         overwrite: replace an existing folder.
         progress: for a progress bar.
+        rounds: see `import_legacy`.
 
     Returns:
         What `import_legacy` or `write_legacy` does.
@@ -62,13 +68,19 @@ def export_legacy(
         raise UsageError(
             f"--to {to}: {folder} is not packed by gblm; leave --to out to convert it."
         )
-    if to is not None:
-        return write_legacy(folder, output, to, overwrite, progress)
-    return import_legacy(folder, output, overwrite, progress)
+    if to is None:
+        return import_legacy(folder, output, overwrite, progress, rounds)
+    if rounds:
+        raise UsageError(f"--round is for fp8 codes of compressed-tensors; {folder} has none.")
+    return write_legacy(folder, output, to, overwrite, progress)
 
 
 def import_legacy(
-    folder: Path, output: Path, overwrite: bool = False, progress: Progress = no_progress
+    folder: Path,
+    output: Path,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+    rounds: bool = False,
 ) -> dict[str, Any]:
     """Convert a folder of compressed-tensors; one linear at a time is in memory.
 
@@ -80,15 +92,19 @@ def import_legacy(
         output: the folder to make.
         overwrite: replace an existing folder.
         progress: for a progress bar.
+        rounds: round fp8 codes times scales to bfloat16 where they have no exact value.
 
     Returns:
-        The sparsity report.
+        The sparsity report; with `rounds` it says what was rounded to.
 
     Raises:
         CheckpointError: the folder is damaged, or of a format that is not converted.
-        InputError: there is nothing to pack.
+        InputError: there is nothing to pack, or fp8 codes have no exact values.
+        UsageError: there is nothing to round.
     """
-    with LegacyReader(folder) as reader:
+    open_folder = partial(LegacyReader, rounds=rounds)
+    with open_folder(folder) as reader:
+        rounded = _rounded(reader) if rounds else {}
         model = StreamedLayers(reader).model
         check_room(reader, output, overwrite)
         every = tuple(prunable(model))
@@ -98,14 +114,14 @@ def import_legacy(
         check_packable(reader, choices)
         recipe = {
             "model": str(folder), "method": "pack", "pattern": str(pattern),
-            "options": {"legacy": reader.legacy.layout},
+            "options": {"legacy": reader.legacy.layout, **rounded},
         }  # fmt: skip
         packing = Packing(
             folder, choices, every, recipe, notes={}, keeps_values=False, head_dim=head_dim(model),
-            open=LegacyReader,
+            open=open_folder,
         )  # fmt: skip
         step = progress("converting", len(names))
-        return write_packed(packing, _pieces(packing, reader, step), output, overwrite)
+        return write_packed(packing, _pieces(packing, reader, step), output, overwrite) | rounded
 
 
 def packable(reader: LegacyReader, linears: tuple[str, ...]) -> list[str]:
@@ -132,6 +148,14 @@ def packable(reader: LegacyReader, linears: tuple[str, ...]) -> list[str]:
     if not names:
         raise InputError(f"{reader.folder}: no linear of a decoder layer can be stored packed.")
     return names
+
+
+def _rounded(reader: LegacyReader) -> dict[str, Any]:
+    """What the report says of the rounding; and the log."""
+    if not reader.has_fp8:
+        raise UsageError(f"--round is for fp8 codes; {reader.folder} has none and is exact.")
+    logger.warning("%s: %s.", reader.folder, ROUNDING)
+    return {"rounded": str(ROUNDED).removeprefix("torch.")}
 
 
 def _pattern(reader: LegacyReader, names: list[str]) -> Pattern:

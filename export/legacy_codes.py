@@ -1,4 +1,4 @@
-"""Codes and scales of compressed-tensors as ours, or as floats; exactly or not at all."""
+"""Codes and scales of compressed-tensors as ours, or as floats; exactly, or rounded if asked."""
 
 from __future__ import annotations
 
@@ -18,6 +18,12 @@ INT8, FP8 = torch.int8, torch.float8_e4m3fn
 # Weights that are expanded at once in float64.
 CHUNK_WEIGHTS = 1 << 22
 WAY_OUT = "so the weights would change; start from the dense model"
+# What the products of fp8 codes and scales are rounded to, once, by whoever asks for it.
+ROUNDED = torch.bfloat16
+ROUNDING = (
+    "fp8 codes × scales are rounded once to bfloat16 (relative error at most 2^-8, that of fp8 "
+    "itself is 2^-4)"
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class Scaling:
         columns: that share a scale.
         grouped: whether config.json says so, and not that it is the whole row.
         bits: of an integer code, 8 or 4.
+        rounds: whether fp8 products may be rounded to ROUNDED.
     """
 
     name: str
@@ -41,6 +48,7 @@ class Scaling:
     columns: int
     grouped: bool = False
     bits: int = 8
+    rounds: bool = False
 
     @classmethod
     def of(
@@ -89,6 +97,23 @@ class Scaling:
             )
         return ValueType(kind, ROW)
 
+    @property
+    def floating(self) -> torch.dtype:
+        """Of the floats that codes stand for: that of the scales, or what they are rounded to."""
+        return ROUNDED if self.rounds and self.codes == FP8 else self.dtype
+
+    def check(self, stored: Tensor, rows: int) -> None:
+        """Refuse scales that `weight` would refuse; needs no codes.
+
+        Raises:
+            CheckpointError: a scale is not positive.
+            InputError: our value type cannot hold it.
+        """
+        if self.codes == FP8:
+            self.scales(stored, rows)
+        else:
+            self._own_scales(stored, rows)
+
     def scales(self, stored: Tensor, rows: int) -> Tensor:
         """[rows, groups] in their dtype; finite and positive, or refused."""
         scales = stored.reshape(-1, self.groups).expand(rows, self.groups)
@@ -97,7 +122,7 @@ class Scaling:
         return scales
 
     def weight(self, codes: Tensor, mask: Tensor, stored: Tensor) -> SparseWeight:
-        """The weight in our value type, without loss.
+        """The weight in our value type: codes without loss, fp8 as `floats` gives it.
 
         Args:
             codes: [out, in] of dtype `codes`.
@@ -109,33 +134,40 @@ class Scaling:
         """
         if self.codes == FP8:
             return SparseWeight(self.floats(codes, stored), mask)
-        scales = self.scales(stored, len(codes))
-        if not torch.equal(scales.to(SCALE_DTYPE).double(), scales.double()):
-            raise InputError(f"{self.name}: its scales do not fit bfloat16, {WAY_OUT}.")
-        if (least := int(codes.min())) < -self.values.limit:
-            raise InputError(f"{self.name}: holds the code {least}, which gblm has not, {WAY_OUT}.")
-        return SparseWeight.from_codes(codes, scales.to(SCALE_DTYPE).contiguous(), mask, self.dtype)
+        scales = self._own_scales(stored, len(codes))
+        return SparseWeight.from_codes(codes, scales, mask, self.dtype)
 
     def floats(self, codes: Tensor, stored: Tensor) -> Tensor:
-        """Codes times scales in the dtype of the scales, [out, in].
+        """Codes times scales, [out, in], `floating`.
 
         Raises:
-            InputError: a product has no exact value in it.
+            InputError: a product has no exact value in it, and is not to be rounded.
         """
         floats = self.unpacked(codes, stored)
+        if self.rounds and self.codes == FP8:
+            return floats
         scales, step = self.scales(stored, len(codes)), max(1, CHUNK_WEIGHTS // codes.shape[1])
         for start in range(0, len(codes), step):
             part = slice(start, start + step)
             exact = codes[part].double() * scales[part].double().repeat_interleave(self.columns, 1)
             if not torch.equal(floats[part].double(), exact):
-                kind = "fp8" if self.codes == FP8 else f"int{self.bits}"
+                fp8 = self.codes == FP8
                 raise InputError(
-                    f"{self.name}: its {kind} codes times their scales do not fit "
-                    f"{str(self.dtype).removeprefix('torch.')}, {WAY_OUT}."
+                    f"{self.name}: its {'fp8' if fp8 else f'int{self.bits}'} codes times their "
+                    f"scales do not fit {str(self.dtype).removeprefix('torch.')}, {WAY_OUT}"
+                    f"{', or let --round change them' if fp8 else ''}."
                 )
         return floats
 
     def unpacked(self, codes: Tensor, stored: Tensor) -> Tensor:
-        """What the old library unpacks: the product rounded to the dtype of the scales."""
-        scales = self.scales(stored, len(codes)).repeat_interleave(self.columns, 1)
-        return codes.to(self.dtype) * scales
+        """The products in float32, rounded to `floating`; if that of the scales, as theirs were."""
+        scales = self.scales(stored, len(codes)).float().repeat_interleave(self.columns, 1)
+        # Exact in float32, but for scales of float32 themselves.
+        return scales.mul_(codes.float()).to(self.floating)
+
+    def _own_scales(self, stored: Tensor, rows: int) -> Tensor:
+        """[rows, groups] as ours are stored."""
+        scales = self.scales(stored, rows)
+        if not torch.equal(scales.to(SCALE_DTYPE).double(), scales.double()):
+            raise InputError(f"{self.name}: its scales do not fit bfloat16, {WAY_OUT}.")
+        return scales.to(SCALE_DTYPE).contiguous()

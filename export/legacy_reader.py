@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from gblm.checkpoint.reader import Header, Reader
 from gblm.errors import CheckpointError
 from gblm.export.legacy_bitmask import PARTS, BitmaskTensor
-from gblm.export.legacy_codes import Scaling
+from gblm.export.legacy_codes import FP8, Scaling
 from gblm.export.legacy_config import LegacyConfig
 from gblm.export.legacy_marlin import MARLIN, MarlinTensor
 from gblm.folder import read_config
@@ -39,8 +40,12 @@ class LegacyReader(Reader):
         unused: stored tensors that quantise activations.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, rounds: bool = False) -> None:
         """Read config.json, the headers and the parts `shape`, and hold them against each other.
+
+        Args:
+            folder: with a sparse format of compressed-tensors.
+            rounds: round the products of fp8 codes and scales instead of refusing them.
 
         Raises:
             CheckpointError: not of compressed-tensors, damaged, or no format that can be read.
@@ -52,7 +57,9 @@ class LegacyReader(Reader):
             raise CheckpointError(
                 f"{folder}: config.json says {self.legacy.layout}, but no tensor is stored so."
             )
-        self.scalings = dict(self._find_scalings())
+        self.scalings = {
+            name: replace(scaling, rounds=rounds) for name, scaling in self._find_scalings()
+        }
         self.owners = {
             f"{t.prefix}.{part}": t.name for t in self.packed.values() for part in t.parts
         }
@@ -67,7 +74,7 @@ class LegacyReader(Reader):
         self.headers = headers | dict(self._dense_headers(headers))
 
     def tensor(self, name: str) -> Tensor:
-        """Read one tensor, expanded if it is packed; codes exactly or not at all."""
+        """Read one tensor, expanded if it is packed; see `Scaling.floats` for codes."""
         if name not in self.packed:
             return super().tensor(name)
         tensor = self.packed[name]
@@ -76,8 +83,23 @@ class LegacyReader(Reader):
             return self.scalings[name].floats(dense, self._scales(name))
         return dense
 
+    @property
+    def has_fp8(self) -> bool:
+        """Whether there are fp8 codes."""
+        return any(scaling.codes == FP8 for scaling in self.scalings.values())
+
+    def check_scales(self) -> None:
+        """Read all scales, and refuse those that no weight can be made of; reads no codes.
+
+        Raises:
+            CheckpointError: one is not positive.
+            InputError: one does not fit.
+        """
+        for name, scaling in self.scalings.items():
+            scaling.check(self._scales(name), self.packed[name].shape[0])
+
     def unpacked(self, module: str) -> Tensor:
-        """A linear's weight as the old library unpacks it, codes rounded once to their scales'."""
+        """A linear's weight as floats; see `Scaling.unpacked`."""
         name = f"{module}.weight"
         if name not in self.scalings:
             return self.tensor(name)
@@ -171,7 +193,7 @@ class LegacyReader(Reader):
             if name in others:
                 raise CheckpointError(f"{self.folder}: {name} is stored twice, packed and dense.")
             scaling = self.scalings.get(name)
-            yield name, (tensor.shape, tensor.dtype if scaling is None else scaling.dtype)
+            yield name, (tensor.shape, tensor.dtype if scaling is None else scaling.floating)
         for name in others:
             part = name.rpartition(".")[2]
             if part in REFUSED:

@@ -7,6 +7,7 @@ folders whose zeros are already there. Nothing is written anywhere.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 from gblm.checkpoint.reader import Reader
 from gblm.export.legacy import packable
 from gblm.export.legacy_bitmask import ANY_MASK
+from gblm.export.legacy_codes import ROUNDING
 from gblm.export.legacy_reader import LegacyReader
 from gblm.export.pack import MIN_SPARSITY, find_pattern
 from gblm.folder import legacy_format, quant_method, read_config, resolve
@@ -26,6 +28,8 @@ from gblm.model import prunable, refuse_packed
 from gblm.patterns import NM, Unstructured
 from gblm.values import ValueType
 from gblm.weights import SparseWeight
+
+logger = logging.getLogger(__name__)
 
 DENSE = from_spec("dense/dense")
 # How a mask is called until its weight is there: the format bitmask holds any.
@@ -66,12 +70,12 @@ class Foreign:
 
         Raises:
             GblmError: whatever `gblm export legacy` or `gblm export pack` refuses before it reads
-                weights.
+                weights, and scales that codes cannot be served with. fp8 codes are rounded.
         """
         folder = resolve(source, revision)
         if quant_method(read_config(folder)) is None:
             return cls(source, revision, _plain(folder), {}, frozenset(), _stamp(folder))
-        with LegacyReader(folder) as reader:
+        with LegacyReader(folder, rounds=True) as reader:
             reader.refuse_unlisted()
             names = packable(reader, tuple(prunable(StreamedLayers(reader).model)))
             formats = {name: _legacy_format(reader, name) for name in names}
@@ -79,6 +83,7 @@ class Foreign:
                 rows, columns = reader.headers[f"{name}.weight"][0]
                 if not is_plain(fmt):
                     fmt.check_shape(name, (rows, columns))
+            _check_scales(reader, formats)
             unused = frozenset(reader.unused)
             return cls(source, revision, formats, reader.owners, unused, _stamp(folder))
 
@@ -108,7 +113,8 @@ class Foreign:
                     yield name, tensor
             elif owner not in done:
                 done.add(owner)
-                reader = reader or LegacyReader(resolve(self.source, self.revision))
+                if reader is None:
+                    reader = LegacyReader(resolve(self.source, self.revision), rounds=True)
                 yield from self._read(reader, owner)
                 reader.release()
 
@@ -185,6 +191,16 @@ def _plain(folder: Path) -> dict[str, Format]:
     with Reader(folder) as reader:
         reader.refuse_unlisted()
         return dict.fromkeys(prunable(StreamedLayers(reader).model), DENSE)
+
+
+def _check_scales(reader: LegacyReader, formats: Mapping[str, Format]) -> None:
+    """What would be refused when weights are read; of those that become dense, the codes, too."""
+    reader.check_scales()
+    for name in reader.scalings:
+        if name.removesuffix(".weight") not in formats:
+            reader.tensor(name)
+    if reader.has_fp8:
+        logger.warning("%s: %s.", reader.folder, ROUNDING)
 
 
 def _legacy_format(reader: LegacyReader, name: str) -> Format:

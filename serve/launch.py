@@ -20,8 +20,16 @@ from gblm.folder import read_config
 from gblm.formats.manifest import QUANT_METHOD
 from gblm.kernels import BACKEND_VARIABLE, BACKENDS
 from gblm.packed import check_loadable, is_packed
-from gblm.serve.access import KEY_VARIABLE, check_address, check_certificate, read_key
+from gblm.serve.access import (
+    KEY_VARIABLE,
+    api_keys,
+    check_address,
+    check_certificate,
+    guard_settings,
+    read_key,
+)
 from gblm.serve.foreign import Foreign, is_legacy, sampled_zeros
+from gblm.serve.guard import KEYS_VARIABLE, MIDDLEWARE
 from gblm.serve.versions import check_version
 
 logger = logging.getLogger(__name__)
@@ -31,6 +39,8 @@ KV_CACHE_SHARE = 0.25
 MAX_KV_CACHE_GIB = 4
 # Answers that one request may ask for; vLLM allows 16384.
 MAX_SEQUENCES = 64
+# Bodies of requests; vLLM takes any size.
+MAX_BODY_MIB = 8
 # vLLM serves norms and biases that the checkpoint lacks as they were made, unless told to look.
 LOADER_CONFIG = {"enable_weights_track": True}
 
@@ -50,6 +60,8 @@ class Server:
         ssl_certfile: certificate of an HTTPS server, with `ssl_keyfile`.
         ssl_keyfile: its key.
         insecure: allow other machines without an API key.
+        open_routes: paths that other machines reach without the key; "all" for every one.
+        max_body_size: MiB that the body of a request may have.
         shutdown_timeout: seconds that running requests get after SIGTERM.
         options: further options for vLLM, handed through as they are.
     """
@@ -64,6 +76,8 @@ class Server:
     ssl_certfile: Path | None = None
     ssl_keyfile: Path | None = None
     insecure: bool = False
+    open_routes: tuple[str, ...] = ()
+    max_body_size: int = MAX_BODY_MIB
     shutdown_timeout: int = 30
     options: tuple[str, ...] = ()
 
@@ -79,6 +93,7 @@ def command(server: Server, loading: Sequence[str] = ()) -> list[str]:
         "--port", str(server.port),
         "--served-model-name", server.name or server.folder.resolve().name,
         "--shutdown-timeout", str(server.shutdown_timeout),
+        "--middleware", MIDDLEWARE,
         *tls,
         *loading,
         *(["--quantization", QUANT_METHOD] if server.pack else []),
@@ -100,6 +115,9 @@ def environment(server: Server, base: Mapping[str, str]) -> dict[str, str]:
         env[BACKEND_VARIABLE] = server.backend
     if server.api_key_file is not None:
         env[KEY_VARIABLE] = read_key(server.api_key_file)
+    env.pop(KEYS_VARIABLE, None)
+    keys = api_keys(server.api_key_file, server.options, base)
+    env |= guard_settings(server.host, keys, server.open_routes, server.max_body_size)
     if on_cpu():
         free = psutil.virtual_memory().available / 2**30
         size = max(1, min(MAX_KV_CACHE_GIB, int(KV_CACHE_SHARE * free)))
@@ -159,11 +177,8 @@ def check_options(server: Server) -> None:
         raise UsageError(
             f"backend {server.backend!r} is unknown: choose from {', '.join(BACKENDS)}."
         )
-    if server.api_key_file is not None:
-        read_key(server.api_key_file)
-    key = server.api_key_file is not None or bool(os.environ.get(KEY_VARIABLE))
-    key = key or any(word.startswith(("--api-key", "--api_key")) for word in server.options)
-    check_address(server.host, key, server.insecure, server.options)
+    keys = api_keys(server.api_key_file, server.options, os.environ)
+    check_address(server.host, bool(keys), server.insecure, server.options, server.open_routes)
     check_certificate(server.ssl_certfile, server.ssl_keyfile)
 
 

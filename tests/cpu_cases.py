@@ -76,7 +76,7 @@ def case(
     if values == "float":
         return from_values(torch.randn(shape, generator=seeded(seed)).bfloat16(), keep, mask)
     limit = LIMITS[values]
-    codes = torch.randint(-limit, limit + 1, shape, generator=seeded(seed)).to(torch.int8)
+    codes = torch.randint(-limit - 1, limit + 1, shape, generator=seeded(seed)).to(torch.int8)
     scales = torch.rand(shape[0], shape[1] // group, generator=seeded(seed)) + 0.01
     return from_codes(codes, scales.bfloat16(), keep, values, mask)
 

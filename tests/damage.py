@@ -187,8 +187,13 @@ DAMAGES: dict[str, tuple[tuple[str, str], Damage, str]] = {
     # Values, codes, scales, zero points.
     "NaN value": (NM, part("values", _set((2, 1), float("nan"))), "NaN"),
     "infinite value": (NM, part("values", _set((2, 1), float("inf"))), "Inf"),
-    "code −128": (NM8, part("values", _set((0, 0), -128)), "code -128"),
-    "code −8": (ANY4, part("values", _set((0,), 0x88)), "code -8"),
+    "codes without a sign": (
+        NM8, tensors(lambda t: t.update({f"{UP}.values": t[f"{UP}.values"].view(torch.uint8)})),
+        "needs",
+    ),
+    "codes of two bytes": (
+        ANY4, tensors(lambda t: t.update({f"{UP}.values": t[f"{UP}.values"].short()})), "needs",
+    ),
     "NaN scale": (NM8, part("scales", _set((5, 0), float("nan"))), "row 5, group 0 is nan"),
     "infinite scale": (ANY4, part("scales", _set((5, 0), float("inf"))), "is inf"),
     "scale of zero": (ANYU4, part("scales", _set((5, 0), 0.0)), r"is 0\.0"),

@@ -177,7 +177,6 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> 
 @pytest.mark.parametrize(
     ("part", "value", "match"),
     [("scales", 0.0, r"lm_head\.scales: row 257, group 0 is 0\.0"),
-     ("values", -128, r"lm_head\.values: holds the code -128"),
      ("values", None, r"lm_head: .* does not describe the stored weight")],
 )  # fmt: skip
 def test_damaged_head_does_not_pass(

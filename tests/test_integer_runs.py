@@ -181,7 +181,6 @@ def test_weights_without_whole_groups_are_refused_before_anything_runs(
 @pytest.mark.parametrize(
     ("values", "damage", "match"),
     [("int8", "scale", r"up_proj\.scales: row 0, group 0 is nan"),
-     ("int8", "code", r"up_proj\.values: holds"),
      ("int8", "cast", r"up_proj\.scales: is .* torch.float32, but"),
      ("int8", "missing", "part 'scales'"),
      ("uint4", "scale", r"up_proj\.scales: row 0, group 0 is nan"),
@@ -205,8 +204,6 @@ def test_damaged_codes_are_named_at_load(
         del tensors[f"{name}.zeros"]
     elif damage == "scale":
         tensors[f"{name}.scales"][0, 0] = float("nan")
-    elif damage == "code":
-        tensors[f"{name}.values"][0, 0] = -128
     elif damage == "cast":
         tensors[f"{name}.scales"] = tensors[f"{name}.scales"].float()
     else:

@@ -26,8 +26,10 @@ GROUP_SIZES = (32, 64, 96, 128, 192, 256)
 # Of each linear's columns: the largest of AUTO_SIZES that divides them, and all of them.
 AUTO, ROW = 0, -1
 AUTO_SIZES = (128, 96, 64, 32)
-# Largest code. Symmetric ones: −128 and −8 have no opposite and are never used.
+# The largest code, which is also what rounding reaches downward; LEAST has codes that only others
+# write: those of −128 and −8 have no opposite.
 LIMITS = {"int8": 127, "int4": 7, "uint4": 15}
+LEAST = {"int8": -128, "int4": -8, "uint4": 0}
 # int8 with zero points would gain nothing: what its 255 levels lose is too little to notice.
 WITH_ZEROS = ("uint4",)
 NIBBLES = ("int4", "uint4")
@@ -78,6 +80,11 @@ class ValueType:
     def limit(self) -> int:
         """The largest code: 127, 7 or 15. Integer kinds only."""
         return LIMITS[self.kind]
+
+    @property
+    def least(self) -> int:
+        """The least code that may be stored: −128, −8 or 0. Integer kinds only."""
+        return LEAST[self.kind]
 
     @property
     def has_zeros(self) -> bool:

@@ -33,6 +33,7 @@ from gblm.serve.vllm_plugin import metrics
 from gblm.serve.vllm_plugin.found import FoundLinearMethod
 from gblm.serve.vllm_plugin.head import EmbeddingMethod, HeadMethod, PackedHeadMethod
 from gblm.serve.vllm_plugin.linear import DenseLinearMethod, SparseLinearMethod
+from gblm.serve.vllm_plugin.prepared import Stored
 from gblm.serve.vllm_plugin.stream import ForeignMapper
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class SparseConfig(QuantizationConfig):
         self.foreign: Foreign | None = None
         self.num_created = 0
         self._chosen: list[tuple[Backend | None, Sequence[str]]] = []
+        self._held: list[Stored] = []
 
     @classmethod
     def override_quantization_method(
@@ -131,14 +133,19 @@ class SparseConfig(QuantizationConfig):
             return FoundLinearMethod(fmt, prefix, self.note_choice)
         return SparseLinearMethod(fmt, prefix, self.note_choice)
 
-    def note_choice(self, backend: Backend | None, reasons: Sequence[str]) -> None:
+    def note_choice(
+        self, backend: Backend | None, reasons: Sequence[str], stored: Stored | None
+    ) -> None:
         """Called for every prepared linear; the last one writes the log lines of the model.
 
         Args:
             backend: None for a linear that is not worth packing.
             reasons: why better backends refused.
+            stored: how its weight is packed.
         """
         self._chosen.append((backend, reasons))
+        if stored is not None:
+            self._held.append(stored)
         if len(self._chosen) < self.num_created:
             return
         _show_logs()
@@ -146,8 +153,10 @@ class SparseConfig(QuantizationConfig):
         kernels.log_choice(packed)
         if num_dense := len(self._chosen) - len(packed):
             logger.info("gblm: %d linears have too few zeros to be packed: dense", num_dense)
-        metrics.report(self.reports, Counter(backend.name for backend, _ in packed))
+        backends = Counter(backend.name for backend, _ in packed)
+        metrics.report(self.reports, backends, self._held)
         self._chosen.clear()
+        self._held.clear()
 
     def _head_method(self, prefix: str) -> QuantizeMethodBase:
         fmt = self._stored(prefix)

@@ -35,5 +35,5 @@ class FoundLinearMethod(SparseLinearMethod):
         if not is_plain(self.fmt):
             super()._prepare(layer, parts)
             return
-        self.note_choice(None, ())
+        self.note_choice(None, (), None)
         self._serve_dense(layer, parts["values"])

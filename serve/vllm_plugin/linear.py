@@ -25,12 +25,14 @@ from gblm.errors import CheckpointError, PatternError
 from gblm.formats import Format, Shape, TensorSpec
 from gblm.formats.rectangle import RectangleFormat
 from gblm.kernels import Backend
+from gblm.serve.vllm_plugin.prepared import Stored
 from gblm.serve.vllm_plugin.ragged import Pieces, RaggedParameter, give_back_memory
 from gblm.values import ROW
 
-# −128; twice −8.
-NO_CODE: dict[torch.dtype, float] = {torch.int8: -0x80, torch.uint8: 0x88}
+# −128; twice −8: codes, but no row of a real weight holds nothing else.
+NO_CODE = {torch.int8: -0x80, torch.uint8: 0x88}
 NO_ZERO, NOT_LOADED = 0xFF, -1
+NoteChoice = Callable[[Backend | None, Sequence[str], Stored | None], None]
 MAX_RANKS = 64  # looked at for the way out of a refusal
 
 
@@ -38,9 +40,7 @@ MAX_RANKS = 64  # looked at for the way out of a refusal
 class SparseLinearMethod(LinearMethodBase):
     """A packed linear; one instance per layer."""
 
-    def __init__(
-        self, fmt: Format, name: str, note_choice: Callable[[Backend | None, Sequence[str]], None]
-    ) -> None:
+    def __init__(self, fmt: Format, name: str, note_choice: NoteChoice) -> None:
         self.fmt = fmt
         self.name = name
         self.note_choice = note_choice
@@ -102,8 +102,9 @@ class SparseLinearMethod(LinearMethodBase):
     def _prepare(self, layer: torch.nn.Module, parts: dict[str, Tensor]) -> None:
         forced, device = kernels.requested_backend(), parts["values"].device
         backend, reasons = kernels.select(self.fmt, self.shape, self.dtype, device, forced)
+        stored = Stored.of(self.fmt, parts, self.shape, self.dtype)
         prepared = backend.prepare(self.fmt, parts, self.shape, self.dtype)
-        self.note_choice(backend, reasons)
+        self.note_choice(backend, reasons, stored)
         if not backend.packed:
             self._serve_dense(layer, prepared[0])
             return
@@ -139,6 +140,8 @@ class SparseLinearMethod(LinearMethodBase):
             parts = {part: getattr(layer, part).data for part in self.fmt.parts}
             if self.fmt.values.has_zeros:
                 parts["values"] = self._narrowed(parts["values"])
+            elif not self.fmt.values.is_float:
+                self._refuse_unloaded_rows(parts["values"])
             return parts
         device = layer.get_parameter(self.loaded[0]).device
         self.fmt, whole = self.pieces.hand_over()
@@ -150,6 +153,14 @@ class SparseLinearMethod(LinearMethodBase):
         if bool((loaded == NOT_LOADED).any()):
             raise CheckpointError(f"{self.name}: values are missing in the checkpoint.")
         return loaded.to(torch.uint8)
+
+    def _refuse_unloaded_rows(self, codes: Tensor) -> None:
+        """A piece that the loader skipped is whole rows of what they were filled with."""
+        if bool((codes == NO_CODE[codes.dtype]).all(dim=1).any()):
+            raise CheckpointError(
+                f"{self.name}: values are missing in the checkpoint, or a row holds nothing but "
+                "the least code."
+            )
 
     def _check_shard(self, input_size: int) -> None:
         """A rank's columns must hold whole bytes of every part, and whole groups."""
@@ -216,8 +227,8 @@ def refuse_unloaded(name: str, values: Tensor) -> None:
 def _rectangle(fmt: Format, part: str, spec: TensorSpec, loader: Any) -> BasevLLMParameter:
     """An empty part that vLLM cuts like a dense weight: at the same relative place.
 
-    NaN, codes and zero points that there are none of and an empty bitmask are refused later, should
-    the loader skip this layer.
+    NaN, rows of the least code, zero points that there are none of and an empty bitmask are refused
+    later, should the loader skip this layer.
     """
     fill, dtype = math.nan if spec.dtype.is_floating_point else 0, spec.dtype
     if part == "values" and fmt.values.has_zeros:

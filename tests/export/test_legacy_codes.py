@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Outcome
 from legacy_cases import (
     FIXTURES,
     UP,
@@ -22,7 +25,7 @@ from safetensors.torch import load_file
 
 from gblm.checkpoint.inspect import inspect
 from gblm.checkpoint.verify import verify
-from gblm.errors import InputError
+from gblm.errors import InputError, UsageError
 from gblm.export.dense import export_dense
 from gblm.export.legacy import export_legacy
 
@@ -45,6 +48,19 @@ def test_int8_codes_and_scales_become_ours_and_back(fixture: str, tmp_path: Path
     export_legacy(tmp_path / "theirs", tmp_path / "again")
     again = load_file(tmp_path / "again/model.safetensors")
     assert same_bits(again, load_file(tmp_path / "ours/model.safetensors"))
+
+
+def test_the_least_code_stays_itself(tmp_path: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        tensors[f"{UP}.compressed"][0, 0] = -128
+
+    folder = altered(tmp_path, "24-int8-channel", change)
+    export_legacy(folder, tmp_path / "ours")
+    verify(tmp_path / "ours")
+    assert load_file(tmp_path / "ours/model.safetensors")[f"{UP}.values"][0, 0] == -128
+    export_legacy(tmp_path / "ours", tmp_path / "theirs", to="sparse-24-bitmask")
+    wrote, read = (f / "model.safetensors" for f in (tmp_path / "theirs", folder))
+    assert same_bits(load_file(wrote), load_file(read))
 
 
 def test_only_weights_are_converted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -73,10 +89,49 @@ def test_fp8_is_refused_unless_its_products_are_exact(tmp_path: Path) -> None:
     assert values.equal(theirs[f"{UP}.compressed"].to(torch.bfloat16) / 4 + 0.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_fp8_is_rounded_once_when_asked(
+    dtype: torch.dtype, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = altered(
+        tmp_path, "24-fp8",
+        lambda t: t.update({n: (x.float() * 1.003).to(dtype) for n, x in t.items()
+                            if n.endswith("weight_scale")}),
+    )  # fmt: skip
+    report = export_legacy(folder, tmp_path / "ours", rounds=True)
+    assert report["rounded"] == "bfloat16"
+    assert "rounded once to bfloat16 (relative error at most 2^-8" in caplog.text
+    recipe = json.loads((tmp_path / "ours/recipe.json").read_text())
+    assert recipe["options"] == {"legacy": "sparse-24-bitmask", "rounded": "bfloat16"}
+    verify(tmp_path / "ours")
+    theirs, ours = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "ours"))
+    for name in [n.removesuffix(".compressed") for n in theirs if n.endswith(".compressed")]:
+        exact = theirs[f"{name}.compressed"].double() * theirs[f"{name}.weight_scale"].double()
+        values = ours[f"{name}.values"]
+        assert values.dtype == torch.bfloat16
+        assert bool(((values.double() - exact).abs() <= 2.0**-8 * exact.abs()).all())
+        assert ours[f"{name}.bitmask"].equal(theirs[f"{name}.bitmask"])
+
+
+def test_there_is_nothing_else_to_round(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="has none and is exact"):
+        export_legacy(FIXTURES / "24-int8-channel", tmp_path / "out", rounds=True)
+    export_legacy(FIXTURES / "24-int8-channel", tmp_path / "ours")
+    with pytest.raises(UsageError, match="--round is for fp8 codes"):
+        export_legacy(tmp_path / "ours", tmp_path / "out", to="sparse-24-bitmask", rounds=True)
+
+
+def test_the_command_rounds_and_says_so(gblm: Callable[..., Outcome], tmp_path: Path) -> None:
+    words = ("export", "legacy", FIXTURES / "24-fp8", "--output", tmp_path / "out")
+    done = gblm(*words)
+    assert done.code == 4, done
+    assert "or let --round change them" in done.err
+    done = gblm(*words, "--round")
+    assert done.code == 0, done
+    assert "fp8 codes × scales rounded once to bfloat16" in done.out
+
+
 CODES: dict[str, tuple[Any, Any, str]] = {
-    "code -128": (
-        lambda t: t[f"{UP}.compressed"].__setitem__((0, 0), -128), None, "holds the code -128",
-    ),
     "fine scales": (scale(lambda t: t.float() * 1.001), None, "do not fit bfloat16"),
     "no scales": (drop("weight_scale"), None, "without scales"),
     "scale zero": (scale(lambda t: t * 0), None, "a scale is not positive"),

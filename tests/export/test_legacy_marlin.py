@@ -23,7 +23,9 @@ from gblm.errors import CheckpointError, InputError
 from gblm.export.legacy import export_legacy
 
 
-@pytest.mark.parametrize("fixture", ["marlin-int4", "marlin-int8"])
+@pytest.mark.parametrize(
+    "fixture", ["marlin-int4", "marlin-int8", "marlin-int4-own", "marlin-int8-own"]
+)
 def test_marlin_is_taken_apart_into_the_codes_it_was_made_from(
     fixture: str, tmp_path: Path
 ) -> None:
@@ -39,14 +41,23 @@ def test_marlin_is_taken_apart_into_the_codes_it_was_made_from(
             assert weight.scales is not None
             assert sha256(weight.codes) == codes
             assert sha256(weight.scales.half()) == scales
-    rows = f"nm/2:4/{fixture[-4:]}:row"
+    rows = f"nm/2:4/{fixture[7:11]}:row"
     assert kinds == ({rows, "nm/2:4/int4:128"} if fixture == "marlin-int4" else {rows})
 
 
-def smallest_code(words: Tensor) -> Tensor:
-    """The first code of all becomes -8."""
-    words[0, 0] = words[0, 0] >> 4 << 4
-    return words
+@pytest.mark.parametrize(("bits", "rows"), [(4, 113), (8, 31)])
+def test_scales_of_the_old_library_itself_give_the_least_codes(
+    bits: int, rows: int, tmp_path: Path
+) -> None:
+    """Of 448 rows many have such a code, which has no opposite, and all of them are kept."""
+    export_legacy(FIXTURES / f"marlin-int{bits}-own", tmp_path / "ours")
+    found = 0
+    with PackedReader(tmp_path / "ours") as ours:
+        for name, linear in ours.linears.items():
+            codes = linear.fmt.unpack(ours.parts(name)).codes
+            assert codes is not None
+            found += int((codes == -(2 ** (bits - 1))).any(dim=1).sum())
+    assert found == rows
 
 
 def no_pair(meta: Tensor) -> Tensor:
@@ -56,7 +67,6 @@ def no_pair(meta: Tensor) -> Tensor:
 
 
 MARLIN = {
-    "code -8": (put("weight_packed", smallest_code), "holds the code -8"),
     "place twice": (put("meta", no_pair), "does not keep two of row 0, columns 0"),
     "fine scales": (put("scale_packed", lambda t: t * 1.001), "do not fit bfloat16"),
     "scale zero": (put("scale_packed", lambda t: t * 0), "a scale is not positive"),

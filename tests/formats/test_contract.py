@@ -213,7 +213,7 @@ def test_a_format_never_loses_or_makes_up_codes() -> None:
         floats.pack("w", weight)
     with pytest.raises(PatternError, match=r"w: format nm/2:4/int8:row stores codes, but the"):
         integers.pack("w", SparseWeight(weight.weight, weight.mask))
-    with pytest.raises(PatternError, match="do not fit int4, which has -7 to 7"):
+    with pytest.raises(PatternError, match="do not fit int4, which has -8 to 7"):
         make_format("nm", "2:4", "int4:row").pack("w", weight)
     zeros = random_weight(make_format("nm", "2:4", "uint4:row"), (4, 8), torch.float32)
     with pytest.raises(PatternError, match="int4:row would lose zero points"):

@@ -78,12 +78,17 @@ def test_scales_that_scale_nothing(name: str, pattern: str, values: str, bad: fl
 
 
 @pytest.mark.parametrize(("name", "pattern", "values"), SYMMETRIC)
-def test_codes_without_an_opposite(name: str, pattern: str, values: str) -> None:
+def test_codes_without_an_opposite_are_codes(name: str, pattern: str, values: str) -> None:
     fmt = make_format(name, pattern, values)
-    for nibble in (0x08, 0x80):
+    for place, nibble in ((2, 0x08), (3, 0x80)):
         parts = good(fmt)
-        parts["values"].view(-1)[1] = 0x80 - 256 if fmt.values.kind == "int8" else nibble
-        refuse(fmt, parts, r"w\.values: holds the code -(128|8); int\d codes are -(127|7) to")
+        eight = fmt.values.kind == "int8"
+        parts["values"].view(-1)[1] = -128 if eight else nibble
+        fmt.validate("w", parts, SHAPE)
+        assert fmt.kept(parts).reshape(-1)[1 if eight else place] == fmt.values.least
+        weight = fmt.unpack(parts, torch.float64)
+        assert weight.weight.min() == float(parts["scales"][0, 0]) * fmt.values.least
+        assert fmt.pack("w", weight)["values"].equal(parts["values"])
 
 
 @pytest.mark.parametrize(("name", "pattern"), FORMATS)

@@ -121,7 +121,7 @@ def adversarial_codes(values: str, limit: int) -> Case:
     """Rows: zeros kept, largest codes of one and of both signs; scales of zero, tiny and large."""
     shape = (24, 256)
     codes = torch.full(shape, limit, dtype=torch.int8)
-    codes[::2] = -limit
+    codes[::2] = -limit - 1
     codes[3] = 0
     codes[4, ::2] = limit
     keep = keep_mask(shape, "any")
@@ -142,6 +142,16 @@ def test_adversarial_weights_are_within_the_bound(
     ones = torch.ones(tokens, columns, dtype=torch.bfloat16)
     for x in (ones, -ones, activations(tokens, columns).clamp(-1, 1)):
         assert_within(multiply(x, weight), product(x, weight))
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_the_sum_of_the_longest_group_of_least_codes_fits(instructions: str, values: str) -> None:
+    codes = torch.full((16, 256), -128 if values == "int8" else -8, dtype=torch.int8)
+    scales = torch.ones(16, 1, dtype=torch.bfloat16)
+    weight = from_codes(codes, scales, torch.ones(codes.shape, dtype=torch.bool), values, "dense")
+    for tokens in (1, 5, 40):
+        x = torch.ones(tokens, 256, dtype=torch.bfloat16)
+        assert multiply(x, weight).unique().tolist() == [256 * int(codes[0, 0])]
 
 
 @pytest.mark.parametrize("size", [0.0, 2.0**-133, SUBNORMAL, LEAST / 2, LEAST, 2 * LEAST, 1e30])

@@ -98,10 +98,9 @@ def test_every_code_is_widened_exactly(
 ) -> None:
     fmt, shape = make_format("nm", "2:4", values), (16, 512)
     mask = torch.arange(512).remainder(4).lt(2).expand(shape)
-    limit = fmt.values.limit
     zeros = torch.arange(16, dtype=torch.uint8).unsqueeze(1) if fmt.values.has_zeros else None
-    lowest = -limit if zeros is None else 0
-    span = limit - lowest + 1
+    lowest = fmt.values.least
+    span = fmt.values.limit - lowest + 1
     codes = torch.arange(256).remainder(span).add(lowest).expand(16, 256)
     placed = torch.zeros(shape, dtype=torch.int8)
     placed[mask] = codes.reshape(-1).to(torch.int8)

@@ -126,9 +126,13 @@ def quantized(folder: Path, kind: str, weights: dict[str, Any], **shape: int) ->
 
 
 @torch.no_grad()
-def marlin(folder: Path, bits: int, **shape: int) -> None:
-    """marlin-24, which the library only writes: the truth are hashes of codes and scales."""
-    model = tiny_model(hidden_size=64, num_key_value_heads=2, head_dim=32, **shape)
+def marlin(folder: Path, bits: int, own_scales: bool = False, **shape: int) -> None:
+    """marlin-24, which the library only writes: the truth are hashes of codes and scales.
+
+    The library's own scales give many rows a code of -2^(bits - 1), others none.
+    """
+    sizes = {"hidden_size": 64, "num_key_value_heads": 2, "head_dim": 32}
+    model = tiny_model(**(sizes | shape))
     prune(linears(model).values(), two_of_four=True)
     way = {"num_bits": bits, "type": "int", "symmetric": True}
     groups = {
@@ -145,8 +149,9 @@ def marlin(folder: Path, bits: int, **shape: int) -> None:
     for name, linear in linears(model).items():
         args = linear.quantization_scheme.weights
         rows = linear.weight.reshape(linear.out_features, -1, args.group_size or linear.in_features)
-        # The library's own scales give most rows a code of -2^(bits - 1), which is refused.
         scales = rows.abs().amax(dim=-1) / (2 ** (bits - 1) - 1)
+        if own_scales:
+            scales, _ = calculate_qparams(rows.amin(dim=-1), rows.amax(dim=-1), args)
         linear.weight_scale.copy_(scales.reshape(linear.weight_scale.shape))
         half = linear.weight_scale.half()
         zeros = torch.zeros_like(linear.weight_scale)
@@ -181,6 +186,8 @@ def main(root: Path) -> None:
     )
     marlin(root / "marlin-int4", 4, intermediate_size=384)
     marlin(root / "marlin-int8", 8, intermediate_size=64)
+    for bits in (4, 8):
+        marlin(root / f"marlin-int{bits}-own", bits, own_scales=True, intermediate_size=64)
 
 
 def check(folder: Path) -> None:

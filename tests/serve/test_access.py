@@ -50,11 +50,16 @@ def test_other_machines_need_a_key_or_insecure(caplog: pytest.LogCaptureFixture)
         check_address("0.0.0.0", has_key=False, insecure=False)
     with caplog.at_level(logging.WARNING):
         check_address("0.0.0.0", has_key=True, insecure=False)
+        assert not caplog.records
+        check_address("0.0.0.0", has_key=True, insecure=False, routes=("all",))
         assert "/v1 only" in caplog.text
         assert "deploy/nginx.conf" in caplog.text
         caplog.clear()
         check_address("0.0.0.0", has_key=False, insecure=True)
         assert "no API key" in caplog.text
+    with caplog.at_level(logging.INFO):
+        check_address("0.0.0.0", has_key=True, insecure=False, routes=("metrics",))
+    assert "only /health, /ping, /metrics are open" in caplog.text
 
 
 @pytest.mark.parametrize("word", ["--host", "--host=0.0.0.0", "--hos"])

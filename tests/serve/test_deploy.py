@@ -136,6 +136,19 @@ def test_nobody_but_prometheus_reaches_the_servers_port() -> None:
     assert COMPOSE["networks"]["back"]["internal"] is True
 
 
+def test_prometheus_may_scrape() -> None:
+    """With the key in Compose, without it in Kubernetes, where it has none."""
+    (job,) = yaml.safe_load(ALERTS.with_name("prometheus.yml").read_text())["scrape_configs"]
+    secret = Path(job["authorization"]["credentials_file"])
+    assert secret.parent == Path("/run/secrets")
+    assert secret.name in COMPOSE["services"]["prometheus"]["secrets"]
+    server = [re.sub(r"\$\{.*?\}", "x", w) for w in COMPOSE["services"]["server"]["command"]]
+    assert parsed(server)["api_key_file"] == secret
+    for case in PODS:
+        (pod,) = case.values
+        assert parsed(server_of(pod)["args"])["open_routes"] == ("metrics",)
+
+
 def test_images_are_pinned() -> None:
     images = {service["image"] for service in COMPOSE["services"].values()}
     for case in PODS:
@@ -189,7 +202,7 @@ def test_every_alert_has_a_case_in_which_it_fires() -> None:
 @pytest.mark.skipif(PROMTOOL is None, reason="promtool (Debian's package prometheus) is missing")
 @pytest.mark.parametrize(
     "words",
-    [["check", "rules", "alerts.yml"], ["check", "config", "prometheus.yml"],
+    [["check", "rules", "alerts.yml"], ["check", "config", "--syntax-only", "prometheus.yml"],
      ["test", "rules", "alerts_test.yml"]],
 )  # fmt: skip
 def test_rules_and_configuration_in_promtool(words: list[str]) -> None:

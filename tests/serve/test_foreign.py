@@ -25,7 +25,7 @@ from gblm.weights import SparseWeight
 
 Pack = Callable[..., Path]
 PACKED = ("bitmask", "bitmask-0.8", "24-bitmask", "24-int8-channel", "24-int8-group",
-          "marlin-int4", "marlin-int8")  # fmt: skip
+          "marlin-int4", "marlin-int8", "marlin-int4-own", "marlin-int8-own")  # fmt: skip
 ORDINARY: dict[str, Any] = {
     "quant_method": "compressed-tensors",
     "format": "int-quantized",
@@ -64,17 +64,40 @@ def test_weights_arrive_as_the_converted_folder_holds_them(fixture: str, tmp_pat
     assert same_bits(arrived(FIXTURES / fixture), load_file(tmp_path / "ours/model.safetensors"))
 
 
-def test_fp8_arrives_as_floats_where_they_are_exact(tmp_path: Path) -> None:
+def test_fp8_arrives_rounded_with_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = arrived(FIXTURES / "24-fp8")
+    assert caplog.text.count("fp8 codes × scales are rounded once to bfloat16") == 1
+    export_legacy(FIXTURES / "24-fp8", tmp_path / "ours", rounds=True)
+    assert same_bits(found, load_file(tmp_path / "ours/model.safetensors"))
+
+
+def test_fp8_arrives_as_it_is_where_products_are_exact(tmp_path: Path) -> None:
     def round_scales(tensors: Tensors) -> None:
         for name in tensors:
             if name.endswith("weight_scale"):
                 tensors[name] = torch.full_like(tensors[name], 2**-9)
 
-    with pytest.raises(InputError, match="fp8 codes times their scales do not fit"):
-        arrived(FIXTURES / "24-fp8")
     folder = altered(tmp_path, "24-fp8", round_scales)
     export_legacy(folder, tmp_path / "ours")
     assert same_bits(arrived(folder), load_file(tmp_path / "ours/model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("fixture", "change", "match"),
+    [
+        ("24-int8-group", put("weight_scale", lambda t: t.float() * 1.001), "do not fit bfloat16"),
+        ("24-int8-group", put("weight_scale", lambda t: -t), "scale is not positive"),
+        ("marlin-int4", put("scale_packed", lambda t: t * 1.001), "do not fit bfloat16"),
+        ("24-fp8", put("weight_scale", lambda t: t * 0), "scale is not positive"),
+    ],
+)
+def test_scales_are_refused_before_anything_is_started(
+    fixture: str, change: Callable[[Tensors], object], match: str, tmp_path: Path
+) -> None:
+    with pytest.raises(GblmError, match=match):
+        Foreign.open(str(altered(tmp_path, fixture, change)))
 
 
 def test_plain_weights_arrive_as_they_are() -> None:
@@ -107,9 +130,6 @@ def test_plain_folders_are_held_against_their_config(tiny: Path, tmp_path: Path)
         ("24-bitmask", lambda t: t.pop("model.norm.weight"), "model.norm.weight is missing"),
         ("bitmask", put("bitmask", lambda t: ~t), "do not count the bits"),
         ("24-bitmask", put("bitmask", lambda t: t | 1), "does not keep two of row"),
-        ("24-int8-group", put("compressed", lambda t: t * 0 - 128), "holds the code -128"),
-        ("24-int8-group", put("weight_scale", lambda t: t.float() * 1.001), "do not fit bfloat16"),
-        ("24-int8-group", put("weight_scale", lambda t: -t), "scale is not positive"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_converted_cannot_be_served(

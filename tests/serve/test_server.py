@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import subprocess
 import urllib.request
@@ -87,6 +88,16 @@ def test_too_many_answers_are_refused(client: object) -> None:
     openai = pytest.importorskip("openai")
     with pytest.raises(openai.BadRequestError, match="at most 64"):
         client.completions.create(model="tiny", prompt="abc", max_tokens=1, n=65)
+
+
+def test_bodies_beyond_the_limit_are_refused_unread(server: tuple) -> None:
+    connection = http.client.HTTPConnection(server[0].removeprefix("http://"), timeout=60)
+    connection.putrequest("POST", "/v1/completions")
+    connection.putheader("Content-Length", str((8 << 20) + 1))
+    connection.endheaders()
+    answer = connection.getresponse()
+    assert (answer.status, b"more than 8388608 bytes" in answer.read()) == (413, True)
+    connection.close()
 
 
 def test_clients_that_hang_up_take_nothing_from_the_others(server: tuple) -> None:

@@ -143,6 +143,9 @@ def prometheus(target: str, folder: Path) -> Iterator[Callable[..., dict]]:
     text = (promql.ALERTS.parent / "prometheus.yml").read_text()
     assert text.count("server:8000") == 1
     assert text.count("15s") == 2
+    assert text.count("/run/secrets/api-key") == 1
+    (folder / "api-key").write_text("secret")
+    text = text.replace("/run/secrets/api-key", str(folder / "api-key"))
     (folder / "prometheus.yml").write_text(text.replace("server:8000", target).replace("15s", "1s"))
     shutil.copy(promql.ALERTS, folder)
     address = f"127.0.0.1:{free_port()}"

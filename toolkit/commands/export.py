@@ -95,17 +95,24 @@ def pack(
 @command.command("legacy", cls=Command)
 @output_options
 @click.option("--to", type=click.Choice(LAYOUTS), help="Format to write a folder of gblm in.")
+@click.option(
+    "--round", "rounds", is_flag=True,
+    help="Round fp8 codes times scales once to bfloat16, where they have no exact value.",
+)  # fmt: skip
 @click.pass_context
-def legacy(ctx: click.Context, source: str, output: Path, overwrite: bool, to: str | None) -> None:
+def legacy(
+    ctx: click.Context, source: str, output: Path, overwrite: bool, to: str | None, rounds: bool
+) -> None:
     """Convert SOURCE, a sparse checkpoint of compressed-tensors, bit for bit; or back with --to."""
     with progress_bars(ctx) as progress:
         from gblm.export.legacy import export_legacy
 
-        result = export_legacy(source, output, to, overwrite, progress)
+        result = export_legacy(source, output, to, overwrite, progress, rounds)
     facts = {key: value for key, value in result.items() if key != "tensors"}
     size = result["bytes_packed"] if to is None else result["bytes"]
     emit(ctx, facts | {"output": str(output)}, lambda: click.echo(
         f"{output}: {result['linears']} linears converted to {to or 'gblm'}, {megabytes(size)}"
+        f"{'; fp8 codes × scales rounded once to bfloat16' if rounds else ''}"
     ))  # fmt: skip
 
 

@@ -32,6 +32,20 @@ from gblm.commands.common import Command, backend_option, progress_bars
 @click.option("--api-key-file", type=click.Path(path_type=Path), help="File with the API key.")
 @click.option("--insecure", is_flag=True, help="Serve other machines without an API key.")
 @click.option(
+    "--open-routes",
+    multiple=True,
+    metavar="PATH",
+    help="A route that other machines reach without the API key, such as metrics; repeatable. "
+    "all: every route but vLLM's under /v1. /health and /ping always are.",
+)
+@click.option(
+    "--max-body-size",
+    type=click.IntRange(1, 1 << 20),
+    default=8,
+    show_default=True,
+    help="MiB that the body of a request may have.",
+)
+@click.option(
     "--ssl-certfile", type=click.Path(path_type=Path), help="Serve HTTPS with this certificate."
 )
 @click.option("--ssl-keyfile", type=click.Path(path_type=Path), help="Key of the certificate.")

@@ -193,16 +193,10 @@ class Format(ABC):
                 raise CheckpointError(f"{name}.values: holds NaN or Inf. The file is damaged.")
             return
         check_groups(name, parts, self.values)
-        self._check_codes(name, parts)
+        self._check_padding(name, parts)
 
-    def _check_codes(self, name: str, parts: Parts) -> None:
-        """Codes are those of the value type, and its padding; each uint4 is a code."""
-        codes, limit = self.kept(parts), self.values.limit
-        if not self.values.has_zeros and codes.numel() and int(codes.min()) < -limit:
-            raise CheckpointError(
-                f"{name}.values: holds the code {int(codes.min())}; {self.values.kind} codes are "
-                f"-{limit} to {limit}. The file is damaged."
-            )
+    def _check_padding(self, name: str, parts: Parts) -> None:
+        """Every byte and every nibble is a code, but those that fill up a row are zero."""
         if self.values.in_nibbles and bool((self.padding(parts) != 0).any()):
             raise CheckpointError(
                 f"{name}.values: the last nibble of a row with an odd number of codes is not 0. "

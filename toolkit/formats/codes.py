@@ -29,13 +29,13 @@ def spread(zeros: Tensor, columns: int) -> Tensor:
 def check_range(name: str, weight: SparseWeight, values: ValueType) -> None:
     """Raise PatternError when a weight's codes or zero points are none of the value type's."""
     codes = stored_codes(weight)
-    low, high, least = int(codes.min()), int(codes.max()), -values.limit
+    low, high = int(codes.min()), int(codes.max())
     if weight.zeros is not None:
-        least, high = 0, max(high, int(weight.zeros.max()))
-    if low < least or high > values.limit:
+        high = max(high, int(weight.zeros.max()))
+    if low < values.least or high > values.limit:
         raise PatternError(
-            f"{name}: codes {low} to {high} do not fit {values.kind}, which has {least} to "
-            f"{values.limit}."
+            f"{name}: codes {low} to {high} do not fit {values.kind}, which has {values.least} "
+            f"to {values.limit}."
         )
 
 

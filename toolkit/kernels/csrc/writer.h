@@ -72,15 +72,12 @@ struct Cursor {
     return four;
   }
 
-  // No NaN, no Inf; no code whose opposite does not exist.
+  // No NaN, no Inf; every byte and every nibble is a code.
   bool allowed() const {
     bool bad = false;
     if constexpr (Values == GBLM_BF16)
       for (const uint8_t* at = data; at < end; at += 2)
         bad |= (load<uint16_t>(at) & 0x7F80) == 0x7F80;
-    else
-      for (const uint8_t* at = data; at < end; at++)
-        bad |= Values == GBLM_INT8 ? *at == 0x80 : (*at & 15) == 8 || *at >> 4 == 8;
     return !bad;
   }
 };
@@ -112,7 +109,7 @@ class Writer {
     }
   }
 
-  // Where the panel ends; nullptr when a value is not finite or a code out of range.
+  // Where the panel ends; nullptr when a value or a scale is not what it must be.
   uint8_t* write() {
     for (int64_t block = 0; block < shape_.blocks; block++) {
       if (Values != GBLM_BF16 && block * kColumns % shape_.group == 0) begin_group(block);

@@ -1,0 +1,173 @@
+"""Guard: what vLLM's server lets in, before any of its own code: who may ask, and how much at once.
+
+vLLM asks for the API key under some prefixes only and takes bodies of any size. `gblm serve` hands
+this class to vLLM's option --middleware. vLLM makes it without arguments, so that its settings are
+environment variables; see `settings`. Plain ASGI: knows nothing of vLLM.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+MIDDLEWARE = "gblm.serve.guard.Guard"
+# The keys, one a line; without this variable every route is open.
+KEYS_VARIABLE = "GBLM_SERVE_KEYS"
+ROUTES_VARIABLE = "GBLM_SERVE_OPEN_ROUTES"
+BODY_VARIABLE = "GBLM_SERVE_MAX_BODY_BYTES"
+# What probes ask.
+ALWAYS_OPEN = ("/health", "/ping")
+MAX_DIGITS = 18
+
+
+def settings(
+    keys: Sequence[str], open_routes: Iterable[str], max_body_bytes: int
+) -> dict[str, str]:
+    """The environment of a `Guard`.
+
+    Args:
+        keys: any of them opens every route; none: nobody is asked for one.
+        open_routes: paths that are open without a key, beside ALWAYS_OPEN.
+        max_body_bytes: of a request.
+    """
+    found = {ROUTES_VARIABLE: "\n".join(open_routes), BODY_VARIABLE: str(max_body_bytes)}
+    return found | ({KEYS_VARIABLE: "\n".join(keys)} if keys else {})
+
+
+class Guard:
+    """ASGI middleware: 401 without a key, 413 beyond the size; everything else reaches the app."""
+
+    def __init__(self, app: App, environment: Mapping[str, str] = os.environ) -> None:
+        """Read the settings.
+
+        Args:
+            app: what is guarded.
+            environment: with the variables of `settings`.
+
+        Raises:
+            ValueError: there is a variable for keys, but no key in it, or no size.
+        """
+        self.app = app
+        self.limit = int(environment[BODY_VARIABLE])
+        self.open = {*ALWAYS_OPEN, *environment.get(ROUTES_VARIABLE, "").split("\n")} - {""}
+        self.digests: list[bytes] | None = None
+        if KEYS_VARIABLE in environment:
+            keys = [key for key in environment[KEYS_VARIABLE].split("\n") if key]
+            if not keys:
+                raise ValueError(f"{KEYS_VARIABLE} holds no key.")
+            self.digests = [_digest(key.encode()) for key in keys]
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Refuse a request, or hand it on."""
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+        elif not self._may_pass(scope):
+            await _refuse_stranger(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await self.app(scope, receive, send)
+        else:
+            await _Limited(self.app, self.limit, receive, send).run(scope)
+
+    def _may_pass(self, scope: Mapping[str, Any]) -> bool:
+        if self.digests is None or self._has_key(scope):
+            return True
+        if scope["type"] != "http":
+            return False
+        path = str(scope["path"]).removeprefix(scope.get("root_path", ""))
+        return path in self.open or _is_preflight(scope)
+
+    def _has_key(self, scope: Mapping[str, Any]) -> bool:
+        scheme, _, key = (_header(scope, b"authorization") or b"").partition(b" ")
+        digest, found = _digest(key), False
+        # All are compared, so that the time tells nothing.
+        for known in self.digests or ():
+            found |= hmac.compare_digest(digest, known)
+        return found and scheme.lower() == b"bearer"
+
+
+class _Limited:
+    """One request whose body may have so many bytes, with a length or in chunks."""
+
+    def __init__(self, app: App, limit: int, receive: Receive, send: Send) -> None:
+        self.app, self.limit = app, limit
+        self._receive, self._send = receive, send
+        self.seen = 0
+        self.started = self.refused = False
+
+    async def run(self, scope: MutableMapping[str, Any]) -> None:
+        length = _header(scope, b"content-length") or b"0"
+        # Python refuses to read numbers of thousands of digits.
+        if length.isdigit() and (len(length) > MAX_DIGITS or int(length) > self.limit):
+            await self._refuse()
+            return
+        try:
+            await self.app(scope, self.receive, self.send)
+        except Exception:
+            # The app was told that the client is gone; what it makes of it is no error.
+            if not self.refused:
+                raise
+
+    async def receive(self) -> Message:
+        """What the app gets of the body; its client is gone once it is too large."""
+        if self.refused:
+            return {"type": "http.disconnect"}
+        message = await self._receive()
+        self.seen += len(message.get("body", b""))
+        if message["type"] != "http.request" or self.seen <= self.limit:
+            return message
+        await self._refuse()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        """The app's answer, unless it was given already."""
+        if not self.refused:
+            self.started = True
+            await self._send(message)
+
+    async def _refuse(self) -> None:
+        self.refused = True
+        if not self.started:
+            why = f"The body has more than {self.limit} bytes, which is the limit of this server."
+            await _answer(self._send, 413, why, [(b"connection", b"close")])
+
+
+async def _refuse_stranger(scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+    if scope["type"] == "websocket":
+        await receive()
+        await send({"type": "websocket.close", "code": 1008})
+        return
+    why = "This server needs its API key on this route: `Authorization: Bearer KEY`."
+    await _answer(send, 401, why, [(b"www-authenticate", b"Bearer")])
+
+
+async def _answer(send: Send, status: int, why: str, more: list[tuple[bytes, bytes]]) -> None:
+    """An error as OpenAI's clients expect it."""
+    body = json.dumps({"error": {"message": why, "code": status}}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": [*headers, *more]})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _header(scope: Mapping[str, Any], name: bytes) -> bytes | None:
+    """The first one of this name."""
+    found: Iterable[bytes] = (value for key, value in scope["headers"] if key.lower() == name)
+    return next(iter(found), None)
+
+
+def _is_preflight(scope: Mapping[str, Any]) -> bool:
+    """What a browser asks before a request; vLLM's CORS middleware answers, and no route."""
+    asks = (b"origin", b"access-control-request-method")
+    return scope["method"] == "OPTIONS" and all(_header(scope, name) is not None for name in asks)
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
