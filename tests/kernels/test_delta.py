@@ -92,7 +92,7 @@ def test_the_kernels_source_gives_the_float64_product(
         results[0].double(), x.double() @ weight.double().t(), rtol=0.51 * eps, atol=1e-5
     )
     assert torch.equal(*results)
-    assert torch.equal(backend.expand(x, prepared, shape), weight)
+    assert torch.equal(backend.expand(x, prepared, fmt, shape), weight)
 
 
 @needs_compiler
@@ -119,7 +119,7 @@ def test_codes_are_multiplied_out_at_load(gpu: EmulatedDevice, values: str) -> N
     weight = quantize(drawn, fmt.pattern.keep(drawn.abs(), "row"), fmt.values)
     prepared = backend.prepare(fmt, fmt.pack("w", weight), shape, BF16)
     x = torch.randn(9, 96, generator=torch.Generator().manual_seed(1)).to(BF16)
-    assert torch.equal(backend.expand(x, prepared, shape), weight.weight.to(BF16))
+    assert torch.equal(backend.expand(x, prepared, fmt, shape), weight.weight.to(BF16))
     many = backend.linear(x, prepared, fmt, shape)
     assert torch.equal(many, torch.nn.functional.linear(x, weight.weight.to(BF16)))
 

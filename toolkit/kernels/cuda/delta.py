@@ -9,26 +9,24 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from gblm.formats import Format, Parts, Shape
-from gblm.kernels.base import Backend
 from gblm.kernels.cuda import device as cuda
 from gblm.kernels.cuda.deltas import MAX_COLUMNS, pack_deltas, padded_columns
-from gblm.kernels.cuda.device import THREADS, Device, aligned, device_of
+from gblm.kernels.cuda.device import THREADS, Device, device_of
 from gblm.kernels.cuda.source import Variant
+from gblm.kernels.few_tokens import FewTokens, aligned, weight_refusal
 
 MAX_TOKENS = 8
 WARPS = THREADS // 32
 MAX_BLOCKS_PER_SM = 8
 
 
-class Delta(Backend):
+class Delta(FewTokens):
     """4-bit distances in memory; more than 8 tokens meet the expanded weight."""
 
     name = "delta"
-    packed = True
-    needs = "cuda"
+    max_tokens = MAX_TOKENS
 
     def __init__(self, device_of: Callable[[Tensor], Device] = device_of) -> None:
         """`device_of` finds where activations lie; tests give it an emulated device."""
@@ -42,13 +40,7 @@ class Delta(Backend):
 
     def refuses_weight(self, fmt: Format, shape: Shape, dtype: torch.dtype) -> str | None:
         """What does not depend on the device."""
-        if fmt.name == "dense":
-            return "a dense weight has no zeros to leave out"
-        if reason := cuda.dtype_refusal(dtype):
-            return reason
-        if shape[1] > MAX_COLUMNS:
-            return f"{shape[1]} columns are more than {MAX_COLUMNS}"
-        return None
+        return weight_refusal(fmt, shape, dtype, MAX_COLUMNS)
 
     def prepare(
         self, fmt: Format, parts: Parts, shape: Shape, dtype: torch.dtype = torch.bfloat16
@@ -56,28 +48,24 @@ class Delta(Backend):
         """See `pack_deltas`."""
         return pack_deltas(fmt.expand(parts, dtype), fmt.mask(parts))
 
-    def linear(self, x: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape) -> Tensor:
-        """See cuda/delta.cu; no host synchronisation, on the current stream."""
-        tokens = aligned(x.reshape(-1, shape[1]))
-        if len(tokens) > MAX_TOKENS:
-            out = functional.linear(tokens, self.expand(x, prepared, shape))
-        else:
-            out = x.new_empty((len(tokens), shape[0]))
-            step = tokens_at_once(self._device_of(x), shape[1])
-            for start in range(0, len(tokens), step):
-                piece = slice(start, start + step)
-                self._multiply(tokens[piece], out[piece], prepared, shape)
-        return out.reshape(*x.shape[:-1], shape[0])
-
-    def expand(self, x: Tensor, prepared: Sequence[Tensor], shape: Shape) -> Tensor:
-        """The dense weight [out, in] where and as x is; the allocator reuses its memory."""
+    def expand(self, x: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape) -> Tensor:
+        """See FewTokens.expand."""
         dense = x.new_zeros(shape)
         compiled = Variant("delta", (("BF16", int(x.dtype == torch.bfloat16)), ("TOKENS", 1)))
         grid = -(-shape[0] // WARPS)
         self._device_of(x).launch(compiled, "scatter", grid, [*prepared, dense, *shape])
         return dense
 
-    def _multiply(self, x: Tensor, out: Tensor, prepared: Sequence[Tensor], shape: Shape) -> None:
+    def multiply(
+        self, x: Tensor, out: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape
+    ) -> None:
+        """See cuda/delta.cu; of long rows a launch takes some tokens."""
+        step = tokens_at_once(self._device_of(x), shape[1])
+        for start in range(0, len(x), step):
+            piece = slice(start, start + step)
+            self._launch(x[piece], out[piece], prepared, shape)
+
+    def _launch(self, x: Tensor, out: Tensor, prepared: Sequence[Tensor], shape: Shape) -> None:
         device, tokens, padded = self._device_of(x), len(x), padded_columns(shape[1])
         blocks = 1 << (tokens - 1).bit_length()
         defines = (("BF16", int(x.dtype == torch.bfloat16)), ("TOKENS", blocks))

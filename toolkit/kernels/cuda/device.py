@@ -16,7 +16,6 @@ from gblm.kernels.cuda.source import Variant
 
 OLDEST, NEWEST = (8, 0), (12, 1)
 THREADS = 256
-DTYPES = (torch.bfloat16, torch.float16)
 
 
 class Device:
@@ -104,19 +103,6 @@ def device(index: int) -> Device:
 def device_of(x: Tensor) -> Device:
     """The CUDA device that holds a tensor."""
     return device(x.device.index or 0)
-
-
-def aligned(x: Tensor) -> Tensor:
-    """Contiguous, and at an address that vector loads may take."""
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
-
-
-def dtype_refusal(dtype: torch.dtype) -> str | None:
-    """Why activations cannot be of this dtype, for people; None when they can."""
-    if dtype in DTYPES:
-        return None
-    return f"activations must be bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
 
 
 def refusal(where: torch.device) -> str | None:

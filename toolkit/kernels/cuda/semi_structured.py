@@ -19,10 +19,11 @@ from gblm.errors import UsageError
 from gblm.formats import Format, Parts, Shape
 from gblm.kernels.autotune import Autotuner, Key, never_slower
 from gblm.kernels.base import Backend
-from gblm.kernels.cuda.device import Device, aligned, device_of
+from gblm.kernels.cuda.device import Device, device_of
 from gblm.kernels.cuda.libraries import LIBRARIES, Library
 from gblm.kernels.cuda.sparse_tensor_core import MAX_TOKENS, SparseTensorCore
 from gblm.kernels.cuda.tuning import tuner_of
+from gblm.kernels.few_tokens import aligned
 
 MEMORY_VARIABLE = "GBLM_GPU_MEMORY"
 MEMORY = ("scarce", "plentiful")

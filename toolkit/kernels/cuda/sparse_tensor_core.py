@@ -1,8 +1,4 @@
-"""mma_sp: 2:4 weights that the sparse tensor core of NVIDIA GPUs reads compressed.
-
-Up to 64 tokens meet the weight as it lies in memory (cuda/mma_sp.cu). For more, arithmetic is the
-limit: the weight is expanded into memory that all linears share, and PyTorch multiplies.
-"""
+"""mma_sp: 2:4 weights that the sparse tensor core of NVIDIA GPUs reads compressed."""
 
 from __future__ import annotations
 
@@ -10,14 +6,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from gblm.formats import Format, Parts, Shape
-from gblm.kernels.base import Backend
 from gblm.kernels.cuda import device as cuda
-from gblm.kernels.cuda.device import THREADS, Device, aligned, device_of
+from gblm.kernels.cuda.device import THREADS, Device, device_of
 from gblm.kernels.cuda.source import Variant
 from gblm.kernels.cuda.tiles import ROWS, STEP, pack_tiles, padded, scale_group
+from gblm.kernels.few_tokens import FewTokens, dtype_refusal
 
 MAX_TOKENS = 64
 # Above, activations are rearranged first: the loads of more fragments would fill the L1 cache.
@@ -26,12 +21,11 @@ WARPS = THREADS // 32
 VALUES = {"float": 16, "int8": 8, "int4": 4, "uint4": 14}
 
 
-class SparseTensorCore(Backend):
+class SparseTensorCore(FewTokens):
     """Tiles in memory; bfloat16 or float16 activations on compute capability 8.0 to 12.1."""
 
     name = "mma_sp"
-    packed = True
-    needs = "cuda"
+    max_tokens = MAX_TOKENS
 
     def __init__(self, device_of: Callable[[Tensor], Device] = device_of) -> None:
         """`device_of` finds where activations lie; tests give it an emulated device."""
@@ -47,7 +41,7 @@ class SparseTensorCore(Backend):
         """What does not depend on the device."""
         if str(fmt.pattern) != "2:4":
             return f"the pattern must be 2:4, not {fmt.pattern}"
-        return cuda.dtype_refusal(dtype)
+        return dtype_refusal(dtype)
 
     def prepare(
         self, fmt: Format, parts: Parts, shape: Shape, dtype: torch.dtype = torch.bfloat16
@@ -55,19 +49,8 @@ class SparseTensorCore(Backend):
         """Values, metadata and scales: see `pack_tiles`."""
         return pack_tiles(fmt, parts, shape)
 
-    def linear(self, x: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape) -> Tensor:
-        """See cuda/mma_sp.cu; no host synchronisation, on the current stream."""
-        tokens = aligned(x.reshape(-1, shape[1]))
-        if len(tokens) > MAX_TOKENS:
-            out = functional.linear(tokens, self.expand(x, prepared, fmt, shape))
-        else:
-            out = x.new_empty((len(tokens), shape[0]))
-            if out.numel():
-                self.multiply(tokens, out, prepared, fmt, shape)
-        return out.reshape(*x.shape[:-1], shape[0])
-
     def expand(self, x: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape) -> Tensor:
-        """The dense weight [out, in] where and as x is; the allocator reuses its memory."""
+        """See FewTokens.expand."""
         rows, columns = padded(fmt, shape)
         dense = x.new_empty(shape)
         grid = -(-(rows // ROWS) * (columns // STEP) // WARPS)
@@ -78,15 +61,7 @@ class SparseTensorCore(Backend):
     def multiply(
         self, x: Tensor, out: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape
     ) -> None:
-        """One multiplication with the compressed weight.
-
-        Args:
-            x: [tokens, in] of 1 to 64 tokens, `aligned`.
-            out: [tokens, out], contiguous; written.
-            prepared: what `prepare` returned.
-            fmt: the weight's format.
-            shape: [out, in] of the weight.
-        """
+        """See cuda/mma_sp.cu; more than 16 tokens are rearranged first."""
         device, tokens = self._device_of(x), len(x)
         compiled = variant(fmt, shape, x.dtype, tokens)
         rows, columns = padded(fmt, shape)

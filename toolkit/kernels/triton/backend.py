@@ -1,8 +1,4 @@
-"""triton: any packed weight, on GPUs that Triton compiles for.
-
-Up to 16 tokens meet the weight as it lies in memory. For more the weight is expanded into memory
-that all linears share, and PyTorch multiplies.
-"""
+"""triton: any packed weight, on GPUs that Triton compiles for."""
 
 from __future__ import annotations
 
@@ -12,23 +8,21 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from gblm.formats import Format, Parts, Shape
-from gblm.kernels.base import Backend
-from gblm.kernels.cuda.device import OLDEST, aligned, dtype_refusal
+from gblm.kernels.cuda.device import OLDEST
+from gblm.kernels.few_tokens import FewTokens, weight_refusal
 from gblm.kernels.triton.launch import ADDED, COMPILER, DENSE, MAX_TOKENS, Stored, blocks, sized
 from gblm.kernels.triton.layout import MAX_COLUMNS, arrays
 
 OLDEST_TRITON = (3, 6)
 
 
-class Triton(Backend):
+class Triton(FewTokens):
     """The parts as they are in memory; bfloat16 or float16 activations."""
 
     name = "triton"
-    packed = True
-    needs = "cuda"
+    max_tokens = MAX_TOKENS
 
     def __init__(self, units_of: Callable[[Tensor], int] | None = None) -> None:
         """`units_of` counts the compute units of a tensor's device; tests give their own."""
@@ -42,13 +36,7 @@ class Triton(Backend):
 
     def refuses_weight(self, fmt: Format, shape: Shape, dtype: torch.dtype) -> str | None:
         """What does not depend on the device."""
-        if fmt.name == "dense":
-            return "a dense weight has no zeros to leave out"
-        if reason := dtype_refusal(dtype):
-            return reason
-        if shape[1] > MAX_COLUMNS:
-            return f"{shape[1]} columns are more than {MAX_COLUMNS}"
-        return None
+        return weight_refusal(fmt, shape, dtype, MAX_COLUMNS)
 
     def prepare(
         self, fmt: Format, parts: Parts, shape: Shape, dtype: torch.dtype = torch.bfloat16
@@ -56,19 +44,8 @@ class Triton(Backend):
         """See `arrays`."""
         return list(arrays(fmt, parts, shape))
 
-    def linear(self, x: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape) -> Tensor:
-        """See triton/kernels.py; no host synchronisation, on the current stream."""
-        tokens = aligned(x.reshape(-1, shape[1]))
-        if len(tokens) > MAX_TOKENS:
-            out = functional.linear(tokens, self.expand(x, prepared, fmt, shape))
-        else:
-            out = x.new_empty((len(tokens), shape[0]))
-            if out.numel():
-                self._multiply(tokens, out, prepared, fmt, shape)
-        return out.reshape(*x.shape[:-1], shape[0])
-
     def expand(self, x: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape) -> Tensor:
-        """The dense weight [out, in] where and as x is; the allocator reuses its memory."""
+        """See FewTokens.expand."""
         from gblm.kernels.triton import kernels
 
         stored, dense = Stored.of(fmt, shape), x.new_empty(shape)
@@ -79,9 +56,10 @@ class Triton(Backend):
             kernels.expand[grid](*prepared, dense, *shape, **options, **COMPILER)
         return dense
 
-    def _multiply(
+    def multiply(
         self, x: Tensor, out: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape
     ) -> None:
+        """See triton/kernels.py; what shares of the columns give is added up by a second kernel."""
         from gblm.kernels.triton import kernels
 
         stored = Stored.of(fmt, shape)
