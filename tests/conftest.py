@@ -6,11 +6,11 @@ import hashlib
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import command_line
 import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -165,30 +165,34 @@ def content(folder: Path) -> dict[str, object]:
     return files | {"MANIFEST.json": manifest}
 
 
+@dataclass
 class Outcome:
     """What a command line printed and how it ended."""
 
-    def __init__(self, done: subprocess.CompletedProcess[str]) -> None:
-        self.code, self.out, self.err = done.returncode, done.stdout, done.stderr
+    code: int | None
+    out: str
+    err: str
 
     def __repr__(self) -> str:
         return f"exit {self.code}\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
 
 
 @pytest.fixture
-def gblm(tmp_path: Path) -> Callable[..., Outcome]:
-    """Run the command line in a process of its own, as a user does."""
+def gblm(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Outcome]:
+    """Run the command line in a process of its own, forked from one that has torch imported."""
 
     def run(*arguments: object, **environment: str) -> Outcome:
-        done = subprocess.run(
-            [sys.executable, "-m", "gblm", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env=os.environ | environment,
-            timeout=300,
-            check=False,
+        streams = tmp_path_factory.mktemp("streams")
+        words, variables = list(map(str, arguments)), dict(os.environ) | environment
+        child = command_line.CONTEXT.Process(
+            target=command_line.run, args=(words, variables, tmp_path, streams)
         )
-        return Outcome(done)
+        child.start()
+        child.join(timeout=300)
+        if child.exitcode is None:
+            child.kill()
+            raise TimeoutError(f"gblm {' '.join(words)}")
+        out, err = ((streams / name).read_text() for name in ("out", "err"))
+        return Outcome(child.exitcode, out, err)
 
     return run

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Children of the fork server have torch imported, but have never computed with it.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["gblm.prune", "transformers.models.llama.modeling_llama"])
+from command_line import CONTEXT
 
 
 def killed_run(recipe: dict[str, Any], output: Path, step: int) -> int:
