@@ -152,14 +152,12 @@ def test_the_help_names_every_method() -> None:
     assert tuple(METHODS) == SHOWN
 
 
-@pytest.mark.parametrize("name", ["torch.py", "vllm.py", "gblm/__init__.py"])
-def test_serving_the_current_folder_runs_none_of_its_files(
-    gblm: Run, packed: Path, tmp_path: Path, name: str
-) -> None:
+def test_serving_the_current_folder_runs_none_of_its_files(packed: Path, tmp_path: Path) -> None:
     from gblm.serve.launch import Server, command, environment
 
-    (packed / name).parent.mkdir(exist_ok=True)
-    (packed / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for name in ("torch.py", "vllm.py", "gblm/__init__.py"):
+        (packed / name).parent.mkdir(exist_ok=True)
+        (packed / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     server = Server(packed, options=("--help",))
     env = environment(server, os.environ)
     subprocess.run(command(server), cwd=packed, env=env, capture_output=True, check=False)

@@ -68,7 +68,9 @@ def test_fp8_arrives_rounded_with_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     found = arrived(FIXTURES / "24-fp8")
-    assert caplog.text.count("fp8 codes × scales are rounded once to bfloat16") == 1
+    words = "fp8 codes × scales are rounded once to bfloat16"
+    # Handlers that other tests left may have shown a record twice.
+    assert len({id(record) for record in caplog.records if words in record.getMessage()}) == 1
     export_legacy(FIXTURES / "24-fp8", tmp_path / "ours", rounds=True)
     assert same_bits(found, load_file(tmp_path / "ours/model.safetensors"))
 

@@ -22,7 +22,6 @@ PACKING = {**TINY, "quantization": "gblm"}
 FLOATS, CODES, OLD = (
     FIXTURES / "served" / name for name in ("24-bitmask", "24-int8-group", "bitmask-0.8")
 )
-MARLIN = FIXTURES / "marlin-int4-own"
 BEST = "reference" if native.refusal() else "cpu"
 
 
@@ -85,9 +84,6 @@ def test_old_names_and_codes_are_served_as_the_dense_model(dense: Callable[[Path
         "old": (OLD, "dense", TINY),
         "codes dense": (dense(CODES), None, TINY),
         "codes": (CODES, "dense", TINY),
-        "marlin dense": (dense(MARLIN), None, TINY),
-        "marlin packed": (MARLIN, BEST, TINY),
     })  # fmt: skip
     assert got["old"] == got["old dense"]
     assert got["codes"] == got["codes dense"]
-    assert drift(got["marlin packed"], got["marlin dense"]) < 0.5
