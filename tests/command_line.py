@@ -20,6 +20,7 @@ def run(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     for number, name in ((1, "out"), (2, "err")):
         file = os.open(streams / name, os.O_WRONLY | os.O_CREAT)
         os.dup2(file, number)
