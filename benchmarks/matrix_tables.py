@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import matrix
 from decoding import BASELINE, LABELS
 from decoding import VALUES as SHORT
-from pages import RESULTS, origin, table
+from pages import RESULTS, origin, read, table
 
 MISSING = "not measured"
 NOTHING = "Nothing has been recorded yet."
@@ -70,7 +69,7 @@ def size() -> str:
 
 def speed() -> str:
     """Decoding and prefill in vLLM, and what sparsity alone adds."""
-    records = {name: _read(file) for name, file in SPEED.items()}
+    records = {name: read(file) for name, file in SPEED.items()}
     header, rows = ["tokens per second, 1 thread"], []
     for name in records:
         header += [f"{name}, decode", "× dense bf16", "× dense, same values", "prefill 512"]
@@ -95,7 +94,7 @@ def speed() -> str:
 
 def rivals() -> str:
     """Quality, size and speed of the best of ours beside what others make of the same model."""
-    record, decoding = _read("rivals"), _read(SPEED["SmolLM2"])
+    record, decoding = read("rivals"), read(SPEED["SmolLM2"])
     cells, rows = _cells(), []
     for kind, short in SHORT.items():
         for pattern, label in LABELS.items():
@@ -155,17 +154,11 @@ def _there(*names: str) -> bool:
     return all((RESULTS / f"{name}.json").exists() for name in names)
 
 
-def _read(name: str) -> dict[str, Any]:
-    path = RESULTS / f"{name}.json"
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
-
-
 def engines() -> str:
     """The same pruned model through the engines of `gblm eval`."""
     if not _there("evaluation"):
         return NOTHING
-    record, rows = _read("evaluation"), []
+    record, rows = read("evaluation"), []
     for row in record["rows"]:
         drift = row["drift"]
         kl = f"{drift['kl_mean']:.3f}" if drift["kl_mean"] is not None else "–"

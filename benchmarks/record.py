@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 import tables
-from tables import RESULTS, ROOT, slug
+from pages import RESULTS, ROOT
+from tables import slug
 
 RUN = ROOT / "runs" / "bench"
 DENSE = RUN / "smollm2"

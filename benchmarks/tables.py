@@ -7,7 +7,6 @@ Rewrites what stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from loading_table import loading
 from modes_table import modes
 from onnx_sizes import sizes
 from onnx_tables import onnx
-from pages import RESULTS, ROOT, origin, table
+from pages import ROOT, origin, read, table
 from soak_tables import reliability
 from triton_table import triton_code
 
@@ -260,12 +259,6 @@ def replace_block(path: Path, name: str, text: str) -> None:
 def slug(pattern: str) -> str:
     """A pattern as part of a file name."""
     return pattern.replace(":", "of")
-
-
-def read(name: str) -> dict[str, Any]:
-    """One record."""
-    record: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
-    return record
 
 
 if __name__ == "__main__":

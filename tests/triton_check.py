@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gpu_cases import product, weight_of
 
 from gblm.formats import Format, make_format
 from gblm.kernels.triton.backend import Triton
-from gblm.values import quantize
 from gblm.weights import SparseWeight
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -90,27 +90,6 @@ def watched() -> Iterator[Watched]:
         torch.use_deterministic_algorithms(True)  # fills what new_empty gives with NaN
         yield watch
         torch.use_deterministic_algorithms(False)
-
-
-def weight_of(fmt: Format, shape: tuple[int, int], dtype: torch.dtype) -> SparseWeight:
-    """Seeded; a row of zeros, of which bitmask keeps none, and one that keeps all it may."""
-    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    drawn[0] = 0
-    mask = fmt.pattern.keep(drawn.abs(), "row")
-    if fmt.name == "bitmask":
-        mask[0], mask[1] = False, True
-    if fmt.values.is_float:
-        return SparseWeight.cut(drawn.to(dtype), mask)
-    return quantize(drawn, mask, fmt.values)
-
-
-def product(weight: SparseWeight, x: torch.Tensor) -> torch.Tensor:
-    """float64, with codes as they are, not rounded to the activations' dtype."""
-    exact = weight.weight.double()
-    if weight.codes is not None and weight.scales is not None:
-        groups = weight.codes.double().reshape(len(exact), weight.scales.shape[1], -1)
-        exact = (groups * weight.scales.double().unsqueeze(-1)).reshape(exact.shape)
-    return x.double() @ exact.t()
 
 
 def prepared_case(

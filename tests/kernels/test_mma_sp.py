@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from gpu_cases import product, weight_of
 from gpu_emulated import EmulatedDevice, emulated, missing
 
 from gblm.errors import MachineError
-from gblm.formats import Format, make_format
+from gblm.formats import make_format
 from gblm.kernels.cuda.sparse_tensor_core import SparseTensorCore, token_blocks
 from gblm.kernels.cuda.tiles import PLACES, pack_tiles
-from gblm.values import quantize
 from gblm.weights import SparseWeight
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -48,24 +48,6 @@ def gpu() -> Iterator[EmulatedDevice]:
     torch.use_deterministic_algorithms(True)  # fills what new_empty gives with NaN
     yield emulated()
     torch.use_deterministic_algorithms(False)
-
-
-def weight_of(fmt: Format, shape: tuple[int, int], dtype: torch.dtype) -> SparseWeight:
-    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    drawn[0] = 0
-    mask = fmt.pattern.keep(drawn.abs(), "row")
-    if fmt.values.is_float:
-        return SparseWeight.cut(drawn.to(dtype), mask)
-    return quantize(drawn, mask, fmt.values)
-
-
-def product(weight: SparseWeight, x: torch.Tensor) -> torch.Tensor:
-    """float64, with codes as they are, not rounded to the activations' dtype."""
-    exact = weight.weight.double()
-    if weight.codes is not None and weight.scales is not None:
-        groups = weight.codes.double().reshape(len(exact), weight.scales.shape[1], -1)
-        exact = (groups * weight.scales.double().unsqueeze(-1)).reshape(exact.shape)
-    return x.double() @ exact.t()
 
 
 @pytest.mark.parametrize(("values", "shape", "tokens", "dtype"), CASES, ids=str)

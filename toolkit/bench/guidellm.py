@@ -10,12 +10,11 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 from gblm.bench.requests import Request
-from gblm.bench.server import child_environment, last_words
+from gblm.bench.server import child_environment, last_words, run_child
 from gblm.bench.validity import Asked, Seen
 from gblm.errors import MachineError
 
@@ -53,12 +52,11 @@ def load(url: str, model: Path, asked: Asked, seed: int, file: Path) -> Seen:
         The requests after the warm-up, one for each stream, in the order of the prompts.
 
     Raises:
-        MachineError: GuideLLM is missing or failed.
+        MachineError: GuideLLM is missing, failed or took longer than an hour.
     """
     command = [program(), "run", *options(url, model, asked, seed, file)]
     environment = child_environment() | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False,
-                          env=environment)  # fmt: skip
+    done = run_child(command, PROGRAM, SECONDS, environment)
     if done.returncode or not file.exists():
         raise MachineError(f"guidellm ended with code {done.returncode}: {last_words(done)}")
     report = json.loads(file.read_text())

@@ -79,8 +79,8 @@ def measure(
 
 
 def _run(side: Side, work: dict[str, Any]) -> dict[str, Any]:
-    words = [LOOPS[side.engine], str(side.path), json.dumps(work)]
-    done = run_child(words, f"{side.name}:", LIMIT_SECONDS, child_environment())
+    command = [sys.executable, "-m", LOOPS[side.engine], str(side.path), json.dumps(work)]
+    done = run_child(command, f"{side.name}:", LIMIT_SECONDS, child_environment())
     lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
     if done.returncode or not lines:
         raise MachineError(

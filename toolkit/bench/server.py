@@ -117,12 +117,12 @@ def child_environment() -> dict[str, str]:
 
 
 def run_child(
-    words: Sequence[str], what: str, seconds: float, environment: dict[str, str]
+    command: Sequence[str], what: str, seconds: float, environment: dict[str, str]
 ) -> subprocess.CompletedProcess[str]:
-    """Run a module of this Python to its end: `python -m WORDS`.
+    """Run a program to its end.
 
     Args:
-        words: module and arguments.
+        command: the program and its arguments.
         what: for messages.
         seconds: that it may take.
         environment: of the process.
@@ -132,7 +132,7 @@ def run_child(
     """
     try:
         return subprocess.run(
-            [sys.executable, "-m", *words],
+            command,
             capture_output=True,
             text=True,
             check=False,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -205,7 +206,8 @@ def run_vllm_bench(words: list[str], file: Path) -> dict[str, Any]:
     # vLLM divides by the seconds of its progress bar, which are 0 where bars are switched off.
     environment.pop("TQDM_DISABLE", None)
     what = f"vllm bench {tool}"
-    done = run_child(["gblm.serve.vllm_cli", "bench", *words], what, LOAD_SECONDS, environment)
+    command = [sys.executable, "-m", "gblm.serve.vllm_cli", "bench", *words]
+    done = run_child(command, what, LOAD_SECONDS, environment)
     if done.returncode or not file.exists():
         raise MachineError(f"{what} ended with code {done.returncode}: {last_words(done)}")
     result: dict[str, Any] = json.loads(file.read_text())
