@@ -1,11 +1,10 @@
-"""Initializers in one external file under a fixed name, each where a page begins.
+"""Initializers in one external file under a fixed name, each where a cache line begins.
 
 Names in a graph are never used as paths: data come from, and go to, the one file beside the graph.
 """
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +17,8 @@ from gblm.export.onnx_model.runtime import MODEL_FILE
 DATA_FILE = f"{MODEL_FILE}.data"
 # Smaller ones stay in the graph, where shape inference sees them.
 INLINE_BYTES = 1024
+# What the kernels want of panels; ONNX Runtime maps whole pages around it.
+ALIGNMENT = 64
 
 
 class StoredGraph:
@@ -95,7 +96,7 @@ class DataFile:
         if size < INLINE_BYTES:
             made.raw_data = bytes(data)
             return made
-        self._stream.write(b"\0" * (-self._stream.tell() % mmap.PAGESIZE))
+        self._stream.write(b"\0" * (-self._stream.tell() % ALIGNMENT))
         made.data_location = onnx.TensorProto.EXTERNAL
         place = {"location": DATA_FILE, "offset": self._stream.tell(), "length": size}
         for key, value in place.items():

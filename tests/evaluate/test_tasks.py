@@ -70,6 +70,29 @@ def test_every_engine_gives_the_same_scores(
     assert one == pytest.approx(other, abs=1e-3)
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_harness_loads_exports_by_itself(
+    sparse: bool, pack_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Its onnxruntime-genai backend; and onnxruntime, which loads no library of operators."""
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    from lm_eval.models.onnxruntime_genai import ONNXRuntimeGenAILM
+    from lm_eval.models.onnxruntime_ort import ONNXRuntimeLM
+
+    from gblm.evaluate.harness import SubjectLM
+    from gblm.export.onnx_model.export import Wanted, export_onnx
+
+    export_onnx(pack_tiny(), tmp_path / "onnx", Wanted(sparse=sparse, validate=0))
+    packed, tokenizer = open_subject(pack_tiny(), dtype="float32"), load_tokenizer(pack_tiny())
+    pair = ("The quick brown fox", " jumps over")
+    asked = [(pair, tokenizer(pair[0])["input_ids"], tokenizer(pair[1])["input_ids"])]
+    ((want, _),) = SubjectLM(packed, tokenizer, 512)._loglikelihood_tokens(asked)
+    for backend in (ONNXRuntimeGenAILM, *([] if sparse else [ONNXRuntimeLM])):
+        ((got, _),) = backend(pretrained=str(tmp_path / "onnx"))._loglikelihood_tokens(asked)
+        assert got == pytest.approx(want, abs=2e-3)
+
+
 def test_the_command_keeps_stderr_and_protocol_in_the_record(
     gblm: Callable[..., Outcome], task_path: Path, pack_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:

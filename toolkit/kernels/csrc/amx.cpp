@@ -2,17 +2,10 @@
 //
 // Weights are expanded into cache and multiplied from there; for one token, too, that is as fast as
 // expanding in registers, or faster.
-#include <cpuid.h>
-
 #include "amx_cache.h"
 #include "amx_decode.h"
 #include "avx512_round.h"
 #include "gate.h"
-
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 namespace {
 
@@ -42,26 +35,28 @@ void pack_floats(const Panels& p, const uint16_t* x, int64_t tokens, const Token
 }
 
 void pack_integers(const Panels& p, const uint16_t* x, int64_t tokens, const TokenTiles& tiles,
-                   uint8_t* to, float* scales) {
+                   uint8_t* to, Rounding* rounding) {
   const int64_t groups = p.columns / p.group, steps = TokenTiles::group_steps(p);
   for (int64_t t = 0; t < tiles.width; t++) {
     const uint16_t* row = x + smaller(t, tokens - 1) * p.columns;
     for (int64_t g = 0; g < groups; g++, row += p.group) {
       const float most = largest(row, p.group);
       const __m512 inverse = inverse_scale(most);
-      scales[g * tiles.width + t] = most / 127;
+      __m128i sum = _mm_setzero_si128();
       uint8_t* line = to + g * steps * tiles.step_bytes() + t * kLine;
       for (int64_t k = 0; k < steps * 64; k += 16) {
         const __m128i codes =
             k < p.group ? _mm512_cvtepi32_epi8(round_codes(row + k, inverse)) : _mm_setzero_si128();
         _mm_storeu_si128((__m128i*)(line + k / 64 * tiles.step_bytes() + k % 64), codes);
+        sum = _mm_dpbusd_epi32(sum, _mm_set1_epi8(1), codes);
       }
+      rounding[g * tiles.width + t] = {most / 127, 128 * add_lanes(sum)};
     }
   }
 }
 
 void pack(const Panels& p, const void* source, int64_t tokens, int64_t tile, void* packed,
-          float* scales) {
+          Rounding* groups) {
   const uint16_t* x = static_cast<const uint16_t*>(source);
   const TokenTiles tiles(p, tokens);
   const int64_t first = tile * tiles.width, here = smaller(tiles.width, tokens - first);
@@ -70,7 +65,7 @@ void pack(const Panels& p, const void* source, int64_t tokens, int64_t tile, voi
   if (p.values == GBLM_BF16)
     pack_floats(p, x, here, tiles, to);
   else
-    pack_integers(p, x, here, tiles, to, scales + first * (p.columns / p.group));
+    pack_integers(p, x, here, tiles, to, groups + first * (p.columns / p.group));
 }
 
 template <class Reader>
@@ -111,27 +106,6 @@ bool multiply(const Panels& p, const Activations& x, int64_t first, int64_t last
     default:
       return multiply_mask<Int4>(p, x, first, last, y, scratch);
   }
-}
-
-bool has_tiles() {
-  unsigned a, b, c, d;
-  constexpr unsigned bf16 = 1u << 22, tile = 1u << 24, int8 = 1u << 25, osxsave = 1u << 27;
-  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & osxsave)) return false;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  return (d & bf16) && (d & tile) && (d & int8);
-}
-
-// The system keeps tiles across threads, and lets this process have them.
-bool may_use_tiles() {
-#if defined(__linux__)
-  unsigned low, high;
-  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  constexpr unsigned tiles = 3u << 17;
-  constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return (low & tiles) == tiles && syscall(SYS_arch_prctl, request, tile_data) == 0;
-#else
-  return false;
-#endif
 }
 
 bool supported() {

@@ -11,6 +11,11 @@ constexpr int64_t kTogether = 32;          // panels that share some columns of 
 constexpr int64_t kFewTiles = 8;           // of tokens: memory is waited for less in short pieces
 constexpr int64_t kCachedBytes = 7 << 16;  // of activations that stay in cache
 
+// Two panels: how far they are read, and the scales of the last group.
+struct Pair {
+  const uint8_t *at[2], *line[2];
+};
+
 // Some panels and all tokens.
 template <class Reader>
 class Multiplier {
@@ -47,19 +52,22 @@ class Multiplier {
   bool multiply(int64_t first, int64_t last, Output y) {
     const int64_t pairs = (last - first + 1) / 2, size = tokens.padded() * 2 * kRows;
     std::memset(sums_, 0, static_cast<size_t>(pairs * size) * sizeof(float));
-    const uint8_t* at[kTogether / 2][2];
-    for (int64_t i = 0; i < 2 * pairs; i++)  // the last one twice if it is alone
-      at[i / 2][i % 2] = p.begin(smaller(first + i, last - 1));
+    Pair panels[kTogether / 2];
+    for (int64_t i = 0; i < 2 * pairs; i++) {  // the last one twice if it is alone
+      panels[i / 2].at[i % 2] = p.begin(smaller(first + i, last - 1));
+      panels[i / 2].line[i % 2] = nullptr;
+    }
     for (int64_t block = 0; block < p.blocks; block += range_) {
       const int64_t end = smaller(block + range_, p.blocks);
       for (int64_t i = 0; i < pairs; i++)
         for (int64_t b = block; b < end; b += piece_) {
-          const auto& next = at[b + piece_ < end ? i : (i + 1) % pairs];
-          if (!columns(b, smaller(piece_, end - b), at[i], next, sums_ + i * size)) return false;
+          const auto& next = panels[b + piece_ < end ? i : (i + 1) % pairs].at;
+          if (!columns(b, smaller(piece_, end - b), panels[i], next, sums_ + i * size))
+            return false;
         }
     }
     for (int64_t i = 0; i < last - first; i++)
-      if (!p.ends(first + i, at[i / 2][i % 2])) return false;
+      if (!p.ends(first + i, panels[i / 2].at[i % 2])) return false;
     for (int64_t t = 0; t < x.tokens; t++)
       for (int64_t i = 0; i < pairs; i++)
         store_pair(p, first + 2 * i, last, sums_ + i * size + t * 2 * kRows, y.from(t, p));
@@ -73,22 +81,22 @@ class Multiplier {
   }
 
   // Some blocks of two panels.
-  bool columns(int64_t block, int64_t count, const uint8_t* (&at)[2],
-               const uint8_t* const (&next)[2], float* sums) {
+  bool columns(int64_t block, int64_t count, Pair& pair, const uint8_t* const (&next)[2],
+               float* sums) {
     if constexpr (kFloat)
-      return float_columns(block, count, at, next, sums);
+      return float_columns(block, count, pair, next, sums);
     else
-      return integer_columns(block, count, at, next, sums);
+      return integer_columns(block, count, pair, next, sums);
   }
 
-  bool float_columns(int64_t block, int64_t count, const uint8_t* (&at)[2],
-                     const uint8_t* const (&next)[2], float* sums) {
+  bool float_columns(int64_t block, int64_t count, Pair& pair, const uint8_t* const (&next)[2],
+                     float* sums) {
     const uint8_t* words[2];
     for (int i = 0; i < 2; i++) {
-      const Words w = expand<Reader>(p, at[i], count, cache_[i]);
+      const Words w = expand<Reader>(p, pair.at[i], count, cache_[i]);
       words[i] = w.first;
-      at[i] = w.next;
-      if (at[i] == nullptr) return false;
+      pair.at[i] = w.next;
+      if (w.next == nullptr) return false;
     }
     Ahead ahead = look_ahead(next, count, count);
     const uint8_t* from = static_cast<const uint8_t*>(x.packed) + block * tokens.step_bytes();
@@ -100,20 +108,20 @@ class Multiplier {
     return true;
   }
 
-  bool integer_columns(int64_t block, int64_t count, const uint8_t* (&at)[2],
-                       const uint8_t* const (&next)[2], float* sums) {
+  bool integer_columns(int64_t block, int64_t count, Pair& pair, const uint8_t* const (&next)[2],
+                       float* sums) {
     const int64_t blocks = p.group / kColumns, g = block / blocks, all = p.blocks / blocks;
     Groups groups;
     groups.count = count / blocks;
     groups.steps = TokenTiles::group_steps(p);
     for (int i = 0; i < 2; i++) {
       for (int64_t j = 0; j < groups.count; j++) {
-        if (at[i] > p.limit) return false;
-        groups.lines[j][i] = at[i];
-        const Words w = expand<Reader>(p, at[i] + kLine, blocks, cache_[i] + j * p.group * kRows);
+        if (!p.open_group(g + j, &pair.at[i], &pair.line[i])) return false;
+        groups.lines[j][i] = pair.line[i];
+        const Words w = expand<Reader>(p, pair.at[i], blocks, cache_[i] + j * p.group * kRows);
         groups.words[j][i] = w.first;
-        at[i] = w.next;
-        if (at[i] == nullptr) return false;
+        pair.at[i] = w.next;
+        if (w.next == nullptr) return false;
       }
     }
     Ahead ahead = look_ahead(next, count, groups.count * groups.steps);
@@ -122,7 +130,7 @@ class Multiplier {
     for (int64_t t = 0; t < tokens.count; t += 2) {
       const auto tile =
           t + 1 < tokens.count ? integer_tile<Reader::kShift, 2> : integer_tile<Reader::kShift, 1>;
-      tile(groups, from + t * tokens.tile_bytes(), tokens, x.scales + (t * all + g) * tokens.width,
+      tile(groups, from + t * tokens.tile_bytes(), tokens, x.groups + (t * all + g) * tokens.width,
            all * tokens.width, sums + t * tokens.width * 2 * kRows, ahead);
     }
     return true;

@@ -21,12 +21,13 @@ INLINE void ask_for_start(const uint8_t* panel) {
 // A panel on its way through a ring of steps.
 template <class Reader>
 struct Stream {
-  const uint8_t* at;
+  const uint8_t *at, *line;
   uint8_t* ring;
   const uint8_t *words[kRing], *lines[kOpenGroups];
 
   void start(const uint8_t* panel, uint8_t* memory) {
     at = panel;
+    line = nullptr;
     ring = memory;
   }
   // Expand the next step; false when the panel is damaged.
@@ -36,11 +37,13 @@ struct Stream {
     at = w.next;
     return at != nullptr;
   }
-  INLINE bool start_group(const Panels& p, int64_t group) {
-    if (__builtin_expect(at > p.limit, 0)) return false;
-    lines[group % kOpenGroups] = at;
-    at += kLine;
+  INLINE bool open_group(const Panels& p, int64_t group) {
+    if (!p.open_group(group, &at, &line)) return false;
+    lines[group % kOpenGroups] = line;
     return true;
+  }
+  INLINE __m512 scales(int64_t group) const {
+    return group_scales<Reader::kShift>(lines[group % kOpenGroups]);
   }
 };
 
@@ -111,7 +114,7 @@ class Decoder {
     if (next_ == tokens_.steps) return true;
     bool good = true;
     if (in_group_ == 0) {
-      unroll<2>([&](auto i) LAMBDA { good = good && streams_[i].start_group(p_, group_); });
+      unroll<2>([&](auto i) LAMBDA { good = good && streams_[i].open_group(p_, group_); });
       if (!good) return false;
     }
     good = expand_steps(next_++, smaller<int64_t>(2, p_.group / kColumns - 2 * in_group_));
@@ -124,10 +127,9 @@ class Decoder {
 
   INLINE void scale_group(int64_t group) {
     const int64_t groups = p_.columns / p_.group;
-    const uint8_t* lines[2];
-    unroll<2>([&](auto i) LAMBDA { lines[i] = streams_[i].lines[group % kOpenGroups]; });
-    add_scaled<Reader::kShift, T>(exact_[group % 2], lines, x_.scales + group * tokens_.width,
-                                  groups * tokens_.width, tokens_.width, sums_);
+    const __m512 scales[2] = {streams_[0].scales(group), streams_[1].scales(group)};
+    add_scaled<T>(exact_[group % 2], scales, x_.groups + group * tokens_.width,
+                  groups * tokens_.width, tokens_.width, sums_);
   }
 
   // Sums of one group are scaled while the next one is multiplied.

@@ -6,57 +6,9 @@
 // two of weights (6 and 7) fill all registers.
 #pragma once
 
-#include "avx512_expand.h"
+#include "amx_registers.h"
 
 namespace {
-
-constexpr int64_t kTile = 1024;    // bytes
-constexpr int64_t kTileRows = 16;  // tokens
-
-// In assembly, as the intrinsics of g++ 12 do not say that loading reads memory.
-template <int T>
-INLINE void load_tile(const void* from, int64_t stride) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T) : "memory");
-}
-// Into the second-level cache only: activations pass by, weights and sums stay in the first.
-template <int T>
-INLINE void load_passing_tile(const void* from, int64_t stride) {
-  asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T) : "memory");
-}
-template <int T>
-INLINE void store_tile(void* to, int64_t stride) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(T) : "memory");
-}
-template <int T>
-INLINE void zero_tile() {
-  asm volatile("tilezero %%tmm%c0" ::"i"(T));
-}
-// Sum += tokens x weights.
-template <int Sum, int Tokens, int Weights>
-INLINE void multiply_tiles(std::true_type) {
-  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sum), "i"(Tokens), "i"(Weights));
-}
-template <int Sum, int Tokens, int Weights>
-INLINE void multiply_tiles(std::false_type) {
-  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sum), "i"(Tokens), "i"(Weights));
-}
-
-// The registers are set up while it lives: other code in the process has its own set-ups.
-class TileRegisters {
- public:
-  explicit TileRegisters(int64_t tokens) {
-    struct {
-      uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {};
-    } set_up;
-    for (int i = 0; i < 8; i++) set_up.rows[i] = static_cast<uint8_t>(i < 6 ? tokens : kTileRows);
-    asm volatile("ldtilecfg %0" ::"m"(set_up));
-  }
-  TileRegisters(const TileRegisters&) = delete;
-  TileRegisters& operator=(const TileRegisters&) = delete;
-  ~TileRegisters() { asm volatile("tilerelease"); }
-};
 
 // Packed activations: tiles of as many tokens each, of [steps][tokens][64 bytes].
 struct TokenTiles {
@@ -142,15 +94,17 @@ struct Exact {
   alignas(64) int32_t sums[4][kTileRows][kRows];
 };
 
-template <int Shift, int T>
-INLINE void add_scaled(const Exact& exact, const uint8_t* const (&lines)[2], const float* scales,
-                       int64_t scale_stride, int64_t width, float* sums) {
-  const __m512 s[2] = {group_scales<Shift>(lines[0]), group_scales<Shift>(lines[1])};
+template <int T>
+INLINE void add_scaled(const Exact& exact, const __m512 (&s)[2], const Rounding* groups,
+                       int64_t stride, int64_t width, float* sums) {
   unroll<T>([&](auto t) LAMBDA {
     for (int64_t r = 0; r < width; r++, sums += 2 * kRows) {
-      const __m512 token = _mm512_set1_ps(scales[t * scale_stride + r]);
+      const Rounding& group = groups[t * stride + r];
+      const __m512 token = _mm512_set1_ps(group.scale);
+      const __m512i excess = _mm512_set1_epi32(group.excess);
       unroll<2>([&](auto i) LAMBDA {
-        const __m512 sum = _mm512_cvtepi32_ps(load512(exact.sums[2 * t + i][r]));
+        const __m512i codes = load512(exact.sums[2 * t + i][r]);
+        const __m512 sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(codes, excess));
         const __m512 scale = _mm512_mul_ps(s[i], token);
         float* to = sums + i * kRows;
         _mm512_storeu_ps(to, _mm512_fmadd_ps(sum, scale, _mm512_loadu_ps(to)));
@@ -161,7 +115,7 @@ INLINE void add_scaled(const Exact& exact, const uint8_t* const (&lines)[2], con
 
 constexpr int64_t kMaxTogether = 32;  // groups that are in cache at once
 
-// Where groups of two panels are.
+// Groups of two panels: their scales and words.
 struct Groups {
   int64_t count, steps;
   const uint8_t *lines[kMaxTogether][2], *words[kMaxTogether][2];
@@ -170,7 +124,7 @@ struct Groups {
 // Sums of one group are scaled while the next one is multiplied.
 template <int Shift, int T>
 void integer_tile(const Groups& groups, const uint8_t* x, const TokenTiles& tokens,
-                  const float* scales, int64_t scale_stride, float* sums, Ahead& ahead) {
+                  const Rounding* rounding, int64_t stride, float* sums, Ahead& ahead) {
   Exact exact[2];
   for (int64_t g = 0; g <= groups.count; g++) {
     if (g < groups.count) {
@@ -180,9 +134,10 @@ void integer_tile(const Groups& groups, const uint8_t* x, const TokenTiles& toke
       x += groups.steps * tokens.step_bytes();
     }
     if (g > 0) {
-      add_scaled<Shift, T>(exact[(g - 1) % 2], groups.lines[g - 1], scales, scale_stride,
-                           tokens.width, sums);
-      scales += tokens.width;
+      const __m512 s[2] = {group_scales<Shift>(groups.lines[g - 1][0]),
+                           group_scales<Shift>(groups.lines[g - 1][1])};
+      add_scaled<T>(exact[(g - 1) % 2], s, rounding, stride, tokens.width, sums);
+      rounding += tokens.width;
     }
     if (g < groups.count)
       unroll<2 * T>([&](auto i) LAMBDA { store_tile<i>(exact[g % 2].sums[i], kLine); });

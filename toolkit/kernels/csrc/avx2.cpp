@@ -30,6 +30,10 @@ constexpr Shuffles kShuffles;
 inline Lanes join(__m256 low, __m256 high) { return {{(Part)low, (Part)high}}; }
 
 inline __m256i load256(const uint8_t* at) { return _mm256_loadu_si256((const __m256i*)at); }
+// Codes + 128.
+inline __m256i load_signed(const uint8_t* at) {
+  return _mm256_xor_si256(load256(at), _mm256_set1_epi8(static_cast<char>(0x80)));
+}
 inline __m128i load128(const uint8_t* at) { return _mm_loadu_si128((const __m128i*)at); }
 
 template <int Lines>
@@ -98,13 +102,14 @@ struct Avx2Reader<GBLM_BF16, Mask> {
   }
 };
 
-// Eight rows x four columns of bytes under 32 bits of mask. They stay in registers: loading wide
-// what was just stored in pieces would wait for the stores.
+// Eight rows x four columns of codes + 128 under 32 bits of mask become signed. They stay in
+// registers: loading wide what was just stored in pieces would wait for the stores.
 inline __m256i expand_bytes(const uint8_t* masks, const uint8_t*& from) {
+  const __m128i sign = _mm_set1_epi8(static_cast<char>(0x80));
   __m128i part[4];
   for (int i = 0; i < 4; i++) {
     const __m128i order = _mm_loadl_epi64((const __m128i*)kShuffles.bytes[masks[i]]);
-    part[i] = _mm_shuffle_epi8(_mm_loadl_epi64((const __m128i*)from), order);
+    part[i] = _mm_shuffle_epi8(_mm_xor_si128(_mm_loadl_epi64((const __m128i*)from), sign), order);
     from += kShuffles.count[masks[i]];
   }
   return _mm256_set_m128i(_mm_unpacklo_epi64(part[2], part[3]),
@@ -122,7 +127,7 @@ struct Avx2Reader<GBLM_INT8, Mask> {
     const uint8_t* v = Mask == GBLM_DENSE ? at : at + kMaskBytes;
     for (int word = 0; word < 8; word++) {
       if (Mask == GBLM_DENSE) {
-        visit_quad(4 * word, load256(v), load256(v + 32), visit);
+        visit_quad(4 * word, load_signed(v), load_signed(v + 32), visit);
         v += kLine;
       } else {
         const __m256i rows0 = expand_bytes(at + 8 * word, v);
@@ -133,7 +138,7 @@ struct Avx2Reader<GBLM_INT8, Mask> {
   }
 };
 
-// Nibbles are read as bytes of 16 times their value.
+// Nibbles, codes + 8, are read as bytes of 16 times their code, + 128.
 template <int Mask>
 struct Avx2Reader<GBLM_INT4, Mask> {
   static constexpr float kScale = 1.0f / 16;
@@ -155,7 +160,7 @@ struct Avx2Reader<GBLM_INT4, Mask> {
       int longest = 0;
       for (int i = 0; i < 2; i++) {
         if (Mask == GBLM_DENSE) {
-          visit_quad(4 * (word + i), load256(runs[i]), load256(runs[i] + 32), visit);
+          visit_quad(4 * (word + i), load_signed(runs[i]), load_signed(runs[i] + 32), visit);
           longest = 64;
         } else {
           const uint8_t* from = runs[i];

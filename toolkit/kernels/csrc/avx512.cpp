@@ -30,7 +30,7 @@ int64_t tiles(const Panels& p, int64_t tokens) {
 }
 
 void pack(const Panels& p, const void* source, int64_t tokens, int64_t tile, void* packed,
-          float* scales) {
+          Rounding* groups) {
   const uint16_t* x = static_cast<const uint16_t*>(source);
   const int64_t width = pack_width(p, tokens), first = tile * width;
   const int64_t here = smaller(width, tokens - first);
@@ -43,7 +43,7 @@ void pack(const Panels& p, const void* source, int64_t tokens, int64_t tile, voi
     pack_floats(p, x, here, padded, to + first * p.blocks * kColumns / 2);
   else
     pack_integers(p, x, here, padded, to + first * p.blocks * kColumns / 4,
-                  scales + first * (p.columns / p.group));
+                  groups + first * (p.columns / p.group));
 }
 
 template <class Reader, class Dot>
@@ -113,7 +113,7 @@ int64_t wide_tiles(const Panels&, int64_t tokens) {
   return (tokens + width - 1) / width;
 }
 void pack_wide(const Panels& p, const void* source, int64_t tokens, int64_t tile, void* packed,
-               float*) {
+               Rounding*) {
   const int64_t width = tile_width(tokens), first = tile * width;
   const int64_t here = smaller(width, tokens - first);
   pack_wide_floats(p, static_cast<const float*>(source) + first * p.columns, here,

@@ -59,16 +59,16 @@ INLINE const uint8_t* float_panel(const Panels& p, const uint8_t* at, const type
 
 template <class Reader, int M>
 INLINE const uint8_t* integer_panel(const Panels& p, const uint8_t* at, const uint32_t* x,
-                                    const float* scales, __m512 (&out)[M]) {
+                                    const Rounding* groups, __m512 (&out)[M]) {
   constexpr int chains = kChains<M>;
   unroll<M>([&](auto m) LAMBDA { out[m] = _mm512_setzero_ps(); });
   const int64_t blocks = p.group / kColumns;
+  const uint8_t* line = nullptr;
   for (int64_t g = 0; g < p.blocks / blocks; g++) {
-    if (__builtin_expect(at > p.limit, 0)) return nullptr;
-    const uint8_t* line = at;
-    at += kLine;
+    if (!p.open_group(g, &at, &line)) return nullptr;
     Ints sum[chains * M];
-    unroll<chains * M>([&](auto i) LAMBDA { sum[i] = Ints{}; });
+    unroll<chains * M>([&](auto i)
+                           LAMBDA { sum[i] = i < M ? broadcast_int(-groups[i].excess) : Ints{}; });
     for (int64_t b = 0; b < blocks; b++) {
       if (__builtin_expect(at > p.limit, 0)) return nullptr;
       at = Reader::block(at, [&](auto w, __m512i word) LAMBDA {
@@ -80,14 +80,14 @@ INLINE const uint8_t* integer_panel(const Panels& p, const uint8_t* at, const ui
       x += Reader::kWords * M;
     }
     const __m512 scale = group_scales<Reader::kShift>(line);
-    const Ints excess = group_excess<Reader::kShift>(line);
     unroll<M>([&](auto m) LAMBDA {
-      Ints total = sum[m] - excess;
+      Ints total = sum[m];
       unroll<chains - 1>([&](auto c) LAMBDA { total += sum[(c + 1) * M + m]; });
       const __m512 exact = _mm512_cvtepi32_ps((__m512i)total);
-      out[m] = _mm512_fmadd_ps(exact, _mm512_mul_ps(scale, _mm512_set1_ps(scales[m])), out[m]);
+      out[m] =
+          _mm512_fmadd_ps(exact, _mm512_mul_ps(scale, _mm512_set1_ps(groups[m].scale)), out[m]);
     });
-    scales += M;
+    groups += M;
   }
   return at;
 }
@@ -102,7 +102,7 @@ bool decode(const Panels& p, const Activations& x, int64_t first, int64_t last, 
     if constexpr (Reader::kWords == 16)
       at = float_panel<Reader, Dot, M>(p, p.begin(panel), packed, out);
     else
-      at = integer_panel<Reader, M>(p, p.begin(panel), packed, x.scales, out);
+      at = integer_panel<Reader, M>(p, p.begin(panel), packed, x.groups, out);
     if (at == nullptr || !p.ends(panel, at)) return false;
     unroll<M>([&](auto m) LAMBDA {
       if (m < x.tokens) store_rows(p, panel, out[m], y.from(m, p));

@@ -53,19 +53,18 @@ void pack_wide_floats(const Panels& p, const float* x, int64_t tokens, int64_t w
 }
 
 void pack_integers(const Panels& p, const uint16_t* x, int64_t tokens, int64_t width, uint32_t* to,
-                   float* scales) {
+                   Rounding* rounding) {
   const int64_t groups = p.columns / p.group;
-  const __m512i offset = _mm512_set1_epi32(128);
   for (int64_t t = 0; t < width; t++) {
     for (int64_t g = 0; g < groups; g++) {
       const uint16_t* row = x + smaller(t, tokens - 1) * p.columns + g * p.group;
       const float most = largest(row, p.group);
       const __m512 inverse = inverse_scale(most);
-      scales[g * width + t] = most / 127;
       uint32_t* quad = to + g * p.group / 4 * width + t;
+      __m128i sum = _mm_setzero_si128();
       for (int64_t k = 0; k < p.group; k += 16) {
-        const __m512i code = _mm512_add_epi32(round_codes(row + k, inverse), offset);
-        const __m128i bytes = _mm512_cvtepi32_epi8(code);
+        const __m128i bytes = _mm512_cvtepi32_epi8(round_codes(row + k, inverse));
+        sum = _mm_dpbusd_epi32(sum, _mm_set1_epi8(1), bytes);
         if (width == 1) {
           _mm_storeu_si128((__m128i*)(quad + k / 4), bytes);
         } else {
@@ -75,6 +74,7 @@ void pack_integers(const Panels& p, const uint16_t* x, int64_t tokens, int64_t w
           quad[(k / 4 + 3) * width] = static_cast<uint32_t>(_mm_extract_epi32(bytes, 3));
         }
       }
+      rounding[g * width + t] = {most / 127, 128 * add_lanes(sum)};
     }
   }
 }

@@ -32,4 +32,9 @@ INLINE __m512i round_codes(const uint16_t* x, __m512 inverse) {
   return _mm512_cvtps_epi32(_mm512_mul_ps(widen(x), inverse));
 }
 
+INLINE int add_lanes(__m128i sum) {
+  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4E));
+  return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xB1)));
+}
+
 }  // namespace

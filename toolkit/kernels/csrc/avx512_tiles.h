@@ -31,12 +31,9 @@ void float_tile(const uint8_t* w0, const uint8_t* w1, int64_t words, const typen
 
 template <int Shift, int T>
 void integer_tile(const uint8_t* w0, const uint8_t* w1, int64_t words, const uint32_t* x, float* c,
-                  const float* scales, const uint8_t* line0, const uint8_t* line1) {
+                  const Rounding* groups, const uint8_t* scales0, const uint8_t* scales1) {
   Ints a[T], b[T];
-  unroll<T>([&](auto t) LAMBDA {
-    a[t] = Ints{};
-    b[t] = Ints{};
-  });
+  unroll<T>([&](auto t) LAMBDA { a[t] = b[t] = broadcast_int(-groups[t].excess); });
   for (int64_t w = 0; w < words; w++, x += T) {
     const __m512i word0 = load512(w0 + kLine * w), word1 = load512(w1 + kLine * w);
     unroll<T>([&](auto t) LAMBDA {
@@ -45,13 +42,12 @@ void integer_tile(const uint8_t* w0, const uint8_t* w1, int64_t words, const uin
       b[t] = multiply_int8(quad, word1, b[t]);
     });
   }
-  const __m512 s0 = group_scales<Shift>(line0), s1 = group_scales<Shift>(line1);
-  const Ints e0 = group_excess<Shift>(line0), e1 = group_excess<Shift>(line1);
+  const __m512 s0 = group_scales<Shift>(scales0), s1 = group_scales<Shift>(scales1);
   unroll<T>([&](auto t) LAMBDA {
-    const __m512 s = _mm512_set1_ps(scales[t]);
+    const __m512 s = _mm512_set1_ps(groups[t].scale);
     float* sum = c + 32 * t;
-    const __m512 exact0 = _mm512_cvtepi32_ps((__m512i)(a[t] - e0));
-    const __m512 exact1 = _mm512_cvtepi32_ps((__m512i)(b[t] - e1));
+    const __m512 exact0 = _mm512_cvtepi32_ps((__m512i)a[t]);
+    const __m512 exact1 = _mm512_cvtepi32_ps((__m512i)b[t]);
     _mm512_storeu_ps(sum, _mm512_fmadd_ps(exact0, _mm512_mul_ps(s0, s), _mm512_loadu_ps(sum)));
     _mm512_storeu_ps(sum + 16,
                      _mm512_fmadd_ps(exact1, _mm512_mul_ps(s1, s), _mm512_loadu_ps(sum + 16)));
@@ -108,6 +104,7 @@ bool float_pair(const Panels& p, const Activations& x, Scratch& s, const uint8_t
 
 template <class Reader>
 bool integer_pair(const Panels& p, const Activations& x, Scratch& s, const uint8_t* (&at)[2]) {
+  const uint8_t* line[2] = {};
   const int64_t width = tile_width(x.tokens);
   const int64_t blocks = p.group / kColumns, groups = p.blocks / blocks;
   const int64_t together = larger<int64_t>(1, kCacheColumns * 2 / p.group);
@@ -117,9 +114,9 @@ bool integer_pair(const Panels& p, const Activations& x, Scratch& s, const uint8
     for (int i = 0; i < 2; i++) {
       uint8_t* cache = s.cache[i];
       for (int64_t j = 0; j < count; j++, cache += p.group * kRows) {
-        if (at[i] > p.limit) return false;
-        lines[i][j] = at[i];
-        const Words w = expand<Reader>(p, at[i] + kLine, blocks, cache);
+        if (!p.open_group(g + j, &at[i], &line[i])) return false;
+        lines[i][j] = line[i];
+        const Words w = expand<Reader>(p, at[i], blocks, cache);
         words[i][j] = w.first;
         at[i] = w.next;
         if (at[i] == nullptr) return false;
@@ -132,7 +129,7 @@ bool integer_pair(const Panels& p, const Activations& x, Scratch& s, const uint8
                                Reader::kWords * (t * p.blocks + (g + j) * blocks * n);
         kIntegerTiles<Reader::kShift>[n - 1](
             words[0][j], words[1][j], blocks * Reader::kWords, tile, s.sums + t * 2 * kRows,
-            x.scales + t * groups + (g + j) * n, lines[0][j], lines[1][j]);
+            x.groups + t * groups + (g + j) * n, lines[0][j], lines[1][j]);
       }
     }
   }

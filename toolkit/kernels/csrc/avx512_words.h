@@ -46,15 +46,15 @@ template <class Reader>
 INLINE void prefetch(const uint8_t* bytes) {
   unroll<Reader::kLines>([&](auto i) LAMBDA { prefetch_line<Reader>(bytes, i); });
 }
-
 // Expanding in place: on Zen 4 the instruction waits for the old value of its destination.
 INLINE __m512i expand16(uint32_t mask, __m512i word) {
   asm("vpexpandw %0, %0%{%1%}%{z%}" : "+v"(word) : "Yk"(static_cast<__mmask32>(mask)));
   return word;
 }
+// What is not kept is a zero + 128.
 INLINE __m512i expand8(uint64_t mask, __m512i word) {
-  asm("vpexpandb %0, %0%{%1%}%{z%}" : "+v"(word) : "Yk"(static_cast<__mmask64>(mask)));
-  return word;
+  const __m512i zero = _mm512_set1_epi8(static_cast<char>(0x80));
+  return _mm512_mask_expand_epi8(zero, static_cast<__mmask64>(mask), word);
 }
 INLINE __m512i load512(const void* at) { return _mm512_loadu_si512(at); }
 INLINE __m512i load256(const void* at) {
@@ -140,7 +140,7 @@ struct Int8 {
   }
 };
 
-// Nibbles become bytes of 16 times their value: shifting left needs no sign extension.
+// Nibbles, codes + 8, become bytes: 16 times their code, + 128.
 template <int Mask>
 struct Int4 {
   static constexpr int kWords = 8;
@@ -176,7 +176,7 @@ struct Int4 {
   }
 };
 
-// Dot products: weights are bf16 pairs or signed bytes, activations bf16 pairs or unsigned.
+// Dot products: weights are bf16 pairs or bytes + 128, activations bf16 pairs or signed bytes.
 
 INLINE __m512 broadcast_bf16(const uint32_t* x, __m512i w, __m512 sum) {
   return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(static_cast<int>(*x)));
@@ -185,22 +185,17 @@ INLINE __m512 broadcast_bf16(const uint32_t* x, __m512i w, __m512 sum) {
 typedef int32_t Ints __attribute__((vector_size(64)));
 
 INLINE Ints multiply_int8(__m512i x, __m512i w, Ints sum) {
-  return (Ints)_mm512_dpbusd_epi32((__m512i)sum, x, w);
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sum, w, x);
 }
 INLINE Ints broadcast_int8(const uint32_t* x, __m512i w, Ints sum) {
   return multiply_int8(_mm512_set1_epi32(static_cast<int>(*x)), w, sum);
 }
-// The line before a group: its scales, and what the +128 of the activations has added.
+INLINE Ints broadcast_int(int32_t x) { return (Ints)_mm512_set1_epi32(x); }
 template <int Shift>
-INLINE __m512 group_scales(const uint8_t* line) {
-  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)line));
+INLINE __m512 group_scales(const uint8_t* scales) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)scales));
   return _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)),
                        _mm512_set1_ps(1.0f / (1 << Shift)));
-}
-template <int Shift>
-INLINE Ints group_excess(const uint8_t* line) {
-  const __m512i sums = _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)(line + 32)));
-  return (Ints)_mm512_slli_epi32(sums, 7 + Shift);
 }
 
 }  // namespace

@@ -59,7 +59,7 @@ struct Columns {
   // Tiles of [columns][4 tokens]; integers as the codes -127 .. 127.
   template <class X>
   static void pack(const Panels& p, const void* source, int64_t tokens, int64_t tile, void* packed,
-                   float* scales) {
+                   Rounding* rounding) {
     const X* x = static_cast<const X*>(source);
     float* to = static_cast<float*>(packed) + tile * kTogether * padded(p);
     const int64_t groups = p.group ? p.columns / p.group : 0;
@@ -67,10 +67,9 @@ struct Columns {
     for (int64_t t = 0; t < kTogether; t++) {
       const int64_t token = tile * kTogether + t;
       const X* row = x + smaller(token, tokens - 1) * p.columns;
-      float* sx = scales + token * groups;
       for (int64_t k = 0; k < p.columns; k++) to[k * kTogether + t] = widen(row[k]);
       for (int64_t g = 0; g < groups; g++)
-        sx[g] = quantise(to + g * p.group * kTogether + t, p.group);
+        rounding[token * groups + g] = {quantise(to + g * p.group * kTogether + t, p.group), 0};
     }
   }
 
@@ -113,11 +112,10 @@ struct Columns {
   static const uint8_t* few_tokens(const Panels& p, const uint8_t* at, const Activations& x,
                                    Lanes* sums) {
     const float* packed = static_cast<const float*>(x.packed);
+    const uint8_t* line = nullptr;
     const int64_t step = p.group ? p.group / kColumns : p.blocks;
     for (int64_t block = 0; block < p.blocks; block += step) {
-      const uint8_t* line = at;
-      if (at > p.limit) return nullptr;
-      if (p.group) at += kLine;
+      if (p.group && !p.open_group(block / step, &at, &line)) return nullptr;
       // Two sums a token: a chain of additions is shorter than the wait for the next weights.
       Lanes even[T] = {}, odd[T] = {};
       for (int64_t b = 0; b < step; b++, packed += kColumns * kTogether) {
@@ -139,11 +137,10 @@ struct Columns {
                              int64_t tiles, Lanes* sums) {
     Lanes* const partial = sums + tiles * kTogether;
     Lanes* const expanded = partial + tiles * kTogether;
+    const uint8_t* line = nullptr;
     const int64_t step = p.group ? p.group / kColumns : p.blocks;
     for (int64_t block = 0; block < p.blocks; block += step) {
-      const uint8_t* line = at;
-      if (at > p.limit) return nullptr;
-      if (p.group) at += kLine;
+      if (p.group && !p.open_group(block / step, &at, &line)) return nullptr;
       for (int64_t b = block; b < block + step; b++) {
         if (at > p.limit) return nullptr;
         at = Read::block(at, [&](int column, const Lanes& lanes)
@@ -181,7 +178,7 @@ struct Columns {
       sums[token] += sum;
       return;
     }
-    const float scale = x.scales[token * (p.columns / p.group) + group] * Read::kScale;
+    const float scale = x.groups[token * (p.columns / p.group) + group].scale * Read::kScale;
     alignas(64) float weights[kRows];
     for (int r = 0; r < kRows; r++) weights[r] = from_bf16(load<uint16_t>(line + 2 * r));
     sums[token] += sum * (load<Lanes>(weights) * scale);

@@ -3,10 +3,17 @@
 
 #include "panels.h"
 
+// How a group of a token's activations became codes: their scale, and what their products with
+// codes + 128 have too much.
+struct Rounding {
+  float scale;
+  int32_t excess;
+};
+
 // Activations of a call, packed by the instruction set that uses them.
 struct Activations {
   const void* packed;
-  const float* scales;  // integers only
+  const Rounding* groups;  // integers only
   int64_t tokens;
 };
 
@@ -32,7 +39,7 @@ struct Isa {
   // Packing is cut into tiles, which may be packed in parallel.
   int64_t (*tiles)(const Panels&, int64_t tokens);
   void (*pack)(const Panels&, const void* x, int64_t tokens, int64_t tile, void* packed,
-               float* scales);
+               Rounding* groups);
   // y [tokens, rows] of some panels; false when the panels are damaged.
   bool (*multiply)(const Panels&, const Activations&, int64_t first, int64_t last, Output y,
                    void* scratch);

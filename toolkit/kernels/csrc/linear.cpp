@@ -61,7 +61,7 @@ struct Job {
   Activations x;
   const void* source;
   void* packed;
-  float* scales;
+  Rounding* groups;
   Output y;
   int64_t tiles, step;
   std::atomic<int64_t> next{0};
@@ -70,7 +70,7 @@ struct Job {
 
 void pack_tile(void* context, int64_t tile) {
   Job& job = *static_cast<Job*>(context);
-  job.isa.pack(job.panels, job.source, job.x.tokens, tile, job.packed, job.scales);
+  job.isa.pack(job.panels, job.source, job.x.tokens, tile, job.packed, job.groups);
 }
 
 // Panels differ in length, so threads take the next few when they are ready.
@@ -95,13 +95,14 @@ int multiply(const Isa& with, const Panels& panels, const void* x, int64_t token
   const int64_t packed_bytes = round_up(with.packed_bytes(panels, tokens), kLine);
   const int64_t groups = panels.group ? panels.columns / panels.group : 0;
   const int64_t padded = tokens + 64;  // a tile may be wider than its tokens
-  uint8_t* packed = t_packed.get(packed_bytes + groups * padded * 4);
+  uint8_t* packed =
+      t_packed.get(packed_bytes + groups * padded * static_cast<int64_t>(sizeof(Rounding)));
   if (packed == nullptr) return GBLM_NO_MEMORY;
-  float* scales = reinterpret_cast<float*>(packed + packed_bytes);
+  Rounding* rounding = reinterpret_cast<Rounding*>(packed + packed_bytes);
   const int64_t threads = pool != nullptr ? pool->threads(pool->self) : 1;
   const int64_t step = with.panels_per_task(panels, tokens, threads);
-  Job job{with,   panels, {packed, scales, tokens},   x,   packed,
-          scales, y,      with.tiles(panels, tokens), step};
+  Job job{with,     panels, {packed, rounding, tokens}, x,   packed,
+          rounding, y,      with.tiles(panels, tokens), step};
   run(pool, job.tiles, pack_tile, &job);
   run(pool, smaller(threads, (panels.count + step - 1) / step), multiply_panels, &job);
   return job.result;

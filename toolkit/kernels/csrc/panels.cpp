@@ -15,9 +15,9 @@ struct Sink {
     if (stored == GBLM_BF16)
       std::memcpy(static_cast<uint8_t*>(values) + 2 * index, at, 2);
     else if (stored == GBLM_INT8)
-      static_cast<uint8_t*>(values)[index] = *at;
+      static_cast<uint8_t*>(values)[index] = *at ^ 0x80;
     else
-      static_cast<uint8_t*>(values)[index] = static_cast<uint8_t>(((*at >> shift & 15) ^ 8) - 8);
+      static_cast<uint8_t*>(values)[index] = static_cast<uint8_t>((*at >> shift & 15) - 8);
   }
 };
 
@@ -53,7 +53,7 @@ const uint8_t* read_block(const Panels& p, const uint8_t* at, int64_t row, int64
 }  // namespace
 
 int open_panels(const void* memory, int64_t bytes, Panels* p) {
-  if (memory == nullptr || bytes < kLine + kSlack) return GBLM_BAD_PANELS;
+  if (memory == nullptr || bytes < kLine) return GBLM_BAD_PANELS;
   const Header h = load<Header>(memory);
   const bool known = h.magic == kMagic && h.version == kVersion && h.bytes == bytes && h.rows > 0 &&
                      h.rows <= kMaxExtent && h.columns > 0 && h.columns <= kMaxExtent &&
@@ -74,8 +74,8 @@ int open_panels(const void* memory, int64_t bytes, Panels* p) {
   p->values = h.values;
   p->mask = h.mask;
   p->base = base;
-  p->limit = base + bytes - kSlack;
-  const int64_t first = first_panel(p->count), last = bytes - kSlack;
+  p->limit = base + bytes - slack(h.values);
+  const int64_t first = first_panel(p->count), last = bytes - slack(h.values);
   // No block is smaller than a line: a claimed shape never needs more memory than panels justify.
   if (first > last || p->blocks * p->count > (last - first) / kLine) return GBLM_BAD_PANELS;
   return p->offset(0) == static_cast<uint64_t>(first) &&
@@ -106,15 +106,15 @@ int gblm_unpack(const void* memory, int64_t bytes, void* values, uint8_t* mask, 
   const int64_t groups = p.group ? p.columns / p.group : 0;
   for (int64_t panel = 0; panel < p.count; panel++) {
     const uint8_t* at = p.begin(panel);
+    const uint8_t* line = nullptr;
     for (int64_t block = 0; block < p.blocks; block++) {
-      if (at > p.limit) return GBLM_BAD_PANELS;
       if (groups != 0 && block * kColumns % p.group == 0) {
+        const int64_t group = block * kColumns / p.group;
+        if (!p.open_group(group, &at, &line)) return GBLM_BAD_PANELS;
         for (int64_t r = 0; r < kRows && panel * kRows + r < p.rows; r++)
-          std::memcpy(scales + (panel * kRows + r) * groups + block * kColumns / p.group,
-                      at + 2 * r, 2);
-        at += kLine;
-        if (at > p.limit) return GBLM_BAD_PANELS;
+          std::memcpy(scales + (panel * kRows + r) * groups + group, line + 2 * r, 2);
       }
+      if (at > p.limit) return GBLM_BAD_PANELS;
       at = read_block(p, at, panel * kRows, block * kColumns, sink);
     }
     if (!p.ends(panel, at)) return GBLM_BAD_PANELS;

@@ -1,14 +1,14 @@
 // The layout of panels, shared by all instruction sets.
 //
-//   header (64 B) | offsets u64 [panels + 1] | panels, each 64-byte aligned | slack
+//   header (64 B) | offsets u64 [panels + 1] | panels, the first one 64-byte aligned | slack
 //
 // A panel is 16 rows; rows and columns are padded with zeros. A block is 16 rows x 32 columns:
 // 64 B of masks, then the kept values of word after word. A word is what one register expands to:
 // bf16: 16 rows x 2 columns, 32-bit mask, bit 2 row + (column & 1); integers: 16 rows x 4 columns,
 // 64-bit mask, bit 4 row + (column & 3). int4 words 2i and 2i + 1 share a run of bytes: low
 // nibbles are word 2i, high nibbles word 2i + 1, as long as the larger of the two. Dense blocks
-// have no masks. Integer panels hold one line before each group: bf16 scales [16], i16 sums [16]
-// of the codes, which undo the +128 of unsigned activations.
+// have no masks. Integers are stored + 128, int4 + 8: the instructions want one factor unsigned.
+// Before every second group stands a line with the scales of two, bf16 [2][16].
 #pragma once
 
 #include <cstddef>
@@ -37,21 +37,31 @@ struct Panels {
     const uint64_t at = offset(panel);
     return at <= static_cast<uint64_t>(limit - base) ? base + at : limit + 1;
   }
+  // Where a group begins: `scales` steps to its own, bf16 [16]; of two groups they share the line
+  // before the first. False when damaged.
+  GBLM_INLINE bool open_group(int64_t group, const uint8_t** at, const uint8_t** scales) const {
+    if (group % 2 != 0) {
+      *scales += 32;
+      return true;
+    }
+    if (__builtin_expect(*at > limit, 0)) return false;
+    *scales = *at;
+    *at += 64;
+    return true;
+  }
   // Whether what was read up to `at` is the whole panel.
   GBLM_INLINE bool ends(int64_t panel, const uint8_t* at) const {
-    return (static_cast<uint64_t>(at - base) + 63) / 64 * 64 == offset(panel + 1);
+    return static_cast<uint64_t>(at - base) == offset(panel + 1);
   }
 };
 
 namespace {  // every translation unit has its own copy: they are compiled for different CPUs
 
 constexpr uint32_t kMagic = 0x4D4C4247;  // "GBLM"
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;
 constexpr int64_t kRows = 16, kColumns = 32, kLine = 64;
 constexpr int64_t kMaskBytes = 64;
-constexpr int64_t kMaxGroup = 256;  // sums of codes fit 16 bits
-// A block may start at most this far before the end, whatever its masks say.
-constexpr int64_t kSlack = 2048;
+constexpr int64_t kMaxGroup = 256;  // two panels of it fit every kernel's cache
 constexpr int64_t kMaxExtent = int64_t{1} << 24;
 // Groups of activations below it count as zeros: 127 / x must be finite.
 constexpr float kLeast = 0x1p-120f;
@@ -76,6 +86,12 @@ constexpr T larger(T a, T b) {
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 constexpr bool is_integer(int32_t values) { return values != GBLM_BF16; }
+// A block may start at most this far before the end, whatever its masks say.
+constexpr int64_t slack(int32_t values) {
+  return values == GBLM_BF16 ? 2048 : values == GBLM_INT8 ? 1024 : 512;
+}
+// Bytes of the scales of so many groups, of a panel.
+constexpr int64_t scale_bytes(int64_t groups) { return (groups + 1) / 2 * kLine; }
 // Where panels begin, behind the header and their offsets.
 constexpr int64_t first_panel(int64_t panels) { return kLine + round_up(8 * (panels + 1), kLine); }
 

@@ -3,8 +3,6 @@
 
 namespace {
 
-constexpr float kNibbles[] = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
-
 template <int Values, int Mask>
 struct PortableReader {
   static constexpr bool kWide = Values == GBLM_BF16;
@@ -18,8 +16,8 @@ struct PortableReader {
 
   static float value(const uint8_t* v, int word) {
     if (Values == GBLM_BF16) return from_bf16(load<uint16_t>(v));
-    if (Values == GBLM_INT8) return static_cast<float>(static_cast<int8_t>(*v));
-    return kNibbles[*v >> (word % 2 * 4) & 15];
+    if (Values == GBLM_INT8) return static_cast<float>(*v - 128);
+    return static_cast<float>((*v >> (word % 2 * 4) & 15) - 8);
   }
 
   template <class Visit>

@@ -7,7 +7,7 @@
 
 namespace {
 
-// Codes of a group are summed in 16 bits, so long groups are cut; the pieces share their scale.
+// Long groups are cut; the pieces share their scale.
 int64_t panel_group(int64_t group) {
   for (int64_t size = kMaxGroup; size >= kColumns; size -= kColumns)
     if (group % size == 0) return size;
@@ -64,13 +64,14 @@ int64_t measure_nibbles(const gblm_source& s, int64_t panel) {
   return total;
 }
 
-// Bytes of a panel: masks, values and lines of scales.
+// Bytes of a panel: scales, masks and values.
 int64_t measure_panel(const gblm_source& s, const Shape& shape, int64_t panel) {
   const int64_t weights = shape.blocks * kRows * kColumns;
   const int64_t masks = s.mask == GBLM_DENSE ? 0 : shape.blocks * kMaskBytes;
+  const int64_t scales = scale_bytes(shape.groups);
   int64_t stored = s.mask == GBLM_DENSE ? weights : weights / 2;
   if (s.mask == GBLM_ANY) {
-    if (s.values == GBLM_INT4) return masks + shape.groups * kLine + measure_nibbles(s, panel);
+    if (s.values == GBLM_INT4) return scales + masks + measure_nibbles(s, panel);
     stored = 0;
     for (int64_t r = 0; r < kRows; r++)
       for (int64_t b = 0; b < s.columns / 8; b += 8)
@@ -79,7 +80,7 @@ int64_t measure_panel(const gblm_source& s, const Shape& shape, int64_t panel) {
   const int64_t bytes = s.values == GBLM_BF16   ? 2 * stored
                         : s.values == GBLM_INT8 ? stored
                                                 : stored / 2;
-  return masks + shape.groups * kLine + bytes;
+  return scales + masks + bytes;
 }
 
 struct Preparation {
@@ -94,22 +95,17 @@ void measure_task(void* context, int64_t panel) {
   Preparation& p = *static_cast<Preparation*>(context);
   for (int64_t row = panel * kRows; row < smaller((panel + 1) * kRows, p.source.rows); row++)
     if (!check_row(p.source, row)) p.good = false;
-  p.offsets[panel + 1] =
-      static_cast<uint64_t>(round_up(measure_panel(p.source, p.shape, panel), kLine));
+  p.offsets[panel + 1] = static_cast<uint64_t>(measure_panel(p.source, p.shape, panel));
 }
 
 void write_task(void* context, int64_t panel) {
   Preparation& p = *static_cast<Preparation*>(context);
   uint8_t* to = p.base + p.offsets[panel];
-  uint8_t* end =
+  const uint8_t* end =
       p.source.values == GBLM_BF16   ? Writer<GBLM_BF16>(p.source, p.shape, panel, to).write()
       : p.source.values == GBLM_INT8 ? Writer<GBLM_INT8>(p.source, p.shape, panel, to).write()
                                      : Writer<GBLM_INT4>(p.source, p.shape, panel, to).write();
-  if (end == nullptr) {
-    p.good = false;
-    return;
-  }
-  std::memset(end, 0, static_cast<size_t>(p.base + p.offsets[panel + 1] - end));
+  if (end != p.base + p.offsets[panel + 1]) p.good = false;
 }
 
 // Check the source and find where each panel goes; offsets [panels + 1].
@@ -138,7 +134,7 @@ int gblm_panels_bytes(const gblm_source* source, const gblm_pool* pool, int64_t*
   std::vector<uint64_t> offsets;
   if (bytes == nullptr) return GBLM_BAD_ARGUMENT;
   const int result = measure(source, pool, &shape, &offsets);
-  if (result == GBLM_OK) *bytes = static_cast<int64_t>(offsets.back()) + kSlack;
+  if (result == GBLM_OK) *bytes = static_cast<int64_t>(offsets.back()) + slack(source->values);
   return result;
 }
 
@@ -147,7 +143,8 @@ int gblm_prepare(const gblm_source* source, const gblm_pool* pool, void* memory,
   std::vector<uint64_t> offsets;
   if (memory == nullptr || reinterpret_cast<uintptr_t>(memory) % kLine) return GBLM_BAD_ARGUMENT;
   if (const int result = measure(source, pool, &shape, &offsets)) return result;
-  if (static_cast<int64_t>(offsets.back()) + kSlack != bytes) return GBLM_BAD_ARGUMENT;
+  if (static_cast<int64_t>(offsets.back()) + slack(source->values) != bytes)
+    return GBLM_BAD_ARGUMENT;
   auto* base = static_cast<uint8_t*>(memory);
   Header header{kMagic,          kVersion,     source->rows,
                 source->columns, shape.group,  bytes,
@@ -156,7 +153,8 @@ int gblm_prepare(const gblm_source* source, const gblm_pool* pool, void* memory,
   std::memcpy(base + kLine, offsets.data(), offsets.size() * 8);
   const int64_t used = kLine + 8 * static_cast<int64_t>(offsets.size());
   std::memset(base + used, 0, static_cast<size_t>(static_cast<int64_t>(offsets[0]) - used));
-  std::memset(base + bytes - kSlack, 0, kSlack);
+  const int64_t rest = slack(source->values);
+  std::memset(base + bytes - rest, 0, static_cast<size_t>(rest));
   Preparation job{*source, shape, offsets.data(), base};
   run(pool, shape.panels, write_task, &job);
   return job.good ? GBLM_OK : GBLM_BAD_SOURCE;

@@ -9,7 +9,7 @@ constexpr uint32_t kTwoOfFour = 0x33333333;  // any mask with two of four will d
 constexpr uint64_t kNibbles = 0x1111111111111111;
 
 struct Shape {
-  int64_t panels, blocks, groups, group;  // group: columns per line of scales in the panels
+  int64_t panels, blocks, groups, group;  // group: columns per scale in the panels
 };
 
 // 1 bits of the bytes b .. b + 7 of a row's mask that lie inside of the matrix.
@@ -82,21 +82,15 @@ struct Cursor {
   }
 };
 
-// The sum of four codes as `Cursor::take` gives them.
-template <int Values>
-int32_t sum_codes(uint32_t four) {
-  // Offset by 128 or 8, codes are not negative.
-  four ^= Values == GBLM_INT8 ? 0x80808080 : 0x08080808;
-  const uint32_t pairs = (four & 0x00FF00FF) + (four >> 8 & 0x00FF00FF);
-  const int32_t offset = Values == GBLM_INT8 ? 4 * 128 : 4 * 8;
-  return static_cast<int32_t>((pairs & 0xFFFF) + (pairs >> 16)) - offset;
-}
-
 template <int Values>
 class Writer {
   static constexpr int kPerWord = Values == GBLM_BF16 ? 2 : 4;  // columns
   static constexpr int kWords = kColumns / kPerWord, kSize = Values == GBLM_BF16 ? 2 : 1;
   static constexpr int kLanes = kPerWord * kRows;
+  // Of four codes: they are stored unsigned.
+  static constexpr uint32_t kOffset = Values == GBLM_INT8   ? 0x80808080
+                                      : Values == GBLM_INT4 ? 0x08080808
+                                                            : 0;
 
  public:
   Writer(const gblm_source& source, const Shape& shape, int64_t panel, uint8_t* to)
@@ -112,10 +106,10 @@ class Writer {
   // Where the panel ends; nullptr when a value or a scale is not what it must be.
   uint8_t* write() {
     for (int64_t block = 0; block < shape_.blocks; block++) {
-      if (Values != GBLM_BF16 && block * kColumns % shape_.group == 0) begin_group(block);
+      if (Values != GBLM_BF16 && block * kColumns % (2 * shape_.group) == 0)
+        write_scales(block * kColumns / shape_.group);
       write_block(block);
     }
-    finish_group();
     return good_ ? to_ : nullptr;
   }
 
@@ -162,10 +156,9 @@ class Writer {
                     uint8_t* word) {
     int64_t count = 0;
     for (int r = 0; r < kRows; r++) {
-      const uint32_t four = cursors_[r].take(count_kept(real[r], w));
+      const uint32_t four = cursors_[r].take(count_kept(real[r], w)) ^ kOffset;
       std::memcpy(word + count * kSize, &four, 4);
       count += count_kept(stored[r], w);
-      if (Values != GBLM_BF16) sums_[r] += sum_codes<Values>(four);
     }
     return count;
   }
@@ -181,36 +174,26 @@ class Writer {
     return ((mask | mask >> 1 | mask >> 2 | mask >> 3) & 0x11111111) * 15;
   }
 
-  void begin_group(int64_t block) {
-    finish_group();
-    line_ = to_;
-    std::memset(line_, 0, kLine);
-    for (int64_t r = 0; r < kRows && first_ + r < s_.rows; r++) {
-      const int64_t group = block * kColumns / s_.group;
-      const uint16_t scale = s_.scales[(first_ + r) * (s_.columns / s_.group) + group];
-      if ((scale & 0x7F80) == 0x7F80 || scale >> 15) good_ = false;
-      std::memcpy(line_ + 2 * r, &scale, 2);
-    }
+  // The line of a group and the next one. Scales are finite and not negative; the pieces of a long
+  // group share theirs.
+  void write_scales(int64_t first) {
+    const int64_t groups = s_.columns / s_.group, pieces = s_.group / shape_.group;
+    std::memset(to_, 0, kLine);
+    for (int64_t g = first; g < smaller(first + 2, shape_.groups); g++)
+      for (int64_t r = 0; r < kRows && first_ + r < s_.rows; r++) {
+        const uint16_t scale = s_.scales[(first_ + r) * groups + g / pieces];
+        if ((scale & 0x7F80) == 0x7F80 || scale >> 15) good_ = false;
+        std::memcpy(to_ + 2 * ((g - first) * kRows + r), &scale, 2);
+      }
     to_ += kLine;
-  }
-
-  void finish_group() {
-    if (line_ == nullptr) return;
-    for (int64_t r = 0; r < kRows; r++) {
-      const int16_t sum = static_cast<int16_t>(sums_[r]);
-      std::memcpy(line_ + 32 + 2 * r, &sum, 2);
-      sums_[r] = 0;
-    }
   }
 
   const gblm_source& s_;
   const Shape& shape_;
   int64_t first_;
   uint8_t* to_;
-  uint8_t* line_ = nullptr;
   bool good_ = true;
   Cursor<Values> cursors_[kRows];
-  int32_t sums_[kRows] = {};
 };
 
 }  // namespace
