@@ -102,8 +102,10 @@ struct Bf16 {
       const uint8_t* v = at + kMaskBytes;
       unroll<kWords>([&](auto w) LAMBDA {
         const uint32_t mask = load<uint32_t>(at + 4 * w);
-        visit(w, expand16(mask, load_split(v)));
-        // Two columns of 2:4 hold 0..4 of the four kept, so a pair of words always holds 32.
+        // Two columns of 2:4 hold 0..4 of the four kept, so a pair of words always holds 32: a
+        // line, which its first word never crosses.
+        constexpr bool whole = Mask == GBLM_2_OF_4 && w % 2 == 0;
+        visit(w, expand16(mask, whole ? load512(v) : load_split(v)));
         if constexpr (Mask == GBLM_2_OF_4 && w % 2 == 1)
           v += 64 - 2 * _mm_popcnt_u32(load<uint32_t>(at + 4 * (w - 1)));
         else
