@@ -40,8 +40,10 @@ CASES = (
     ("2of4-bf16", PRUNE, "2:4", "float", "float", "fp32"),
     ("dense-int8", PACK, "dense", "int8", "int8", "fp32"),
     ("half-int8", PRUNE, "0.5", "int8", "int8", "fp32"),
+    ("2of4-int8", PRUNE, "2:4", "int8", "int8", "fp32"),
     ("dense-int4", PACK, "dense", "int4", "int4", "fp32"),
     ("half-int4", PRUNE, "0.5", "int4", "int4", "fp32"),
+    ("2of4-int4", PRUNE, "2:4", "int4", "int4", "fp32"),
 )
 
 

@@ -19,9 +19,11 @@ LABELS = {
     "ort-int8": ("ONNX Runtime int8", ()),
     "dense-int8": ("ours, dense int8 (control)", ("ort-int8",)),
     "half-int8": ("ours, int8 50 %", ("dense-int8", "ort-int8")),
+    "2of4-int8": ("ours, int8 2:4", ("dense-int8", "ort-int8")),
     "ort-int4": ("ONNX Runtime int4", ()),
     "dense-int4": ("ours, dense int4 (control)", ("ort-int4",)),
     "half-int4": ("ours, int4 50 %", ("dense-int4", "ort-int4")),
+    "2of4-int4": ("ours, int4 2:4", ("dense-int4", "ort-int4")),
 }
 
 
