@@ -18,6 +18,7 @@ from torch import Tensor
 from gblm.checkpoint.packed_folder import PackedReader
 from gblm.errors import CheckpointError
 from gblm.export.onnx_model.gates import Gate, find_gates
+from gblm.export.onnx_model.rotary import Formula, find_formula
 from gblm.export.onnx_model.runtime import DOMAIN, DOMAIN_VERSION, MODEL_FILE
 from gblm.export.onnx_model.storage import DATA_FILE, DataFile, StoredGraph
 from gblm.export.onnx_model.weights import Panels, dense_panels, is_bfloat16, packed_panels
@@ -71,10 +72,11 @@ def pack_graph(built: Path, packed: Path, output: Path) -> list[Replaced]:
         rewriter = _Rewriter(graph, reader, DataFile(stream))
         nodes = [made for node in graph.model.graph.node for made in rewriter.rewrite(node)]
         rewriter.check_complete()
-        kept = rewriter.initializers(nodes)
+        rotary = find_formula(graph)
+        kept = rewriter.initializers(nodes, rotary)
     proto = graph.model
     del proto.graph.node[:], proto.graph.initializer[:]
-    proto.graph.node.extend(nodes)
+    proto.graph.node.extend([*rotary.nodes, *nodes])
     proto.graph.initializer.extend(kept)
     proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
     (output / MODEL_FILE).write_bytes(proto.SerializeToString())
@@ -124,10 +126,12 @@ class _Rewriter:
                 f"{self.graph.folder}: the graph has no MatMul by the weight of {missing[0]}."
             )
 
-    def initializers(self, nodes: list[Any]) -> list[Any]:
+    def initializers(self, nodes: list[Any], rotary: Formula) -> list[Any]:
         """What the nodes use: what was made, and the rest of the old ones."""
-        used = {name for node in nodes for name in node.input}
-        kept = []
+        from onnx import numpy_helper
+
+        used = {name for node in nodes for name in node.input} - set(rotary.tables)
+        kept = [numpy_helper.from_array(array, name) for name, array in rotary.constants]
         for name, tensor in self.graph.tensors.items():
             if name in used:
                 raw = self.graph.raw(name)

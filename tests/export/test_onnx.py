@@ -160,6 +160,23 @@ def test_onnxruntime_genai_generates_the_same_tokens(sparse: Path, tmp_path: Pat
     assert found == expected[: len(found)]
 
 
+def test_rotary_tables_are_computed_once_when_the_graph_is_loaded(
+    sparse: Path, tmp_path: Path
+) -> None:
+    stored = {node.op_type for node in StoredGraph(sparse).model.graph.node}
+    assert stored >= {"Range", "Cos", "Sin", "GroupQueryAttention"}
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "loaded.onnx")
+    onnxruntime.InferenceSession(
+        sparse / "model.onnx", runtime.register(options), providers=["CPUExecutionProvider"]
+    )
+    loaded = onnx.load(tmp_path / "loaded.onnx", load_external_data=False)
+    assert not {node.op_type for node in loaded.graph.node} & {"Range", "Cos", "Sin"}
+
+
 def test_cache_has_the_shape_that_other_tools_need(sparse: Path) -> None:
     graph = StoredGraph(sparse).model.graph
     values = [v for v in (*graph.input, *graph.output) if "past" in v.name or "present" in v.name]
@@ -212,7 +229,7 @@ def test_float32_checkpoint_is_refused_when_sparse(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        (Wanted("cpu", "fp16"), "ONNX Runtime cannot run it: its CPU provider has no"),
+        (Wanted("cpu", "fp16"), "ONNX Runtime cannot run it: the model builder's float16"),
         (Wanted("cpu", "bf16"), "no MatMul for bfloat16. Choose from fp32, int8, int4"),
         (Wanted("portable", "int4"), "use --target cpu"),
         (Wanted("cuda", sparse=True), "has no CUDA kernel yet"),
