@@ -13,7 +13,11 @@ namespace {
 int64_t pack_width(const Panels& p, int64_t tokens) {
   return skips_zeros(p, tokens) ? kSkipWidth : tile_width(tokens);
 }
-int64_t panels_per_task(const Panels&, int64_t, int64_t) { return kSkipPanels; }
+// Few tokens: long pieces, for what is asked ahead at the end of one belongs to another thread.
+int64_t panels_per_task(const Panels& p, int64_t tokens, int64_t threads) {
+  const int64_t half = (p.count + 2 * threads - 1) / (2 * threads);
+  return tokens <= kMaxDecode ? larger(kSkipPanels, half) : kSkipPanels;
+}
 int64_t packed_bytes(const Panels& p, int64_t tokens) {
   const int64_t padded = round_up(tokens, pack_width(p, tokens));
   return padded * p.blocks * kColumns * (p.values == GBLM_BF16 ? 2 : 1);
