@@ -1,15 +1,13 @@
 """Tokens per second in vLLM: dense, our dense controls, sparse weights, vLLM's int8 and int4.
 
     python benchmarks/decoding.py [--shape tinyllama|smollm2] [--threads 1] [--compiled]
-        [--rounds 5] [--only NAME …] [--add] [--llama-cpp PYTHON]
+        [--rounds 5] [--only NAME …] [--llama-cpp PYTHON]
 
 The 1.1B shape has random weights: speed does not depend on them. Every engine is a process of its
 own; a few at a time stay loaded, always beside the baseline, so that one round runs each of them
 once and what disturbs the machine disturbs all alike. Ratios are taken within a round; the record
 holds their median and all rounds. With a Python that has llama-cpp-python, its BF16, Q8_0 and Q4_0
-are rows, too. Writes benchmarks/results/decoding-[smollm2-]<threads>-<eager|compiled>.json; with
---add its other rows stay, and those that are new say when they were measured, beside the same
-baseline.
+are rows, too. Writes benchmarks/results/decoding-[smollm2-]<threads>-<eager|compiled>.json.
 """
 
 from __future__ import annotations
@@ -243,16 +241,6 @@ def bits_per_weight(folder: Path) -> float:
     return 8 * sum(g["bytes"] for g in groups) / sum(g["weights"] for g in groups)
 
 
-def add(record: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """A record with the rows of another run of the same work, but its own baseline."""
-    rows = {name: case for name, case in more["cases"].items() if name != BASELINE}
-    run = {key: more[key] for key in ("provenance", "rounds", "load_average_at_start")}
-    merged = record | {"added": [*record.get("added", []), run | {"names": list(rows)}]}
-    for key in ("cases", "bits_per_weight"):
-        merged[key] = record[key] | {name: more[key][name] for name in rows}
-    return merged
-
-
 def llama_cpp_version(python: str | None) -> str | None:
     """Version of llama-cpp-python in another environment."""
     if python is None:
@@ -269,7 +257,6 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="torch.compile, as vLLM's default")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", default=[], help="names of cases besides the baseline")
-    parser.add_argument("--add", action="store_true", help="keep the other rows of the record")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "gblm-shapes")
     parser.add_argument("--llama-cpp", metavar="PYTHON", help="one that has llama-cpp-python")
     parser.add_argument("--engine", help=argparse.SUPPRESS)
@@ -300,8 +287,6 @@ def main() -> None:
     }  # fmt: skip
     name = "" if shape == SHAPES[0] else f"{shape}-"
     path = RESULTS / f"decoding-{name}{threads}-{record['mode']}.json"
-    if chosen.add:
-        record = add(json.loads(path.read_text(encoding="utf-8")), record)
     path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
