@@ -140,6 +140,8 @@ class SparseLinearMethod(LinearMethodBase):
             parts = {part: getattr(layer, part).data for part in self.fmt.parts}
             if self.fmt.values.has_zeros:
                 parts["values"] = self._narrowed(parts["values"])
+            elif self.fmt.values.is_fp8:
+                refuse_unloaded(self.name, parts["values"])
             elif not self.fmt.values.is_float:
                 self._refuse_unloaded_rows(parts["values"])
             return parts
@@ -219,8 +221,10 @@ def refuse_unloaded(name: str, values: Tensor) -> None:
     Raises:
         CheckpointError: there is a NaN.
     """
-    # amax gives NaN when there is one, and needs no memory for an answer per value.
-    if values.numel() and bool(values.amax().isnan()):
+    # amax gives NaN when there is one, and needs no memory for an answer per value; PyTorch has
+    # none for floats of 8 bits.
+    few_bits = values.dtype.itemsize == 1
+    if values.numel() and bool(values.isnan().any() if few_bits else values.amax().isnan()):
         raise CheckpointError(f"{name}: values are missing in the checkpoint, or NaN.")
 
 
