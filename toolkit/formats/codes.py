@@ -12,7 +12,8 @@ from gblm.scales import FP8_DTYPE
 from gblm.values import ValueType
 from gblm.weights import SparseWeight
 
-FP8_MINUS_ZERO = 0x80
+# PyTorch has few operators for these floats: their bits are looked at. NaN has either sign.
+FP8_MINUS_ZERO, FP8_NAN = 0x80, 0x7F
 
 
 def stored_codes(weight: SparseWeight) -> Tensor:
@@ -32,13 +33,18 @@ def spread(zeros: Tensor, columns: int) -> Tensor:
     return zeros.view(torch.int8).repeat_interleave(columns // zeros.shape[1], dim=1)
 
 
+def holds_nan(codes: Tensor) -> bool:
+    """Whether one of some fp8 codes is none."""
+    return bool((codes.view(torch.uint8) & FP8_NAN == FP8_NAN).any())
+
+
 def check_range(name: str, weight: SparseWeight, values: ValueType) -> None:
     """Raise PatternError when a weight's codes or zero points are none of the value type's."""
     codes = stored_codes(weight)
     if values.code_dtype != codes.dtype:
         raise PatternError(f"{name}: codes are {codes.dtype}; {values.kind} has others.")
     if values.is_fp8:
-        if bool(codes.isnan().any()):
+        if holds_nan(codes):
             raise PatternError(f"{name}: a code is NaN, which fp8 values may not be.")
         return
     low, high = int(codes.min()), int(codes.max())
@@ -63,7 +69,7 @@ def check_groups(name: str, parts: Mapping[str, Tensor], values: ValueType) -> N
 
 def check_codes(name: str, parts: Mapping[str, Tensor], values: ValueType) -> None:
     """Raise CheckpointError when codes from a file are none; of integers every one is."""
-    if values.is_fp8 and bool(parts["values"].isnan().any()):
+    if values.is_fp8 and holds_nan(parts["values"]):
         raise CheckpointError(
             f"{name}.values: holds NaN (0x7F or 0xFF), which fp8 values may not. The file is "
             "damaged."
