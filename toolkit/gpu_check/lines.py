@@ -44,7 +44,10 @@ class Line:
         if value is not None:
             met = value <= self.bound if self.at_most else value >= self.bound
             state = "met" if met else "missed"
-        return {"line": self.text, "bound": self.bound, "value": value, "state": state}
+        return {
+            "line": self.text, "bound": self.bound, "at_most": self.at_most, "value": value,
+            "state": state,
+        }  # fmt: skip
 
 
 def _rows(sections: Sections, name: str) -> Rows:
