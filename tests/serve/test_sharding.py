@@ -152,7 +152,7 @@ def test_parts_that_were_never_loaded_are_refused(
 
 ARRIVALS = [("dense/dense", "2:4"), ("dense/dense", "0.5"), ("dense/dense", "none"),
             ("bitmask/0.5", "2:4"), ("bitmask/0.5/int8:64", "2:4"),
-            ("bitmask/0.5/int8:row", "0.5")]  # fmt: skip
+            ("bitmask/0.5/int8:row", "0.5"), ("bitmask/0.5/fp8:row", "2:4")]  # fmt: skip
 
 
 def arriving(spec: str, zeros: str, shape: tuple[int, int]) -> tuple[Format, SparseWeight]:
