@@ -16,7 +16,7 @@ from gblm.weights import SparseWeight
 FORMATS = [("nm", "2:4"), ("nm", "4:8"), ("nm", "1:4"), ("bitmask", "0.5"), ("bitmask", "0.9"),
            ("dense", "dense")]  # fmt: skip
 SHAPES = [(48, 64), (5, 24), (70, 8192)]
-KINDS = ("int8:row", "int4:row", "int8:64", "int4:64", "uint4:row", "uint4:64", "fp8:row", "fp8:64")
+KINDS = ("int8:row", "int4:row", "int8:64", "int4:64", "uint4:row", "uint4:64", "fp8:64")
 INTEGERS = [(values, shape) for values in KINDS
             for shape in SHAPES if values.endswith("row") or shape[1] % 64 == 0]  # fmt: skip
 CPU = torch.device("cpu")
