@@ -18,7 +18,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gblm.kernels.triton import kernels
-from gblm.kernels.triton.launch import ADDED, COMPILER, DENSE, WARPS, Blocks, Stored, blocks, sized
+from gblm.kernels.triton.launch import (
+    ADDED,
+    COMPILER,
+    DENSE,
+    KINDS,
+    WARPS,
+    Blocks,
+    Stored,
+    blocks,
+    sized,
+)
 from gblm.provenance import provenance
 
 RECORD = RESULTS / "triton-code.json"
@@ -43,7 +53,7 @@ class Case:
     @property
     def label(self) -> str:
         """Kernel, pattern, value type, tokens."""
-        names = {16: "float", 8: "int8", 4: "int4", 14: "uint4"}
+        names = {number: name for name, number in KINDS.items()}
         kind = names[self.stored.kind] + (f":{self.stored.group}" if self.stored.group else "")
         pattern = "2:4" if self.stored.two_four else "any"
         what = (
@@ -89,6 +99,7 @@ LIMITS = {
     case(False, 16, 0, 1): Limits(64, 16.8),
     case(False, 14, 32, 16): Limits(120, 31.0),
     case(True, 4, 128, 1): Limits(72, 9.4),
+    case(True, 28, 128, 1): Limits(72, 9.9),
     case(False, 16, 0, 0): Limits(40, 0),
 }
 CASES = [
@@ -102,6 +113,9 @@ CASES = [
     case(False, 8, 128, 1),
     case(False, 4, 128, 1),
     case(True, 4, 128, 0),
+    case(True, 28, 0, 16),
+    case(True, 28, 128, 1, float16=True),
+    case(False, 28, 128, 1),
 ]
 
 
@@ -141,7 +155,7 @@ def compile_shares(target: GPUTarget) -> Any:
 
 def _types(one: Case) -> dict[str, str]:
     number = "*fp16" if one.float16 else "*bf16"
-    values = {8: "*i16", 16: "*i32"} if one.stored.two_four else {8: "*i8", 16: number}
+    values = {8: "*i16", 16: "*i32", 28: "*i16"} if one.stored.two_four else {8: "*i8", 16: number}
     return {
         "x": "*i64", "values": values.get(one.stored.kind, "*u8"), "words": "*i32",
         "starts": "*i16", "begins": "*i64", "scales": "*bf16", "zeros": "*u8",

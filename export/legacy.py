@@ -1,6 +1,7 @@
 """Convert checkpoints that compressed-tensors wrote into packed folders of ours, bit for bit.
 
-Only fp8 codes may be rounded, by who asks for it: their products with the scales become bfloat16.
+Of fp8 codes, which CPUs do not multiply with, the products with their scales may be stored instead,
+rounded to bfloat16, by who asks for it.
 
 It dropped its sparse formats, and vLLM and transformers dropped them with it, so nothing else reads
 these files. The way back is `gblm.export.legacy_write`. Never prunes.
@@ -92,7 +93,8 @@ def import_legacy(
         output: the folder to make.
         overwrite: replace an existing folder.
         progress: for a progress bar.
-        rounds: round fp8 codes times scales to bfloat16 where they have no exact value.
+        rounds: store fp8 codes times scales as bfloat16, rounded where they have no exact value;
+            else codes stay codes where their scales fit, or products must be exact.
 
     Returns:
         The sparsity report; with `rounds` it says what was rounded to.
@@ -102,7 +104,7 @@ def import_legacy(
         InputError: there is nothing to pack, or fp8 codes have no exact values.
         UsageError: there is nothing to round.
     """
-    open_folder = partial(LegacyReader, rounds=rounds)
+    open_folder = partial(LegacyReader, rounds=rounds, keeps_fp8=not rounds)
     with open_folder(folder) as reader:
         rounded = _rounded(reader) if rounds else {}
         model = StreamedLayers(reader).model

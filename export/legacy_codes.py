@@ -39,6 +39,7 @@ class Scaling:
         grouped: whether config.json says so, and not that it is the whole row.
         bits: of an integer code, 8 or 4.
         rounds: whether fp8 products may be rounded to ROUNDED.
+        keeps: whether fp8 codes stay codes; see `fits`.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Scaling:
     grouped: bool = False
     bits: int = 8
     rounds: bool = False
+    keeps: bool = False
 
     @classmethod
     def of(
@@ -84,10 +86,10 @@ class Scaling:
 
     @property
     def values(self) -> ValueType:
-        """How we store the codes: integers as codes, fp8 as the floats that they stand for."""
-        if self.codes == FP8:
+        """How we store the codes: as codes, or those of fp8 as the floats that they stand for."""
+        if self.becomes_floats:
             return FLOAT
-        kind: Kind = "int4" if self.bits == 4 else "int8"
+        kind: Kind = "fp8" if self.codes == FP8 else "int4" if self.bits == 4 else "int8"
         if self.grouped and self.columns in GROUP_SIZES:
             return ValueType(kind, self.columns)
         if self.groups > 1:
@@ -96,6 +98,16 @@ class Scaling:
                 f"{self.name}: groups of {self.columns} columns cannot be stored; {sizes} can."
             )
         return ValueType(kind, ROW)
+
+    @property
+    def becomes_floats(self) -> bool:
+        """Whether the codes are multiplied out."""
+        return self.codes == FP8 and not self.keeps
+
+    def fits(self, stored: Tensor) -> bool:
+        """Whether our value types hold these scales as they are; they may be none, see `check`."""
+        storable = self.groups == 1 or (self.grouped and self.columns in GROUP_SIZES)
+        return storable and torch.equal(stored.to(SCALE_DTYPE).double(), stored.double())
 
     @property
     def floating(self) -> torch.dtype:
@@ -109,7 +121,7 @@ class Scaling:
             CheckpointError: a scale is not positive.
             InputError: our value type cannot hold it.
         """
-        if self.codes == FP8:
+        if self.becomes_floats:
             self.scales(stored, rows)
         else:
             self._own_scales(stored, rows)
@@ -122,7 +134,7 @@ class Scaling:
         return scales
 
     def weight(self, codes: Tensor, mask: Tensor, stored: Tensor) -> SparseWeight:
-        """The weight in our value type: codes without loss, fp8 as `floats` gives it.
+        """The weight in our value type: codes without loss, or fp8 as `floats` gives it.
 
         Args:
             codes: [out, in] of dtype `codes`.
@@ -132,10 +144,10 @@ class Scaling:
         Raises:
             InputError: our value type cannot hold it exactly.
         """
-        if self.codes == FP8:
+        if self.becomes_floats:
             return SparseWeight(self.floats(codes, stored), mask)
         scales = self._own_scales(stored, len(codes))
-        return SparseWeight.from_codes(codes, scales, mask, self.dtype)
+        return SparseWeight.from_codes(codes, scales, mask, self.floating)
 
     def floats(self, codes: Tensor, stored: Tensor) -> Tensor:
         """Codes times scales, [out, in], `floating`.

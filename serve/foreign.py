@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gblm.checkpoint.reader import Reader
 from gblm.export.legacy import packable
 from gblm.export.legacy_bitmask import ANY_MASK
-from gblm.export.legacy_codes import ROUNDING
+from gblm.export.legacy_codes import FP8, ROUNDING
 from gblm.export.legacy_reader import LegacyReader
 from gblm.export.pack import MIN_SPARSITY, find_pattern
 from gblm.folder import legacy_format, quant_method, read_config, resolve
@@ -51,6 +52,7 @@ class Foreign:
         owners: the dense tensor that a stored one is a part of.
         unused: stored tensors that are not needed.
         stamp: another one when a file of weights has changed; the formats are found from them.
+        keeps_fp8: whether fp8 codes arrive as codes where their scales fit.
     """
 
     source: str
@@ -59,6 +61,7 @@ class Foreign:
     owners: Mapping[str, str]
     unused: frozenset[str]
     stamp: str = ""
+    keeps_fp8: bool = False
 
     @classmethod
     def open(cls, source: str, revision: str | None = None) -> Foreign:
@@ -70,12 +73,13 @@ class Foreign:
 
         Raises:
             GblmError: whatever `gblm export legacy` or `gblm export pack` refuses before it reads
-                weights, and scales that codes cannot be served with. fp8 codes are rounded.
+                weights, and scales that codes cannot be served with. fp8 codes stay codes where
+                PyTorch is built for GPUs and their scales fit; else they are rounded.
         """
-        folder = resolve(source, revision)
+        folder, keeps = resolve(source, revision), built_for_gpus()
         if quant_method(read_config(folder)) is None:
             return cls(source, revision, _plain(folder), {}, frozenset(), _stamp(folder))
-        with LegacyReader(folder, rounds=True) as reader:
+        with LegacyReader(folder, rounds=True, keeps_fp8=keeps) as reader:
             reader.refuse_unlisted()
             names = packable(reader, tuple(prunable(StreamedLayers(reader).model)))
             formats = {name: _legacy_format(reader, name) for name in names}
@@ -85,7 +89,7 @@ class Foreign:
                     fmt.check_shape(name, (rows, columns))
             _check_scales(reader, formats)
             unused = frozenset(reader.unused)
-            return cls(source, revision, formats, reader.owners, unused, _stamp(folder))
+            return cls(source, revision, formats, reader.owners, unused, _stamp(folder), keeps)
 
     def format_of(self, module: str) -> Format | None:
         """The format that a module's weight arrives in; None when it is not packed."""
@@ -114,7 +118,8 @@ class Foreign:
             elif owner not in done:
                 done.add(owner)
                 if reader is None:
-                    reader = LegacyReader(resolve(self.source, self.revision), rounds=True)
+                    folder = resolve(self.source, self.revision)
+                    reader = LegacyReader(folder, rounds=True, keeps_fp8=self.keeps_fp8)
                 yield from self._read(reader, owner)
                 reader.release()
 
@@ -126,6 +131,11 @@ class Foreign:
             return
         for part, tensor in fmt.pack(module, reader.weight(module)).items():
             yield f"{module}.{part}", tensor
+
+
+def built_for_gpus() -> bool:
+    """Whether vLLM serves on GPUs here: its builds for CPUs come with a PyTorch for CPUs."""
+    return torch.version.cuda is not None or torch.version.hip is not None
 
 
 def is_plain(fmt: Format) -> bool:
@@ -199,7 +209,10 @@ def _check_scales(reader: LegacyReader, formats: Mapping[str, Format]) -> None:
     for name in reader.scalings:
         if name.removesuffix(".weight") not in formats:
             reader.tensor(name)
-    if reader.has_fp8:
+    if any(
+        own.codes == FP8 and not (own.keeps and name.removesuffix(".weight") in formats)
+        for name, own in reader.scalings.items()
+    ):
         logger.warning("%s: %s.", reader.folder, ROUNDING)
 
 

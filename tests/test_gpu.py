@@ -78,7 +78,9 @@ def test_two_devices_share_the_samples(tiny: Path, text_file: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 16, 17, 64, 65])
-@pytest.mark.parametrize("values", ["float", "int8:row", "int8:128", "int4:32", "uint4:128"])
+@pytest.mark.parametrize(
+    "values", ["float", "int8:row", "int8:128", "int4:32", "uint4:128", "fp8:128"]
+)
 @pytest.mark.parametrize(("name", "pattern"), [("nm", "2:4"), ("bitmask", "0.5")])
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if BACKENDS[b].needs == "cuda"])
 def test_linears_on_the_gpu_equal_the_float64_product(

@@ -34,7 +34,8 @@ Pack = Callable[..., Path]
 Run = Callable[..., Outcome]
 CASES = [("2:4", "int8"), ("2:4", "int4:32"), ("0.5", "int8:row"), ("0.5", "int4"),
          ("dense", "int8"), ("dense", "int4:64"), ("dense", "float"), ("2:4", "uint4:32"),
-         ("0.5", "uint4"), ("0.7", "uint4:row"), ("dense", "uint4:64")]  # fmt: skip
+         ("0.5", "uint4"), ("0.7", "uint4:row"), ("dense", "uint4:64"), ("2:4", "fp8:32"),
+         ("0.5", "fp8:row")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("pattern", "values"), CASES)
@@ -52,7 +53,7 @@ def test_packed_model_equals_its_dense_export(
 
 
 @pytest.mark.parametrize(
-    ("pattern", "values"), [("2:4", "int8"), ("0.5", "int4"), ("0.5", "uint4")]
+    ("pattern", "values"), [("2:4", "int8"), ("0.5", "int4"), ("0.5", "uint4"), ("2:4", "fp8")]
 )
 def test_codes_and_scales_are_never_cast(pack_tiny: Pack, pattern: str, values: str) -> None:
     folder = pack_tiny("wanda", pattern, values)
@@ -63,11 +64,20 @@ def test_codes_and_scales_are_never_cast(pack_tiny: Pack, pattern: str, values: 
             stored = packed.parts(name)
             for part, tensor in zip(linear.fmt.parts, module.prepared, strict=True):
                 assert tensor.dtype == stored[part].dtype
-                assert torch.equal(tensor, stored[part])
+                assert torch.equal(tensor.view(torch.uint8), stored[part].view(torch.uint8))
     assert model(input_ids=torch.arange(4).reshape(1, 4)).logits.dtype == torch.float32
 
 
-@pytest.mark.parametrize("values", ["int8", "int4:32", "uint4:32"])
+def test_onnx_refuses_to_keep_fp8_packed(pack_tiny: Pack) -> None:
+    from gblm.export.onnx_model.weights import packed_panels
+
+    with PackedReader(pack_tiny("wanda", "2:4", "fp8:32")) as packed:
+        name = next(iter(packed.linears))
+        with pytest.raises(InputError, match=rf"{name}: fp8 values are for GPUs.*--values int8"):
+            packed_panels(packed, [name])
+
+
+@pytest.mark.parametrize("values", ["int8", "int4:32", "uint4:32", "fp8:32"])
 @pytest.mark.parametrize("pattern", ["2:4", "0.5"])
 def test_codes_are_those_of_the_kept_source_weights(
     tiny: Path, pack_tiny: Pack, pattern: str, values: str
@@ -76,7 +86,7 @@ def test_codes_are_those_of_the_kept_source_weights(
         for name, linear in packed.linears.items():
             found = linear.fmt.unpack(packed.parts(name))
             want = quantize(dense.tensor(f"{name}.weight"), found.mask, linear.fmt.values)
-            assert torch.equal(found.codes, want.codes)
+            assert torch.equal(found.codes.view(torch.int8), want.codes.view(torch.int8))
             assert torch.equal(found.scales, want.scales)
             assert found.zeros is want.zeros is None or torch.equal(found.zeros, want.zeros)
 
@@ -117,7 +127,8 @@ def test_float_folders_do_not_mention_values(pack_tiny: Pack) -> None:
     ("pattern", "values", "bits"),
     [("2:4", "int8:64", 4 + 1 + 16 / 64), ("2:4", "int4:64", 2 + 1 + 16 / 64),
      ("dense", "int8:64", 8 + 16 / 64), ("dense", "int4:64", 4 + 16 / 64),
-     ("2:4", "uint4:64", 2 + 1 + 24 / 64), ("dense", "uint4:64", 4 + 24 / 64)],
+     ("2:4", "uint4:64", 2 + 1 + 24 / 64), ("dense", "uint4:64", 4 + 24 / 64),
+     ("2:4", "fp8:64", 4 + 1 + 16 / 64)],
 )  # fmt: skip
 def test_bits_per_weight_count_masks_codes_and_scales(
     pack_tiny: Pack, pattern: str, values: str, bits: float
@@ -140,7 +151,7 @@ def test_inspect_counts_kept_codes_of_padded_rows(pack_tiny: Pack, values: str) 
     assert group["sparsity"] == pytest.approx(0.7, abs=1e-3)
 
 
-@pytest.mark.parametrize("values", ["int8", "int4", "uint4"])
+@pytest.mark.parametrize("values", ["int8", "int4", "uint4", "fp8"])
 def test_any_dense_folder_packs_as_dense(tiny: Path, tmp_path: Path, values: str) -> None:
     report = export_pack(tiny, tmp_path / "out", pattern="dense", values=values)
     verify(tmp_path / "out")
@@ -149,7 +160,8 @@ def test_any_dense_folder_packs_as_dense(tiny: Path, tmp_path: Path, values: str
         for name, linear in packed.linears.items():
             assert linear.fmt.name == "dense"
             found, source = linear.fmt.unpack(packed.parts(name)), dense.tensor(f"{name}.weight")
-            assert torch.equal(found.codes, quantize(source, found.mask, linear.fmt.values).codes)
+            want = quantize(source, found.mask, linear.fmt.values)
+            assert torch.equal(found.codes.view(torch.int8), want.codes.view(torch.int8))
 
 
 def test_dense_float_packing_keeps_every_bit(tiny: Path, tmp_path: Path) -> None:
@@ -186,7 +198,9 @@ def test_weights_without_whole_groups_are_refused_before_anything_runs(
      ("uint4", "scale", r"up_proj\.scales: row 0, group 0 is nan"),
      ("uint4", "zero", r"up_proj\.zeros: row 1, group 0 is 16; zero points are 0 to 15"),
      ("uint4", "signed", r"up_proj\.zeros: is .* torch.int8, but"),
-     ("uint4", "without zeros", "part 'zeros'")],
+     ("uint4", "without zeros", "part 'zeros'"),
+     ("fp8", "nan", r"up_proj\.values: holds NaN \(0x7F or 0xFF\)"),
+     ("fp8", "bytes", r"up_proj\.values: is .* torch.uint8, but .* needs .* torch.float8_e4m3fn")],
 )  # fmt: skip
 def test_damaged_codes_are_named_at_load(
     pack_tiny: Pack, tmp_path: Path, values: str, damage: str, match: str
@@ -200,6 +214,10 @@ def test_damaged_codes_are_named_at_load(
         tensors[f"{name}.zeros"][1, 0] = 16
     elif damage == "signed":
         tensors[f"{name}.zeros"] = tensors[f"{name}.zeros"].to(torch.int8)
+    elif damage == "nan":
+        tensors[f"{name}.values"].view(torch.uint8)[0, 0] = 0xFF
+    elif damage == "bytes":
+        tensors[f"{name}.values"] = tensors[f"{name}.values"].view(torch.uint8)
     elif damage == "without zeros":
         del tensors[f"{name}.zeros"]
     elif damage == "scale":
@@ -244,4 +262,4 @@ def test_values_on_the_command_line(gblm: Run, tiny: Path, tmp_path: Path) -> No
     assert gblm("verify", packed).code == 0
     done = gblm("prune", tiny, "--group-size", "32", "--output", tmp_path / "no")
     assert done.code == 2
-    assert "--group-size goes with --values int8, int4 or uint4" in done.err
+    assert "--group-size goes with --values int8, int4, uint4 or fp8" in done.err

@@ -36,7 +36,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": {"cache", "errors", "formats"},
     "layers": {"checkpoint", "errors", "model"},
     "ranks": {"errors"},
-    "calibrate": {"checkpoint", "errors", "folder", "layers", "model", "ranks", "weights"},
+    "calibrate": {
+        "checkpoint", "errors", "folder", "layers", "model", "ranks", "scales", "weights",
+    },
     "loop": {"calibrate", "choices", "errors", "layers", "methods", "scales", "values", "weights"},
     "statistics": {
         "calibrate", "data", "layers", "methods", "model", "progress", "ranks", "recipe",

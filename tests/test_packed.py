@@ -133,3 +133,9 @@ def test_log_names_for_each_backend_why_better_ones_refused(
         "gblm: 2 linears run on backend cpu (packed in memory)",
         "gblm: 1 linears run on backend dense (expanded at load); refused: cpu: odd",
     ]
+    caplog.clear()
+    log_choice([(BACKENDS["triton"], ["delta: odd", "triton: values as others"])] * 2)
+    assert caplog.messages == [
+        "gblm: 2 linears run on backend triton (packed in memory; values as others); "
+        "refused: delta: odd",
+    ]

@@ -198,7 +198,7 @@ def test_gptq_is_rounding_with_the_dense_pattern(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rounding": "obs"}, "integer values"),
+        ({"rounding": "obs"}, "goes with codes"),
         ({"reconstruct": {}, "calibration": None}, "calibration text"),
         ({"reconstruct": {}, "calibration": {"prefix": "dense"}}, "prefix"),
         ({"reconstruct": {"epochs": 0}}, "epochs"),
@@ -254,7 +254,7 @@ def test_refit_needs_something_that_was_pruned(recipe: Recipe, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--rounding", "obs"), "recipe: rounding obs goes with integer values: give values int8"),
+        (("--rounding", "obs"), "recipe: rounding obs goes with codes: give values int8"),
         (
             ("--reconstruct", 1, "--prefix", "dense"),
             "recipe: reconstruct trains on what the pruned",

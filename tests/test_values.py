@@ -21,7 +21,8 @@ INT8 = ValueType("int8", ROW)
     [("float", FLOAT), ("int8", ValueType("int8", AUTO)), ("int8:auto", ValueType("int8", AUTO)),
      ("int8:128", ValueType("int8", 128)), ("int4:row", ValueType("int4", ROW)),
      ("uint4:128", ValueType("uint4", 128)), ("uint4", ValueType("uint4", AUTO)),
-     ("uint4:row", ValueType("uint4", ROW))],
+     ("uint4:row", ValueType("uint4", ROW)), ("fp8:128", ValueType("fp8", 128)),
+     ("fp8", ValueType("fp8", AUTO))],
 )  # fmt: skip
 def test_specs_are_read_and_written(text: str, values: ValueType) -> None:
     assert parse_values(text) == values
@@ -31,7 +32,7 @@ def test_specs_are_read_and_written(text: str, values: ValueType) -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "int3", "int8:0", "int8:", "int8:7", "int8:12800", "float:128", "float:auto", "INT8",
-     "int8:128/..", "int8 ", "bf16", "int4:-1", "uint8", "uint4:7", "uint4:0"],
+     "int8:128/..", "int8 ", "bf16", "int4:-1", "uint8", "uint4:7", "uint4:0", "fp8:7", "fp8e5"],
 )  # fmt: skip
 def test_bad_specs_are_refused(text: str) -> None:
     with pytest.raises(PatternError, match=r"values .* are unknown|group"):
@@ -87,7 +88,7 @@ def test_every_kept_weight_becomes_the_nearest_code_of_its_group(
 def assert_codes_in_range(found: SparseWeight, limit: int) -> None:
     """Symmetric, or 0 to the limit once the zero point is added."""
     if found.zeros is None:
-        assert int(found.codes.abs().max()) <= limit
+        assert float(found.codes.float().abs().max()) <= limit
         return
     assert found.zeros.dtype == torch.uint8
     assert found.zeros.shape == found.scales.shape
@@ -110,7 +111,7 @@ def squared_error(
 
 @settings(max_examples=100, deadline=None)
 @given(
-    kind=st.sampled_from(["int8", "int4", "uint4"]),
+    kind=st.sampled_from(["int8", "int4", "uint4", "fp8"]),
     size=st.sampled_from([32, 64, ROW]),
     density=st.sampled_from([0.02, 0.5, 1.0]),
     weighted=st.booleans(),
@@ -132,7 +133,7 @@ def test_searched_scales_never_have_a_larger_squared_error(
     assert bool((found.scales <= nearest.scales).all())
     assert bool((found.scales > 0).all())
     assert_codes_in_range(found, limit or values.limit)
-    assert not found.codes[~mask].any()
+    assert not found.codes.float()[~mask].any()
 
 
 @pytest.mark.parametrize(
@@ -207,7 +208,7 @@ def test_groups_of_zeros_have_scale_one() -> None:
     assert int(found.is_zero.sum()) == 127
 
 
-@pytest.mark.parametrize("kind", ["int8", "uint4"])
+@pytest.mark.parametrize("kind", ["int8", "uint4", "fp8"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_has_no_code_is_refused(bad: float, kind: Kind) -> None:
     weight, values = torch.ones(2, 8), ValueType(kind, ROW)
@@ -287,3 +288,47 @@ def test_codes_and_scales_go_along_when_a_weight_is_cut_joined_or_cast(kind: Kin
     assert half.scales.dtype == torch.bfloat16
     assert half.zeros is whole.zeros
     assert torch.equal(half.weight, whole.weight.bfloat16())
+
+
+def e4m3_codes() -> torch.Tensor:
+    """Every value of E4M3 in order, from its definition; [253] float64."""
+    mantissa, exponent = torch.arange(8).double() / 8, torch.arange(1, 16).double().unsqueeze(1)
+    normal = ((1 + mantissa) * 2.0 ** (exponent - 7)).reshape(-1)[:-1]
+    positive = torch.cat([mantissa[1:] * 2.0**-6, normal])
+    return torch.cat([-positive.flip(0), torch.zeros(1), positive])
+
+
+def test_weights_become_the_nearest_fp8_code_ties_to_even() -> None:
+    codes = e4m3_codes()
+    assert len(codes) == 253
+    assert codes[-1] == 448
+    middles = (codes[1:] + codes[:-1]) / 2
+    ends = torch.tensor([-448.0, 448.0])
+    weights = torch.cat([codes, middles, middles * 1.001, middles * 0.999, ends]).float()
+    found = quantize(weights.unsqueeze(0), torch.ones(1, len(weights), dtype=torch.bool),
+                     ValueType("fp8", ROW))  # fmt: skip
+    assert found.scales.item() == 1
+    distance = (weights.double().unsqueeze(1) - codes).abs()
+    least = distance.min(dim=1, keepdim=True).values
+    got = found.codes.double()[0]
+    assert torch.equal((weights.double() - got).abs(), least.squeeze(1))
+    # Of two that are equally near, the one whose last bit is zero.
+    ties = (distance == least).sum(dim=1) == 2
+    assert int(ties.sum()) == len(middles)
+    bits = found.codes.view(torch.uint8)[0]
+    assert not (bits[ties] & 1).any()
+    assert not (bits == 0x80).any()
+
+
+def test_the_scale_of_fp8_reaches_the_largest_weight() -> None:
+    weight = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
+    mask = torch.rand(3, 128, generator=torch.Generator().manual_seed(1)) < 0.5
+    found = quantize(weight, mask, ValueType("fp8", 64))
+    largest = (weight * mask).reshape(3, 2, 64).abs().amax(dim=-1)
+    assert torch.equal(found.scales, (largest / 448).bfloat16())
+    step = found.scales.float().repeat_interleave(64, dim=1)
+    exact = (found.codes.double() * step.double()).float()
+    assert torch.equal(found.weight, exact)
+    # Half a last bit of three, or half the smallest code.
+    bound = torch.maximum((weight * mask).abs() / 16, step * 2.0**-10) * 1.001
+    assert bool((((weight * mask) - exact).abs() <= bound).all())

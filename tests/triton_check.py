@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gpu_cases import product, weight_of
+from gpu_cases import fp8_codes, product, weight_of
 
 from gblm.formats import Format, make_format
 from gblm.kernels.triton.backend import Triton
@@ -36,6 +36,8 @@ VALUES = [
     ("uint4:row", (6, 1096), BF16),
     ("uint4:32", (17, 160), FP16),
     ("uint4:64", (35, 192), BF16),
+    ("fp8:row", (9, 136), FP16),
+    ("fp8:64", (5, 192), BF16),
 ]
 # Patterns, and every how many-th of VALUES they meet: other masks take the same way as 0.5.
 PATTERNS = [("nm", "2:4", 1), ("bitmask", "0.5", 1), ("nm", "4:8", 3), ("bitmask", "0.9", 4)]
@@ -163,6 +165,22 @@ def test_every_code_is_widened_exactly(
         for x in (eye, eye.expand(2, 512)):
             got = backend.linear(x, prepared, fmt, shape)
             assert torch.equal(got, placed[:, column].to(dtype).expand(len(x), 16))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize(("name", "pattern"), [("nm", "2:4"), ("bitmask", "0.5")])
+def test_every_fp8_code_is_widened_exactly(name: str, pattern: str, dtype: torch.dtype) -> None:
+    fmt, (shape, codes) = make_format(name, pattern, "fp8:row"), fp8_codes()
+    mask = torch.arange(shape[1]).remainder(4).lt(2).expand(shape)
+    weight = SparseWeight.from_codes(codes, torch.ones(16, 1, dtype=BF16), mask, dtype)
+    backend = Triton(lambda _: 1)
+    prepared = backend.prepare(fmt, fmt.pack("w", weight), shape, dtype)
+    x = torch.zeros(2, shape[1], dtype=dtype)
+    assert torch.equal(backend.expand(x, prepared, fmt, shape), codes.to(dtype))
+    x[:, 505] = 1
+    for tokens in (x[:1], x):
+        got = backend.linear(tokens, prepared, fmt, shape)
+        assert torch.equal(got, codes[:, 505].to(dtype).expand(len(tokens), 16))
 
 
 def test_a_small_negative_product_is_positive_zero() -> None:

@@ -64,7 +64,10 @@ def _self_test(name: str) -> str:
     device, tested = torch.device(BACKENDS[name].needs), 0
     generator = torch.Generator().manual_seed(0)
     patterns: tuple[Pattern, ...] = (NM(2, 4), NM(4, 8), Unstructured(0.5), Dense())
-    kinds = (FLOAT, ValueType("int8", 64), ValueType("int4", 32), ValueType("uint4", 32))
+    kinds = (
+        FLOAT, ValueType("int8", 64), ValueType("int4", 32), ValueType("uint4", 32),
+        ValueType("fp8", 32),
+    )  # fmt: skip
     for pattern, values in product(patterns, kinds):
         weight = torch.randn(48, 64, generator=generator)
         sparse = SparseWeight.cut(weight, pattern.keep(weight.abs(), "row"))

@@ -168,12 +168,13 @@ class _Pruning:
         if values.is_float:
             return SparseWeight(linear.weight.detach(), mask.bool())
         groups = linear.in_features // values.group(linear.in_features)
-        codes = torch.empty_like(mask, dtype=torch.int8)
+        codes = torch.empty_like(mask, dtype=values.code_dtype)
         scales = torch.empty(len(mask), groups, device=mask.device)
         zeros = torch.empty_like(scales, dtype=ZERO_DTYPE) if values.has_zeros else None
         if own is not None and own.codes is not None and own.scales is not None:
             codes, scales, zeros = own.codes, own.scales.float(), own.zeros
-        for tensor in (codes, scales, zeros):
+        # As bytes: collectives know no floats of 8 bits.
+        for tensor in (codes.view(torch.uint8), scales, zeros):
             if tensor is not None:
                 self._ranks.broadcast_(tensor)
         scales = scales.to(SCALE_DTYPE)

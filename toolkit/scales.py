@@ -2,7 +2,8 @@
 
 A group is some consecutive columns of one row. Codes count from the zero point of their group, so
 that a weight is code · scale whether there is one or not: −limit to limit without; with a zero
-point z, −z to limit − z, which is stored as 0 to limit.
+point z, −z to limit − z, which is stored as 0 to limit. Codes are whole numbers, or the floats of
+fp8: E4M3 of the OCP 8-bit Floating Point Specification (OFP8), revision 1.0, 2023.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SCALE_DTYPE, ZERO_DTYPE = torch.bfloat16, torch.uint8
+SCALE_DTYPE, ZERO_DTYPE, FP8_DTYPE = torch.bfloat16, torch.uint8, torch.float8_e4m3fn
 # What the search multiplies the widest range with, best first on a tie.
 SHRINK = tuple(1 - 0.02 * step for step in range(21))
 # Weights that are searched at once, so that they stay in the cache.
@@ -39,10 +40,12 @@ class CodeRange:
     Attributes:
         limit: the largest one, as stored.
         zero_point: whether each group has one; else codes are symmetric.
+        fp8: whether they are floats of FP8_DTYPE, not whole numbers.
     """
 
     limit: int
     zero_point: bool = False
+    fp8: bool = False
 
     def ends(self, groups: Tensor) -> tuple[Tensor, Tensor]:
         """The least and the largest weight of groups [..., size], over `limit`; [...] float32.
@@ -73,10 +76,21 @@ class CodeRange:
             scales: float32, broadcast over `weights`.
             zeros: float32, of the same shape as `scales`; None for symmetric codes.
         """
-        weights.div_(scales).round_()
-        if zeros is None:
-            return weights.clamp_(-self.limit, self.limit)
-        return weights.clamp_(-zeros, self.limit - zeros)
+        weights.div_(scales)
+        if zeros is not None:
+            return weights.round_().clamp_(-zeros, self.limit - zeros)
+        weights.clamp_(-self.limit, self.limit)
+        return weights.copy_(nearest(weights, fp8=True)) if self.fp8 else weights.round_()
+
+
+def nearest(codes: Tensor, fp8: bool) -> Tensor:
+    """The nearest codes of floats that lie between the least and the largest, ties to even.
+
+    Args:
+        codes: float32, any shape.
+        fp8: whether codes are floats of FP8_DTYPE, not whole numbers.
+    """
+    return codes.to(FP8_DTYPE).float() if fp8 else codes.round()
 
 
 def widest_levels(groups: Tensor, codes: CodeRange) -> Levels:

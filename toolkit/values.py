@@ -1,24 +1,24 @@
-"""Value types: floats, or integer codes with group scales; and the rounding from one to the other.
+"""Value types: floats, or codes with group scales; and the rounding from one to the other.
 
 A group is `group_size` consecutive dense columns of one row; its codes stand for code · scale, or
-(code − zero) · scale where groups have zero points. Formats store all of it without loss; the only
-lossy step is the rounding.
+(code − zero) · scale where groups have zero points. Codes are integers, or floats of 8 bits (fp8).
+Formats store all of it without loss; the only lossy step is the rounding.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from gblm.errors import InputError, PatternError
-from gblm.scales import CodeRange, Levels, mse_levels, to_codes_, widest_levels
+from gblm.scales import FP8_DTYPE, CodeRange, Levels, mse_levels, to_codes_, widest_levels
 from gblm.weights import SparseWeight
 
-Kind = Literal["float", "int8", "int4", "uint4"]
+Kind = Literal["float", "int8", "int4", "uint4", "fp8"]
 # nearest: codes reach the largest weight. mse: scale of the least squared error. obs: the columns
 # to the right make up for the error, too (gblm.methods.obs).
 Rounding = Literal["nearest", "mse", "obs"]
@@ -28,8 +28,8 @@ AUTO, ROW = 0, -1
 AUTO_SIZES = (128, 96, 64, 32)
 # The largest code, which is also what rounding reaches downward; LEAST has codes that only others
 # write: those of −128 and −8 have no opposite.
-LIMITS = {"int8": 127, "int4": 7, "uint4": 15}
-LEAST = {"int8": -128, "int4": -8, "uint4": 0}
+LIMITS = {"int8": 127, "int4": 7, "uint4": 15, "fp8": 448}
+LEAST = {"int8": -128, "int4": -8, "uint4": 0, "fp8": -448}
 # int8 with zero points would gain nothing: what its 255 levels lose is too little to notice.
 WITH_ZEROS = ("uint4",)
 NIBBLES = ("int4", "uint4")
@@ -42,7 +42,7 @@ class ValueType:
 
     Attributes:
         kind: "float" is the checkpoint's own dtype; "int8" and "int4" are codes with scales;
-            "uint4" has a zero point beside each scale.
+            "uint4" has a zero point beside each scale; "fp8" codes are themselves floats.
         group_size: columns that share a scale: one of GROUP_SIZES, ROW, or AUTO, which `resolve`
             settles for each linear. Always 0 for "float".
 
@@ -78,12 +78,12 @@ class ValueType:
 
     @property
     def limit(self) -> int:
-        """The largest code: 127, 7 or 15. Integer kinds only."""
+        """The largest code: 127, 7, 15 or 448. Kinds with codes only."""
         return LIMITS[self.kind]
 
     @property
     def least(self) -> int:
-        """The least code that may be stored: −128, −8 or 0. Integer kinds only."""
+        """The least code that may be stored: −128, −8, 0 or −448. Kinds with codes only."""
         return LEAST[self.kind]
 
     @property
@@ -92,16 +92,26 @@ class ValueType:
         return self.kind in WITH_ZEROS
 
     @property
+    def is_fp8(self) -> bool:
+        """Whether codes are floats, of E4M3."""
+        return self.kind == "fp8"
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """Of the codes of a SparseWeight. Kinds with codes only."""
+        return FP8_DTYPE if self.is_fp8 else torch.int8
+
+    @property
     def in_nibbles(self) -> bool:
         """Whether two codes share a byte."""
         return self.kind in NIBBLES
 
     def codes(self, limit: int | None = None) -> CodeRange:
-        """Which codes there are, up to another limit if one is given. Integer kinds only."""
-        return CodeRange(limit or self.limit, self.has_zeros)
+        """Which codes there are, up to another limit if one is given. Kinds with codes only."""
+        return CodeRange(limit or self.limit, self.has_zeros, self.is_fp8)
 
     def group(self, columns: int) -> int:
-        """How many of a weight's columns share a scale. Integer kinds only, `resolve`d."""
+        """How many of a weight's columns share a scale. Kinds with codes only, `resolve`d."""
         return columns if self.group_size == ROW else self.group_size
 
     def resolve(self, name: str, columns: int) -> ValueType:
@@ -141,13 +151,13 @@ def parse_values(text: str) -> ValueType:
     Raises:
         PatternError: the text is none of these.
     """
-    match = re.fullmatch(r"(float|int8|int4|uint4)(?::([0-9]{1,4}|row|auto))?", text)
+    match = re.fullmatch(r"(float|int8|int4|uint4|fp8)(?::([0-9]{1,4}|row|auto))?", text)
     if match is None or match[1] == "float" != text:
         raise PatternError(
-            f"values {text[:40]!r} are unknown: give float, or int8, int4 or uint4 with a group "
-            "size, such as int8:128, int4:row or uint4:auto."
+            f"values {text[:40]!r} are unknown: give float, or int8, int4, uint4 or fp8 with a "
+            "group size, such as int8:128, int4:row or uint4:auto."
         )
-    kinds: dict[str, Kind] = {"float": "float", "int8": "int8", "int4": "int4", "uint4": "uint4"}
+    kinds: dict[str, Kind] = {name: name for name in get_args(Kind)}
     kind, words = kinds[match[1]], {word: size for size, word in WORDS.items()}
     size = match[2] or WORDS[AUTO]
     if size.isdigit() and int(size) == AUTO:
@@ -173,7 +183,7 @@ def quantize(
     Args:
         weight: [out, in] floating point.
         mask: [out, in] bool, True = kept.
-        values: an integer kind, `resolve`d for `in`.
+        values: a kind with codes, `resolve`d for `in`.
         name: of the linear, for messages.
         rounding: "nearest" has levels that reach the largest weight, "mse" those of `mse_levels`.
         importance: [in] ≥ 0, what "mse" weighs squared errors with, such as the diagonal of H.
@@ -196,8 +206,10 @@ def quantize(
     else:
         by_group = None if importance is None else importance.reshape(-1, size)
         levels = mse_levels(groups, codes, by_group)
-    rounded = to_codes_(groups, levels, codes).reshape(rows, columns).to(torch.int8)
+    # Adding zero makes +0 of the code of a small negative weight.
+    rounded = to_codes_(groups, levels, codes).add_(0.0).reshape(rows, columns)
     del groups
+    rounded = rounded.to(values.code_dtype)
     return checked_codes(rounded, levels, mask, weight.dtype, values, name)
 
 

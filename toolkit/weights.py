@@ -17,8 +17,9 @@ class SparseWeight:
         weight: [out, in] floating point, zero wherever `mask` is False. A kept weight may be
             zero too. With codes it is what they stand for, rounded once to its dtype.
         mask: [out, in] bool, True = kept.
-        codes: [out, in] int8, counted from the zero point of their group, if it has one, so that a
-            weight is code · scale; zero wherever `mask` is False. None for floating values.
+        codes: [out, in] int8 or float8_e4m3fn, counted from the zero point of their group, if it
+            has one, so that a weight is code · scale; zero wherever `mask` is False. None for
+            floating values.
         scales: [out, groups] bfloat16, of groups of consecutive columns; None without codes.
         zeros: [out, groups] uint8, the zero points: a code is stored as code + zero. None where
             codes are symmetric.
@@ -107,7 +108,7 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """What codes stand for: the exact product with the group's scale, rounded once.
 
     Args:
-        codes: [out, in] int8, counted from the zero point if there is one.
+        codes: [out, in] int8 or float8_e4m3fn, counted from the zero point if there is one.
         scales: [out, groups] bfloat16; groups divides in.
         dtype: floating point, of the result.
 
@@ -115,7 +116,7 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         [out, in], without −0.0.
     """
     groups = codes.reshape(codes.shape[0], scales.shape[1], -1).float()
-    # An int8 code times a bfloat16 scale has 15 significant bits: exact in float32.
+    # A code has up to 8 significant bits, a bfloat16 scale 8: the product is exact in float32.
     product = groups.mul_(scales.float().unsqueeze(-1)).reshape(codes.shape)
     # A small negative product may round to −0.0.
     return product.to(dtype).add_(0.0)

@@ -23,6 +23,7 @@ from vllm.model_executor.parameter import (
 from gblm import kernels
 from gblm.errors import CheckpointError, PatternError
 from gblm.formats import Format, Shape, TensorSpec
+from gblm.formats.codes import holds_nan
 from gblm.formats.rectangle import RectangleFormat
 from gblm.kernels import Backend
 from gblm.serve.vllm_plugin.prepared import Stored
@@ -32,6 +33,7 @@ from gblm.values import ROW
 # −128; twice −8: codes, but no row of a real weight holds nothing else.
 NO_CODE = {torch.int8: -0x80, torch.uint8: 0x88}
 NO_ZERO, NOT_LOADED = 0xFF, -1
+MISSING = "{}: values are missing in the checkpoint, or NaN."
 NoteChoice = Callable[[Backend | None, Sequence[str], Stored | None], None]
 MAX_RANKS = 64  # looked at for the way out of a refusal
 
@@ -155,7 +157,14 @@ class SparseLinearMethod(LinearMethodBase):
         return loaded.to(torch.uint8)
 
     def _refuse_unloaded_rows(self, codes: Tensor) -> None:
-        """A piece that the loader skipped is whole rows of what they were filled with."""
+        """A piece that the loader skipped is whole rows of what they were filled with.
+
+        NaN is no fp8 code at all.
+        """
+        if self.fmt.values.is_fp8:
+            if holds_nan(codes):
+                raise CheckpointError(MISSING.format(self.name))
+            return
         if bool((codes == NO_CODE[codes.dtype]).all(dim=1).any()):
             raise CheckpointError(
                 f"{self.name}: values are missing in the checkpoint, or a row holds nothing but "
@@ -221,7 +230,7 @@ def refuse_unloaded(name: str, values: Tensor) -> None:
     """
     # amax gives NaN when there is one, and needs no memory for an answer per value.
     if values.numel() and bool(values.amax().isnan()):
-        raise CheckpointError(f"{name}: values are missing in the checkpoint, or NaN.")
+        raise CheckpointError(MISSING.format(name))
 
 
 def _rectangle(fmt: Format, part: str, spec: TensorSpec, loader: Any) -> BasevLLMParameter:

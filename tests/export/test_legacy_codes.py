@@ -73,20 +73,58 @@ def test_only_weights_are_converted(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert f"{UP}.input_scale" not in load_file(tmp_path / "ours/model.safetensors")
 
 
-def test_fp8_is_refused_unless_its_products_are_exact(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="fp8 codes times their scales do not fit bfloat16"):
-        export_legacy(FIXTURES / "24-fp8", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def every_scale(value: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors], object]:
+    return lambda tensors: tensors.update(
+        {name: value(t) for name, t in tensors.items() if name.endswith("weight_scale")}
+    )
 
-    def change(tensors: Tensors) -> None:
-        for name in [n for n in tensors if n.endswith("weight_scale")]:
-            tensors[name] = torch.full_like(tensors[name], 0.25)
 
-    folder = altered(tmp_path, "24-fp8", change)
+@pytest.mark.parametrize("kind", ["bfloat16", "float32", "tensor"])
+def test_fp8_codes_stay_codes_where_their_scales_fit(kind: str, tmp_path: Path) -> None:
+    change = {
+        "bfloat16": None,
+        "float32": every_scale(torch.Tensor.float),
+        "tensor": every_scale(lambda t: torch.full((1,), 0.0078125, dtype=t.dtype)),
+    }[kind]
+    strategy = settings(strategy="tensor") if kind == "tensor" else None
+    folder = altered(tmp_path, "24-fp8", change, strategy)
     export_legacy(folder, tmp_path / "ours")
-    theirs = load_file(folder / "model.safetensors")
+    verify(tmp_path / "ours")
+    assert [g["dtype"] for g in inspect(tmp_path / "ours")["groups"]] == ["fp8:row"]
+    theirs, ours = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "ours"))
+    for name in [n.removesuffix(".compressed") for n in theirs if n.endswith(".compressed")]:
+        codes, found = (t.view(torch.uint8) for t in (theirs[f"{name}.compressed"],
+                                                     ours[f"{name}.values"]))  # fmt: skip
+        assert found.equal(torch.where(codes == 0x80, 0, codes))
+        assert ours[f"{name}.bitmask"].equal(theirs[f"{name}.bitmask"])
+        scales = theirs[f"{name}.weight_scale"].reshape(-1, 1).bfloat16()
+        assert ours[f"{name}.scales"].equal(scales.expand(len(codes), 1))
+
+
+def test_fp8_with_finer_scales_is_refused_unless_its_products_are_exact(tmp_path: Path) -> None:
+    # Of scales with more bits than bfloat16 the products with most codes have too many.
+    folder = altered(tmp_path, "24-fp8", every_scale(lambda t: (t.float() * 1.003).half()))
+    with pytest.raises(InputError, match="fp8 codes times their scales do not fit float16"):
+        export_legacy(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "wide").mkdir()
+    fine = 1 + 2.0**-12
+    wide = altered(tmp_path / "wide", "24-fp8", every_scale(lambda t: torch.full(t.shape, fine)))
+    export_legacy(wide, tmp_path / "ours")
+    theirs = load_file(wide / "model.safetensors")
     values = load_file(tmp_path / "ours/model.safetensors")[f"{UP}.values"]
-    assert values.equal(theirs[f"{UP}.compressed"].to(torch.bfloat16) / 4 + 0.0)
+    assert values.equal(theirs[f"{UP}.compressed"].float() * fine + 0.0)
+
+
+@pytest.mark.parametrize("byte", [0x7F, 0xFF])
+def test_fp8_codes_of_nan_are_refused(byte: int, tmp_path: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        tensors[f"{UP}.compressed"].view(torch.uint8)[0, 0] = byte
+
+    for rounds in (False, True):
+        with pytest.raises(InputError, match=r"up_proj\.weight holds NaN"):
+            export_legacy(altered(tmp_path / str(rounds), "24-fp8", change), tmp_path / "out",
+                          rounds=rounds)  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -122,7 +160,8 @@ def test_there_is_nothing_else_to_round(tmp_path: Path) -> None:
 
 
 def test_the_command_rounds_and_says_so(gblm: Callable[..., Outcome], tmp_path: Path) -> None:
-    words = ("export", "legacy", FIXTURES / "24-fp8", "--output", tmp_path / "out")
+    folder = altered(tmp_path, "24-fp8", every_scale(lambda t: (t.float() * 1.003).half()))
+    words = ("export", "legacy", folder, "--output", tmp_path / "out")
     done = gblm(*words)
     assert done.code == 4, done
     assert "or let --round change them" in done.err

@@ -20,7 +20,7 @@ CASES = [("nm", "2:4"), ("nm", "4:8"), ("nm", "1:4"), ("nm", "3:4"), ("bitmask",
          ("bitmask", "0.9"), ("bitmask", "0"), ("bitmask", "1x4@0.5"),
          ("dense", "dense")]  # fmt: skip
 INTEGERS = ["int8:row", "int4:row", "int8:32", "int4:32", "int8:64", "int4:64", "uint4:row",
-            "uint4:32"]  # fmt: skip
+            "uint4:32", "fp8:row", "fp8:32"]  # fmt: skip
 SHAPES = [(1, 8), (3, 16), (16, 64), (7, 40)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -39,7 +39,7 @@ def has_whole_groups(values: str, shape: tuple[int, int]) -> bool:
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 def test_every_format_is_tested() -> None:
@@ -77,14 +77,14 @@ def test_codes_and_scales_come_back_exactly(
     parts = fmt.pack("w", weight)
     fmt.validate("w", parts, shape)
     back = fmt.unpack(parts, dtype)
-    assert torch.equal(back.codes, weight.codes)
+    assert same_bits(back.codes, weight.codes)
     assert same_bits(back.scales, weight.scales)
     assert (back.zeros is None) == (weight.zeros is None) == (not fmt.values.has_zeros)
     assert back.zeros is None or torch.equal(back.zeros, weight.zeros)
     assert torch.equal(back.mask, weight.mask)
     assert same_bits(back.weight, weight.weight)
     assert same_bits(fmt.expand(parts, dtype), weight.weight)
-    assert all(torch.equal(tensor, parts[p]) for p, tensor in fmt.pack("w", back).items())
+    assert all(same_bits(tensor, parts[p]) for p, tensor in fmt.pack("w", back).items())
 
 
 @pytest.mark.parametrize("values", ["float", *INTEGERS])
@@ -123,7 +123,7 @@ def test_negative_zero_is_stored_as_positive_zero(name: str, pattern: str) -> No
 @settings(max_examples=100, deadline=None)
 @given(
     case=st.sampled_from([case for case in CASES if case[0] != "dense"]),
-    values=st.sampled_from(["float", "int8:row", "int4:row", "uint4:row"]),
+    values=st.sampled_from(["float", "int8:row", "int4:row", "uint4:row", "fp8:row"]),
     rows=st.integers(1, 6),
     octets=st.integers(1, 6),
     seed=st.integers(0, 10_000),
@@ -147,7 +147,7 @@ def test_fewer_kept_weights_than_allowed_pack_exactly(
         assert same_bits(again, sparse.weight[row : row + 1])
 
 
-@pytest.mark.parametrize("values", ["float", *INTEGERS[:4], "uint4:row", "uint4:32"])
+@pytest.mark.parametrize("values", ["float", *INTEGERS[:4], *INTEGERS[6:]])
 @pytest.mark.parametrize(("name", "pattern"), CASES)
 def test_rows_are_the_parts_of_the_cut_weight(name: str, pattern: str, values: str) -> None:
     fmt, shape = make_format(name, pattern, values), (7, 96)
@@ -157,12 +157,12 @@ def test_rows_are_the_parts_of_the_cut_weight(name: str, pattern: str, values: s
         cut = weight.narrow(0, start, stop - start)
         rows = fmt.rows(parts, start, stop)
         fmt.validate("w", rows, (stop - start, 96))
-        assert all(torch.equal(rows[p], tensor) for p, tensor in fmt.pack("w", cut).items())
+        assert all(same_bits(rows[p], tensor) for p, tensor in fmt.pack("w", cut).items())
     joined = fmt.join([fmt.rows(parts, start, stop) for start, stop in ((0, 1), (1, 4), (4, 7))])
-    assert all(torch.equal(joined[part], tensor) for part, tensor in parts.items())
+    assert all(same_bits(joined[part], tensor) for part, tensor in parts.items())
 
 
-@pytest.mark.parametrize("values", ["float", "int8:32", "int4:32", "uint4:32"])
+@pytest.mark.parametrize("values", ["float", "int8:32", "int4:32", "uint4:32", "fp8:32"])
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "dense"])
 @pytest.mark.parametrize("dim", [0, 1])
 def test_cut_parts_equal_packing_the_cut_weight(pattern: str, dim: int, values: str) -> None:
@@ -174,7 +174,7 @@ def test_cut_parts_equal_packing_the_cut_weight(pattern: str, dim: int, values: 
         for part, tensor in parts.items():
             size = tensor.shape[dim] // 2
             offset = 0 if start == 0 else size
-            assert torch.equal(tensor.narrow(dim, offset, size), want[part])
+            assert same_bits(tensor.narrow(dim, offset, size).contiguous(), want[part])
 
 
 def test_pack_refuses_a_dense_weight() -> None:
@@ -314,3 +314,48 @@ def test_disk_layout_of_zero_points_is_pinned() -> None:
     ragged = make_format("bitmask", "0.5", "uint4:row").pack("w", sparse)
     assert ragged["values"].tolist() == [0x0F, 0xA9, 0x9A, 0x00]
     assert ragged["zeros"].tolist() == [[6], [15]]
+
+
+def test_disk_layout_of_fp8_is_pinned() -> None:
+    """docs/format.md, example of fp8."""
+    weight = torch.tensor([[448.0, 0, -2, 0, 0, 3, 0, 4], [0, 5, -6, 0, 224, 0, 0, 0]])
+    sparse = quantize(weight, weight != 0, ValueType("fp8", -1))
+    nm = make_format("nm", "2:4", "fp8:row").pack("w", sparse)
+    assert nm["values"].view(torch.uint8).tolist() == [[0x7E, 0xC0, 0x44, 0x48],
+                                                       [0x52, 0xD4, 0x7E, 0x00]]  # fmt: skip
+    assert nm["scales"].tolist() == [[1], [0.5]]
+    ragged = make_format("bitmask", "0.5", "fp8:row").pack("w", sparse)
+    assert ragged["values"].view(torch.uint8).tolist() == [0x7E, 0xC0, 0x44, 0x48, 0x52, 0xD4, 0x7E]
+
+
+@pytest.mark.parametrize(("name", "pattern"), CASES)
+def test_every_fp8_code_comes_back_but_minus_zero(name: str, pattern: str) -> None:
+    fmt, shape = make_format(name, pattern, "fp8:row"), (254, 64)
+    mask = fmt.pattern.keep(torch.rand(shape), "row")
+    bits = torch.tensor([byte for byte in range(256) if byte & 127 != 127], dtype=torch.uint8)
+    codes = (bits.unsqueeze(1) * mask).view(torch.float8_e4m3fn)
+    scales = torch.full((254, 1), 3.0, dtype=torch.bfloat16)
+    parts = fmt.pack("w", SparseWeight.from_codes(codes, scales, mask, torch.float32))
+    fmt.validate("w", parts, shape)
+    back = fmt.unpack(parts, torch.float32)
+    plus = torch.where(bits == 0x80, 0, bits).unsqueeze(1) * mask
+    assert torch.equal(back.codes.view(torch.uint8), plus)
+    # From the definition of E4M3: sign, four bits of exponent with bias 7, three of mantissa.
+    sign, exponent, mantissa = bits >> 7, (bits >> 3 & 15).int(), (bits & 7).float() / 8
+    normal = (1 + mantissa) * 2.0 ** (exponent - 7)
+    exact = torch.where(exponent == 0, mantissa * 2.0**-6, normal) * (1 - 2 * sign.float())
+    assert torch.equal(back.weight, 3 * exact.unsqueeze(1) * mask)
+    assert not torch.signbit(back.weight[back.weight == 0]).any()
+
+
+def test_fp8_codes_that_are_none_are_not_packed() -> None:
+    fmt = make_format("nm", "2:4", "fp8:row")
+    weight = random_weight(fmt, (4, 8), torch.float32)
+    codes = weight.codes.clone()
+    codes.view(torch.uint8)[weight.mask.nonzero()[0].unbind()] = 0xFF
+    with pytest.raises(PatternError, match="w: a code is NaN"):
+        fmt.pack("w", replace(weight, codes=codes))
+    with pytest.raises(PatternError, match=r"codes are torch.int8; fp8 has others"):
+        fmt.pack("w", random_weight(make_format("nm", "2:4", "int8:row"), (4, 8), torch.float32))
+    with pytest.raises(PatternError, match=r"codes are torch.float8_e4m3fn; int8 has others"):
+        make_format("nm", "2:4", "int8:row").pack("w", weight)

@@ -13,7 +13,7 @@ from gblm.weights import SparseWeight
 SHAPE = (4, 16)
 FORMATS = [("nm", "2:4"), ("bitmask", "0.5"), ("dense", "dense")]
 SYMMETRIC = [(*fmt, values) for values in ("int8:row", "int4:row") for fmt in FORMATS]
-INTEGERS = [*SYMMETRIC, *((*fmt, "uint4:row") for fmt in FORMATS)]
+INTEGERS = [*SYMMETRIC, *((*fmt, v) for v in ("uint4:row", "fp8:row") for fmt in FORMATS)]
 
 
 def good(fmt: Format) -> dict[str, torch.Tensor]:
@@ -89,6 +89,18 @@ def test_codes_without_an_opposite_are_codes(name: str, pattern: str, values: st
         weight = fmt.unpack(parts, torch.float64)
         assert weight.weight.min() == float(parts["scales"][0, 0]) * fmt.values.least
         assert fmt.pack("w", weight)["values"].equal(parts["values"])
+
+
+@pytest.mark.parametrize(("name", "pattern"), FORMATS)
+def test_fp8_codes_of_nan(name: str, pattern: str) -> None:
+    fmt = make_format(name, pattern, "fp8:row")
+    for byte in (0x7F, 0xFF, 0x80, 0x7E):
+        parts = good(fmt)
+        parts["values"].view(torch.uint8).view(-1)[1] = byte
+        if byte & 0x7F == 0x7F:
+            refuse(fmt, parts, r"w\.values: holds NaN \(0x7F or 0xFF\)")
+        else:
+            fmt.validate("w", parts, SHAPE)
 
 
 @pytest.mark.parametrize(("name", "pattern"), FORMATS)

@@ -16,7 +16,8 @@ import torch
 from gpu_place import CpuPlace
 
 from gblm.cli import cli
-from gblm.errors import MachineError
+from gblm.errors import InputError, MachineError
+from gblm.evaluate.side_by_side import compare
 from gblm.gpu_check import check
 from gblm.gpu_check.check import SHARES, Sizes, gpu_check
 from gblm.gpu_check.correctness import Cases
@@ -28,6 +29,9 @@ from gblm.gpu_check.table import tables
 from gblm.kernels import BACKENDS
 from gblm.kernels.cuda import tuning
 from gblm.kernels.reference import Reference
+from gblm.report.markdown import markdown
+from gblm.report.page import html
+from gblm.report.sources import read_sources
 
 SMALL = Sizes(
     bandwidth={"size": 1 << 10, "side": 8},
@@ -97,6 +101,8 @@ def test_lines_are_met_by_the_worst_size_of_the_best_backend() -> None:
         row("7b gate_up", 1, "nm/2:4", 9.9, contender="cutlass"),
         row("70b gate_up", 16, "nm/2:4", 9.9, contender="cusparselt"),
         row("70b gate_up", 16, "nm/2:4", 1.55),
+        row("70b gate_up", 4, "nm/2:4/fp8:128", 2.7),
+        row("7b down", 1, "nm/2:4/fp8:128", 2.8, contender="triton"),
         row("7b o", 1, "nm/2:4", 0.1),
         row("7b gate_up", 64, "nm/2:4", 0.1),
         row("7b down", 1, "bitmask/0.5", 1.2),
@@ -118,6 +124,7 @@ def test_lines_are_met_by_the_worst_size_of_the_best_backend() -> None:
         (1.55 / 2, "missed"),
         (1.55, "met"),
         (None, "not measured"),
+        (2.7, "met"),
         (None, "not measured"),
         (1.2, "missed"),
         (None, "not measured"),
@@ -126,6 +133,55 @@ def test_lines_are_met_by_the_worst_size_of_the_best_backend() -> None:
         (1.5, "met"),
         (None, "not measured"),
     ]
+
+
+def test_a_report_shows_times_lines_and_what_failed(record: dict[str, Any], tmp_path: Path) -> None:
+    record = json.loads(json.dumps(record))
+    sections = record["sections"] | {"sanitizer": {"rows": [], "failed": ["x: y"], "skipped": []}}
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps(record | {"sections": sections}))
+    facts = read_sources([path], []).facts
+    rows = [*sections["times"]["rows"], *sections["decode"]["rows"]]
+    assert len(facts.timed) == len(rows) == 10
+    one = next(t for t in facts.timed if t.name == "reference nm/2:4 *" and t.tokens == 256)
+    same = next(r for r in rows if r["contender"] == "reference" and r.get("tokens") == 256)
+    assert one.table == "7b gate_up, 32×128"
+    assert (one.microseconds, one.ratio) == (same["us"], same["x_cublas"])
+    assert one.share == same["share_of_read"] > 0
+    measured = [line for line in record["lines"] if line["state"] != "not measured"]
+    assert [(c.what, c.passed) for c in facts.checks] == [
+        (line["line"], line["state"] == "met") for line in measured
+    ]
+    device = record["provenance"]["device"]
+    assert len(facts.notes) == len(LINES) - len(measured) + 1
+    assert f"{device}: sanitizer failed: x: y" in facts.notes
+    for text in (markdown(read_sources([path], []), "x"), html(read_sources([path], []), "x")):
+        assert "7b gate" in text
+        assert f"{one.share:.0%}" in text
+    del sections["times"]["rows"][0]["us"]
+    path.write_text(json.dumps(record | {"sections": sections}))
+    with pytest.raises(
+        InputError, match="not a record of kind 'gpu check' as gblm writes it: 'us'"
+    ):
+        read_sources([path], [])
+
+
+def test_two_records_of_one_gpu_stand_side_by_side(record: dict[str, Any], tmp_path: Path) -> None:
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    faster = json.loads(json.dumps(record))
+    for row in faster["sections"]["times"]["rows"]:
+        row["us"] /= 2
+    for path, one in zip(paths, (record, faster), strict=True):
+        path.write_text(json.dumps(one))
+    found = {row["what"]: row for row in compare(*paths)["rows"]}
+    assert found["µs, reference nm/2:4, 7b gate_up, 1 tokens"]["ratio"] == 0.5
+    assert found["tokens/s, cublas bf16, batch 1"]["ratio"] == 1
+    for line in record["lines"]:
+        assert found[line["line"]]["a"] == found[line["line"]]["b"] == line["value"]
+    faster["provenance"]["device"] = "another GPU"
+    paths[1].write_text(json.dumps(faster))
+    with pytest.raises(InputError, match="different protocols"):
+        compare(*paths)
 
 
 def test_tables_hold_every_line_and_every_time(record: dict[str, Any]) -> None:

@@ -79,6 +79,15 @@ def test_products_of_every_backend_on_the_emulated_gpu(tmp_path: Path) -> None:
         assert row["cases"] == 2
 
 
+def test_fp8_is_compared_and_timed() -> None:
+    own, spec = section(), "nm/2:4/fp8:32"
+    check_products(place(), own, Cases((spec,), ((40, 96),), (BF16, torch.float16), (1, 70), (70,)))
+    assert [(row["spec"], row["error"] < 1e-3) for row in own.rows] == [(spec, True)] * 2
+    measure_times(place(), own, 1e9, {"tiny": (32, 64)}, (1,), (spec,))
+    assert own.failed == own.skipped == []
+    assert own.rows[-1]["bytes"] == 32 * (32 + 8 + 4)
+
+
 @pytest.mark.parametrize(("how", "least"), [("off", 0.1), ("poisoned", 1e29)])
 def test_a_wrong_product_is_seen(how: str, least: float) -> None:
     own = section()

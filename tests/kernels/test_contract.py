@@ -16,7 +16,7 @@ from gblm.weights import SparseWeight
 FORMATS = [("nm", "2:4"), ("nm", "4:8"), ("nm", "1:4"), ("bitmask", "0.5"), ("bitmask", "0.9"),
            ("dense", "dense")]  # fmt: skip
 SHAPES = [(48, 64), (5, 24), (70, 8192)]
-KINDS = ("int8:row", "int4:row", "int8:64", "int4:64", "uint4:row", "uint4:64")
+KINDS = ("int8:row", "int4:row", "int8:64", "int4:64", "uint4:row", "uint4:64", "fp8:64")
 INTEGERS = [(values, shape) for values in KINDS
             for shape in SHAPES if values.endswith("row") or shape[1] % 64 == 0]  # fmt: skip
 CPU = torch.device("cpu")
@@ -54,7 +54,7 @@ def serving(
     if BACKENDS[backend].needs == "cuda":
         assert reason == "it runs on CUDA devices, not on cpu"
         return None
-    unit = 8 if fmt.values.is_float else 32
+    unit = 8 if fmt.values.is_float or fmt.values.is_fp8 else 32
     may = dtype != torch.bfloat16 or shape[1] % unit or native.refusal() is not None
     assert backend == "cpu"
     assert may, reason
@@ -117,7 +117,7 @@ def test_linear_of_codes_equals_the_float64_product(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("values", ["float", "int8:32", "int4:row", "uint4:32"])
+@pytest.mark.parametrize("values", ["float", "int8:32", "int4:row", "uint4:32", "fp8:32"])
 @pytest.mark.parametrize(("name", "pattern"), [("nm", "2:4"), ("bitmask", "0.5")])
 def test_op_passes_opcheck_and_compiles_as_one_graph(
     backend: str, name: str, pattern: str, values: str
@@ -137,9 +137,10 @@ def test_op_passes_opcheck_and_compiles_as_one_graph(
         op, arguments = torch.ops.gblm.cpu_linear.default, (x, prepared[0], 16)
     else:
         op, arguments = torch.ops.gblm.linear.default, (x, prepared, [16, 32], fmt.spec, backend)
-    torch.library.opcheck(
-        op, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    )
+    checks = ["test_faketensor", "test_aot_dispatch_dynamic"]
+    if torch.float8_e4m3fn not in {tensor.dtype for tensor in prepared}:
+        checks.append("test_schema")  # it multiplies arguments, which PyTorch cannot for these
+    torch.library.opcheck(op, arguments, test_utils=tuple(checks))
     eager = linear(x, prepared, shape, fmt, chosen)
     assert eager.shape == (2, 3, 16)
     torch._dynamo.reset()  # it counts how often the same lambda was compiled in other cases
@@ -165,6 +166,22 @@ def test_first_backend_that_does_not_refuse_wins() -> None:
         for name in BACKENDS
         if BACKENDS[name].needs == "cuda"
     ]
+
+
+@pytest.mark.skipif(native.refusal() is not None, reason=f"no CPU kernels: {native.refusal()}")
+@pytest.mark.parametrize("group", ["fp8:row", "fp8:32"])
+@pytest.mark.parametrize(("name", "pattern"), FORMATS)
+def test_cpu_holds_what_fp8_codes_stand_for_as_bfloat16(
+    name: str, pattern: str, group: str
+) -> None:
+    fmt, floats, shape = make_format(name, pattern, group), make_format(name, pattern), (21, 96)
+    sparse, parts = integer_case(fmt, shape)
+    panels = BACKENDS["cpu"].prepare(fmt, parts, shape)[0]
+    same = floats.pack("w", SparseWeight(sparse.weight.bfloat16(), fmt.mask(parts)))
+    assert torch.equal(panels, BACKENDS["cpu"].prepare(floats, same, shape)[0])
+    backend, reasons = select(fmt, shape, torch.bfloat16, CPU)
+    assert (backend.name, reasons) == ("cpu", ["cpu: fp8 values as bfloat16, rounded once"])
+    assert select(floats, shape, torch.bfloat16, CPU)[1] == []
 
 
 @pytest.mark.parametrize(

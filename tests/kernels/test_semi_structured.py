@@ -151,10 +151,11 @@ def test_a_second_layout_that_does_not_fit_is_not_asked(
 
 
 @needs_compiler
-def test_codes_are_served_too(gpu: EmulatedDevice, tmp_path: Path) -> None:
+@pytest.mark.parametrize("values", ["int8:32", "fp8:32"])
+def test_codes_are_served_too(gpu: EmulatedDevice, tmp_path: Path, values: str) -> None:
     setting = Setting(gpu, tmp_path)
     setting.tuner.timer = lambda call: 1.0
-    fmt = make_format("nm", "2:4", "int8:32")
+    fmt = make_format("nm", "2:4", values)
     drawn = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     weight = quantize(drawn, fmt.pattern.keep(drawn.abs(), "row"), fmt.values)
     prepared = setting.backend.prepare(fmt, fmt.pack("w", weight), SHAPE, BF16)

@@ -46,7 +46,7 @@ def test_the_core_works_without_triton() -> None:
 
 
 @pytest.mark.parametrize("columns", [8, 64, 200])
-@pytest.mark.parametrize("values", ["float", "int8:row", "int4:row", "uint4:row"])
+@pytest.mark.parametrize("values", ["float", "int8:row", "int4:row", "uint4:row", "fp8:row"])
 @pytest.mark.parametrize(("name", "pattern"), [("bitmask", "0.5"), ("nm", "4:8")])
 def test_starts_and_begins_count_the_kept(
     name: str, pattern: str, values: str, columns: int

@@ -34,6 +34,11 @@ def output_error(weight: torch.Tensor, found: SparseWeight, hessian: torch.Tenso
     return float((difference @ hessian.double() * difference).sum())
 
 
+def nearest(codes: torch.Tensor, values: ValueType) -> torch.Tensor:
+    """Of float64, between the least and the largest code."""
+    return codes.to(torch.float8_e4m3fn).double() if values.is_fp8 else codes.round()
+
+
 def best_levels(
     group: torch.Tensor, cost: torch.Tensor, values: ValueType
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -48,7 +53,8 @@ def best_levels(
         shrunk = torch.stack([low * f for f in SHRINK])
         least = (shrunk / scales).round().clamp(-limit, 0)
     most = least + limit if values.has_zeros else -least
-    rounded = torch.minimum(torch.maximum((group / scales).round(), least), most) * scales
+    codes = torch.minimum(torch.maximum(group / scales, least), most)
+    rounded = nearest(codes, values) * scales
     best = ((group - rounded) ** 2 * cost).sum(dim=2).argmin(dim=0)
     return scales[best, rows], least[best, rows], most[best, rows]
 
@@ -80,7 +86,7 @@ def textbook(
             span = slice(j, j + size)
             levels.append(best_levels(weight[:, span] * mask[:, span], 1 / pivots[span], values))
         scale, least, most = (one[:, 0] for one in levels[-1])
-        code = (weight[:, j] / scale).round().clamp(least, most) * mask[:, j]
+        code = nearest((weight[:, j] / scale).clamp(least, most), values) * mask[:, j]
         error = (weight[:, j] - code * scale) / upper[j, j]
         weight[:, j:] -= error[:, None] * upper[j, j:]
         codes[:, j] = code
@@ -91,11 +97,11 @@ def textbook(
 def check(found: SparseWeight, values: ValueType) -> None:
     """What every rounded weight promises."""
     rows, columns = found.mask.shape
-    assert found.codes.dtype == torch.int8
+    assert found.codes.dtype == values.code_dtype
     assert found.scales.dtype == torch.bfloat16
     assert found.scales.shape == (rows, columns // values.group(columns))
     assert bool((found.scales.isfinite() & (found.scales > 0)).all())
-    assert not found.codes[~found.mask].any()
+    assert not found.codes.float()[~found.mask].any()
     check_range("w", found, values)
     assert torch.equal(found.weight, dequantize(found.codes, found.scales, found.weight.dtype))
     assert all(t.is_contiguous() for t in (found.weight, found.mask, found.codes, found.scales))
@@ -109,7 +115,7 @@ def assert_close_to(
     mask: torch.Tensor,
 ) -> None:
     """Equal but for a row or two, where float32 may have met a tie; what follows it differs."""
-    pairs = [(found.codes, codes), (found.scales.double(), scales), (found.mask, mask)]
+    pairs = [(found.codes.double(), codes), (found.scales.double(), scales), (found.mask, mask)]
     if found.zeros is not None:
         pairs.append((found.zeros.double(), zeros))
     same = torch.stack([(ours == theirs).all(dim=1) for ours, theirs in pairs]).all(dim=0)
@@ -146,6 +152,7 @@ def test_a_case_worked_by_hand() -> None:
         ("uint4", 32),
         ("uint4", 96),
         ("uint4", ROW),
+        ("fp8", 64),
     ],
 )
 @pytest.mark.parametrize("density", [1.0, 0.5])
@@ -162,7 +169,7 @@ def test_a_fixed_mask_equals_the_textbook(kind: Kind, size: int, density: float)
 @pytest.mark.parametrize(
     ("pattern", "size"), [("2:4", 32), ("2:4", 256), ("4:8", 64), ("32:64", 32)]
 )
-@pytest.mark.parametrize("kind", ["int4", "uint4"])
+@pytest.mark.parametrize("kind", ["int4", "uint4", "fp8"])
 def test_joint_pruning_equals_the_textbook(kind: Kind, pattern: str, size: int) -> None:
     weight, hessian = problem(12, 256)
     values, rule, method = ValueType(kind, size), parse(pattern), SparseGPT()
@@ -209,7 +216,7 @@ def test_no_range_cuts_a_group(pattern: str, columns: int, size: int, block_size
     assert int(found.mask.sum()) == int(method.prune(weight, stats, rule).mask.sum())
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", "uint4"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "uint4", "fp8"])
 @pytest.mark.parametrize("size", [32, 64, 128, ROW])
 def test_gptq_has_a_lower_output_error_than_the_nearest_codes(kind: Kind, size: int) -> None:
     weight, hessian = problem(48, 256, strong=8)

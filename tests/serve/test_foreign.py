@@ -75,6 +75,21 @@ def test_fp8_arrives_rounded_with_one_warning(
     assert same_bits(found, load_file(tmp_path / "ours/model.safetensors"))
 
 
+def test_on_gpus_fp8_arrives_as_codes_without_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    foreign = Foreign.open(str(FIXTURES / "24-fp8"))
+    assert {fmt.spec for fmt in foreign.formats.values()} == {"nm/2:4/fp8:row"}
+    found = arrived(FIXTURES / "24-fp8")
+    assert "rounded once" not in caplog.text
+    export_legacy(FIXTURES / "24-fp8", tmp_path / "ours")
+    assert same_bits(found, load_file(tmp_path / "ours/model.safetensors"))
+    fine = altered(tmp_path, "24-fp8", put("weight_scale", lambda t: t.float() * 1.001))
+    assert {fmt.spec for fmt in Foreign.open(str(fine)).formats.values()} == {"nm/2:4"}
+    assert "rounded once" in caplog.text
+
+
 def test_fp8_arrives_as_it_is_where_products_are_exact(tmp_path: Path) -> None:
     def round_scales(tensors: Tensors) -> None:
         for name in tensors:
@@ -82,7 +97,7 @@ def test_fp8_arrives_as_it_is_where_products_are_exact(tmp_path: Path) -> None:
                 tensors[name] = torch.full_like(tensors[name], 2**-9)
 
     folder = altered(tmp_path, "24-fp8", round_scales)
-    export_legacy(folder, tmp_path / "ours")
+    export_legacy(folder, tmp_path / "ours", rounds=True)
     assert same_bits(arrived(folder), load_file(tmp_path / "ours/model.safetensors"))
 
 

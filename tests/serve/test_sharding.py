@@ -21,9 +21,9 @@ pytest.importorskip("vllm")
 
 RECTANGLES = ["nm/2:4", "nm/2:4/int8:64", "nm/2:4/int4:128", "nm/2:4/int8:row", "nm/4:8/int4:row",
               "dense/dense/int8:32", "dense/dense/int4:row", "nm/2:4/uint4:128", "nm/4:8/uint4:row",
-              "dense/dense/uint4:32"]  # fmt: skip
+              "dense/dense/uint4:32", "nm/2:4/fp8:64", "nm/2:4/fp8:row"]  # fmt: skip
 RAGGED = ["bitmask/0.5", "bitmask/0.5/int8:64", "bitmask/0.7/int4:64", "bitmask/0.7/int4:row",
-          "bitmask/0.7/uint4:64", "bitmask/0.7/uint4:row"]  # fmt: skip
+          "bitmask/0.7/uint4:64", "bitmask/0.7/uint4:row", "bitmask/0.5/fp8:64"]  # fmt: skip
 
 
 @pytest.mark.parametrize("rank", range(RANKS))
@@ -104,7 +104,7 @@ def check(fmt: Format, parts: dict[str, torch.Tensor], weight: SparseWeight) -> 
     assert parts.keys() == want.keys()
     for part, tensor in want.items():
         assert parts[part].dtype == tensor.dtype
-        assert torch.equal(parts[part], tensor), part
+        assert torch.equal(parts[part].view(torch.uint8), tensor.view(torch.uint8)), part
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_cuts_through_groups_are_refused_with_sizes_that_work(
 
 
 INTEGERS = [
-    *((spec, part) for spec in ("nm/2:4/int8:64", "dense/dense/int4:64")
+    *((spec, part) for spec in ("nm/2:4/int8:64", "dense/dense/int4:64", "nm/2:4/fp8:64")
       for part in ("values", "scales")),
     *((spec, part) for spec in ("nm/2:4/uint4:64", "dense/dense/uint4:row")
       for part in ("values", "scales", "zeros")),
@@ -152,7 +152,7 @@ def test_parts_that_were_never_loaded_are_refused(
 
 ARRIVALS = [("dense/dense", "2:4"), ("dense/dense", "0.5"), ("dense/dense", "none"),
             ("bitmask/0.5", "2:4"), ("bitmask/0.5/int8:64", "2:4"),
-            ("bitmask/0.5/int8:row", "0.5")]  # fmt: skip
+            ("bitmask/0.5/int8:row", "0.5"), ("bitmask/0.5/fp8:row", "2:4")]  # fmt: skip
 
 
 def arriving(spec: str, zeros: str, shape: tuple[int, int]) -> tuple[Format, SparseWeight]:

@@ -36,7 +36,7 @@ from gblm.progress import Progress, no_progress
 SPARSITIES = (0.3, 0.5, 0.7)
 PROBED, TINY = 1 << 21, (16, 64)
 # Bits of a value as the kernels hold it.
-IN_MEMORY = {"float": 16, "int8": 8, "int4": 4, "uint4": 8}
+IN_MEMORY = {"float": 16, "int8": 8, "int4": 4, "uint4": 8, "fp8": 16}
 ROUNDS, BLOCK_SECONDS, MAX_CALLS = 3, 0.02, 300
 
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from gblm.scales import FP8_DTYPE, nearest
 from gblm.weights import SparseWeight
 
 # Scales move by factors, not by differences: theirs is a unit of its own.
@@ -66,11 +67,12 @@ class Codes:
         self._mask = start.mask
         self._scales = scales.float()
         self._group = codes.shape[1] // scales.shape[1]
+        self._fp8 = codes.dtype == FP8_DTYPE
         # The range of the codes as they are stored; a narrower one than that of their type stays.
         stored, self._zeros = self._grouped(codes.float()), start.zeros
         if start.zeros is not None:
             stored += start.zeros.unsqueeze(-1)
-        self._low, self._high = int(stored.min()), int(stored.max())
+        self._low, self._high = float(stored.min()), float(stored.max())
         self._weight = nn.Parameter(codes.float() * self._spread(self._scales))
         self._factor = nn.Parameter(torch.zeros_like(self._scales))
 
@@ -85,14 +87,17 @@ class Codes:
         """See Trainable."""
         scales = self._spread(_through(self._current_scales()))
         codes = self._clamp(self._weight / scales)
-        return (codes + (codes.round() - codes).detach()) * scales * self._mask
+        rounded = nearest(codes.detach(), self._fp8)
+        return (codes + (rounded - codes).detach()) * scales * self._mask
 
     @torch.no_grad()
     def result(self, start: SparseWeight) -> SparseWeight:
         """See Trainable."""
         scales = self._current_scales().to(torch.bfloat16)
-        codes = (self._weight / self._spread(scales.float())).round()
-        codes = self._clamp(codes).to(torch.int8) * self._mask
+        codes = self._clamp(self._weight / self._spread(scales.float()))
+        # Adding zero makes +0 of the code of a small negative weight.
+        codes = nearest(codes, self._fp8) * self._mask + 0.0
+        codes = codes.to(FP8_DTYPE if self._fp8 else torch.int8)
         return SparseWeight.from_codes(codes, scales, start.mask, start.weight.dtype, start.zeros)
 
     def _clamp(self, codes: Tensor) -> Tensor:

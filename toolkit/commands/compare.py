@@ -17,9 +17,9 @@ from gblm.commands.common import Command, emit, table
 def command(ctx: click.Context, /, a: Path, b: Path) -> None:
     """Show two model folders, or two records of one kind, side by side.
 
-    Records are those of `gblm eval`, `bench serving`, `bench models`, `bench onnx` and `bench
-    kernels` (--output), search.json, and onnx_report.json of an export. Figures of different
-    protocols are refused.
+    Records are those of `gblm eval`, `bench serving`, `bench models`, `bench onnx`, `bench
+    kernels` and `doctor --gpu-check` (--output), search.json, and onnx_report.json of an export.
+    Figures of different protocols are refused.
     """
     from gblm.evaluate.side_by_side import compare
 

@@ -97,7 +97,8 @@ def pack(
 @click.option("--to", type=click.Choice(LAYOUTS), help="Format to write a folder of gblm in.")
 @click.option(
     "--round", "rounds", is_flag=True,
-    help="Round fp8 codes times scales once to bfloat16, where they have no exact value.",
+    help="Store fp8 codes times scales as bfloat16, rounded once where they have no exact value; "
+    "without it codes stay codes.",
 )  # fmt: skip
 @click.pass_context
 def legacy(

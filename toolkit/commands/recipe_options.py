@@ -50,16 +50,17 @@ method_options = options(
 values_options = options(
     click.option(
         "--values",
-        type=click.Choice(["float", "int8", "int4", "uint4"]),
+        type=click.Choice(["float", "int8", "int4", "uint4", "fp8"]),
         default="float",
         show_default=True,
         help="How kept weights are stored: as they are, or rounded to codes with group scales. "
-        "uint4 adds zero points; it is served at the speed and memory of int8.",
+        "uint4 adds zero points; it is served at the speed and memory of int8. fp8 (E4M3) is for "
+        "GPUs; CPUs serve it as bfloat16.",
     ),
     click.option(
         "--group-size",
         type=click.Choice(["auto", "32", "64", "96", "128", "192", "256", "row"]),
-        help="Columns per scale of integer values; auto (default) is the largest of 128, 96, 64, "
+        help="Columns per scale of codes; auto (default) is the largest of 128, 96, 64, "
         "32 that divides the linear's.",
     ),
 )
@@ -194,7 +195,7 @@ def values_spec(values: str, group_size: str | None) -> str:
     if values != "float":
         return f"{values}:{group_size or 'auto'}"
     if group_size is not None:
-        raise click.UsageError("--group-size goes with --values int8, int4 or uint4.")
+        raise click.UsageError("--group-size goes with --values int8, int4, uint4 or fp8.")
     return values
 
 

@@ -135,6 +135,18 @@ def kernels(record: Record) -> Figures:
     return facts | {"protocol": f"{_settings(own)}; {record['provenance']['device']}"}
 
 
+def gpu_check(record: Record) -> Figures:
+    """`gblm doctor --gpu-check`: its lines, microseconds of a call, tokens/s of the decode loop."""
+    facts: Figures = {line["line"]: line["value"] for line in record["lines"]}
+    for row in record["sections"]["times"]["rows"]:
+        name = " ".join(filter(None, (row["contender"], row["spec"])))
+        facts[f"µs, {name}, {row['label']}, {row['tokens']} tokens"] = row["us"]
+    for row in record["sections"]["decode"]["rows"]:
+        name = " ".join(filter(None, (row["contender"], row["spec"])))
+        facts[f"tokens/s, {name}, batch {row['batch']}"] = row["tokens_per_second"]
+    return facts | {"protocol": f"gpu check; {record['provenance']['device']}"}
+
+
 def _settings(values: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in sorted(values.items()))
 
@@ -147,4 +159,5 @@ KINDS: dict[str, Callable[[Record], Figures]] = {
     "onnx": onnx,
     "bench kernels": kernels,
     "onnx export": onnx_export,
+    "gpu check": gpu_check,
 }

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from gblm.errors import CheckpointError, PatternError
-from gblm.formats.bits import expand_bits, unpack_bits
-from gblm.formats.codes import check_groups, check_range, spread, stored_codes
+from gblm.formats.bits import expand_bits, kept_bytes, unpack_bits
+from gblm.formats.codes import check_codes, check_groups, check_range, spread, stored_codes
 from gblm.patterns import Pattern
-from gblm.scales import SCALE_DTYPE, ZERO_DTYPE
+from gblm.scales import FP8_DTYPE, SCALE_DTYPE, ZERO_DTYPE
 from gblm.values import AUTO, FLOAT, ValueType
 from gblm.weights import SparseWeight, dequantize
 
@@ -25,7 +25,9 @@ Parts = Mapping[str, Tensor]
 Headers = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 Shape = tuple[int, int]
 VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-CODE_DTYPES = {"int8": torch.int8, "int4": torch.uint8, "uint4": torch.uint8}
+CODE_DTYPES = {
+    "int8": torch.int8, "int4": torch.uint8, "uint4": torch.uint8, "fp8": FP8_DTYPE,
+}  # fmt: skip
 
 
 class TensorSpec(NamedTuple):
@@ -50,8 +52,8 @@ class Format(ABC):
     Attributes:
         pattern: which positions may be kept.
         values: how kept values are stored.
-        parts: local names of the tensors, in order; integer values add `scales`, and
-            `zeros` if they have zero points.
+        parts: local names of the tensors, in order; codes add `scales`, and `zeros` if they have
+            zero points.
         spec: identifies all of it, such as "nm/2:4" or "nm/2:4/int8:128"; see `from_spec`.
     """
 
@@ -113,7 +115,10 @@ class Format(ABC):
         self.check_shape(name, (weight.mask.shape[0], weight.mask.shape[1]))
         self._check_weight(name, weight)
         mask = self.stored_mask(name, weight.mask)
-        kept = weight.weight[mask] + 0.0 if weight.codes is None else stored_codes(weight)[mask]
+        if weight.codes is None:
+            kept = weight.weight[mask] + 0.0
+        else:
+            kept = kept_bytes(stored_codes(weight), mask)
         parts = {"values": self.store(kept, mask), **self.mask_parts(mask)}
         if weight.scales is not None:
             parts["scales"] = weight.scales
@@ -131,7 +136,7 @@ class Format(ABC):
 
     @abstractmethod
     def kept(self, parts: Parts) -> Tensor:
-        """The inverse of `store`: values in their dtype, or stored codes int8, in row order."""
+        """The inverse of `store`: values in their dtype, or stored codes, in row order."""
 
     @abstractmethod
     def mask_parts(self, mask: Tensor) -> dict[str, Tensor]:
@@ -160,7 +165,7 @@ class Format(ABC):
         return dense if self.values.is_float else dequantize(dense, parts["scales"], dtype)
 
     def scatter(self, parts: Parts) -> Tensor:
-        """Values in their dtype, or codes int8, at their places: [out, in], zero elsewhere.
+        """Values in their dtype, or codes, at their places: [out, in], zero elsewhere.
 
         Codes count from the zero point of their group, if it has one.
         """
@@ -193,6 +198,7 @@ class Format(ABC):
                 raise CheckpointError(f"{name}.values: holds NaN or Inf. The file is damaged.")
             return
         check_groups(name, parts, self.values)
+        check_codes(name, parts, self.values)
         self._check_padding(name, parts)
 
     def _check_padding(self, name: str, parts: Parts) -> None:

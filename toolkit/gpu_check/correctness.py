@@ -1,7 +1,7 @@
 """Every backend against float64, with outputs that are NaN before; eagerly and in a CUDA graph.
 
 The error is that of the result to the float64 product rounded to the result's dtype, so that
-rounding once is no error. Products of integer values may be of the codes, or of the weight rounded
+rounding once is no error. Products of codes may be of the codes, or of the weight rounded
 to the activations' dtype: backends do either, and the nearer one counts.
 """
 
@@ -29,6 +29,7 @@ from gblm.weights import SparseWeight
 SPECS = (
     "nm/2:4", "bitmask/0.5", "nm/2:4/int8:128", "nm/2:4/int4:128", "nm/2:4/uint4:128",
     "bitmask/0.7", "nm/2:4/int8:row", "nm/2:4/int4:32", "nm/4:8", "bitmask/0.5/int8:128",
+    "nm/2:4/fp8:128", "nm/2:4/fp8:row", "bitmask/0.5/fp8:128",
     "dense/dense", "dense/dense/int8:128", "dense/dense/int4:128",
 )  # fmt: skip
 # The first fills no tile in rows nor columns.

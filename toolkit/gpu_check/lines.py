@@ -44,7 +44,10 @@ class Line:
         if value is not None:
             met = value <= self.bound if self.at_most else value >= self.bound
             state = "met" if met else "missed"
-        return {"line": self.text, "bound": self.bound, "value": value, "state": state}
+        return {
+            "line": self.text, "bound": self.bound, "at_most": self.at_most, "value": value,
+            "state": state,
+        }  # fmt: skip
 
 
 def _rows(sections: Sections, name: str) -> Rows:
@@ -116,6 +119,8 @@ LINES = (
          worst_of_the_best("nm/2:4", DECODE, "x_cublas")),
     Line("2:4 int8, up to 16 tokens: times cuBLAS bf16", 2.6,
          worst_of_the_best("nm/2:4/int8:128", DECODE, "x_cublas")),
+    Line("2:4 fp8, up to 16 tokens: times cuBLAS bf16", 2.6,
+         worst_of_the_best("nm/2:4/fp8:128", DECODE, "x_cublas")),
     Line("2:4 int4, up to 16 tokens: times cuBLAS bf16", 3.8,
          worst_of_the_best("nm/2:4/int4:128", DECODE, "x_cublas")),
     Line("unstructured 50 %, 1 token: times cuBLAS bf16", 1.3,

@@ -29,7 +29,10 @@ SHAPES: dict[str, Shape] = {
     "70b qkv": (10240, 8192),
     "70b o": (8192, 8192),
 }
-SPECS = ("nm/2:4", "bitmask/0.5", "nm/2:4/int8:128", "nm/2:4/int4:128", "bitmask/0.7")
+SPECS = (
+    "nm/2:4", "bitmask/0.5", "nm/2:4/int8:128", "nm/2:4/int4:128", "bitmask/0.7",
+    "nm/2:4/fp8:128",
+)  # fmt: skip
 CUBLAS, FP8 = "cublas bf16", "cublas fp8"
 FP8_RANGE = 448.0
 

@@ -67,7 +67,7 @@ def select(
         forced: a name of BACKENDS that must be taken.
 
     Returns:
-        The backend, and why better ones refused.
+        The backend, and why better ones refused; then what it holds other than it is stored.
 
     Raises:
         UsageError: `forced` is unknown or refuses.
@@ -78,7 +78,8 @@ def select(
     for backend in [BACKENDS[forced]] if forced else BACKENDS.values():
         reason = backend.refuses(fmt, shape, dtype, device)
         if reason is None:
-            return backend, reasons
+            held = backend.holds(fmt)
+            return backend, reasons + ([f"{backend.name}: {held}"] if held else [])
         reasons.append(f"{backend.name}: {reason}")
     raise UsageError(f"no backend can serve {fmt.spec} {list(shape)} {dtype}: {'; '.join(reasons)}")
 
@@ -88,8 +89,11 @@ def log_choice(chosen: Iterable[tuple[Backend, Sequence[str]]]) -> None:
     picks = list(chosen)
     for name, count in Counter(backend.name for backend, _ in picks).items():
         own = (why for backend, why in picks if backend.name == name)
-        reasons = dict.fromkeys(reason for why in own for reason in why)
+        said = list(dict.fromkeys(reason for why in own for reason in why))
+        held = [text.removeprefix(f"{name}: ") for text in said if text.startswith(f"{name}: ")]
+        reasons = [text for text in said if not text.startswith(f"{name}: ")]
         state = "packed in memory" if BACKENDS[name].packed else "expanded at load"
+        state = "; ".join([state, *held])
         because = f"; refused: {' · '.join(reasons)}" if reasons else ""
         logger.info("gblm: %d linears run on backend %s (%s)%s", count, name, state, because)
 

@@ -36,6 +36,10 @@ class Backend(ABC):
             device: where it will be used.
         """
 
+    def holds(self, fmt: Format) -> str | None:
+        """As what its memory holds the values, for people; None: as they are stored."""
+        return None
+
     @abstractmethod
     def prepare(
         self, fmt: Format, parts: Parts, shape: Shape, dtype: torch.dtype = torch.bfloat16

@@ -2,7 +2,8 @@
 
 One token reads every kept weight once; up to 16 share what is expanded in registers; more share
 what is expanded into cache. Integer weights meet activations that are rounded to int8, one scale
-per token and group. Codes with zero points are kept as int8: the code less its zero point.
+per token and group. Codes with zero points are kept as int8: the code less its zero point; fp8 is
+for GPUs, and its products with the scales are kept as bfloat16.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from gblm.formats.nibbles import byte_offsets
 from gblm.kernels import native
 from gblm.kernels.base import Backend
 
-COLUMN_UNIT = {"float": 8, "int8": 32, "int4": 32, "uint4": 32}
+COLUMN_UNIT = {"float": 8, "int8": 32, "int4": 32, "uint4": 32, "fp8": 8}
 
 
 class Cpu(Backend):
@@ -39,10 +40,15 @@ class Cpu(Backend):
             return f"activations must be bfloat16, not {str(dtype).removeprefix('torch.')}"
         if shape[1] % unit:
             return f"{shape[1]} columns are not a multiple of {unit}"
-        group = 0 if fmt.values.is_float else fmt.values.group(shape[1])
+        whole_rows = fmt.values.is_float or fmt.values.is_fp8
+        group = 0 if whole_rows else fmt.values.group(shape[1])
         if group % COLUMN_UNIT["int8"]:
             return f"groups of {group} columns are not a multiple of {COLUMN_UNIT['int8']}"
         return native.refusal()
+
+    def holds(self, fmt: Format) -> str | None:
+        """See Backend.holds."""
+        return "fp8 values as bfloat16, rounded once" if fmt.values.is_fp8 else None
 
     def prepare(
         self, fmt: Format, parts: Parts, shape: Shape, dtype: torch.dtype = torch.bfloat16
@@ -61,7 +67,7 @@ class Cpu(Backend):
             data=data,
             starts=starts,
             bitmask=parts.get("bitmask"),
-            scales=parts.get("scales"),
+            scales=None if values == "float" else parts.get("scales"),
         )
         return [native.prepare(source)]
 
@@ -73,11 +79,13 @@ class Cpu(Backend):
 
 def _stored(fmt: Format, parts: Parts, rows: int) -> tuple[str, Tensor, Tensor]:
     """The kind of values that the kernels see, the values, and [out + 1] each row's first byte."""
-    if not fmt.values.has_zeros:
+    if not (fmt.values.has_zeros or fmt.values.is_fp8):
         return fmt.values.kind, parts["values"], _row_starts(fmt, parts, rows)
-    # No kernel subtracts zero points: a difference of 4-bit codes has five bits, and is an int8.
     mask = fmt.mask(parts)
     starts = functional.pad(mask.sum(dim=1).cumsum(0), (1, 0))
+    if fmt.values.is_fp8:
+        return "float", fmt.expand(parts, torch.bfloat16)[mask], starts * torch.bfloat16.itemsize
+    # No kernel subtracts zero points: a difference of 4-bit codes has five bits, and is an int8.
     return "int8", fmt.scatter(parts)[mask], starts
 
 

@@ -69,7 +69,7 @@ def round_obs(
     Args:
         weight: [out, in] floating point; before pruning, so that its error can be made up for.
         mask: [out, in] bool, True = kept.
-        values: an integer kind, `resolve`d for `in`.
+        values: a kind with codes, `resolve`d for `in`.
         stats: as `prepare_obs` returns them.
         name: of the linear, for messages.
         limit: the largest code, if not that of the value type: 3 measures int3.

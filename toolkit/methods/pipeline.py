@@ -91,7 +91,7 @@ class Pipeline:
             name: of the linear, for messages.
 
         Returns:
-            With integer values, codes and scales, too.
+            With a value type that has codes, those and scales, too.
 
         Raises:
             InputError: a weight is NaN or Inf, or becomes so.

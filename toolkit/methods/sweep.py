@@ -178,7 +178,8 @@ class Sweep:
         # What is not finite leaves an error that is not, even where it was dropped.
         if not bool(self.errors.isfinite().all()):
             raise InputError(f"{name}.weight holds NaN or Inf, which has no {values.kind} code.")
-        codes = self.columns.to(torch.int8).t().contiguous()
+        # Adding zero makes +0 of the code of a small negative weight.
+        codes = (self.columns + 0.0).to(values.code_dtype).t().contiguous()
         return checked_codes(codes, grid.levels(), self.mask(), dtype, values, name)
 
     def _eliminate(self, start: int, stop: int) -> None:

@@ -1,7 +1,7 @@
 """What a report takes from records: quality, speed, ratios, curves, checks; as plain values.
 
-The readers of records are in `quality`, `speed` and `models`. Records may come from anywhere, so
-every figure is checked to be one.
+The readers of records are in `quality`, `speed`, `models` and `gpu`. Records may come from
+anywhere, so every figure is checked to be one.
 """
 
 from __future__ import annotations
@@ -110,6 +110,29 @@ class Ratio:
 
 
 @dataclass(frozen=True)
+class Timed:
+    """One call on a GPU, beside the same one of cuBLAS in bfloat16.
+
+    Attributes:
+        table: its title; calls of one table share it.
+        note: how it was measured, and where.
+        name: of what was called.
+        tokens: at once.
+        microseconds: of a call.
+        ratio: how many times faster than cuBLAS; None if that was not measured.
+        share: of the bandwidth for reading; None if unknown.
+    """
+
+    table: str
+    note: str
+    name: str
+    tokens: int
+    microseconds: float
+    ratio: float | None
+    share: float | None
+
+
+@dataclass(frozen=True)
 class Curve:
     """One line of a chart.
 
@@ -140,6 +163,7 @@ class Facts:
     checks: list[Check] = field(default_factory=list)
     speeds: list[Speed] = field(default_factory=list)
     ratios: list[Ratio] = field(default_factory=list)
+    timed: list[Timed] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
     invalid: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

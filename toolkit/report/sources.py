@@ -15,6 +15,7 @@ from gblm.folder import read_json_object
 from gblm.report import quality, speed
 from gblm.report.facts import Facts, Record
 from gblm.report.folders import PackedFacts, read_folder
+from gblm.report.gpu import gpu_check
 from gblm.report.models import models
 
 MAX_BYTES = 64 * 2**20
@@ -31,6 +32,7 @@ READERS: dict[str, Callable[[Record], Facts]] = {
     "bench models": models,
     "bench kernels": speed.kernels,
     "bench watch": speed.watch,
+    "gpu check": gpu_check,
 }
 
 

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from gblm.report.axes import number
-from gblm.report.facts import Facts, Quality, Score
+from gblm.report.facts import Facts, Quality, Score, Timed
 from gblm.report.folders import LinearFacts, PackedFacts
 
 QUALITY = ("model", "perplexity", "× dense", "MB", "bits per weight")
 DRIFT = ("model", "beside", "mean", "p99", "max", "same top-1", "KL mean", "KL p99")
 CHECKS = ("model", "check", "value", "bound", "verdict")
+TIMED = ("call", "tokens", "µs", "× cuBLAS bf16", "of the read bandwidth")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Table:
 
 
 def tables(facts: Facts) -> Iterator[Table]:
-    """Perplexity, drift and tasks by protocol; gates and validations."""
+    """Perplexity, drift and tasks by protocol; gates and validations; calls on GPUs."""
     for (protocol, _), rows in by_protocol(facts.quality).items():
         yield Table("Perplexity", protocol, QUALITY, tuple(map(_quality, rows)))
     for protocol in dict.fromkeys(one.protocol for one in facts.drifts):
@@ -50,12 +51,20 @@ def tables(facts: Facts) -> Iterator[Table]:
         checked = tuple((c.name, c.what, c.value, c.bound, "pass" if c.passed else "FAIL")
                         for c in facts.checks)  # fmt: skip
         yield Table("Gates and validations", "", CHECKS, checked)
+    for title, note in dict.fromkeys((one.table, one.note) for one in facts.timed):
+        calls = (one for one in facts.timed if (one.table, one.note) == (title, note))
+        yield Table(title, note, TIMED, tuple(map(_timed, calls)))
 
 
 def _quality(row: Quality) -> tuple[str, ...]:
     size = None if row.num_bytes is None else row.num_bytes / 1e6
     perplexity, ratio = (number(value, 4) for value in (row.perplexity, row.ratio))
     return (row.name, perplexity, ratio, number(size, 4), number(row.bits))
+
+
+def _timed(one: Timed) -> tuple[str, ...]:
+    share = "–" if one.share is None else f"{one.share:.0%}"
+    return (one.name, str(one.tokens), number(one.microseconds, 4), number(one.ratio), share)
 
 
 def _scores(own: Sequence[Score]) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:

@@ -5,7 +5,7 @@
 // The weight is the sparse operand A of mma.sp.m16n8k32, the tokens are B, eight at a time.
 //
 //   values  [tile][step][half][lane][16 B]  16-bit: registers a0..a3 of a half (32 columns)
-//           [tile][step][lane][16 B]        int8: bytes; word 2h + r of a lane holds a(2r), a(2r+1)
+//           [tile][step][lane][16 B]        int8, fp8: bytes; word 2h + r holds a(2r), a(2r+1)
 //           [tile][step][lane][8 B]         int4, uint4: word h; a(r) is its bits 4r and 16 + 4r
 //   meta    [tile][step][lane] u32          lane 4g + 2h + b: columns 32h + 16b..+15 of row g in
 //                                           the low half word, of row g + 8 in the high one
@@ -15,7 +15,7 @@
 // Defined by the compiler's command line:
 //   BF16      1: bfloat16, 0: float16 activations
 //   TOKENS    blocks of 8 tokens: 1, 2, 4, 8
-//   VALUES    16: as activations, 8: int8, 4: int4, 14: uint4 with zero points
+//   VALUES    16: as activations, 8: int8, 28: fp8 (E4M3), 4: int4, 14: uint4 with zero points
 //   GROUP     columns that share a scale; 0: all of a row
 //   TAIL      1: columns do not fill the last unit
 //   REPACKED  1: x was rearranged by `repack`
@@ -30,6 +30,9 @@ constexpr int kUnroll = kSteps >= 4 ? 1 : 4 / kSteps;
 constexpr int kGroups = GROUP == 0 ? 0 : kUnit / (GROUP == 0 ? 1 : GROUP);
 constexpr bool kCodes = VALUES != 16;
 constexpr bool kZeros = VALUES == 14;
+// Of fp8 in float16 the tensor core sees 2^-8: each sum is multiplied once, not each weight.
+constexpr float kRescale = VALUES == 28 && !BF16 ? 256 : 1;
+#define IN_BYTES (VALUES == 8 || VALUES == 28)
 
 // The largest power of two in whose binade codes count in ones, as a pair of 16-bit floats; and
 // the same, negative, less 8.
@@ -63,11 +66,22 @@ DEVICE unsigned widen_bytes(unsigned pair) {
 #endif
 }
 
+// Two codes of E4M3, in the high bytes of the half words, as 16-bit floats. Exponent and mantissa go
+// to where the wider ones end, subnormals too; what is left is the difference of the biases: 2^120
+// in bfloat16. Of float16 the 2^8 is left to kRescale, as its subnormals do the sum no harm.
+DEVICE unsigned widen_fp8(unsigned pair) {
+#if BF16
+  return times_2_to_120((pair & 0x80008000u) | (pair >> 4 & 0x07F007F0u));
+#else
+  return (pair & 0x80008000u) | (pair >> 1 & 0x3F803F80u);
+#endif
+}
+
 // The values of one step: `a` gets the registers of both halves.
 struct Raw {
 #if VALUES == 16
   uint4 low, high;
-#elif VALUES == 8
+#elif IN_BYTES
   uint4 all;
 #else
   uint2 all;
@@ -78,7 +92,7 @@ DEVICE Raw read_values(const void* values, long step, int lane) {
 #if VALUES == 16
   const uint4* from = (const uint4*)values + step * 64 + lane;
   return {load16_once(from), load16_once(from + 32)};
-#elif VALUES == 8
+#elif IN_BYTES
   return {load16_once((const uint4*)values + step * 32 + lane)};
 #else
   return {load8_once((const uint2*)values + step * 32 + lane)};
@@ -91,12 +105,12 @@ DEVICE void widen(const Raw& raw, const Scale& top, const Scale& bottom, unsigne
 #if VALUES == 16
   const uint4 words = kHalf ? raw.high : raw.low;
   a[0] = words.x, a[1] = words.y, a[2] = words.z, a[3] = words.w;
-#elif VALUES == 8
+#elif IN_BYTES
   const unsigned words[2] = {kHalf ? raw.all.z : raw.all.x, kHalf ? raw.all.w : raw.all.y};
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    a[2 * i] = widen_bytes(words[i]);
-    a[2 * i + 1] = widen_bytes(words[i] >> 8);
+    a[2 * i] = VALUES == 28 ? widen_fp8(words[i] << 8) : widen_bytes(words[i]);
+    a[2 * i + 1] = VALUES == 28 ? widen_fp8(words[i]) : widen_bytes(words[i] >> 8);
   }
 #else
   const unsigned word = kHalf ? raw.all.y : raw.all.x;
@@ -226,7 +240,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int w = 0; w < kWarps; w++) sum += parts[w][token / 8][from][part];
     if (token < tokens && blockIdx.x * 16 + row < rows)
-      store2(y + (long)token * rows + blockIdx.x * 16 + row, from_float(sum));
+      store2(y + (long)token * rows + blockIdx.x * 16 + row, from_float(sum * kRescale));
   }
 }
 
@@ -263,8 +277,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       unsigned first = a[i] & 0xFFFF, second = a[i] >> 16;
       if (kCodes) {
         // Adding zero makes +0 of what was rounded to -0.
-        first = from_float(to_float(from_float(to_float(first) * scale[i % 2].factor)) + 0.f);
-        second = from_float(to_float(from_float(to_float(second) * scale[i % 2].factor)) + 0.f);
+        const float factor = scale[i % 2].factor;
+        first = from_float(to_float(from_float(to_float(first) * kRescale * factor)) + 0.f);
+        second = from_float(to_float(from_float(to_float(second) * kRescale * factor)) + 0.f);
       }
       const unsigned long long pair = (unsigned long long)first << 16 * (places & 3) |
                                       (unsigned long long)second << 16 * (places >> 2 & 3);

@@ -1,4 +1,4 @@
-// What the kernels need of the machine: loads, stores, two arithmetic instructions on pairs of
+// What the kernels need of the machine: loads, stores, three arithmetic instructions on pairs of
 // 16-bit floats, and the sparse tensor core. Everything else is plain C++, so that tests can put
 // another set of these functions in front of the same kernels and run them on a CPU.
 //
@@ -52,6 +52,15 @@ DEVICE unsigned add_pairs(unsigned a, unsigned b) {
 #endif
   return r;
 }
+
+#if BF16
+// Exact, of subnormals too.
+DEVICE unsigned times_2_to_120(unsigned a) {
+  unsigned r;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(0x7B807B80u), "r"(0x80008000u));
+  return r;
+}
+#endif
 
 // The 16-bit float in the low half of a word.
 DEVICE float to_float(unsigned bits) {

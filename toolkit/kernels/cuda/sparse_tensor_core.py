@@ -18,7 +18,7 @@ MAX_TOKENS = 64
 # Above, activations are rearranged first: the loads of more fragments would fill the L1 cache.
 MAX_DIRECT = 16
 WARPS = THREADS // 32
-VALUES = {"float": 16, "int8": 8, "int4": 4, "uint4": 14}
+VALUES = {"float": 16, "int8": 8, "int4": 4, "uint4": 14, "fp8": 28}
 
 
 class SparseTensorCore(FewTokens):

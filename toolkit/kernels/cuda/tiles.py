@@ -49,6 +49,8 @@ def pack_tiles(fmt: Format, parts: Parts, shape: Shape) -> list[Tensor]:
         or int32 with zero points; one zero for floats.
     """
     kept, (rows, columns) = fmt.kept(parts), padded(fmt, shape)
+    # Permuting bytes, which PyTorch has more operators for.
+    kept = kept.view(torch.int8) if fmt.values.is_fp8 else kept
     missing = (0, (columns - shape[1]) // 2, 0, rows - shape[0])
     values = _store(functional.pad(kept, missing), fmt)
     return [values, _metadata(parts["bitmask"], rows, columns), _scales(fmt, parts, shape)]

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gblm.kernels.triton.quads import load_quads, tile_of
+from gblm.kernels.triton.quads import FP8_UNIT, load_quads, tile_of
 
 FLOATS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -123,7 +123,7 @@ def multiply(
         rows: of the weight.
         columns: of the weight, a multiple of 8.
         TWO_FOUR: whether the pattern is 2:4.
-        KIND: 16 for floats, 8 for int8, 4 for int4, 14 for uint4.
+        KIND: 16 for floats, 8 for int8, 4 for int4, 14 for uint4, 28 for fp8.
         GROUP: columns that share a scale, a multiple of COLUMNS; 0 for one a row.
         TAIL: whether columns are no whole tiles.
         FLOAT: bfloat16 or float16, of activations and floating values.
@@ -165,6 +165,8 @@ def multiply(
         sums += total
     if KIND != 16 and GROUP == 0:
         sums *= tl.load(scales + row).to(tl.float32)[:, None]
+    if KIND == 28:
+        sums *= FP8_UNIT
     own = out + tl.program_id(1) * tokens * rows + row
     DTYPE: tl.constexpr = out.dtype.element_ty
     if TOKENS == 1:
@@ -233,6 +235,11 @@ def expand(
     )  # fmt: skip
     if KIND != 16:
         scale = tl.load(scales + group).to(tl.float32)[:, None]
+        if KIND == 28:
+            w0 *= FP8_UNIT
+            w1 *= FP8_UNIT
+            w2 *= FP8_UNIT
+            w3 *= FP8_UNIT
         w0 = _scaled(w0, scale, FLOAT)
         w1 = _scaled(w1, scale, FLOAT)
         w2 = _scaled(w2, scale, FLOAT)

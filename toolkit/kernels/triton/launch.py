@@ -12,7 +12,7 @@ from gblm.formats import Format, Shape
 from gblm.kernels.triton.layout import is_two_four
 
 MAX_TOKENS = 16
-KINDS = {"float": 16, "int8": 8, "int4": 4, "uint4": 14}
+KINDS = {"float": 16, "int8": 8, "int4": 4, "uint4": 14, "fp8": 28}
 # Rows and columns of a block for one token, for more, and of the dense weight: 2:4, other masks.
 ONE, MANY, DENSE = ((16, 256), (8, 256)), ((32, 128), (32, 64)), ((16, 256), (8, 256))
 # Of Triton's compiler. Multiplications and additions are fused, whatever its version's default.

@@ -26,7 +26,7 @@ class Arrays(NamedTuple):
 
     Attributes:
         values: the part, of 2:4 weights a word for each four columns: int32 of floats, int16 of
-            int8 codes, uint8 of 4-bit codes.
+            codes of 8 bits, uint8 of 4-bit codes. Of other masks fp8 codes are uint8, too.
         words: int32 [out, in/32], the bitmask; bit i of word w is column 32·w + i. Rows that are no
             whole words end in zeros.
         starts: int16 [out, in/32], read as unsigned: kept values of the row before the word.
@@ -58,6 +58,8 @@ def arrays(fmt: Format, parts: Parts, shape: Shape) -> Arrays:
         shape: [out, in], `in` at most MAX_COLUMNS.
     """
     values, words = parts["values"].contiguous(), _words(parts["bitmask"])
+    # Triton knows E4M3 on newer GPUs only; the kernels widen its bits.
+    values = values.view(torch.uint8) if fmt.values.is_fp8 else values
     starts, begins = values.new_empty(0, dtype=torch.int16), values.new_empty(0, dtype=torch.int64)
     if is_two_four(fmt):
         wide = {1: torch.int16, 2: torch.int32}

@@ -9,6 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# What quads of fp8 lack to be codes: exact, and cheaper of a sum than of each weight.
+FP8_UNIT = tl.constexpr(256.0)
+
 
 @triton.jit
 def _bits_set(word: tl.tensor) -> tl.tensor:
@@ -21,14 +24,25 @@ def _bits_set(word: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def _e4m3(byte: tl.tensor) -> tl.tensor:
+    """A code of E4M3 over FP8_UNIT, float16: exponent and mantissa where the wider ones end."""
+    bits = byte.to(tl.int32)
+    bits = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+    return bits.to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
 def _pair(word: tl.tensor, zero: tl.tensor, KIND: tl.constexpr, FLOAT: tl.constexpr) -> tl.tuple:
-    """The two values of a word of a 2:4 weight; of codes, counted from their zero point."""
+    """The two values of a word of a 2:4 weight; codes counted from their zero point, or `_e4m3`."""
     if KIND == 16:
         first = (word & 0xFFFF).to(tl.int16).to(FLOAT, bitcast=True)
         second = (word >> 16).to(tl.int16).to(FLOAT, bitcast=True)
     elif KIND == 8:
         first = word.to(tl.int8)
         second = (word >> 8).to(tl.int8)
+    elif KIND == 28:
+        first = _e4m3(word)
+        second = _e4m3(word >> 8)
     elif KIND == 4:
         first = (word.to(tl.int32) << 28) >> 28
         second = (word.to(tl.int32) << 24) >> 28
@@ -82,7 +96,7 @@ def load_quads(
     FLOAT: tl.constexpr,
     INTO: tl.constexpr,
 ) -> tl.tuple:
-    """w0 to w3 [rows, quads] of a tile, as INTO, which holds them exactly."""
+    """w0 to w3 [rows, quads] of a tile, as INTO, which holds them exactly; fp8 over FP8_UNIT."""
     values, words, starts, begins = weight
     row, quad, zero = tile
     inside = (quad < columns // 4)[None, :] if TAIL else None
@@ -116,6 +130,14 @@ def load_quads(
             w1 = tl.load(own + rank1, mask=kept1, other=0).to(INTO)
             w2 = tl.load(own + rank2, mask=kept2, other=0).to(INTO)
             w3 = tl.load(own + rank3, mask=kept3, other=0).to(INTO)
+        elif KIND == 28:
+            rank1 = rank + (mask & 1)
+            rank2 = rank1 + ((mask >> 1) & 1)
+            rank3 = rank2 + ((mask >> 2) & 1)
+            w0 = _e4m3(tl.load(own + rank, mask=kept0, other=0)).to(INTO)
+            w1 = _e4m3(tl.load(own + rank1, mask=kept1, other=0)).to(INTO)
+            w2 = _e4m3(tl.load(own + rank2, mask=kept2, other=0)).to(INTO)
+            w3 = _e4m3(tl.load(own + rank3, mask=kept3, other=0)).to(INTO)
         else:
             w0, w1, w2, w3 = _from_bytes(own, rank, mask, zero, KIND)
             w0 = w0.to(INTO)
