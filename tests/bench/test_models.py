@@ -13,7 +13,7 @@ from conftest import Outcome, save_tiny_model
 from vllm_server import OPTIONS
 
 from gblm.bench.loop import one_request, prompts
-from gblm.bench.models import Plan, bench_models, order, record_of, round_runs
+from gblm.bench.models import Plan, bench_models, order, record_of, round_runs, unchecked
 from gblm.bench.paired import bootstrap_median
 from gblm.bench.requests import Request, Slo
 from gblm.bench.sides import Side, parse_sides
@@ -75,6 +75,15 @@ def test_an_invalid_run_takes_the_ratio_and_the_verdict_with_it() -> None:
 def test_an_invalid_baseline_leaves_no_ratio_at_all() -> None:
     found = record({"a": seen(0.01, failed=1), "b": seen(0.02)})
     assert not any("ratio" in row for row in found["rows"])
+
+
+def test_what_could_not_be_checked_is_said() -> None:
+    assert any("thermal throttling was not checked" in words for words in
+               record({"a": seen(0.01), "b": seen(0.02)})["caveats"])  # fmt: skip
+    cool = {"a": seen(0.01, noise={"cpu_throttles": 0}), "b": seen(0.02)}
+    assert not any("not checked" in words for words in record(cool)["caveats"])
+    without_server = unchecked([side("a")], Plan((ASKED,), tool="latency"), [])
+    assert "no server that counts preemptions" in without_server[0]
 
 
 def test_other_prompts_condemn_every_side_of_the_round() -> None:
@@ -227,7 +236,7 @@ def test_a_served_model_and_a_loop_are_measured_alike(
     for run in record["runs"]:
         known = run["metrics"]
         assert known["ttft_ms_p50"] <= known["e2e_ms_p50"] <= known["e2e_ms_p99"]
-        assert known["memory_mb"] > 0
+        assert known["peak_memory_mb"] >= known["memory_mb"] > 0
         assert known["load_s"] > 0
     served = record["runs"][0]["evidence"]
     assert (served["preemptions"], served["cached"], served["completed"]) == (0, 0, 2)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
+import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,8 +17,9 @@ import yaml
 from conftest import Outcome
 from record_cases import PERPLEXITY, models_record, onnx_record, perplexity_record
 
+from gblm.cli import cli
 from gblm.commands.common import command_line
-from gblm.errors import InputError
+from gblm.errors import GateError, InputError
 from gblm.report import figures, pictures
 from gblm.report.axes import Axis, number
 from gblm.report.markdown import markdown
@@ -136,6 +139,29 @@ def test_an_exported_folder_shows_its_validation(tmp_path: Path) -> None:
     assert "<td>∞</td><td>≤ 0.01</td><td>FAIL</td>" in html(sources, "x")
     write(folder, "onnx_report.json", report)
     assert "exported without validation" in html(read_sources([folder], [0]), "x")
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_an_export_says_by_which_command_it_was_made_also_when_it_failed(
+    passes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = {"kind": "onnx export", "source": "x/half", "target": "cpu", "precision": "fp32",
+              "sparse": False, "bytes_total": 9}  # fmt: skip
+
+    def export(source: str, output: Path, *rest: object) -> dict:
+        output.mkdir()
+        write(output, "onnx_report.json", report)
+        if not passes:
+            raise GateError("it differs")
+        return report
+
+    monkeypatch.setattr("gblm.export.onnx_model.export.export_onnx", export)
+    words = ["export", "onnx", "/somewhere/half", "--output", str(tmp_path / "made")]
+    monkeypatch.setattr(sys, "argv", ["gblm", *words])
+    with contextlib.nullcontext() if passes else pytest.raises(GateError):
+        cli(words, standalone_mode=False)
+    sources = read_sources([tmp_path / "made"], [])
+    assert "<pre>gblm export onnx half --output made</pre>" in html(sources, "x")
 
 
 def test_every_chart_has_its_figures_in_a_table(tmp_path: Path) -> None:

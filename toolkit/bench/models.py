@@ -183,7 +183,7 @@ def record_of(sides: Sequence[Side], plan: Plan, runs: Sequence[Run]) -> dict[st
         "kind": "bench models",
         "valid": not reasons,
         "reasons": reasons,
-        "caveats": caveats(sides, plan),
+        "caveats": [*caveats(sides, plan), *unchecked(sides, plan, runs)],
         "provenance": provenance(),
         "settings": {
             "num_prompts": first.num_prompts,
@@ -260,6 +260,20 @@ def caveats(sides: Sequence[Side], plan: Plan) -> list[str]:
             f"the interval of {plan.rounds} rounds is all but their range; raise --repeat to 6 or "
             "more."
         )
+    return found
+
+
+def unchecked(sides: Sequence[Side], plan: Plan, runs: Sequence[Run]) -> list[str]:
+    """Which checks had nothing to look at."""
+    found = []
+    if plan.tool not in WITH_SERVER and any(side.engine == "vllm" for side in sides):
+        found.append(
+            f"--with {plan.tool} has no server that counts preemptions and cache hits: they were "
+            "not checked."
+        )
+    keys = ("cpu_throttles", "gpu_throttle_s")
+    if not any(run["evidence"].get(key) is not None for run in runs for key in keys):
+        found.append("thermal throttling was not checked: neither kernel nor driver counts it.")
     return found
 
 

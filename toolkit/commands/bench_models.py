@@ -24,6 +24,7 @@ COLUMNS = {
     "tok_s_per_user": ("tok/s/user", 1),
     "goodput_requests_per_s": ("goodput", 2),
     "memory_mb": ("MB", 0),
+    "peak_memory_mb": ("peak MB", 0),
     "load_s": ("load s", 1),
     "joules_per_token": ("J/token", 3),
 }
