@@ -17,6 +17,7 @@ import yaml
 from conftest import Outcome
 from record_cases import PERPLEXITY, models_record, onnx_record, perplexity_record
 
+from gblm.bench.requests import Request, Slo, metrics_of
 from gblm.cli import cli
 from gblm.commands.common import command_line
 from gblm.errors import GateError, InputError
@@ -83,6 +84,10 @@ def test_scores_of_tasks_stand_with_their_errors_beside_the_baseline(tmp_path: P
     assert '<th scope="col">half</th><th scope="col">dense</th>' in page
     assert "<td>arc</td><td>acc</td><td>0.5000 ± 0.1250</td><td>0.7500</td>" in page
     assert "lm-eval, 0-shot" in page
+    front = yaml.safe_load(markdown(sources, "x").split("---")[1])["model-index"]
+    (result,) = next(entry["results"] for entry in front if entry["name"] == "half")
+    assert result["dataset"]["name"] == "arc"
+    assert result["metrics"] == [{"type": "acc", "value": 0.5, "name": "acc (lm-eval, 0-shot)"}]
 
 
 def test_what_search_keeps_is_read(tmp_path: Path) -> None:
@@ -376,6 +381,14 @@ def test_an_axis_holds_its_values_and_some_ticks(values: list[float], log: bool)
     for value in [*values, *axis.ticks()]:
         assert axis.low <= value <= axis.high
         assert 10 <= axis.place(value) <= 110
+
+
+def test_a_ratio_says_which_way_is_better() -> None:
+    less = {"joules_per_token", "load_s", "memory_mb", "peak_memory_mb"}
+    known = metrics_of([Request(0.0, 1.0, 4, 4, 0.1, (0.3, 0.3, 0.3))], 1.0, Slo(1.0))
+    for metric in {*known, *less}:
+        small = metric in less or "_ms_" in metric
+        assert figures.directed(metric).endswith("(less is better)") == small, metric
 
 
 def test_numbers_are_read_by_people() -> None:

@@ -26,6 +26,7 @@ DIRECTIONS = {
     "tok_s": "more is better",
     "per_s": "more is better",
     "user": "more is better",
+    "share": "more is better",
     "speed": "more is better",
     "decoding": "more is faster",
 }
