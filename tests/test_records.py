@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matrix_tables import TOLERANCES, apart
 from pages import made_by
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
@@ -55,6 +56,13 @@ def test_a_record_says_where_it_comes_from(path: Path) -> None:
 
 def test_the_list_of_those_without_a_command_names_no_other_file() -> None:
     assert {path.stem for path in RECORDS} >= WITHOUT_COMMAND
+
+
+def test_engines_agree_on_the_real_model_within_what_the_page_says() -> None:
+    differences = apart(json.loads((RESULTS / "evaluation.json").read_text()))
+    assert {engine for engine, _ in differences} == {"onnx", "vllm"}
+    for (_, dtype), value in differences.items():
+        assert value <= TOLERANCES[dtype]
 
 
 def test_a_script_says_how_it_was_called(monkeypatch: pytest.MonkeyPatch) -> None:
