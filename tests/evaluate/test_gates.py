@@ -122,6 +122,16 @@ INVALID = models_record({"dense": 20.0, "half": 10.0}, invalid={"half": "7 preem
         ("decode(half) >= 1x", HOLLOW, "'summary' is missing"),
         ("decode(half) >= 1x", {"kind": "bench models"}, "'baseline' is missing"),
         ("decode >= 1x", {"kind": "onnx", "rows": []}, "none of kind 'onnx' as gblm writes it"),
+        (
+            "decode(half) >= 1x",
+            SERVING | {"summary": {"decode_tok_s": {"ratio": 10**400}}},
+            "int too",
+        ),
+        (
+            "decode(half) >= 1x",
+            SERVING | {"summary": {"decode_tok_s": {"ratio": float("inf")}}},
+            "decode_tok_s is inf",
+        ),
         ("decode >= 1x", {"kind": ["x"]}, "the record's kind is"),
     ],
 )

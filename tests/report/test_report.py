@@ -221,6 +221,7 @@ def test_the_page_loads_and_runs_nothing(tmp_path: Path) -> None:
         ({"kind": 7}, "have no place"),
         ({"perplexity": "27"}, "'27' is not a number"),
         ({"perplexity": True}, "'True' is not a number"),
+        ({"perplexity": 10**400}, "int too large to convert to float"),
         ({"perplexity": None}, "'None' is not a number"),
         ({"protocol": ["x"]}, "is not text"),
         ({"report": 5}, "is not a record of kind 'perplexity' as gblm writes it"),

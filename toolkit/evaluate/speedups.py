@@ -5,10 +5,11 @@ For gates. A record of another model, or a run that is not valid, gives no figur
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
-from gblm.errors import InputError
+from gblm.errors import DAMAGE, InputError, damage
 
 Record = dict[str, Any]
 Speedup = tuple[str, float]
@@ -37,11 +38,12 @@ def speedup(record: Record, row: str | None, model: str | None) -> Speedup:
         )
     try:
         of, value = READERS[kind](record, row, model)
+        if not math.isfinite(value):
+            raise ValueError(f"{of} is {value}")
         return of, float(value)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+    except DAMAGE as error:
         raise InputError(
-            f"the record is none of kind {kind!r} as gblm writes it: {reason}"
+            f"the record is none of kind {kind!r} as gblm writes it: {damage(error)}"
         ) from error
 
 
