@@ -63,6 +63,7 @@ def test_what_eval_writes_is_read(
     assert (ours.perplexity, ours.ratio) == (record["perplexity"], record["ratio"])
     assert dense.perplexity == record["perplexity_baseline"]
     assert ours.num_bytes == record["size"]["bytes"]
+    assert dense.num_bytes == record["size_baseline"]["bytes"] > ours.num_bytes
     assert ours.bits is not None
     (drift,) = sources.facts.drifts
     assert (drift.name, drift.beside) == (packed.name, tiny.name)
@@ -141,7 +142,7 @@ def test_an_exported_folder_shows_its_validation(tmp_path: Path) -> None:
     assert [(check.name, check.passed) for check in sources.facts.checks] == [
         ("half-onnx", False), ("half-onnx", True),
     ]  # fmt: skip
-    assert "<td>∞</td><td>≤ 0.01</td><td>FAIL</td>" in html(sources, "x")
+    assert "<td>FAIL</td><td>∞</td><td>≤ 0.01</td>" in html(sources, "x")
     write(folder, "onnx_report.json", report)
     assert "exported without validation" in html(read_sources([folder], [0]), "x")
 

@@ -54,7 +54,8 @@ def run_evaluation(asked: Evaluation, progress: Progress = no_progress) -> dict[
 
     Returns:
         The record: "texts" as of `measure`, "tasks" as of `run_tasks` or None, "baseline" with
-        its "baseline_note", "size". Figures of the first text also stand on top.
+        its "baseline_note", "size" and "size_baseline". Figures of the first text also stand on
+        top.
 
     Raises:
         GblmError: what loading and measuring raise.
@@ -85,6 +86,7 @@ def run_evaluation(asked: Evaluation, progress: Progress = no_progress) -> dict[
             "baseline": str(path) if path else None,
             "baseline_note": note,
             "size": size_facts(folder) if folder else None,
+            "size_baseline": size_facts(path) if path else None,
             "texts": texts,
             "tasks": tasks,
             **{key: first[key] for key in FIRST if key in first},

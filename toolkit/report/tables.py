@@ -11,7 +11,7 @@ from gblm.report.folders import LinearFacts, PackedFacts
 
 QUALITY = ("model", "perplexity", "× dense", "MB", "bits per weight")
 DRIFT = ("model", "beside", "mean", "p99", "max", "same top-1", "KL mean", "KL p99")
-CHECKS = ("model", "check", "value", "bound", "verdict")
+CHECKS = ("model", "verdict", "value", "bound", "check")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ def tables(facts: Facts) -> Iterator[Table]:
         own = [one for one in facts.scores if one.protocol == protocol]
         yield Table("Tasks ± standard error", protocol, *_scores(own))
     if facts.checks:
-        checked = tuple((c.name, c.what, c.value, c.bound, "pass" if c.passed else "FAIL")
+        # What is long stands last, so that a phone shows the verdict.
+        checked = tuple((c.name, "pass" if c.passed else "FAIL", c.value, c.bound, c.what)
                         for c in facts.checks)  # fmt: skip
         yield Table("Gates and validations", "", CHECKS, checked)
 
