@@ -26,6 +26,7 @@ from gblm.report.axes import Axis, number
 from gblm.report.markdown import markdown
 from gblm.report.page import html
 from gblm.report.sources import READERS, Sources, read_sources
+from gblm.report.tables import measured
 
 
 def write(folder: Path, name: str, record: dict) -> Path:
@@ -179,11 +180,28 @@ def test_every_chart_has_its_figures_in_a_table(tmp_path: Path) -> None:
         assert figure.picture.count('class="mark"') >= len(figure.rows) > 0, figure.title
 
 
+def test_every_figure_of_a_load_stands_in_its_table(tmp_path: Path) -> None:
+    record = models_record({"dense": 20.0, "half": 10.0}, concurrency=(1, 4))
+    for row in record["rows"][1:]:
+        row["metrics"]["peak_memory_mb"] = {"median": 1234.0, "min": 1.0, "max": 2000.0}
+    sources = read_sources([write(tmp_path, "m.json", record)], [])
+    first, second = measured(sources.facts)
+    assert first.header == ("model", "TTFT p50, ms", "TTFT p99, ms", "TPOT p50, ms", "TPOT p99, ms",
+                            "E2E p50, ms", "E2E p99, ms", "output tokens/s",
+                            "peak MB")  # fmt: skip
+    assert first.rows[0] == ("dense", "20", "40", "20", "40", "20", "40", "50", "–")
+    assert first.rows[1][-1] == "1234"
+    assert "concurrency 4" in second.note
+    assert "<td>1234</td>" in html(sources, "x")
+    assert "| 1234 |" in markdown(sources, "x")
+
+
 def test_an_invalid_run_is_in_no_chart_and_says_why(tmp_path: Path) -> None:
     record = models_record({"dense": 20.0, "half": 10.0}, invalid={"half": "7 preemptions"})
     sources = read_sources([write(tmp_path, "m.json", record)], [])
     assert [speed.name for speed in sources.facts.speeds] == ["dense"]
     assert sources.facts.ratios == []
+    assert [one.name for one in sources.facts.measures] == ["dense"]
     page = html(sources, "x")
     assert "INVALID" in page
     assert "7 preemptions" in page

@@ -110,6 +110,15 @@ class Ratio:
 
 
 @dataclass(frozen=True)
+class Measures:
+    """All figures of one model under one load: label → median of the rounds."""
+
+    name: str
+    setting: str
+    figures: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Curve:
     """One line of a chart.
 
@@ -140,6 +149,7 @@ class Facts:
     checks: list[Check] = field(default_factory=list)
     speeds: list[Speed] = field(default_factory=list)
     ratios: list[Ratio] = field(default_factory=list)
+    measures: list[Measures] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
     invalid: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

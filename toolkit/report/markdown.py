@@ -9,7 +9,7 @@ from gblm.report.axes import number
 from gblm.report.facts import Facts
 from gblm.report.page import repeat
 from gblm.report.sources import Sources
-from gblm.report.tables import tables
+from gblm.report.tables import measured, tables
 
 
 def markdown(sources: Sources, title: str) -> str:
@@ -26,7 +26,7 @@ def markdown(sources: Sources, title: str) -> str:
         lines += [*(f"- {escape(reason)}" for reason in facts.invalid), ""]
     if facts.notes:
         lines += ["To be kept in mind:", "", *(f"- {escape(note)}" for note in facts.notes), ""]
-    for one in tables(facts):
+    for one in (*tables(facts), *measured(facts)):
         lines += [f"## {one.title}", ""]
         lines += [f"Protocol: {escape(one.note)}.", ""] if one.note else []
         lines += [*table(one.header, one.rows), ""]

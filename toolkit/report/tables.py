@@ -53,6 +53,16 @@ def tables(facts: Facts) -> Iterator[Table]:
         yield Table("Gates and validations", "", CHECKS, checked)
 
 
+def measured(facts: Facts) -> Iterator[Table]:
+    """Every figure of speed, memory and energy, by load."""
+    for setting in dict.fromkeys(one.setting for one in facts.measures):
+        own = [one for one in facts.measures if one.setting == setting]
+        labels = tuple(dict.fromkeys(label for one in own for label in one.figures))
+        rows = tuple((one.name, *(number(one.figures.get(label)) for label in labels))
+                     for one in own)  # fmt: skip
+        yield Table("Measured, medians of the rounds", setting, ("model", *labels), rows)
+
+
 def _quality(row: Quality) -> tuple[str, ...]:
     size = None if row.num_bytes is None else row.num_bytes / 1e6
     perplexity, ratio = (number(value, 4) for value in (row.perplexity, row.ratio))
