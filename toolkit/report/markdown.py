@@ -43,7 +43,7 @@ def markdown(sources: Sources, title: str) -> str:
 def model_index(facts: Facts) -> list[str]:
     """The front matter that model hubs read: finite perplexities and tasks, with protocols."""
     finite = [row for row in facts.quality if row.perplexity < float("inf")]
-    names = dict.fromkeys(row.name for row in (*finite, *facts.scores))
+    names = dict.fromkeys([*(row.name for row in finite), *(one.name for one in facts.scores)])
     if not names:
         return []
     lines = ["---", "model-index:"]
