@@ -7,6 +7,7 @@ from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from conftest import Outcome, save_tiny_model
@@ -19,6 +20,7 @@ from gblm.bench.requests import Request, Slo
 from gblm.bench.sides import Side, parse_sides
 from gblm.bench.tools import seen_of
 from gblm.bench.validity import Asked, Seen
+from gblm.commands.bench_models import command, widths
 from gblm.errors import InputError, UsageError
 from gblm.report.models import models as report_of
 
@@ -75,6 +77,18 @@ def test_an_invalid_run_takes_the_ratio_and_the_verdict_with_it() -> None:
 def test_an_invalid_baseline_leaves_no_ratio_at_all() -> None:
     found = record({"a": seen(0.01, failed=1), "b": seen(0.02)})
     assert not any("ratio" in row for row in found["rows"])
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [("1.5", "1.5 is not a whole number"), ("0", "'0' is not a positive number"),
+     ("1,x", "'x' is not a positive number"), ("nan", "'nan' is not a positive number")],
+)  # fmt: skip
+def test_concurrency_is_a_whole_number_or_has_no_limit(text: str, sentence: str) -> None:
+    context, option = click.Context(command), click.Option(["--concurrency"])
+    assert widths(context, option, "4,1,inf,4") == (4, 1, float("inf"))
+    with pytest.raises(click.BadParameter, match=sentence):
+        widths(context, option, text)
 
 
 def test_what_could_not_be_checked_is_said() -> None:

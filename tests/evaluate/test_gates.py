@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import Outcome
 from record_cases import models_record
 
@@ -179,3 +182,21 @@ def test_a_failed_gate_ends_with_5_and_names_itself(
     assert "FAIL" in done.out
     assert "pass" in done.out
     assert gblm(*words, "--gate", "ppl <= 1000000").code == 0
+
+
+def test_the_workflow_for_github_runs_and_stops_a_model_that_is_not_good_enough(
+    gblm: Callable[..., Outcome], tiny: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """A model with random weights and a short text stand in for the real ones."""
+    (tmp_path / "smollm2").symlink_to(tiny)
+    file = Path(__file__).resolve().parents[2] / "deploy" / "github" / "quality-gate.yml"
+    steps = yaml.safe_load(file.read_text())["jobs"]["gate"]["steps"]
+    lines = [shlex.split(step["run"]) for step in steps if step.get("run", "").startswith("gblm")]
+    assert [line[1] for line in lines] == ["fetch", "prune", "eval"]
+    assert gblm("fetch", "--help").code == 0
+    made = gblm(*lines[1][1:], "--calibration", text_file)
+    assert made.code == 0, made
+    judged = gblm(*(text_file if word == "pydoc" else word for word in lines[2][1:]))
+    assert judged.code == 5, judged
+    assert "gate failed: top1 >= 0.5: 0." in judged.err
+    assert len(json.loads((tmp_path / "quality.json").read_text())["gates"]) == 2
