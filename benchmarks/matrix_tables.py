@@ -47,13 +47,17 @@ def quality() -> str:
             rows.append([pattern, method, *found, f"{cost:.0f}" if cost else "–"])
     header = ["SmolLM2-135M", "method", *SHORT.values(), "CPU seconds"]
     first = cells["none", "dense", "float"]
+    left = [p for p in matrix.PATTERNS if ("alps", p, "float") not in cells]
+    why = f"alps takes minutes a cell and was left out at {' and '.join(left)}. " if left else ""
+    # One line for each commit: methods that take long came later.
+    origins = dict.fromkeys(origin(cell, "torch") for cell in cells.values())
     return (
         f"{table(header, rows)}\n\nPerplexity: {first['protocol']}; lower is better. Calibration: "
         "16 × 256 tokens of the other part of that text, `--order sequential`, one seed. "
         "magnitude, gradient, wanda and gblm choose the mask, values are then rounded to the "
-        "nearest; sparsegpt and alps round jointly (`--rounding obs`). alps takes minutes a "
-        "cell and was left out beyond 2:4. CPU seconds: pruning to bf16 with one thread, "
-        f"writing included. {origin(first, 'torch')}"
+        "nearest; sparsegpt and alps round jointly (`--rounding obs`). "
+        f"{why}CPU seconds: pruning to bf16 with one thread, writing included. "
+        f"{' '.join(origins)}"
     )
 
 
