@@ -19,7 +19,6 @@ from gblm.commands.common import (
     table,
 )
 from gblm.commands.eval_options import ENGINES, protocols, task_options, tasks_of, text_options
-from gblm.errors import UsageError
 
 TASK_KEYS = ("tasks", "path", "limit", "seed")
 
@@ -75,14 +74,13 @@ def command(
 
         tasks = tasks_of(**wanted)
         asked = Evaluation(
-            protocols=protocols(tasks=tasks is not None, **_texts(given)), tasks=tasks, **given
-        )
+            protocols=protocols(tasks=tasks is not None, **_texts(given)), tasks=tasks,
+            needs_baseline=any(gate.needs_baseline for gate in parsed), **given,
+        )  # fmt: skip
         names = [Path(one.source).name for one in asked.protocols]
         # A server names its model only when it is asked.
         model = None if is_address(asked.model) else model_name(asked.model)
         check_gates(parsed, names, tasks.names if tasks else (), bench, model)
-        if asked.without_baseline and any(gate.needs_baseline for gate in parsed):
-            raise UsageError("--no-baseline: a gate needs the dense model to compare with.")
         result = run_evaluation(asked, progress)
     verdicts = judge(parsed, result, bench, model)
     result["gates"] = [one.to_dict() for one in verdicts]
