@@ -14,12 +14,12 @@ from conftest import Outcome, save_tiny_model
 from vllm_server import OPTIONS
 
 from gblm.bench.loop import one_request, prompts
-from gblm.bench.models import Plan, bench_models, order, record_of, round_runs, unchecked
+from gblm.bench.models import Plan, bench_models, caveats, order, record_of, round_runs, unchecked
 from gblm.bench.paired import bootstrap_median
 from gblm.bench.requests import Request, Slo
 from gblm.bench.sides import Side, parse_sides
 from gblm.bench.tools import seen_of
-from gblm.bench.validity import Asked, Seen
+from gblm.bench.validity import Asked, Limits, Seen
 from gblm.commands.bench_models import command, widths
 from gblm.errors import InputError, UsageError
 from gblm.report.models import models as report_of
@@ -96,6 +96,9 @@ def test_what_could_not_be_checked_is_said() -> None:
                record({"a": seen(0.01), "b": seen(0.02)})["caveats"])  # fmt: skip
     cool = {"a": seen(0.01, noise={"cpu_throttles": 0}), "b": seen(0.02)}
     assert not any("not checked" in words for words in record(cool)["caveats"])
+    raised = caveats([side("a")], Plan((ASKED,), 6, limits=Limits(0.02, 1.0)))
+    assert "limits of noise were raised: steal up to 2%, other load up to 100%" in raised[-1]
+    assert not any("raised" in words for words in caveats([side("a")], Plan((ASKED,), 6)))
     without_server = unchecked([side("a")], Plan((ASKED,), tool="latency"), [])
     assert "no server that counts preemptions" in without_server[0]
 

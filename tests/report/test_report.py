@@ -196,6 +196,16 @@ def test_every_figure_of_a_load_stands_in_its_table(tmp_path: Path) -> None:
     assert "| 1234 |" in markdown(sources, "x")
 
 
+def test_figures_of_a_loop_and_of_a_server_share_no_chart(tmp_path: Path) -> None:
+    served, loop = (models_record({"dense": 20.0, "half": 10.0}) for _ in range(2))
+    loop["sides"] = [side | {"engine": "hf"} for side in loop["sides"]]
+    paths = [write(tmp_path, "a.json", served), write(tmp_path, "b.json", loop)]
+    facts = read_sources(paths, []).facts
+    settings = {speed.setting for speed in facts.speeds}
+    assert {setting.split(", ")[-2] for setting in settings} == {"vllm (serve)", "hf"}
+    assert len(facts.speeds) == 4
+
+
 def test_an_invalid_run_is_in_no_chart_and_says_why(tmp_path: Path) -> None:
     record = models_record({"dense": 20.0, "half": 10.0}, invalid={"half": "7 preemptions"})
     sources = read_sources([write(tmp_path, "m.json", record)], [])

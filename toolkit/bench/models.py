@@ -255,6 +255,12 @@ def caveats(sides: Sequence[Side], plan: Plan) -> list[str]:
             f"p99 of {plan.loads[0].num_prompts} requests is all but their slowest; raise "
             "--num-prompts to 100 or more to read it."
         )
+    limits, usual = plan.limits, Limits()
+    if limits.steal > usual.steal or limits.other_load > usual.other_load:
+        found.append(
+            f"limits of noise were raised: steal up to {limits.steal:.0%}, other load up to "
+            f"{limits.other_load:.0%} of the CPU time."
+        )
     if plan.rounds < 6:
         found.append(
             f"the interval of {plan.rounds} rounds is all but their range; raise --repeat to 6 or "

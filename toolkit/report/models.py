@@ -73,14 +73,17 @@ def models(record: Record) -> Facts:
 
 
 def setting_line(record: Record, load: Record) -> str:
-    """One load in words, with the machine."""
+    """One load in words, with what ran it and the machine."""
     settings = record["settings"]
     rate = load.get("request_rate")
+    # Figures of a bare loop and of a server never share a chart.
+    engines = dict.fromkeys(words(side["engine"]) for side in record["sides"])
+    how = " and ".join(f"vllm ({settings['tool']})" if e == "vllm" else e for e in engines)
     arrival = "" if rate is None else f", {number(finite(rate))} requests/s"
     return (
         f"{settings['num_prompts']} prompts of {settings['input_len']} + {settings['output_len']} "
         f"tokens, concurrency {load.get('concurrency') or 'unbounded'}{arrival}, "
-        f"{settings['rounds']} rounds, {device(record)}"
+        f"{settings['rounds']} rounds, {how}, {device(record)}"
     )
 
 
