@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pages import RESULTS, ROOT, origin, table
+from pages import RESULTS, ROOT, made_by, origin, table
 
 from gblm.budget.amount import parse_budget
 from gblm.budget.answer import Question
@@ -47,6 +47,7 @@ def main() -> None:
     rows = [{key: row[key] for key in KEPT} for row in found["candidates"]]
     record = {
         "kind": "budget",
+        "command": made_by(),
         "provenance": found["provenance"],
         "recipe": recipe.to_dict() | {"model": "smollm2"},
         "budget": found["budget"],

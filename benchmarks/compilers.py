@@ -21,7 +21,7 @@ from typing import Any
 
 import tables
 import torch
-from pages import RESULTS, ROOT
+from pages import RESULTS, ROOT, made_by
 from torch import Tensor
 
 from gblm.bench.linears import Asked, last_level_cache, num_copies, sparse_weight
@@ -127,7 +127,8 @@ def main() -> None:
             for row in rows_of(libraries, text, (rows, columns), given.rounds)
         ]
     record = {
-        "kind": "compilers", "provenance": provenance(), "compilers": versions,
+        "kind": "compilers", "command": made_by(),
+        "provenance": provenance(), "compilers": versions,
         "shape": [rows, columns], "rounds": given.rounds, "rows": found,
     }  # fmt: skip
     RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pages import made_by
+
 from gblm.errors import MachineError
 from gblm.kernels.cuda import nvrtc
 from gblm.kernels.cuda.source import Variant
@@ -172,6 +174,7 @@ def _record() -> dict[str, Any]:
             })  # fmt: skip
     return {
         "kind": "cuda code",
+        "command": made_by(),
         "provenance": provenance(),
         "nvrtc": ".".join(map(str, nvrtc.version())),
         "rows": rows,

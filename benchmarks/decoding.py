@@ -27,6 +27,7 @@ from typing import Any
 import llama_cpp_engine
 import vllm_rivals
 from memory import shape_folder
+from pages import made_by
 
 from gblm.checkpoint.inspect import inspect
 from gblm.fetch import fetch
@@ -279,7 +280,8 @@ def main() -> None:
         ]
         print(f"{name:18}", "  ".join(shown))
     record = {
-        "kind": "decoding", "provenance": origin, "shape": shape, "threads": threads,
+        "kind": "decoding", "command": made_by(),
+        "provenance": origin, "shape": shape, "threads": threads,
         "mode": "compiled" if chosen.compiled else "eager", "rounds": chosen.rounds,
         "load_average_at_start": load, "work": WORK, "baseline": BASELINE,
         "llama_cpp": llama_cpp_version(chosen.llama_cpp), "cases": cases,

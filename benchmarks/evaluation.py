@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,11 @@ ROWS = (
 )
 SEQ_LEN = 512
 CALIBRATION = "--method wanda --pattern 2:4 --num-samples 16 --seq-len 256 --seed 0"
+# What makes the folders, in a reader's words.
+COMMANDS = (
+    f"gblm prune smollm2 {CALIBRATION} --output packed",
+    "gblm export onnx packed --sparse --output onnx",
+)
 
 
 def gblm(*words: str) -> None:
@@ -49,14 +55,15 @@ def make_folders(root: Path) -> None:
 def measure(root: Path, engine: str, folder: str, dtype: str, windows: int) -> dict[str, Any]:
     """One run of `gblm eval`; the dense model in torch beside it."""
     file = root / "eval.json"
-    words = ["eval", str(root / folder), "--engine", engine, "--baseline", str(fetch("smollm2")),
-             "--text", "pydoc", "--seq-len", str(SEQ_LEN), "--max-windows", str(windows),
-             "--output", str(file)]  # fmt: skip
+    words = ["--engine", engine, "--text", "pydoc", "--seq-len", str(SEQ_LEN),
+             "--max-windows", str(windows)]  # fmt: skip
     if engine != "onnx":  # a graph has the dtype that it was exported in
         words += ["--dtype", dtype]
-    gblm(*words)
+    gblm("eval", str(root / folder), "--baseline", str(fetch("smollm2")), *words,
+         "--output", str(file))  # fmt: skip
     found: dict[str, Any] = json.loads(file.read_text())
-    return {"engine": engine, "dtype": dtype, **found["texts"][0]}
+    command = shlex.join(["gblm", "eval", folder, "--baseline", "smollm2", *words])
+    return {"engine": engine, "dtype": dtype, "command": command} | found["texts"][0]
 
 
 def main() -> None:
@@ -67,7 +74,9 @@ def main() -> None:
     chosen = parser.parse_args()
     chosen.folder.mkdir(parents=True, exist_ok=True)
     make_folders(chosen.folder)
-    record = {"kind": "evaluation of engines", "provenance": provenance()}
+    record = {
+        "kind": "evaluation of engines", "provenance": provenance(), "commands": COMMANDS,
+    }  # fmt: skip
     record["rows"] = [measure(chosen.folder, *row, chosen.windows) for row in ROWS]
     RECORD.write_text(json.dumps(record, indent=2) + "\n")
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pages import made_by
 from torch import Tensor
 
 from gblm.formats import make_format
@@ -107,7 +108,8 @@ def main() -> None:
     result = {name: statistics.median(times) * 1e9 / count for name, times in seconds.items()}
     for name, nanoseconds in result.items():
         print(f"{name:40}{nanoseconds:6.2f} ns/weight")
-    record = {"kind": "expand", "provenance": provenance(), "shape": SHAPE, "repeats": REPEATS,
+    record = {"kind": "expand", "command": made_by(),
+              "provenance": provenance(), "shape": SHAPE, "repeats": REPEATS,
               "threads": torch.get_num_threads(), "ns_per_weight": result,
               "chunk_seconds": {str(n): chunk_seconds(n) for n in (1, 8, 64)}}  # fmt: skip
     print(record["chunk_seconds"])

@@ -34,6 +34,7 @@ from unittest import mock
 import torch
 from frontier_cases import CASES, NARROW, SAMPLES, Case
 from frontier_record import RECORD, WINDOW, Key, add, is_there, read
+from pages import made_by
 from transformers.utils.logging import disable_progress_bar
 
 from gblm import data
@@ -189,7 +190,7 @@ def measure(key: Key, given: argparse.Namespace) -> dict[str, Any]:
         done |= perplexities(folder, text, given.device, given.full)
     return {**key._asdict(), "recipe": case.recipe, "narrow": case.narrow, **done,
             "calibration_text": Path(source).name, "device": given.device,
-            "provenance": provenance()}  # fmt: skip
+            "command": made_by(), "provenance": provenance()}  # fmt: skip
 
 
 def keys(given: argparse.Namespace) -> list[Key]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import tables
-from pages import RESULTS
+from pages import RESULTS, made_by
 
 from gblm.kernels import native
 
@@ -38,7 +38,12 @@ def main() -> None:
     facts = runs[0]["kernels"]
     cpu = f"{runs[0]['provenance']['machine']['cpu']} {facts['cpu_model']}".lower()
     path = RESULTS / f"kernels-{re.sub(r'[^a-z0-9]+', '-', cpu).strip('-')}.json"
-    record = {"kind": "kernels", "provenance": runs[0]["provenance"], "runs": runs}
+    record = {
+        "kind": "kernels",
+        "command": made_by(),
+        "provenance": runs[0]["provenance"],
+        "runs": runs,
+    }
     path.write_text(json.dumps(shortened(record), ensure_ascii=False) + "\n", encoding="utf-8")
     tables.main()
     print(f"{time.monotonic() - began:.0f} s; record: {path}")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from memory import shape_folder
+from pages import made_by
 
 from gblm.checkpoint.inspect import inspect
 from gblm.export.dense import export_dense
@@ -139,7 +140,8 @@ def main() -> None:
             print(name, runs[name][-1], flush=True)
     rows = [_row(name, runs[name]) for name in runs]
     record: dict[str, Any] = {
-        "kind": "load memory", "provenance": provenance(), "shape": SHAPE, "pattern": "2:4",
+        "kind": "load memory", "command": made_by(),
+        "provenance": provenance(), "shape": SHAPE, "pattern": "2:4",
         "dense_bytes": inspect(chosen.folder / "dense")["bytes"],
         "packed_bytes": inspect(chosen.folder / "packed")["bytes"],
         "largest_linear_bytes": 2 * LARGEST,

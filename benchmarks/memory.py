@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pages import made_by
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -185,7 +186,13 @@ def save(row: dict[str, Any], append: bool) -> None:
     rows = json.loads(RECORD.read_text())["rows"] if append and RECORD.exists() else []
     rows = [r for r in rows if (r["size"], r["method"]) != (row["size"], row["method"])] + [row]
     rows.sort(key=lambda r: (SIZES.index(r["size"]), METHODS.index(r["method"])))
-    record = {"kind": "plan", "provenance": provenance(), "threads": THREADS, "rows": rows}
+    record = {
+        "kind": "plan",
+        "command": made_by(),
+        "provenance": provenance(),
+        "threads": THREADS,
+        "rows": rows,
+    }
     RECORD.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pages import made_by
+
 from gblm.export.dense import export_dense
 from gblm.provenance import provenance
 from gblm.prune import prune
@@ -187,7 +189,7 @@ def folders(root: Path, model: str, kv_heads: int) -> Path:
 def save(rows: list[dict[str, Any]]) -> None:
     """Write the record."""
     record = {
-        "kind": "modes", "provenance": provenance(), "common": COMMON,
+        "kind": "modes", "command": made_by(), "provenance": provenance(), "common": COMMON,
         "rows": sorted(rows, key=key),
     }  # fmt: skip
     RECORD.write_text(json.dumps(record, indent=2) + "\n")

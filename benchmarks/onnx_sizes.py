@@ -15,7 +15,7 @@ from typing import Any
 
 from matrix import gblm
 from onnx_speed import CASES
-from pages import RESULTS, origin, table
+from pages import RESULTS, made_by, origin, table
 
 from gblm.fetch import fetch
 from gblm.folder import read_config
@@ -70,7 +70,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="SmolLM2-135M as a folder, if not fetched")
     given = parser.parse_args()
-    record: dict[str, Any] = {"kind": "onnx sizes", "provenance": provenance()}
+    record: dict[str, Any] = {
+        "kind": "onnx sizes",
+        "command": made_by(),
+        "provenance": provenance(),
+    }
     record["rows"] = measure(given.model or fetch("smollm2"))
     RECORD.write_text(json.dumps(record, indent=2) + "\n")
 

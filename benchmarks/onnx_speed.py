@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from memory import shape_folder
+from pages import made_by
 
 from gblm.export.onnx_model.bench import Settings, bench_onnx
 from gblm.fetch import fetch
@@ -100,7 +101,9 @@ def main() -> None:
             settings = Settings(threads=threads, prompt_len=length, rounds=arguments.rounds)
             record = bench_onnx(list(folders.values()), settings)
             runs.append({"model": model, "validation": validations(folders), **record})
-    arguments.record.write_text(json.dumps({"kind": "onnx", "runs": runs}, indent=2) + "\n")
+    arguments.record.write_text(
+        json.dumps({"kind": "onnx", "command": made_by(), "runs": runs}, indent=2) + "\n"
+    )
 
 
 if __name__ == "__main__":

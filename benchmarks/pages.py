@@ -1,10 +1,14 @@
-"""What the generators of tables share: places, Markdown tables, where a record comes from."""
+"""What benchmarks and the generators of tables share: places, tables, where a record comes from."""
 
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
+
+from gblm.commands.common import without_folders
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -31,3 +35,9 @@ def origin(record: dict[str, Any], *packages: str) -> str:
         f"{found['machine']['cpu']}, {found['machine']['cores']} cores; Python {found['python']}, "
         f"{versions}; commit {commit[:12]}{dirty and f'-{dirty}'}."
     )
+
+
+def made_by() -> str:
+    """The call of this script in words, for its record; of absolute paths the last part."""
+    words = [f"benchmarks/{Path(sys.argv[0]).name}", *map(without_folders, sys.argv[1:])]
+    return shlex.join(["python", *words])

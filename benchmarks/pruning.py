@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pages import made_by
 from plain import linears, plain_gradients, plain_prune
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -148,7 +149,8 @@ def main() -> None:
         torch.set_num_threads(1)
         print(json.dumps(measure(*given.one, given.pattern)))
         return
-    record = {"kind": "pruning speed", "provenance": provenance(), "model": "smollm2",
+    record = {"kind": "pruning speed", "command": made_by(),
+              "provenance": provenance(), "model": "smollm2",
               "pattern": given.pattern, "dtype": "float32", "threads": 1, "unit": "CPU seconds",
               "calibration": CALIBRATION.model_dump(), "options": OPTIONS}  # fmt: skip
     record["runs"] = []

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pages import made_by
 from safetensors.torch import load_file, save_file
 
 from gblm import data
@@ -156,7 +157,7 @@ def main() -> None:
         record, file = {"kind": "published code, rounding", "noise": ROUNDING_NOISE}, ROUNDING
     else:
         runs, record, file = comparison(chosen.reference), {"kind": "published code"}, RECORD
-    record |= {"provenance": provenance(), "runs": runs}
+    record |= {"command": made_by(), "provenance": provenance(), "runs": runs}
     file.write_text(json.dumps(record, indent=2) + "\n")
 
 

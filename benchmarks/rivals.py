@@ -21,7 +21,7 @@ import llama_cpp_engine
 import vllm_rivals
 from decoding import LLAMA_CPP, llama_cpp_version
 from matrix import TEXT, gblm
-from pages import RESULTS
+from pages import RESULTS, made_by
 
 from gblm.evaluate.perplexity import Protocol
 from gblm.fetch import fetch
@@ -95,7 +95,8 @@ def main() -> None:
         rows = llama_cpp_rows(model, root, given.llama_cpp)
         rows += onnx_rows(model, root) + vllm_rows(model, root)
     record = {
-        "kind": "rivals", "model": "smollm2", "provenance": origin, "rows": rows,
+        "kind": "rivals", "command": made_by(),
+        "model": "smollm2", "provenance": origin, "rows": rows,
         "protocol": PROTOCOL.text(PROTOCOL.max_windows or 0),
         "llama_cpp": (llama_cpp_version(given.llama_cpp) or "").strip(),
     }  # fmt: skip

@@ -26,6 +26,7 @@ from typing import Any
 
 import bad_requests
 import faults
+from pages import made_by
 from soak_load import SPREAD, load_for, resident_bytes, sampled, slope, warm_up
 from soak_watch import watched
 
@@ -216,7 +217,13 @@ def save(name: str, result: dict[str, Any], origin: dict[str, Any]) -> None:
     """Put a step's result into the record, in the place of an older one."""
     steps = json.loads(RECORD.read_text())["steps"] if RECORD.exists() else {}
     steps[name] = result
-    record = {"kind": "soak", "provenance": origin, "threads": THREADS, "steps": steps}
+    record = {
+        "kind": "soak",
+        "command": made_by(),
+        "provenance": origin,
+        "threads": THREADS,
+        "steps": steps,
+    }
     RECORD.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import triton
 from cuda_code import examine
-from pages import RESULTS
+from pages import RESULTS, made_by
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -208,7 +208,13 @@ def _record() -> dict[str, Any]:
         for one in CASES
         for name, target in TARGETS.items()
     ]
-    return {"kind": "triton code", "provenance": made, "triton": triton.__version__, "rows": rows}
+    return {
+        "kind": "triton code",
+        "command": made_by(),
+        "provenance": made,
+        "triton": triton.__version__,
+        "rows": rows,
+    }
 
 
 def main() -> None:

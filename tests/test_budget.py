@@ -636,6 +636,8 @@ def test_search_on_the_command_line(
     assert done.code == 0, done
     assert "unpruned" in done.out
     assert "best within 3.5bits: found/" in done.out
+    state = json.loads((tmp_path / "found/search.json").read_text())
+    assert state["command"].startswith(f"gblm search {tiny.name} --budget 3.5bits")
     assert ("picture: found/search.svg" in done.out) == (tmp_path / "found/search.svg").exists()
 
 

@@ -43,3 +43,12 @@ class GateError(GblmError):
     """A measured value missed the bound that was asked for."""
 
     exit_code = 5
+
+
+# What taking apart JSON that is not as it must be raises; huge integers are no floats.
+DAMAGE = (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError)
+
+
+def damage(error: Exception) -> str:
+    """One of DAMAGE as words for a message."""
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)

@@ -7,18 +7,20 @@ from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from conftest import Outcome, save_tiny_model
 from vllm_server import OPTIONS
 
 from gblm.bench.loop import one_request, prompts
-from gblm.bench.models import Plan, bench_models, order, record_of, round_runs
+from gblm.bench.models import Plan, bench_models, caveats, order, record_of, round_runs, unchecked
 from gblm.bench.paired import bootstrap_median
 from gblm.bench.requests import Request, Slo
 from gblm.bench.sides import Side, parse_sides
 from gblm.bench.tools import seen_of
-from gblm.bench.validity import Asked, Seen
+from gblm.bench.validity import Asked, Limits, Seen
+from gblm.commands.bench_models import command, widths
 from gblm.errors import InputError, UsageError
 from gblm.report.models import models as report_of
 
@@ -75,6 +77,30 @@ def test_an_invalid_run_takes_the_ratio_and_the_verdict_with_it() -> None:
 def test_an_invalid_baseline_leaves_no_ratio_at_all() -> None:
     found = record({"a": seen(0.01, failed=1), "b": seen(0.02)})
     assert not any("ratio" in row for row in found["rows"])
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [("1.5", "1.5 is not a whole number"), ("0", "'0' is not a positive number"),
+     ("1,x", "'x' is not a positive number"), ("nan", "'nan' is not a positive number")],
+)  # fmt: skip
+def test_concurrency_is_a_whole_number_or_has_no_limit(text: str, sentence: str) -> None:
+    context, option = click.Context(command), click.Option(["--concurrency"])
+    assert widths(context, option, "4,1,inf,4") == (4, 1, float("inf"))
+    with pytest.raises(click.BadParameter, match=sentence):
+        widths(context, option, text)
+
+
+def test_what_could_not_be_checked_is_said() -> None:
+    assert any("thermal throttling was not checked" in words for words in
+               record({"a": seen(0.01), "b": seen(0.02)})["caveats"])  # fmt: skip
+    cool = {"a": seen(0.01, noise={"cpu_throttles": 0}), "b": seen(0.02)}
+    assert not any("not checked" in words for words in record(cool)["caveats"])
+    raised = caveats([side("a")], Plan((ASKED,), 6, limits=Limits(0.02, 1.0)))
+    assert "limits of noise were raised: steal up to 2%, other load up to 100%" in raised[-1]
+    assert not any("raised" in words for words in caveats([side("a")], Plan((ASKED,), 6)))
+    without_server = unchecked([side("a")], Plan((ASKED,), tool="latency"), [])
+    assert "no server that counts preemptions" in without_server[0]
 
 
 def test_other_prompts_condemn_every_side_of_the_round() -> None:
@@ -227,7 +253,7 @@ def test_a_served_model_and_a_loop_are_measured_alike(
     for run in record["runs"]:
         known = run["metrics"]
         assert known["ttft_ms_p50"] <= known["e2e_ms_p50"] <= known["e2e_ms_p99"]
-        assert known["memory_mb"] > 0
+        assert known["peak_memory_mb"] >= known["memory_mb"] > 0
         assert known["load_s"] > 0
     served = record["runs"][0]["evidence"]
     assert (served["preemptions"], served["cached"], served["completed"]) == (0, 0, 2)

@@ -18,7 +18,7 @@ def requests(count: int = 8, gap: float = 1.0, latency: float = 1.0) -> list[Req
 
 
 def good() -> Seen:
-    noise = {"steal": 0.0, "other_load": 0.01}
+    noise = {"steal": 0.0, "other_load": 0.01, "cpu_throttles": 0, "gpu_throttle_s": None}
     return Seen(requests(), 8.0, preemptions=0, cached=0.0, prompts="vllm:a", noise=noise)
 
 
@@ -45,6 +45,8 @@ def test_a_good_run_has_no_reasons() -> None:
         ({"cached": 0.5}, "50% of the prompt tokens came from the prefix cache"),
         ({"noise": {"steal": 0.05}}, "5.0% of the CPU time was stolen"),
         ({"noise": {"other_load": 0.25}}, "25.0% of the CPU time went to other processes"),
+        ({"noise": {"cpu_throttles": 4}}, "heat throttled the CPU 4 times"),
+        ({"noise": {"gpu_throttle_s": 0.25}}, "a GPU ran slower for heat for 0.25 s"),
     ],
 )
 def test_each_flaw_is_named(changed: dict[str, object], sentence: str) -> None:

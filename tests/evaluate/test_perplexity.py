@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from gblm.errors import UsageError
 from gblm.evaluate.perplexity import Protocol, perplexity
 from gblm.evaluate.run import Evaluation, run_evaluation
 from gblm.model import load, load_tokenizer
@@ -34,6 +36,30 @@ def test_protocol_stands_beside_the_figure(tiny: Path, text_file: Path) -> None:
     assert "bfloat16" in result["protocol"]
     assert str(text_file.parent) not in result["protocol"]
     assert result["ratio"] == 1.0
+
+
+def test_windows_beyond_the_models_positions_are_warned_of(
+    tiny: Path, text_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for seq_len in (512, 513):
+        caplog.clear()
+        protocol = Protocol(source=str(text_file), seq_len=seq_len, max_windows=1)
+        run_evaluation(Evaluation(str(tiny), (protocol,)))
+        assert ("longer than the model's max_position_embeddings of 512" in caplog.text) == (
+            seq_len > 512
+        )
+
+
+def test_a_needed_baseline_that_is_not_there_is_missed_before_anything_is_measured(
+    tiny: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gblm.evaluate.run.open_subject", None)
+    protocol = Protocol(source=str(text_file), seq_len=32)
+    asked = Evaluation(str(tiny), (protocol,), needs_baseline=True)
+    with pytest.raises(UsageError, match="to compare with: MODEL is a dense folder, which names"):
+        run_evaluation(asked)
+    with pytest.raises(UsageError, match="to compare with: --no-baseline"):
+        run_evaluation(replace(asked, without_baseline=True))
 
 
 @pytest.mark.parametrize("backend", ["reference", "dense"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
+import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,13 +17,16 @@ import yaml
 from conftest import Outcome
 from record_cases import PERPLEXITY, models_record, onnx_record, perplexity_record
 
+from gblm.bench.requests import Request, Slo, metrics_of
+from gblm.cli import cli
 from gblm.commands.common import command_line
-from gblm.errors import InputError
+from gblm.errors import GateError, InputError
 from gblm.report import figures, pictures
 from gblm.report.axes import Axis, number
 from gblm.report.markdown import markdown
 from gblm.report.page import html
 from gblm.report.sources import READERS, Sources, read_sources
+from gblm.report.tables import measured
 
 
 def write(folder: Path, name: str, record: dict) -> Path:
@@ -59,6 +64,7 @@ def test_what_eval_writes_is_read(
     assert (ours.perplexity, ours.ratio) == (record["perplexity"], record["ratio"])
     assert dense.perplexity == record["perplexity_baseline"]
     assert ours.num_bytes == record["size"]["bytes"]
+    assert dense.num_bytes == record["size_baseline"]["bytes"] > ours.num_bytes
     assert ours.bits is not None
     (drift,) = sources.facts.drifts
     assert (drift.name, drift.beside) == (packed.name, tiny.name)
@@ -80,6 +86,10 @@ def test_scores_of_tasks_stand_with_their_errors_beside_the_baseline(tmp_path: P
     assert '<th scope="col">half</th><th scope="col">dense</th>' in page
     assert "<td>arc</td><td>acc</td><td>0.5000 ± 0.1250</td><td>0.7500</td>" in page
     assert "lm-eval, 0-shot" in page
+    front = yaml.safe_load(markdown(sources, "x").split("---")[1])["model-index"]
+    (result,) = next(entry["results"] for entry in front if entry["name"] == "half")
+    assert result["dataset"]["name"] == "arc"
+    assert result["metrics"] == [{"type": "acc", "value": 0.5, "name": "acc (lm-eval, 0-shot)"}]
 
 
 def test_what_search_keeps_is_read(tmp_path: Path) -> None:
@@ -133,9 +143,32 @@ def test_an_exported_folder_shows_its_validation(tmp_path: Path) -> None:
     assert [(check.name, check.passed) for check in sources.facts.checks] == [
         ("half-onnx", False), ("half-onnx", True),
     ]  # fmt: skip
-    assert "<td>∞</td><td>≤ 0.01</td><td>FAIL</td>" in html(sources, "x")
+    assert "<td>FAIL</td><td>∞</td><td>≤ 0.01</td>" in html(sources, "x")
     write(folder, "onnx_report.json", report)
     assert "exported without validation" in html(read_sources([folder], [0]), "x")
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_an_export_says_by_which_command_it_was_made_also_when_it_failed(
+    passes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = {"kind": "onnx export", "source": "x/half", "target": "cpu", "precision": "fp32",
+              "sparse": False, "bytes_total": 9}  # fmt: skip
+
+    def export(source: str, output: Path, *rest: object) -> dict:
+        output.mkdir()
+        write(output, "onnx_report.json", report)
+        if not passes:
+            raise GateError("it differs")
+        return report
+
+    monkeypatch.setattr("gblm.export.onnx_model.export.export_onnx", export)
+    words = ["export", "onnx", "/somewhere/half", "--output", str(tmp_path / "made")]
+    monkeypatch.setattr(sys, "argv", ["gblm", *words])
+    with contextlib.nullcontext() if passes else pytest.raises(GateError):
+        cli(words, standalone_mode=False)
+    sources = read_sources([tmp_path / "made"], [])
+    assert "<pre>gblm export onnx half --output made</pre>" in html(sources, "x")
 
 
 def test_every_chart_has_its_figures_in_a_table(tmp_path: Path) -> None:
@@ -147,11 +180,38 @@ def test_every_chart_has_its_figures_in_a_table(tmp_path: Path) -> None:
         assert figure.picture.count('class="mark"') >= len(figure.rows) > 0, figure.title
 
 
+def test_every_figure_of_a_load_stands_in_its_table(tmp_path: Path) -> None:
+    record = models_record({"dense": 20.0, "half": 10.0}, concurrency=(1, 4))
+    for row in record["rows"][1:]:
+        row["metrics"]["peak_memory_mb"] = {"median": 1234.0, "min": 1.0, "max": 2000.0}
+    sources = read_sources([write(tmp_path, "m.json", record)], [])
+    first, second = measured(sources.facts)
+    assert first.header == ("model", "TTFT p50, ms", "TTFT p99, ms", "TPOT p50, ms", "TPOT p99, ms",
+                            "E2E p50, ms", "E2E p99, ms", "output tokens/s",
+                            "peak MB")  # fmt: skip
+    assert first.rows[0] == ("dense", "20", "40", "20", "40", "20", "40", "50", "–")
+    assert first.rows[1][-1] == "1234"
+    assert "concurrency 4" in second.note
+    assert "<td>1234</td>" in html(sources, "x")
+    assert "| 1234 |" in markdown(sources, "x")
+
+
+def test_figures_of_a_loop_and_of_a_server_share_no_chart(tmp_path: Path) -> None:
+    served, loop = (models_record({"dense": 20.0, "half": 10.0}) for _ in range(2))
+    loop["sides"] = [side | {"engine": "hf"} for side in loop["sides"]]
+    paths = [write(tmp_path, "a.json", served), write(tmp_path, "b.json", loop)]
+    facts = read_sources(paths, []).facts
+    settings = {speed.setting for speed in facts.speeds}
+    assert {setting.split(", ")[-2] for setting in settings} == {"vllm (serve)", "hf"}
+    assert len(facts.speeds) == 4
+
+
 def test_an_invalid_run_is_in_no_chart_and_says_why(tmp_path: Path) -> None:
     record = models_record({"dense": 20.0, "half": 10.0}, invalid={"half": "7 preemptions"})
     sources = read_sources([write(tmp_path, "m.json", record)], [])
     assert [speed.name for speed in sources.facts.speeds] == ["dense"]
     assert sources.facts.ratios == []
+    assert [one.name for one in sources.facts.measures] == ["dense"]
     page = html(sources, "x")
     assert "INVALID" in page
     assert "7 preemptions" in page
@@ -190,6 +250,7 @@ def test_the_page_loads_and_runs_nothing(tmp_path: Path) -> None:
         ({"kind": 7}, "have no place"),
         ({"perplexity": "27"}, "'27' is not a number"),
         ({"perplexity": True}, "'True' is not a number"),
+        ({"perplexity": 10**400}, "int too large to convert to float"),
         ({"perplexity": None}, "'None' is not a number"),
         ({"protocol": ["x"]}, "is not text"),
         ({"report": 5}, "is not a record of kind 'perplexity' as gblm writes it"),
@@ -350,6 +411,14 @@ def test_an_axis_holds_its_values_and_some_ticks(values: list[float], log: bool)
     for value in [*values, *axis.ticks()]:
         assert axis.low <= value <= axis.high
         assert 10 <= axis.place(value) <= 110
+
+
+def test_a_ratio_says_which_way_is_better() -> None:
+    less = {"joules_per_token", "load_s", "memory_mb", "peak_memory_mb"}
+    known = metrics_of([Request(0.0, 1.0, 4, 4, 0.1, (0.3, 0.3, 0.3))], 1.0, Slo(1.0))
+    for metric in {*known, *less}:
+        small = metric in less or "_ms_" in metric
+        assert figures.directed(metric).endswith("(less is better)") == small, metric
 
 
 def test_numbers_are_read_by_people() -> None:

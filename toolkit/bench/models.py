@@ -183,7 +183,7 @@ def record_of(sides: Sequence[Side], plan: Plan, runs: Sequence[Run]) -> dict[st
         "kind": "bench models",
         "valid": not reasons,
         "reasons": reasons,
-        "caveats": caveats(sides, plan),
+        "caveats": [*caveats(sides, plan), *unchecked(sides, plan, runs)],
         "provenance": provenance(),
         "settings": {
             "num_prompts": first.num_prompts,
@@ -255,11 +255,31 @@ def caveats(sides: Sequence[Side], plan: Plan) -> list[str]:
             f"p99 of {plan.loads[0].num_prompts} requests is all but their slowest; raise "
             "--num-prompts to 100 or more to read it."
         )
+    limits, usual = plan.limits, Limits()
+    if limits.steal > usual.steal or limits.other_load > usual.other_load:
+        found.append(
+            f"limits of noise were raised: steal up to {limits.steal:.0%}, other load up to "
+            f"{limits.other_load:.0%} of the CPU time."
+        )
     if plan.rounds < 6:
         found.append(
             f"the interval of {plan.rounds} rounds is all but their range; raise --repeat to 6 or "
             "more."
         )
+    return found
+
+
+def unchecked(sides: Sequence[Side], plan: Plan, runs: Sequence[Run]) -> list[str]:
+    """Which checks had nothing to look at."""
+    found = []
+    if plan.tool not in WITH_SERVER and any(side.engine == "vllm" for side in sides):
+        found.append(
+            f"--with {plan.tool} has no server that counts preemptions and cache hits: they were "
+            "not checked."
+        )
+    keys = ("cpu_throttles", "gpu_throttle_s")
+    if not any(run["evidence"].get(key) is not None for run in runs for key in keys):
+        found.append("thermal throttling was not checked: neither kernel nor driver counts it.")
     return found
 
 

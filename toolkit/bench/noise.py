@@ -1,4 +1,4 @@
-"""How busy the machine was with other things during a run, and the energy it took, where it tells.
+"""How busy the machine was with other things during a run, its heat and energy, where it tells.
 
 Steal is time that the hypervisor gave to others; other load is CPU time of processes that are not
 part of the run. Both count for the whole machine, from /proc/stat by psutil.
@@ -21,6 +21,8 @@ from typing import Any
 
 import psutil
 
+from gblm.bench import heat
+
 POWERCAP = Path("/sys/class/powercap")
 BUSY = ("user", "nice", "system", "irq", "softirq")
 
@@ -35,6 +37,7 @@ class Meter:
         other: share of the machine's CPU time that processes outside the run used.
         joules: of what is measured; None where nothing is.
         energy_source: what measured it, or why nothing did.
+        heat: of `gblm.bench.heat.evidence`.
     """
 
     seconds: float = 0.0
@@ -42,6 +45,7 @@ class Meter:
     other: float = 0.0
     joules: float | None = None
     energy_source: str = ""
+    heat: dict[str, Any] = field(default_factory=dict)
 
     def evidence(self) -> dict[str, Any]:
         """For the record."""
@@ -51,18 +55,23 @@ class Meter:
             "other_load": round(self.other, 4),
             "joules": self.joules,
             "energy_source": self.energy_source,
+            **self.heat,
         }
 
 
 @contextmanager
-def measured(own: psutil.Process | None = None, rapl: Path = POWERCAP) -> Iterator[Meter]:
+def measured(
+    own: psutil.Process | None = None, rapl: Path = POWERCAP, cpus: Path = heat.CPUS
+) -> Iterator[Meter]:
     """Measure what happens inside.
 
     Args:
         own: a process that lives throughout and is part of the run, with its children; ours, and
             those that end inside, are counted anyway.
         rapl: where Linux shows the energy counters.
+        cpus: where it shows how often heat throttled them.
     """
+    heat_before = heat.cpu_counters(cpus), heat.gpu_counters()
     meter, energy = Meter(), Energy(rapl)
     began, before, ours = time.monotonic(), psutil.cpu_times(), own_seconds(own)
     energy.start()
@@ -74,6 +83,8 @@ def measured(own: psutil.Process | None = None, rapl: Path = POWERCAP) -> Iterat
         used = own_seconds(own) - ours
         meter.steal, meter.other = shares(before._asdict(), psutil.cpu_times()._asdict(), used)
         meter.joules, meter.energy_source = energy.joules, energy.source
+        heat_after = heat.cpu_counters(cpus), heat.gpu_counters()
+        meter.heat = heat.evidence(heat_before, heat_after)
 
 
 def shares(

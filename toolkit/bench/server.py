@@ -63,6 +63,24 @@ class RunningServer:
                 total += getattr(memory, "pss", memory.rss)
         return total
 
+    def given_back_bytes(self) -> int:
+        """What the processes that live now held at their peaks more than now, loading included.
+
+        The peaks need not have been at one time: memory now and this are an upper bound together.
+        """
+        root = psutil.Process(self.process.pid)
+        return sum(given_back(one.pid) for one in (root, *root.children(recursive=True)))
+
+
+def given_back(pid: int) -> int:
+    """Bytes that a process held at its peak more than now; 0 once it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    kilobytes = dict(re.findall(r"^(VmHWM|VmRSS):\s+(\d+) kB$", status, re.MULTILINE))
+    return 1024 * (int(kilobytes.get("VmHWM", 0)) - int(kilobytes.get("VmRSS", 0)))
+
 
 @contextmanager
 def running_server(

@@ -98,9 +98,11 @@ def served(
             queries = after[QUERIES] - before[QUERIES]
             seen.cached = (after[HITS] - before[HITS]) / queries if queries else 0.0
             seen.noise = meter.evidence()
+            memory = server.memory_bytes()
             seen.extra = {
                 "load_s": server.ready_seconds,
-                "memory_mb": server.memory_bytes() / 1e6,
+                "memory_mb": memory / 1e6,
+                "peak_memory_mb": (memory + server.given_back_bytes()) / 1e6,
             }
             found.append(seen)
     return found

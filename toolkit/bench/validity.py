@@ -161,6 +161,10 @@ def _noise(noise: Mapping[str, Any], limits: Limits) -> Iterable[str]:
         share = noise.get(key, 0.0)
         if share > limit:
             yield f"{share:.1%} {words} (at most {limit:.0%})"
+    if count := noise.get("cpu_throttles"):
+        yield f"heat throttled the CPU {count} times"
+    if seconds := noise.get("gpu_throttle_s"):
+        yield f"a GPU ran slower for heat for {seconds:.3g} s"
 
 
 def _different(what: str, values: Mapping[str, Any]) -> list[str]:

@@ -43,6 +43,7 @@ class Search:
         limit: candidates that hold the budget, the best predicted ones; dense models come on top.
         protocol: of the perplexity.
         keep_all: keep every packed model, not the best alone.
+        command: that asked for it, for the record.
     """
 
     question: Question
@@ -50,6 +51,7 @@ class Search:
     limit: int = 4
     protocol: Protocol = field(default_factory=lambda: Protocol(seq_len=512, max_windows=32))
     keep_all: bool = False
+    command: str | None = None
 
 
 def search(wanted: Search, progress: Progress = no_progress) -> dict[str, Any]:
@@ -70,6 +72,9 @@ def search(wanted: Search, progress: Progress = no_progress) -> dict[str, Any]:
         GblmError: what `answer`, `prune` and `run_evaluation` raise.
     """
     state = _open(wanted, progress)
+    if wanted.command is not None:
+        # That of the last call: a larger limit adds candidates to those of the first.
+        state["command"] = wanted.command
     if "baseline" not in state:
         found = _evaluate(wanted, wanted.question.recipe.model, progress)
         state["baseline"] = {key: found[key] for key in ("perplexity", "protocol", "tokens_sha256")}

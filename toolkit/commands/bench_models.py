@@ -24,6 +24,7 @@ COLUMNS = {
     "tok_s_per_user": ("tok/s/user", 1),
     "goodput_requests_per_s": ("goodput", 2),
     "memory_mb": ("MB", 0),
+    "peak_memory_mb": ("peak MB", 0),
     "load_s": ("load s", 1),
     "joules_per_token": ("J/token", 3),
 }
@@ -47,6 +48,14 @@ def numbers(ctx: click.Context, option: click.Parameter, value: str | None) -> t
     return tuple(dict.fromkeys(found))
 
 
+def widths(ctx: click.Context, option: click.Parameter, value: str | None) -> tuple[float, ...]:
+    """Whole positive numbers between commas, or "inf"."""
+    found = numbers(ctx, option, value)
+    if broken := [number for number in found if not (number.is_integer() or math.isinf(number))]:
+        raise click.BadParameter(f"{broken[0]:g} is not a whole number.", ctx, option)
+    return found
+
+
 @click.command("models", cls=Command)
 @click.argument("words", metavar="SIDE SIDE… [-- VLLM_OPTIONS]", nargs=-1, type=click.UNPROCESSED)
 @click.option(
@@ -58,7 +67,7 @@ def numbers(ctx: click.Context, option: click.Parameter, value: str | None) -> t
 @click.option("--input-len", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--output-len", type=click.IntRange(2), default=32, show_default=True)
 @click.option(
-    "--concurrency", callback=numbers, default="1", show_default=True,
+    "--concurrency", callback=widths, default="1", show_default=True,
     help="Requests in flight; several, between commas, are a sweep; inf is no limit.",
 )  # fmt: skip
 @click.option(

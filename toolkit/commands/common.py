@@ -114,7 +114,12 @@ LOCAL_PATH = re.compile(r"(^|[=:,])(?!//)~?/(?:[^/=:,]*/)*([^/=:,]*)")
 
 def command_line(arguments: Sequence[str]) -> str:
     """This call in words, for a record; of absolute paths the last part, as others are private."""
-    return shlex.join(["gblm", *(LOCAL_PATH.sub(r"\1\2", word) for word in arguments)])
+    return shlex.join(["gblm", *map(without_folders, arguments)])
+
+
+def without_folders(word: str) -> str:
+    """A word of a command line with the last part alone of an absolute path."""
+    return LOCAL_PATH.sub(r"\1\2", word)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -19,7 +19,6 @@ from gblm.commands.common import (
     table,
 )
 from gblm.commands.eval_options import ENGINES, protocols, task_options, tasks_of, text_options
-from gblm.errors import UsageError
 
 TASK_KEYS = ("tasks", "path", "limit", "seed")
 
@@ -64,30 +63,33 @@ def command(
     status 5: a gate failed.
     """
     from gblm.evaluate.gates import check_gates, judge, parse_gate
-    from gblm.folder import read_json_object
+    from gblm.folder import model_name, read_json_object
 
     parsed = [parse_gate(gate) for gate in gates]
     wanted = {key: given.pop(key) for key in TASK_KEYS}
     bench = read_json_object(record) if record else None
     with progress_bars(ctx) as progress:
         from gblm.evaluate.run import Evaluation, run_evaluation
+        from gblm.evaluate.served import is_address
 
         tasks = tasks_of(**wanted)
         asked = Evaluation(
-            protocols=protocols(tasks=tasks is not None, **_texts(given)), tasks=tasks, **given
-        )
+            protocols=protocols(tasks=tasks is not None, **_texts(given)), tasks=tasks,
+            needs_baseline=any(gate.needs_baseline for gate in parsed), **given,
+        )  # fmt: skip
         names = [Path(one.source).name for one in asked.protocols]
-        check_gates(parsed, names, tasks.names if tasks else (), record is not None)
-        if asked.without_baseline and any(gate.needs_baseline for gate in parsed):
-            raise UsageError("--no-baseline: a gate needs the dense model to compare with.")
+        # A server names its model only when it is asked.
+        model = None if is_address(asked.model) else model_name(asked.model)
+        check_gates(parsed, names, tasks.names if tasks else (), bench, model)
         result = run_evaluation(asked, progress)
-    verdicts = judge(parsed, result, bench)
+    verdicts = judge(parsed, result, bench, model)
     result["gates"] = [one.to_dict() for one in verdicts]
     save_record(output, result)
     emit(ctx, result, lambda: _show(result))
-    failed = [row["gate"] for row in result["gates"] if not row["passed"]]
+    failed = [row for row in result["gates"] if not row["passed"]]
+    for row in failed:
+        click.echo(f"gblm: gate failed: {row['gate']}: {_value(row)}, {row['of']}", err=True)
     if failed:
-        click.echo(f"gblm: gate failed: {'; '.join(failed)}", err=True)
         ctx.exit(5)
 
 
@@ -105,7 +107,9 @@ def _show(result: dict[str, Any]) -> None:
             rows.append(["ratio", f"{row['ratio']:.3f}"])
         table([row["text"], "perplexity"], rows)
         if drift := row.get("drift"):
-            kl = "" if drift["kl_mean"] is None else f", KL {drift['kl_mean']:.4f} nats"
+            # Over some tokens it is a lower bound.
+            sign = "at least " if "kl_over" in drift else ""
+            kl = "" if drift["kl_mean"] is None else f", KL {sign}{drift['kl_mean']:.4f} nats"
             click.echo(
                 f"drift of log-probs: mean {drift['mean']:.4f}, p99 {drift['p99']:.4f}, max "
                 f"{drift['max']:.4f} nats{kl}; same top-1 {drift['top1']:.1%}"
@@ -135,5 +139,8 @@ def _share(value: float | None, error: float | None) -> str:
 
 
 def _verdict(row: dict[str, Any]) -> list[str]:
-    value = "nan" if row["value"] is None else f"{row['value']:.4f}{row['unit']}"
-    return [row["gate"], row["of"], value, "pass" if row["passed"] else "FAIL"]
+    return [row["gate"], row["of"], _value(row), "pass" if row["passed"] else "FAIL"]
+
+
+def _value(row: dict[str, Any]) -> str:
+    return "nan" if row["value"] is None else f"{row['value']:.4f}{row['unit']}"

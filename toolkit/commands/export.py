@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import click
 
 from gblm.commands.common import (
     Command,
+    command_line,
     emit,
     head_note,
     megabytes,
@@ -17,6 +19,7 @@ from gblm.commands.common import (
     progress_bars,
 )
 from gblm.commands.recipe_options import head_option, values_options, values_spec
+from gblm.errors import GateError
 
 # Repeated here because the layouts themselves need torch; a test compares them.
 LAYOUTS = ("sparse-24-bitmask", "sparse-bitmask")
@@ -160,8 +163,22 @@ def onnx(ctx: click.Context, /, source: str, output: Path, overwrite: bool, **wa
     with progress_bars(ctx) as progress:
         from gblm.export.onnx_model.export import Wanted, export_onnx
 
-        result = export_onnx(source, output, Wanted(**wanted), overwrite, progress)
+        try:
+            result = export_onnx(source, output, Wanted(**wanted), overwrite, progress)
+        except GateError:
+            _add_command(output)
+            raise
+        _add_command(output)
     emit(ctx, result, lambda: click.echo(_onnx_line(output, result)))
+
+
+def _add_command(output: Path) -> None:
+    """Put this call into the report of the export that it made."""
+    from gblm.checkpoint.durable import write_object
+    from gblm.folder import read_json_object
+
+    path = output / "onnx_report.json"
+    write_object(path, {"command": command_line(sys.argv[1:]), **read_json_object(path)})
 
 
 def _onnx_line(output: Path, report: dict[str, Any]) -> str:

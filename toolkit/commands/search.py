@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from gblm.commands.budget_options import budget_option, question
-from gblm.commands.common import Command, emit, progress_bars, table
+from gblm.commands.common import Command, command_line, emit, progress_bars, table
 from gblm.commands.recipe_options import recipe_options
 
 OWN = frozenset({"budget", "output", "limit", "keep", "text", "eval_seq_len", "max_windows"})
@@ -70,7 +71,8 @@ def command(
 
         asked = question(ctx, budget, recipe, given, OWN)
         protocol = Protocol(text, eval_seq_len, max_windows)
-        result = search(Search(asked, output, limit, protocol, keep == "all"), progress)
+        wanted = Search(asked, output, limit, protocol, keep == "all", command_line(sys.argv[1:]))
+        result = search(wanted, progress)
     emit(ctx, result, lambda: _print(result))
 
 

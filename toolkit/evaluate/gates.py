@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gblm.errors import InputError, UsageError
+from gblm.evaluate.speedups import speedup
 
 GATE = re.compile(
     r"\s*(?P<name>[a-z0-9_]+)\s*(?:\(\s*(?P<argument>[^()\s]+)\s*\))?\s*(?P<op>[<>=]+)\s*"
@@ -131,12 +132,24 @@ def parse_gate(text: str) -> Gate:
 
 
 def check_gates(
-    gates: Sequence[Gate], texts: Sequence[str], tasks: Sequence[str], has_record: bool
+    gates: Sequence[Gate],
+    texts: Sequence[str],
+    tasks: Sequence[str],
+    record: dict[str, Any] | None,
+    model: str | None = None,
 ) -> None:
     """Refuse gates on what will not be measured, before anything is.
 
+    Args:
+        gates: parsed.
+        texts: names of those that will be measured.
+        tasks: the same.
+        record: of `gblm bench`, if one is given.
+        model: name of what will be measured; None if it is not known.
+
     Raises:
         UsageError: the text, the task or the record is missing.
+        InputError: the record does not hold the figure.
     """
     for gate in gates:
         kind = KINDS[gate.name]
@@ -148,29 +161,37 @@ def check_gates(
             raise UsageError(
                 f"gate {gate.line!r}: {gate.argument} is no text; measured are {', '.join(texts)}."
             )
-        if kind.argument == "row" and not has_record:
-            raise UsageError(f"gate {gate.line!r} needs a record of `gblm bench`: give --record.")
+        if kind.argument == "row":
+            if record is None:
+                raise UsageError(
+                    f"gate {gate.line!r} needs a record of `gblm bench`: give --record."
+                )
+            _decode(gate, record, model)
 
 
 def judge(
-    gates: Sequence[Gate], result: dict[str, Any], record: dict[str, Any] | None = None
+    gates: Sequence[Gate],
+    result: dict[str, Any],
+    record: dict[str, Any] | None = None,
+    model: str | None = None,
 ) -> list[Verdict]:
     """Hold what was measured against the gates.
 
     Args:
         gates: parsed.
         result: of `gblm eval`: "texts" and "tasks".
-        record: of `gblm bench serving` or `onnx`.
+        record: of `gblm bench`, if one is given.
+        model: as `check_gates` takes it.
 
     Raises:
         InputError: a value is not there, because there is no baseline or the engine gives none.
     """
-    return [_judge(gate, result, record) for gate in gates]
+    return [_judge(gate, list(_values(gate, result, record, model))) for gate in gates]
 
 
-def _judge(gate: Gate, result: dict[str, Any], record: dict[str, Any] | None) -> Verdict:
+def _judge(gate: Gate, values: Sequence[tuple[str, float | None]]) -> Verdict:
+    """The worst of the values, by what each is of, beside the bound."""
     kind = KINDS[gate.name]
-    values = list(_values(gate, kind, result, record))
     missing = next((of for of, value in values if value is None), None)
     if missing is not None or not values:
         raise InputError(
@@ -186,10 +207,11 @@ def _judge(gate: Gate, result: dict[str, Any], record: dict[str, Any] | None) ->
 
 
 def _values(
-    gate: Gate, kind: Kind, result: dict[str, Any], record: dict[str, Any] | None
+    gate: Gate, result: dict[str, Any], record: dict[str, Any] | None, model: str | None
 ) -> Iterator[tuple[str, float | None]]:
+    kind = KINDS[gate.name]
     if kind.argument == "row":
-        yield _decode(gate, record or {})
+        yield _decode(gate, record or {}, model)
     elif kind.argument == "task":
         row = result["tasks"]["results"].get(gate.argument, {}).get(gate.name, {})
         value, dense = row.get("value"), row.get("baseline")
@@ -213,18 +235,8 @@ def _of_text(gate: Gate, row: dict[str, Any]) -> float | None:
     return value
 
 
-def _decode(gate: Gate, record: dict[str, Any]) -> tuple[str, float | None]:
-    """How often faster than the record's baseline tokens are decoded."""
-    if record.get("kind") == "bench serving":
-        return "decode_tok_s", record["summary"]["decode_tok_s"]["ratio"]
-    if record.get("kind") != "onnx" or "rows" not in record:
-        raise InputError(
-            f"gate {gate.line!r}: the record's kind is {record.get('kind')!r}; give one of "
-            "`gblm bench serving` or `gblm bench onnx`."
-        )
-    first, *others = record["rows"]
-    rows = [row for row in others if gate.argument in (None, row["name"])]
-    if len(rows) != 1:
-        names = ", ".join(row["name"] for row in others)
-        raise InputError(f"gate {gate.line!r}: name one row, as in decode(NAME): {names}.")
-    return rows[0]["name"], rows[0]["decode_speedup"][first["name"]]["median"]
+def _decode(gate: Gate, record: dict[str, Any], model: str | None) -> tuple[str, float]:
+    try:
+        return speedup(record, gate.argument, model)
+    except InputError as error:
+        raise InputError(f"gate {gate.line!r}: {error}.") from error

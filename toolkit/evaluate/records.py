@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gblm.errors import InputError
+from gblm.errors import DAMAGE, InputError, damage
 from gblm.folder import read_json_object
 
 Record = dict[str, Any]
@@ -42,10 +42,9 @@ def read_record(path: Path, known: str | None = None) -> tuple[str, Figures]:
         )
     try:
         return kind, KINDS[kind](record)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+    except DAMAGE as error:
         raise InputError(
-            f"{path}: is not a record of kind {kind!r} as gblm writes it: {reason}."
+            f"{path}: is not a record of kind {kind!r} as gblm writes it: {damage(error)}."
         ) from error
 
 

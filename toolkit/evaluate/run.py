@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from gblm.folder import read_config, resolve
 from gblm.model import load_tokenizer
 from gblm.progress import Progress, no_progress
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -31,6 +34,7 @@ class Evaluation:
         engine: a key of `subjects.ENGINES`; by the folder if None.
         baseline: the dense model; if None, the one that the folder names.
         without_baseline: measure none.
+        needs_baseline: refuse to go on without one.
         device: of torch.
         backend: of packed weights in torch.
         tokenizer: folder of a served model's, where the server does not run on this machine.
@@ -43,6 +47,7 @@ class Evaluation:
     engine: str | None = None
     baseline: str | None = None
     without_baseline: bool = False
+    needs_baseline: bool = False
     device: str = "cpu"
     backend: str | None = None
     tokenizer: str | None = None
@@ -54,11 +59,12 @@ def run_evaluation(asked: Evaluation, progress: Progress = no_progress) -> dict[
 
     Returns:
         The record: "texts" as of `measure`, "tasks" as of `run_tasks` or None, "baseline" with
-        its "baseline_note", "size". Figures of the first text also stand on top.
+        its "baseline_note", "size" and "size_baseline". Figures of the first text also stand on
+        top.
 
     Raises:
         GblmError: what loading and measuring raise.
-        UsageError: neither a text nor a task.
+        UsageError: neither a text nor a task, or no baseline where one is needed.
     """
     if not asked.protocols and asked.tasks is None:
         raise UsageError("nothing to evaluate: give --text or --tasks.")
@@ -68,11 +74,14 @@ def run_evaluation(asked: Evaluation, progress: Progress = no_progress) -> dict[
     model = served or resolve(asked.model)
     folder = model.folder if isinstance(model, ServedSubject) else model
     path, note = _baseline(asked, folder)
+    if asked.needs_baseline and path is None:
+        raise UsageError(f"a gate needs the dense model to compare with: {note}.")
     home = _home(asked, folder, path)
     tokenizer = load_tokenizer(home)
+    length = int(read_config(home).get("max_position_embeddings", 2048))
+    _warn_of_long_windows(asked.protocols, length)
     with _opened(asked, model, path) as (subject, dense):
         texts = measure(subject, dense, asked.protocols, tokenizer, progress)
-        length = int(read_config(home).get("max_position_embeddings", 2048))
         length = min(length, (served and served.max_tokens) or length)
         tasks = run_tasks(asked.tasks, subject, dense, tokenizer, length) if asked.tasks else None
         first = texts[0] if texts else {}
@@ -85,6 +94,7 @@ def run_evaluation(asked: Evaluation, progress: Progress = no_progress) -> dict[
             "baseline": str(path) if path else None,
             "baseline_note": note,
             "size": size_facts(folder) if folder else None,
+            "size_baseline": size_facts(path) if path else None,
             "texts": texts,
             "tasks": tasks,
             **{key: first[key] for key in FIRST if key in first},
@@ -113,6 +123,16 @@ def _opened(
         yield subject, dense
     finally:
         subject.close()
+
+
+def _warn_of_long_windows(protocols: Sequence[Protocol], positions: int) -> None:
+    longest = max((protocol.seq_len for protocol in protocols), default=0)
+    if longest > positions:
+        logger.warning(
+            "windows of %d tokens are longer than the model's max_position_embeddings of %d: it "
+            "never learned such places, so perplexity and drift say little; lower --seq-len",
+            longest, positions,
+        )  # fmt: skip
 
 
 def _dtype(asked: Evaluation) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gblm.errors import GblmError, InputError, MachineError, UsageError
+from gblm.errors import DAMAGE, GblmError, InputError, MachineError, UsageError
 from gblm.evaluate.subjects import TOP, Scores, Subject
 from gblm.network import exchange, is_loopback, split_address, warn_of_plain_key
 from gblm.serve.access import KEY_VARIABLE, read_key
@@ -148,7 +148,7 @@ def _rows(answer: Any, tokens: list[int], url: str) -> tuple[list[float], list[d
             ranked = sorted((one["rank"], int(number), _finite(one["logprob"]))
                             for number, one in step.items())[:TOP]  # fmt: skip
             best.append({number: logprob for _, number, logprob in ranked})
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except DAMAGE as error:
         raise InputError(
             f"{url}/v1/completions gives no prompt_logprobs as vLLM does: only vLLM's servers can "
             "be scored."

@@ -30,8 +30,8 @@ def compare(a: Path, b: Path) -> dict[str, Any]:
     kinds, facts = zip(*(_read(path) for path in (a, b)), strict=True)
     if kinds[0] != kinds[1]:
         raise InputError(
-            f"{a} is a {kinds[0]} and {b} a {kinds[1]}: compare two folders or two records of one "
-            "kind."
+            f"{a} is of kind {kinds[0]!r} and {b} of kind {kinds[1]!r}: compare two folders or two "
+            "records of one kind."
         )
     protocols = [one.pop("protocol", None) for one in facts]
     if protocols[0] != protocols[1]:

@@ -133,6 +133,15 @@ class Timed:
 
 
 @dataclass(frozen=True)
+class Measures:
+    """All figures of one model under one load: label → median of the rounds."""
+
+    name: str
+    setting: str
+    figures: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Curve:
     """One line of a chart.
 
@@ -164,6 +173,7 @@ class Facts:
     speeds: list[Speed] = field(default_factory=list)
     ratios: list[Ratio] = field(default_factory=list)
     timed: list[Timed] = field(default_factory=list)
+    measures: list[Measures] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
     invalid: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -26,6 +26,7 @@ DIRECTIONS = {
     "tok_s": "more is better",
     "per_s": "more is better",
     "user": "more is better",
+    "share": "more is better",
     "speed": "more is better",
     "decoding": "more is faster",
 }
@@ -185,13 +186,18 @@ def layers(folders: Sequence[PackedFacts]) -> Iterator[tuple[str, list[Figure]]]
 
 
 def masks(folders: Sequence[PackedFacts]) -> Iterator[tuple[str, list[Figure]]]:
-    """By linear: how unevenly its columns are kept, then each folder's mask on one scale."""
+    """By linear: each folder's mask on one scale, then how unevenly its columns are kept."""
     names = dict.fromkeys(name for folder in folders for name in folder.masks)
     for name in names:
         own = {folder.name: folder.masks[name] for folder in folders if name in folder.masks}
         limits = _limits(list(own.values()))
         series = [Series(label, _sorted_columns(mask)) for label, mask in own.items()]
+        scale = f"white {limits[0]:.0%} kept or less, blue {limits[1]:.0%} or more"
         found = [
+            Figure(label, pictures.mask_picture(f"Mask of {name}, {label}", mask, limits), scale)
+            for label, mask in own.items()
+        ]
+        found.append(
             Figure(
                 "Columns by kept share",
                 charts.curves(f"{name}: columns by kept share", series[:MOST_LINES],
@@ -199,12 +205,7 @@ def masks(folders: Sequence[PackedFacts]) -> Iterator[tuple[str, list[Figure]]]:
                 "A flat line keeps every input alike; a steep one drops whole columns, the "
                 "structural pattern of arXiv 2311.04902.",
             )
-        ]  # fmt: skip
-        scale = f"white {limits[0]:.0%} kept or less, blue {limits[1]:.0%} or more"
-        found += [
-            Figure(label, pictures.mask_picture(f"Mask of {name}, {label}", mask, limits), scale)
-            for label, mask in own.items()
-        ]
+        )  # fmt: skip
         layer, _, part = name.partition(".")
         yield f"Layer {layer}, {part}", found
 

@@ -6,27 +6,27 @@ import json
 from collections.abc import Iterator, Sequence
 
 from gblm.report.axes import number
-from gblm.report.facts import Facts, Quality
+from gblm.report.facts import Facts
 from gblm.report.page import repeat
 from gblm.report.sources import Sources
-from gblm.report.tables import tables
+from gblm.report.tables import measured, tables
 
 
 def markdown(sources: Sources, title: str) -> str:
-    """A page of tables; with perplexities it begins with their model-index.
+    """A page of tables; with perplexities or tasks it begins with their model-index.
 
     Args:
         sources: what it shows.
         title: of the page.
     """
     facts = sources.facts
-    lines = [*model_index(facts.quality), f"# {escape(title)}", ""]
+    lines = [*model_index(facts), f"# {escape(title)}", ""]
     if facts.invalid:
         lines += ["**INVALID measurements, left out of every table:**", ""]
         lines += [*(f"- {escape(reason)}" for reason in facts.invalid), ""]
     if facts.notes:
         lines += ["To be kept in mind:", "", *(f"- {escape(note)}" for note in facts.notes), ""]
-    for one in tables(facts):
+    for one in (*tables(facts), *measured(facts)):
         lines += [f"## {one.title}", ""]
         lines += [f"Protocol: {escape(one.note)}.", ""] if one.note else []
         lines += [*table(one.header, one.rows), ""]
@@ -40,27 +40,34 @@ def markdown(sources: Sources, title: str) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def model_index(rows: Sequence[Quality]) -> list[str]:
-    """The front matter that model hubs read: every finite perplexity with its protocol."""
-    names = dict.fromkeys(row.name for row in rows if row.perplexity < float("inf"))
+def model_index(facts: Facts) -> list[str]:
+    """The front matter that model hubs read: finite perplexities and tasks, with protocols."""
+    finite = [row for row in facts.quality if row.perplexity < float("inf")]
+    names = dict.fromkeys([*(row.name for row in finite), *(one.name for one in facts.scores)])
     if not names:
         return []
     lines = ["---", "model-index:"]
     for name in names:
         # JSON's strings are YAML's, too.
         lines += [f"- name: {json.dumps(name)}", "  results:"]
-        for row in rows:
-            if row.name != name or row.perplexity == float("inf"):
-                continue
-            dataset = row.protocol.partition(",")[0]
-            lines += [
-                "  - task: {type: text-generation}",
-                f"    dataset: {{name: {json.dumps(dataset)}, type: {json.dumps(dataset)}}}",
-                "    metrics:",
-                f"    - {{type: perplexity, value: {row.perplexity:.4f}, "
-                f"name: {json.dumps('perplexity (' + row.protocol + ')')}}}",
-            ]
+        for row in finite:
+            if row.name == name:
+                lines += _result(row.protocol.partition(",")[0], "perplexity", row.perplexity,
+                                 f"perplexity ({row.protocol})")  # fmt: skip
+        for score in facts.scores:
+            if score.name == name:
+                said = f"{score.metric} ({score.protocol})"
+                lines += _result(score.task, score.metric, score.value, said)
     return [*lines, "---", ""]
+
+
+def _result(dataset: str, metric: str, value: float, name: str) -> list[str]:
+    return [
+        "  - task: {type: text-generation}",
+        f"    dataset: {{name: {json.dumps(dataset)}, type: {json.dumps(dataset)}}}",
+        "    metrics:",
+        f"    - {{type: {json.dumps(metric)}, value: {value:.4f}, name: {json.dumps(name)}}}",
+    ]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -5,7 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from gblm.report.axes import number
-from gblm.report.facts import Curve, Facts, Ratio, Record, Speed, device, finite, spread, words
+from gblm.report.facts import (
+    Curve,
+    Facts,
+    Measures,
+    Ratio,
+    Record,
+    Speed,
+    device,
+    finite,
+    spread,
+    words,
+)
 
 # Metric of a run → its label, for the charts of a sweep.
 SWEPT = {
@@ -15,6 +26,24 @@ SWEPT = {
     "itl_ms_p99": "ITL p99, ms",
     "output_tok_s": "output, tokens/s",
     "goodput_requests_per_s": "goodput, requests/s",
+}
+# Metric of a run → its heading, in the table of a load.
+MEASURED = {
+    "ttft_ms_p50": "TTFT p50, ms",
+    "ttft_ms_p99": "TTFT p99, ms",
+    "tpot_ms_p50": "TPOT p50, ms",
+    "tpot_ms_p99": "TPOT p99, ms",
+    "e2e_ms_p50": "E2E p50, ms",
+    "e2e_ms_p99": "E2E p99, ms",
+    "requests_per_s": "requests/s",
+    "output_tok_s": "output tokens/s",
+    "total_tok_s": "total tokens/s",
+    "tok_s_per_user": "tokens/s/user",
+    "goodput_requests_per_s": "goodput, requests/s",
+    "memory_mb": "MB",
+    "peak_memory_mb": "peak MB",
+    "load_s": "load, s",
+    "joules_per_token": "J/token",
 }
 QUANTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0}
 LATENCIES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2e": "end to end"}
@@ -30,6 +59,9 @@ def models(record: Record) -> Facts:
     for row in rows:
         setting = setting_line(record, row["load"])
         name, found = words(row["side"]), row["metrics"]
+        known = {label: finite(found[metric]["median"])
+                 for metric, label in MEASURED.items() if metric in found}  # fmt: skip
+        facts.measures.append(Measures(name, setting, known))
         if "tpot_ms_p50" in found:
             facts.speeds.append(Speed(name, setting, *spread(found["tpot_ms_p50"])))
         for metric, ratio in row.get("ratio", {}).items():
@@ -41,14 +73,17 @@ def models(record: Record) -> Facts:
 
 
 def setting_line(record: Record, load: Record) -> str:
-    """One load in words, with the machine."""
+    """One load in words, with what ran it and the machine."""
     settings = record["settings"]
     rate = load.get("request_rate")
+    # Figures of a bare loop and of a server never share a chart.
+    engines = dict.fromkeys(words(side["engine"]) for side in record["sides"])
+    how = " and ".join(f"vllm ({settings['tool']})" if e == "vllm" else e for e in engines)
     arrival = "" if rate is None else f", {number(finite(rate))} requests/s"
     return (
         f"{settings['num_prompts']} prompts of {settings['input_len']} + {settings['output_len']} "
         f"tokens, concurrency {load.get('concurrency') or 'unbounded'}{arrival}, "
-        f"{settings['rounds']} rounds, {device(record)}"
+        f"{settings['rounds']} rounds, {how}, {device(record)}"
     )
 
 

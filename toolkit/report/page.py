@@ -11,7 +11,7 @@ from gblm import __version__
 from gblm.report import figures
 from gblm.report.folders import PackedFacts
 from gblm.report.sources import Origin, Sources
-from gblm.report.tables import linear_rows, overall, tables
+from gblm.report.tables import linear_rows, measured, overall, tables
 
 
 def html(sources: Sources, title: str) -> str:
@@ -32,6 +32,7 @@ def html(sources: Sources, title: str) -> str:
         notes=facts.notes,
         tables=list(tables(facts)),
         quality_figures=[*figures.quality(facts), *figures.quality_and_speed(facts)],
+        speed_tables=list(measured(facts)),
         speed_figures=[*figures.speeds(facts), *figures.curves(facts)],
         folders=[_folder(folder) for folder in sources.folders],
         layers=list(figures.layers(sources.folders)),

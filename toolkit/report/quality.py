@@ -25,7 +25,8 @@ DRIFT = ("mean", "p99", "max", "top1", "kl_mean", "kl_p99")
 
 def evaluation(record: Record) -> Facts:
     """`gblm eval --output`: the model and its baseline, on each text and task; the gates."""
-    size, name = record.get("size") or {}, model(record["model"])
+    size, size_dense = (record.get(key) or {} for key in ("size", "size_baseline"))
+    name = model(record["model"])
     facts = Facts(scores=_scores(record, name), checks=_gates(record, name))
     for found in record["texts"]:
         protocol, text = words(found["protocol"]), str(found.get("tokens_sha256", ""))
@@ -37,7 +38,9 @@ def evaluation(record: Record) -> Facts:
             continue
         dense, beside = finite(found["perplexity_baseline"]), model(record["baseline"])
         theirs = words(found["protocol_baseline"])
-        facts.quality.append(Quality(beside, theirs, dense, 1.0, text=text))
+        facts.quality.append(
+            Quality(beside, theirs, dense, 1.0, maybe(size_dense, "bytes"), text=text)
+        )
         if drift := found.get("drift"):
             figures = tuple(maybe(drift, key) for key in DRIFT)
             facts.drifts.append(Drift(name, beside, protocol, figures))

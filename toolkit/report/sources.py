@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gblm.errors import InputError
+from gblm.errors import DAMAGE, InputError, damage
 from gblm.folder import read_json_object
 from gblm.report import quality, speed
 from gblm.report.facts import Facts, Record
@@ -131,10 +131,10 @@ def parse(path: Path, record: Record) -> Facts:
     """
     try:
         return READERS[record["kind"]](record)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+    except DAMAGE as error:
         raise InputError(
-            f"{path}: is not a record of kind {record['kind']!r} as gblm writes it: {reason}."
+            f"{path}: is not a record of kind {record['kind']!r} as gblm writes it: "
+            f"{damage(error)}."
         ) from error
 
 

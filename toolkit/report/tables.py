@@ -11,8 +11,8 @@ from gblm.report.folders import LinearFacts, PackedFacts
 
 QUALITY = ("model", "perplexity", "× dense", "MB", "bits per weight")
 DRIFT = ("model", "beside", "mean", "p99", "max", "same top-1", "KL mean", "KL p99")
-CHECKS = ("model", "check", "value", "bound", "verdict")
 TIMED = ("call", "tokens", "µs", "× cuBLAS bf16", "of the read bandwidth")
+CHECKS = ("model", "verdict", "value", "bound", "check")
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,23 @@ def tables(facts: Facts) -> Iterator[Table]:
         own = [one for one in facts.scores if one.protocol == protocol]
         yield Table("Tasks ± standard error", protocol, *_scores(own))
     if facts.checks:
-        checked = tuple((c.name, c.what, c.value, c.bound, "pass" if c.passed else "FAIL")
+        # What is long stands last, so that a phone shows the verdict.
+        checked = tuple((c.name, "pass" if c.passed else "FAIL", c.value, c.bound, c.what)
                         for c in facts.checks)  # fmt: skip
         yield Table("Gates and validations", "", CHECKS, checked)
     for title, note in dict.fromkeys((one.table, one.note) for one in facts.timed):
         calls = (one for one in facts.timed if (one.table, one.note) == (title, note))
         yield Table(title, note, TIMED, tuple(map(_timed, calls)))
+
+
+def measured(facts: Facts) -> Iterator[Table]:
+    """Every figure of speed, memory and energy, by load."""
+    for setting in dict.fromkeys(one.setting for one in facts.measures):
+        own = [one for one in facts.measures if one.setting == setting]
+        labels = tuple(dict.fromkeys(label for one in own for label in one.figures))
+        rows = tuple((one.name, *(number(one.figures.get(label)) for label in labels))
+                     for one in own)  # fmt: skip
+        yield Table("Measured, medians of the rounds", setting, ("model", *labels), rows)
 
 
 def _quality(row: Quality) -> tuple[str, ...]:
