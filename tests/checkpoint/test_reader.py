@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from gblm.checkpoint.reader import Reader
-from gblm.errors import CheckpointError, InputError
+from gblm.errors import CheckpointError, InputError, MachineError
 
 
 @pytest.fixture
@@ -114,4 +114,19 @@ def test_folder_without_safetensors(tmp_path: Path) -> None:
         Reader(tmp_path)
     (tmp_path / "odd-name.safetensors").touch()
     with pytest.raises(CheckpointError, match="neither"):
+        Reader(tmp_path)
+
+
+def test_a_file_too_large_to_map_is_the_machine_s_fault(tmp_path: Path) -> None:
+    if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "1":
+        pytest.skip("this system promises any amount of memory")
+    size = 1 << 43  # 8 TiB, of which nothing is stored
+    path = tmp_path / "model.safetensors"
+    with_header(path, {"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}, b"")
+    try:
+        with path.open("r+b") as file:
+            file.truncate(path.stat().st_size + size)
+    except OSError:
+        pytest.skip("the file system takes no file of 8 TiB")
+    with pytest.raises(MachineError, match=r"cannot be mapped into memory .* in smaller shards"):
         Reader(tmp_path)

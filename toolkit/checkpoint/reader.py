@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from typing_extensions import Self
 
-from gblm.errors import CheckpointError
+from gblm.errors import CheckpointError, MachineError
 from gblm.folder import check_weights, inside, read_json_object
 
 SINGLE = "model.safetensors"
@@ -46,6 +46,7 @@ class Reader:
 
         Raises:
             CheckpointError: a file is missing, truncated, malformed or outside the folder.
+            MachineError: a file is larger than this machine lets a process map.
         """
         check_weights(folder)
         self.folder = folder
@@ -133,6 +134,10 @@ class Reader:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{path} is no intact safetensors file ({error}). Copy it again from its source."
+            ) from error
+        except RuntimeError as error:  # PyTorch maps the whole file
+            raise MachineError(
+                f"{path} cannot be mapped into memory ({error}): store the model in smaller shards."
             ) from error
         return self._handles[file]
 
