@@ -8,24 +8,15 @@ import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from source_tree import copy_sources
 
 from gblm.kernels import native
 
+pytest.importorskip("setuptools", minversion="77")  # the build is not isolated: no network
 HERE = Path(__file__).parent
-CSRC = HERE.parents[1] / "toolkit" / "kernels" / "csrc"
-UNITS = ("linear", "memory", "panels", "portable", "prepare", "torch_op", "avx2", "avx512", "amx")
-AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vbmi2", "vnni", "bf16")]
-AVX512 += ["-mgfni", "-mpopcnt", "-mbmi2", "-mfma"]
-# With tiles comes Intel's way of loading.
-FLAGS = {
-    "avx2": ["-mavx2", "-mfma", "-mpopcnt"],
-    "avx512": AVX512,
-    "amx": [*AVX512, "-mamx-tile"],
-}
 TESTS = ("test_cpu.py", "test_cpu_fuzz.py")
 
 
@@ -45,20 +36,11 @@ pytestmark = [
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library with the tile registers of tests/kernels/amx."""
     root = tmp_path_factory.mktemp("amx")
-    shutil.copytree(CSRC, root, dirs_exist_ok=True)
-    shutil.copy(HERE / "amx" / "amx_registers.h", root)
-
-    def compiled(unit: str) -> Path:
-        made = root / f"{unit}.o"
-        flags = ["-std=c++17", "-O1", "-fPIC", "-Wno-psabi", *FLAGS.get(unit, [])]
-        subprocess.run(["g++", *flags, "-c", root / f"{unit}.cpp", "-o", made], check=True)
-        return made
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compiled, UNITS))
-    library = root / "_cpu.so"
-    subprocess.run(["g++", "-shared", *objects, "-ldl", "-o", library], check=True)
-    return library
+    copy_sources(root)
+    shutil.copy(HERE / "amx" / "amx_registers.h", root / "toolkit" / "kernels" / "csrc")
+    subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=root,
+                   check=True, capture_output=True)  # fmt: skip
+    return root / "toolkit" / "kernels" / native.LIBRARY.name
 
 
 def test_every_test_of_amx_passes_on_emulated_tiles(emulated: Path) -> None:

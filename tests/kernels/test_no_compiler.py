@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from source_tree import copy_sources
 
 from gblm.kernels import BACKENDS
 
 pytest.importorskip("setuptools", minversion="77")  # the build is not isolated: no network
-ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("toolkit", "export", "serve", "deploy")
-FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
 
 CHECK = """
 import torch
@@ -38,10 +35,7 @@ print(linear(torch.ones(1, 8).bfloat16(), prepared, (1, 8), fmt, backend).item()
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A wheel of this tree made where no compiler can be started, and what its building said."""
     source, out = (tmp_path_factory.mktemp(name) for name in ("source", "wheel"))
-    for name in FOLDERS:
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__py*"))
-    for name in FILES:
-        shutil.copy(ROOT / name, source)
+    copy_sources(source)
     missing = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
     done = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-deps", "--no-build-isolation",
