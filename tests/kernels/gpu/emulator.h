@@ -106,14 +106,16 @@ DEVICE float to_float(unsigned bits) {
   return BF16 ? bf16_to_float(bits) : (float)emulator::same_bits<_Float16>((unsigned short)bits);
 }
 DEVICE unsigned from_float(float value) {
-  return BF16 ? emulator::float_to_bf16(value) : emulator::same_bits<unsigned short>((_Float16)value);
+  return BF16 ? emulator::float_to_bf16(value)
+              : emulator::same_bits<unsigned short>((_Float16)value);
 }
 DEVICE unsigned add_pairs(unsigned a, unsigned b) {
   return from_float(to_float(a & 0xFFFF) + to_float(b & 0xFFFF)) |
          from_float(to_float(a >> 16) + to_float(b >> 16)) << 16;
 }
 DEVICE unsigned times_2_to_120(unsigned a) {
-  return from_float(to_float(a & 0xFFFF) * 0x1p120f) | from_float(to_float(a >> 16) * 0x1p120f) << 16;
+  return from_float(to_float(a & 0xFFFF) * 0x1p120f) | from_float(to_float(a >> 16) * 0x1p120f)
+                                                           << 16;
 }
 DEVICE unsigned pick_byte(unsigned word, int which) { return word >> 8 * which & 255; }
 
@@ -161,7 +163,7 @@ DEVICE void mma_sparse(float* sum, const unsigned* a, const unsigned* b, unsigne
 }
 
 // What the emulated driver looks up in place of a kernel.
-#define KERNEL(name)                                                                    \
-  extern "C" int emulate_##name(unsigned grid, unsigned block, unsigned shared, void** values) { \
+#define KERNEL(name)                                                                               \
+  extern "C" int emulate_##name(unsigned grid, unsigned block, unsigned shared, void** values) {   \
     return emulator::run(grid, block, shared, [](void** v) { emulator::apply(name, v); }, values); \
   }
