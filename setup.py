@@ -24,8 +24,9 @@ except ImportError:  # setuptools < 70.1
 CSRC = Path("toolkit/kernels/csrc")
 FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-g0"]
 AVX512 = [
-    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi2"),
-    *("-mavx512vnni", "-mavx512bf16", "-mgfni", "-mpopcnt", "-mbmi2", "-mfma"),
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi"),
+    *("-mavx512vbmi2", "-mavx512bitalg", "-mavx512vnni", "-mavx512bf16"),
+    *("-mgfni", "-mpopcnt", "-mbmi2", "-mfma"),
 ]
 # One translation unit per instruction set; which one runs is decided at load.
 X86 = {

@@ -10,7 +10,13 @@ from torch.nn import functional
 
 from gblm.kernels import native
 
-MASKS = {"dense": native.DENSE, "any": native.ANY, "2:4": native.TWO_OF_FOUR}
+MASKS = {
+    "dense": native.DENSE,
+    "any": native.ANY,
+    "2:4": native.FOUR_OF_EIGHT,
+    "4:8": native.FOUR_OF_EIGHT,
+    "8:16": native.EIGHT_OF_SIXTEEN,
+}
 LIMITS = {"int8": 127, "int4": 7}
 # A rounding to float32 or bfloat16 is off by at most this part of the result.
 FLOAT_UNIT, BF16_UNIT = 2.0**-24, 2.0**-8
@@ -60,12 +66,22 @@ def keep_mask(shape: tuple[int, int], mask: str, density: float = 0.5, seed: int
     rows, columns = shape
     if mask == "dense":
         return torch.ones(shape, dtype=torch.bool)
-    if mask == "2:4":
-        order = torch.rand(rows, columns // 4, 4, generator=seeded(seed)).argsort(-1)
-        return (order < 2).reshape(shape)
+    if mask in ("2:4", "4:8", "8:16"):
+        return keep_half(shape, int(mask.rsplit(":")[1]), seed)
     keep = torch.rand(shape, generator=seeded(seed)) < density
     keep[1:2], keep[2:3] = False, True
     return keep
+
+
+def keep_half(shape: tuple[int, int], group: int, seed: int = 0) -> Tensor:
+    """Half of every group; of 16 three to five in each half."""
+    rows, columns = shape
+    if group < 16:
+        order = torch.rand(rows, columns // group, group, generator=seeded(seed)).argsort(-1)
+        return (order < group // 2).reshape(shape)
+    order = torch.rand(rows, columns // 16, 2, 8, generator=seeded(seed)).argsort(-1)
+    first = torch.randint(3, 6, (rows, columns // 16), generator=seeded(seed))
+    return (order < torch.stack([first, 8 - first], -1)[..., None]).reshape(shape)
 
 
 def case(

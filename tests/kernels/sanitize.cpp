@@ -256,7 +256,7 @@ int main() {
       continue;
     }
     for (int32_t values = GBLM_BF16; values <= GBLM_INT4; values++)
-      for (int32_t mask = GBLM_DENSE; mask <= GBLM_2_OF_4; mask++)
+      for (int32_t mask = GBLM_DENSE; mask <= GBLM_8_OF_16; mask++)
         run(values, mask, static_cast<uint64_t>(10 * values + mask));
     std::printf("sanitize: %s is clean\n", isa);
   }

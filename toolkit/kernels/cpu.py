@@ -21,6 +21,12 @@ from gblm.kernels.base import Backend
 
 COLUMN_UNIT = {"float": 8, "int8": 32, "int4": 32, "uint4": 32, "fp8": 8}
 
+MASKS = {
+    "2:4": native.FOUR_OF_EIGHT,
+    "4:8": native.FOUR_OF_EIGHT,
+    "8:16": native.EIGHT_OF_SIXTEEN,
+}
+
 
 class Cpu(Backend):
     """Packed in memory as panels of 16 rows; bfloat16 activations."""
@@ -54,16 +60,11 @@ class Cpu(Backend):
         self, fmt: Format, parts: Parts, shape: Shape, dtype: torch.dtype = torch.bfloat16
     ) -> list[Tensor]:
         """Panels, as one tensor of bytes."""
-        mask = native.ANY
-        if fmt.name == "dense":
-            mask = native.DENSE
-        elif str(fmt.pattern) == "2:4":
-            mask = native.TWO_OF_FOUR
         values, data, starts = _stored(fmt, parts, shape[0])
         source = native.Source(
             shape=shape,
             values=values,
-            mask=mask,
+            mask=native.DENSE if fmt.name == "dense" else MASKS.get(str(fmt.pattern), native.ANY),
             data=data,
             starts=starts,
             bitmask=parts.get("bitmask"),

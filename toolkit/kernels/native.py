@@ -19,7 +19,7 @@ from gblm.errors import GblmError
 LIBRARY = Path(__file__).with_name("_cpu.so")
 VALUES = {"float": 0, "int8": 1, "int4": 2}
 DTYPES = {"float": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}
-DENSE, ANY, TWO_OF_FOUR = 0, 1, 2
+DENSE, ANY, FOUR_OF_EIGHT, EIGHT_OF_SIXTEEN = 0, 1, 2, 3
 HUGE_PAGE = 2 << 20
 
 
@@ -60,7 +60,7 @@ class Source:
     Attributes:
         shape: [out, in]; in is a multiple of 8, of 32 with integer values.
         values: "float" (bfloat16), "int8" or "int4".
-        mask: DENSE, ANY or TWO_OF_FOUR.
+        mask: DENSE, ANY, FOUR_OF_EIGHT or EIGHT_OF_SIXTEEN (three to five in each half).
         data: the kept values, row after row; int4 two a byte, rows begin at bytes.
         starts: [out + 1] int64, first byte of each row in `data`.
         bitmask: [out, in/8] uint8; None when dense.

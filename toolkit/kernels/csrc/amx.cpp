@@ -4,25 +4,34 @@
 // expanding in registers, or faster.
 #include "amx_cache.h"
 #include "amx_decode.h"
+#include "amx_planes.h"
 #include "avx512_round.h"
 #include "gate.h"
 
 namespace {
 
+// Few tokens: picking their activations is less work than expanding weights into tiles.
+bool picks(const Panels& p, int64_t tokens) { return has_planes(p.mask) && tokens <= kTileRows; }
+
 int64_t panels_per_task(const Panels& p, int64_t tokens, int64_t threads) {
+  if (picks(p, tokens)) return kAvx512.panels_per_task(p, tokens, threads);
   if (TokenTiles(p, tokens).count <= kDecodeTiles) return 8;
   return smaller(kTogether, round_up((p.count + threads - 1) / threads, 2));
 }
 int64_t packed_bytes(const Panels& p, int64_t tokens) {
+  if (picks(p, tokens)) return kAvx512.packed_bytes(p, tokens);
   const TokenTiles tiles(p, tokens);
   return tiles.count * tiles.tile_bytes();
 }
 int64_t scratch_bytes(const Panels& p, int64_t tokens) {
+  if (picks(p, tokens)) return kAvx512.scratch_bytes(p, tokens);
   const TokenTiles tiles(p, tokens);
   return tiles.count <= kDecodeTiles ? kDecodeBytes
                                      : Multiplier<Bf16<GBLM_ANY>>::scratch_bytes(tiles);
 }
-int64_t tiles(const Panels& p, int64_t tokens) { return TokenTiles(p, tokens).count; }
+int64_t tiles(const Panels& p, int64_t tokens) {
+  return picks(p, tokens) ? kAvx512.tiles(p, tokens) : TokenTiles(p, tokens).count;
+}
 
 void pack_floats(const Panels& p, const uint16_t* x, int64_t tokens, const TokenTiles& tiles,
                  uint8_t* to) {
@@ -57,6 +66,7 @@ void pack_integers(const Panels& p, const uint16_t* x, int64_t tokens, const Tok
 
 void pack(const Panels& p, const void* source, int64_t tokens, int64_t tile, void* packed,
           Rounding* groups) {
+  if (picks(p, tokens)) return kAvx512.pack(p, source, tokens, tile, packed, groups);
   const uint16_t* x = static_cast<const uint16_t*>(source);
   const TokenTiles tiles(p, tokens);
   const int64_t first = tile * tiles.width, here = smaller(tiles.width, tokens - first);
@@ -83,7 +93,7 @@ bool multiply_with(const Panels& p, const Activations& x, int64_t first, int64_t
   }
 }
 
-template <template <int> class Reader>
+template <template <int> class Reader, template <int> class Planes>
 bool multiply_mask(const Panels& p, const Activations& x, int64_t first, int64_t last, Output y,
                    void* scratch) {
   switch (p.mask) {
@@ -91,20 +101,28 @@ bool multiply_mask(const Panels& p, const Activations& x, int64_t first, int64_t
       return multiply_with<Reader<GBLM_DENSE>>(p, x, first, last, y, scratch);
     case GBLM_ANY:
       return multiply_with<Reader<GBLM_ANY>>(p, x, first, last, y, scratch);
+    case GBLM_4_OF_8:
+      return multiply_with<Planes<GBLM_4_OF_8>>(p, x, first, last, y, scratch);
     default:
-      return multiply_with<Reader<GBLM_2_OF_4>>(p, x, first, last, y, scratch);
+      return multiply_with<Planes<GBLM_8_OF_16>>(p, x, first, last, y, scratch);
   }
 }
 
+template <int Mask>
+using PlaneInt8 = PlaneCodes<GBLM_INT8, Mask>;
+template <int Mask>
+using PlaneInt4 = PlaneCodes<GBLM_INT4, Mask>;
+
 bool multiply(const Panels& p, const Activations& x, int64_t first, int64_t last, Output y,
               void* scratch) {
+  if (picks(p, x.tokens)) return kAvx512.multiply(p, x, first, last, y, scratch);
   switch (p.values) {
     case GBLM_BF16:
-      return multiply_mask<Bf16>(p, x, first, last, y, scratch);
+      return multiply_mask<Bf16, PlaneHalves>(p, x, first, last, y, scratch);
     case GBLM_INT8:
-      return multiply_mask<Int8>(p, x, first, last, y, scratch);
+      return multiply_mask<Int8, PlaneInt8>(p, x, first, last, y, scratch);
     default:
-      return multiply_mask<Int4>(p, x, first, last, y, scratch);
+      return multiply_mask<Int4, PlaneInt4>(p, x, first, last, y, scratch);
   }
 }
 

@@ -1,6 +1,8 @@
 // AVX2 and FMA: a byte of mask picks the shuffle that puts eight kept values in their places.
 #include <immintrin.h>
 
+#include <type_traits>
+
 #include "columns.h"
 
 namespace {
@@ -176,7 +178,10 @@ struct Avx2Reader<GBLM_INT4, Mask> {
   }
 };
 
-using Engine = Columns<Avx2Reader>;
+template <int Values, int Mask>
+using Reader =
+    std::conditional_t<has_planes(Mask), PlaneReader<Values, Mask>, Avx2Reader<Values, Mask>>;
+using Engine = Columns<Reader>;
 
 bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 

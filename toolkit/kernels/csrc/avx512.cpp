@@ -3,6 +3,7 @@
 // Up to 16 tokens: each word is expanded into a register and multiplied at once, so weights are
 // read once and never written. More tokens: two panels are expanded into cache, 1024 columns at a
 // time, and multiplied from there; or zeros are skipped, where few weights are kept.
+#include "avx512_planes.h"
 #include "avx512_skip.h"
 #include "avx512_tiles.h"
 #include "gate.h"
@@ -43,11 +44,18 @@ void pack(const Panels& p, const void* source, int64_t tokens, int64_t tile, voi
                                                   : here;
   uint32_t* to = static_cast<uint32_t*>(packed);
   x += first * p.columns;
-  if (p.values == GBLM_BF16)
-    pack_floats(p, x, here, padded, to + first * p.blocks * kColumns / 2);
+  if (p.values == GBLM_BF16) {
+    to += first * p.blocks * kColumns / 2;
+    has_planes(p.mask) ? pack_plane_floats<Halves>(p, x, here, padded, to)
+                       : pack_floats(p, x, here, padded, to);
+    return;
+  }
+  to += first * p.blocks * kColumns / 4;
+  groups += first * (p.columns / p.group);
+  if (has_planes(p.mask))
+    pack_plane_integers(p, x, here, padded, tokens == 1, reinterpret_cast<uint8_t*>(to), groups);
   else
-    pack_integers(p, x, here, padded, to + first * p.blocks * kColumns / 4,
-                  groups + first * (p.columns / p.group));
+    pack_integers(p, x, here, padded, to, groups);
 }
 
 template <class Reader, class Dot>
@@ -74,7 +82,7 @@ bool multiply_with(const Panels& p, const Activations& x, int64_t first, int64_t
   }
 }
 
-template <class Dot>
+template <class Dot, class Steps>
 bool multiply_floats(const Panels& p, const Activations& x, int64_t first, int64_t last, Output y,
                      void* scratch) {
   switch (p.mask) {
@@ -82,29 +90,38 @@ bool multiply_floats(const Panels& p, const Activations& x, int64_t first, int64
       return multiply_with<Bf16<GBLM_DENSE>, Dot>(p, x, first, last, y, scratch);
     case GBLM_ANY:
       return multiply_with<Bf16<GBLM_ANY>, Dot>(p, x, first, last, y, scratch);
+    case GBLM_4_OF_8:
+      return multiply_planes<Steps, GBLM_4_OF_8>(p, x, first, last, y, scratch);
     default:
-      return multiply_with<Bf16<GBLM_2_OF_4>, Dot>(p, x, first, last, y, scratch);
+      return multiply_planes<Steps, GBLM_8_OF_16>(p, x, first, last, y, scratch);
+  }
+}
+
+template <template <int> class Reader, int Values>
+bool multiply_codes(const Panels& p, const Activations& x, int64_t first, int64_t last, Output y,
+                    void* scratch) {
+  switch (p.mask) {
+    case GBLM_DENSE:
+      return multiply_with<Reader<GBLM_DENSE>, PairDot>(p, x, first, last, y, scratch);
+    case GBLM_ANY:
+      return multiply_with<Reader<GBLM_ANY>, PairDot>(p, x, first, last, y, scratch);
+    case GBLM_4_OF_8:
+      return multiply_planes<Codes<Values>, GBLM_4_OF_8>(p, x, first, last, y, scratch);
+    default:
+      return multiply_planes<Codes<Values>, GBLM_8_OF_16>(p, x, first, last, y, scratch);
   }
 }
 
 bool multiply(const Panels& p, const Activations& x, int64_t first, int64_t last, Output y,
               void* scratch) {
   if (skips_zeros(p, x.tokens)) return multiply_skipping(p, x, first, last, y, scratch);
-  switch (p.values * 3 + p.mask) {
-    case GBLM_INT8 * 3 + GBLM_DENSE:
-      return multiply_with<Int8<GBLM_DENSE>, PairDot>(p, x, first, last, y, scratch);
-    case GBLM_INT8 * 3 + GBLM_ANY:
-      return multiply_with<Int8<GBLM_ANY>, PairDot>(p, x, first, last, y, scratch);
-    case GBLM_INT8 * 3 + GBLM_2_OF_4:
-      return multiply_with<Int8<GBLM_2_OF_4>, PairDot>(p, x, first, last, y, scratch);
-    case GBLM_INT4 * 3 + GBLM_DENSE:
-      return multiply_with<Int4<GBLM_DENSE>, PairDot>(p, x, first, last, y, scratch);
-    case GBLM_INT4 * 3 + GBLM_ANY:
-      return multiply_with<Int4<GBLM_ANY>, PairDot>(p, x, first, last, y, scratch);
-    case GBLM_INT4 * 3 + GBLM_2_OF_4:
-      return multiply_with<Int4<GBLM_2_OF_4>, PairDot>(p, x, first, last, y, scratch);
+  switch (p.values) {
+    case GBLM_INT8:
+      return multiply_codes<Int8, GBLM_INT8>(p, x, first, last, y, scratch);
+    case GBLM_INT4:
+      return multiply_codes<Int4, GBLM_INT4>(p, x, first, last, y, scratch);
     default:
-      return multiply_floats<PairDot>(p, x, first, last, y, scratch);
+      return multiply_floats<PairDot, Halves>(p, x, first, last, y, scratch);
   }
 }
 
@@ -120,22 +137,25 @@ void pack_wide(const Panels& p, const void* source, int64_t tokens, int64_t tile
                Rounding*) {
   const int64_t width = tile_width(tokens), first = tile * width;
   const int64_t here = smaller(width, tokens - first);
-  pack_wide_floats(p, static_cast<const float*>(source) + first * p.columns, here,
-                   tokens <= kMaxDecode ? width : here,
-                   static_cast<float*>(packed) + first * p.blocks * kColumns);
+  const float* x = static_cast<const float*>(source) + first * p.columns;
+  float* to = static_cast<float*>(packed) + first * p.blocks * kColumns;
+  const int64_t padded = tokens <= kMaxDecode ? width : here;
+  has_planes(p.mask) ? pack_plane_floats<Floats>(p, x, here, padded, to)
+                     : pack_wide_floats(p, x, here, padded, to);
 }
 
 bool supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni") &&
+         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+         __builtin_cpu_supports("avx512bitalg") && __builtin_cpu_supports("avx512vnni") &&
          __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("gfni") &&
          __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("bmi2") &&
          __builtin_cpu_supports("fma");
 }
 
 const Isa kAvx512Wide = {"avx512",           supported,  panels_per_task, wide_packed_bytes,
-                         wide_scratch_bytes, wide_tiles, pack_wide,       multiply_floats<WideDot>,
+                         wide_scratch_bytes, wide_tiles, pack_wide,       multiply_floats<WideDot, Floats>,
                          gate_token,         nullptr};
 
 }  // namespace

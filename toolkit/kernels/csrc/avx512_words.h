@@ -70,10 +70,10 @@ INLINE __m512i load_split(const uint8_t* at) {
   return _mm512_inserti64x4(load256(at), high, 1);
 }
 
-// The bytes of one word (of two, for int4): 2:4 always fills half of them.
+// The bytes of one word; of two, for int4.
 template <int Mask>
 INLINE __m512i load_packed(const uint8_t* at) {
-  return Mask == GBLM_2_OF_4 ? load256(at) : Mask == GBLM_ANY ? load_split(at) : load512(at);
+  return Mask == GBLM_ANY ? load_split(at) : load512(at);
 }
 
 // Readers call visit(word, register) for every word of a block and return where the block ends.
@@ -102,14 +102,8 @@ struct Bf16 {
       const uint8_t* v = at + kMaskBytes;
       unroll<kWords>([&](auto w) LAMBDA {
         const uint32_t mask = load<uint32_t>(at + 4 * w);
-        // Two columns of 2:4 hold 0..4 of the four kept, so a pair of words always holds 32: a
-        // line, which its first word never crosses.
-        constexpr bool whole = Mask == GBLM_2_OF_4 && w % 2 == 0;
-        visit(w, expand16(mask, whole ? load512(v) : load_split(v)));
-        if constexpr (Mask == GBLM_2_OF_4 && w % 2 == 1)
-          v += 64 - 2 * _mm_popcnt_u32(load<uint32_t>(at + 4 * (w - 1)));
-        else
-          v += 2 * _mm_popcnt_u32(mask);
+        visit(w, expand16(mask, load_split(v)));
+        v += 2 * _mm_popcnt_u32(mask);
       });
       return v;
     }
@@ -135,7 +129,7 @@ struct Int8 {
       } else {
         const uint64_t mask = load<uint64_t>(at + 8 * w);
         visit(w, expand8(mask, load_packed<Mask>(v)));
-        v += Mask == GBLM_2_OF_4 ? 32 : _mm_popcnt_u64(mask);
+        v += _mm_popcnt_u64(mask);
       }
     });
     return v;
@@ -171,7 +165,7 @@ struct Int4 {
         const uint64_t a = load<uint64_t>(at + 16 * i), b = load<uint64_t>(at + 16 * i + 8);
         visit(even, expand8(a, low));
         visit(odd, expand8(b, top));
-        v += Mask == GBLM_2_OF_4 ? 32 : larger(_mm_popcnt_u64(a), _mm_popcnt_u64(b));
+        v += larger(_mm_popcnt_u64(a), _mm_popcnt_u64(b));
       }
     });
     return v;

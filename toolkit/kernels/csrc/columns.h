@@ -38,6 +38,37 @@ GBLM_INLINE void operator+=(Lanes& a, const Lanes& b) {
 
 constexpr int64_t kTogether = 4;  // tokens that share what is read
 
+// A stored value; of int4 the nibble behind so many bits.
+template <int Values>
+GBLM_INLINE float read_value(const uint8_t* at, int shift) {
+  if (Values == GBLM_BF16) return from_bf16(load<uint16_t>(at));
+  if (Values == GBLM_INT8) return static_cast<float>(*at - 128);
+  return static_cast<float>((*at >> shift & 15) - 8);
+}
+
+// Blocks of planes, on every CPU.
+template <int Values, int Mask>
+struct PlaneReader {
+  static constexpr float kScale = 1;
+
+  template <class Visit>
+  static const uint8_t* block(const uint8_t* at, Visit&& visit) {
+    alignas(64) float columns[kColumns][kRows] = {};
+    const uint8_t* planes = at + kMaskBytes;
+    for (int row = 0; row < kRows; row++)
+      for (int byte = 0; byte < 4; byte++) {
+        int k = 0;
+        for (unsigned bits = at[4 * row + byte]; bits != 0 && k < 5; bits &= bits - 1, k++) {
+          const Place place = find_place(Values, row, byte, k);
+          columns[8 * byte + __builtin_ctz(bits)][row] =
+              read_value<Values>(planes + place.offset, place.shift);
+        }
+      }
+    for (int column = 0; column < kColumns; column++) visit(column, load<Lanes>(columns[column]));
+    return at + block_size(Values, Mask);
+  }
+};
+
 template <template <int, int> class Reader>
 struct Columns {
   static int64_t padded(const Panels& p) { return p.blocks * kColumns; }
@@ -201,10 +232,10 @@ struct Columns {
   static bool multiply(const Panels& p, const Activations& x, int64_t first, int64_t last, Output y,
                        void* scratch) {
     using Multiply = decltype(&multiply_with<0, 0>);
-    static constexpr Multiply table[3][3] = {
-        {multiply_with<0, 0>, multiply_with<0, 1>, multiply_with<0, 2>},
-        {multiply_with<1, 0>, multiply_with<1, 1>, multiply_with<1, 2>},
-        {multiply_with<2, 0>, multiply_with<2, 1>, multiply_with<2, 2>}};
+    static constexpr Multiply table[3][4] = {
+        {multiply_with<0, 0>, multiply_with<0, 1>, multiply_with<0, 2>, multiply_with<0, 3>},
+        {multiply_with<1, 0>, multiply_with<1, 1>, multiply_with<1, 2>, multiply_with<1, 3>},
+        {multiply_with<2, 0>, multiply_with<2, 1>, multiply_with<2, 2>, multiply_with<2, 3>}};
     return table[p.values][p.mask](p, x, first, last, y, scratch);
   }
 

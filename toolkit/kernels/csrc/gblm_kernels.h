@@ -21,8 +21,9 @@ extern "C" {
 
 /* Stored values. Integers are codes; the weight is code * scale of its group. */
 enum { GBLM_BF16 = 0, GBLM_INT8 = 1, GBLM_INT4 = 2 };
-/* Which positions are stored: all; any; exactly two of every four columns. */
-enum { GBLM_DENSE = 0, GBLM_ANY = 1, GBLM_2_OF_4 = 2 };
+/* Which positions are stored: all; any; four of every eight columns, 2:4 among them; eight of every
+ * sixteen, three to five of them in each half. */
+enum { GBLM_DENSE = 0, GBLM_ANY = 1, GBLM_4_OF_8 = 2, GBLM_8_OF_16 = 3 };
 /* Results. */
 enum {
   GBLM_OK = 0,
@@ -41,7 +42,7 @@ typedef struct {
 
 /* A weight as it lies on disk (docs/format.md). */
 typedef struct {
-  int64_t rows, columns; /* columns: a multiple of 8; of `group` for integers */
+  int64_t rows, columns; /* columns: a multiple of 8, of 16 for GBLM_8_OF_16; of `group` for integers */
   int32_t values, mask;  /* GBLM_BF16.. and GBLM_DENSE.. */
   int64_t group;         /* columns per scale; 0 for bf16 */
   const void* data;      /* bf16, int8, or int4 two a byte; row after row */

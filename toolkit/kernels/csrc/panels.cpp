@@ -21,6 +21,21 @@ struct Sink {
   }
 };
 
+// The planes of one block.
+const uint8_t* read_planes(const Panels& p, const uint8_t* at, int64_t row, int64_t column,
+                           const Sink& sink) {
+  for (int64_t r = 0; r < smaller(kRows, p.rows - row); r++)
+    for (int byte = 0; byte < smaller<int64_t>(4, (p.columns - column) / 8); byte++) {
+      int k = 0;
+      for (unsigned bits = at[4 * r + byte]; bits != 0 && k < 5; bits &= bits - 1, k++) {
+        const Place place = find_place(p.values, r, byte, k);
+        sink.put(row + r, column + 8 * byte + __builtin_ctz(bits), at + kMaskBytes + place.offset,
+                 place.shift);
+      }
+    }
+  return at + p.block_bytes;
+}
+
 // The words of one block; returns where the next one begins.
 const uint8_t* read_block(const Panels& p, const uint8_t* at, int64_t row, int64_t column,
                           const Sink& sink) {
@@ -58,7 +73,7 @@ int open_panels(const void* memory, int64_t bytes, Panels* p) {
   const bool known = h.magic == kMagic && h.version == kVersion && h.bytes == bytes && h.rows > 0 &&
                      h.rows <= kMaxExtent && h.columns > 0 && h.columns <= kMaxExtent &&
                      h.columns % 8 == 0 && h.values >= GBLM_BF16 && h.values <= GBLM_INT4 &&
-                     h.mask >= GBLM_DENSE && h.mask <= GBLM_2_OF_4;
+                     h.mask >= GBLM_DENSE && h.mask <= GBLM_8_OF_16;
   if (!known) return GBLM_BAD_PANELS;
   const bool group_fits = is_integer(h.values)
                               ? h.group >= kColumns && h.group <= kMaxGroup &&
@@ -73,6 +88,7 @@ int open_panels(const void* memory, int64_t bytes, Panels* p) {
   p->count = (h.rows + kRows - 1) / kRows;
   p->values = h.values;
   p->mask = h.mask;
+  p->block_bytes = block_size(h.values, h.mask);
   p->base = base;
   p->limit = base + bytes - slack(h.values);
   const int64_t first = first_panel(p->count), last = bytes - slack(h.values);
@@ -115,7 +131,8 @@ int gblm_unpack(const void* memory, int64_t bytes, void* values, uint8_t* mask, 
           std::memcpy(scales + (panel * kRows + r) * groups + group, line + 2 * r, 2);
       }
       if (at > p.limit) return GBLM_BAD_PANELS;
-      at = read_block(p, at, panel * kRows, block * kColumns, sink);
+      const auto read = has_planes(p.mask) ? read_planes : read_block;
+      at = read(p, at, panel * kRows, block * kColumns, sink);
     }
     if (!p.ends(panel, at)) return GBLM_BAD_PANELS;
   }

@@ -9,6 +9,13 @@
 // nibbles are word 2i, high nibbles word 2i + 1, as long as the larger of the two. Dense blocks
 // have no masks. Integers are stored + 128, int4 + 8: the instructions want one factor unsigned.
 // Before every second group stands a line with the scales of two, bf16 [2][16].
+//
+// Blocks of N:M weights hold planes instead of words. Their 64 B of masks are 32 bits for each row,
+// bit i for column i. Each byte of mask, eight columns, keeps four, or three to five. Plane k = 0 to
+// 3 has the k-th kept weight of every byte, in the byte's place: 4 row + byte. A byte with three
+// leaves its place in plane 3 to the fifth of its neighbour, byte ^ 1. int4 planes 0 and 1 are the
+// low and high nibbles of a line, 2 and 3 those of the next; a bf16 plane is two lines, first bytes
+// 0 and 2 of the rows, then 1 and 3. Rows and columns that are missing keep the first four, zeros.
 #pragma once
 
 #include <cstddef>
@@ -17,48 +24,10 @@
 
 #include "gblm_kernels.h"
 
-// Panels whose header and offsets have been checked. Members are always inlined: the linker would
-// keep one copy of them for all instruction sets.
-#define GBLM_INLINE inline __attribute__((always_inline))
-struct Panels {
-  int64_t rows, columns, group, blocks, count;
-  int32_t values, mask;
-  const uint8_t* base;
-  const uint8_t* limit;  // no block starts behind it
-
-  // From bytes, so that panels may lie anywhere.
-  GBLM_INLINE uint64_t offset(int64_t panel) const {
-    uint64_t value;
-    std::memcpy(&value, base + 64 + 8 * panel, 8);
-    return value;
-  }
-  // Behind the limit when the offset is, so that no block is read there.
-  GBLM_INLINE const uint8_t* begin(int64_t panel) const {
-    const uint64_t at = offset(panel);
-    return at <= static_cast<uint64_t>(limit - base) ? base + at : limit + 1;
-  }
-  // Where a group begins: `scales` steps to its own, bf16 [16]; of two groups they share the line
-  // before the first. False when damaged.
-  GBLM_INLINE bool open_group(int64_t group, const uint8_t** at, const uint8_t** scales) const {
-    if (group % 2 != 0) {
-      *scales += 32;
-      return true;
-    }
-    if (__builtin_expect(*at > limit, 0)) return false;
-    *scales = *at;
-    *at += 64;
-    return true;
-  }
-  // Whether what was read up to `at` is the whole panel.
-  GBLM_INLINE bool ends(int64_t panel, const uint8_t* at) const {
-    return static_cast<uint64_t>(at - base) == offset(panel + 1);
-  }
-};
-
 namespace {  // every translation unit has its own copy: they are compiled for different CPUs
 
 constexpr uint32_t kMagic = 0x4D4C4247;  // "GBLM"
-constexpr uint32_t kVersion = 2;
+constexpr uint32_t kVersion = 3;
 constexpr int64_t kRows = 16, kColumns = 32, kLine = 64;
 constexpr int64_t kMaskBytes = 64;
 constexpr int64_t kMaxGroup = 256;  // two panels of it fit every kernel's cache
@@ -86,6 +55,28 @@ constexpr T larger(T a, T b) {
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 constexpr bool is_integer(int32_t values) { return values != GBLM_BF16; }
+constexpr bool has_planes(int32_t mask) { return mask >= GBLM_4_OF_8; }
+// Bytes of so many weights of a block.
+constexpr int64_t value_bytes(int32_t values, int64_t count) {
+  return values == GBLM_BF16 ? 2 * count : values == GBLM_INT8 ? count : count / 2;
+}
+constexpr int64_t block_size(int32_t values, int32_t mask) {
+  return mask == GBLM_ANY     ? 0
+         : mask == GBLM_DENSE ? value_bytes(values, kRows * kColumns)
+                              : kMaskBytes + value_bytes(values, kRows * kColumns / 2);
+}
+// Where a block of planes has the k-th kept weight of a byte of a row's mask: bytes from plane 0 on,
+// and by how many bits its nibble is shifted.
+struct Place {
+  int64_t offset;
+  int shift;
+};
+constexpr Place find_place(int32_t values, int64_t row, int byte, int k) {
+  const int plane = k < 4 ? k : 3, place = k < 4 ? byte : byte ^ 1;
+  if (values == GBLM_BF16) return {kLine * (2 * plane + place % 2) + 4 * row + place / 2 * 2, 0};
+  if (values == GBLM_INT8) return {kLine * plane + 4 * row + place, 0};
+  return {kLine * (plane / 2) + 4 * row + place, plane % 2 * 4};
+}
 // A block may start at most this far before the end, whatever its masks say.
 constexpr int64_t slack(int32_t values) {
   return values == GBLM_BF16 ? 2048 : values == GBLM_INT8 ? 1024 : 512;
@@ -94,6 +85,56 @@ constexpr int64_t slack(int32_t values) {
 constexpr int64_t scale_bytes(int64_t groups) { return (groups + 1) / 2 * kLine; }
 // Where panels begin, behind the header and their offsets.
 constexpr int64_t first_panel(int64_t panels) { return kLine + round_up(8 * (panels + 1), kLine); }
+
+}  // namespace
+
+// Panels whose header and offsets have been checked. Members are always inlined: the linker would
+// keep one copy of them for all instruction sets.
+#define GBLM_INLINE inline __attribute__((always_inline))
+struct Panels {
+  int64_t rows, columns, group, blocks, count;
+  int32_t values, mask;
+  int64_t block_bytes;  // 0 where blocks differ
+  const uint8_t* base;
+  const uint8_t* limit;  // no block starts behind it
+
+  // From bytes, so that panels may lie anywhere.
+  GBLM_INLINE uint64_t offset(int64_t panel) const {
+    uint64_t value;
+    std::memcpy(&value, base + 64 + 8 * panel, 8);
+    return value;
+  }
+  // Behind the limit when the offset is, so that no block is read there.
+  GBLM_INLINE const uint8_t* begin(int64_t panel) const {
+    const uint64_t at = offset(panel);
+    return at <= static_cast<uint64_t>(limit - base) ? base + at : limit + 1;
+  }
+  // A panel whose blocks have one size; nullptr when it has another length, or lies outside.
+  GBLM_INLINE const uint8_t* whole(int64_t panel) const {
+    const uint64_t at = offset(panel), end = static_cast<uint64_t>(limit - base);
+    const uint64_t scales = group == 0 ? 0 : static_cast<uint64_t>(scale_bytes(columns / group));
+    const uint64_t bytes = scales + static_cast<uint64_t>(blocks * block_bytes);
+    return at <= end && end - at >= bytes && offset(panel + 1) == at + bytes ? base + at : nullptr;
+  }
+  // Where a group begins: `scales` steps to its own, bf16 [16]; of two groups they share the line
+  // before the first. False when damaged.
+  GBLM_INLINE bool open_group(int64_t group, const uint8_t** at, const uint8_t** scales) const {
+    if (group % 2 != 0) {
+      *scales += 32;
+      return true;
+    }
+    if (__builtin_expect(*at > limit, 0)) return false;
+    *scales = *at;
+    *at += 64;
+    return true;
+  }
+  // Whether what was read up to `at` is the whole panel.
+  GBLM_INLINE bool ends(int64_t panel, const uint8_t* at) const {
+    return static_cast<uint64_t>(at - base) == offset(panel + 1);
+  }
+};
+
+namespace {
 
 inline float from_bf16(uint16_t half) {
   const uint32_t bits = uint32_t{half} << 16;

@@ -1,4 +1,6 @@
 // Plain C++ for every CPU (arm64 among them): mask bits are walked one by one.
+#include <type_traits>
+
 #include "columns.h"
 
 namespace {
@@ -14,12 +16,6 @@ struct PortableReader {
     return kWide ? load<uint32_t>(at + 4 * word) : load<uint64_t>(at + 8 * word);
   }
 
-  static float value(const uint8_t* v, int word) {
-    if (Values == GBLM_BF16) return from_bf16(load<uint16_t>(v));
-    if (Values == GBLM_INT8) return static_cast<float>(*v - 128);
-    return static_cast<float>((*v >> (word % 2 * 4) & 15) - 8);
-  }
-
   template <class Visit>
   static const uint8_t* block(const uint8_t* at, Visit&& visit) {
     alignas(64) float columns[kColumns][kRows] = {};
@@ -30,7 +26,8 @@ struct PortableReader {
       const uint8_t* from = Values == GBLM_INT4 ? run : v;
       for (uint64_t bits = mask(at, word); bits != 0; bits &= bits - 1, from += kWide ? 2 : 1) {
         const unsigned lane = static_cast<unsigned>(__builtin_ctzll(bits));
-        to[lane % kPerWord * kRows + lane / kPerWord] = value(from, word);
+        to[lane % kPerWord * kRows + lane / kPerWord] =
+            read_value<Values>(from, word % 2 * 4);
       }
       v = word % 2 == 1 && Values == GBLM_INT4 ? larger(v, from) : from;
       if (word % 2 == 1) run = v;
@@ -40,7 +37,10 @@ struct PortableReader {
   }
 };
 
-using Engine = Columns<PortableReader>;
+template <int Values, int Mask>
+using Reader = std::conditional_t<has_planes(Mask), PlaneReader<Values, Mask>,
+                                  PortableReader<Values, Mask>>;
+using Engine = Columns<Reader>;
 
 bool always() { return true; }
 

@@ -18,9 +18,10 @@ bool check_shape(const gblm_source& s, Shape* shape) {
   const bool ranges = s.rows > 0 && s.rows <= kMaxExtent && s.columns > 0 &&
                       s.columns <= kMaxExtent && s.columns % 8 == 0 && s.data_bytes >= 0 &&
                       s.values >= GBLM_BF16 && s.values <= GBLM_INT4 && s.mask >= GBLM_DENSE &&
-                      s.mask <= GBLM_2_OF_4;
+                      s.mask <= GBLM_8_OF_16;
   if (!ranges || (s.data == nullptr && s.data_bytes > 0) || s.starts == nullptr) return false;
   if (s.mask != GBLM_DENSE && s.bitmask == nullptr) return false;
+  if (s.mask == GBLM_8_OF_16 && s.columns % 16 != 0) return false;
   *shape = {(s.rows + kRows - 1) / kRows, (s.columns + kColumns - 1) / kColumns, 0, 0};
   if (!is_integer(s.values)) return s.group == 0;
   if (s.scales == nullptr || s.group <= 0 || s.columns % s.group != 0) return false;
@@ -30,18 +31,25 @@ bool check_shape(const gblm_source& s, Shape* shape) {
   return true;
 }
 
+// Bits that are set where the counts of kept weights, in each of eight bytes, break the pattern.
+uint64_t wrong_counts(int32_t mask, uint64_t counts, uint64_t inside) {
+  if (mask == GBLM_4_OF_8) return counts ^ (kBytes * 4 & inside);
+  if (mask != GBLM_8_OF_16) return 0;
+  const uint64_t sums = counts + (counts >> 8), pairs = kBytes & 0x00FF00FF00FF00FF;
+  const uint64_t few = ~(counts + kBytes * (128 - 3)), many = counts + kBytes * (128 - 6);
+  return ((few | many) & kBytes * 128 & inside) | ((sums & pairs * 255) ^ (pairs * 8 & inside));
+}
+
 // A row's stored values end where the next row's begin, and there are as many as mask bits.
 bool check_row(const gblm_source& s, int64_t row) {
   int64_t kept = 0;
   uint64_t wrong = 0;
   for (int64_t b = 0; b < s.columns / 8; b += 8) {
-    const uint64_t pairs = count_pairs(row_bits(s, row, b)), counts = count_nibbles(pairs);
-    if (s.mask == GBLM_2_OF_4) wrong |= counts ^ (kNibbles * 2 & whole_bytes(s, b));
-    kept += sum_nibbles(counts);
+    const uint64_t counts = count_bytes(count_nibbles(count_pairs(row_bits(s, row, b))));
+    wrong |= wrong_counts(s.mask, counts, whole_bytes(s, b));
+    kept += sum_bytes(counts);
   }
-  const int64_t bytes = s.values == GBLM_BF16   ? 2 * kept
-                        : s.values == GBLM_INT8 ? kept
-                                                : (kept + 1) / 2;
+  const int64_t bytes = value_bytes(s.values, s.values == GBLM_INT4 ? kept + 1 : kept);
   const int64_t first = s.starts[row], last = s.starts[row + 1];
   const bool inside = first >= 0 && first <= last && last <= s.data_bytes;
   return wrong == 0 && inside && last - first == bytes;
@@ -66,21 +74,15 @@ int64_t measure_nibbles(const gblm_source& s, int64_t panel) {
 
 // Bytes of a panel: scales, masks and values.
 int64_t measure_panel(const gblm_source& s, const Shape& shape, int64_t panel) {
-  const int64_t weights = shape.blocks * kRows * kColumns;
-  const int64_t masks = s.mask == GBLM_DENSE ? 0 : shape.blocks * kMaskBytes;
   const int64_t scales = scale_bytes(shape.groups);
-  int64_t stored = s.mask == GBLM_DENSE ? weights : weights / 2;
-  if (s.mask == GBLM_ANY) {
-    if (s.values == GBLM_INT4) return scales + masks + measure_nibbles(s, panel);
-    stored = 0;
-    for (int64_t r = 0; r < kRows; r++)
-      for (int64_t b = 0; b < s.columns / 8; b += 8)
-        stored += sum_nibbles(count_nibbles(count_pairs(row_bits(s, panel * kRows + r, b))));
-  }
-  const int64_t bytes = s.values == GBLM_BF16   ? 2 * stored
-                        : s.values == GBLM_INT8 ? stored
-                                                : stored / 2;
-  return scales + masks + bytes;
+  if (s.mask != GBLM_ANY) return scales + shape.blocks * block_size(s.values, s.mask);
+  const int64_t masks = shape.blocks * kMaskBytes;
+  if (s.values == GBLM_INT4) return scales + masks + measure_nibbles(s, panel);
+  int64_t stored = 0;
+  for (int64_t r = 0; r < kRows; r++)
+    for (int64_t b = 0; b < s.columns / 8; b += 8)
+      stored += sum_bytes(count_bytes(count_nibbles(count_pairs(row_bits(s, panel * kRows + r, b)))));
+  return scales + masks + value_bytes(s.values, stored);
 }
 
 struct Preparation {

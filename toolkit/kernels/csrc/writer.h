@@ -5,8 +5,7 @@
 
 namespace {
 
-constexpr uint32_t kTwoOfFour = 0x33333333;  // any mask with two of four will do for padding
-constexpr uint64_t kNibbles = 0x1111111111111111;
+constexpr uint64_t kNibbles = 0x1111111111111111, kBytes = 0x0101010101010101;
 
 struct Shape {
   int64_t panels, blocks, groups, group;  // group: columns per scale in the panels
@@ -34,11 +33,10 @@ inline uint64_t count_pairs(uint64_t bits) { return bits - (bits >> 1 & kNibbles
 inline uint64_t count_nibbles(uint64_t pairs) {
   return (pairs & kNibbles * 3) + (pairs >> 2 & kNibbles * 3);
 }
-inline int64_t sum_nibbles(uint64_t counts) {
-  constexpr uint64_t bytes = 0x0101010101010101;
-  const uint64_t sums = (counts & bytes * 15) + (counts >> 4 & bytes * 15);
-  return static_cast<int64_t>(sums * bytes >> 56);
+inline uint64_t count_bytes(uint64_t nibbles) {
+  return (nibbles & kBytes * 15) + (nibbles >> 4 & kBytes * 15);
 }
+inline int64_t sum_bytes(uint64_t counts) { return static_cast<int64_t>(counts * kBytes >> 56); }
 
 // Bytes 0 .. count - 1 of four.
 inline uint32_t low_bytes(uint32_t four, int count) {
@@ -108,7 +106,10 @@ class Writer {
     for (int64_t block = 0; block < shape_.blocks; block++) {
       if (Values != GBLM_BF16 && block * kColumns % (2 * shape_.group) == 0)
         write_scales(block * kColumns / shape_.group);
-      write_block(block);
+      if (has_planes(s_.mask))
+        write_planes(block);
+      else
+        write_block(block);
     }
     return good_ ? to_ : nullptr;
   }
@@ -121,7 +122,6 @@ class Writer {
     for (int64_t r = 0; r < kRows; r++) {
       real[r] = static_cast<uint32_t>(row_bits(s_, first_ + r, block * kColumns / 8));
       stored[r] = s_.mask == GBLM_DENSE ? ~uint32_t{0} : real[r];
-      if (s_.mask == GBLM_2_OF_4) stored[r] |= kTwoOfFour & ~spread(real[r]);
     }
     if (s_.mask != GBLM_DENSE) write_masks(stored);
     uint8_t words[2][kLanes * kSize + 4];
@@ -169,9 +169,31 @@ class Writer {
     return counts[mask >> w * kPerWord & ((1u << kPerWord) - 1)];
   }
 
-  // All four bits of every group of columns that holds anything: the others are padding.
-  static uint32_t spread(uint32_t mask) {
-    return ((mask | mask >> 1 | mask >> 2 | mask >> 3) & 0x11111111) * 15;
+  // One block of masks and planes. What is missing keeps the first four columns, as zeros.
+  void write_planes(int64_t block) {
+    uint8_t* const planes = to_ + kMaskBytes;
+    const int64_t bytes = block_size(Values, s_.mask) - kMaskBytes;
+    constexpr int zero = Values == GBLM_INT8 ? 0x80 : Values == GBLM_INT4 ? 0x88 : 0;
+    std::memset(planes, zero, static_cast<size_t>(bytes));
+    for (int r = 0; r < kRows; r++) {
+      const uint32_t mask = static_cast<uint32_t>(row_bits(s_, first_ + r, block * kColumns / 8));
+      for (int byte = 0; byte < 4; byte++) {
+        const uint32_t bits = mask >> 8 * byte & 255;
+        to_[4 * r + byte] = static_cast<uint8_t>(bits == 0 ? 15 : bits);
+        for (int k = 0; k < __builtin_popcount(bits); k++)
+          put(planes, find_place(Values, r, byte, k), cursors_[r].take(1));
+      }
+    }
+    to_ = planes + bytes;
+  }
+
+  static void put(uint8_t* planes, const Place& place, uint32_t value) {
+    if constexpr (Values == GBLM_INT4)
+      planes[place.offset] ^= static_cast<uint8_t>(value << place.shift);
+    else if constexpr (Values == GBLM_INT8)
+      planes[place.offset] ^= static_cast<uint8_t>(value);
+    else
+      std::memcpy(planes + place.offset, &value, 2);
   }
 
   // The line of a group and the next one. Scales are finite and not negative; the pieces of a long
