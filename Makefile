@@ -45,8 +45,8 @@ ifeq ($(shell uname -m),x86_64)
 UNITS += avx2 avx512 amx
 endif
 avx2_FLAGS := -mavx2 -mfma -mpopcnt
-avx512_FLAGS := -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2 -mavx512bitalg -mavx512vnni -mavx512bf16 \
-	-mgfni -mpopcnt -mbmi2 -mfma --param asan-instrumentation-with-call-threshold=0 \
+avx512_FLAGS := -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2 -mavx512bitalg \
+	-mavx512vnni -mavx512bf16 -mpopcnt -mbmi2 -mfma --param asan-instrumentation-with-call-threshold=0 \
 	-fno-sanitize=null,object-size,alignment,pointer-overflow
 amx_FLAGS := $(avx512_FLAGS) -mamx-tile -mamx-bf16 -mamx-int8
 SANITIZE := -std=c++17 -O1 -g -fno-omit-frame-pointer -Wall -Wextra -Werror -Wno-psabi \

@@ -26,7 +26,7 @@ FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-p
 AVX512 = [
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi"),
     *("-mavx512vbmi2", "-mavx512bitalg", "-mavx512vnni", "-mavx512bf16"),
-    *("-mgfni", "-mpopcnt", "-mbmi2", "-mfma"),
+    *("-mpopcnt", "-mbmi2", "-mfma"),
 ]
 # One translation unit per instruction set; which one runs is decided at load.
 X86 = {
@@ -78,7 +78,7 @@ class BuildKernels(build_ext):
             objects = [found for one in pool.map(compiled, ext.sources) for found in one]
         target = self.get_ext_fullpath(ext.name)
         Path(target).parent.mkdir(parents=True, exist_ok=True)
-        self.compiler.link_shared_object(objects, target, libraries=["dl"], target_lang="c++")
+        self.compiler.link_shared_object(objects, target, libraries=["dl", "m"], target_lang="c++")
 
 
 class PlatformWheel(bdist_wheel):

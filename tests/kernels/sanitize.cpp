@@ -231,8 +231,8 @@ void run(int32_t values, int32_t mask, uint64_t seed) {
   Random r{seed};
   for (const auto& [rows, columns, group] : shapes) {
     Weight w;
-    // Floats need no whole block of columns.
-    w.fill(rows, values == GBLM_BF16 ? columns + 8 : columns, values, mask,
+    // Floats need no whole block of columns, but whole groups.
+    w.fill(rows, values == GBLM_BF16 ? columns + (mask == GBLM_8_OF_16 ? 16 : 8) : columns, values, mask,
            values == GBLM_BF16 ? 0 : group, r);
     Threads three{3};
     const gblm_pool pool = three.pool();

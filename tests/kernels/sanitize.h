@@ -50,7 +50,8 @@ struct Weight {
       int64_t kept = 0;
       for (int64_t k = 0; k < columns; k++) {
         bool keep = kind == GBLM_DENSE || r.below(sparse ? 16 : 4) < density;
-        if (kind == GBLM_2_OF_4) keep = (k % 4 == row % 4) || (k % 4 == (row + 1 + k / 4 % 3) % 4);
+        if (kind == GBLM_4_OF_8) keep = (k % 4 == row % 4) || (k % 4 == (row + 1 + k / 4 % 3) % 4);
+        if (kind == GBLM_8_OF_16) keep = keeps_of_16(row, k);
         mask.push_back(keep);
         double value = 0;
         if (keep) {
@@ -76,6 +77,12 @@ struct Weight {
   }
 
  private:
+  // Three to five of each half, eight together, another choice in every row.
+  static bool keeps_of_16(int64_t row, int64_t k) {
+    const int64_t first = 3 + (row + k / 16) % 3, count = k % 16 < 8 ? first : 8 - first;
+    return (k * 3 + row) % 8 < count;
+  }
+
   double append(int32_t values, int64_t index, Random& r) {
     if (values == GBLM_BF16) {
       const uint16_t half = r.bf16();

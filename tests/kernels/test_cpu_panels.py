@@ -26,7 +26,8 @@ def weights(draw: st.DrawFn) -> Case:
     """Any shape, mask and value that a checkpoint may hold."""
     values, mask = draw(st.sampled_from(VALUES)), draw(st.sampled_from(sorted(MASKS)))
     unit = 8 if values == "float" else draw(st.sampled_from([32, 64, 96, 256, 288]))
-    shape = (draw(st.integers(1, 50)), unit * draw(st.integers(1, 9 if unit == 8 else 2)))
+    unit = 16 if mask == "8:16" and unit == 8 else unit
+    shape = (draw(st.integers(1, 50)), unit * draw(st.integers(1, 9 if unit <= 16 else 2)))
     density, seed = draw(st.sampled_from([0, 0.05, 0.5, 0.95, 1])), draw(st.integers(0, 2**31))
     keep, random = keep_mask(shape, mask, density, seed), seeded(seed)
     if values == "float":
@@ -90,6 +91,18 @@ def add(name: str, index: int, value: int) -> Change:
     return change
 
 
+def halves(first: int, second: int) -> Change:
+    """Overwrite the masks of the first sixteen columns."""
+
+    def change(source: native.Source) -> dict[str, object]:
+        assert source.bitmask is not None
+        bitmask = source.bitmask.clone()
+        bitmask[0, :2] = torch.tensor([first, second])
+        return {"bitmask": bitmask}
+
+    return change
+
+
 BAD_SOURCES: dict[str, tuple[str, str, Change]] = {
     "NaN": ("float", "any", poke("data", 3, float("nan"))),
     "infinity": ("float", "dense", poke("data", -1, float("inf"))),
@@ -105,12 +118,15 @@ BAD_SOURCES: dict[str, tuple[str, str, Change]] = {
     "start largest": ("float", "any", poke("starts", 4, 2**63 - 1)),
     "bit added": ("float", "any", poke("bitmask", 12, 255)),
     "bits dropped": ("int8", "any", poke("bitmask", 30, 0)),
-    "not 2 of 4": ("float", "2:4", poke("bitmask", 1, 0b00010111)),
+    "not 4 of 8": ("float", "2:4", poke("bitmask", 1, 0b00110111)),
+    "not 8 of 16": ("int8", "8:16", poke("bitmask", 0, 0)),
+    "2 in a half of 16": ("float", "8:16", halves(0b00000011, 0b00111111)),
+    "6 in a half of 16": ("int4", "8:16", halves(0b11111100, 0b00000011)),
     "values missing": ("float", "any", lambda s: {"data": s.data[:-1]}),
     "no values": ("float", "dense", lambda s: {"data": s.data[:0]}),
     "dense values, claimed sparse": ("float", "dense", lambda _: {"mask": native.ANY}),
     "sparse values, claimed dense": ("int8", "any", lambda _: {"mask": native.DENSE}),
-    "unknown mask": ("float", "any", lambda _: {"mask": 3}),
+    "unknown mask": ("float", "any", lambda _: {"mask": 4}),
     "starts too few": ("float", "any", lambda s: {"starts": s.starts[:-1]}),
     "starts of 32 bits": ("float", "any", lambda s: {"starts": s.starts.int()}),
     "bitmask too short": ("float", "any", lambda s: {"bitmask": s.bitmask[:-1]}),

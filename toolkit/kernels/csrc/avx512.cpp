@@ -1,4 +1,4 @@
-// AVX-512 with BF16, VNNI, VBMI2 and GFNI (Zen 4, Sapphire Rapids and later).
+// AVX-512 with BF16, VNNI, VBMI, VBMI2 and BITALG (Zen 4, Sapphire Rapids and later).
 //
 // Up to 16 tokens: each word is expanded into a register and multiplied at once, so weights are
 // read once and never written. More tokens: two panels are expanded into cache, 1024 columns at a
@@ -64,7 +64,8 @@ bool multiply_with(const Panels& p, const Activations& x, int64_t first, int64_t
   if (x.tokens > kMaxDecode) return pairs<Reader, Dot>(p, x, first, last, y, scratch);
   switch (tile_width(x.tokens)) {
     case 1:
-      return decode<Reader, Dot, 1>(p, x, first, last, y);
+      return kOnZen4 ? decode<Reader, Dot, 1, false>(p, x, first, last, y)
+                     : decode<Reader, Dot, 1>(p, x, first, last, y);
     case 2:
       return decode<Reader, Dot, 2>(p, x, first, last, y);
     case 3:
@@ -149,7 +150,7 @@ bool supported() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
          __builtin_cpu_supports("avx512bitalg") && __builtin_cpu_supports("avx512vnni") &&
-         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("gfni") &&
+         __builtin_cpu_supports("avx512bf16") &&
          __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("bmi2") &&
          __builtin_cpu_supports("fma");
 }

@@ -34,7 +34,7 @@ struct WideDot {
   }
 };
 
-template <class Reader, class Dot, int M>
+template <class Reader, class Dot, int M, bool Ask>
 INLINE const uint8_t* float_panel(const Panels& p, const uint8_t* at, const typename Dot::X* x,
                                   __m512 (&out)[M]) {
   constexpr int chains = kChains<M>;
@@ -42,7 +42,7 @@ INLINE const uint8_t* float_panel(const Panels& p, const uint8_t* at, const type
   unroll<chains * M>([&](auto i) LAMBDA { sum[i] = _mm512_setzero_ps(); });
   for (int64_t b = 0; b < p.blocks; b++) {
     if (__builtin_expect(at > p.limit, 0)) return nullptr;
-    at = Reader::block(at, [&](auto w, __m512i word) LAMBDA {
+    at = Reader::template block<Ask>(at, [&](auto w, __m512i word) LAMBDA {
       constexpr int chain = w % chains;
       unroll<M>([&](auto m) LAMBDA {
         sum[chain * M + m] = Dot::template add<M>(x, w, m, word, sum[chain * M + m]);
@@ -57,7 +57,7 @@ INLINE const uint8_t* float_panel(const Panels& p, const uint8_t* at, const type
   return at;
 }
 
-template <class Reader, int M>
+template <class Reader, int M, bool Ask>
 INLINE const uint8_t* integer_panel(const Panels& p, const uint8_t* at, const uint32_t* x,
                                     const Rounding* groups, __m512 (&out)[M]) {
   constexpr int chains = kChains<M>;
@@ -71,7 +71,7 @@ INLINE const uint8_t* integer_panel(const Panels& p, const uint8_t* at, const ui
                            LAMBDA { sum[i] = i < M ? broadcast_int(-groups[i].excess) : Ints{}; });
     for (int64_t b = 0; b < blocks; b++) {
       if (__builtin_expect(at > p.limit, 0)) return nullptr;
-      at = Reader::block(at, [&](auto w, __m512i word) LAMBDA {
+      at = Reader::template block<Ask>(at, [&](auto w, __m512i word) LAMBDA {
         constexpr int chain = w % chains;
         unroll<M>([&](auto m) LAMBDA {
           sum[chain * M + m] = broadcast_int8(x + w * M + m, word, sum[chain * M + m]);
@@ -92,7 +92,7 @@ INLINE const uint8_t* integer_panel(const Panels& p, const uint8_t* at, const ui
   return at;
 }
 
-template <class Reader, class Dot, int M>
+template <class Reader, class Dot, int M, bool Ask = true>
 bool decode(const Panels& p, const Activations& x, int64_t first, int64_t last, Output y) {
   const auto* packed = static_cast<const typename Dot::X*>(x.packed);
   for (int64_t panel = first; panel < last; panel++) {
@@ -100,9 +100,9 @@ bool decode(const Panels& p, const Activations& x, int64_t first, int64_t last, 
     unroll<M>([&](auto m) LAMBDA { out[m] = _mm512_setzero_ps(); });  // for the compiler's warning
     const uint8_t* at;
     if constexpr (Reader::kWords == 16)
-      at = float_panel<Reader, Dot, M>(p, p.begin(panel), packed, out);
+      at = float_panel<Reader, Dot, M, Ask>(p, p.begin(panel), packed, out);
     else
-      at = integer_panel<Reader, M>(p, p.begin(panel), packed, x.groups, out);
+      at = integer_panel<Reader, M, Ask>(p, p.begin(panel), packed, x.groups, out);
     if (at == nullptr || !p.ends(panel, at)) return false;
     unroll<M>([&](auto m) LAMBDA {
       if (m < x.tokens) store_rows(p, panel, out[m], y.from(m, p));

@@ -89,9 +89,8 @@ struct Codes {
   static INLINE __m512i pick(const uint8_t* x, __m512i control) {
     return _mm512_permutexvar_epi8(control, load256(x));
   }
-  // Activations + 128 times codes with a sign.
-  static INLINE Sum dot(Sum sum, __m512i picked, __m512i value) {
-    return (Sum)_mm512_dpbusd_epi32((__m512i)sum, picked, value);
+  static INLINE Sum dot(Sum sum, __m512i without_sign, __m512i with_sign) {
+    return (Sum)_mm512_dpbusd_epi32((__m512i)sum, without_sign, with_sign);
   }
 };
 
@@ -147,17 +146,16 @@ struct Floats {
 // Tables and activations are loaded anew: g++ keeps too many in registers, and spills sums.
 INLINE void forget() { asm volatile("" ::: "memory"); }
 
-// Zen reads one token's weights fastest when nothing is asked ahead. With more, activations pass
-// through the first-level cache, and weights have to be there before they are wanted.
 template <bool Ask>
 INLINE void ask_ahead(const uint8_t* at, int64_t bytes) {
+  if constexpr (!Ask) return;
   const char* from = reinterpret_cast<const char*>(at);
-  if constexpr (Ask)
-    for (int64_t i = 0; i < bytes; i += kLine)
-      if (kOnZen)
-        _mm_prefetch(from + 8192 + i, _MM_HINT_NTA);
-      else
-        _mm_prefetch(from + kAhead + i, _MM_HINT_T0);
+  for (int64_t i = 0; i < bytes; i += kLine) {
+    if (kOnZen)
+      _mm_prefetch(from + 8192 + i, _MM_HINT_NTA);
+    else
+      _mm_prefetch(from + kAhead + i, _MM_HINT_T0);
+  }
 }
 
 // ---- Up to 16 tokens: x is [blocks][M][32 columns].
@@ -186,12 +184,14 @@ struct Totals {
 template <class Steps, int Mask, int M, bool Ask>
 INLINE const uint8_t* integer_group(const Controls<Mask>& controls, const uint8_t* at,
                                     int64_t blocks, const uint8_t* x, Ints (&sums)[M]) {
-  constexpr int chains = M <= 2 ? 2 : 1;    // independent sums hide the latency
-  constexpr int together = M <= 8 ? 4 : 2;  // steps that are in registers at once
+  constexpr int chains = M <= 8 ? 2 : 1;  // independent sums hide the latency
+  constexpr int corrections = M <= 4 ? 4 : chains;
+  constexpr int together = 4;  // steps that are in registers at once
   constexpr int64_t bytes = kMaskBytes + (Steps::kNibbles ? 2 : 4) * kLine;
   const __m512i offset = _mm512_set1_epi8(static_cast<char>(0x80));
-  Ints sum[M * chains], excess{};
+  Ints sum[M * chains], excess[corrections];
   unroll<M * chains>([&](auto i) LAMBDA { sum[i] = Ints{}; });
+  unroll<corrections>([&](auto i) LAMBDA { excess[i] = Ints{}; });
   for (int64_t b = 0; b < blocks; b++, at += bytes, x += 32 * M) {
     ask_ahead<Ask>(at, bytes);
     const __m512i masks = load512(at);
@@ -204,7 +204,7 @@ INLINE const uint8_t* integer_group(const Controls<Mask>& controls, const uint8_
         control[j] = controls.template plane<S>(masks);
         if constexpr (M > 1) {
           code[j] = Steps::template value<S>(planes);
-          excess = (Ints)_mm512_dpbusd_epi32((__m512i)excess, offset, code[j]);
+          excess[S % corrections] = Steps::dot(excess[S % corrections], offset, code[j]);
         } else {
           code[j] = Steps::template plain<S>(planes);
         }
@@ -217,18 +217,19 @@ INLINE const uint8_t* integer_group(const Controls<Mask>& controls, const uint8_
           if constexpr (M > 1) {
             to = Steps::dot(to, picked, code[j]);
           } else {
-            to = (Ints)_mm512_dpbusd_epi32((__m512i)to, code[j], picked);
-            excess = (Ints)_mm512_dpbusd_epi32((__m512i)excess, offset, picked);
+            to = Steps::dot(to, code[j], picked);
+            excess[S] = Steps::dot(excess[S], offset, picked);
           }
         });
       });
     });
   }
+  unroll<corrections - 1>([&](auto i) LAMBDA { excess[0] += excess[i + 1]; });
   unroll<M>([&](auto m) LAMBDA {
     Ints total = sum[m * chains];  // of one token and int4: the low nibbles
     if constexpr (M == 1 && Steps::kNibbles) total <<= 4;
     unroll<chains - 1>([&](auto c) LAMBDA { total += sum[m * chains + c + 1]; });
-    sums[m] = total - excess;
+    sums[m] = total - excess[0];
   });
   return at;
 }
@@ -254,8 +255,8 @@ INLINE void integer_planes(const Panels& p, const uint8_t* at, const uint8_t* x,
 template <class Steps, int Mask, int M, bool Ask>
 INLINE void float_planes(const Panels& p, const uint8_t* at, const uint8_t* x,
                          Totals<M>& totals) {
-  constexpr int chains = M <= 2 ? 4 : M <= 4 ? 2 : 1, steps = Steps::kSteps, each = steps / 4;
-  constexpr int together = larger(each, M <= 8 ? 4 : 2);
+  constexpr int chains = M <= 2 ? 4 : M <= 8 ? 2 : 1, steps = Steps::kSteps, each = steps / 4;
+  constexpr int together = 4;
   const Controls<Mask> controls;
   __m512 sum[M * chains];
   unroll<M * chains>([&](auto i) LAMBDA { sum[i] = _mm512_setzero_ps(); });
@@ -384,8 +385,7 @@ INLINE const uint8_t* make_steps(const Controls<Mask>& controls, const uint8_t* 
         _mm512_store_si512(to + kLine, value);
         to += kStepBytes;
         if constexpr (each == 1)
-          excess = (Ints)_mm512_dpbusd_epi32(
-              (__m512i)excess, _mm512_set1_epi8(static_cast<char>(0x80)), value);
+          excess = Steps::dot(excess, _mm512_set1_epi8(static_cast<char>(0x80)), value);
       });
     });
   }
@@ -547,8 +547,7 @@ bool multiply_planes(const Panels& p, const Activations& x, int64_t first, int64
                      void* scratch) {
   if (x.tokens > kMaxDecode)
     return PlanePair<Steps, Mask>(p, x, scratch).multiply(first, last, y);
-  // Only one token needs the case without.
-  if (x.tokens == 1 && kOnZen) return few_planes<Steps, Mask, 1, false>(p, x, first, last, y);
+  if (x.tokens == 1 && kOnZen4) return few_planes<Steps, Mask, 1, false>(p, x, first, last, y);
   return few_planes<Steps, Mask, true>(p, x, first, last, y);
 }
 

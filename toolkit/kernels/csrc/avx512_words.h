@@ -12,7 +12,8 @@
 
 namespace {
 
-// Prefetch distances in bytes. On Zen: the more work a byte makes, the further ahead.
+// Prefetch distances in bytes. On Zen: the more work a byte makes, the further ahead. Zen 4 alone
+// reads the weights of one token faster when nothing is asked.
 constexpr int64_t zen_ahead(int mask) { return mask == GBLM_DENSE ? 6144 : 12288; }
 constexpr int64_t kAhead = 2048;
 
@@ -42,9 +43,9 @@ constexpr bool kSpread = false;
 #else
 constexpr bool kSpread = true;
 #endif
-template <class Reader>
+template <class Reader, bool Ask>
 INLINE void prefetch(const uint8_t* bytes) {
-  unroll<Reader::kLines>([&](auto i) LAMBDA { prefetch_line<Reader>(bytes, i); });
+  if constexpr (Ask) unroll<Reader::kLines>([&](auto i) LAMBDA { prefetch_line<Reader>(bytes, i); });
 }
 // Expanding in place: on Zen 4 the instruction waits for the old value of its destination.
 INLINE __m512i expand16(uint32_t mask, __m512i word) {
@@ -77,6 +78,7 @@ INLINE __m512i load_packed(const uint8_t* at) {
 }
 
 // Readers call visit(word, register) for every word of a block and return where the block ends.
+// `Ask`: whether they ask ahead for the blocks that follow.
 
 template <int Mask>
 struct Bf16 {
@@ -85,12 +87,12 @@ struct Bf16 {
   static constexpr int kLines = Mask == GBLM_DENSE ? 16 : 9;
   static constexpr int64_t kZenAhead = zen_ahead(Mask);
 
-  template <class Visit>
+  template <bool Ask = true, class Visit>
   static INLINE const uint8_t* block(const uint8_t* at, Visit&& visit) {
     if constexpr (Mask == GBLM_DENSE) {
-      if constexpr (!kSpread) prefetch<Bf16>(at);
+      if constexpr (!kSpread) prefetch<Bf16, Ask>(at);
       unroll<kWords>([&](auto w) LAMBDA {
-        if constexpr (kSpread) {
+        if constexpr (kSpread && Ask) {
           prefetch_line<Bf16>(at, w);
           asm volatile("" ::: "memory");
         }
@@ -98,7 +100,7 @@ struct Bf16 {
       });
       return at + kWords * kLine;
     } else {
-      prefetch<Bf16>(at);
+      prefetch<Bf16, Ask>(at);
       const uint8_t* v = at + kMaskBytes;
       unroll<kWords>([&](auto w) LAMBDA {
         const uint32_t mask = load<uint32_t>(at + 4 * w);
@@ -118,9 +120,9 @@ struct Int8 {
   static constexpr int64_t kZenAhead = zen_ahead(Mask);
   static constexpr int kShift = 0;
 
-  template <class Visit>
+  template <bool Ask = true, class Visit>
   static INLINE const uint8_t* block(const uint8_t* at, Visit&& visit) {
-    prefetch<Int8>(at);
+    prefetch<Int8, Ask>(at);
     const uint8_t* v = Mask == GBLM_DENSE ? at : at + kMaskBytes;
     unroll<kWords>([&](auto w) LAMBDA {
       if constexpr (Mask == GBLM_DENSE) {
@@ -145,17 +147,16 @@ struct Int4 {
   static constexpr int64_t kZenAhead = zen_ahead(Mask);
   static constexpr int kShift = 4;
 
-  template <class Visit>
+  template <bool Ask = true, class Visit>
   static INLINE const uint8_t* block(const uint8_t* at, Visit&& visit) {
-    prefetch<Int4>(at);
+    prefetch<Int4, Ask>(at);
     const __m512i high = _mm512_set1_epi8(static_cast<char>(0xF0));
-    const __m512i shift = _mm512_set1_epi64(0x0000000001020408);  // every byte << 4, in one step
     const uint8_t* v = Mask == GBLM_DENSE ? at : at + kMaskBytes;
     unroll<kWords / 2>([&](auto i) LAMBDA {
       constexpr std::integral_constant<int, 2 * i> even;
       constexpr std::integral_constant<int, 2 * i + 1> odd;
       const __m512i both = load_packed<Mask>(v);
-      const __m512i low = _mm512_gf2p8affine_epi64_epi8(both, shift, 0);
+      const __m512i low = _mm512_and_si512(_mm512_slli_epi16(both, 4), high);
       const __m512i top = _mm512_and_si512(both, high);
       if constexpr (Mask == GBLM_DENSE) {
         visit(even, low);

@@ -35,6 +35,16 @@ GBLM_INLINE Lanes operator*(const Lanes& a, const Lanes& b) {
 GBLM_INLINE void operator+=(Lanes& a, const Lanes& b) {
   for (int i = 0; i < kParts; i++) a.part[i] += b.part[i];
 }
+// Rounded once, so that every instruction set gives the same bits.
+GBLM_INLINE void add_product(Lanes& sum, const Lanes& a, const Lanes& b) {
+  for (int i = 0; i < kParts; i++)
+#if defined(__FMA__) || defined(__aarch64__)
+    sum.part[i] += a.part[i] * b.part[i];
+#else
+    for (int j = 0; j < kPart; j++)
+      sum.part[i][j] = __builtin_fmaf(a.part[i][j], b.part[i][j], sum.part[i][j]);
+#endif
+}
 
 constexpr int64_t kTogether = 4;  // tokens that share what is read
 
@@ -212,7 +222,7 @@ struct Columns {
     const float scale = x.groups[token * (p.columns / p.group) + group].scale * Read::kScale;
     alignas(64) float weights[kRows];
     for (int r = 0; r < kRows; r++) weights[r] = from_bf16(load<uint16_t>(line + 2 * r));
-    sums[token] += sum * (load<Lanes>(weights) * scale);
+    add_product(sums[token], sum, load<Lanes>(weights) * scale);
   }
 
   static void store(const Panels& p, int64_t panel, int64_t tokens, const Lanes* sums, Output y) {

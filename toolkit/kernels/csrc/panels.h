@@ -161,6 +161,7 @@ inline void run(const gblm_pool* pool, int64_t tasks, void (*task)(void*, int64_
 // Known before the first call; it decides how memory is asked ahead.
 #if defined(__x86_64__)
 const bool kOnZen = (__builtin_cpu_init(), __builtin_cpu_is("amd"));
+const bool kOnZen4 = kOnZen && __builtin_cpu_is("amdfam19h");
 #else
 constexpr bool kOnZen = false;
 #endif
