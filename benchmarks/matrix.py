@@ -32,7 +32,7 @@ RECORD = RESULTS / "matrix.json"
 MASKS = ("magnitude", "gradient", "wanda", "gblm")
 UPDATES = ("sparsegpt", "alps")
 METHODS = (*MASKS, *UPDATES)
-PATTERNS = ("2:4", "4:8", "0.5", "0.7")
+PATTERNS = ("2:4", "4:8", "8:16", "0.5", "0.7")
 VALUES = ("float", "int8", "int4")
 # "dense" keeps all: "nearest" rounds each weight alone, "gptq" is sparsegpt without a mask.
 ROUNDINGS = ("nearest", "gptq")

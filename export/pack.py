@@ -25,7 +25,7 @@ from gblm.values import parse_values, quantize
 from gblm.weights import SparseWeight
 
 # Tried in this order: the first that every weight follows stores the most.
-KNOWN_PATTERNS: tuple[NM, ...] = (NM(1, 4), NM(2, 8), NM(2, 4), NM(4, 8))
+KNOWN_PATTERNS = (NM(1, 4), NM(2, 8), NM(2, 4), NM(4, 8), NM(8, 16))
 BLOCK_WEIGHTS = 1 << 20
 MIN_SPARSITY = 1 / 16  # below this the bitmask of a bf16 weight outweighs what the zeros save
 

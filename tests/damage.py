@@ -19,6 +19,7 @@ NORM, BITS = "model.norm.weight", f"{UP}.bitmask"
 Damage = Callable[[Path], None]
 # Arguments of the fixture pack_tiny: pattern and values.
 NM, NM8, ANY4, ANYU4 = ("2:4", "float"), ("2:4", "int8"), ("0.5", "int4"), ("0.5", "uint4")
+HALVED = ("8:16", "float")
 
 
 def rehash(folder: Path) -> None:
@@ -132,7 +133,9 @@ def _overlap(found: dict[str, Any]) -> None:
     found[f"{UP}.values"]["data_offsets"] = [o - 2 for o in found[f"{UP}.values"]["data_offsets"]]
 
 
-def _set(index: tuple[int, ...], value: float) -> Callable[[torch.Tensor], None]:
+def _set(
+    index: tuple[int | slice, ...], value: float | torch.Tensor
+) -> Callable[[torch.Tensor], None]:
     return lambda tensor: tensor.__setitem__(index, value)
 
 
@@ -177,6 +180,10 @@ DAMAGES: dict[str, tuple[tuple[str, str], Damage, str]] = {
     # Masks and offsets.
     "three of four kept": (NM, part("bitmask", _set((3, 0), 0b01110011)), "row 3"),
     "one of four kept": (NM8, part("bitmask", _set((3, 0), 0b00010011)), "row 3"),
+    "six of eight kept in a half": (
+        HALVED, part("bitmask", _set((3, slice(2)), torch.tensor([0b00111111, 0b11000000]))),
+        "row 3, columns 0..7 keep 6",
+    ),
     "more bits than values": (ANY4, part("bitmask", _set((1, 0), 255)), "row 1"),
     "row offsets out of order": (ANYU4, part("row_offsets", _set((2,), -5)), "row 1"),
     "row offsets beyond the values": (ANY4, part("row_offsets", _set((-1,), 2**62)), "row_offsets"),

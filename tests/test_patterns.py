@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,8 @@ from hypothesis import strategies as st
 
 from gblm.errors import PatternError
 from gblm.patterns import NM, Block, Scope, Unstructured, keep_highest, parse
+
+HALVED = NM(8, 16)
 
 
 def keep_by_loop(score: torch.Tensor, keep_n: int, group_m: int) -> torch.Tensor:
@@ -46,7 +50,7 @@ def keep_blocks_by_loop(pattern: Block, score: torch.Tensor, scope: Scope) -> to
     return mask
 
 
-TEXTS = ["2:4", "4:8", "1:4", "3:4", "1:3", "0.5", "0.7", "0", "0.00001", "0.1234567",
+TEXTS = ["2:4", "4:8", "8:16", "1:4", "3:4", "1:3", "0.5", "0.7", "0", "0.00001", "0.1234567",
          "16x16@0.5", "1x8@0.75", "1024x1@0", "4x4@0.00001"]  # fmt: skip
 
 
@@ -97,6 +101,68 @@ def test_nm_keeps_exactly_n_and_prunes_the_lowest_index_of_ties(
     score = torch.randint(levels, (rows, groups * group_m), generator=generator).float()
     mask = NM(keep_n, group_m).keep(score, "row")
     assert torch.equal(mask, keep_by_loop(score, keep_n, group_m))
+
+
+@pytest.fixture(scope="module")
+def halved_masks() -> torch.Tensor:
+    """[11172, 16] bool: every mask of 8 of 16 with 3 to 5 in each half."""
+    places = (c for c in combinations(range(16), 8) if 3 <= sum(i < 8 for i in c) <= 5)
+    index = torch.tensor(list(places))
+    return torch.zeros(len(index), 16, dtype=torch.bool).scatter(1, index, True)
+
+
+def best_by_trial(score: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Oracle: of all masks the one with the highest sum; score [groups, 16] float64."""
+    sums = masks.double() @ score.double().t()
+    return masks[sums.argmax(dim=0)]
+
+
+def test_there_are_as_many_halved_masks_as_promised(halved_masks: torch.Tensor) -> None:
+    assert len(halved_masks) == 11_172
+    HALVED.check_mask("w", halved_masks)
+
+
+@pytest.mark.parametrize("spread", ["normal", "heavy", "one half", "rising"])
+def test_8_16_keeps_the_best_of_all_its_masks(spread: str, halved_masks: torch.Tensor) -> None:
+    score = torch.rand(400, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    if spread == "heavy":
+        score = score.pow(8)
+    elif spread == "one half":
+        score[::2, :8] += 1
+        score[1::2, 8:] += 1
+    elif spread == "rising":
+        score = score.sort(dim=1).values
+    mask = HALVED.keep(score.reshape(25, 256), "row").reshape(400, 16)
+    assert torch.equal(mask, best_by_trial(score, halved_masks))
+    plain = keep_by_loop(score, 8, 16)
+    fair = (plain[:, :8].sum(1) - 4).abs() <= 1
+    assert torch.equal(mask[fair], plain[fair])
+    assert (~fair).any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(levels=st.integers(1, 6), seed=st.integers(0, 10_000))
+def test_8_16_prunes_the_lowest_index_of_ties(
+    halved_masks: torch.Tensor, levels: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    score = torch.randint(levels, (20, 16), generator=generator).double()
+    mask = HALVED.keep(score.reshape(4, 80), "row").reshape(20, 16)
+    # Powers of two tell all sets of columns apart, and weigh less than any difference of scores.
+    ordered = score + 2.0 ** torch.arange(-20, -4, dtype=torch.float64)
+    assert torch.equal(mask, best_by_trial(ordered, halved_masks))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_8_16_takes_infinities_and_any_dtype(dtype: torch.dtype) -> None:
+    score = torch.zeros(3, 32, dtype=dtype)
+    score[0, :8] = score[1, 8:16] = float("inf")
+    score[2] = torch.arange(32)
+    mask = HALVED.keep(score, "matrix")
+    HALVED.check_mask("w", mask)
+    assert mask.reshape(3, 2, 2, 8).sum(-1).tolist() == [
+        [[5, 3], [3, 5]], [[3, 5], [3, 5]], [[3, 5], [3, 5]],
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("scope", ["row", "matrix"])
@@ -188,6 +254,30 @@ def test_check_mask_names_the_first_bad_group() -> None:
     mask[1, 4:7] = True
     with pytest.raises(PatternError, match=r"layer\.q: row 1, columns 4\.\.7 hold 3 non-zeros"):
         NM(2, 4).check_mask("layer.q", mask)
+
+
+def test_check_mask_of_8_16_names_the_first_bad_half() -> None:
+    mask = torch.zeros(3, 32, dtype=torch.bool)
+    mask[1, 8:13] = mask[2, 24:29] = True
+    HALVED.check_mask("layer.q", mask)
+    mask[2, 31] = True
+    message = (
+        r"layer\.q: row 2, columns 24\.\.31 hold 6 non-zeros; 8:16 allows 5 in each half of a "
+        r"group\. Store the mask as it is with `--pattern 0\.5`, or re-run .* --pattern 8:16`"
+    )
+    with pytest.raises(PatternError, match=message):
+        HALVED.check_mask("layer.q", mask)
+    mask[0, 4:13] = True
+    with pytest.raises(
+        PatternError, match=r"row 0, columns 0\.\.15 hold 9 non-zeros; 8:16 allows 8"
+    ):
+        HALVED.check_mask("layer.q", mask)
+
+
+@pytest.mark.parametrize("narrow", [NM(2, 4), NM(4, 8), NM(2, 8), NM(1, 4)])
+def test_narrower_masks_are_masks_of_8_16(narrow: NM) -> None:
+    score = torch.rand(16, 64, generator=torch.Generator().manual_seed(0))
+    HALVED.check_mask("w", narrow.keep(score, "row"))
 
 
 def test_check_mask_names_the_first_broken_block() -> None:

@@ -63,7 +63,9 @@ def _self_test(name: str) -> str:
         return NO_DEVICE
     device, tested = torch.device(BACKENDS[name].needs), 0
     generator = torch.Generator().manual_seed(0)
-    patterns: tuple[Pattern, ...] = (NM(2, 4), NM(4, 8), Unstructured(0.5), Dense())
+    patterns: tuple[Pattern, ...] = (
+        NM(2, 4), NM(4, 8), NM(8, 16), Unstructured(0.5), Dense(),
+    )  # fmt: skip
     kinds = (
         FLOAT, ValueType("int8", 64), ValueType("int4", 32), ValueType("uint4", 32),
         ValueType("fp8", 32),

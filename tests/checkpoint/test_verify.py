@@ -145,7 +145,9 @@ def test_a_weight_stored_twice_is_refused(packed: Path) -> None:
         PackedReader(packed)
 
 
-@pytest.mark.parametrize(("pattern", "bits"), [("2:4", 9.0), ("4:8", 9.0), ("1:4", 5.0)])
+@pytest.mark.parametrize(
+    ("pattern", "bits"), [("2:4", 9.0), ("4:8", 9.0), ("8:16", 9.0), ("1:4", 5.0)]
+)
 def test_inspect_counts_bits_with_the_mask(pack_tiny: Pack, pattern: str, bits: float) -> None:
     facts = inspect(pack_tiny("magnitude", pattern))
     assert facts["kind"] == "packed"

@@ -82,6 +82,7 @@ def test_there_and_back_gives_the_old_file(fixture: str, layout: str, tmp_path: 
         ("1:4", "sparse-24-bitmask"),
         ("2:4", "sparse-bitmask"),
         ("4:8", "sparse-bitmask"),
+        ("8:16", "sparse-bitmask"),
         ("0.7", "sparse-bitmask"),
     ],
 )
@@ -100,7 +101,7 @@ def test_our_floats_become_their_files(
     assert same_bits(unpacked | rest, dense)
     export_legacy(tmp_path / "theirs", tmp_path / "again")
     verify(tmp_path / "again", against=tmp_path / "dense")
-    if pattern in ("4:8", "0.7"):
+    if pattern in ("4:8", "8:16", "0.7"):
         first, again = (load_file(f / "model.safetensors") for f in (ours, tmp_path / "again"))
         assert same_bits(first, again)
 

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from damage import DAMAGES, rehash
 from safetensors.torch import load_file
 
 from gblm.checkpoint.inspect import inspect
@@ -15,7 +17,7 @@ from gblm.export.pack import export_pack
 Pack = Callable[..., Path]
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "0.5", "0.7"])
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "8:16", "1:4", "0.5", "0.7"])
 def test_packing_a_dense_export_gives_the_packed_weights_back(
     pack_tiny: Pack, tmp_path: Path, pattern: str
 ) -> None:
@@ -24,10 +26,28 @@ def test_packing_a_dense_export_gives_the_packed_weights_back(
     export_pack(tmp_path / "dense", tmp_path / "again")
     found = inspect(tmp_path / "again")["groups"][0]
     assert found["format"] == inspect(folder)["groups"][0]["format"]
+    assert found["format"] != "nm" or found["pattern"] == pattern
     verify(tmp_path / "again", against=tmp_path / "dense")
     ours, again = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "again"))
     assert ours.keys() == again.keys()
     assert all(ours[name].equal(again[name]) for name in ours)
+
+
+def test_masks_older_than_the_rule_of_8_16_become_any_masks(
+    pack_tiny: Pack, tmp_path: Path
+) -> None:
+    base, damage, match = DAMAGES["six of eight kept in a half"]
+    old = Path(shutil.copytree(pack_tiny("magnitude", *base), tmp_path / "old"))
+    damage(old)
+    rehash(old)
+    for action in (verify, inspect):
+        with pytest.raises(CheckpointError, match=match):
+            action(old)
+    export_dense(old, tmp_path / "dense")
+    with pytest.raises(PatternError, match=r"hold 6 non-zeros; 8:16 .* `--pattern 0\.5`"):
+        export_pack(tmp_path / "dense", tmp_path / "again", pattern="8:16")
+    export_pack(tmp_path / "dense", tmp_path / "again", pattern="0.5")
+    verify(tmp_path / "again", against=tmp_path / "dense")
 
 
 def test_packing_never_prunes(tiny: Path, tmp_path: Path) -> None:

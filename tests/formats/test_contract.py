@@ -16,8 +16,8 @@ from gblm.patterns import Block, Scope, parse
 from gblm.values import ValueType, parse_values, quantize
 from gblm.weights import SparseWeight
 
-CASES = [("nm", "2:4"), ("nm", "4:8"), ("nm", "1:4"), ("nm", "3:4"), ("bitmask", "0.5"),
-         ("bitmask", "0.9"), ("bitmask", "0"), ("bitmask", "1x4@0.5"),
+CASES = [("nm", "2:4"), ("nm", "4:8"), ("nm", "8:16"), ("nm", "1:4"), ("nm", "3:4"),
+         ("bitmask", "0.5"), ("bitmask", "0.9"), ("bitmask", "0"), ("bitmask", "1x4@0.5"),
          ("dense", "dense")]  # fmt: skip
 INTEGERS = ["int8:row", "int4:row", "int8:32", "int4:32", "int8:64", "int4:64", "uint4:row",
             "uint4:32", "fp8:row", "fp8:32"]  # fmt: skip
@@ -38,6 +38,11 @@ def has_whole_groups(values: str, shape: tuple[int, int]) -> bool:
     return shape[1] % parse_values(values).group(shape[1]) == 0
 
 
+def fitted(pattern: str, shape: tuple[int, int]) -> tuple[int, int]:
+    """The shape, twice as wide where it would cut a group of 8:16."""
+    return (shape[0], 2 * shape[1]) if pattern == "8:16" and shape[1] % 16 else shape
+
+
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
@@ -52,7 +57,7 @@ def test_every_format_is_tested() -> None:
 def test_unpack_is_the_exact_inverse_of_pack(
     name: str, pattern: str, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
-    fmt = make_format(name, pattern)
+    fmt, shape = make_format(name, pattern), fitted(pattern, shape)
     weight = random_weight(fmt, shape, dtype)
     parts = fmt.pack("w", weight)
     fmt.validate("w", parts, shape)
@@ -72,7 +77,7 @@ def test_unpack_is_the_exact_inverse_of_pack(
 def test_codes_and_scales_come_back_exactly(
     name: str, pattern: str, values: str, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
-    fmt = make_format(name, pattern, values)
+    fmt, shape = make_format(name, pattern, values), fitted(pattern, shape)
     weight = random_weight(fmt, shape, dtype)
     parts = fmt.pack("w", weight)
     fmt.validate("w", parts, shape)
@@ -102,7 +107,7 @@ def test_layout_describes_the_parts(name: str, pattern: str, values: str) -> Non
 
 @pytest.mark.parametrize(("name", "pattern"), CASES)
 def test_special_values_survive(name: str, pattern: str) -> None:
-    fmt, shape = make_format(name, pattern), (2, 8)
+    fmt, shape = make_format(name, pattern), fitted(pattern, (2, 8))
     weight = random_weight(fmt, shape, torch.float32).weight
     kept = weight.nonzero()
     specials = [float("nan"), float("inf"), -float("inf"), 1e-45, 3.4e38]
@@ -114,7 +119,7 @@ def test_special_values_survive(name: str, pattern: str) -> None:
 
 @pytest.mark.parametrize(("name", "pattern"), CASES)
 def test_negative_zero_is_stored_as_positive_zero(name: str, pattern: str) -> None:
-    fmt, shape = make_format(name, pattern), (2, 8)
+    fmt, shape = make_format(name, pattern), fitted(pattern, (2, 8))
     mask = fmt.pattern.keep(torch.rand(shape), "row")
     back = fmt.unpack(fmt.pack("w", SparseWeight(torch.full(shape, -0.0), mask))).weight
     assert same_bits(back, torch.zeros(shape))
@@ -131,7 +136,7 @@ def test_negative_zero_is_stored_as_positive_zero(name: str, pattern: str) -> No
 def test_fewer_kept_weights_than_allowed_pack_exactly(
     case: tuple[str, str], values: str, rows: int, octets: int, seed: int
 ) -> None:
-    fmt, shape = make_format(*case, values), (rows, 8 * octets)
+    fmt, shape = make_format(*case, values), fitted(case[1], (rows, 8 * octets))
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(shape, generator=generator)
     mask = fmt.pattern.keep(weight.abs(), "row")
@@ -163,7 +168,7 @@ def test_rows_are_the_parts_of_the_cut_weight(name: str, pattern: str, values: s
 
 
 @pytest.mark.parametrize("values", ["float", "int8:32", "int4:32", "uint4:32", "fp8:32"])
-@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "dense"])
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "8:16", "1:4", "dense"])
 @pytest.mark.parametrize("dim", [0, 1])
 def test_cut_parts_equal_packing_the_cut_weight(pattern: str, dim: int, values: str) -> None:
     fmt, shape = format_for(parse(pattern), parse_values(values)), (8, 64)
@@ -175,6 +180,48 @@ def test_cut_parts_equal_packing_the_cut_weight(pattern: str, dim: int, values: 
             size = tensor.shape[dim] // 2
             offset = 0 if start == 0 else size
             assert same_bits(tensor.narrow(dim, offset, size).contiguous(), want[part])
+
+
+def filled_by_loop(mask: torch.Tensor) -> torch.Tensor:
+    """Oracle: column by column from the left, while its half holds less than 5 and the group 8."""
+    filled = mask.clone()
+    for row, column in (~mask).nonzero().tolist():
+        group, half = column // 16 * 16, column // 8 * 8
+        if filled[row, half : half + 8].sum() < 5 and filled[row, group : group + 16].sum() < 8:
+            filled[row, column] = True
+    return filled
+
+
+@settings(max_examples=100, deadline=None)
+@given(share=st.floats(0, 1), seed=st.integers(0, 10_000))
+def test_8_16_keeps_zeros_where_its_halves_allow(share: float, seed: int) -> None:
+    fmt, generator = make_format("nm", "8:16"), torch.Generator().manual_seed(seed)
+    mask = fmt.pattern.keep(torch.rand(20, 32, generator=generator), "row")
+    mask &= torch.rand(20, 32, generator=generator) < share
+    mask[::3, :8] = mask[1::3, 24:] = False
+    stored = fmt.stored_mask("w", mask)
+    assert torch.equal(stored, filled_by_loop(mask))
+    parts = {"values": torch.zeros(20, 16), **fmt.mask_parts(stored)}
+    fmt.validate("w", parts, (20, 32))
+
+
+def test_stored_halves_of_8_16_that_keep_too_many_are_refused() -> None:
+    fmt, mask = make_format("nm", "8:16"), torch.zeros(4, 32, dtype=torch.bool)
+    mask[:, 2:7] = mask[:, 9:12] = mask[:, 17:20] = mask[:, 26:31] = True
+    parts = {"values": torch.ones(4, 16), **fmt.mask_parts(mask)}
+    fmt.validate("w", parts, (4, 32))
+    mask[2, 17], mask[2, 31] = False, True
+    parts |= fmt.mask_parts(mask)
+    message = (
+        r"w\.bitmask: row 2, columns 24\.\.31 keep 6 weights; 8:16 keeps 3 to 5 in each half of a "
+        r"group\. .* `gblm export dense` reads it, and `gblm export pack --pattern 0\.5` packs"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        fmt.validate("w", parts, (4, 32))
+    fmt.check_readable("w", parts, (4, 32))
+    mask[2, 31] = False
+    with pytest.raises(CheckpointError, match=r"row 2, columns 16\.\. keep 7 weights"):
+        fmt.check_readable("w", parts | fmt.mask_parts(mask), (4, 32))
 
 
 def test_pack_refuses_a_dense_weight() -> None:

@@ -13,8 +13,8 @@ from gblm.kernels import BACKENDS, Backend, linear, native, select
 from gblm.values import quantize
 from gblm.weights import SparseWeight
 
-FORMATS = [("nm", "2:4"), ("nm", "4:8"), ("nm", "1:4"), ("bitmask", "0.5"), ("bitmask", "0.9"),
-           ("dense", "dense")]  # fmt: skip
+FORMATS = [("nm", "2:4"), ("nm", "4:8"), ("nm", "8:16"), ("nm", "1:4"), ("bitmask", "0.5"),
+           ("bitmask", "0.9"), ("dense", "dense")]  # fmt: skip
 SHAPES = [(48, 64), (5, 24), (70, 8192)]
 KINDS = ("int8:row", "int4:row", "int8:64", "int4:64", "uint4:row", "uint4:64", "fp8:64")
 INTEGERS = [(values, shape) for values in KINDS
@@ -25,6 +25,11 @@ CPU = torch.device("cpu")
 def tolerance(dtype: torch.dtype, columns: int) -> float:
     """Rounding error of a sum of `columns` products of unit variance, with room to spare."""
     return 16 * torch.finfo(dtype).eps * columns**0.5
+
+
+def fitted(pattern: str, shape: tuple[int, int]) -> tuple[int, int]:
+    """The shape, twice as wide where it would cut a group of 8:16."""
+    return (shape[0], 2 * shape[1]) if pattern == "8:16" and shape[1] % 16 else shape
 
 
 def case(
@@ -76,6 +81,7 @@ def test_linear_equals_the_float64_product(
     num_tokens: int,
     dtype: torch.dtype,
 ) -> None:
+    shape = fitted(pattern, shape)
     sparse, parts = case(name, pattern, shape, dtype)
     x = torch.randn(num_tokens, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
     fmt = make_format(name, pattern)
@@ -103,7 +109,7 @@ def test_linear_of_codes_equals_the_float64_product(
     num_tokens: int,
     dtype: torch.dtype,
 ) -> None:
-    fmt = make_format(name, pattern, values)
+    fmt, shape = make_format(name, pattern, values), fitted(pattern, shape)
     sparse, parts = integer_case(fmt, shape)
     x = torch.randn(num_tokens, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
     chosen = serving(backend, fmt, shape, dtype)

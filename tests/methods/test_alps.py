@@ -35,7 +35,7 @@ def error(pruned: SparseWeight, weight: torch.Tensor, hessian: torch.Tensor) -> 
     return float((difference @ hessian.double() * difference).sum())
 
 
-@pytest.mark.parametrize("pattern", ["0.5", "0.8", "2:4", "4:8", "8x8@0.5"])
+@pytest.mark.parametrize("pattern", ["0.5", "0.8", "2:4", "4:8", "8:16", "8x8@0.5"])
 def test_output_error_is_below_that_of_other_masks(pattern: str) -> None:
     weight, hessian = problem()
     ours = error(prune("alps", weight, hessian, pattern), weight, hessian)

@@ -9,9 +9,11 @@ import torch
 
 from gblm.errors import UsageError
 from gblm.methods import METHODS, ScoredMethod, make_method
+from gblm.methods.pipeline import make_pipeline
 from gblm.patterns import NM, Pattern, Unstructured, parse
+from gblm.values import Rounding, parse_values
 
-PATTERNS = ["0.5", "0.7", "2:4", "4:8", "1:4", "8x8@0.5"]
+PATTERNS = ["0.5", "0.7", "2:4", "4:8", "8:16", "1:4", "8x8@0.5"]
 # One weight cannot be exchanged for another where whole tiles stay or go.
 REFUSED = {("dsnot", "8x8@0.5")}
 OPTIONS = [(name, f.name) for name, m in METHODS.items() for f in dataclasses.fields(m)]
@@ -61,6 +63,26 @@ def test_prune_keeps_exact_count_and_untouched_values(
     if isinstance(method, ScoredMethod) or name == "dsnot":
         assert torch.equal(pruned.weight[pruned.mask], weight[pruned.mask])
     assert all(torch.equal(stats[name], before[name]) for name in stats)
+
+
+@pytest.mark.parametrize("values", ["float", "int8:32", "int4:row"])
+@pytest.mark.parametrize("refit", [None, {}])
+@pytest.mark.parametrize("rounding", ["nearest", "obs"])
+@pytest.mark.parametrize("name", METHODS)
+def test_all_steps_keep_the_halves_of_8_16(
+    name: str,
+    rounding: Rounding,
+    refit: dict[str, int] | None,
+    values: str,
+    stats: dict[str, torch.Tensor],
+) -> None:
+    weight = torch.randn(24, 32, generator=torch.Generator().manual_seed(0))
+    weight[:, :8] *= 4  # what is chosen freely would come from the first half
+    rule, pipeline = parse("8:16"), make_pipeline(name, {}, refit, rounding)
+    kind = parse_values(values)
+    pruned = pipeline.prune(weight, pipeline.prepare(stats), rule, kind)
+    rule.check_mask(name, pruned.mask)
+    assert (pruned.mask.reshape(24, 2, 16).sum(-1) == 8).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -9,7 +9,7 @@ from gblm.errors import UsageError
 from gblm.methods import make_method
 from gblm.patterns import Block, parse
 
-PATTERNS = ["0.5", "0.7", "2:4", "4:8"]
+PATTERNS = ["0.5", "0.7", "2:4", "4:8", "8:16"]
 
 
 def problem(rows: int = 32, cols: int = 64) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -39,7 +39,7 @@ def test_expected_errors_fall_and_counts_stay(pattern: str) -> None:
     assert after.mean() < 0.5 * before.mean()
     assert torch.equal(pruned.mask.sum(dim=1), wanda.sum(dim=1))
     rule.check_mask("weight", pruned.mask)
-    groups = (m.reshape(32, -1, getattr(rule, "group_m", 64)).sum(-1) for m in (wanda, pruned.mask))
+    groups = (m.reshape(32, -1, getattr(rule, "unit", 64)).sum(-1) for m in (wanda, pruned.mask))
     assert torch.equal(*groups)
 
 

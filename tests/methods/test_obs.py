@@ -167,7 +167,8 @@ def test_a_fixed_mask_equals_the_textbook(kind: Kind, size: int, density: float)
 
 
 @pytest.mark.parametrize(
-    ("pattern", "size"), [("2:4", 32), ("2:4", 256), ("4:8", 64), ("32:64", 32)]
+    ("pattern", "size"),
+    [("2:4", 32), ("2:4", 256), ("4:8", 64), ("8:16", 32), ("8:16", 256), ("32:64", 32)],
 )
 @pytest.mark.parametrize("kind", ["int4", "uint4", "fp8"])
 def test_joint_pruning_equals_the_textbook(kind: Kind, pattern: str, size: int) -> None:

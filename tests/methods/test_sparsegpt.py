@@ -9,7 +9,7 @@ import torch
 
 from gblm.errors import InputError, UsageError
 from gblm.methods import make_method
-from gblm.methods.sparsegpt import _lowest_of_group
+from gblm.methods.sparsegpt import _rule
 from gblm.patterns import NM, Block, Pattern, Unstructured, parse
 from gblm.weights import SparseWeight
 
@@ -92,6 +92,7 @@ def test_unstructured_equals_the_plain_algorithm(shape: tuple[int, int], sparsit
         ("2:4", 300, 128),
         ("1:4", 64, 128),
         ("4:8", 264, 128),
+        ("8:16", 272, 128),
         ("2:5", 500, 125),
         ("7:24", 120, 120),
         ("30:64", 320, 128),
@@ -111,7 +112,7 @@ def test_structured_equals_the_plain_algorithm(pattern: str, cols: int, block: i
     torch.testing.assert_close(pruned.weight, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("pattern", ["0.5", "2:4", "3:6", "8x8@0.5"])
+@pytest.mark.parametrize("pattern", ["0.5", "2:4", "3:6", "8:16", "8x8@0.5"])
 @pytest.mark.parametrize("block_size", [1, 4, 8, 10, 33, 1000])
 def test_every_block_size_works(pattern: str, block_size: int) -> None:
     weight, _, hessian = problem(16, 48)
@@ -138,13 +139,13 @@ def test_count_is_exact_when_scores_tie() -> None:
     assert torch.equal(pruned.mask, NM(2, 4).keep(torch.ones(6, 20), "row"))
 
 
-@pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 4), NM(3, 5), NM(20, 64)])
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 4), NM(3, 5), NM(8, 16), NM(20, 64)])
 def test_choice_in_a_group_is_that_of_the_pattern(pattern: NM) -> None:
     size = pattern.group_m
     score = torch.randint(0, 4, (200, size)).float()
     score[0], score[1, ::2] = torch.inf, 1e-40
-    earlier = torch.ones(size, size, dtype=torch.int32).tril(-1).unsqueeze(2)
-    drop = _lowest_of_group(size - pattern.keep_n, earlier, score.t().contiguous(), 0, size)
+    rule = _rule(pattern, torch.device("cpu"))
+    drop = rule.choose(score.t().contiguous(), 0, size)
     assert torch.equal(~drop.t(), pattern.keep(score, "row"))
 
 

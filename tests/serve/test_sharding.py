@@ -21,7 +21,8 @@ pytest.importorskip("vllm")
 
 RECTANGLES = ["nm/2:4", "nm/2:4/int8:64", "nm/2:4/int4:128", "nm/2:4/int8:row", "nm/4:8/int4:row",
               "dense/dense/int8:32", "dense/dense/int4:row", "nm/2:4/uint4:128", "nm/4:8/uint4:row",
-              "dense/dense/uint4:32", "nm/2:4/fp8:64", "nm/2:4/fp8:row"]  # fmt: skip
+              "dense/dense/uint4:32", "nm/2:4/fp8:64", "nm/2:4/fp8:row", "nm/8:16",
+              "nm/8:16/int8:64", "nm/8:16/int4:row"]  # fmt: skip
 RAGGED = ["bitmask/0.5", "bitmask/0.5/int8:64", "bitmask/0.7/int4:64", "bitmask/0.7/int4:row",
           "bitmask/0.7/uint4:64", "bitmask/0.7/uint4:row", "bitmask/0.5/fp8:64"]  # fmt: skip
 

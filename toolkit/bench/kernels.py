@@ -43,9 +43,9 @@ SHAPE_SETS: dict[str, tuple[Shape, ...]] = {
     "smollm2": ((576, 576), (192, 576), (1536, 576), (576, 1536)),
 }
 FORMATS = (
-    "dense/dense", "bitmask/0.5", "nm/2:4", "bitmask/0.7", "bitmask/0.8",
-    "dense/dense/int8", "bitmask/0.5/int8", "nm/2:4/int8",
-    "dense/dense/int4", "bitmask/0.5/int4", "nm/2:4/int4",
+    "dense/dense", "bitmask/0.5", "nm/2:4", "nm/4:8", "nm/8:16", "bitmask/0.7", "bitmask/0.8",
+    "dense/dense/int8", "bitmask/0.5/int8", "nm/2:4/int8", "nm/4:8/int8", "nm/8:16/int8",
+    "dense/dense/int4", "bitmask/0.5/int4", "nm/2:4/int4", "nm/4:8/int4", "nm/8:16/int4",
 )  # fmt: skip
 MIN_COLD, MIN_READ = 128 << 20, 1 << 20
 OVERHEAD_SHAPE, OVERHEAD_FORMATS = (16, 32), ("dense/dense", "dense/dense/int8")

@@ -1,4 +1,7 @@
-"""Describe a model folder from its headers: what is packed, in how many bits, against dense."""
+"""Describe a model folder from its headers: what is packed, in how many bits, against dense.
+
+Of data it reads the zeros of dense folders and the masks of patterns with a rule of their own.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ def inspect(folder: Path) -> dict[str, Any]:
     the share of zeros in the matrices of numbered layers.
 
     Raises:
-        CheckpointError: the folder is not readable.
+        CheckpointError: the folder is not readable, or a mask of 8:16 breaks its rule.
     """
     config = read_config(folder)
     method = quant_method(config)
@@ -46,6 +49,7 @@ def _packed(packed: PackedReader) -> dict[str, Any]:
     groups: dict[str, dict[str, Any]] = {}
     head: dict[str, Any] | None = None
     for linear in packed.linears.values():
+        _check_rule(packed, linear)
         facts = _linear(packed, linear)
         if head is None and not _in_a_layer(linear.name):
             head = _with_shares({"name": linear.name, **facts})
@@ -69,6 +73,14 @@ def _packed(packed: PackedReader) -> dict[str, Any]:
         "bytes_if_dense": dense,
         "size_ratio": round(total / dense, 4),
     }
+
+
+def _check_rule(packed: PackedReader, linear: PackedLinear) -> None:
+    """What is called 8:16 here should be served as 8:16."""
+    if linear.fmt.has_rule:
+        bitmask = packed.tensor(f"{linear.name}.bitmask")
+        linear.fmt.check_rule(linear.name, {"bitmask": bitmask})
+        packed.release()
 
 
 def _linear(packed: PackedReader, linear: PackedLinear) -> dict[str, Any]:

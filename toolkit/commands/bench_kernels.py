@@ -38,7 +38,7 @@ def words(ctx: click.Context, option: click.Parameter, value: tuple[str, ...]) -
 @click.option(
     "--formats", callback=words, multiple=True,
     help="FORMAT/PATTERN[/VALUES], such as nm/2:4/int8:128; dense controls are added. Default: "
-    "dense, 50 %, 2:4 of each value type, and 70 and 80 % of bf16.",
+    "dense, 50 %, 2:4, 4:8, 8:16 of each value type, and 70 and 80 % of bf16.",
 )  # fmt: skip
 @click.option(
     "--backends", callback=words, multiple=True, default=["cpu"], show_default=True,

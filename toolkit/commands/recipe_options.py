@@ -105,7 +105,8 @@ recipe_options = options(
         "--pattern",
         default="2:4",
         show_default=True,
-        help="N:M (N kept of M), a sparsity such as 0.5, tiles (16x16@0.5), unstructured, dense.",
+        help="2:4, 4:8, 8:16, any N:M (N kept of M), a sparsity such as 0.5, tiles (16x16@0.5), "
+        "unstructured, dense.",
     ),
     click.option("--sparsity", type=float, help="Fraction of zeros for --pattern unstructured."),
     values_options,

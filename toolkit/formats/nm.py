@@ -13,11 +13,14 @@ from gblm.errors import CheckpointError
 from gblm.formats.base import Parts, Shape, TensorSpec
 from gblm.formats.bits import pack_bits
 from gblm.formats.rectangle import RectangleFormat
-from gblm.patterns import NM
+from gblm.patterns import NM, first_crowded
 
 
 class NMFormat(RectangleFormat):
-    """values [out, in·N/M], bitmask u8 [out, in/8] with exactly N bits set per M columns."""
+    """values [out, in·N/M], bitmask u8 [out, in/8] with exactly N bits set per M columns.
+
+    Of 8:16, 3 to 5 in each half.
+    """
 
     name = "nm"
     own_parts = ("values", "bitmask")
@@ -36,12 +39,25 @@ class NMFormat(RectangleFormat):
         return {"bitmask": TensorSpec((shape[0], shape[1] // 8), torch.uint8)}
 
     def stored_mask(self, name: str, mask: Tensor) -> Tensor:
-        """See Format.stored_mask; groups with fewer than N kept keep zeros, lowest first."""
+        """See Format.stored_mask; groups with fewer than N kept keep zeros, lowest first.
+
+        The first half of a group of 8:16 is full at 5.
+        """
         self.pattern.check_mask(name, mask)
-        groups = mask.reshape(mask.shape[0], -1, self.pattern.group_m)
-        missing = self.pattern.keep_n - groups.sum(dim=-1, keepdim=True, dtype=torch.int32)
-        free = (~groups).cumsum(dim=-1, dtype=torch.int32)
-        return (groups | (free <= missing)).reshape(mask.shape)
+        size, unit = self.pattern.group_m, self.pattern.unit
+        units = mask.reshape(mask.shape[0], -1, size // unit, unit)
+        counts = units.sum(dim=-1, dtype=torch.int32)
+        missing = self._filled(counts) - counts
+        free = (~units).cumsum(dim=-1, dtype=torch.int32)
+        return (units | (free <= missing.unsqueeze(-1))).reshape(mask.shape)
+
+    def _filled(self, counts: Tensor) -> Tensor:
+        """What units of these counts [out, groups, units of a group] keep when N are kept."""
+        keep_n = self.pattern.keep_n
+        if counts.shape[-1] == 1:
+            return torch.full_like(counts, keep_n)
+        first = (keep_n - counts[..., 1]).clamp(max=self.pattern.unit_most)
+        return torch.stack((first, keep_n - first), dim=-1)
 
     def mask_parts(self, mask: Tensor) -> dict[str, Tensor]:
         """See Format.mask_parts."""
@@ -58,4 +74,24 @@ class NMFormat(RectangleFormat):
                 f"{name}.bitmask: row {row}, columns {group * self.pattern.group_m}.. keep "
                 f"{int(counts[row, group])} weights; {self.pattern} stores exactly "
                 f"{self.pattern.keep_n}. The file is damaged."
+            )
+
+    @property
+    def has_rule(self) -> bool:
+        """See Format.has_rule."""
+        return self.pattern.unit < self.pattern.group_m
+
+    def check_rule(self, name: str, parts: Parts) -> None:
+        """See Format.check_rule: the halves of 8:16."""
+        pattern = self.pattern
+        if not self.has_rule:
+            return
+        if found := first_crowded(self.mask(parts), pattern.unit, pattern.unit_most):
+            row, col, count = found
+            raise CheckpointError(
+                f"{name}.bitmask: row {row}, columns {col}..{col + pattern.unit - 1} keep {count} "
+                f"weights; {pattern} keeps {pattern.keep_n - pattern.unit_most} to "
+                f"{pattern.unit_most} in each half of a group. The file is damaged, or older than "
+                "this rule: `gblm export dense` reads it, and `gblm export pack --pattern 0.5` "
+                "packs what that wrote."
             )

@@ -3,8 +3,8 @@
 Zhang et al. 2023, "Dynamic Sparse No Training", https://arxiv.org/abs/2310.08915, algorithm 1.
 The expected error of a row is ε = Σ over its pruned weights of W_ij · E[x_j]. One cycle grows the
 pruned weight that lowers |ε| most, W_ij E[x_j] / Var[x_j] being the measure, and prunes the kept
-one of lowest Wanda score: for N:M of the same group, else of those whose W_ij E[x_j] has the
-opposite sign, so that |ε| falls again.
+one of lowest Wanda score: for N:M of the same group, for 8:16 of the same half, else of those whose
+W_ij E[x_j] has the opposite sign, so that |ε| falls again.
 
 Deviations from the published code (https://github.com/zyxxmu/DSnoT): an exchange that would not
 lower |ε| is passed over, where the code ends the row; a weight is exchanged once. Variances are
@@ -60,13 +60,13 @@ class DSnoT(Method):
         Args:
             weight: [out, in] floating point.
             stats: "act_norm", "act_mean", "act_var", all [in] float32.
-            pattern: N:M, whose exchanges stay within a group, unstructured or dense.
+            pattern: N:M, whose exchanges stay within a group or its half, unstructured or dense.
             name: of the linear, for messages.
         """
         self.check_pattern(pattern)
         score = weight.float().abs() * stats["act_norm"]
         keep = pattern.keep(score, "row")
-        group = pattern.group_m if isinstance(pattern, NM) else None
+        group = pattern.unit if isinstance(pattern, NM) else None
         mean = weight.float() * stats["act_mean"]
         exchange = _Exchange(score, mean, stats["act_var"], keep, group)
         for _ in range(self.max_cycles):

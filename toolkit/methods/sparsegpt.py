@@ -132,8 +132,12 @@ class _Rule:
 def _rule(pattern: Pattern, device: torch.device) -> _Rule:
     if isinstance(pattern, NM):
         size, num_pruned = pattern.group_m, pattern.group_m - pattern.keep_n
-        earlier = torch.ones(size, size, dtype=torch.int32, device=device).tril(-1)
-        choose: Choose = partial(_lowest_of_group, num_pruned, earlier.unsqueeze(2))
+        earlier = torch.ones(size, size, dtype=torch.int32, device=device).tril(-1).unsqueeze(2)
+        choose: Choose = partial(_lowest_of_group, num_pruned, earlier)
+        if pattern.unit < size:
+            choose = partial(
+                _lowest_of_halves, num_pruned, pattern.unit - pattern.unit_most, earlier
+            )
         wide: Choose = partial(_lowest_of_groups, pattern)
         return _Rule(size, choose, wide, num_pruned if size <= LEAF else None)
     tile = (pattern.block_rows, pattern.block_cols) if isinstance(pattern, Block) else (1, 1)
@@ -169,9 +173,24 @@ def _lowest_of_group(
     num_pruned: int, earlier: Tensor, score: Tensor, start: int, stop: int
 ) -> Tensor:
     """What NM.keep drops of one group, without the many small kernels that would dominate here."""
+    return _beats(earlier, score).sum(dim=1) < num_pruned
+
+
+def _lowest_of_halves(
+    num_pruned: int, fewest: int, earlier: Tensor, score: Tensor, start: int, stop: int
+) -> Tensor:
+    """The same where each half of a group loses at least `fewest`."""
+    beats, half = _beats(earlier, score), len(score) // 2
+    lost = (beats[:half].sum(dim=1) < num_pruned).sum(dim=0).clamp(fewest, num_pruned - fewest)
+    first = beats[:half, :half].sum(dim=1) < lost
+    return torch.cat((first, beats[half:, half:].sum(dim=1) < num_pruned - lost))
+
+
+def _beats(earlier: Tensor, score: Tensor) -> Tensor:
+    """Whether column i beats column j, [i, j, out] bool; `earlier` is 1 where j < i."""
     # The bits of floats ≥ 0 sort as they do; 1 more, and a tie with an earlier column counts.
     bits = score.view(torch.int32)
-    return (bits < bits.unsqueeze(1) + earlier).sum(dim=1) < num_pruned
+    return bits < bits.unsqueeze(1) + earlier
 
 
 def _lowest_of_groups(pattern: NM, score: Tensor, start: int, stop: int) -> Tensor:
