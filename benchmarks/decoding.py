@@ -1,13 +1,14 @@
-"""Tokens per second in vLLM: dense, our dense controls, sparse weights, vLLM's int8 and int4.
+"""Tokens per second in vLLM of one value type: dense, its sparse patterns, and rivals.
 
-    python benchmarks/decoding.py [--shape tinyllama|smollm2] [--threads 1] [--compiled]
-        [--rounds 5] [--only NAME …] [--llama-cpp PYTHON]
+    python benchmarks/decoding.py --values int4 [--shape tinyllama|smollm2] [--threads 1]
+        [--eager] [--rounds 7] [--llama-cpp PYTHON]
 
 The 1.1B shape has random weights: speed does not depend on them. Every engine is a process of its
-own; a few at a time stay loaded, always beside the baseline, so that one round runs each of them
-once and what disturbs the machine disturbs all alike. Ratios are taken within a round; the record
-holds their median and all rounds. With a Python that has llama-cpp-python, its BF16, Q8_0 and Q4_0
-are rows, too. Writes benchmarks/results/decoding-[smollm2-]<threads>-<eager|compiled>.json.
+own; all of a table stay loaded, so that one round runs each of them once and what disturbs the
+machine disturbs all alike. A round in which other processes took more than a tenth of the CPU, or
+in which the hypervisor stole more than a fiftieth, is dropped and counted. The record holds all
+rounds; the table divides its medians. With a Python that has llama-cpp-python, its file of the same
+bits is a row. Writes benchmarks/results/decoding-<shape>-<values>-<threads>-<eager|compiled>.json.
 """
 
 from __future__ import annotations
@@ -25,10 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp_engine
+import psutil
 import vllm_rivals
 from memory import shape_folder
 from pages import made_by
 
+from gblm.bench.noise import measured
+from gblm.bench.validity import Limits
 from gblm.checkpoint.inspect import inspect
 from gblm.fetch import fetch
 from gblm.folder import quant_method, read_config
@@ -37,30 +41,13 @@ from gblm.provenance import provenance
 RESULTS = Path(__file__).resolve().parent / "results"
 SHAPES = ("tinyllama", "smollm2")
 BASELINE = "dense bf16 (vLLM)"
-# Engines beside the baseline, as many as memory holds.
-TOGETHER = {"tinyllama": 3, "smollm2": 7}
-LLAMA_CPP = ("BF16", "Q8_0", "Q4_0")
+LLAMA_CPP = {"float": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
+# vLLM's own integers, where they are at their best.
+VLLM = {"int8": "W8A8"}
 PRUNE = "prune {model} --method magnitude --pattern {pattern} --values {values} --head {head}"
 PACK = "export pack {model} --pattern dense --values {values} --head {head}"
-LABELS = {
-    "dense": "dense {}", "0.5": "{} 50 %", "2:4": "{} 2:4", "4:8": "{} 4:8", "0.7": "{} 70 %",
-}  # fmt: skip
-VALUES = {"float": "bf16", "int8": "int8", "int4": "int4"}
-# Name, command that makes the folder ("" for the model itself), pattern, values, head.
-CASES = (
-    (BASELINE, "", "", "", ""),
-    *(
-        (
-            label.format(short),
-            PACK if pattern == "dense" else PRUNE,
-            pattern,
-            values,
-            "float" if values == "float" else "int8",
-        )
-        for values, short in VALUES.items()
-        for pattern, label in LABELS.items()
-    ),
-)
+PATTERNS = ("dense", "2:4", "4:8", "8:16", "0.5")
+LIMITS = Limits()
 # What one round measures: sequences, prompt tokens, new tokens.
 WORK = {"decode 1": (1, 8, 32), "decode 8": (8, 8, 16), "prefill 512": (1, 512, 0)}
 
@@ -70,27 +57,33 @@ def model_folder(root: Path, shape: str) -> Path:
     return fetch(shape) if shape == "smollm2" else shape_folder(root, shape)
 
 
-def make_folders(root: Path, shape: str, only: list[str]) -> dict[str, Path]:
-    """The model folders by name; those that exist are used again."""
+def make_folders(root: Path, shape: str, values: str) -> dict[str, Path]:
+    """The model folders by the names of their rows; those that exist are used again."""
     model = model_folder(root, shape)
-    folders = {}
-    for name, command, pattern, values, head in CASES:
-        if only and name not in only and name != BASELINE:
-            continue
-        folder = root / f"{shape}-{pattern}-{values}-{head}" if command else model
+    folders = {BASELINE: model}
+    head = "float" if values == "float" else "int8"
+    for pattern in PATTERNS:
+        folder = root / f"{shape}-{pattern}-{values}-{head}"
+        command = PACK if pattern == "dense" else PRUNE
+        words = command.format(model=model, pattern=pattern, values=values, head=head).split()
         if not folder.exists():
-            words = command.format(model=model, pattern=pattern, values=values, head=head).split()
             subprocess.run(
                 [sys.executable, "-m", "gblm", *words, "--output", str(folder)], check=True
             )
-        folders[name] = folder
-    for kind in vllm_rivals.KINDS:
+        folders[row_name(pattern, values)] = folder
+    if kind := VLLM.get(values):
         folder = root / f"{shape}-{kind}"
-        if not only or f"vLLM {kind}" in only:
-            if not folder.exists():
-                vllm_rivals.make_folder(model, kind, folder)
-            folders[f"vLLM {kind}"] = folder
+        if not folder.exists():
+            vllm_rivals.make_folder(model, kind, folder)
+        folders[f"{kind} (vLLM)"] = folder
     return folders
+
+
+def row_name(pattern: str, values: str) -> str:
+    """Such as "int4 8:16"; the dense control is "dense int4"."""
+    short = "bf16" if values == "float" else values
+    label = "50 %" if pattern == "0.5" else pattern
+    return f"dense {short}" if pattern == "dense" else f"{short} {label}"
 
 
 def vllm_command(folder: Path, compiled: bool) -> list[str]:
@@ -100,17 +93,12 @@ def vllm_command(folder: Path, compiled: bool) -> list[str]:
     ]  # fmt: skip
 
 
-def llama_cpp_commands(root: Path, shape: str, python: str, threads: int) -> dict[str, list[str]]:
-    """Start llama.cpp engines, by the name of their row."""
-    commands = {}
-    for kind in LLAMA_CPP:
-        path = root / f"{shape}-{kind}.gguf"
-        if not path.exists():
-            llama_cpp_engine.make_gguf(model_folder(root, shape), kind, path)
-        commands[f"llama.cpp {kind}"] = [
-            python, llama_cpp_engine.__file__, str(path), str(threads),
-        ]  # fmt: skip
-    return commands
+def llama_cpp_command(root: Path, shape: str, kind: str, python: str, threads: int) -> list[str]:
+    """Starts a llama.cpp engine."""
+    path = root / f"{shape}-{kind}.gguf"
+    if not path.exists():
+        llama_cpp_engine.make_gguf(model_folder(root, shape), kind, path)
+    return [python, llama_cpp_engine.__file__, str(path), str(threads)]
 
 
 class Engine:
@@ -188,47 +176,40 @@ def serve_work(folder: str, compiled: bool) -> None:
         print("ANSWER " + json.dumps(answer), flush=True)
 
 
-def measure(engines: dict[str, Engine], rounds: int) -> dict[str, dict[str, Any]]:
-    """Tokens per second of all engines, and ratios to the baseline within each round."""
+def measure(engines: dict[str, Engine], rounds: int) -> dict[str, Any]:
+    """Tokens per second of all engines, round after round, and the noise of each round."""
     speeds: dict[str, dict[str, list[float]]] = {n: {w: [] for w in WORK} for n in engines}
-    for index in range(rounds + 1):
-        for work in WORK:
-            for name, engine in engines.items():
-                found = engine.ask(" ".join(map(str, WORK[work])))
-                if index and found:  # the first round warms up
-                    speeds[name][work].append(found["per_second"])
-        print(f"round {index} of {rounds}", file=sys.stderr, flush=True)
+    noise, dropped = [], []
+    for index in range(2 * rounds + 1):
+        with measured(psutil.Process()) as meter:
+            found = {
+                (name, work): engine.ask(" ".join(map(str, shape)))
+                for work, shape in WORK.items()
+                for name, engine in engines.items()
+            }
+        quiet = meter.steal <= LIMITS.steal and meter.other <= LIMITS.other_load
+        if index:  # the first round warms up
+            (noise if quiet else dropped).append(meter.evidence())
+        if index and quiet:
+            for (name, work), answer in found.items():
+                if answer:
+                    speeds[name][work].append(answer["per_second"])
+        print(f"{len(noise)} rounds, {len(dropped)} dropped", file=sys.stderr, flush=True)
+        if len(noise) == rounds:
+            return {"cases": medians(speeds), "noise": noise, "dropped": dropped}
+    raise SystemExit(f"only {len(noise)} of {2 * rounds} rounds were quiet: no figure stands")
+
+
+def medians(speeds: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, Any]]:
+    """By engine and work: the median and all rounds."""
     return {
         name: {
-            work: {
-                "tokens_per_second": statistics.median(values),
-                "ratio": statistics.median(
-                    mine / base for mine, base in zip(values, speeds[BASELINE][work], strict=True)
-                ),
-                "rounds": values,
-            }
+            work: {"tokens_per_second": statistics.median(values), "rounds": values}
             for work, values in by_work.items()
             if values
         }
         for name, by_work in speeds.items()
     }
-
-
-def measure_in_groups(
-    commands: dict[str, list[str]], threads: int, rounds: int, together: int
-) -> dict[str, Any]:
-    """Few engines at a time, each time beside the baseline: all of them do not fit in memory."""
-    rivals = [name for name in commands if name != BASELINE]
-    cases: dict[str, Any] = {}
-    for start in range(0, len(rivals), together):
-        names = [BASELINE, *rivals[start : start + together]]
-        with ExitStack() as stack:
-            engines = {
-                name: stack.enter_context(Engine(commands[name], threads).running())
-                for name in names
-            }
-            cases = measure(engines, rounds) | cases
-    return {name: cases[name] for name in commands}
 
 
 def bits_per_weight(folder: Path) -> float:
@@ -253,44 +234,45 @@ def llama_cpp_version(python: str | None) -> str | None:
 def main() -> None:
     """Make the folders, start the engines, measure, write the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--values", choices=tuple(LLAMA_CPP), required=True)
     parser.add_argument("--shape", choices=SHAPES, default=SHAPES[0])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--compiled", action="store_true", help="torch.compile, as vLLM's default")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="*", default=[], help="names of cases besides the baseline")
+    parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "gblm-shapes")
     parser.add_argument("--llama-cpp", metavar="PYTHON", help="one that has llama-cpp-python")
-    parser.add_argument("--engine", help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
-    if chosen.engine:
-        serve_work(chosen.engine, chosen.compiled)
-        return
-    shape, threads = chosen.shape, chosen.threads
-    origin = provenance()
-    folders = make_folders(chosen.folder, shape, chosen.only)
-    commands = {name: vllm_command(folder, chosen.compiled) for name, folder in folders.items()}
+    record(parser.parse_args(), provenance())
+
+
+def record(chosen: argparse.Namespace, origin: dict[str, Any]) -> None:
+    """Make the folders, start the engines, measure, write the record."""
+    shape, values, threads = chosen.shape, chosen.values, chosen.threads
+    folders = make_folders(chosen.folder, shape, values)
+    commands = {name: vllm_command(path, not chosen.eager) for name, path in folders.items()}
     if chosen.llama_cpp:
-        commands |= llama_cpp_commands(chosen.folder, shape, chosen.llama_cpp, threads)
-    load = os.getloadavg()[0]
-    cases = measure_in_groups(commands, threads, chosen.rounds, TOGETHER[shape])
-    for name, by_work in cases.items():
-        shown = [
-            f"{work}: {w['tokens_per_second']:.1f} ({w['ratio']:.2f}x)"
-            for work, w in by_work.items()
-        ]
-        print(f"{name:18}", "  ".join(shown))
-    record = {
-        "kind": "decoding", "command": made_by(),
-        "provenance": origin, "shape": shape, "threads": threads,
-        "mode": "compiled" if chosen.compiled else "eager", "rounds": chosen.rounds,
-        "load_average_at_start": load, "work": WORK, "baseline": BASELINE,
-        "llama_cpp": llama_cpp_version(chosen.llama_cpp), "cases": cases,
-        "bits_per_weight": {name: bits_per_weight(path) for name, path in folders.items()},
+        kind = LLAMA_CPP[values]
+        commands[f"llama.cpp {kind}"] = llama_cpp_command(
+            chosen.folder, shape, kind, chosen.llama_cpp, threads
+        )
+    with ExitStack() as stack:
+        engines = {
+            name: stack.enter_context(Engine(command, threads).running())
+            for name, command in commands.items()
+        }
+        found = measure(engines, chosen.rounds)
+    mode = "eager" if chosen.eager else "compiled"
+    made = {
+        "kind": "decoding", "command": made_by(), "provenance": origin, "shape": shape,
+        "values": values, "threads": threads, "mode": mode, "work": WORK, "baseline": BASELINE,
+        "control": row_name("dense", values), "llama_cpp": llama_cpp_version(chosen.llama_cpp),
+        "bits_per_weight": {name: bits_per_weight(path) for name, path in folders.items()}, **found,
     }  # fmt: skip
-    name = "" if shape == SHAPES[0] else f"{shape}-"
-    path = RESULTS / f"decoding-{name}{threads}-{record['mode']}.json"
-    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path = RESULTS / f"decoding-{shape}-{values}-{threads}-{mode}.json"
+    path.write_text(json.dumps(made, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--engine"]:
+        serve_work(sys.argv[2], "--compiled" in sys.argv)
+    else:
+        main()

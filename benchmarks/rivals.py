@@ -38,7 +38,7 @@ def llama_cpp_rows(model: Path, root: Path, python: str) -> list[Row]:
     """Perplexity and file size of each GGUF type."""
     windows = json.dumps(PROTOCOL.windows(load_tokenizer(model)).tolist())
     rows = []
-    for kind in LLAMA_CPP:
+    for kind in LLAMA_CPP.values():
         path = llama_cpp_engine.make_gguf(model, kind, root / f"{kind}.gguf")
         done = subprocess.run(
             [python, llama_cpp_engine.__file__, str(path), "2", "score"],

@@ -63,7 +63,6 @@ def seeded(seed: int) -> torch.Generator:
 
 def keep_mask(shape: tuple[int, int], mask: str, density: float = 0.5, seed: int = 0) -> Tensor:
     """[out, in] bool. Of any mask, row 1 is empty and row 2 is full."""
-    rows, columns = shape
     if mask == "dense":
         return torch.ones(shape, dtype=torch.bool)
     if mask in ("2:4", "4:8", "8:16"):

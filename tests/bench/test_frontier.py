@@ -19,15 +19,6 @@ from gblm.checkpoint.packed_folder import PackedReader
 from gblm.errors import InputError
 from gblm.provenance import provenance
 
-DECODING = {
-    "threads": 1, "baseline": "vLLM",
-    "cases": {
-        "vLLM": {"decode 1": {"tokens_per_second": 10.0, "ratio": 1.0}},
-        "dense int8": {"decode 1": {"tokens_per_second": 99.0, "ratio": 2.0}},
-        "bf16 2:4": {"decode 1": {"tokens_per_second": 99.0, "ratio": 1.6}},
-    },
-}  # fmt: skip
-
 
 def run(name: str, samples: int, seed: int, perplexity: float, **more: Any) -> dict[str, Any]:
     case = CASES[name]
@@ -211,12 +202,12 @@ def test_perplexities_of_different_texts_are_not_mixed(record: Path) -> None:
 def test_the_figure_is_the_same_each_time(record: Path, tmp_path: Path) -> None:
     figure = pytest.importorskip("frontier_figure", reason="matplotlib is not installed")
     for name in ("a.svg", "b.svg"):
-        figure.draw(frontier_record.read(record), DECODING, tmp_path / name)
+        figure.draw(frontier_record.read(record), tmp_path / name)
     text = (tmp_path / "a.svg").read_text()
     assert text == (tmp_path / "b.svg").read_text()
     assert "dc:date" not in text
-    for label in ("int2, GPTQ (8000)", "2:4, ALPS + rec.", "dense int8", "bf16 2:4", "1.1B shape"):
-        assert f">{label}" in text or label in text
+    for label in ("int2, GPTQ (8000)", "2:4, ALPS + rec."):
+        assert label in text
     assert text.count(">int8<") == 1
 
 
@@ -224,8 +215,6 @@ def test_the_front_is_what_nothing_else_beats() -> None:
     figure = pytest.importorskip("frontier_figure", reason="matplotlib is not installed")
     points = [(9, 40), (8, 28), (4, 32), (4, 35), (3, 50), (16, 27)]
     assert figure.pareto(points) == [(3, 50), (4, 32), (8, 28), (16, 27)]
-    # Not the 10 ms of its own tokens per second: the ratio was paired by round.
-    assert figure.milliseconds(DECODING, "dense int8") == 50
 
 
 @pytest.mark.parametrize(("name", "limit"), [("int3-gptq-rec", 3), ("int2-gptq", 1)])

@@ -238,7 +238,7 @@ const char* gblm_error(int result) {
     case GBLM_BAD_ARGUMENT:
       return "an argument is out of range";
     case GBLM_BAD_PANELS:
-      return "the panels in memory are damaged";
+      return "the panels are damaged, or another version of gblm made them";
     case GBLM_BAD_SOURCE:
       return "masks, offsets and values of the weight do not agree";
     case GBLM_NO_MEMORY:
