@@ -43,7 +43,8 @@ LLAMA_CPP = ("BF16", "Q8_0", "Q4_0")
 PRUNE = "prune {model} --method magnitude --pattern {pattern} --values {values} --head {head}"
 PACK = "export pack {model} --pattern dense --values {values} --head {head}"
 LABELS = {
-    "dense": "dense {}", "0.5": "{} 50 %", "2:4": "{} 2:4", "4:8": "{} 4:8", "0.7": "{} 70 %",
+    "dense": "dense {}", "0.5": "{} 50 %", "2:4": "{} 2:4", "4:8": "{} 4:8", "8:16": "{} 8:16",
+    "0.7": "{} 70 %",
 }  # fmt: skip
 VALUES = {"float": "bf16", "int8": "int8", "int4": "int4"}
 # Name, command that makes the folder ("" for the model itself), pattern, values, head.
