@@ -235,7 +235,8 @@ class NM:
                 f"{name}: row {row}, columns {col}..{col + self.group_m - 1} hold {count} "
                 f"non-zeros; {self} allows {self.keep_n}. Re-run `gblm prune --pattern {self}`."
             )
-        if found := first_crowded(mask, self.unit, self.unit_most):
+        halved = self.unit < self.group_m
+        if halved and (found := first_crowded(mask, self.unit, self.unit_most)):
             row, col, count = found
             raise PatternError(
                 f"{name}: row {row}, columns {col}..{col + self.unit - 1} hold {count} non-zeros; "

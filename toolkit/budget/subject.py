@@ -52,7 +52,7 @@ class Wanted:
     """
 
     values: tuple[str, ...] = ("float", "int8:auto", "int4:auto")
-    patterns: tuple[str, ...] = ("unstructured", "2:4")
+    patterns: tuple[str, ...] = ("unstructured", "2:4", "8:16")
 
     @property
     def fixed(self) -> list[NM]:

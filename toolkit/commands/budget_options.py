@@ -118,11 +118,11 @@ def _values(ctx: click.Context, given: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _patterns(ctx: click.Context, text: str) -> tuple[str, ...]:
-    """Patterns that may be used: what --pattern names, else unstructured and 2:4."""
+    """Patterns that may be used: what --pattern names, else unstructured, 2:4 and 8:16."""
     from gblm.patterns import NM, parse
 
     if not _is_given(ctx, "pattern"):
-        return ("unstructured", "2:4")
+        return ("unstructured", "2:4", "8:16")
     if text == "dense":
         return ()
     if text == "unstructured" or isinstance(parse(text), NM):
