@@ -8,6 +8,9 @@ import re
 import ssl
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from gblm.errors import InputError, UsageError
 from gblm.network import is_loopback
@@ -20,6 +23,9 @@ PROXY = "deploy/nginx.conf"
 # In `--open-routes`: no route asks for a key, but those of vLLM under /v1.
 EVERY_ROUTE = "all"
 ROUTE = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
+# Options of vLLM that listen on ports of their own, and where; None: on --host. None knows a key.
+DOORS = {"--grpc": None, "--grpc-port": None, "--kv-events-config": "*"}
+RUST_VARIABLE = "VLLM_USE_RUST_FRONTEND"
 
 
 def check_address(
@@ -43,8 +49,7 @@ def check_address(
             it would not be checked.
     """
     for word in options:
-        name = word.partition("=")[0]
-        if len(name) > 3 and "--host".startswith(name):  # vLLM takes abbreviations
+        if _is_short_for("--host", word):
             raise UsageError(f"{word}: give --host before the `--`, where it is checked.")
     opened = open_paths(routes)
     if is_loopback(host):
@@ -69,6 +74,70 @@ def check_address(
             f"--host {host} opens the server to other machines without an API key: give "
             f"--api-key-file or set {KEY_VARIABLE}, or pass --insecure if the network is yours."
         )
+
+
+def check_doors(
+    host: str, has_key: bool, insecure: bool, words: Sequence[str], environment: Mapping[str, str]
+) -> None:
+    """Refuse what makes vLLM answer past the API key and `Guard`.
+
+    Args:
+        host: address to bind.
+        has_key: whether there is an API key.
+        insecure: whether the user allows other machines without one.
+        words: vLLM's options, see `with_config`.
+        environment: of vLLM.
+
+    Raises:
+        UsageError: there is a key, or other machines would get in though `insecure` is not set.
+    """
+    for door, address in DOORS.items():
+        is_allowed = not has_key and (insecure or is_loopback(address or host))
+        if not is_allowed and any(_is_short_for(door, word) for word in words):
+            raise UsageError(
+                f"vLLM's {door} listens on a port that asks for no API key: leave it out, of a "
+                "--config file, too, or serve without a key: this machine alone, or others with "
+                "--insecure."
+            )
+    if has_key and environment.get(RUST_VARIABLE, "").strip() not in ("", "0"):
+        raise UsageError(
+            f"{RUST_VARIABLE}={environment[RUST_VARIABLE]} puts another server in the place of the "
+            "one that gblm guards with the API key: unset it, or serve without a key."
+        )
+
+
+def with_config(options: Sequence[str]) -> list[str]:
+    """vLLM's options, behind those that it reads from the file of `--config`.
+
+    Raises:
+        InputError: the file cannot be read, or is no YAML with options.
+    """
+    words = list(options)
+    if "--config" not in words[:-1]:
+        return words
+    path = Path(words[words.index("--config") + 1])
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8")).items()
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        raise InputError(
+            f"--config {path} is no readable YAML file of options: {error}."
+        ) from error
+    return [word for key, value in found for word in _words(key, value)] + words
+
+
+def _is_short_for(option: str, word: str) -> bool:
+    """Whether vLLM may take a word for an option: it allows abbreviations, underscores and dots."""
+    name = re.split("[=.]", word)[0].replace("_", "-")
+    return len(name) > 3 and option.startswith(name)
+
+
+def _words(key: Any, value: Any) -> list[str]:
+    """What vLLM makes of one line of its configuration file."""
+    if value is False or value == []:
+        return []
+    if value is True:
+        return [f"--{key}"]
+    return [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
 
 
 def open_paths(routes: Sequence[str]) -> list[str]:

@@ -25,8 +25,10 @@ from gblm.serve.access import (
     api_keys,
     check_address,
     check_certificate,
+    check_doors,
     guard_settings,
     read_key,
+    with_config,
 )
 from gblm.serve.foreign import Foreign, is_legacy, sampled_zeros
 from gblm.serve.guard import KEYS_VARIABLE, MIDDLEWARE
@@ -116,7 +118,7 @@ def environment(server: Server, base: Mapping[str, str]) -> dict[str, str]:
     if server.api_key_file is not None:
         env[KEY_VARIABLE] = read_key(server.api_key_file)
     env.pop(KEYS_VARIABLE, None)
-    keys = api_keys(server.api_key_file, server.options, base)
+    keys = api_keys(server.api_key_file, with_config(server.options), base)
     env |= guard_settings(server.host, keys, server.open_routes, server.max_body_size)
     if on_cpu():
         free = psutil.virtual_memory().available / 2**30
@@ -177,8 +179,10 @@ def check_options(server: Server) -> None:
         raise UsageError(
             f"backend {server.backend!r} is unknown: choose from {', '.join(BACKENDS)}."
         )
-    keys = api_keys(server.api_key_file, server.options, os.environ)
-    check_address(server.host, bool(keys), server.insecure, server.options, server.open_routes)
+    words = with_config(server.options)
+    has_key = bool(api_keys(server.api_key_file, words, os.environ))
+    check_address(server.host, has_key, server.insecure, server.options, server.open_routes)
+    check_doors(server.host, has_key, server.insecure, words, os.environ)
     check_certificate(server.ssl_certfile, server.ssl_keyfile)
 
 

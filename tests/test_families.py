@@ -42,7 +42,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def save_family(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+def save_family(
+    name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **changed: object
+) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kind, more = FAMILIES[name]
@@ -53,7 +55,7 @@ def save_family(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16) ->
         "eos_token_id": 257,
     }  # fmt: skip
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **(fields | more))
+    config = AutoConfig.for_model(kind, **(fields | more | changed))
     AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder)
     return save_byte_tokenizer(folder)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,3 +43,35 @@ def create(
         weight_loader=lambda *args: None,
     )  # fmt: skip
     return method, layer
+
+
+def fused_linear(
+    fmt: Format, rows: list[int], kv_heads: int | None, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> tuple[Any, torch.nn.Module]:
+    """One rank's q/k/v, with heads of 8 rows, or gate and up: vLLM's own layer, with its loader.
+
+    Args:
+        fmt: of the weight; a plain one is packed as it is found.
+        rows: of the whole pieces.
+        kv_heads: how many of k and v; None for gate and up.
+        monkeypatch: sets the rank.
+        rank: of RANKS.
+    """
+    from vllm.model_executor import parameter
+    from vllm.model_executor.layers import linear
+
+    from gblm.serve.vllm_plugin.found import FoundLinearMethod
+    from gblm.serve.vllm_plugin.linear import SparseLinearMethod
+
+    for module in (linear, parameter):
+        monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
+        monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: RANKS)
+    kind = FoundLinearMethod if fmt.spec == "dense/dense" else SparseLinearMethod
+    method = kind(fmt, "w", lambda *choice: None)
+    config = SimpleNamespace(
+        online_quantization_config=None, get_quant_method=lambda layer, prefix: method
+    )
+    common = {"bias": False, "params_dtype": torch.bfloat16, "quant_config": config, "prefix": "w"}
+    if kv_heads is None:
+        return method, linear.MergedColumnParallelLinear(SHAPE[1], rows, **common)
+    return method, linear.QKVParallelLinear(SHAPE[1], 8, rows[0] // 8, kv_heads, **common)

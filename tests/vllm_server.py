@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 from gblm.bench.server import free_port
 
 OPTIONS = ["--enforce-eager", "--max-model-len", "256"]
@@ -49,3 +51,15 @@ def wait_for_health(url: str, process: subprocess.Popen[bytes], seconds: float =
             time.sleep(0.5)
         else:
             return
+
+
+def listening(process: subprocess.Popen[bytes]) -> set[tuple[str, int]]:
+    """Addresses at which a process or one of its descendants waits for connections."""
+    found = set()
+    try:
+        parent = psutil.Process(process.pid)
+        for one in (parent, *parent.children(recursive=True)):
+            found |= {tuple(c.laddr) for c in one.net_connections("inet") if c.status == "LISTEN"}
+    except psutil.Error:  # it has just ended
+        pass
+    return found

@@ -10,7 +10,7 @@ from vllm.model_executor.layers.linear import register_weight_loader_v2_supporte
 
 from gblm.serve.foreign import is_plain, settle
 from gblm.serve.vllm_plugin.linear import SparseLinearMethod
-from gblm.serve.vllm_plugin.ragged import Pieces, PlainParameter
+from gblm.serve.vllm_plugin.ragged import Pieces, RaggedParameter
 
 
 @register_weight_loader_v2_supported_method
@@ -28,7 +28,7 @@ class FoundLinearMethod(SparseLinearMethod):
             return
         self.pieces, self.loaded = pieces, ("weight",)
         empty = torch.empty(0, dtype=self.dtype)
-        plain = PlainParameter(data=empty, weight_loader=loader, part="values", pieces=pieces)
+        plain = RaggedParameter(data=empty, weight_loader=loader, part="values", pieces=pieces)
         layer.register_parameter("weight", plain)
 
     def _prepare(self, layer: torch.nn.Module, parts: dict[str, Tensor]) -> None:

@@ -2,14 +2,16 @@
 
 The number of kept values is known only when a tensor arrives. So each part of each piece is kept
 as it comes; once a piece is complete it is cut to this rank, and with the last one the pieces are
-joined and packed again: no more than one linear is unpacked at a time.
+joined and packed again: no more than one linear is unpacked at a time. A model whose pieces are
+fused on disk (Phi-3) has parts of all of them in one: vLLM is asked which rows each piece is.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
@@ -24,6 +26,15 @@ from gblm.weights import SparseWeight
 Cut = Literal["rows", "columns"]
 BLOCK_WEIGHTS = 1 << 20
 PIECES = {"q": 0, "k": 1, "v": 2}  # vLLM's names of what a fused q/k/v is made of
+
+
+class Rows:
+    """Stands for a tensor that is fused on disk: what vLLM cuts out of it are numbers of rows."""
+
+    @staticmethod
+    def narrow(_: int, start: int, length: int) -> range:
+        """The rows of one piece, of all ranks."""
+        return range(start, start + length)
 
 
 @dataclass
@@ -43,33 +54,69 @@ class Pieces:
     rows: list[int]
     columns: int
     settle: Callable[[str, SparseWeight, ValueType], tuple[Format, SparseWeight]] | None = None
-    _arriving: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    _arriving: dict[Hashable, dict[str, Tensor]] = field(default_factory=dict)
+    _places: dict[int, tuple[range, int]] = field(default_factory=dict)
     _done: dict[int, SparseWeight] = field(default_factory=dict)
     _whole: tuple[Format, dict[str, Tensor]] | None = None
 
     def take(
-        self, piece: int, part: str, tensor: Tensor, cut: Cut, rank: int, num_ranks: int
+        self, piece: int, part: str, tensor: Tensor | range, cut: Cut, rank: int, num_ranks: int
     ) -> None:
         """Keep one part; when the piece has all of them, cut it to this rank.
 
         Args:
             piece: which of q, k, v or gate, up.
             part: local name.
-            tensor: the whole part, as stored.
+            tensor: the whole part, as stored; the piece's rows where `take_fused` asks for them.
             cut: what is split over ranks.
             rank: this rank's place among those that hold different slices.
             num_ranks: how many slices there are.
         """
-        parts = self._arriving.setdefault(piece, {})
-        parts[part] = tensor.detach().cpu()
-        if parts.keys() < set(self.fmt.parts):
+        if isinstance(tensor, range):
+            self._places[piece] = tensor, rank
             return
-        del self._arriving[piece]
+        parts = self._arrived(piece, part, tensor)
+        if parts is None:
+            return
         dim = 0 if cut == "rows" else 1
         local = (self.rows[piece], self.columns)
         shape = (local[0] * num_ranks, local[1]) if dim == 0 else (local[0], local[1] * num_ranks)
         self.fmt.validate(f"{self.name}[{piece}]", parts, shape)
         self._done[piece] = self.fmt.unpack(parts).narrow(dim, rank * local[dim], local[dim])
+        self._join_if_complete()
+
+    def take_fused(
+        self, pieces: Hashable, part: str, tensor: Tensor, locate: Callable[[Rows], None]
+    ) -> None:
+        """Keep one part of several pieces; when it was the last, cut each piece to this rank.
+
+        Args:
+            pieces: vLLM's name of them.
+            part: local name.
+            tensor: the whole part, as stored.
+            locate: vLLM's loader, which finds the rows of each piece and hands them to `take`.
+        """
+        parts = self._arrived(pieces, part, tensor)
+        if parts is None:
+            return
+        self._places.clear()
+        locate(Rows())
+        num_rows = max(rows.stop for rows, _ in self._places.values())
+        self.fmt.validate(self.name, parts, (num_rows, self.columns))
+        whole = self.fmt.unpack(parts)
+        for piece, (rows, rank) in self._places.items():
+            size = self.rows[piece]
+            self._done[piece] = whole.narrow(0, rows.start + rank * size, size)
+        del whole
+        self._join_if_complete()
+
+    def _arrived(self, piece: Hashable, part: str, tensor: Tensor) -> dict[str, Tensor] | None:
+        """All parts of a piece, with the last of them."""
+        parts = self._arriving.setdefault(piece, {})
+        parts[part] = tensor.detach().cpu()
+        return None if parts.keys() < set(self.fmt.parts) else self._arriving.pop(piece)
+
+    def _join_if_complete(self) -> None:
         if len(self._done) == len(self.rows):
             self._whole = self._join()
             give_back_memory()
@@ -120,8 +167,10 @@ def give_back_memory() -> None:
 class RaggedParameter(BasevLLMParameter):
     """One part of all pieces of a linear; hands what vLLM loads to the linear's `Pieces`."""
 
+    output_dim = 0  # along which vLLM cuts what is fused on disk
+
     def __init__(self, *, data: Tensor, weight_loader: Any, part: str, pieces: Pieces) -> None:
-        super().__init__(data=data, weight_loader=weight_loader)
+        super().__init__(data=data, weight_loader=partial(_load, weight_loader))
         self.part = part
         self.pieces = pieces
 
@@ -146,7 +195,9 @@ class RaggedParameter(BasevLLMParameter):
         self.pieces.take(piece, self.part, loaded_weight, "rows", rank, num_ranks)
 
 
-class PlainParameter(RaggedParameter):
-    """A plain weight that is to be packed; models that are fused on disk are cut along its rows."""
-
-    output_dim = 0
+def _load(loader: Any, param: RaggedParameter, tensor: Tensor, *shard: Any) -> None:
+    """As vLLM's loader, but what is fused on disk is complete before it is cut."""
+    if len(param.pieces.rows) == 1 or (shard and isinstance(shard[0], int | str)):
+        loader(param, tensor, *shard)
+        return
+    param.pieces.take_fused(shard, param.part, tensor, lambda rows: loader(param, rows, *shard))

@@ -15,7 +15,15 @@ from conftest import Outcome
 
 from gblm.errors import InputError, UsageError
 from gblm.network import is_loopback
-from gblm.serve.access import check_address, check_certificate
+from gblm.serve.access import (
+    DOORS,
+    RUST_VARIABLE,
+    api_keys,
+    check_address,
+    check_certificate,
+    check_doors,
+    with_config,
+)
 from gblm.serve.launch import Server, check_options, command, environment
 
 
@@ -67,6 +75,79 @@ def test_an_address_among_vllms_options_is_refused(word: str) -> None:
     with pytest.raises(UsageError, match="before the `--`"):
         check_address("127.0.0.1", True, False, (word, "0.0.0.0"))
     check_address("127.0.0.1", True, False, ("--hf-overrides", "--h11-max-header-count=9"))
+
+
+def refuses(*words: str, host: str = "127.0.0.1", key: bool = True, insecure: bool = False) -> bool:
+    """Whether vLLM's options open a door past the key."""
+    try:
+        check_doors(host, key, insecure, words, {})
+    except UsageError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--grpc",), ("--grpc=true",), ("--grpc.x=1",), ("--gr",), ("--grpc-port", "9"),
+     ("--grpc_port=9",), ("--kv-events-config", "{}"), ("--kv_events_config.publisher=zmq",),
+     ("--kv-e={}",)],
+)  # fmt: skip
+def test_ports_that_ask_for_no_key_are_refused_beside_one(words: tuple[str, ...]) -> None:
+    assert refuses(words[0])
+    assert refuses(words[0], host="::", key=False)
+    for asked in ({"key": False, "insecure": True}, {"key": False, "host": "::", "insecure": True}):
+        assert not refuses(*words, **asked)
+    # Whatever --host says, key-value events go out on every address.
+    assert refuses(words[0], key=False) is words[0].startswith("--kv")
+
+
+def test_the_frontend_without_middleware_is_refused_beside_a_key() -> None:
+    for value in ("1", "2"):
+        with pytest.raises(UsageError, match=f"{RUST_VARIABLE}={value} puts another server"):
+            check_doors("::", True, False, (), {RUST_VARIABLE: value})
+        check_doors("127.0.0.1", False, False, (), {RUST_VARIABLE: value})
+    check_doors("::", True, False, (), {RUST_VARIABLE: "0"})
+
+
+CONFIG = """
+grpc: {}
+seed: 3
+api-key: [first, second]
+served-model-name: name
+enforce-eager: true
+compilation-config: []
+"""
+
+
+@pytest.mark.vllm
+def test_doors_and_keys_are_found_as_vllm_parses_them(tmp_path: Path) -> None:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser(exit_on_error=False))
+    names = {name for action in parser._actions for name in action.option_strings}
+    assert names >= DOORS.keys()
+    assert {name for name in names if refuses(name)} == DOORS.keys()
+    for door in DOORS:
+        for length in range(3, len(door)):
+            found = parser._get_option_tuples(door[:length])
+            assert refuses(door[:length]) or len(found) > 1, door[:length]
+    for value, refused in (("true", True), ("yes", True), ("false", False), ("--grpc", True)):
+        path = tmp_path / "vllm.yaml"
+        path.write_text(CONFIG.format(value))
+        words = with_config(["--config", str(path)])
+        assert words == [*parser.load_config_file(str(path)), "--config", str(path)]
+        assert any(refuses(word) for word in words) is refused
+        assert api_keys(None, words, {}) == ["first", "second"]
+
+
+def test_a_configuration_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    for content in (None, "", "[1", "- grpc"):
+        if content is not None:
+            (tmp_path / "c.yaml").write_text(content)
+        with pytest.raises(InputError, match=r"--config .*c\.yaml is no readable YAML"):
+            with_config(["--config", str(tmp_path / "c.yaml")])
+    assert with_config(["--config"]) == ["--config"]  # vLLM says what it lacks
 
 
 @pytest.mark.vllm

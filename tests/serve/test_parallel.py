@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import save_tiny_model
+from test_families import save_family
 from vllm_modes import EAGER, PIPELINE, engine, tensor_parallel
 from vllm_run import answers, farthest, is_same, skip_without
 
@@ -20,14 +21,18 @@ from gblm.recipe import Recipe
 pytestmark = pytest.mark.vllm
 # Bound to a core, a worker would wait for whatever else runs there.
 BIND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-# Pattern, values and how many heads hold keys and values: for two ranks to split, or both to hold.
-CASES = (("2:4", "int4:32", 2), ("0.5", "float", 1))
-BOUNDS = {"float": 0.1, "int4:32": 0.3}
+# Pattern, values, how many heads hold keys and values, for two ranks to split or both to hold; and
+# whether q/k/v and gate/up are fused on disk.
+CASES = (("2:4", "int4:32", 2, False), ("0.5", "float", 1, False), ("0.5", "int8:32", 1, True))
+BOUNDS = {"float": 0.1, "int4:32": 0.3, "int8:32": 0.3}
 
 
-def pack(root: Path, pattern: str, values: str, kv_heads: int = 2) -> Path:
+def pack(root: Path, pattern: str, values: str, kv_heads: int = 2, fused: bool = False) -> Path:
     """A packed model, and its dense self beside it."""
-    save_tiny_model(root / "model", num_key_value_heads=kv_heads)
+    if fused:
+        save_family("phi3 (fused)", root / "model", head_dim=32, num_key_value_heads=kv_heads)
+    else:
+        save_tiny_model(root / "model", num_key_value_heads=kv_heads)
     recipe = Recipe(model=str(root / "model"), method="magnitude", pattern=pattern, values=values,
                     calibration=None)  # fmt: skip
     prune(recipe, root / "packed")
@@ -48,7 +53,7 @@ def test_two_tensor_parallel_ranks_answer_as_those_of_the_dense_model(tmp_path: 
     assert len(rows) == 3 * len(CASES), log
     assert "model.layers.0.mlp.down_proj: 96 columns do not divide into groups of 64" in log
     assert "192 columns were split over 2 tensor-parallel ranks; sizes that work: 1, 3." in log
-    for number, (_, values, _) in enumerate(CASES):
+    for number, (_, values, *_) in enumerate(CASES):
         want, expanded, kernel = rows[3 * number : 3 * number + 3]
         assert is_same(expanded, want)
         skip_without("cpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import subprocess
+import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,10 +15,16 @@ import faults
 import psutil
 import pytest
 from conftest import Outcome
-from vllm_server import OPTIONS, served
+from test_families import save_family
+from vllm_server import OPTIONS, listening, served
 
+from gblm.bench.server import free_port
 from gblm.evaluate.perplexity import Protocol
 from gblm.evaluate.run import Evaluation, run_evaluation
+from gblm.export.dense import export_dense
+from gblm.network import is_loopback
+from gblm.prune import prune
+from gblm.recipe import Recipe
 
 pytestmark = pytest.mark.vllm
 
@@ -84,6 +91,34 @@ def test_eval_scores_the_running_server(
     assert run_evaluation(Evaluation(server[0], (protocol,)))["perplexity"] == found["perplexity"]
 
 
+def test_nothing_beside_the_server_listens_to_other_machines(server: tuple) -> None:
+    found = listening(server[1])
+    assert ("127.0.0.1", int(server[0].rpartition(":")[2])) in found
+    assert all(is_loopback(host) for host, _ in found)
+
+
+@pytest.mark.parametrize("option", ["--grpc", "--config"])
+def test_a_port_without_the_key_is_refused_before_one_is_opened(
+    pack_tiny: Callable[..., Path], tmp_path: Path, option: str
+) -> None:
+    (tmp_path / "key").write_text("secret")
+    (tmp_path / "vllm.yaml").write_text("grpc: true\n")
+    words = [sys.executable, "-m", "gblm", "serve", pack_tiny(), "--port", str(free_port()),
+             "--api-key-file", tmp_path / "key", "--", option]  # fmt: skip
+    if option == "--config":
+        words.append(tmp_path / "vllm.yaml")
+    process = subprocess.Popen(words, stderr=subprocess.PIPE)
+    opened = set()
+    while process.poll() is None:
+        opened |= listening(process)
+    assert process.stderr is not None
+    with process.stderr as stream:
+        said = stream.read().decode()
+    assert (process.returncode, opened) == (2, set()), said
+    assert said.startswith("gblm: error: vLLM's --grpc listens on a port that asks for no API key")
+    assert said.count("\n") == 1
+
+
 def test_too_many_answers_are_refused(client: object) -> None:
     openai = pytest.importorskip("openai")
     with pytest.raises(openai.BadRequestError, match="at most 64"):
@@ -144,6 +179,24 @@ def test_after_a_restart_it_serves_as_before_and_sigterm_loses_no_answer(
         assert not alive
         with pytest.raises(OSError, match="refused"):
             urllib.request.urlopen(f"{url}/health", timeout=2)
+
+
+def test_a_model_that_is_fused_on_disk_answers_as_its_dense_self(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GBLM_BACKEND", "dense")
+    source = save_family("phi3 (fused)", tmp_path / "model", head_dim=32)
+    recipe = Recipe(model=str(source), method="magnitude", pattern="0.5", values="int4:32",
+                    calibration=None)  # fmt: skip
+    prune(recipe, tmp_path / "packed")
+    export_dense(tmp_path / "packed", tmp_path / "dense")
+    answers = []
+    for name in ("packed", "dense"):
+        with served(tmp_path / name, tmp_path / "log") as (url, _, log):
+            answers.append(faults.greedy(url, "tiny"))
+            ours = "8 linears run on backend dense (expanded at load)" in log.read_text()
+            assert ours is (name == "packed")
+    assert answers[0] == answers[1]
 
 
 def test_bench_compares_two_servers(

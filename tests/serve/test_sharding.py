@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from vllm_linear import RANKS, SHAPE, create, weight_for
+from vllm_linear import RANKS, SHAPE, create, fused_linear, weight_for
 
 from gblm.errors import CheckpointError
 from gblm.formats import Format, from_spec
@@ -58,6 +58,61 @@ def test_fused_rows_are_cut_and_joined(
             )  # fmt: skip
     own = [w.narrow(0, rank * size, size) for w, size in zip((gate, up), sizes, strict=True)]
     check(fmt, method._loaded_parts(layer), SparseWeight.cat(own))
+
+
+ROWS = {"qkv, heads split": ([32, 16, 16], 2), "qkv, head shared": ([32, 8, 8], 1), "gate, up":
+        ([24, 24], None)}  # fmt: skip
+
+
+@pytest.mark.parametrize("rank", range(RANKS))
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("spec", [*RAGGED, "dense/dense", "nm/2:4", "nm/2:4/int8:row"])
+def test_what_is_fused_on_disk_is_cut_into_its_pieces(
+    spec: str, kind: str, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's own layers and loaders: heads of 8 rows, four of q."""
+    fmt, (rows, kv_heads) = from_spec(spec), ROWS[kind]
+    whole = weight_for(fmt, (sum(rows), SHAPE[1]))
+    method, layer = fused_linear(fmt, rows, kv_heads, monkeypatch, rank)
+    load(layer, stored(fmt, whole))
+    starts = [sum(rows[:piece]) for piece in range(len(rows))]
+    shared = [kv_heads == 1 and piece > 0 for piece in range(len(rows))]
+    sizes = [size // (1 if one else RANKS) for size, one in zip(rows, shared, strict=True)]
+    own = SparseWeight.cat([
+        whole.narrow(0, start + (0 if one else rank * size), size)
+        for start, size, one in zip(starts, sizes, shared, strict=True)
+    ])  # fmt: skip
+    if spec == "dense/dense":
+        check_found(method, layer, own)
+    else:
+        check(fmt, method._loaded_parts(layer), own)
+
+
+def test_some_pieces_may_be_fused_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    fmt, rows = from_spec("bitmask/0.7/int4:64"), [8, 24, 16]
+    weights = [weight_for(fmt, (size, SHAPE[1])) for size in rows]
+    method, layer = fused_linear(fmt, rows, None, monkeypatch, 1)
+    load(layer, fmt.pack("w", weights[2]), 2)
+    load(layer, fmt.pack("w", SparseWeight.cat(weights[:2])), (0, 1))
+    own = [w.narrow(0, size // RANKS, size // RANKS) for w, size in zip(weights, rows, strict=True)]
+    check(fmt, method._loaded_parts(layer), SparseWeight.cat(own))
+
+
+@pytest.mark.parametrize("rows", [40, 56])
+def test_fused_rows_of_another_number_are_refused(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fmt = from_spec("bitmask/0.5")
+    _, layer = fused_linear(fmt, [24, 24], None, monkeypatch, 0)
+    with pytest.raises(CheckpointError, match=rf"w\.bitmask: .*{rows}.*48"):
+        load(layer, fmt.pack("w", weight_for(fmt, (rows, SHAPE[1]))))
+
+
+def load(layer: torch.nn.Module, tensors: dict[str, torch.Tensor], *shard: object) -> None:
+    """As vLLM's models do with tensors that have the names of the parameters."""
+    for part, tensor in tensors.items():
+        parameter = layer.get_parameter(part)
+        parameter.weight_loader(parameter, tensor, *shard)
 
 
 @pytest.mark.parametrize("values", ["float", "int4:64", "uint4:64"])

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from vllm_run import drift, generate, skip_without
+from test_families import save_family
+from vllm_run import drift, generate, generate_each, skip_without
 
 from gblm.export.dense import export_dense
 
@@ -88,6 +89,30 @@ def test_linears_left_dense_are_served_beside_packed_ones(tiny: Path, tmp_path: 
     want, _ = generate(tmp_path / "dense", **EAGER)
     assert tokens(got) == tokens(want), log
     assert "6 linears run on backend dense" in log
+
+
+@pytest.mark.parametrize(
+    ("pattern", "values"),
+    [("0.5", "float"), ("0.5", "int8:32"), ("0.5", "int4:32"), ("2:4", "float")],
+)
+def test_models_that_are_fused_on_disk_are_cut_into_their_pieces(
+    tmp_path: Path, pattern: str, values: str
+) -> None:
+    from gblm.prune import prune
+    from gblm.recipe import Recipe
+
+    source = str(save_family("phi3 (fused)", tmp_path / "model", head_dim=32))
+    recipe = Recipe(model=source, method="magnitude", pattern=pattern, values=values,
+                    calibration=None)  # fmt: skip
+    prune(recipe, tmp_path / "out")
+    export_dense(tmp_path / "out", tmp_path / "dense")
+    skip_without("cpu")
+    folders = ((tmp_path / "dense", None), (tmp_path / "out", "dense"), (tmp_path / "out", "cpu"))
+    (want, expanded, kernel), log = generate_each([(*one, EAGER) for one in folders])
+    assert len(want) == 8, log
+    assert expanded == want, log
+    assert drift(kernel, want) < (0.1 if values == "float" else 0.3)
+    assert "8 linears run on backend cpu (packed in memory)" in log
 
 
 def test_half_of_a_fused_layer_cannot_be_packed(tiny: Path, tmp_path: Path) -> None:
