@@ -48,9 +48,12 @@ struct Weight {
       const int64_t density = r.below(5);  // whole rows of zeros and of values, too
       const bool sparse = rows == 50;
       int64_t kept = 0;
+      unsigned pattern = 0;
       for (int64_t k = 0; k < columns; k++) {
-        bool keep = kind == GBLM_DENSE || r.below(sparse ? 16 : 4) < density;
-        if (kind == GBLM_2_OF_4) keep = (k % 4 == row % 4) || (k % 4 == (row + 1 + k / 4 % 3) % 4);
+        if (kind >= GBLM_4_OF_8 && k % 16 == 0) pattern = half_of_16(kind, r);
+        const bool keep = kind == GBLM_DENSE    ? true
+                          : kind >= GBLM_4_OF_8 ? pattern >> k % 16 & 1
+                                                : r.below(sparse ? 16 : 4) < density;
         mask.push_back(keep);
         double value = 0;
         if (keep) {
@@ -76,6 +79,19 @@ struct Weight {
   }
 
  private:
+  static unsigned some_of_8(int64_t count, Random& r) {
+    for (;;) {
+      const auto bits = static_cast<unsigned>(r.below(256));
+      if (__builtin_popcount(bits) == count) return bits;
+    }
+  }
+  // Eight of sixteen columns; three to five in each half where that is allowed.
+  static unsigned half_of_16(int32_t kind, Random& r) {
+    const int64_t first = kind == GBLM_8_OF_16 ? 3 + r.below(3) : 4;
+    const unsigned low = some_of_8(first, r);
+    return low | some_of_8(8 - first, r) << 8;
+  }
+
   double append(int32_t values, int64_t index, Random& r) {
     if (values == GBLM_BF16) {
       const uint16_t half = r.bf16();
