@@ -250,7 +250,7 @@ void run(int32_t values, int32_t mask, uint64_t seed) {
 }  // namespace
 
 int main() {
-  for (const char* isa : {"amx", "avx512", "avx2", "portable"}) {
+  for (const char* isa : {"amx", "avx512", "avx2", "neon_bf16", "neon", "portable"}) {
     if (gblm_use_isa(isa) != GBLM_OK) {
       std::printf("sanitize: %s is not available here\n", isa);
       continue;

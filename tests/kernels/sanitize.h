@@ -100,11 +100,11 @@ struct Weight {
       return from_bf16(half);
     }
     if (values == GBLM_INT8) {
-      const auto code = static_cast<int>(r.below(255)) - 127;
+      const auto code = static_cast<int>(r.below(256)) - 128;
       data.push_back(static_cast<uint8_t>(code));
       return code;
     }
-    const auto code = static_cast<int>(r.below(15)) - 7;
+    const auto code = static_cast<int>(r.below(16)) - 8;
     if (index % 2 == 0)
       data.push_back(static_cast<uint8_t>(code & 15));
     else
