@@ -25,7 +25,7 @@ from gblm.kernels import native
 pytestmark = pytest.mark.skipif(
     native.refusal() is not None, reason=f"no CPU kernels: {native.refusal()}"
 )
-SETS = ("amx", "avx512", "avx2", "portable")
+SETS = ("amx", "avx512", "avx2", "neon_bf16", "neon", "portable")
 VALUES = ("float", "int8", "int4")
 MASKS = ("dense", "any", "2:4")
 
