@@ -43,12 +43,16 @@ unit: dev ## all tests, the real model and vLLM on CPU included
 UNITS := linear memory panels portable prepare
 ifeq ($(shell uname -m),x86_64)
 UNITS += avx2 avx512 amx
+else ifeq ($(shell uname -m),aarch64)
+UNITS += neon neon_bf16
 endif
 avx2_FLAGS := -mavx2 -mfma -mpopcnt
 avx512_FLAGS := -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2 -mavx512bitalg \
 	-mavx512vnni -mavx512bf16 -mpopcnt -mbmi2 -mfma --param asan-instrumentation-with-call-threshold=0 \
 	-fno-sanitize=null,object-size,alignment,pointer-overflow
 amx_FLAGS := $(avx512_FLAGS) -mamx-tile -mamx-bf16 -mamx-int8
+neon_FLAGS := -march=armv8.2-a+dotprod
+neon_bf16_FLAGS := $(neon_FLAGS)+bf16
 SANITIZE := -std=c++17 -O1 -g -fno-omit-frame-pointer -Wall -Wextra -Werror -Wno-psabi \
 	-fsanitize=address,undefined -fno-sanitize-recover=all
 CHECKED := $(UNITS:%=build/sanitize/%.o) build/sanitize/sanitize.o
@@ -65,15 +69,26 @@ sanitize: $(CHECKED) ## the CPU kernels under address and undefined-behaviour sa
 	g++ $(SANITIZE) -pthread $^ -o build/sanitize/run
 	build/sanitize/run
 
-arm64: ## optional: the portable CPU kernels for arm64, built by a cross compiler, run by qemu
-	mkdir -p build/arm64
-	aarch64-linux-gnu-g++ -std=c++17 -O3 -fPIC -shared -Wall -Wextra -Werror -Wno-psabi -Wl,-z,defs \
-		$(addprefix $(CSRC)/,linear.cpp memory.cpp ort_op.cpp panels.cpp portable.cpp prepare.cpp torch_op.cpp) \
-		-ldl -o build/arm64/_cpu.so
-	aarch64-linux-gnu-g++ -std=c++17 -O3 -static -Wall -Wextra -Werror -Wno-psabi -pthread \
-		$(addprefix $(CSRC)/,linear.cpp memory.cpp panels.cpp portable.cpp prepare.cpp) \
-		tests/kernels/sanitize.cpp -o build/arm64/run
-	qemu-aarch64 build/arm64/run
+# Debian: apt-get install g++-aarch64-linux-gnu qemu-user
+ARM64 := aarch64-linux-gnu-g++ -std=c++17 -O3 -fPIC -Wall -Wextra -Werror -Wno-psabi
+ARM64_UNITS := linear memory neon neon_bf16 panels portable prepare
+ARM64_CHECKED := $(ARM64_UNITS:%=build/arm64/%.o)
+
+build/arm64/%.o: $(CSRC)/%.cpp $(wildcard $(CSRC)/*.h)
+	@mkdir -p $(@D)
+	$(ARM64) $($*_FLAGS) -c $< -o $@
+
+build/arm64/_cpu.so: $(ARM64_CHECKED) build/arm64/ort_op.o build/arm64/torch_op.o
+	$(ARM64) -shared -Wl,-z,defs $^ -ldl -o $@
+
+build/arm64/sanitize build/arm64/arm64_check: build/arm64/%: tests/kernels/%.cpp tests/kernels/sanitize.h $(ARM64_CHECKED)
+	$(ARM64) -static -pthread $< $(ARM64_CHECKED) -o $@
+
+arm64: build/arm64/_cpu.so build/arm64/sanitize build/arm64/arm64_check ## optional: the CPU kernels for arm64, built by a cross compiler, run by qemu
+	qemu-aarch64 -cpu max build/arm64/arm64_check neon_bf16 neon
+	qemu-aarch64 -cpu neoverse-n1 build/arm64/arm64_check neon
+	qemu-aarch64 -cpu cortex-a57 build/arm64/arm64_check portable
+	qemu-aarch64 -cpu max build/arm64/sanitize
 
 # Needs no .venv: the Dockerfile's build stage runs it too.
 dist: ## build the wheel into dist/

@@ -34,8 +34,13 @@ X86 = {
     "avx512": AVX512,
     "amx": [*AVX512, "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
 }
+ARM64 = {
+    "neon": ["-march=armv8.2-a+dotprod"],
+    "neon_bf16": ["-march=armv8.2-a+dotprod+bf16"],
+}
 COMMON = ("linear", "memory", "ort_op", "panels", "portable", "prepare", "torch_op")
-ON_X86 = platform.machine().lower() in ("x86_64", "amd64")
+MACHINE = platform.machine().lower()
+OWN = X86 if MACHINE in ("x86_64", "amd64") else ARM64 if MACHINE in ("aarch64", "arm64") else {}
 
 
 class BuildKernels(build_ext):
@@ -70,7 +75,7 @@ class BuildKernels(build_ext):
             return self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,
-                extra_postargs=FLAGS + X86.get(Path(source).stem, []),
+                extra_postargs=FLAGS + OWN.get(Path(source).stem, []),
                 depends=ext.depends,
             )
 
@@ -93,7 +98,7 @@ setup(
     ext_modules=[
         Extension(
             "gblm.kernels._cpu",
-            sources=[str(CSRC / f"{unit}.cpp") for unit in (*COMMON, *(X86 if ON_X86 else ()))],
+            sources=[str(CSRC / f"{unit}.cpp") for unit in (*COMMON, *OWN)],
             depends=[str(header) for header in CSRC.glob("*.h")],
             language="c++",
         )

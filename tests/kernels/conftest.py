@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 
 import pytest
 
 from gblm.kernels import native
 
-SETS = ("amx", "avx512", "avx2", "portable")
+SETS = {
+    "x86_64": ("amx", "avx512", "avx2", "portable"),
+    "aarch64": ("neon_bf16", "neon", "portable"),
+}.get(platform.machine(), ("portable",))
 
 
 @pytest.fixture(params=SETS)

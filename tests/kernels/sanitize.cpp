@@ -217,7 +217,7 @@ void refuse_arguments(const Weight& w) {
   }
   refused([](gblm_source& s) { s.values = 3; });
   refused([](gblm_source& s) { s.values = -1; });
-  refused([](gblm_source& s) { s.mask = 3; });
+  refused([](gblm_source& s) { s.mask = 4; });
   refused([](gblm_source& s) { s.starts = nullptr; });
   if (!w.data.empty()) refused([](gblm_source& s) { s.data = nullptr; });
   gblm_info info;
@@ -231,9 +231,9 @@ void run(int32_t values, int32_t mask, uint64_t seed) {
   Random r{seed};
   for (const auto& [rows, columns, group] : shapes) {
     Weight w;
-    // Floats need no whole block of columns, but whole groups.
-    w.fill(rows, values == GBLM_BF16 ? columns + (mask == GBLM_8_OF_16 ? 16 : 8) : columns, values, mask,
-           values == GBLM_BF16 ? 0 : group, r);
+    // Floats need no whole block of columns.
+    const int64_t more = values != GBLM_BF16 ? 0 : mask == GBLM_8_OF_16 ? 16 : 8;
+    w.fill(rows, columns + more, values, mask, values == GBLM_BF16 ? 0 : group, r);
     Threads three{3};
     const gblm_pool pool = three.pool();
     const Memory panels = prepare(w, &pool);
@@ -250,7 +250,7 @@ void run(int32_t values, int32_t mask, uint64_t seed) {
 }  // namespace
 
 int main() {
-  for (const char* isa : {"amx", "avx512", "avx2", "portable"}) {
+  for (const char* isa : {"amx", "avx512", "avx2", "neon_bf16", "neon", "portable"}) {
     if (gblm_use_isa(isa) != GBLM_OK) {
       std::printf("sanitize: %s is not available here\n", isa);
       continue;

@@ -48,10 +48,12 @@ struct Weight {
       const int64_t density = r.below(5);  // whole rows of zeros and of values, too
       const bool sparse = rows == 50;
       int64_t kept = 0;
+      unsigned pattern = 0;
       for (int64_t k = 0; k < columns; k++) {
-        bool keep = kind == GBLM_DENSE || r.below(sparse ? 16 : 4) < density;
-        if (kind == GBLM_4_OF_8) keep = (k % 4 == row % 4) || (k % 4 == (row + 1 + k / 4 % 3) % 4);
-        if (kind == GBLM_8_OF_16) keep = keeps_of_16(row, k);
+        if (kind >= GBLM_4_OF_8 && k % 16 == 0) pattern = half_of_16(kind, r);
+        const bool keep = kind == GBLM_DENSE    ? true
+                          : kind >= GBLM_4_OF_8 ? pattern >> k % 16 & 1
+                                                : r.below(sparse ? 16 : 4) < density;
         mask.push_back(keep);
         double value = 0;
         if (keep) {
@@ -77,10 +79,17 @@ struct Weight {
   }
 
  private:
-  // Three to five of each half, eight together, another choice in every row.
-  static bool keeps_of_16(int64_t row, int64_t k) {
-    const int64_t first = 3 + (row + k / 16) % 3, count = k % 16 < 8 ? first : 8 - first;
-    return (k * 3 + row) % 8 < count;
+  static unsigned some_of_8(int64_t count, Random& r) {
+    for (;;) {
+      const auto bits = static_cast<unsigned>(r.below(256));
+      if (__builtin_popcount(bits) == count) return bits;
+    }
+  }
+  // Eight of sixteen columns; three to five in each half where that is allowed.
+  static unsigned half_of_16(int32_t kind, Random& r) {
+    const int64_t first = kind == GBLM_8_OF_16 ? 3 + r.below(3) : 4;
+    const unsigned low = some_of_8(first, r);
+    return low | some_of_8(8 - first, r) << 8;
   }
 
   double append(int32_t values, int64_t index, Random& r) {
@@ -91,11 +100,11 @@ struct Weight {
       return from_bf16(half);
     }
     if (values == GBLM_INT8) {
-      const auto code = static_cast<int>(r.below(255)) - 127;
+      const auto code = static_cast<int>(r.below(256)) - 128;
       data.push_back(static_cast<uint8_t>(code));
       return code;
     }
-    const auto code = static_cast<int>(r.below(15)) - 7;
+    const auto code = static_cast<int>(r.below(16)) - 8;
     if (index % 2 == 0)
       data.push_back(static_cast<uint8_t>(code & 15));
     else

@@ -9,7 +9,7 @@ import click
 
 from gblm.commands.common import Command, emit, progress_bars, record_option, save_record, table
 
-ISAS = ("amx", "avx512", "avx2", "portable")
+ISAS = ("amx", "avx512", "avx2", "neon_bf16", "neon", "portable")
 RATIOS = {
     "torch_bf16": "x torch bf16",
     "vllm_bf16": "x vLLM bf16",

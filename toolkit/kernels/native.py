@@ -82,7 +82,7 @@ def refusal() -> str | None:
 
 
 def instruction_set() -> str:
-    """The instruction set in use: amx, avx512, avx2 or portable."""
+    """The instruction set in use: amx, avx512, avx2, neon_bf16, neon or portable."""
     name: bytes = _library().gblm_isa()
     return name.decode()
 

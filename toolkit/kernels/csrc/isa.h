@@ -52,4 +52,6 @@ struct Isa {
 extern const Isa kPortable;
 #if defined(__x86_64__)
 extern const Isa kAvx2, kAvx512, kAmx;
+#elif defined(__aarch64__)
+extern const Isa kNeon, kNeonBf16;
 #endif

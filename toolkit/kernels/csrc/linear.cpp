@@ -12,6 +12,8 @@ constexpr int64_t kMaxTokens = 512;
 const Isa* const kIsas[] = {
 #if defined(__x86_64__)
     &kAmx, &kAvx512, &kAvx2,
+#elif defined(__aarch64__)
+    &kNeonBf16, &kNeon,
 #endif
     &kPortable};
 
