@@ -38,7 +38,7 @@ types: dev ## mypy --strict
 unit: dev ## all tests, the real model and vLLM on CPU included
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
-# The flags of an instruction set are those of setup.py. To g++, avx512.cpp is one huge unit: its
+# The flags of an instruction set are those of setup.py. To g++, avx2.cpp and avx512.cpp are huge: their
 # checks call functions, and those of every single access are left to the address sanitizer.
 UNITS := linear memory panels portable prepare
 ifeq ($(shell uname -m),x86_64)
@@ -46,7 +46,8 @@ UNITS += avx2 avx512 amx
 else ifeq ($(shell uname -m),aarch64)
 UNITS += neon neon_bf16
 endif
-avx2_FLAGS := -mavx2 -mfma -mpopcnt
+avx2_FLAGS := -mavx2 -mfma -mpopcnt --param asan-instrumentation-with-call-threshold=0 \
+	-fno-sanitize=null,object-size,alignment,pointer-overflow
 avx512_FLAGS := -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2 -mavx512bitalg \
 	-mavx512vnni -mavx512bf16 -mpopcnt -mbmi2 -mfma --param asan-instrumentation-with-call-threshold=0 \
 	-fno-sanitize=null,object-size,alignment,pointer-overflow

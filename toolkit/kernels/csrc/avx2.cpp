@@ -1,9 +1,7 @@
 // AVX2 and FMA: a byte of mask picks the shuffle that puts eight kept values in their places.
-#include <immintrin.h>
-
 #include <type_traits>
 
-#include "columns.h"
+#include "avx2_planes.h"
 
 namespace {
 
@@ -31,12 +29,10 @@ constexpr Shuffles kShuffles;
 
 inline Lanes join(__m256 low, __m256 high) { return {{(Part)low, (Part)high}}; }
 
-inline __m256i load256(const uint8_t* at) { return _mm256_loadu_si256((const __m256i*)at); }
 // Codes + 128.
 inline __m256i load_signed(const uint8_t* at) {
   return _mm256_xor_si256(load256(at), _mm256_set1_epi8(static_cast<char>(0x80)));
 }
-inline __m128i load128(const uint8_t* at) { return _mm_loadu_si128((const __m128i*)at); }
 
 template <int Lines>
 inline void prefetch(const uint8_t* at) {
@@ -178,15 +174,49 @@ struct Avx2Reader<GBLM_INT4, Mask> {
   }
 };
 
+// N:M weights go another way, and never through a reader.
 template <int Values, int Mask>
-using Reader =
-    std::conditional_t<has_planes(Mask), PlaneReader<Values, Mask>, Avx2Reader<Values, Mask>>;
+using Reader = Avx2Reader<Values, has_planes(Mask) ? GBLM_ANY : Mask>;
 using Engine = Columns<Reader>;
+
+int64_t scratch_bytes(const Panels& p, int64_t tokens) {
+  return has_planes(p.mask) ? plane_scratch_bytes(tokens) : Engine::scratch_bytes(p, tokens);
+}
+
+// Both ways have tiles of four tokens, and floats for activations at most.
+template <class X>
+void pack(const Panels& p, const void* x, int64_t tokens, int64_t tile, void* packed,
+          Rounding* groups) {
+  (has_planes(p.mask) ? pack_planes<X> : Engine::pack<X>)(p, x, tokens, tile, packed, groups);
+}
+
+bool multiply(const Panels& p, const Activations& x, int64_t first, int64_t last, Output y,
+              void* scratch) {
+  if (!has_planes(p.mask)) return Engine::multiply(p, x, first, last, y, scratch);
+  static constexpr decltype(&multiply) table[3][2] = {
+      {multiply_planes<GBLM_BF16, GBLM_4_OF_8>, multiply_planes<GBLM_BF16, GBLM_8_OF_16>},
+      {multiply_planes<GBLM_INT8, GBLM_4_OF_8>, multiply_planes<GBLM_INT8, GBLM_8_OF_16>},
+      {multiply_planes<GBLM_INT4, GBLM_4_OF_8>, multiply_planes<GBLM_INT4, GBLM_8_OF_16>}};
+  return table[p.values][p.mask - GBLM_4_OF_8](p, x, first, last, y, scratch);
+}
 
 bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
-constexpr Isa kAvx2Wide = Engine::isa<float>("avx2", supported, nullptr);
+template <class X>
+constexpr Isa isa(const Isa* wide) {
+  return {"avx2",
+          supported,
+          Engine::panels_per_task,
+          Engine::packed_bytes,
+          scratch_bytes,
+          Engine::tiles,
+          pack<X>,
+          multiply,
+          gate_token,
+          wide};
+}
+constexpr Isa kAvx2Wide = isa<float>(nullptr);
 
 }  // namespace
 
-const Isa kAvx2 = Engine::isa<uint16_t>("avx2", supported, &kAvx2Wide);
+const Isa kAvx2 = isa<uint16_t>(&kAvx2Wide);

@@ -47,8 +47,7 @@ struct Controls {
     if constexpr (Mask == GBLM_8_OF_16 && K == 3) {
       const __m512i neighbours = _mm512_shldi_epi16(masks, masks, 8);
       const __m512i fifth = _mm512_permutex2var_epi8(low[4], neighbours, high[4]);
-      const __mmask64 own =
-          _mm512_cmpgt_epi8_mask(_mm512_popcnt_epi8(masks), _mm512_set1_epi8(3));
+      const __mmask64 own = _mm512_cmpgt_epi8_mask(_mm512_popcnt_epi8(masks), _mm512_set1_epi8(3));
       column = _mm512_mask_blend_epi8(own, fifth, column);
     }
     return _mm512_xor_si512(column, first);
@@ -142,21 +141,6 @@ struct Floats {
     return _mm512_fmadd_ps((__m512)value, (__m512)picked, sum);
   }
 };
-
-// Tables and activations are loaded anew: g++ keeps too many in registers, and spills sums.
-INLINE void forget() { asm volatile("" ::: "memory"); }
-
-template <bool Ask>
-INLINE void ask_ahead(const uint8_t* at, int64_t bytes) {
-  if constexpr (!Ask) return;
-  const char* from = reinterpret_cast<const char*>(at);
-  for (int64_t i = 0; i < bytes; i += kLine) {
-    if (kOnZen)
-      _mm_prefetch(from + 8192 + i, _MM_HINT_NTA);
-    else
-      _mm_prefetch(from + kAhead + i, _MM_HINT_T0);
-  }
-}
 
 // ---- Up to 16 tokens: x is [blocks][M][32 columns].
 
@@ -277,8 +261,8 @@ INLINE void float_planes(const Panels& p, const uint8_t* at, const uint8_t* x,
         unroll<together>([&](auto j) LAMBDA {
           constexpr int S = part * together + j;
           __m512& to = sum[m * chains + S % chains];
-          to = Steps::dot(
-              to, Steps::template pick<S>(x + Steps::kTokenBytes * m, control[j]), value[j]);
+          to = Steps::dot(to, Steps::template pick<S>(x + Steps::kTokenBytes * m, control[j]),
+                          value[j]);
         });
       });
     });
@@ -310,14 +294,12 @@ bool few_planes(const Panels& p, const Activations& x, int64_t first, int64_t la
 
 // ---- More tokens: the steps of two panels are made in cache, some columns at a time.
 
-constexpr int64_t kStepBytes = 2 * kLine;      // a control and a value
-constexpr int64_t kStepCache = int64_t{1} << 14;  // of a panel
-constexpr int64_t kMaxPieces = 32;
+constexpr int64_t kStepBytes = 2 * kLine;  // a control and a value
 
 // Some blocks of two panels: a group, or what fits.
 struct Piece {
   const uint8_t* steps[2];
-  Ints minus[2];    // what sums begin with, of integers
+  Ints minus[2];  // what sums begin with, of integers
   __m512 scales[2];
 };
 
@@ -393,24 +375,14 @@ INLINE const uint8_t* make_steps(const Controls<Mask>& controls, const uint8_t* 
   return at;
 }
 
-// How two panels are cut into pieces.
-template <class Steps>
-struct Cut {
-  static constexpr int64_t kBlockBytes = Steps::kSteps * kStepBytes;
-  int64_t blocks, pieces, together;  // of a piece; of a panel; in cache at once
-
-  explicit Cut(const Panels& p) {
-    blocks = p.group ? p.group / kColumns : kStepCache / kBlockBytes;
-    pieces = (p.blocks + blocks - 1) / blocks;
-    together = larger<int64_t>(1, kStepCache / (blocks * kBlockBytes));
-  }
-};
-
 template <class Steps, int Mask>
 class PlanePair {
  public:
   PlanePair(const Panels& panels, const Activations& activations, void* memory)
-      : p_(panels), x_(activations), cut_(panels), width_(tile_width(activations.tokens)) {
+      : p_(panels),
+        x_(activations),
+        cut_(panels, kBlockBytes),
+        width_(tile_width(activations.tokens)) {
     cache_ = static_cast<uint8_t*>(memory);
     sums_ = reinterpret_cast<float*>(cache_ + 2 * kStepCache);
   }
@@ -465,15 +437,16 @@ class PlanePair {
       piece.steps[i] = to;
       at_[i] = make_steps<Steps>(controls_, at_[i], blocks_of(first + j), p_.block_bytes, to,
                                  &piece.minus[i]);
-      to += cut_.blocks * Cut<Steps>::kBlockBytes;
+      to += cut_.blocks * kBlockBytes;
     }
   }
 
   static constexpr int kShift = std::is_same_v<Steps, Codes<GBLM_INT4>> ? 4 : 0;
+  static constexpr int64_t kBlockBytes = Steps::kSteps * kStepBytes;
   const Panels& p_;
   const Activations& x_;
   const Controls<Mask> controls_;
-  const Cut<Steps> cut_;
+  const Cut cut_;
   const int64_t width_;
   const uint8_t *at_[2], *line_[2];
   uint8_t* cache_;
@@ -490,8 +463,7 @@ void pack_plane_floats(const Panels& p, const void* source, int64_t tokens, int6
   auto* to = static_cast<uint8_t*>(packed);
   for (int64_t b = 0; b < p.blocks; b++)
     for (int64_t t = 0; t < width; t++, to += Steps::kTokenBytes) {
-      const auto* from =
-          static_cast<const uint8_t*>(source) + t * row + b * Steps::kTokenBytes;
+      const auto* from = static_cast<const uint8_t*>(source) + t * row + b * Steps::kTokenBytes;
       const int64_t here =
           t < tokens ? smaller<int64_t>(Steps::kTokenBytes, row - b * Steps::kTokenBytes) : 0;
       std::memcpy(to, from, static_cast<size_t>(here));

@@ -1,31 +1,13 @@
 // AVX-512: from the bytes of a block to words in registers, and their dot products.
 #pragma once
 
-#include <immintrin.h>
-
-#include <utility>
-
-#include "isa.h"
-
-#define INLINE inline __attribute__((always_inline))
-#define LAMBDA __attribute__((always_inline))
+#include "planes.h"
 
 namespace {
 
 // Prefetch distances in bytes. On Zen: the more work a byte makes, the further ahead. Zen 4 alone
 // reads the weights of one token faster when nothing is asked.
 constexpr int64_t zen_ahead(int mask) { return mask == GBLM_DENSE ? 6144 : 12288; }
-constexpr int64_t kAhead = 2048;
-
-// f(0) … f(N - 1) with constants: g++ keeps arrays in registers only if every index is one.
-template <class F, int... I>
-INLINE void each(F&& f, std::integer_sequence<int, I...>) {
-  (f(std::integral_constant<int, I>{}), ...);
-}
-template <int N, class F>
-INLINE void unroll(F&& f) {
-  each(f, std::make_integer_sequence<int, N>{});
-}
 
 // Zen is fastest past the caches: weights are read once a token. Intel keeps too few such lines in
 // flight and would read at half its speed.

@@ -79,6 +79,25 @@ struct PlaneReader {
   }
 };
 
+inline float widen(uint16_t x) { return from_bf16(x); }
+inline float widen(float x) { return x; }
+
+// The sums of a panel, for so many tokens.
+inline void store_panel(const Panels& p, int64_t panel, int64_t tokens, const Lanes* sums,
+                        Output y) {
+  const int64_t rows = smaller(kRows, p.rows - panel * kRows);
+  for (int64_t t = 0; t < tokens; t++) {
+    float sum[kRows];
+    std::memcpy(sum, sums + t, sizeof sum);
+    const Output to = y.from(t, p);
+    for (int64_t r = 0; r < rows; r++)
+      if (to.wide != nullptr)
+        to.wide[panel * kRows + r] = sum[r];
+      else
+        to.rounded[panel * kRows + r] = to_bf16(sum[r]);
+  }
+}
+
 template <template <int, int> class Reader>
 struct Columns {
   static int64_t padded(const Panels& p) { return p.blocks * kColumns; }
@@ -93,9 +112,6 @@ struct Columns {
   static int64_t tiles(const Panels&, int64_t tokens) {
     return (tokens + kTogether - 1) / kTogether;
   }
-
-  static float widen(uint16_t x) { return from_bf16(x); }
-  static float widen(float x) { return x; }
 
   // Tiles of [columns][4 tokens]; integers as the codes -127 .. 127.
   template <class X>
@@ -137,7 +153,7 @@ struct Columns {
       const uint8_t* at = tiles == 1 ? few<Read>(p, p.begin(panel), x, sums)
                                      : many<Read>(p, p.begin(panel), x, tiles, sums);
       if (at == nullptr || !p.ends(panel, at)) return false;
-      store(p, panel, x.tokens, sums, y);
+      store_panel(p, panel, x.tokens, sums, y);
     }
     return true;
   }
@@ -223,20 +239,6 @@ struct Columns {
     alignas(64) float weights[kRows];
     for (int r = 0; r < kRows; r++) weights[r] = from_bf16(load<uint16_t>(line + 2 * r));
     add_product(sums[token], sum, load<Lanes>(weights) * scale);
-  }
-
-  static void store(const Panels& p, int64_t panel, int64_t tokens, const Lanes* sums, Output y) {
-    const int64_t rows = smaller(kRows, p.rows - panel * kRows);
-    for (int64_t t = 0; t < tokens; t++) {
-      float sum[kRows];
-      std::memcpy(sum, sums + t, sizeof sum);
-      const Output to = y.from(t, p);
-      for (int64_t r = 0; r < rows; r++)
-        if (to.wide != nullptr)
-          to.wide[panel * kRows + r] = sum[r];
-        else
-          to.rounded[panel * kRows + r] = to_bf16(sum[r]);
-    }
   }
 
   static bool multiply(const Panels& p, const Activations& x, int64_t first, int64_t last, Output y,

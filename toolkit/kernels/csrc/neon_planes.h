@@ -9,23 +9,10 @@
 
 #include <arm_neon.h>
 
-#include <utility>
-
 #include "columns.h"
-
-#define INLINE GBLM_INLINE
-#define LAMBDA __attribute__((always_inline))
+#include "planes.h"
 
 namespace {
-
-template <class F, int... I>
-INLINE void each(F&& f, std::integer_sequence<int, I...>) {
-  (f(std::integral_constant<int, I>{}), ...);
-}
-template <int N, class F>
-INLINE void unroll(F&& f) {
-  each(f, std::make_integer_sequence<int, N>{});
-}
 
 // The controls of four rows, plane after plane: which of 32 columns a weight belongs to. Whatever
 // the masks are, there is such a column. Tables of 128 bytes a plane would fill all registers.
@@ -165,9 +152,6 @@ INLINE const uint8_t* visit_steps(const uint8_t* at, Visit&& visit) {
   });
   return at + block_size(Steps::kValues, Mask);
 }
-
-// Activations are loaded anew: g++ loads them long before they are wanted, and spills them.
-INLINE void forget() { asm volatile("" ::: "memory"); }
 
 // The products of a step and T tokens; to(t) is the sum of token t.
 template <class Steps, int T, class To>
