@@ -24,11 +24,11 @@ INLINE __m256i all_bytes(int byte) { return _mm256_set1_epi8(static_cast<char>(b
 template <int Mask>
 struct Nibbles {
   static constexpr bool kFour = Mask == GBLM_4_OF_8;
-  alignas(16) uint8_t low[4][16] = {}, high[4][16] = {}, last[16] = {};
+  alignas(32) uint8_t low[4][32] = {}, high[4][32] = {}, last[32] = {};
 
   constexpr Nibbles() {
     constexpr uint8_t none = kFour ? 0 : 255;
-    for (int bits = 0; bits < 16; bits++) {
+    for (int bits = 0; bits < 32; bits++) {  // each table twice, for both halves of a register
       uint8_t kept[4] = {};
       int count = 0;
       for (uint8_t i = 0; i < 4; i++)
@@ -64,14 +64,14 @@ INLINE void make_controls(__m256i masks, __m256i (&control)[4]) {
   const __m256i highs = _mm256_and_si256(_mm256_srli_epi16(masks, 4), all_bytes(15));
   __m256i low[4], high[4];
   unroll<4>([&](auto k) LAMBDA {
-    low[k] = _mm256_shuffle_epi8(load_twice(nibbles.low[k]), lows);
-    high[k] = _mm256_shuffle_epi8(load_twice(nibbles.high[k]), highs);
+    low[k] = _mm256_shuffle_epi8(load256(nibbles.low[k]), lows);
+    high[k] = _mm256_shuffle_epi8(load256(nibbles.high[k]), highs);
     if constexpr (Mask == GBLM_4_OF_8) control[k] = _mm256_or_si256(low[k], high[k]);
   });
   if constexpr (Mask == GBLM_8_OF_16) {
     unroll<4>([&](auto k) LAMBDA { control[k] = merge<k>(low, high); });
     // A byte without a fourth has 255, and its neighbour a fifth.
-    const __m256i last = _mm256_shuffle_epi8(load_twice(nibbles.last), highs);
+    const __m256i last = _mm256_shuffle_epi8(load256(nibbles.last), highs);
     const __m256i fifth = _mm256_or_si256(_mm256_slli_epi16(last, 8), _mm256_srli_epi16(last, 8));
     control[3] = _mm256_blendv_epi8(control[3], fifth, control[3]);
   }
