@@ -1,4 +1,5 @@
-// AVX2 and FMA: a byte of mask picks the shuffle that puts eight kept values in their places.
+// AVX2 and FMA: a byte of mask picks the shuffle that puts eight kept values in their places; for
+// N:M weights and dense integers, see avx2_planes.h.
 #include <type_traits>
 
 #include "avx2_planes.h"

@@ -1,10 +1,10 @@
-// AVX2: blocks of planes. A shuffle picks the activation of each kept weight, so that weights which
-// are gone are neither expanded nor multiplied.
+// AVX2: blocks of planes, and dense integers. Of planes a shuffle picks the activation of each kept
+// weight, so that weights which are gone are neither expanded nor multiplied.
 //
-// A step is one register of kept weights and the control that picks their activations. Those of
-// integers are of 16 columns, as many as a shuffle of bytes reaches: the words of two registers are
-// paired so that one has columns 0 to 15 of a block, the other 16 to 31. A few tokens take their
-// steps from the planes; for more, the steps of some columns are made once, in cache.
+// A step is one register of weights and the control that picks their activations. Those of integers
+// are of 16 columns, as many as a shuffle of bytes reaches: the words of two registers are paired
+// so that one has columns 0 to 15 of a block, the other 16 to 31. A few tokens take their steps
+// from the blocks; for more, the steps of some columns are made once, in cache.
 #pragma once
 
 #include "columns.h"
