@@ -1,4 +1,5 @@
-// AVX2 and FMA: a byte of mask picks the shuffle that puts eight kept values in their places.
+// AVX2 and FMA: a byte of mask picks the shuffle that puts eight kept values in their places; for
+// N:M weights and dense integers, see avx2_planes.h.
 #include <type_traits>
 
 #include "avx2_planes.h"
@@ -28,11 +29,6 @@ struct Shuffles {
 constexpr Shuffles kShuffles;
 
 inline Lanes join(__m256 low, __m256 high) { return {{(Part)low, (Part)high}}; }
-
-// Codes + 128.
-inline __m256i load_signed(const uint8_t* at) {
-  return _mm256_xor_si256(load256(at), _mm256_set1_epi8(static_cast<char>(0x80)));
-}
 
 template <int Lines>
 inline void prefetch(const uint8_t* at) {
@@ -121,16 +117,11 @@ struct Avx2Reader<GBLM_INT8, Mask> {
   template <class Visit>
   static inline __attribute__((always_inline)) const uint8_t* block(const uint8_t* at,
                                                                     Visit&& visit) {
-    prefetch<Mask == GBLM_DENSE ? 8 : 5>(at);
-    const uint8_t* v = Mask == GBLM_DENSE ? at : at + kMaskBytes;
+    prefetch<5>(at);
+    const uint8_t* v = at + kMaskBytes;
     for (int word = 0; word < 8; word++) {
-      if (Mask == GBLM_DENSE) {
-        visit_quad(4 * word, load_signed(v), load_signed(v + 32), visit);
-        v += kLine;
-      } else {
-        const __m256i rows0 = expand_bytes(at + 8 * word, v);
-        visit_quad(4 * word, rows0, expand_bytes(at + 8 * word + 4, v), visit);
-      }
+      const __m256i rows0 = expand_bytes(at + 8 * word, v);
+      visit_quad(4 * word, rows0, expand_bytes(at + 8 * word + 4, v), visit);
     }
     return v;
   }
@@ -144,8 +135,8 @@ struct Avx2Reader<GBLM_INT4, Mask> {
   template <class Visit>
   static inline __attribute__((always_inline)) const uint8_t* block(const uint8_t* at,
                                                                     Visit&& visit) {
-    prefetch<Mask == GBLM_DENSE ? 4 : 3>(at);
-    const uint8_t* v = Mask == GBLM_DENSE ? at : at + kMaskBytes;
+    prefetch<3>(at);
+    const uint8_t* v = at + kMaskBytes;
     const __m256i high = _mm256_set1_epi8(static_cast<char>(0xF0));
     for (int word = 0; word < 8; word += 2) {
       alignas(32) uint8_t runs[2][64 + 8];  // a shuffle may look 8 bytes ahead
@@ -157,16 +148,11 @@ struct Avx2Reader<GBLM_INT4, Mask> {
       }
       int longest = 0;
       for (int i = 0; i < 2; i++) {
-        if (Mask == GBLM_DENSE) {
-          visit_quad(4 * (word + i), load_signed(runs[i]), load_signed(runs[i] + 32), visit);
-          longest = 64;
-        } else {
-          const uint8_t* from = runs[i];
-          const uint8_t* masks = at + 8 * (word + i);
-          const __m256i rows0 = expand_bytes(masks, from);
-          visit_quad(4 * (word + i), rows0, expand_bytes(masks + 4, from), visit);
-          longest = larger(longest, static_cast<int>(from - runs[i]));
-        }
+        const uint8_t* from = runs[i];
+        const uint8_t* masks = at + 8 * (word + i);
+        const __m256i rows0 = expand_bytes(masks, from);
+        visit_quad(4 * (word + i), rows0, expand_bytes(masks + 4, from), visit);
+        longest = larger(longest, static_cast<int>(from - runs[i]));
       }
       v += longest;
     }
@@ -174,30 +160,49 @@ struct Avx2Reader<GBLM_INT4, Mask> {
   }
 };
 
-// N:M weights go another way, and never through a reader.
+// Whether kernels of steps multiply: N:M weights, and dense integers.
+constexpr bool has_steps(int32_t values, int32_t mask) {
+  return has_planes(mask) || (is_integer(values) && mask == GBLM_DENSE);
+}
+// Those never come through a reader.
 template <int Values, int Mask>
-using Reader = Avx2Reader<Values, has_planes(Mask) ? GBLM_ANY : Mask>;
+using Reader = Avx2Reader<Values, has_steps(Values, Mask) ? GBLM_ANY : Mask>;
 using Engine = Columns<Reader>;
 
 int64_t scratch_bytes(const Panels& p, int64_t tokens) {
-  return has_planes(p.mask) ? plane_scratch_bytes(tokens) : Engine::scratch_bytes(p, tokens);
+  return has_steps(p.values, p.mask) ? step_scratch_bytes(tokens)
+                                     : Engine::scratch_bytes(p, tokens);
 }
 
 // Both ways have tiles of four tokens, and floats for activations at most.
 template <class X>
 void pack(const Panels& p, const void* x, int64_t tokens, int64_t tile, void* packed,
           Rounding* groups) {
-  (has_planes(p.mask) ? pack_planes<X> : Engine::pack<X>)(p, x, tokens, tile, packed, groups);
+  const auto with = has_steps(p.values, p.mask) ? pack_for_steps<X> : Engine::pack<X>;
+  with(p, x, tokens, tile, packed, groups);
 }
 
+template <int Values>
+bool multiply_values(const Panels& p, const Activations& x, int64_t first, int64_t last, Output y,
+                     void* scratch) {
+  switch (p.mask) {
+    case GBLM_4_OF_8:
+      return multiply_steps<Values, GBLM_4_OF_8>(p, x, first, last, y, scratch);
+    case GBLM_8_OF_16:
+      return multiply_steps<Values, GBLM_8_OF_16>(p, x, first, last, y, scratch);
+    default:
+      if constexpr (is_integer(Values))
+        if (p.mask == GBLM_DENSE)
+          return multiply_steps<Values, GBLM_DENSE>(p, x, first, last, y, scratch);
+      return Engine::multiply(p, x, first, last, y, scratch);
+  }
+}
 bool multiply(const Panels& p, const Activations& x, int64_t first, int64_t last, Output y,
               void* scratch) {
-  if (!has_planes(p.mask)) return Engine::multiply(p, x, first, last, y, scratch);
-  static constexpr decltype(&multiply) table[3][2] = {
-      {multiply_planes<GBLM_BF16, GBLM_4_OF_8>, multiply_planes<GBLM_BF16, GBLM_8_OF_16>},
-      {multiply_planes<GBLM_INT8, GBLM_4_OF_8>, multiply_planes<GBLM_INT8, GBLM_8_OF_16>},
-      {multiply_planes<GBLM_INT4, GBLM_4_OF_8>, multiply_planes<GBLM_INT4, GBLM_8_OF_16>}};
-  return table[p.values][p.mask - GBLM_4_OF_8](p, x, first, last, y, scratch);
+  const auto with = p.values == GBLM_INT4   ? multiply_values<GBLM_INT4>
+                    : p.values == GBLM_INT8 ? multiply_values<GBLM_INT8>
+                                            : multiply_values<GBLM_BF16>;
+  return with(p, x, first, last, y, scratch);
 }
 
 bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }

@@ -1,10 +1,10 @@
-// AVX2: blocks of planes. A shuffle picks the activation of each kept weight, so that weights which
-// are gone are neither expanded nor multiplied.
+// AVX2: blocks of planes, and dense integers. Of planes a shuffle picks the activation of each kept
+// weight, so that weights which are gone are neither expanded nor multiplied.
 //
-// A step is one register of kept weights and the control that picks their activations. Those of
-// integers are of 16 columns, as many as a shuffle of bytes reaches: the words of two registers are
-// paired so that one has columns 0 to 15 of a block, the other 16 to 31. A few tokens take their
-// steps from the planes; for more, the steps of some columns are made once, in cache.
+// A step is one register of weights and the control that picks their activations. Those of integers
+// are of 16 columns, as many as a shuffle of bytes reaches: the words of two registers are paired
+// so that one has columns 0 to 15 of a block, the other 16 to 31. A few tokens take their steps
+// from the blocks; for more, the steps of some columns are made once, in cache.
 #pragma once
 
 #include "columns.h"
@@ -24,11 +24,11 @@ INLINE __m256i all_bytes(int byte) { return _mm256_set1_epi8(static_cast<char>(b
 template <int Mask>
 struct Nibbles {
   static constexpr bool kFour = Mask == GBLM_4_OF_8;
-  alignas(16) uint8_t low[4][16] = {}, high[4][16] = {}, last[16] = {};
+  alignas(32) uint8_t low[4][32] = {}, high[4][32] = {}, last[32] = {};
 
   constexpr Nibbles() {
     constexpr uint8_t none = kFour ? 0 : 255;
-    for (int bits = 0; bits < 16; bits++) {
+    for (int bits = 0; bits < 32; bits++) {  // each table twice, for both halves of a register
       uint8_t kept[4] = {};
       int count = 0;
       for (uint8_t i = 0; i < 4; i++)
@@ -64,21 +64,21 @@ INLINE void make_controls(__m256i masks, __m256i (&control)[4]) {
   const __m256i highs = _mm256_and_si256(_mm256_srli_epi16(masks, 4), all_bytes(15));
   __m256i low[4], high[4];
   unroll<4>([&](auto k) LAMBDA {
-    low[k] = _mm256_shuffle_epi8(load_twice(nibbles.low[k]), lows);
-    high[k] = _mm256_shuffle_epi8(load_twice(nibbles.high[k]), highs);
+    low[k] = _mm256_shuffle_epi8(load256(nibbles.low[k]), lows);
+    high[k] = _mm256_shuffle_epi8(load256(nibbles.high[k]), highs);
     if constexpr (Mask == GBLM_4_OF_8) control[k] = _mm256_or_si256(low[k], high[k]);
   });
   if constexpr (Mask == GBLM_8_OF_16) {
     unroll<4>([&](auto k) LAMBDA { control[k] = merge<k>(low, high); });
     // A byte without a fourth has 255, and its neighbour a fifth.
-    const __m256i last = _mm256_shuffle_epi8(load_twice(nibbles.last), highs);
+    const __m256i last = _mm256_shuffle_epi8(load256(nibbles.last), highs);
     const __m256i fifth = _mm256_or_si256(_mm256_slli_epi16(last, 8), _mm256_srli_epi16(last, 8));
     control[3] = _mm256_blendv_epi8(control[3], fifth, control[3]);
   }
 }
 
-// ---- Steps. A block calls visit(step, control, value) for each of its steps; sums add a step of T
-// tokens, whose activations are x [T][kTokenBytes].
+// ---- Steps. A block calls visit(step, control, value) for each of its steps, in order; sums add a
+// step of T tokens, whose activations are x [T][kTokenBytes].
 
 // Of the dwords of two registers the low words, and the high words.
 INLINE void pair_words(__m256i a, __m256i b, __m256i (&pair)[2]) {
@@ -89,21 +89,96 @@ INLINE void pair_words(__m256i a, __m256i b, __m256i (&pair)[2]) {
 INLINE __m256i reach_16(__m256i control) {
   return _mm256_xor_si256(control, _mm256_set1_epi16(0x0800));
 }
-// Half of a token's activations of a block.
-template <int Half>
-INLINE __m256i pick(const uint8_t* x, __m256i control) {
-  return _mm256_shuffle_epi8(load_twice(x + 16 * Half), control);
+// Low or high nibbles as codes.
+template <int High>
+INLINE __m256i take_codes(__m256i bytes) {
+  if constexpr (High == 1) bytes = _mm256_srli_epi16(bytes, 4);
+  return _mm256_sub_epi8(_mm256_and_si256(bytes, all_bytes(15)), all_bytes(8));
+}
+// Sums are added to in order: g++ would add products to each other first, and keep all in memory.
+INLINE void add_to(__m256i& sum, __m256i dwords) {
+  sum = _mm256_add_epi32(sum, dwords);
+  asm("" : "+x"(sum));
 }
 
-// Sums are added to in order: g++ would add products to each other first, and keep all in memory.
-INLINE void in_order(__m256i& sum) { asm("" : "+x"(sum)); }
+// Activations + 128 meet codes with a sign. A sum of 64 columns of int4 is at most 32 * 8 * 127,
+// and right in 16 bits though its parts are not. One register has words of 16 rows, or two have
+// dwords of eight.
+template <class Steps, int T>
+struct Sums4 {
+  static constexpr int kParts = Steps::kExcess;
+  __m256i part[kParts][T], sum[2][T];
 
-// int4: words of rows 0, 8, 1, 9, … Activations + 128 meet codes with a sign.
-struct Codes4 {
-  static constexpr int kSteps = 8, kTokenBytes = 32;
-  static constexpr bool kInteger = true, kExcess = true;
+  INLINE Sums4() {
+    unroll<T>([&](auto t) LAMBDA {
+      unroll<kParts>([&](auto i) LAMBDA { part[i][t] = _mm256_setzero_si256(); });
+      sum[0][t] = sum[1][t] = _mm256_setzero_si256();
+    });
+  }
+  template <int S>
+  INLINE void add(const uint8_t* x, __m256i control, __m256i code) {
+    unroll<T>([&](auto t) LAMBDA {
+      const __m256i picked = Steps::template pick<S>(x + Steps::kTokenBytes * t, control);
+      __m256i& to = part[S % kParts][t];
+      to = _mm256_add_epi16(to, _mm256_maddubs_epi16(picked, code));
+      asm("" : "+x"(to));
+    });
+  }
+  // After 64 columns: what they have too much is the same for all tokens.
+  template <int I>
+  INLINE void widen(__m256i excess) {
+    unroll<T>([&](auto t) LAMBDA {
+      const __m256i words = _mm256_sub_epi16(part[I][t], excess);
+      part[I][t] = _mm256_setzero_si256();
+      add_to(sum[I][t],
+             _mm256_madd_epi16(words, kParts == 1 ? _mm256_set1_epi32(1) : _mm256_set1_epi16(1)));
+      if constexpr (kParts == 1) add_to(sum[1][t], _mm256_srai_epi32(words, 16));
+    });
+  }
+  INLINE __m256 get(int half, int t) const { return _mm256_cvtepi32_ps(sum[half][t]); }
+};
 
-  template <int Mask, class Visit>
+// Sizes of codes meet activations with the code's sign: -128 has a size without a sign, and no
+// activation is -128. Dwords of eight rows.
+template <class Steps, int T>
+struct Sums8 {
+  __m256i sum[2][T];
+
+  INLINE Sums8() {
+    unroll<T>([&](auto t) LAMBDA { sum[0][t] = sum[1][t] = _mm256_setzero_si256(); });
+  }
+  template <int S>
+  INLINE void add(const uint8_t* x, __m256i control, __m256i code) {
+    const __m256i size = _mm256_abs_epi8(code);
+    unroll<T>([&](auto t) LAMBDA {
+      const __m256i picked = Steps::template pick<S>(x + Steps::kTokenBytes * t, control);
+      const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(picked, code));
+      add_to(sum[Steps::rows(S)][t], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    });
+  }
+  INLINE __m256 get(int half, int t) const { return _mm256_cvtepi32_ps(sum[half][t]); }
+};
+
+// What integers have in common: 32 codes a step.
+struct Integers {
+  static constexpr int kTokenBytes = 32;
+  static constexpr bool kInteger = true;
+
+  // From 16 of a token's activations.
+  static INLINE __m256i pick_from(const uint8_t* x, __m256i control) {
+    return _mm256_shuffle_epi8(load_twice(x), control);
+  }
+};
+
+// int4, planes: words of rows 0, 8, 1, 9, …
+template <int Mask>
+struct Codes4 : Integers {
+  static constexpr int kSteps = 8, kExcess = 1;
+  static constexpr bool kControls = true;
+  template <int T>
+  using Sums = Sums4<Codes4, T>;
+
+  template <class Visit>
   static INLINE void block(const uint8_t* at, Visit&& visit) {
     __m256i masks[2], codes[2][2];
     pair_words(load256(at), load256(at + 32), masks);
@@ -115,51 +190,27 @@ struct Codes4 {
       __m256i control[4];
       make_controls<Mask>(masks[half], control);
       unroll<4>([&](auto k) LAMBDA {
-        __m256i code = codes[k / 2][half];
-        if constexpr (k % 2 == 1) code = _mm256_srli_epi16(code, 4);
-        code = _mm256_sub_epi8(_mm256_and_si256(code, all_bytes(15)), all_bytes(8));
-        visit(std::integral_constant<int, 4 * half + k>{}, reach_16(control[k]), code);
+        visit(std::integral_constant<int, 4 * half + k>{}, reach_16(control[k]),
+              take_codes<k % 2>(codes[k / 2][half]));
       });
     });
   }
-
-  // A sum of 64 columns is at most 32 * 8 * 127, and right in 16 bits though its parts are not.
-  template <int T>
-  struct Sums {
-    __m256i part[T], sum[2][T];
-
-    INLINE Sums() {
-      unroll<T>([&](auto t) LAMBDA { part[t] = sum[0][t] = sum[1][t] = _mm256_setzero_si256(); });
-    }
-    template <int S>
-    INLINE void add(const uint8_t* x, __m256i control, __m256i code) {
-      unroll<T>([&](auto t) LAMBDA {
-        const __m256i picked = pick<S / 4>(x + kTokenBytes * t, control);
-        part[t] = _mm256_add_epi16(part[t], _mm256_maddubs_epi16(picked, code));
-        in_order(part[t]);
-      });
-    }
-    // After 64 columns: what they have too much is the same for all tokens.
-    INLINE void widen(__m256i excess) {
-      unroll<T>([&](auto t) LAMBDA {
-        const __m256i words = _mm256_sub_epi16(part[t], excess);
-        const __m256i low = _mm256_madd_epi16(words, _mm256_set1_epi32(1));
-        sum[0][t] = _mm256_add_epi32(sum[0][t], low);
-        sum[1][t] = _mm256_add_epi32(sum[1][t], _mm256_srai_epi32(words, 16));
-        part[t] = _mm256_setzero_si256();
-      });
-    }
-    INLINE __m256 get(int half, int t) const { return _mm256_cvtepi32_ps(sum[half][t]); }
-  };
+  template <int S>
+  static INLINE __m256i pick(const uint8_t* x, __m256i control) {
+    return pick_from(x + S / 4 * 16, control);
+  }
 };
 
-// int8: dwords of rows, of two planes. Sizes of codes meet activations with the code's sign: -128
-// has a size without a sign, and no activation is -128.
-struct Codes8 {
-  static constexpr int kSteps = 8, kTokenBytes = 32;
-  static constexpr bool kInteger = true, kExcess = false;
+// int8, planes: dwords of two planes.
+template <int Mask>
+struct Codes8 : Integers {
+  static constexpr int kSteps = 8, kExcess = 0;
+  static constexpr bool kControls = true;
+  static constexpr int rows(int step) { return step / 4; }
+  template <int T>
+  using Sums = Sums8<Codes8, T>;
 
-  template <int Mask, class Visit>
+  template <class Visit>
   static INLINE void block(const uint8_t* at, Visit&& visit) {
     unroll<2>([&](auto rows) LAMBDA {
       __m256i control[4];
@@ -176,27 +227,36 @@ struct Codes8 {
       });
     });
   }
+  template <int S>
+  static INLINE __m256i pick(const uint8_t* x, __m256i control) {
+    return pick_from(x + S % 2 * 16, control);
+  }
+};
 
+// Dense integers: half of the rows of a word, whose four activations are the same for all.
+template <int Values>
+struct Words : Integers {
+  static constexpr int kSteps = 16, kExcess = Values == GBLM_INT4 ? 2 : 0;
+  static constexpr bool kControls = false;
+  static constexpr int rows(int step) { return step % 2; }
   template <int T>
-  struct Sums {
-    __m256i sum[2][T];
+  using Sums = std::conditional_t<Values == GBLM_INT4, Sums4<Words, T>, Sums8<Words, T>>;
 
-    INLINE Sums() {
-      unroll<T>([&](auto t) LAMBDA { sum[0][t] = sum[1][t] = _mm256_setzero_si256(); });
-    }
-    template <int S>
-    INLINE void add(const uint8_t* x, __m256i control, __m256i code) {
-      const __m256i size = _mm256_abs_epi8(code);
-      unroll<T>([&](auto t) LAMBDA {
-        const __m256i picked = pick<S % 2>(x + kTokenBytes * t, control);
-        const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(picked, code));
-        __m256i& to = sum[S / 4][t];
-        to = _mm256_add_epi32(to, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-        in_order(to);
-      });
-    }
-    INLINE __m256 get(int half, int t) const { return _mm256_cvtepi32_ps(sum[half][t]); }
-  };
+  template <class Visit>
+  static INLINE void block(const uint8_t* at, Visit&& visit) {
+    unroll<kSteps>([&](auto s) LAMBDA {
+      constexpr int word = s / 2, rows = s % 2;
+      const __m256i none = _mm256_setzero_si256();
+      if constexpr (Values == GBLM_INT4)
+        visit(s, none, take_codes<word % 2>(load256(at + word / 2 * kLine + 32 * rows)));
+      else
+        visit(s, none, _mm256_xor_si256(load256(at + 32 * s), all_bytes(0x80)));
+    });
+  }
+  template <int S>
+  static INLINE __m256i pick(const uint8_t* x, __m256i) {
+    return _mm256_set1_epi32(load<int32_t>(x + S / 2 * 4));
+  }
 };
 
 // bf16: a step is a byte of mask of eight rows, widened; activations are float32. Of 8:16 plane 3
@@ -205,9 +265,10 @@ template <int Mask>
 struct Floats {
   static constexpr int kPlanes = Mask == GBLM_4_OF_8 ? 4 : 5;
   static constexpr int kSteps = 8 * kPlanes, kTokenBytes = 128;
-  static constexpr bool kInteger = false, kExcess = false;
+  static constexpr int kExcess = 0;
+  static constexpr bool kInteger = false, kControls = true;
 
-  template <int, class Visit>
+  template <class Visit>
   static INLINE void block(const uint8_t* at, Visit&& visit) {
     __m256i control[2][4];
     unroll<2>([&](auto h) LAMBDA { make_controls<Mask>(load256(at + 32 * h), control[h]); });
@@ -252,32 +313,40 @@ struct Floats {
 };
 
 template <int Values, int Mask>
-using Steps = std::conditional_t<Values == GBLM_INT4, Codes4,
-                                 std::conditional_t<Values == GBLM_INT8, Codes8, Floats<Mask>>>;
+struct Choose {
+  using Planes = std::conditional_t<Values == GBLM_INT4, Codes4<Mask>, Codes8<Mask>>;
+  using Codes = std::conditional_t<Mask == GBLM_DENSE, Words<Values>, Planes>;
+  using Steps = std::conditional_t<Values == GBLM_BF16, Floats<Mask>, Codes>;
+};
 
-// ---- Where steps come from: the blocks of a panel, or cache. An excess follows 64 columns.
+// ---- Where steps come from: the blocks of a panel, or cache. Excesses follow 64 columns.
 
-constexpr int64_t kStepBytes = 64;
+template <class Steps>
+constexpr int64_t kStepBytes = Steps::kControls ? 64 : 32;
 
-template <class Steps, int Mask>
+template <class Steps>
 struct FromBlocks {
   const uint8_t* at;
   int64_t bytes;  // of a block
-  __m256i codes = _mm256_setzero_si256();
+  __m256i codes[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
 
   template <class Visit>
   INLINE void block(Visit&& visit) {
     ask_ahead<true>(at, bytes);
-    Steps::template block<Mask>(at, [&](auto s, __m256i control, __m256i value) LAMBDA {
-      if constexpr (Steps::kExcess) codes = _mm256_add_epi8(codes, value);
+    Steps::block(at, [&](auto s, __m256i control, __m256i value) LAMBDA {
+      if constexpr (Steps::kExcess > 0) {
+        __m256i& sum = codes[s % Steps::kExcess];
+        sum = _mm256_add_epi8(sum, value);
+      }
       visit(s, control, value);
     });
     at += bytes;
   }
   // 128 times the codes: their sums of bytes are -128 to 112.
+  template <int I>
   INLINE __m256i excess() {
-    const __m256i words = _mm256_maddubs_epi16(all_bytes(128), codes);
-    codes = _mm256_setzero_si256();
+    const __m256i words = _mm256_maddubs_epi16(all_bytes(128), codes[I]);
+    codes[I] = _mm256_setzero_si256();
     return words;
   }
 };
@@ -289,20 +358,22 @@ struct FromCache {
   template <class Visit>
   INLINE void block(Visit&& visit) {
     unroll<Steps::kSteps>([&](auto s) LAMBDA {
-      visit(s, load256(at + kStepBytes * s), load256(at + kStepBytes * s + 32));
+      const uint8_t* step = at + kStepBytes<Steps> * s;
+      visit(s, load256(step), load256(step + kStepBytes<Steps> - 32));
     });
-    at += kStepBytes * Steps::kSteps;
+    at += kStepBytes<Steps> * Steps::kSteps;
   }
+  template <int>
   INLINE __m256i excess() {
     at += 32;
     return load256(at - 32);
   }
 };
 
-// Whether an excess follows block b of a group.
+// Whether excesses follow block b of a group.
 template <class Steps>
 INLINE bool ends_words(int64_t b, int64_t blocks) {
-  return Steps::kExcess && (b % 2 == 1 || b + 1 == blocks);
+  return Steps::kExcess > 0 && (b % 2 == 1 || b + 1 == blocks);
 }
 
 template <class Steps, int T, class Source>
@@ -311,8 +382,9 @@ INLINE void add_blocks(Source& source, int64_t blocks, const uint8_t* x,
   for (int64_t b = 0; b < blocks; b++, x += Steps::kTokenBytes * T) {
     source.block([&](auto s, __m256i control, __m256i value)
                      LAMBDA { sums.template add<s>(x, control, value); });
-    if constexpr (Steps::kExcess)
-      if (ends_words<Steps>(b, blocks)) sums.widen(source.excess());
+    if (ends_words<Steps>(b, blocks))
+      unroll<Steps::kExcess>([&](auto i)
+                                 LAMBDA { sums.template widen<i>(source.template excess<i>()); });
   }
 }
 
@@ -342,11 +414,11 @@ INLINE void add_totals(const typename Steps::template Sums<T>& sums, const uint8
 
 // ---- Up to four tokens.
 
-template <class Steps, int Mask, int T>
-bool few_planes(const Panels& p, const Activations& x, int64_t first, int64_t last, Output y) {
+template <class Steps, int T>
+bool few_tokens(const Panels& p, const Activations& x, int64_t first, int64_t last, Output y) {
   const int64_t groups = p.group ? p.columns / p.group : 1, blocks = p.blocks / groups;
   for (int64_t panel = first; panel < last; panel++) {
-    FromBlocks<Steps, Mask> source{p.whole(panel), p.block_bytes};
+    FromBlocks<Steps> source{p.whole(panel), p.block_bytes};
     if (source.at == nullptr) return false;
     Lanes totals[T] = {};
     const uint8_t *packed = static_cast<const uint8_t*>(x.packed), *line = nullptr;
@@ -382,13 +454,13 @@ void add_tile(const Made& made, const uint8_t* x, const Rounding* groups, Lanes*
   }
 }
 
-template <class Steps, int Mask>
-class PlaneTiles {
+template <class Steps>
+class PanelTiles {
  public:
-  // With the excess of two blocks, which may be of a group of one.
-  static constexpr int64_t kBlockBytes = kStepBytes * Steps::kSteps + (Steps::kExcess ? 32 : 0);
+  // With the excesses of two blocks, which may be of a group of one.
+  static constexpr int64_t kBlockBytes = kStepBytes<Steps> * Steps::kSteps + 32 * Steps::kExcess;
 
-  PlaneTiles(const Panels& panels, const Activations& activations, void* memory)
+  PanelTiles(const Panels& panels, const Activations& activations, void* memory)
       : p_(panels), x_(activations), cut_(panels, kBlockBytes) {
     cache_ = static_cast<uint8_t*>(memory);
     totals_ = reinterpret_cast<Lanes*>(cache_ + kStepCache + kMaxPieces * 32);
@@ -433,10 +505,11 @@ class PlaneTiles {
       if (Steps::kInteger) p_.open_group(first + i, &source_.at, &line_);
       for (int64_t b = 0; b < made.blocks; b++) {
         source_.block([&](auto, __m256i control, __m256i value) LAMBDA {
-          put(control);
+          if constexpr (Steps::kControls) put(control);
           put(value);
         });
-        if (ends_words<Steps>(b, made.blocks)) put(source_.excess());
+        if (ends_words<Steps>(b, made.blocks))
+          unroll<Steps::kExcess>([&](auto i) LAMBDA { put(source_.template excess<i>()); });
       }
       if (Steps::kInteger) put(load256(line_));
     }
@@ -445,7 +518,7 @@ class PlaneTiles {
   const Panels& p_;
   const Activations& x_;
   const Cut cut_;
-  FromBlocks<Steps, Mask> source_{nullptr, p_.block_bytes};
+  FromBlocks<Steps> source_{nullptr, p_.block_bytes};
   const uint8_t* line_ = nullptr;
   uint8_t* cache_;
   Lanes* totals_;  // [tokens]
@@ -454,7 +527,7 @@ class PlaneTiles {
 // ---- Activations: tiles of [blocks][tokens of the tile, up to four][32 columns].
 
 template <class X>
-void pack_plane_floats(const Panels& p, const X* x, int64_t tokens, float* to) {
+void pack_step_floats(const Panels& p, const X* x, int64_t tokens, float* to) {
   for (int64_t b = 0; b < p.blocks; b++)
     for (int64_t t = 0; t < tokens; t++, to += kColumns) {
       const X* from = x + t * p.columns + b * kColumns;
@@ -486,8 +559,8 @@ INLINE __m256i round_codes(const uint16_t* x, __m256 inverse) {
 }
 
 // For int4 + 128.
-inline void pack_plane_integers(const Panels& p, const uint16_t* x, int64_t tokens, uint8_t* to,
-                                Rounding* rounding) {
+inline void pack_codes(const Panels& p, const uint16_t* x, int64_t tokens, uint8_t* to,
+                       Rounding* rounding) {
   const __m256i offset = all_bytes(p.values == GBLM_INT4 ? 128 : 0);
   for (int64_t t = 0; t < tokens; t++)
     for (int64_t g = 0; g < p.columns / p.group; g++) {
@@ -504,37 +577,37 @@ inline void pack_plane_integers(const Panels& p, const uint16_t* x, int64_t toke
 
 // ---- What avx2.cpp calls.
 
-inline int64_t plane_scratch_bytes(int64_t tokens) {
+inline int64_t step_scratch_bytes(int64_t tokens) {
   return kStepCache + kMaxPieces * 32 + tokens * static_cast<int64_t>(sizeof(Lanes));
 }
 
 template <class X>
-void pack_planes(const Panels& p, const void* source, int64_t tokens, int64_t tile, void* packed,
-                 Rounding* groups) {
+void pack_for_steps(const Panels& p, const void* source, int64_t tokens, int64_t tile, void* packed,
+                    Rounding* groups) {
   const int64_t first = tile * kTogether, here = smaller(kTogether, tokens - first);
   const X* x = static_cast<const X*>(source) + first * p.columns;
   const int64_t column = first * p.blocks * kColumns;
   if constexpr (std::is_same_v<X, uint16_t>)
     if (is_integer(p.values)) {
-      pack_plane_integers(p, x, here, static_cast<uint8_t*>(packed) + column,
-                          groups + first * (p.columns / p.group));
+      pack_codes(p, x, here, static_cast<uint8_t*>(packed) + column,
+                 groups + first * (p.columns / p.group));
       return;
     }
-  pack_plane_floats(p, x, here, static_cast<float*>(packed) + column);
+  pack_step_floats(p, x, here, static_cast<float*>(packed) + column);
 }
 
 template <int Values, int Mask>
-bool multiply_planes(const Panels& p, const Activations& x, int64_t first, int64_t last, Output y,
-                     void* scratch) {
-  using With = Steps<Values, Mask>;
-  if (x.tokens == 1) return few_planes<With, Mask, 1>(p, x, first, last, y);
-  if (x.tokens == 2) return few_planes<With, Mask, 2>(p, x, first, last, y);
+bool multiply_steps(const Panels& p, const Activations& x, int64_t first, int64_t last, Output y,
+                    void* scratch) {
+  using With = typename Choose<Values, Mask>::Steps;
+  if (x.tokens == 1) return few_tokens<With, 1>(p, x, first, last, y);
+  if (x.tokens == 2) return few_tokens<With, 2>(p, x, first, last, y);
   // More are faster from cache; of floats, whose steps are large, only more than a tile.
   if constexpr (!With::kInteger) {
-    if (x.tokens == 3) return few_planes<With, Mask, 3>(p, x, first, last, y);
-    if (x.tokens == 4) return few_planes<With, Mask, 4>(p, x, first, last, y);
+    if (x.tokens == 3) return few_tokens<With, 3>(p, x, first, last, y);
+    if (x.tokens == 4) return few_tokens<With, 4>(p, x, first, last, y);
   }
-  return PlaneTiles<With, Mask>(p, x, scratch).multiply(first, last, y);
+  return PanelTiles<With>(p, x, scratch).multiply(first, last, y);
 }
 
 }  // namespace
