@@ -223,7 +223,7 @@ bool few_tokens(const Panels& p, const Activations& x, int64_t first, int64_t la
       add_sums<Steps, T>(sums, line, x.groups + block / step, count_groups(p), totals);
       packed += step * T * Steps::kTokenBytes;
     }
-    Columns<PlaneReader>::store(p, panel, T, totals, y);
+    store_panel(p, panel, T, totals, y);
   }
   return true;
 }
@@ -309,7 +309,7 @@ bool many_tokens(const Panels& p, const Activations& x, int64_t first, int64_t l
                              x.groups + t * groups + block / step, totals + t);
       }
     }
-    Columns<PlaneReader>::store(p, panel, x.tokens, totals, y);
+    store_panel(p, panel, x.tokens, totals, y);
   }
   return true;
 }
