@@ -22,6 +22,7 @@ from onnx_sizes import sizes
 from onnx_tables import onnx
 from pages import ROOT, origin, read, table
 from soak_tables import reliability
+from token_table import token
 from triton_table import triton_code
 
 # Pattern and backend of each served run; the dense backend is the control for the packed one.
@@ -69,6 +70,7 @@ def blocks() -> list[tuple[Path, str, str]]:
         (ROOT / "docs" / "kernels.md", "kernels", kernels()),
         (ROOT / "docs" / "kernels.md", "decoding", decoding()),
         (ROOT / "docs" / "kernels.md", "compilers", compilers()),
+        (ROOT / "docs" / "kernels.md", "token", token()),
         (ROOT / "docs" / "gpu.md", "triton-code", triton_code()),
         (ROOT / "docs" / "reliability.md", "reliability", reliability()),
         (ROOT / "docs" / "serving.md", "modes", modes()),

@@ -50,7 +50,7 @@ class SparseLinearMethod(LinearMethodBase):
         self.dtype = torch.bfloat16
         self.backend: Backend | None = None
         self.dense: UnquantizedLinearMethod | None = None
-        self.num_prepared = 0
+        self.slots: tuple[str, ...] = ()
         self.pieces: Pieces | None = None
         self.loaded: tuple[str, ...] = fmt.parts
 
@@ -111,9 +111,9 @@ class SparseLinearMethod(LinearMethodBase):
             self._serve_dense(layer, prepared[0])
             return
         self._forget(layer)
-        self.backend, self.num_prepared = backend, len(prepared)
-        for index, tensor in enumerate(prepared):
-            layer.register_parameter(_slot(index), Parameter(tensor, requires_grad=False))
+        self.backend, self.slots = backend, tuple(map(_slot, range(len(prepared))))
+        for slot, tensor in zip(self.slots, prepared, strict=True):
+            layer.register_parameter(slot, Parameter(tensor, requires_grad=False))
 
     def _serve_dense(self, layer: torch.nn.Module, weight: Tensor) -> None:
         """vLLM's own dense path, so that tokens equal those of the dense model."""
@@ -133,7 +133,7 @@ class SparseLinearMethod(LinearMethodBase):
             return out
         if self.backend is None:
             raise RuntimeError(f"{self.name} was used before its weight was loaded.")
-        prepared = [getattr(layer, _slot(index)) for index in range(self.num_prepared)]
+        prepared = [getattr(layer, slot) for slot in self.slots]
         out = kernels.linear(x, prepared, self.shape, self.fmt, self.backend)
         return out if bias is None else out + bias
 

@@ -213,3 +213,15 @@ def test_the_operator_refuses_arguments_that_do_not_fit() -> None:
     ]:
         with pytest.raises(RuntimeError, match=message):
             op(*arguments)
+
+
+def test_large_panels_lie_in_fresh_memory_where_huge_pages_begin() -> None:
+    size = native.HUGE_PAGE + 100
+    for _ in range(2):  # the second time malloc keeps what lies below memory in use
+        used = [torch.full((3 * size,), 1, dtype=torch.uint8) for _ in range(4)]
+        del used[:3]
+    memory = native.allocate(size)
+    assert memory.shape == (size,)
+    assert memory.data_ptr() % native.HUGE_PAGE == 0
+    assert not memory.any()
+    assert native.allocate(100).data_ptr() % 64 == 0

@@ -7,6 +7,8 @@ by the library itself.
 from __future__ import annotations
 
 import ctypes
+import mmap
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -154,13 +156,19 @@ def unpack(panels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def allocate(size: int) -> Tensor:
-    """[size] uint8, not yet written, where huge pages begin: fewer misses of the TLB."""
-    memory = torch.empty(size + (HUGE_PAGE if size >= HUGE_PAGE else 64), dtype=torch.uint8)
-    unit = HUGE_PAGE if size >= HUGE_PAGE else 64
-    aligned = memory[-memory.data_ptr() % unit :][:size]
-    if unit == HUGE_PAGE:
-        _library().gblm_advise(aligned.data_ptr(), size)
-    return aligned
+    """[size] uint8, not yet written, in huge pages where it fills them: fewer misses of the TLB.
+
+    Fresh from the system: memory that malloc gives out again stays in the pages that it was in.
+    """
+    if size < HUGE_PAGE:
+        memory = torch.empty(size + 64, dtype=torch.uint8)
+        return memory[-memory.data_ptr() % 64 :][:size]
+    fresh = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = torch.frombuffer(fresh, dtype=torch.uint8)
+    start = -memory.data_ptr() % HUGE_PAGE
+    with suppress(AttributeError, OSError):  # a hint, which not every system takes
+        fresh.madvise(mmap.MADV_HUGEPAGE, start, size - size % HUGE_PAGE)
+    return memory[start:][:size]
 
 
 def read_seconds(memory: Tensor) -> float:
@@ -246,7 +254,6 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
         ("isa", ctypes.c_char_p, []),
         ("use_isa", ctypes.c_int, [ctypes.c_char_p]),
         ("compiler", ctypes.c_char_p, []),
-        ("advise", None, [pointer, number]),
         ("read_seconds", ctypes.c_double, [pointer, number, pointer]),
         ("register_torch", ctypes.c_int, [ctypes.c_char_p]),
         ("torch_pool", pointer, []),

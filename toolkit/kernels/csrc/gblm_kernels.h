@@ -90,8 +90,6 @@ GBLM_API const char* gblm_isa(void);
 GBLM_API int gblm_use_isa(const char* name);
 /* The compiler that built this library. */
 GBLM_API const char* gblm_compiler(void);
-/* Ask for huge pages; a hint, called before the memory is first written. */
-GBLM_API void gblm_advise(void* memory, int64_t bytes);
 /* Seconds to read this memory once with every thread of the pool: the limit of all decoding. */
 GBLM_API double gblm_read_seconds(const void* memory, int64_t bytes, const gblm_pool* pool);
 

@@ -1,11 +1,7 @@
-// Memory: huge pages for panels, and how fast it is read, which is the limit of decoding.
+// How fast memory is read, which is the limit of decoding.
 #include <chrono>
 
 #include "panels.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace {
 
@@ -46,16 +42,4 @@ extern "C" double gblm_read_seconds(const void* memory, int64_t bytes, const gbl
   const auto began = std::chrono::steady_clock::now();
   run(pool, pieces, read_piece, &read);
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
-}
-
-extern "C" void gblm_advise(void* memory, int64_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t page = uintptr_t{1} << 12;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
-  const uintptr_t last =
-      (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / page * page;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)memory, (void)bytes;
-#endif
 }
