@@ -26,7 +26,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from decoding import BASELINE, RESULTS, WORK, Engine, make_folders
+from decoding import RESULTS, WORK, Engine, make_folders
 from memory import SHAPES, VOCAB
 from pages import made_by
 
@@ -35,7 +35,7 @@ from gblm.provenance import provenance
 RECORD = RESULTS / "token-parts.json"
 SHAPE = "tinyllama"
 MODES = ("compiled", "eager")
-CASES = ("dense int4", "int4 50 %")
+VALUES, CASES = "int4", ("dense int4", "int4 8:16", "int4 50 %")
 LINEARS, HEAD, CALLS = "linears", "output head", "calls"
 # Module, function, and the part that its time is, less that of what it calls among these.
 WRAPPED = (
@@ -188,8 +188,8 @@ def main() -> None:
         serve_work(chosen.engine, chosen.modes == ["compiled"])
         return
     origin, load = provenance(), os.getloadavg()[0]
-    folders = make_folders(chosen.folder, SHAPE, chosen.only)
-    folders.pop(BASELINE)
+    made = make_folders(chosen.folder, SHAPE, VALUES)
+    folders = {name: made[name] for name in chosen.only}
     cases = measure(folders, chosen.modes, chosen.rounds)
     record = {
         "kind": "token-parts", "command": made_by(), "provenance": origin, "shape": SHAPE,

@@ -1,5 +1,5 @@
-// AMX: blocks of planes as the words that tiles want. Every column finds its weight by its rank, the
-// number of kept columns before it in its byte of mask: a gather the other way round.
+// AMX: blocks of planes as the words that tiles want. Every column finds its weight by its rank,
+// the number of kept columns before it in its byte of mask: a gather the other way round.
 #pragma once
 
 #include "avx512_expand.h"
@@ -53,8 +53,7 @@ struct PlaneCodes {
       const __m512i bits = repeat_byte<byte, false>(masks);
       const __m512i rank = _mm512_popcnt_epi8(_mm512_and_si512(bits, _mm512_set1_epi32(below)));
       const __m512i place = _mm512_or_si512(load512(kRowStarts.quads), _mm512_set1_epi8(byte));
-      const __m512i odd =
-          _mm512_and_si512(_mm512_slli_epi16(rank, 6), _mm512_set1_epi8(0x40));
+      const __m512i odd = _mm512_and_si512(_mm512_slli_epi16(rank, 6), _mm512_set1_epi8(0x40));
       const __m512i index = _mm512_or_si512(place, odd);
       __m512i upper = index;
       __mmask64 is_upper = _mm512_test_epi8_mask(rank, _mm512_set1_epi8(2));
@@ -64,9 +63,9 @@ struct PlaneCodes {
         upper = _mm512_mask_mov_epi8(upper, fifth, other);
         is_upper |= fifth;
       }
-      const __m512i value = _mm512_mask_blend_epi8(
-          is_upper, _mm512_permutex2var_epi8(p[0], index, p[1]),
-          _mm512_permutex2var_epi8(p[2], upper, p[3]));
+      const __m512i value =
+          _mm512_mask_blend_epi8(is_upper, _mm512_permutex2var_epi8(p[0], index, p[1]),
+                                 _mm512_permutex2var_epi8(p[2], upper, p[3]));
       const __mmask64 kept = _mm512_test_epi8_mask(bits, _mm512_set1_epi32(own));
       visit(w, _mm512_mask_mov_epi8(_mm512_set1_epi8(static_cast<char>(0x80)), kept, value));
     });
@@ -91,15 +90,14 @@ struct PlaneHalves {
       const __m512i rank = _mm512_popcnt_epi8(_mm512_and_si512(bits, below));
       const __m512i place =
           _mm512_or_si512(load512(kRowStarts.halves), _mm512_set1_epi16(byte / 2));
-      const __m512i odd =
-          _mm512_and_si512(_mm512_slli_epi16(rank, 5), _mm512_set1_epi16(0x20));
+      const __m512i odd = _mm512_and_si512(_mm512_slli_epi16(rank, 5), _mm512_set1_epi16(0x20));
       const __m512i index = _mm512_or_si512(place, odd);
       const auto of = [&](int plane, int from)
                           LAMBDA { return load512(planes + kLine * (2 * plane + from)); };
-      __m512i value = _mm512_mask_blend_epi16(
-          _mm512_test_epi16_mask(rank, _mm512_set1_epi16(2)),
-          _mm512_permutex2var_epi16(of(0, line), index, of(1, line)),
-          _mm512_permutex2var_epi16(of(2, line), index, of(3, line)));
+      __m512i value =
+          _mm512_mask_blend_epi16(_mm512_test_epi16_mask(rank, _mm512_set1_epi16(2)),
+                                  _mm512_permutex2var_epi16(of(0, line), index, of(1, line)),
+                                  _mm512_permutex2var_epi16(of(2, line), index, of(3, line)));
       if constexpr (Mask == GBLM_8_OF_16)  // the fifth is in plane 3 of the neighbour
         value = _mm512_mask_permutexvar_epi16(
             value, _mm512_test_epi16_mask(rank, _mm512_set1_epi16(4)), place, of(3, 1 - line));

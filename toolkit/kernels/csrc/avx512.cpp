@@ -150,14 +150,14 @@ bool supported() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
          __builtin_cpu_supports("avx512bitalg") && __builtin_cpu_supports("avx512vnni") &&
-         __builtin_cpu_supports("avx512bf16") &&
-         __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("bmi2") &&
-         __builtin_cpu_supports("fma");
+         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("popcnt") &&
+         __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma");
 }
 
-const Isa kAvx512Wide = {"avx512",           supported,  panels_per_task, wide_packed_bytes,
-                         wide_scratch_bytes, wide_tiles, pack_wide,       multiply_floats<WideDot, Floats>,
-                         gate_token,         nullptr};
+const Isa kAvx512Wide = {
+    "avx512",           supported,  panels_per_task, wide_packed_bytes,
+    wide_scratch_bytes, wide_tiles, pack_wide,       multiply_floats<WideDot, Floats>,
+    gate_token,         nullptr};
 
 }  // namespace
 

@@ -237,8 +237,7 @@ INLINE void integer_planes(const Panels& p, const uint8_t* at, const uint8_t* x,
 }
 
 template <class Steps, int Mask, int M, bool Ask>
-INLINE void float_planes(const Panels& p, const uint8_t* at, const uint8_t* x,
-                         Totals<M>& totals) {
+INLINE void float_planes(const Panels& p, const uint8_t* at, const uint8_t* x, Totals<M>& totals) {
   constexpr int chains = M <= 2 ? 4 : M <= 8 ? 2 : 1, steps = Steps::kSteps, each = steps / 4;
   constexpr int together = 4;
   const Controls<Mask> controls;
@@ -517,8 +516,7 @@ bool few_planes(const Panels& p, const Activations& x, int64_t first, int64_t la
 template <class Steps, int Mask>
 bool multiply_planes(const Panels& p, const Activations& x, int64_t first, int64_t last, Output y,
                      void* scratch) {
-  if (x.tokens > kMaxDecode)
-    return PlanePair<Steps, Mask>(p, x, scratch).multiply(first, last, y);
+  if (x.tokens > kMaxDecode) return PlanePair<Steps, Mask>(p, x, scratch).multiply(first, last, y);
   if (x.tokens == 1 && kOnZen4) return few_planes<Steps, Mask, 1, false>(p, x, first, last, y);
   return few_planes<Steps, Mask, true>(p, x, first, last, y);
 }

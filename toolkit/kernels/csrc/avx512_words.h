@@ -27,7 +27,8 @@ constexpr bool kSpread = true;
 #endif
 template <class Reader, bool Ask>
 INLINE void prefetch(const uint8_t* bytes) {
-  if constexpr (Ask) unroll<Reader::kLines>([&](auto i) LAMBDA { prefetch_line<Reader>(bytes, i); });
+  if constexpr (Ask)
+    unroll<Reader::kLines>([&](auto i) LAMBDA { prefetch_line<Reader>(bytes, i); });
 }
 // Expanding in place: on Zen 4 the instruction waits for the old value of its destination.
 INLINE __m512i expand16(uint32_t mask, __m512i word) {

@@ -42,10 +42,11 @@ typedef struct {
 
 /* A weight as it lies on disk (docs/format.md). */
 typedef struct {
-  int64_t rows, columns; /* columns: a multiple of 8, of 16 for GBLM_8_OF_16; of `group` for integers */
-  int32_t values, mask;  /* GBLM_BF16.. and GBLM_DENSE.. */
-  int64_t group;         /* columns per scale; 0 for bf16 */
-  const void* data;      /* bf16, int8, or int4 two a byte; row after row */
+  int64_t rows,
+      columns; /* columns: a multiple of 8, of 16 for GBLM_8_OF_16; of `group` for integers */
+  int32_t values, mask; /* GBLM_BF16.. and GBLM_DENSE.. */
+  int64_t group;        /* columns per scale; 0 for bf16 */
+  const void* data;     /* bf16, int8, or int4 two a byte; row after row */
   int64_t data_bytes;
   const uint8_t* bitmask; /* [rows, columns / 8], bit i of byte b is column 8 b + i */
   const int64_t* starts;  /* [rows + 1] first byte of each row in `data` */

@@ -11,8 +11,8 @@
 // Before every second group stands a line with the scales of two, bf16 [2][16].
 //
 // Blocks of N:M weights hold planes instead of words. Their 64 B of masks are 32 bits for each row,
-// bit i for column i. Each byte of mask, eight columns, keeps four, or three to five. Plane k = 0 to
-// 3 has the k-th kept weight of every byte, in the byte's place: 4 row + byte. A byte with three
+// bit i for column i. Each byte of mask, eight columns, keeps four, or three to five. Plane k = 0
+// to 3 has the k-th kept weight of every byte, in the byte's place: 4 row + byte. A byte with three
 // leaves its place in plane 3 to the fifth of its neighbour, byte ^ 1. int4 planes 0 and 1 are the
 // low and high nibbles of a line, 2 and 3 those of the next; a bf16 plane is two lines, first bytes
 // 0 and 2 of the rows, then 1 and 3. Rows and columns that are missing keep the first four, zeros.
@@ -65,8 +65,8 @@ constexpr int64_t block_size(int32_t values, int32_t mask) {
          : mask == GBLM_DENSE ? value_bytes(values, kRows * kColumns)
                               : kMaskBytes + value_bytes(values, kRows * kColumns / 2);
 }
-// Where a block of planes has the k-th kept weight of a byte of a row's mask: bytes from plane 0 on,
-// and by how many bits its nibble is shifted.
+// Where a block of planes has the k-th kept weight of a byte of a row's mask: bytes from plane 0
+// on, and by how many bits its nibble is shifted.
 struct Place {
   int64_t offset;
   int shift;

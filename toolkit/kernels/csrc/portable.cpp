@@ -26,8 +26,7 @@ struct PortableReader {
       const uint8_t* from = Values == GBLM_INT4 ? run : v;
       for (uint64_t bits = mask(at, word); bits != 0; bits &= bits - 1, from += kWide ? 2 : 1) {
         const unsigned lane = static_cast<unsigned>(__builtin_ctzll(bits));
-        to[lane % kPerWord * kRows + lane / kPerWord] =
-            read_value<Values>(from, word % 2 * 4);
+        to[lane % kPerWord * kRows + lane / kPerWord] = read_value<Values>(from, word % 2 * 4);
       }
       v = word % 2 == 1 && Values == GBLM_INT4 ? larger(v, from) : from;
       if (word % 2 == 1) run = v;
@@ -38,8 +37,8 @@ struct PortableReader {
 };
 
 template <int Values, int Mask>
-using Reader = std::conditional_t<has_planes(Mask), PlaneReader<Values, Mask>,
-                                  PortableReader<Values, Mask>>;
+using Reader =
+    std::conditional_t<has_planes(Mask), PlaneReader<Values, Mask>, PortableReader<Values, Mask>>;
 using Engine = Columns<Reader>;
 
 bool always() { return true; }

@@ -81,7 +81,8 @@ int64_t measure_panel(const gblm_source& s, const Shape& shape, int64_t panel) {
   int64_t stored = 0;
   for (int64_t r = 0; r < kRows; r++)
     for (int64_t b = 0; b < s.columns / 8; b += 8)
-      stored += sum_bytes(count_bytes(count_nibbles(count_pairs(row_bits(s, panel * kRows + r, b)))));
+      stored +=
+          sum_bytes(count_bytes(count_nibbles(count_pairs(row_bits(s, panel * kRows + r, b)))));
   return scales + masks + value_bytes(s.values, stored);
 }
 
