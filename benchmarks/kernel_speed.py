@@ -24,7 +24,7 @@ from pages import RESULTS, made_by
 
 from gblm.kernels import native
 
-MAIN = "--shapes 4096x4096 --tokens 1,4,8,16,64,256"
+MAIN = "--shapes 4096x4096 --tokens 1,2,4,8,16,64,256"
 OTHER = "--shapes 11008x4096,8192x2048,576x576 --tokens 1,16 --rounds 5"
 LESSER = "--shapes 4096x4096 --tokens 1 --rounds 3 --no-vllm"
 

@@ -17,8 +17,8 @@ RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 RECORDS = sorted(RESULTS.glob("*.json"))
 # Made before records held their command; a new recording takes its file off this list.
 WITHOUT_COMMAND = {
-    "budget", "compilers", "cuda-code", "expand", "frontier", "kernels-amd-epyc-family-25-model-17",
-    "kernels-amd-epyc-family-26-model-2", "load-memory", "memory", "modes", "onnx", "onnx-sizes",
+    "budget", "compilers", "cuda-code", "expand", "frontier", 
+    "load-memory", "memory", "modes", "onnx", "onnx-sizes",
     "onnx-zen4", "pruning-speed", "published-code", "published-rounding", "quality-gblm-0.5",
     "quality-gblm-2of4", "quality-gblm-reference-2of4", "quality-gradient-0.5",
     "quality-gradient-2of4", "quality-magnitude-0.5", "quality-magnitude-2of4",
@@ -62,6 +62,23 @@ def test_engines_agree_on_the_real_model_within_what_the_page_says() -> None:
     assert {engine for engine, _ in differences} == {"onnx", "vllm"}
     for (_, dtype), value in differences.items():
         assert value <= TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/kernels.md", "docs/results.md"])
+def test_ratios_of_a_decoding_table_are_those_of_its_speeds(page: str) -> None:
+    text = (RESULTS.parent.parent / page).read_text()
+    tables = re.findall(r"^\| [^|]*threads: \d.*?\n\n", text, re.MULTILINE | re.DOTALL)
+    assert tables
+    for table in tables:
+        head, _, *rows = [line.strip("| ").split(" | ") for line in table.strip().splitlines()]
+        speeds = {row[0]: [re.findall(r"[\d.]+", cell) for cell in row[2:]] for row in rows}
+        for column, title in enumerate(head[2:]):
+            bases = [re.search(r"\(× (.*), × (.*)\)", title)[i] for i in (1, 2)]  # type: ignore[index]
+            bases[0] = "dense bf16 (vLLM)" if bases[0] == "vLLM bf16" else bases[0]
+            for cells in speeds.values():
+                speed, *ratios = map(float, cells[column] or ["0"])
+                for ratio, base in zip(ratios, bases, strict=False):
+                    assert ratio == pytest.approx(speed / float(speeds[base][column][0]), abs=0.012)
 
 
 def test_a_script_says_how_it_was_called(monkeypatch: pytest.MonkeyPatch) -> None:
