@@ -17,7 +17,7 @@ RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 RECORDS = sorted(RESULTS.glob("*.json"))
 # Made before records held their command; a new recording takes its file off this list.
 WITHOUT_COMMAND = {
-    "budget", "compilers", "cuda-code", "expand", "frontier", 
+    "budget", "compilers", "cuda-code", "expand", "frontier",
     "load-memory", "memory", "modes", "onnx", "onnx-sizes",
     "onnx-zen4", "pruning-speed", "published-code", "published-rounding", "quality-gblm-0.5",
     "quality-gblm-2of4", "quality-gblm-reference-2of4", "quality-gradient-0.5",
