@@ -1,7 +1,7 @@
 """Tokens per second in vLLM of one value type: dense, its sparse patterns, and rivals.
 
-    python benchmarks/decoding.py --values int4 [--shape tinyllama|smollm2] [--threads 1]
-        [--eager] [--rounds 7] [--llama-cpp PYTHON]
+    python benchmarks/decoding.py --values int4 [--patterns dense 8:16 …]
+        [--shape tinyllama|smollm2] [--threads 1] [--eager] [--rounds 7] [--llama-cpp PYTHON]
 
 The 1.1B shape has random weights: speed does not depend on them. Every engine is a process of its
 own; all of a table stay loaded, so that one round runs each of them once and what disturbs the
@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,14 @@ def model_folder(root: Path, shape: str) -> Path:
     return fetch(shape) if shape == "smollm2" else shape_folder(root, shape)
 
 
-def make_folders(root: Path, shape: str, values: str) -> dict[str, Path]:
+def make_folders(
+    root: Path, shape: str, values: str, patterns: Sequence[str] = PATTERNS
+) -> dict[str, Path]:
     """The model folders by the names of their rows; those that exist are used again."""
     model = model_folder(root, shape)
     folders = {BASELINE: model}
     head = "float" if values == "float" else "int8"
-    for pattern in PATTERNS:
+    for pattern in patterns:
         folder = root / f"{shape}-{pattern}-{values}-{head}"
         command = PACK if pattern == "dense" else PRUNE
         words = command.format(model=model, pattern=pattern, values=values, head=head).split()
@@ -235,6 +237,8 @@ def main() -> None:
     """Make the folders, start the engines, measure, write the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--values", choices=tuple(LLAMA_CPP), required=True)
+    parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=PATTERNS,
+                        help="all engines have to find room in memory")  # fmt: skip
     parser.add_argument("--shape", choices=SHAPES, default=SHAPES[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
@@ -247,7 +251,7 @@ def main() -> None:
 def record(chosen: argparse.Namespace, origin: dict[str, Any]) -> None:
     """Make the folders, start the engines, measure, write the record."""
     shape, values, threads = chosen.shape, chosen.values, chosen.threads
-    folders = make_folders(chosen.folder, shape, values)
+    folders = make_folders(chosen.folder, shape, values, chosen.patterns)
     commands = {name: vllm_command(path, not chosen.eager) for name, path in folders.items()}
     if chosen.llama_cpp:
         kind = LLAMA_CPP[values]
