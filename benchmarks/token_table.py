@@ -11,6 +11,7 @@ from pages import RESULTS, origin, table
 ROWS = (
     ("linears of the layers, 88 calls", "gblm", ("linears",)),
     ("output head, one call, int8", "gblm", ("output head",)),
+    ("Python of the plugin", "gblm", ("plugin",)),
     ("norms, rotary, SiLU, residuals, walk through the layers", "vLLM", ("layers",)),
     ("attention and its cache", "vLLM", ("attention",)),
     ("inputs of a step", "vLLM", ("inputs",)),
