@@ -4,8 +4,8 @@
 
 The 1.1B shape of decoding.py, one thread, one sequence, prompt and answer as long as there. Once an
 engine is warm, functions of vLLM and our operator are wrapped in a clock that counts the CPU time
-of the engine's thread for the innermost of them: the parts add up to the token, 0.1 ms of which is
-the clock. Every engine is a process of its own, and each round runs all of them. Writes
+of the engine's thread for the innermost of them: the parts add up to the token, some 0.2 ms of
+which are the clock. Every engine is a process of its own, and each round runs all of them. Writes
 benchmarks/results/token-parts.json.
 """
 
@@ -53,6 +53,7 @@ WRAPPED = (
     ),
     ("vllm.model_executor.layers.logits_processor", "LogitsProcessor.forward", "logits"),
     ("vllm.v1.worker.gpu_worker", "Worker.sample_tokens", "sampler"),
+    ("gblm.serve.vllm_plugin.linear", "SparseLinearMethod.apply", "plugin"),
 )
 
 
