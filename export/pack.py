@@ -26,6 +26,7 @@ from gblm.weights import SparseWeight
 
 # Tried in this order: the first that every weight follows stores the most.
 KNOWN_PATTERNS = (NM(1, 4), NM(2, 8), NM(2, 4), NM(4, 8), NM(8, 16))
+MAX_WASTE = 0.1  # share of a weight's places that N:M may fill with zeros
 BLOCK_WEIGHTS = 1 << 20
 MIN_SPARSITY = 1 / 16  # below this the bitmask of a bf16 weight outweighs what the zeros save
 
@@ -98,7 +99,7 @@ def find_pattern(masks: Iterable[tuple[str, Tensor]]) -> Pattern:
         zeros += mask.numel() - int(mask.count_nonzero())
         weights += mask.numel()
         candidates = [c for c in candidates if _follows(c, name, mask)]
-    if candidates:
+    if candidates and zeros / weights <= candidates[0].sparsity + MAX_WASTE:
         return candidates[0]
     return Unstructured(min(round(zeros / weights, 4), 0.9999))
 

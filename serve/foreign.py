@@ -35,8 +35,6 @@ logger = logging.getLogger(__name__)
 DENSE = from_spec("dense/dense")
 # How a mask is called until its weight is there: the format bitmask holds any.
 ANY = Unstructured(0.5)
-# Of a weight: what an N:M rectangle may store of zeros that no pattern asks for.
-MAX_WASTE = 0.1
 SAMPLED_ROWS, SAMPLED_TENSORS = 64, 8
 
 
@@ -173,7 +171,7 @@ def settle(name: str, weight: SparseWeight, values: ValueType) -> tuple[Format, 
     if values.is_float and (zeros < MIN_SPARSITY or weight.mask.shape[1] % 8):
         return DENSE, weight
     found = find_pattern([(name, weight.mask)])
-    if not isinstance(found, NM) or zeros > found.sparsity + MAX_WASTE:
+    if not isinstance(found, NM):
         # Rounded, so that all layers of a model share what is compiled for one.
         found = Unstructured(min(round(zeros, 1), 0.9))
     return format_for(found, values), weight

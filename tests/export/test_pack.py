@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from damage import DAMAGES, rehash
 from safetensors.torch import load_file
 
@@ -12,7 +13,8 @@ from gblm.checkpoint.inspect import inspect
 from gblm.checkpoint.verify import verify
 from gblm.errors import CheckpointError, InputError, PatternError
 from gblm.export.dense import export_dense
-from gblm.export.pack import export_pack
+from gblm.export.pack import export_pack, find_pattern
+from gblm.patterns import Unstructured
 
 Pack = Callable[..., Path]
 
@@ -71,3 +73,11 @@ def test_dense_export_is_an_ordinary_folder(pack_tiny: Pack, tmp_path: Path) -> 
 def test_dense_export_refuses_a_dense_folder(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no packed weights"):
         export_dense(tiny, tmp_path / "out")
+
+
+def test_masks_with_far_more_zeros_than_a_pattern_asks_for_are_stored_as_any_mask() -> None:
+    mask = torch.zeros(64, 64, dtype=torch.bool)
+    mask[:, ::16] = True  # 2:4, 4:8 and 8:16 would store half of the places
+    assert isinstance(find_pattern([("q", mask)]), Unstructured)
+    mask[:, ::4] = True
+    assert str(find_pattern([("q", mask)])) == "1:4"
