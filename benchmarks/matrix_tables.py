@@ -7,7 +7,6 @@ from typing import Any
 
 import matrix
 from decoding import BASELINE, row_name
-from decoding_tables import decoding
 from pages import RESULTS, origin, read, table
 
 MISSING = "not measured"
@@ -24,7 +23,6 @@ def blocks() -> list[tuple[str, str]]:
         "rivals": (rivals, ("matrix", "rivals")),
         "matrix-quality": (quality, ("matrix",)),
         "matrix-size": (size, ("matrix",)),
-        "matrix-speed": (decoding, ()),
     }
     return [
         (name, make() if _there(*needed) else NOTHING) for name, (make, needed) in parts.items()
