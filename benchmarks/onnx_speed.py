@@ -1,7 +1,7 @@
 """Packed weights in ONNX Runtime on CPU: SmolLM2 and a 1.1B LLaMA shape against its own types.
 
     python benchmarks/onnx_speed.py [--models smollm2 tinyllama] [--threads 1 2] [--rounds 7]
-        [--prompt-len 64 …] [--folder DIR] [--record FILE]
+        [--rows NAME …] [--prompt-len 64 …] [--folder DIR] [--record FILE]
 
 Rows: ONNX Runtime's fp32, int8 and int4 of the dense model, then ai.gblm::Linear with bf16, int8
 and int4 values, each dense (the control, no sparsity) and 50 % sparse by magnitude. Heads: ONNX
@@ -18,6 +18,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +40,26 @@ CASES = (
     ("dense-bf16", PACK, "dense", "float", "float", "fp32"),
     ("half-bf16", PRUNE, "0.5", "float", "float", "fp32"),
     ("2of4-bf16", PRUNE, "2:4", "float", "float", "fp32"),
+    ("8of16-bf16", PRUNE, "8:16", "float", "float", "fp32"),
     ("dense-int8", PACK, "dense", "int8", "int8", "fp32"),
     ("half-int8", PRUNE, "0.5", "int8", "int8", "fp32"),
     ("2of4-int8", PRUNE, "2:4", "int8", "int8", "fp32"),
+    ("8of16-int8", PRUNE, "8:16", "int8", "int8", "fp32"),
     ("dense-int4", PACK, "dense", "int4", "int4", "fp32"),
     ("half-int4", PRUNE, "0.5", "int4", "int4", "fp32"),
     ("2of4-int4", PRUNE, "2:4", "int4", "int4", "fp32"),
+    ("8of16-int4", PRUNE, "8:16", "int4", "int4", "fp32"),
 )
+ROWS = tuple(row for row, *_ in CASES)
 
 
-def make_folders(root: Path, name: str) -> dict[str, Path]:
+def make_folders(root: Path, name: str, rows: Sequence[str] = ROWS) -> dict[str, Path]:
     """The exported folders by row; those that exist are used again."""
     model = fetch(name) if name == "smollm2" else shape_folder(root, name)
     folders = {}
     for row, command, pattern, values, head, precision in CASES:
+        if row not in rows:
+            continue
         folders[row] = root / "exports" / name / row
         if folders[row].exists():
             continue
@@ -87,6 +94,7 @@ def main() -> None:
     """Make the folders, measure, write the record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
     parser.add_argument("--threads", nargs="+", type=int, default=(1, 2))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--prompt-len", nargs="+", type=int, default=(64,))
@@ -96,7 +104,7 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     runs = []
     for model in arguments.models:
-        folders = make_folders(arguments.folder, model)
+        folders = make_folders(arguments.folder, model, arguments.rows)
         for threads, length in itertools.product(arguments.threads, arguments.prompt_len):
             settings = Settings(threads=threads, prompt_len=length, rounds=arguments.rounds)
             record = bench_onnx(list(folders.values()), settings)

@@ -7,8 +7,8 @@ from typing import Any
 
 from pages import RESULTS, origin, table
 
-# On a CPU with AMX, and on one without.
-RECORDS = ("onnx", "onnx-zen4")
+# On a CPU with AMX, and on two without.
+RECORDS = ("onnx", "onnx-zen4", "onnx-zen5")
 NAMES = {"smollm2": "SmolLM2-135M", "tinyllama": "1.1B LLaMA shape"}
 # Row → the dense rows that it is compared with.
 LABELS = {
@@ -16,14 +16,17 @@ LABELS = {
     "dense-bf16": ("ours, dense bf16 (control)", ()),
     "half-bf16": ("ours, bf16 50 %", ("dense-bf16",)),
     "2of4-bf16": ("ours, bf16 2:4", ("dense-bf16",)),
+    "8of16-bf16": ("ours, bf16 8:16", ("dense-bf16",)),
     "ort-int8": ("ONNX Runtime int8", ()),
     "dense-int8": ("ours, dense int8 (control)", ("ort-int8",)),
     "half-int8": ("ours, int8 50 %", ("dense-int8", "ort-int8")),
     "2of4-int8": ("ours, int8 2:4", ("dense-int8", "ort-int8")),
+    "8of16-int8": ("ours, int8 8:16", ("dense-int8", "ort-int8")),
     "ort-int4": ("ONNX Runtime int4", ()),
     "dense-int4": ("ours, dense int4 (control)", ("ort-int4",)),
     "half-int4": ("ours, int4 50 %", ("dense-int4", "ort-int4")),
     "2of4-int4": ("ours, int4 2:4", ("dense-int4", "ort-int4")),
+    "8of16-int4": ("ours, int4 8:16", ("dense-int4", "ort-int4")),
 }
 
 
@@ -32,6 +35,7 @@ def onnx(model: str = "", threads: int = 0) -> str:
     asked = [
         run
         for record in RECORDS
+        if (RESULTS / f"{record}.json").exists()
         for run in json.loads((RESULTS / f"{record}.json").read_text())["runs"]
         if model in ("", run["model"]) and threads in (0, run["settings"]["threads"])
     ]
