@@ -43,9 +43,8 @@ def test_rows_hold_what_was_measured(gblm: Run, folders: list[Path], tmp_path: P
         for phase in ("prefill", "decode"):
             assert row[f"{phase}_ms"]["median"] > 0
             assert row[f"{phase}_speedup"][other]["median"] > 0
-    there = packed["decode_speedup"]["dense"]["median"]
-    back = dense["decode_speedup"]["packed"]["median"]
-    assert there * back == pytest.approx(1, rel=0.5)  # medians of two rounds each
+    there, back = packed["decode_speedup"]["dense"], dense["decode_speedup"]["packed"]
+    assert there["min"] * back["max"] == pytest.approx(1)  # of the same round
     assert "2 interleaved rounds of 4 + 2 tokens" in done.out
 
 
