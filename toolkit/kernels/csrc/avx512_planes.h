@@ -96,7 +96,7 @@ struct Codes {
 // Steps of bf16: 64 bytes of activations of a block.
 struct Halves {
   using Sum = __m512;
-  static constexpr int kSteps = 8, kTokenBytes = 64;
+  static constexpr int kSteps = 8, kTokenBytes = 64, kShift = 0;
 
   template <int S>
   static INLINE __m512i value(const uint8_t* planes) {
@@ -120,7 +120,7 @@ struct Halves {
 // masks, as two lines of a plane have them.
 struct Floats {
   using Sum = __m512;
-  static constexpr int kSteps = 16, kTokenBytes = 128;
+  static constexpr int kSteps = 16, kTokenBytes = 128, kShift = 0;
 
   template <int S>
   static INLINE __m512i value(const uint8_t* planes) {
@@ -431,7 +431,7 @@ class PlanePair {
       Piece& piece = pieces[j];
       if (p_.group) {
         p_.open_group(first + j, &at_[i], &line_[i]);
-        piece.scales[i] = group_scales<kShift>(line_[i]);
+        piece.scales[i] = group_scales<Steps::kShift>(line_[i]);
       }
       piece.steps[i] = to;
       at_[i] = make_steps<Steps>(controls_, at_[i], blocks_of(first + j), p_.block_bytes, to,
@@ -440,7 +440,6 @@ class PlanePair {
     }
   }
 
-  static constexpr int kShift = std::is_same_v<Steps, Codes<GBLM_INT4>> ? 4 : 0;
   static constexpr int64_t kBlockBytes = Steps::kSteps * kStepBytes;
   const Panels& p_;
   const Activations& x_;
