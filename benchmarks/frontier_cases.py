@@ -88,8 +88,6 @@ CASES = {
     "int2-g32-rec": Case("int2 g32, GPTQ + reconstruct", _dense("int4:32", **OBS, **REC), 2),
     # bf16, 2:4 and 50 %.
     "wanda-24": Case("2:4, Wanda", _sparse("wanda", "2:4")),
-    "ria-24": Case("2:4, RIA", _sparse("ria", "2:4")),
-    "dsnot-24": Case("2:4, DSnoT", _sparse("dsnot", "2:4")),
     "gblm-24": Case("2:4, GBLM", _sparse("gblm", "2:4")),
     "sparsegpt-24": Case("2:4, SparseGPT", _sparse("sparsegpt", "2:4")),
     "sparsegpt-24-refit": Case("2:4, SparseGPT + refit", _sparse("sparsegpt", "2:4", **REFIT)),

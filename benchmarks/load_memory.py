@@ -2,8 +2,8 @@
 
     python benchmarks/load_memory.py [--rounds 3] [--folder DIR]
 
-A random LLaMA of 1.1B parameters, pruned by magnitude to 2:4 and stored in four ways: dense with
-zeros, served as it is and with `--pack`; packed by gblm; as `sparse-24-bitmask`. Each is loaded by
+A random LLaMA of 1.1B parameters, pruned by magnitude to 2:4 and stored in two ways: dense with
+zeros, served as it is and with `--pack`; packed by gblm. Each is loaded by
 vLLM's own loader in a process of its own; anonymous memory is read from /proc every millisecond
 from outside, for pages of the mapped files come and go. Writes benchmarks/results/load-memory.json.
 """
@@ -37,24 +37,19 @@ WAYS = (
     ("dense", "dense", None),
     ("packed", "packed", None),
     ("dense, --pack", "dense", "gblm"),
-    ("sparse-24-bitmask", "bitmask", None),
 )
 POLL_SECONDS = 1e-3
 
 
 def folders(root: Path) -> None:
     """The model in its ways, made once."""
-    if (root / "bitmask").exists():
+    if (root / "dense").exists():
         return
     recipe = Recipe(
         model=str(shape_folder(root, SHAPE)), method="magnitude", pattern="2:4", calibration=None
     )
     prune(recipe, root / "packed")
     export_dense(root / "packed", root / "dense")
-    words = ("export", "legacy", str(root / "packed"), "--to", "sparse-24-bitmask")
-    subprocess.run(
-        [sys.executable, "-m", "gblm", *words, "--output", str(root / "bitmask")], check=True
-    )
 
 
 def load(folder: str, quantization: str) -> None:

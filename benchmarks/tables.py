@@ -37,7 +37,6 @@ METHODS = (
 )
 # Further rows of docs/methods.md.
 MORE = (
-    ("wanda-variant", "wanda", "--variant", ("0.5",)),
     ("wanda-sequential", "wanda", "--order sequential", ("2:4", "0.5")),
     ("gblm-reference", "gblm", "--gradient-mode reference", ("2:4",)),
     ("sparsegpt-sequential", "sparsegpt", "--order sequential", ("2:4", "0.5")),

@@ -4,7 +4,7 @@ Of fp8 codes, which CPUs do not multiply with, the products with their scales ma
 rounded to bfloat16, by who asks for it.
 
 It dropped its sparse formats, and vLLM and transformers dropped them with it, so nothing else reads
-these files. The way back is `gblm.export.legacy_write`. Never prunes.
+these files. Never prunes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from gblm.export.legacy_bitmask import TWO_OF_FOUR
 from gblm.export.legacy_codes import ROUNDED, ROUNDING
 from gblm.export.legacy_marlin import MARLIN
 from gblm.export.legacy_reader import LegacyReader
-from gblm.export.legacy_write import write_legacy
 from gblm.export.pack import MIN_SPARSITY, find_pattern
 from gblm.folder import quant_method, read_config, resolve
 from gblm.formats.manifest import QUANT_METHOD
@@ -40,45 +39,6 @@ logger = logging.getLogger(__name__)
 def export_legacy(
     source: str | Path,
     output: Path,
-    to: str | None = None,
-    overwrite: bool = False,
-    progress: Progress = no_progress,
-    rounds: bool = False,
-) -> dict[str, Any]:
-    """Convert a folder of compressed-tensors into ours, or one of ours into theirs.
-
-    Args:
-        source: a folder or hub id; what it holds decides the direction.
-        output: the folder to make.
-        to: the layout to write a folder of ours in; None for one of theirs.
-        overwrite: replace an existing folder.
-        progress: for a progress bar.
-        rounds: see `import_legacy`.
-
-    Returns:
-        What `import_legacy` or `write_legacy` does.
-
-    Raises:
-        UsageError: `to` does not fit the source.
-    """
-    folder = resolve(source)
-    ours = quant_method(read_config(folder)) == QUANT_METHOD
-    if ours and to is None:
-        raise UsageError(f"{folder} is packed by gblm already: name the format to write with --to.")
-    if not ours and to is not None:
-        raise UsageError(
-            f"--to {to}: {folder} is not packed by gblm; leave --to out to convert it."
-        )
-    if to is None:
-        return import_legacy(folder, output, overwrite, progress, rounds)
-    if rounds:
-        raise UsageError(f"--round is for fp8 codes of compressed-tensors; {folder} has none.")
-    return write_legacy(folder, output, to, overwrite, progress)
-
-
-def import_legacy(
-    folder: Path,
-    output: Path,
     overwrite: bool = False,
     progress: Progress = no_progress,
     rounds: bool = False,
@@ -89,7 +49,7 @@ def import_legacy(
     the dense tensor that it stands for.
 
     Args:
-        folder: with a sparse format of compressed-tensors.
+        source: a folder or hub id with a sparse format of compressed-tensors.
         output: the folder to make.
         overwrite: replace an existing folder.
         progress: for a progress bar.
@@ -102,8 +62,11 @@ def import_legacy(
     Raises:
         CheckpointError: the folder is damaged, or of a format that is not converted.
         InputError: there is nothing to pack, or fp8 codes have no exact values.
-        UsageError: there is nothing to round.
+        UsageError: there is nothing to convert, or nothing to round.
     """
+    folder = resolve(source)
+    if quant_method(read_config(folder)) == QUANT_METHOD:
+        raise UsageError(f"{folder} is packed by gblm already: there is nothing to convert.")
     open_folder = partial(LegacyReader, rounds=rounds, keeps_fp8=not rounds)
     with open_folder(folder) as reader:
         rounded = _rounded(reader) if rounds else {}

@@ -1,4 +1,4 @@
-"""The two bitmask layouts of compressed-tensors: one tensor read with every check, or written.
+"""The two bitmask layouts of compressed-tensors: one tensor read with every check.
 
 Part names, shapes and bit order are those of compressed-tensors 0.9.4, which wrote them last; its
 `sparse-24-bitmask` differs from our `nm` of 2:4, and its `sparse-bitmask` from our `bitmask`, in
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from gblm.errors import CheckpointError
 from gblm.formats import Headers
-from gblm.weights import SparseWeight
 
 TWO_OF_FOUR, ANY_MASK = "sparse-24-bitmask", "sparse-bitmask"
 PARTS: dict[str, tuple[str, ...]] = {
@@ -125,22 +124,3 @@ class BitmaskTensor:
 
     def _damaged(self, part: str, what: str) -> None:
         raise CheckpointError(f"{self.prefix}.{part}: {what}. The file is damaged.")
-
-
-def pack(weight: SparseWeight, layout: str) -> dict[str, Tensor]:
-    """The parts of a weight whose mask follows the layout, named as since 0.9.
-
-    Args:
-        weight: floating values, or codes.
-        layout: a name of PARTS.
-    """
-    mask = weight.mask
-    kept = (weight.weight if weight.codes is None else weight.codes)[mask]
-    bits = torch.from_numpy(np.packbits(mask.numpy(), axis=1, bitorder="little"))
-    shape = torch.tensor(mask.shape)
-    if layout == TWO_OF_FOUR:
-        rectangle = kept.reshape(mask.shape[0], -1)
-        return {"shape": shape.reshape(-1, 1), "compressed": rectangle, "bitmask": bits}
-    counts = mask.sum(dim=1, dtype=torch.int64)
-    offsets = counts.cumsum(0) - counts
-    return {"shape": shape, "compressed": kept, "bitmask": bits, "row_offsets": offsets}

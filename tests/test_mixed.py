@@ -197,9 +197,6 @@ def test_recipes_that_make_no_sense_are_refused(
 def test_what_no_linear_can_follow_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(PatternError, match="pattern '2_4' is unknown"):
         prune(with_layers(recipe, {"targets": ["o_proj"], "pattern": "2_4"}), tmp_path / "out")
-    tiles = with_layers(recipe, {"targets": ["o_proj"], "pattern": "16x16@0.5"})
-    with pytest.raises(UsageError, match="dsnot cannot follow"):
-        prune(tiles.model_copy(update={"method": "dsnot"}), tmp_path / "out")
 
 
 def test_fused_parts_may_differ_in_sparsity(recipe: Recipe) -> None:

@@ -57,8 +57,6 @@ def test_no_weight_is_read_and_no_layer_run(
 
     monkeypatch.setattr(Reader, "tensor", fail)
     monkeypatch.setattr(torch.nn.Module, "__call__", fail)
-    if (method, pattern) == ("dsnot", "8x8@0.5"):
-        pytest.skip("dsnot exchanges single weights")
     facts = predict(tiny, method, pattern=pattern)
     json.dumps(facts)
     phases = [phase["phase"] for phase in facts["phases"]]
@@ -72,7 +70,7 @@ def test_no_weight_is_read_and_no_layer_run(
     assert facts["gpu_bytes"] == 0
 
 
-@pytest.mark.parametrize("method", ["wanda", "dsnot", "sparsegpt", "alps", "gblm"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "alps", "gblm"])
 def test_more_work_takes_more(tiny: Path, tmp_path: Path, method: str) -> None:
     small = predict(tiny, method)
     longer = predict(tiny, method, calibration=TEXT.model_copy(update={"seq_len": 4096}))
@@ -241,8 +239,6 @@ REFUSED: list[dict[str, Any]] = [
     {"ignore": ["zzz"]},
     {"method": "nope"},
     {"method": "sparsegpt", "options": {"damping": 2.0}},
-    {"method": "dsnot", "pattern": "8x8@0.5"},
-    {"method": "dsnot", "layers": [{"targets": ["o_proj"], "pattern": "8x8@0.5"}]},
     {"layers": [{"targets": ["q_proj"], "values": "int8"}]},
     {"values": "int4:256"},
     {"method": "wanda", "calibration": None},

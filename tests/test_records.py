@@ -24,7 +24,7 @@ WITHOUT_COMMAND = {
     "quality-gradient-2of4", "quality-magnitude-0.5", "quality-magnitude-2of4",
     "quality-sparsegpt-0.5", "quality-sparsegpt-2of4", "quality-sparsegpt-sequential-0.5",
     "quality-sparsegpt-sequential-2of4", "quality-wanda-0.5", "quality-wanda-2of4",
-    "quality-wanda-sequential-0.5", "quality-wanda-sequential-2of4", "quality-wanda-variant-0.5",
+    "quality-wanda-sequential-0.5", "quality-wanda-sequential-2of4",
     "rivals", "serving-gblm-2of4-cpu", "serving-gblm-2of4-dense", "soak", "triton-code",
 }  # fmt: skip
 

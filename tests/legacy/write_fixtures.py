@@ -5,7 +5,6 @@ Run it where the old library is installed, once with compressed-tensors 0.9.4 an
 
     python tests/legacy/write_fixtures.py tests/legacy/fixtures
 
-`--check FOLDER` lets the library unpack a folder that gblm wrote and prints hashes of its weights.
 Every fixture is a folder of config.json and model.safetensors. The weights that the library had
 before it packed them lie beside the folders: unstructured.safetensors and 2of4.safetensors; what it
 unpacks quantised ones to lies beside them under the folder's name. Those in `served` have heads of
@@ -190,19 +189,5 @@ def main(root: Path) -> None:
         marlin(root / f"marlin-int{bits}-own", bits, own_scales=True, intermediate_size=64)
 
 
-def check(folder: Path) -> None:
-    """What the library unpacks a folder to, as hashes."""
-    config = LlamaConfig.from_pretrained(folder)
-    compressor = ModelCompressor.from_compression_config(config.quantization_config)
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
-    compressor.decompress(str(folder), model)
-    for name in sorted(linears(model)):
-        weight = model.get_submodule(name).weight
-        print(name, weight.dtype, digest(weight))
-
-
 if __name__ == "__main__":
-    if sys.argv[1] == "--check":
-        check(Path(sys.argv[2]))
-    else:
-        main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]))

@@ -58,47 +58,6 @@ class ActNorm:
         return self.mean.sqrt()
 
 
-class ActMean:
-    """E[x_j] per input feature, times the tokens: the mean over samples of Σ over tokens x.
-
-    Zhang et al. 2023, https://arxiv.org/abs/2310.08915; their code sums over tokens, too.
-    """
-
-    def __init__(self) -> None:
-        self.num_samples = 0
-        self.mean = torch.zeros(())
-
-    def update(self, inputs: Tensor) -> None:
-        """See Stat.update."""
-        self.mean = _add(self, inputs, _samples(inputs).sum(dim=(0, 1)))
-
-    def value(self) -> Tensor:
-        """[in] float32."""
-        return self.mean
-
-
-class ActVar:
-    """Var[x_j] per input feature, times the tokens: the mean over samples of Σ (x − x̄)².
-
-    The sum is over tokens; x̄ is the sample's own mean, where the published code of DSnoT
-    takes a batch's.
-    """
-
-    def __init__(self) -> None:
-        self.num_samples = 0
-        self.mean = torch.zeros(())
-
-    def update(self, inputs: Tensor) -> None:
-        """See Stat.update."""
-        samples = _samples(inputs)
-        centred = samples - samples.mean(dim=1, keepdim=True)
-        self.mean = _add(self, inputs, centred.square_().sum(dim=(0, 1)))
-
-    def value(self) -> Tensor:
-        """[in] float32."""
-        return self.mean
-
-
 class Hessian:
     """H = 2 · the mean over samples of Σ over tokens x xᵀ: second derivatives of the output error.
 
@@ -138,29 +97,12 @@ class Hessian:
         return [(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def _samples(inputs: Tensor) -> Tensor:
-    """[samples, tokens, in] float32; see _num_samples."""
-    return inputs.reshape(_num_samples(inputs), -1, inputs.shape[-1]).float()
-
-
-def _add(stat: Stat, inputs: Tensor, summed: Tensor) -> Tensor:
-    """Count the inputs' samples; the mean [in] with what was summed over them."""
-    before, stat.num_samples = stat.num_samples, stat.num_samples + _num_samples(inputs)
-    mean = stat.mean.to(summed.device) * (before / stat.num_samples)
-    return mean + summed / stat.num_samples
-
-
 def _num_samples(inputs: Tensor) -> int:
     """The first of [samples, tokens, in]; [tokens, in], as an expert sees it, is one sample."""
     return 1 if inputs.ndim == 2 else inputs.shape[0]
 
 
-STATS: dict[str, type[Stat]] = {
-    "act_norm": ActNorm,
-    "act_mean": ActMean,
-    "act_var": ActVar,
-    "hessian": Hessian,
-}
+STATS: dict[str, type[Stat]] = {"act_norm": ActNorm, "hessian": Hessian}
 
 
 def accumulators(needs: frozenset[str]) -> dict[str, Stat]:

@@ -21,7 +21,7 @@ from gblm.provenance import provenance
 
 F = TypeVar("F", bound=Callable[..., Any])
 # Repeated here because the table itself needs torch; a test compares them.
-METHODS = ("magnitude", "wanda", "ria", "dsnot", "sparsegpt", "alps", "gradient", "gblm")
+METHODS = ("magnitude", "wanda", "sparsegpt", "alps", "gradient", "gblm")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

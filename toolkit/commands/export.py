@@ -21,8 +21,6 @@ from gblm.commands.common import (
 from gblm.commands.recipe_options import head_option, values_options, values_spec
 from gblm.errors import GateError
 
-# Repeated here because the layouts themselves need torch; a test compares them.
-LAYOUTS = ("sparse-24-bitmask", "sparse-bitmask")
 ONNX_TARGETS = ("cpu", "cuda", "portable")
 ONNX_PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 output_options = options(
@@ -97,25 +95,21 @@ def pack(
 
 @command.command("legacy", cls=Command)
 @output_options
-@click.option("--to", type=click.Choice(LAYOUTS), help="Format to write a folder of gblm in.")
 @click.option(
     "--round", "rounds", is_flag=True,
     help="Store fp8 codes times scales as bfloat16, rounded once where they have no exact value; "
     "without it codes stay codes.",
 )  # fmt: skip
 @click.pass_context
-def legacy(
-    ctx: click.Context, source: str, output: Path, overwrite: bool, to: str | None, rounds: bool
-) -> None:
-    """Convert SOURCE, a sparse checkpoint of compressed-tensors, bit for bit; or back with --to."""
+def legacy(ctx: click.Context, source: str, output: Path, overwrite: bool, rounds: bool) -> None:
+    """Convert SOURCE, a sparse checkpoint of compressed-tensors, bit for bit."""
     with progress_bars(ctx) as progress:
         from gblm.export.legacy import export_legacy
 
-        result = export_legacy(source, output, to, overwrite, progress, rounds)
+        result = export_legacy(source, output, overwrite, progress, rounds)
     facts = {key: value for key, value in result.items() if key != "tensors"}
-    size = result["bytes_packed"] if to is None else result["bytes"]
     emit(ctx, facts | {"output": str(output)}, lambda: click.echo(
-        f"{output}: {result['linears']} linears converted to {to or 'gblm'}, {megabytes(size)}"
+        f"{output}: {result['linears']} linears converted, {megabytes(result['bytes_packed'])}"
         f"{'; fp8 codes × scales rounded once to bfloat16' if rounds else ''}"
     ))  # fmt: skip
 

@@ -27,7 +27,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_samples": 128, "seq_len": 512,
     },
 }  # fmt: skip
-METHOD_OPTIONS = ("alpha", "gradient_norm", "gradient_mode", "damping", "variant")
+METHOD_OPTIONS = ("alpha", "gradient_norm", "gradient_mode", "damping")
 method_options = options(
     click.option("--alpha", type=float, help="gblm: weight of the gradient term (default 100)."),
     click.option(
@@ -42,9 +42,6 @@ method_options = options(
     ),
     click.option(
         "--damping", type=float, help="sparsegpt, alps: share of the mean diagonal (0.01)."
-    ),
-    click.option(
-        "--variant", is_flag=True, default=None, help="wanda: a budget of its own for each row."
     ),
 )
 values_options = options(

@@ -8,11 +8,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from gblm.errors import UsageError
 from gblm.methods.alps import ALPS
 from gblm.methods.base import Method, ScoredMethod, Stats
-from gblm.methods.dsnot import DSnoT
 from gblm.methods.gblm import GBLM
 from gblm.methods.gradient import Gradient
 from gblm.methods.magnitude import Magnitude
-from gblm.methods.ria import RIA
 from gblm.methods.sparsegpt import SparseGPT
 from gblm.methods.wanda import Wanda
 
@@ -21,8 +19,6 @@ __all__ = ["METHODS", "Method", "ScoredMethod", "Stats", "make_method"]
 METHODS: dict[str, type[Method]] = {
     "magnitude": Magnitude,
     "wanda": Wanda,
-    "ria": RIA,
-    "dsnot": DSnoT,
     "sparsegpt": SparseGPT,
     "alps": ALPS,
     "gradient": Gradient,

@@ -15,8 +15,8 @@ from torch import Tensor
 from gblm.patterns import Pattern, Scope
 from gblm.weights import SparseWeight
 
-# Statistics of one linear by name, float32: "act_norm", "act_mean", "act_var" [in], "hessian"
-# [in, in], "grad_norm" [out, in] with the "num_samples" [] that it sums over.
+# Statistics of one linear by name, float32: "act_norm" [in], "hessian" [in, in], "grad_norm"
+# [out, in] with the "num_samples" [] that it sums over.
 Stats = Mapping[str, Tensor]
 
 

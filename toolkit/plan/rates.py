@@ -114,7 +114,7 @@ def _probe_pruning(
     one, values = torch.ones(columns, device=device), choice.values
     # Correlated, so that ALPS needs its usual number of iterations.
     hessian = weight.float().t() @ weight.float() if squares else one
-    stats = {"act_norm": one, "act_mean": one, "act_var": one, "hessian": hessian,
+    stats = {"act_norm": one, "hessian": hessian,
              "grad_norm": weight.float().abs(), "num_samples": one[0]}  # fmt: skip
     needed = pipeline.needs | {"num_samples"}
     prepared = pipeline.prepare({key: stats[key] for key in stats if key in needed})
