@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gblm.commands.common import without_folders
+from gblm.record import without_folders
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

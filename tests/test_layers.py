@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "network": {"errors"},
     "structure": set(),
     "recipe": {"errors", "folder"},
+    "record": {"errors", "folder", "provenance"},
     "folder": {"errors"},
     "model": {"checkpoint", "choices", "errors", "folder"},
     "data": {"errors"},
@@ -62,26 +63,29 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "evaluate": {
         "checkpoint", "data", "errors", "export", "folder", "model", "network", "packed",
-        "progress", "serve",
+        "progress", "record", "serve",
     },
     "budget": {
         "bench", "calibrate", "checkpoint", "choices", "data", "errors", "evaluate", "folder",
         "formats", "kernels", "layers", "methods", "model", "patterns", "plan", "progress",
-        "provenance", "prune", "recipe", "values",
+        "provenance", "prune", "recipe", "record", "values",
     },
     "bench": {
         "checkpoint", "errors", "folder", "formats", "kernels", "network", "packed", "patterns",
-        "progress", "provenance", "values", "weights",
+        "progress", "provenance", "record", "values", "weights",
     },
     "gpu_check": {
         "bench", "calibrate", "errors", "formats", "kernels", "methods", "patterns", "provenance",
-        "values", "weights",
+        "record", "values", "weights",
     },
-    "report": {"__init__", "checkpoint", "errors", "folder", "formats", "kernels", "structure"},
+    "report": {
+        "__init__", "checkpoint", "errors", "folder", "formats", "kernels", "record", "structure",
+    },
     "doctor": {"formats", "kernels", "patterns", "provenance", "values", "weights"},
     "export": {
         "bench", "checkpoint", "choices", "errors", "folder", "formats", "kernels", "layers",
-        "model", "packed", "patterns", "progress", "provenance", "scales", "values", "weights",
+        "model", "packed", "patterns", "progress", "provenance", "record", "scales", "values",
+        "weights",
     },
     "serve": {
         "__init__", "cache", "checkpoint", "errors", "export", "folder", "formats", "kernels",
@@ -91,7 +95,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "commands": {
         "bench", "budget", "checkpoint", "doctor", "errors", "evaluate", "export", "fetch",
         "folder", "gpu_check", "packed", "patterns", "plan", "provenance", "prune", "recipe",
-        "report", "serve",
+        "record", "report", "serve",
     },
     "cli": {"__init__", "commands"},
 }  # fmt: skip

@@ -19,7 +19,6 @@ from record_cases import PERPLEXITY, models_record, onnx_record, perplexity_reco
 
 from gblm.bench.requests import Request, Slo, metrics_of
 from gblm.cli import cli
-from gblm.commands.common import command_line
 from gblm.errors import GateError, InputError
 from gblm.report import figures, pictures
 from gblm.report.axes import Axis, number
@@ -439,12 +438,3 @@ def test_the_command_writes_both_and_needs_one(
     refused = gblm("report", "a.json")
     assert refused.code == 2
     assert "give --html FILE" in refused.err
-
-
-def test_a_recorded_command_names_no_folder_of_the_machine() -> None:
-    words = ["bench", "models", "/home/me/dense", "q=hf:/home/me/x", "--log=/var/l.txt", "~/a/b",
-             "runs/half", "http://127.0.0.1:8000", "--slo", "ttft:5,tpot:3"]  # fmt: skip
-    assert command_line(words) == (
-        "gblm bench models dense q=hf:x --log=l.txt b runs/half http://127.0.0.1:8000 "
-        "--slo ttft:5,tpot:3"
-    )

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
-import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +16,7 @@ import click
 
 from gblm.errors import GblmError, MachineError
 from gblm.provenance import provenance
+from gblm.record import command_line
 
 F = TypeVar("F", bound=Callable[..., Any])
 # Repeated here because the table itself needs torch; a test compares them.
@@ -106,20 +105,6 @@ def save_record(path: Path | None, record: dict[str, Any]) -> None:
         full = record if "provenance" in record else {"provenance": provenance(), **record}
         full = {"command": command_line(sys.argv[1:]), **full}
         path.write_text(json.dumps(full, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-# An absolute path, alone or behind "--option=", "name=" or "engine:"; not the "//" of an address.
-LOCAL_PATH = re.compile(r"(^|[=:,])(?!//)~?/(?:[^/=:,]*/)*([^/=:,]*)")
-
-
-def command_line(arguments: Sequence[str]) -> str:
-    """This call in words, for a record; of absolute paths the last part, as others are private."""
-    return shlex.join(["gblm", *map(without_folders, arguments)])
-
-
-def without_folders(word: str) -> str:
-    """A word of a command line with the last part alone of an absolute path."""
-    return LOCAL_PATH.sub(r"\1\2", word)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -10,7 +10,6 @@ import click
 
 from gblm.commands.common import (
     Command,
-    command_line,
     emit,
     head_note,
     megabytes,
@@ -20,6 +19,7 @@ from gblm.commands.common import (
 )
 from gblm.commands.recipe_options import head_option, values_options, values_spec
 from gblm.errors import GateError
+from gblm.record import command_line
 
 ONNX_TARGETS = ("cpu", "cuda", "portable")
 ONNX_PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")

@@ -9,8 +9,9 @@ from typing import Any
 import click
 
 from gblm.commands.budget_options import budget_option, question
-from gblm.commands.common import Command, command_line, emit, progress_bars, table
+from gblm.commands.common import Command, emit, progress_bars, table
 from gblm.commands.recipe_options import recipe_options
+from gblm.record import command_line
 
 OWN = frozenset({"budget", "output", "limit", "keep", "text", "eval_seq_len", "max_windows"})
 

@@ -1,0 +1,293 @@
+"""The one record that everything which measures writes, and its one reader.
+
+A record is a JSON object:
+
+    {"kind": "bench", "command": "gblm bench dense packed", "provenance": {"commit": …},
+     "measures": ["toolkit/kernels"], "baseline": "dense",
+     "sides": {"dense": {"folder": "dense", "bytes": 2200000000}, "packed": {…}},
+     "verdict": {"valid": true, "reasons": [], "notes": []},
+     "rows": [{"side": "packed", "load": "64 + 32 tokens", "metric": "tpot_ms_p50", "unit": "ms",
+               "value": 12.5, "rounds": [12.4, 12.5, 12.9]}]}
+
+Readers look for rows by side, load and metric. A figure that does not stand has no row; the verdict
+says why. `kind` is a title for people: nothing depends on it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gblm.errors import DAMAGE, InputError, damage
+from gblm.folder import read_json_object
+from gblm.provenance import provenance
+
+CONFIDENCE = 0.95
+# An absolute path, alone or behind "--option=", "name=" or "engine:"; not the "//" of an address.
+LOCAL_PATH = re.compile(r"(^|[=:,])(?!//)~?/(?:[^/=:,]*/)*([^/=:,]*)")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure.
+
+    Attributes:
+        side: what was measured: a model, a kernel, a candidate; a key of the record's sides.
+        load: what it was asked to do: requests, a shape and tokens, a text. Rows of two records
+            can be compared where this is equal.
+        metric: such as "ttft_ms_p99" or "perplexity".
+        unit: such as "ms", "tok/s", "bytes"; "" for a number without one.
+        value: over all rounds; None where the measurement gave no finite number.
+        rounds: the figure of each round, in order, so that two sides pair up; empty without rounds.
+        interval: between which bounds the value lies with 95 % confidence, if that is known
+            otherwise than from the rounds.
+    """
+
+    side: str
+    load: str
+    metric: str
+    unit: str
+    value: float | None
+    rounds: tuple[float, ...] = ()
+    interval: tuple[float, float] | None = None
+
+    @classmethod
+    def of_rounds(
+        cls, side: str, load: str, metric: str, unit: str, rounds: Sequence[float]
+    ) -> Row:
+        """Make a row whose value is the median of its rounds."""
+        return cls(side, load, metric, unit, statistics.median(rounds), tuple(rounds))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the figures stand.
+
+    Attributes:
+        valid: False if a figure that was asked for is missing or must not be believed.
+        reasons: sentences that say why it is False.
+        notes: sentences on what to mind although the figures stand.
+    """
+
+    valid: bool = True
+    reasons: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A side's figure over its baseline's, paired round by round.
+
+    Attributes:
+        median: of the rounds' ratios; the ratio of both values where there are no rounds.
+        low: lower end of the 95 % interval of the median; equal to the median without rounds.
+        high: upper end.
+        rounds: the ratio of each round.
+    """
+
+    median: float
+    low: float
+    high: float
+    rounds: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one command measured.
+
+    Attributes:
+        kind: a title for people.
+        sides: facts about each side by its name, as plain JSON: folder, recipe, bytes, backend.
+        rows: the figures.
+        baseline: the side that ratios refer to; None where nothing is compared.
+        verdict: whether the figures stand.
+        measures: paths of the repository whose code decides the figures: the record is out of date
+            once a later commit has touched one.
+        provenance: machine, versions, commit, time, and the settings of the measurement.
+        command: the call that repeats it, without private folders.
+    """
+
+    kind: str
+    sides: Mapping[str, Mapping[str, Any]]
+    rows: tuple[Row, ...]
+    baseline: str | None = None
+    verdict: Verdict = field(default_factory=Verdict)
+    measures: tuple[str, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=provenance)
+    command: str = field(default_factory=lambda: this_command())
+
+    @classmethod
+    def read(cls, path: Path) -> Record:
+        """Read a record that `write` wrote.
+
+        Raises:
+            InputError: the file is missing, or holds no such record.
+        """
+        found = read_json_object(path)
+        try:
+            return _parse(found)
+        except DAMAGE as error:
+            raise InputError(
+                f"{path} is not a record of this version of gblm ({damage(error)}): measure again."
+            ) from error
+
+    def write(self, path: Path) -> None:
+        """Write the record as JSON; a folder that is missing is made."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.as_json(), indent=2, ensure_ascii=False, allow_nan=False)
+        path.write_text(text + "\n", encoding="utf-8")
+
+    def as_json(self) -> dict[str, Any]:
+        """Give the record as plain JSON types."""
+        return {
+            "kind": self.kind,
+            "command": self.command,
+            "provenance": dict(self.provenance),
+            "measures": list(self.measures),
+            "baseline": self.baseline,
+            "sides": {name: dict(facts) for name, facts in self.sides.items()},
+            "verdict": asdict(self.verdict),
+            "rows": [_row_as_json(row) for row in self.rows],
+        }
+
+    def row(self, side: str, load: str, metric: str) -> Row | None:
+        """Find a row; None if it was not measured, or did not stand."""
+        wanted = (side, load, metric)
+        return next((r for r in self.rows if (r.side, r.load, r.metric) == wanted), None)
+
+    def value(self, side: str, load: str, metric: str) -> float | None:
+        """Find a figure; None if it was not measured, or did not stand."""
+        row = self.row(side, load, metric)
+        return None if row is None else row.value
+
+    def ratio(self, side: str, load: str, metric: str, baseline: str | None = None) -> Ratio | None:
+        """Divide a side's figure by another's under the same load, round by round.
+
+        Args:
+            side: a name of `sides`.
+            load: of both figures.
+            metric: of both figures.
+            baseline: the other side; the record's own baseline if None.
+
+        Returns:
+            None where a figure is missing, a baseline's is zero or the rounds do not pair up.
+        """
+        other = baseline or self.baseline
+        ours = self.row(side, load, metric)
+        theirs = None if other is None else self.row(other, load, metric)
+        if ours is None or theirs is None or ours.value is None or not theirs.value:
+            return None
+        if not ours.rounds and not theirs.rounds:
+            value = ours.value / theirs.value
+            return Ratio(value, value, value)
+        if len(ours.rounds) != len(theirs.rounds) or not all(theirs.rounds):
+            return None
+        rounds = tuple(a / b for a, b in zip(ours.rounds, theirs.rounds, strict=True))
+        return Ratio(statistics.median(rounds), *median_interval(rounds), rounds)
+
+    @property
+    def loads(self) -> list[str]:
+        """Every load once, in the order of the rows."""
+        return list(dict.fromkeys(row.load for row in self.rows))
+
+    @property
+    def metrics(self) -> list[str]:
+        """Every metric once, in the order of the rows."""
+        return list(dict.fromkeys(row.metric for row in self.rows))
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """Interpolate linearly between the ordered values, as numpy's default does.
+
+    Args:
+        values: at least one.
+        share: of the values that lie below the quantile, in [0, 1].
+    """
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Bounds that the true median lies between with 95 % confidence, whatever the distribution.
+
+    They are ordered values (sign test): as many values lie below the lower one as a fair coin shows
+    heads at most in 2.5 % of such series. Of fewer than six values they are the smallest and the
+    largest, and the confidence is less.
+    """
+    ordered, count = sorted(values), len(values)
+    outside, below = 0, 0.0
+    for heads in range(count // 2):
+        below += math.comb(count, heads) / 2**count
+        if below > (1 - CONFIDENCE) / 2:
+            break
+        outside = heads
+    return ordered[outside], ordered[count - 1 - outside]
+
+
+def this_command() -> str:
+    """Write down the call of this process for a record."""
+    program, *arguments = sys.argv
+    if Path(program).name in ("gblm", "__main__.py"):
+        return command_line(arguments)
+    return shlex.join(["python", *map(without_folders, [program, *arguments])])
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """Write down a call of gblm; of absolute paths only the last part, as others are private."""
+    return shlex.join(["gblm", *map(without_folders, arguments)])
+
+
+def without_folders(word: str) -> str:
+    """Shorten an absolute path in a word of a command line to its last part."""
+    return LOCAL_PATH.sub(r"\1\2", word)
+
+
+def _row_as_json(row: Row) -> dict[str, Any]:
+    found = asdict(row)
+    if row.value is not None and not math.isfinite(row.value):
+        found["value"] = None
+    if row.interval is None:
+        del found["interval"]
+    return found
+
+
+def _parse(found: dict[str, Any]) -> Record:
+    verdict = found["verdict"]
+    return Record(
+        kind=str(found["kind"]),
+        sides={str(name): dict(facts) for name, facts in found["sides"].items()},
+        rows=tuple(_parse_row(row) for row in found["rows"]),
+        baseline=None if found["baseline"] is None else str(found["baseline"]),
+        verdict=Verdict(
+            verdict["valid"] is True,
+            tuple(map(str, verdict["reasons"])),
+            tuple(map(str, verdict.get("notes", ()))),
+        ),
+        measures=tuple(map(str, found["measures"])),
+        provenance=dict(found["provenance"]),
+        command=str(found["command"]),
+    )
+
+
+def _parse_row(found: dict[str, Any]) -> Row:
+    value, interval = found["value"], found.get("interval")
+    return Row(
+        str(found["side"]),
+        str(found["load"]),
+        str(found["metric"]),
+        str(found["unit"]),
+        None if value is None else float(value),
+        tuple(map(float, found["rounds"])),
+        None if interval is None else (float(interval[0]), float(interval[1])),
+    )
