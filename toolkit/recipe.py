@@ -22,6 +22,8 @@ class Calibration(BaseModel):
         num_samples: number of windows.
         seq_len: tokens per window; never taken from the model's maximum.
         seed: of the window positions.
+        bos: windows begin with what the tokenizer puts before a prompt, as a server's prompts do;
+            the papers' code leaves it out.
         batch_size: windows per forward pass; 1 is the papers' order of summation.
         prefix: whose activations a decoder layer sees: "pruned", the pruned layers' before it as in
             the papers; "dense", the unchanged model's, at one forward pass less.
@@ -36,6 +38,7 @@ class Calibration(BaseModel):
     num_samples: int = Field(default=128, ge=1)
     seq_len: int = Field(default=2048, ge=2)
     seed: int = 0
+    bos: bool = True
     batch_size: int = Field(default=1, ge=1)
     prefix: Literal["pruned", "dense"] = "pruned"
     order: Literal["layer", "sequential"] = "layer"

@@ -200,5 +200,10 @@ def _read(folder: StatsFolder, wanted: frozenset[str], index: int) -> LayerStats
 def _draw(wanted: Calibration, folder: Path) -> Tensor:
     documents = data.read_documents(wanted.source, "calibration")
     return data.calibration_windows(
-        documents, load_tokenizer(folder), wanted.num_samples, wanted.seq_len, wanted.seed
+        documents,
+        load_tokenizer(folder),
+        wanted.num_samples,
+        wanted.seq_len,
+        wanted.seed,
+        wanted.bos,
     )

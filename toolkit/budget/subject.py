@@ -257,7 +257,8 @@ def _windows(recipe: Recipe, folder: Path) -> Tensor:
         raise UsageError("a budget needs calibration text; the recipe has none.")
     documents = data.read_documents(text.source, "calibration")
     samples, length = min(text.num_samples, SAMPLES), min(text.seq_len, SEQ_LEN)
-    return data.calibration_windows(documents, load_tokenizer(folder), samples, length, text.seed)
+    tokenizer = load_tokenizer(folder)
+    return data.calibration_windows(documents, tokenizer, samples, length, text.seed, text.bos)
 
 
 def _rate_facts(rates: Rates | None) -> dict[str, Any]:

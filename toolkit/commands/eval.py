@@ -94,7 +94,7 @@ def command(
 
 
 def _texts(given: dict[str, Any]) -> dict[str, Any]:
-    keys = ("sources", "name", "seq_len", "stride", "max_windows", "dtype")
+    keys = ("sources", "name", "seq_len", "stride", "max_windows", "dtype", "bos")
     return {key: given.pop(key) for key in keys}
 
 

@@ -33,6 +33,11 @@ text_options = options(
         help="Tokens from window to window; only new ones count. Default: --seq-len.",
     ),
     click.option("--max-windows", type=click.IntRange(1), help="Use the first so many windows."),
+    click.option(
+        "--bos/--no-bos", default=None,
+        help="Begin windows with what the tokenizer puts before a prompt. Default: yes, but not "
+        "with --protocol gblm or wanda: the papers leave it out.",
+    ),
 )  # fmt: skip
 
 task_options = options(
@@ -54,6 +59,7 @@ def protocols(
     seq_len: int | None,
     dtype: str,
     tasks: bool,
+    bos: bool | None,
     **windows: Any,
 ) -> tuple[Protocol, ...]:
     """One protocol per text.
@@ -79,7 +85,10 @@ def protocols(
     names = [Path(source).name for source in sources]
     if len(set(names)) < len(names):
         raise UsageError("--text: the texts must have different names, which name the figures.")
-    return tuple(Protocol(source, length, dtype=dtype, name=name, **windows) for source in sources)
+    bos = not fixed if bos is None else bos
+    return tuple(
+        Protocol(source, length, dtype=dtype, name=name, bos=bos, **windows) for source in sources
+    )
 
 
 def tasks_of(tasks: str | None, **settings: Any) -> Tasks | None:

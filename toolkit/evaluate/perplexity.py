@@ -34,6 +34,8 @@ class Protocol:
         stride: tokens between the starts of two windows, of which only the last so many of a later
             window count; `seq_len`, no overlap, if None.
         name: "gblm", "wanda" or "own".
+        bos: windows begin with what the tokenizer puts before a prompt, as a server's prompts do;
+            the papers' code leaves it out.
     """
 
     source: str = "pydoc"
@@ -42,6 +44,7 @@ class Protocol:
     dtype: str = "auto"
     stride: int | None = None
     name: str = "own"
+    bos: bool = True
 
     def line(self, num_windows: int, dtype: torch.dtype | str, engine: str = "") -> str:
         """The whole protocol in one line, to stand beside every figure.
@@ -53,9 +56,10 @@ class Protocol:
         """
         stride = self.stride or self.seq_len
         overlap = "no overlap" if stride == self.seq_len else f"stride {stride}"
+        start = "start tokens of the tokenizer" if self.bos else "no special tokens"
         where = f", {TORCH.get(engine, engine)}" if engine else ""
         return (
-            f"{self.text(num_windows)}, {overlap}, no special tokens, "
+            f"{self.text(num_windows)}, {overlap}, {start}, "
             f"{str(dtype).removeprefix('torch.')}{where}"
         )
 
@@ -72,7 +76,7 @@ class Protocol:
         """The text as token ids [num_windows, seq_len] int64."""
         return data.evaluation_windows(
             data.read_documents(self.source, "held-out"),
-            tokenizer, self.seq_len, self.max_windows, self.stride,
+            tokenizer, self.seq_len, self.max_windows, self.stride, self.bos,
         )  # fmt: skip
 
 
