@@ -1,13 +1,13 @@
-"""Every method × pattern × value type on SmolLM2-135M: perplexity, size, cost.
+"""Every method × pattern × value type on a real model: perplexity, size, cost.
 
-    python benchmarks/matrix.py [--model FOLDER] [--methods NAME …] [--patterns P …]
+    python benchmarks/matrix.py [--model smollm2|gemma3-270m] [--methods NAME …] [--patterns P …]
         [--output FILE]
 
 Only commands of gblm are used, those of the README. A method that only chooses a mask prunes once
 per pattern; its zeros are then packed again with rounded values (`gblm export pack`). Methods that
 change weights (sparsegpt, alps) prune once per value type and round jointly (`--rounding obs`).
 Each family, a method and a pattern, is a process with one thread; cells that the record holds are
-skipped, so a benchmark that was stopped goes on. Writes benchmarks/results/matrix.json.
+skipped, so a benchmark that was stopped goes on. Writes benchmarks/results/matrix-MODEL.json.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from gblm.cli import cli
 from gblm.fetch import fetch
 from gblm.provenance import provenance
 
-RECORD = RESULTS / "matrix.json"
+MODELS = {"smollm2": "SmolLM2-135M", "gemma3-270m": "Gemma 3 270M"}
 MASKS = ("magnitude", "gradient", "wanda", "gblm")
 UPDATES = ("sparsegpt", "alps")
 METHODS = (*MASKS, *UPDATES)
@@ -58,8 +58,9 @@ def cells_of(method: str, pattern: str) -> list[tuple[str, str, str]]:
 class Family:
     """Makes the folders of a method and a pattern, and measures them."""
 
-    def __init__(self, model: Path, root: Path, method: str, pattern: str) -> None:
-        self.model, self.root, self.method, self.pattern = model, root, method, pattern
+    def __init__(self, name: str, root: Path, method: str, pattern: str) -> None:
+        self.name, self.model, self.root = name, fetch(name), root
+        self.method, self.pattern = method, pattern
 
     def cells(self) -> list[Cell]:
         """One for each value type."""
@@ -92,7 +93,7 @@ class Family:
         if self.method == "nearest":
             options = f"--pattern dense --values {values}"
             gblm(f"export pack {self.model} {options} --output {folder}")
-            return folder, f"gblm export pack smollm2 {options}"
+            return folder, f"gblm export pack {self.name} {options}"
         if self.method in MASKS and values != "float":
             return folder, self._round(values, folder)
         method = "sparsegpt" if self.method == "gptq" else self.method
@@ -102,7 +103,7 @@ class Family:
         if method != "magnitude":
             options += f" {CALIBRATION}"
         gblm(f"prune {self.model} {options} --output {folder}")
-        return folder, f"gblm prune smollm2 {options}"
+        return folder, f"gblm prune {self.name} {options}"
 
     def _round(self, values: str, folder: Path) -> str:
         """The same zeros with rounded values."""
@@ -119,52 +120,55 @@ def gblm(arguments: str) -> None:
     cli(["--quiet", "--no-progress", *arguments.split()], standalone_mode=False)
 
 
-def read(path: Path = RECORD) -> dict[str, Any]:
-    """The record; a new one if there is none."""
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text())
+def record_of(model: str) -> Path:
+    """The file that holds the cells of a model."""
+    return RESULTS / f"matrix-{model}.json"
+
+
+def read(model: str) -> dict[str, Any]:
+    """Read a model's record; it is a new one if there is none."""
+    if record_of(model).exists():
+        found: dict[str, Any] = json.loads(record_of(model).read_text())
         return found
-    return {"kind": "matrix", "model": "smollm2", "calibration": CALIBRATION, "cells": []}
+    return {"kind": "matrix", "model": model, "calibration": CALIBRATION, "cells": []}
 
 
-def add(path: Path, cells: list[Cell]) -> None:
-    """Put cells into the record, whole or not at all."""
-    record = read(path)
+def add(model: str, cells: list[Cell]) -> None:
+    """Put cells into a model's record, whole or not at all."""
+    path, record = record_of(model), read(model)
     record["cells"] += cells
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(record, indent=2) + "\n")
     partial.replace(path)
 
 
-def known(path: Path) -> set[tuple[str, str, str]]:
-    """Cells that the record holds."""
-    return {(cell["method"], cell["pattern"], cell["values"]) for cell in read(path)["cells"]}
+def known(model: str) -> set[tuple[str, str, str]]:
+    """The cells that a model's record holds."""
+    return {(cell["method"], cell["pattern"], cell["values"]) for cell in read(model)["cells"]}
 
 
 def main() -> None:
     """Run the families that are missing; with --one a single one, its cells printed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, help="SmolLM2-135M as a folder, if not fetched")
+    parser.add_argument("--model", choices=MODELS, default="smollm2")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--patterns", nargs="+", default=PATTERNS)
-    parser.add_argument("--output", type=Path, default=RECORD)
     parser.add_argument("--one", nargs=2, metavar=("METHOD", "PATTERN"), help=argparse.SUPPRESS)
     given = parser.parse_args()
-    model = given.model or fetch("smollm2")
     if given.one:
         with tempfile.TemporaryDirectory() as root:
-            print(json.dumps(Family(model, Path(root), *given.one).cells()))
+            print(json.dumps(Family(given.model, Path(root), *given.one).cells()))
         return
     for family in families(tuple(given.methods), tuple(given.patterns)):
-        if known(given.output).issuperset(cells_of(*family)):
+        if known(given.model).issuperset(cells_of(*family)):
             continue
         print(*family, flush=True)
         done = subprocess.run(
-            [sys.executable, __file__, "--model", str(model), "--one", *family],
+            [sys.executable, __file__, "--model", given.model, "--one", *family],
             check=True, stdout=subprocess.PIPE, text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
-        add(given.output, json.loads(done.stdout.splitlines()[-1]))
+        add(given.model, json.loads(done.stdout.splitlines()[-1]))
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ Cells = dict[tuple[str, str, str], dict[str, Any]]
 def blocks() -> list[tuple[str, str]]:
     """Name and text of every block of the page."""
     parts = {
-        "rivals": (rivals, ("matrix", "rivals")),
-        "matrix-quality": (quality, ("matrix",)),
-        "matrix-size": (size, ("matrix",)),
+        "rivals": (rivals, ("matrix-smollm2", "rivals")),
+        "matrix-quality": (quality, ("matrix-smollm2",)),
+        "matrix-size": (size, ("matrix-smollm2",)),
     }
     return [
         (name, make() if _there(*needed) else NOTHING) for name, (make, needed) in parts.items()
@@ -30,21 +30,23 @@ def blocks() -> list[tuple[str, str]]:
 
 
 def quality() -> str:
-    """Perplexity of every method, pattern and value type."""
-    cells = _cells()
+    """Perplexity of every method, pattern and value type, a table for each real model."""
+    return "\n\n".join(_quality(name) for name in matrix.MODELS if _there(f"matrix-{name}"))
+
+
+def _quality(model: str) -> str:
+    cells = _cells(model)
     rows = [["dense", "–", *_perplexities(cells, "none", "dense"), "–"]]
     rows[0][3:5] = ["–", "–"]
     for name, label in (("nearest", "rounded to the nearest"), ("gptq", "rounded by GPTQ")):
         rows.append(["dense", label, "–", *_perplexities(cells, name, "dense")[1:], "–"])
     for pattern in matrix.PATTERNS:
-        for method in matrix.METHODS:
+        for method in (m for m in matrix.METHODS if (m, pattern, "float") in cells):
             cost = cells.get((method, pattern, "float"), {}).get("cpu_seconds")
             found = _perplexities(cells, method, pattern)
             rows.append([pattern, method, *found, f"{cost:.0f}" if cost else "–"])
-    header = ["SmolLM2-135M", "method", *SHORT.values(), "CPU seconds"]
+    header = [matrix.MODELS[model], "method", *SHORT.values(), "CPU seconds"]
     first = cells["none", "dense", "float"]
-    left = [p for p in matrix.PATTERNS if ("alps", p, "float") not in cells]
-    why = f"alps takes minutes a cell and was left out at {' and '.join(left)}. " if left else ""
     # One line for each commit: methods that take long came later.
     origins = dict.fromkeys(origin(cell, "torch") for cell in cells.values())
     return (
@@ -52,7 +54,7 @@ def quality() -> str:
         "16 × 256 tokens of the other part of that text, `--order sequential`, one seed. "
         "magnitude, gradient, wanda and gblm choose the mask, values are then rounded to the "
         "nearest; sparsegpt and alps round jointly (`--rounding obs`). "
-        f"{why}CPU seconds: pruning to bf16 with one thread, writing included. "
+        "CPU seconds: pruning to bf16 with one thread, writing included. "
         f"{' '.join(origins)}"
     )
 
@@ -100,8 +102,8 @@ def rivals() -> str:
     )
 
 
-def _cells() -> Cells:
-    return {(c["method"], c["pattern"], c["values"]): c for c in matrix.read()["cells"]}
+def _cells(model: str = "smollm2") -> Cells:
+    return {(c["method"], c["pattern"], c["values"]): c for c in matrix.read(model)["cells"]}
 
 
 def _perplexities(cells: Cells, method: str, pattern: str) -> list[str]:
