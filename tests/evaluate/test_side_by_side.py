@@ -59,7 +59,7 @@ def test_the_baseline_comes_from_the_recipe_and_stands_beside(
     assert found["baseline"] == str(tiny)
     assert [row["text"] for row in found["texts"]] == ["text.txt", "other.txt"]
     for row in found["texts"]:
-        assert row["protocol"].endswith("no overlap, no special tokens, float32, torch")
+        assert row["protocol"].endswith("no overlap, start tokens of the tokenizer, float32, torch")
         assert row["protocol_baseline"] == row["protocol"]
         assert row["drift"]["kl_mean"] > 0
 
