@@ -23,7 +23,6 @@ from onnx_tables import onnx
 from pages import ROOT, origin, read, table
 from soak_tables import reliability
 from token_table import token
-from triton_table import triton_code
 
 # Pattern and backend of each served run; the dense backend is the control for the packed one.
 SERVED = (("2:4", "cpu"), ("2:4", "dense"))
@@ -70,7 +69,6 @@ def blocks() -> list[tuple[Path, str, str]]:
         (ROOT / "docs" / "kernels.md", "decoding", decoding()),
         (ROOT / "docs" / "kernels.md", "compilers", compilers()),
         (ROOT / "docs" / "kernels.md", "token", token()),
-        (ROOT / "docs" / "gpu.md", "triton-code", triton_code()),
         (ROOT / "docs" / "reliability.md", "reliability", reliability()),
         (ROOT / "docs" / "serving.md", "modes", modes()),
         (ROOT / "docs" / "serving.md", "loading", loading()),

@@ -18,9 +18,8 @@ from pathlib import Path
 
 import torch
 
-from gblm.kernels.cuda.device import Device
-from gblm.kernels.cuda.driver import Driver
-from gblm.kernels.cuda.source import Variant
+from gblm.kernels.cuda.device import Device, Driver
+from gblm.kernels.cuda.nvrtc import Variant
 
 HERE = Path(__file__).parent / "kernels" / "gpu"
 KERNELS = {"mma_sp": ("repack", "mma_sp", "expand"), "delta": ("delta", "scatter")}

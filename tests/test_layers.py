@@ -74,10 +74,6 @@ MAY_IMPORT: dict[str, set[str]] = {
         "checkpoint", "errors", "folder", "formats", "kernels", "network", "packed", "patterns",
         "progress", "provenance", "record", "values", "weights",
     },
-    "gpu_check": {
-        "bench", "calibrate", "errors", "formats", "kernels", "methods", "patterns", "provenance",
-        "record", "values", "weights",
-    },
     "report": {
         "__init__", "checkpoint", "errors", "folder", "formats", "kernels", "record", "structure",
     },
@@ -94,7 +90,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "commands": {
         "bench", "budget", "checkpoint", "doctor", "errors", "evaluate", "export", "fetch",
-        "folder", "gpu_check", "packed", "patterns", "plan", "provenance", "prune", "recipe",
+        "folder", "packed", "patterns", "plan", "provenance", "prune", "recipe",
         "record", "report", "serve",
     },
     "cli": {"__init__", "commands"},

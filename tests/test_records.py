@@ -17,7 +17,7 @@ RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 RECORDS = sorted(RESULTS.glob("*.json"))
 # Made before records held their command; a new recording takes its file off this list.
 WITHOUT_COMMAND = {
-    "budget", "compilers", "cuda-code", "expand", "frontier",
+    "budget", "compilers", "expand", "frontier",
     "load-memory", "memory", "modes", "onnx", "onnx-sizes",
     "onnx-zen4", "pruning-speed", "published-code", "published-rounding", "quality-gblm-0.5",
     "quality-gblm-2of4", "quality-gblm-reference-2of4", "quality-gradient-0.5",
@@ -25,7 +25,7 @@ WITHOUT_COMMAND = {
     "quality-sparsegpt-0.5", "quality-sparsegpt-2of4", "quality-sparsegpt-sequential-0.5",
     "quality-sparsegpt-sequential-2of4", "quality-wanda-0.5", "quality-wanda-2of4",
     "quality-wanda-sequential-0.5", "quality-wanda-sequential-2of4",
-    "rivals", "serving-gblm-2of4-cpu", "serving-gblm-2of4-dense", "soak", "triton-code",
+    "rivals", "serving-gblm-2of4-cpu", "serving-gblm-2of4-dense", "soak",
 }  # fmt: skip
 
 

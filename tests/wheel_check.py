@@ -33,7 +33,7 @@ def test_the_wheel_holds_the_cpu_kernels() -> None:
 
 
 def test_the_wheel_holds_the_text_of_the_cuda_kernels() -> None:
-    from gblm.kernels.cuda.source import PRELUDE, Variant, read
+    from gblm.kernels.cuda.nvrtc import PRELUDE, Variant, read
 
     for name in ("mma_sp", "delta"):
         assert 'extern "C" __global__' in read(f"{name}.cu")

@@ -11,7 +11,7 @@ from cuda_code import ARCHS, VARIANTS, Limits, disassembler, examine
 
 from gblm.errors import MachineError
 from gblm.kernels.cuda import nvrtc
-from gblm.kernels.cuda.source import Variant
+from gblm.kernels.cuda.nvrtc import Variant
 
 pytestmark = [
     pytest.mark.skipif(nvrtc.refusal() is not None, reason=str(nvrtc.refusal())),

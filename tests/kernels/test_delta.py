@@ -9,8 +9,7 @@ import torch
 from gpu_emulated import EmulatedDevice, emulated, missing
 
 from gblm.formats import make_format
-from gblm.kernels.cuda.delta import Delta, tokens_at_once
-from gblm.kernels.cuda.deltas import pack_deltas, padded_columns
+from gblm.kernels.cuda.delta import Delta, pack_deltas, padded_columns, tokens_at_once
 from gblm.values import quantize
 
 needs_compiler = pytest.mark.skipif(missing() is not None, reason=str(missing()))

@@ -11,8 +11,7 @@ from gpu_emulated import EmulatedDevice, emulated, missing
 
 from gblm.errors import MachineError
 from gblm.formats import make_format
-from gblm.kernels.cuda.sparse_tensor_core import SparseTensorCore, token_blocks
-from gblm.kernels.cuda.tiles import PLACES, pack_tiles
+from gblm.kernels.cuda.mma_sp import PLACES, SparseTensorCore, pack_tiles, token_blocks
 from gblm.weights import SparseWeight
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))

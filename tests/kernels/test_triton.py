@@ -15,9 +15,15 @@ import torch
 from gblm.formats import make_format
 from gblm.kernels import BACKENDS
 from gblm.kernels.triton import backend as module
-from gblm.kernels.triton.backend import Triton, package_refusal
-from gblm.kernels.triton.launch import MAX_TOKENS, Stored, blocks, sized
-from gblm.kernels.triton.layout import arrays
+from gblm.kernels.triton.backend import (
+    MAX_TOKENS,
+    Stored,
+    Triton,
+    arrays,
+    blocks,
+    package_refusal,
+    sized,
+)
 from gblm.values import GROUP_SIZES, quantize
 from gblm.weights import SparseWeight
 

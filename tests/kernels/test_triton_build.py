@@ -13,7 +13,7 @@ if package_refusal() is not None:
 
 from triton_code import LIMITS, TARGETS, Case, amd_loop, compile_shares, found
 
-# Each for two of the four targets; the record of docs/gpu.md has all of them.
+# Each for two of the four targets.
 BUILDS = [(one, name) for index, one in enumerate(LIMITS) for name in list(TARGETS)[index % 2 :: 2]]
 
 

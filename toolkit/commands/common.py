@@ -69,7 +69,7 @@ dtype_option = click.option(
     help="Of the computation; auto is the checkpoint's. Stored values keep the checkpoint's.",
 )  # fmt: skip
 backend_option = click.option(
-    "--backend", help="Kernel for packed weights: cpu, semi_structured, mma_sp, delta, triton, "
+    "--backend", help="Kernel for packed weights: cpu, mma_sp, delta, triton, "
     "reference (all packed) or dense (expanded at load). Default: the first that does not refuse.",
 )  # fmt: skip
 

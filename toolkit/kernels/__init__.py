@@ -19,8 +19,7 @@ from gblm.formats import Format, Shape, from_spec
 from gblm.kernels.base import Backend
 from gblm.kernels.cpu import Cpu
 from gblm.kernels.cuda.delta import Delta
-from gblm.kernels.cuda.semi_structured import SemiStructured
-from gblm.kernels.cuda.sparse_tensor_core import SparseTensorCore
+from gblm.kernels.cuda.mma_sp import SparseTensorCore
 from gblm.kernels.dense import Dense
 from gblm.kernels.reference import Reference
 from gblm.kernels.triton.backend import Triton
@@ -34,7 +33,6 @@ BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Cpu(),
-        SemiStructured(),
         SparseTensorCore(),
         Delta(),
         Triton(),
@@ -60,14 +58,15 @@ def select(
     """Choose the backend of one weight.
 
     Args:
-        fmt: its format.
-        shape: [out, in].
-        dtype: of the activations.
-        device: where it will be used.
+        fmt: the weight's format.
+        shape: the weight's [out, in].
+        dtype: the activations' dtype.
+        device: where the weight will be used.
         forced: a name of BACKENDS that must be taken.
 
     Returns:
-        The backend, and why better ones refused; then what it holds other than it is stored.
+        The backend; and sentences that say why better ones refused and, where the backend holds
+        other values than are stored, which.
 
     Raises:
         UsageError: `forced` is unknown or refuses.
@@ -85,7 +84,7 @@ def select(
 
 
 def log_choice(chosen: Iterable[tuple[Backend, Sequence[str]]]) -> None:
-    """One line per backend: for how many linears it runs, and why better ones refused those."""
+    """Log one line per backend: for how many linears it runs, and why better ones refused."""
     picks = list(chosen)
     for name, count in Counter(backend.name for backend, _ in picks).items():
         own = (why for backend, why in picks if backend.name == name)
@@ -129,7 +128,7 @@ _LIBRARY.impl("linear", _linear_fake, "Meta")
 def linear(
     x: Tensor, prepared: list[Tensor], shape: Shape, fmt: Format, backend: Backend
 ) -> Tensor:
-    """x [..., in] @ W.T → [..., out] with what `backend.prepare` returned."""
+    """Multiply x [..., in] @ W.T to [..., out] with what `backend.prepare` returned."""
     if backend.own_op:
         return backend.linear(x, prepared, fmt, shape)
     out: Tensor = torch.ops.gblm.linear(x, prepared, list(shape), fmt.spec, backend.name)

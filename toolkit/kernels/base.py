@@ -19,7 +19,7 @@ class Backend(ABC):
     packed: ClassVar[bool]
     """Whether the weight stays packed in memory."""
     needs: ClassVar[str] = "cpu"
-    """Type of the devices that it runs on; "cpu" ones that refuse no device run on any."""
+    """The type of device that it was written for; "cpu" ones may run on any device."""
     own_op: ClassVar[bool] = False
     """Whether `linear` calls one PyTorch op and nothing else, so that tracing needs no other."""
 
@@ -27,39 +27,39 @@ class Backend(ABC):
     def refuses(
         self, fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device
     ) -> str | None:
-        """None when it can serve such a weight; else the reason, for people.
+        """Say why it cannot serve such a weight, for people; None when it can.
 
         Args:
-            fmt: its format.
-            shape: [out, in].
-            dtype: of the activations.
-            device: where it will be used.
+            fmt: the weight's format.
+            shape: the weight's [out, in].
+            dtype: the activations' dtype.
+            device: where the weight will be used.
         """
 
     def holds(self, fmt: Format) -> str | None:
-        """As what its memory holds the values, for people; None: as they are stored."""
+        """Say how it holds the values in memory, for people; None when they are as stored."""
         return None
 
     @abstractmethod
     def prepare(
         self, fmt: Format, parts: Parts, shape: Shape, dtype: torch.dtype = torch.bfloat16
     ) -> list[Tensor]:
-        """Disk layout → kernel layout, once, at load.
+        """Turn the disk layout into the kernel's, once, when a model is loaded.
 
         Args:
             fmt: the weight's format.
-            parts: as stored; floating values already in the activations' dtype.
-            shape: [out, in] of the weight.
-            dtype: of the activations. Integer values are multiplied in it.
+            parts: the stored tensors; floating values already in the activations' dtype.
+            shape: the weight's [out, in].
+            dtype: the activations' dtype, in which integer values are multiplied.
         """
 
     @abstractmethod
     def linear(self, x: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape) -> Tensor:
-        """x [..., in] @ W.T → [..., out].
+        """Multiply x [..., in] @ W.T to [..., out].
 
         Args:
             x: the activations, in the dtype that `prepare` was told.
             prepared: what `prepare` returned.
             fmt: the weight's format.
-            shape: [out, in] of the weight.
+            shape: the weight's [out, in].
         """

@@ -29,7 +29,7 @@ MASKS = {
 
 
 class Cpu(Backend):
-    """Packed in memory as panels of 16 rows; bfloat16 activations."""
+    """Holds panels of 16 packed rows and takes bfloat16 activations."""
 
     name = "cpu"
     packed = True
@@ -38,7 +38,7 @@ class Cpu(Backend):
     def refuses(
         self, fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device
     ) -> str | None:
-        """Other devices, other activations, and columns that do not fill its blocks."""
+        """Refuse other devices, other dtypes, and columns that do not fill its blocks."""
         unit = COLUMN_UNIT[fmt.values.kind]
         if device.type != "cpu":
             return f"it runs on CPU, not on {device.type}"
@@ -53,13 +53,13 @@ class Cpu(Backend):
         return native.refusal()
 
     def holds(self, fmt: Format) -> str | None:
-        """See Backend.holds."""
+        """Say that fp8 values become bfloat16."""
         return "fp8 values as bfloat16, rounded once" if fmt.values.is_fp8 else None
 
     def prepare(
         self, fmt: Format, parts: Parts, shape: Shape, dtype: torch.dtype = torch.bfloat16
     ) -> list[Tensor]:
-        """Panels, as one tensor of bytes."""
+        """Make panels, as one tensor of bytes."""
         values, data, starts = _stored(fmt, parts, shape[0])
         source = native.Source(
             shape=shape,
@@ -73,13 +73,13 @@ class Cpu(Backend):
         return [native.prepare(source)]
 
     def linear(self, x: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape) -> Tensor:
-        """See csrc/linear.cpp."""
+        """Call the operator of csrc/linear.cpp."""
         out: Tensor = torch.ops.gblm.cpu_linear.default(x.contiguous(), prepared[0], shape[0])
         return out
 
 
 def _stored(fmt: Format, parts: Parts, rows: int) -> tuple[str, Tensor, Tensor]:
-    """The kind of values that the kernels see, the values, and [out + 1] each row's first byte."""
+    """Give the kind of values for the kernels, the values, and each row's first byte [out + 1]."""
     if not (fmt.values.has_zeros or fmt.values.is_fp8):
         return fmt.values.kind, parts["values"], _row_starts(fmt, parts, rows)
     mask = fmt.mask(parts)
@@ -91,7 +91,7 @@ def _stored(fmt: Format, parts: Parts, rows: int) -> tuple[str, Tensor, Tensor]:
 
 
 def _row_starts(fmt: Format, parts: Parts, rows: int) -> Tensor:
-    """[out + 1] int64, first byte of each row in the part "values"."""
+    """Give the first byte of each row in the part "values": [out + 1] int64."""
     values = parts["values"]
     if "row_offsets" not in parts:
         return torch.arange(rows + 1) * (values.shape[1] * values.element_size())

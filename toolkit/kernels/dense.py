@@ -1,4 +1,4 @@
-"""dense: expand the packed weight once, at load. The speed and the memory of a dense model."""
+"""dense: expand the packed weight once, at load, for the speed and the memory of a dense model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gblm.kernels.base import Backend
 
 
 class Dense(Backend):
-    """Small on disk only; in memory the weight is the dense-with-zeros one."""
+    """Keeps the dense-with-zeros weight in memory, so that a model is small on disk only."""
 
     name = "dense"
     packed = False
@@ -21,15 +21,15 @@ class Dense(Backend):
     def refuses(
         self, fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device
     ) -> str | None:
-        """Never."""
+        """Refuse nothing."""
         return None
 
     def prepare(
         self, fmt: Format, parts: Parts, shape: Shape, dtype: torch.dtype = torch.bfloat16
     ) -> list[Tensor]:
-        """The dense weight [out, in]."""
+        """Expand the parts to the dense weight [out, in]."""
         return [fmt.expand(parts, dtype)]
 
     def linear(self, x: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape) -> Tensor:
-        """A dense multiplication."""
+        """Multiply densely, by PyTorch."""
         return functional.linear(x, prepared[0])

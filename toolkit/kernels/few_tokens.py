@@ -28,7 +28,7 @@ class FewTokens(Backend):
     max_tokens: ClassVar[int]
 
     def linear(self, x: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape) -> Tensor:
-        """No host synchronisation, on the current stream."""
+        """Multiply on the current stream, without waiting for the device."""
         tokens = aligned(x.reshape(-1, shape[1]))
         if len(tokens) > self.max_tokens:
             out = functional.linear(tokens, self.expand(x, prepared, fmt, shape))
@@ -40,44 +40,44 @@ class FewTokens(Backend):
 
     @abstractmethod
     def expand(self, x: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape) -> Tensor:
-        """The dense weight [out, in] where and as x is."""
+        """Give the dense weight [out, in] in x's dtype, on x's device."""
 
     @abstractmethod
     def multiply(
         self, x: Tensor, out: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape
     ) -> None:
-        """One multiplication with the packed weight.
+        """Multiply once with the packed weight.
 
         Args:
             x: [tokens, in] of 1 to `max_tokens` tokens, `aligned`.
             out: [tokens, out], contiguous; written.
             prepared: what `prepare` returned.
             fmt: the weight's format.
-            shape: [out, in] of the weight.
+            shape: the weight's [out, in].
         """
 
 
 def aligned(x: Tensor) -> Tensor:
-    """Contiguous, and at an address that vector loads may take."""
+    """Make x contiguous, at an address that vector loads may take."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def dtype_refusal(dtype: torch.dtype) -> str | None:
-    """Why activations cannot be of this dtype, for people; None when they can."""
+    """Say why activations cannot be of this dtype, for people; None when they can."""
     if dtype in DTYPES:
         return None
     return f"activations must be bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
 
 
 def weight_refusal(fmt: Format, shape: Shape, dtype: torch.dtype, most: int) -> str | None:
-    """Why kernels for any mask cannot serve a weight [out, in], for people; None when they can.
+    """Say why kernels for any mask cannot serve a weight, for people; None when they can.
 
     Args:
-        fmt: its format.
-        shape: [out, in].
-        dtype: of the activations.
-        most: columns.
+        fmt: the weight's format.
+        shape: the weight's [out, in].
+        dtype: the activations' dtype.
+        most: the largest number of columns that the kernels take.
     """
     if fmt.name == "dense":
         return "a dense weight has no zeros to leave out"

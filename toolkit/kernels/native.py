@@ -79,7 +79,7 @@ class Source:
 
 
 def refusal() -> str | None:
-    """None when the kernels can be used; else why not, for people."""
+    """Say why the kernels cannot be used, for people; None when they can."""
     return _loaded()[1]
 
 
@@ -90,7 +90,7 @@ def instruction_set() -> str:
 
 
 def use_instruction_set(name: str) -> None:
-    """Take another instruction set than the best one, for tests and benchmarks.
+    """Use another instruction set than the best one, for tests and benchmarks.
 
     Raises:
         KernelError: this CPU, or this build, has no such set.
@@ -100,17 +100,17 @@ def use_instruction_set(name: str) -> None:
 
 
 def compiler() -> str:
-    """What built the library."""
+    """The name and version of the compiler that built the library."""
     name: bytes = _library().gblm_compiler()
     return name.decode()
 
 
 def prepare(source: Source, name: str = "weight") -> Tensor:
-    """Disk layout → panels.
+    """Turn a weight into panels.
 
     Args:
         source: the weight; its tensors are on CPU.
-        name: of the linear, for messages.
+        name: what messages call the linear.
 
     Returns:
         [bytes] uint8, in huge pages where the system has them.
@@ -128,7 +128,7 @@ def prepare(source: Source, name: str = "weight") -> Tensor:
 
 
 def unpack(panels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The inverse of `prepare`, for tests: values or codes, mask, scales.
+    """Undo `prepare`, for tests: give values or codes, mask and scales.
 
     Returns:
         bfloat16 values or int8 codes [out, in], bool mask [out, in], and bfloat16 scales of the
@@ -156,9 +156,10 @@ def unpack(panels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def allocate(size: int) -> Tensor:
-    """[size] uint8, not yet written, in huge pages where it fills them: fewer misses of the TLB.
+    """Give [size] uint8, not yet written, in huge pages where it fills them.
 
-    Fresh from the system: memory that malloc gives out again stays in the pages that it was in.
+    Huge pages miss the TLB less. The memory comes fresh from the system, for what malloc gives out
+    again stays in the pages that it was in.
     """
     if size < HUGE_PAGE:
         memory = torch.empty(size + 64, dtype=torch.uint8)
@@ -172,7 +173,7 @@ def allocate(size: int) -> Tensor:
 
 
 def read_seconds(memory: Tensor) -> float:
-    """Seconds to read a tensor once with PyTorch's threads: the limit of decoding."""
+    """Time one read of a tensor with PyTorch's threads, in seconds: the limit of decoding."""
     library = _library()
     size = memory.numel() * memory.element_size()
     seconds: float = library.gblm_read_seconds(memory.data_ptr(), size, library.gblm_torch_pool())
@@ -180,7 +181,7 @@ def read_seconds(memory: Tensor) -> float:
 
 
 def _hold(source: Source, name: str) -> tuple[_Source, list[Tensor]]:
-    """The C structure, and the tensors that its pointers need alive."""
+    """Fill the C structure, and give the tensors that its pointers need alive."""
     rows, columns = source.shape
     _check_tensors(source, name)
     tensors = [source.data, source.starts, source.bitmask, source.scales]
@@ -236,7 +237,7 @@ def _library() -> ctypes.CDLL:
 
 @cache
 def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
-    """The library with its operator registered, or the reason why there is none."""
+    """Load the library and register its operator, or give the reason why there is none."""
     if not LIBRARY.exists():
         return None, "not built (no C++ compiler at installation)"
     try:

@@ -16,7 +16,7 @@ CHUNK_WEIGHTS = 1 << 18
 
 
 class Reference(Backend):
-    """Packed in memory; expands the weight in plain PyTorch at every call, so it is slow."""
+    """Stays packed and expands the weight in plain PyTorch at every call, so it is slow."""
 
     name = "reference"
     packed = True
@@ -24,13 +24,13 @@ class Reference(Backend):
     def refuses(
         self, fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device
     ) -> str | None:
-        """Never."""
+        """Refuse nothing."""
         return None
 
     def prepare(
         self, fmt: Format, parts: Parts, shape: Shape, dtype: torch.dtype = torch.bfloat16
     ) -> list[Tensor]:
-        """The disk layout as it is."""
+        """Keep the disk layout as it is."""
         return [parts[name].contiguous() for name in fmt.parts]
 
     def linear(self, x: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape) -> Tensor:

@@ -1,4 +1,4 @@
 """CUDA kernels for packed weights: text that NVRTC compiles when a layer first needs it.
 
-Nothing here is imported by the core beyond Python and torch; libcuda and NVRTC are found at use.
+Importing this needs Python and torch only; libcuda and NVRTC are looked for when they are used.
 """

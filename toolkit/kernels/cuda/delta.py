@@ -1,6 +1,7 @@
-"""delta: weights of any mask, by their kept values alone; for the few tokens of decoding.
+"""delta: weights of any mask as kept values and the distances between them, for few tokens.
 
-Integer values are multiplied out when the model is loaded, once rounded to the activations' dtype.
+The work is per kept weight, not per column; the head of delta.cu defines the layout. Codes are
+multiplied by their scales when the model is loaded, and rounded once to the activations' dtype.
 """
 
 from __future__ import annotations
@@ -12,44 +13,46 @@ from torch import Tensor
 
 from gblm.formats import Format, Parts, Shape
 from gblm.kernels.cuda import device as cuda
-from gblm.kernels.cuda.deltas import MAX_COLUMNS, pack_deltas, padded_columns
 from gblm.kernels.cuda.device import THREADS, Device, device_of
-from gblm.kernels.cuda.source import Variant
+from gblm.kernels.cuda.nvrtc import Variant
 from gblm.kernels.few_tokens import FewTokens, aligned, weight_refusal
 
+RUNS, WORD, LONGEST = 32, 8, 16
+# Columns are stored, plus one, in 16 bits.
+MAX_COLUMNS = (1 << 16) - 1
 MAX_TOKENS = 8
 WARPS = THREADS // 32
 MAX_BLOCKS_PER_SM = 8
 
 
 class Delta(FewTokens):
-    """4-bit distances in memory; more than 8 tokens meet the expanded weight."""
+    """Holds 4-bit distances beside the kept values; more than 8 tokens meet the expanded weight."""
 
     name = "delta"
     max_tokens = MAX_TOKENS
 
     def __init__(self, device_of: Callable[[Tensor], Device] = device_of) -> None:
-        """`device_of` finds where activations lie; tests give it an emulated device."""
+        """Take `device_of`, which finds the device of activations; tests emulate one."""
         self._device_of = device_of
 
     def refuses(
         self, fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device
     ) -> str | None:
-        """Other devices, dense weights, other activations, and very long rows."""
+        """Refuse other devices, dense weights, activations of other dtypes, and very long rows."""
         return cuda.refusal(device) or self.refuses_weight(fmt, shape, dtype)
 
     def refuses_weight(self, fmt: Format, shape: Shape, dtype: torch.dtype) -> str | None:
-        """What does not depend on the device."""
+        """Say why a weight cannot be served on any device; None when it can."""
         return weight_refusal(fmt, shape, dtype, MAX_COLUMNS)
 
     def prepare(
         self, fmt: Format, parts: Parts, shape: Shape, dtype: torch.dtype = torch.bfloat16
     ) -> list[Tensor]:
-        """See `pack_deltas`."""
+        """Make the four tensors of `pack_deltas`."""
         return pack_deltas(fmt.expand(parts, dtype), fmt.mask(parts))
 
     def expand(self, x: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape) -> Tensor:
-        """See FewTokens.expand."""
+        """Write the dense weight on the device."""
         dense = x.new_zeros(shape)
         compiled = Variant("delta", (("BF16", int(x.dtype == torch.bfloat16)), ("TOKENS", 1)))
         grid = -(-shape[0] // WARPS)
@@ -59,7 +62,7 @@ class Delta(FewTokens):
     def multiply(
         self, x: Tensor, out: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape
     ) -> None:
-        """See cuda/delta.cu; of long rows a launch takes some tokens."""
+        """Multiply in one launch, or in several when rows are long and shared memory is short."""
         step = tokens_at_once(self._device_of(x), shape[1])
         for start in range(0, len(x), step):
             piece = slice(start, start + step)
@@ -77,6 +80,67 @@ class Delta(FewTokens):
 
 
 def tokens_at_once(device: Device, columns: int) -> int:
-    """How many tokens a launch takes, so that they fit into shared memory: 1, 2, 4 or 8."""
+    """The number of tokens whose activations fit into shared memory: 1, 2, 4 or 8."""
     fits = max(1, device.max_shared // (2 * padded_columns(columns)))
     return min(MAX_TOKENS, 1 << (fits.bit_length() - 1))
+
+
+def padded_columns(columns: int) -> int:
+    """The columns that x has in shared memory: the zeros of last runs walk on behind the weight."""
+    return -(-(columns + columns // RUNS + WORD) // 8) * 8
+
+
+def pack_deltas(weight: Tensor, mask: Tensor) -> list[Tensor]:
+    """Turn a dense weight and its mask into values, gaps, starts and words.
+
+    Args:
+        weight: [out, in], of a 16-bit dtype.
+        mask: [out, in] bool, True = kept.
+
+    Returns:
+        values [words · 32, 8], gaps [words · 32] int32, starts [out · 32] int16 (unsigned in the
+        kernel), and words [out + 1] int32. A row has at least one word.
+    """
+    rows, columns, values = _filled(weight, mask)
+    counts = torch.bincount(rows, minlength=len(mask))
+    words = ((counts + RUNS * WORD - 1) // (RUNS * WORD)).clamp_min(1)
+    first_word = torch.nn.functional.pad(words.cumsum(0), (1, 0))
+    # Of each entry: its number in the row, its lane, its number in the lane's run.
+    number = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+    length = WORD * words[rows]
+    lane, within = number // length, number % length
+    before = columns.roll(1)
+    before[number == 0] = -1
+    slot = (first_word[rows] + within // WORD) * RUNS + lane
+    size = int(first_word[-1]) * RUNS
+    stored = torch.zeros(size, WORD, dtype=weight.dtype, device=weight.device)
+    stored[slot, within % WORD] = values
+    gaps = torch.zeros(size, dtype=torch.int64, device=weight.device)
+    gaps.scatter_add_(0, slot, (columns - before - 1) << 4 * (within % WORD))
+    starts = torch.zeros(len(mask) * RUNS, dtype=torch.int32, device=weight.device)
+    begins = within == 0
+    starts[rows[begins] * RUNS + lane[begins]] = (before[begins] + 1).to(torch.int32)
+    return [stored, _wrapped(gaps, 32), _wrapped(starts, 16), first_word.to(torch.int32)]
+
+
+def _filled(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Give the row, column and value of every entry, zeros that fill long distances among them."""
+    rows, columns = mask.nonzero().unbind(1)
+    before = columns.roll(1)
+    if len(rows):
+        before[0] = -1
+        before[1:][rows[1:] != rows[:-1]] = -1
+    steps = (columns - before - 1) // LONGEST + 1
+    source = torch.repeat_interleave(steps)
+    step = torch.arange(len(source), device=mask.device) - (steps.cumsum(0) - steps)[source]
+    last = step == steps[source] - 1
+    place = torch.where(last, columns[source], before[source] + LONGEST * (step + 1))
+    kept = weight[rows, columns][source]
+    return rows[source], place, torch.where(last, kept, torch.zeros_like(kept))
+
+
+def _wrapped(numbers: Tensor, bits: int) -> Tensor:
+    """Store unsigned numbers of so many bits in the signed dtype with the same bits."""
+    wide = numbers.to(torch.int64)
+    dtype = torch.int32 if bits == 32 else torch.int16
+    return torch.where(wide >= 1 << (bits - 1), wide - (1 << bits), wide).to(dtype)

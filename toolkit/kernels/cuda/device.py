@@ -1,30 +1,126 @@
-"""One GPU: its compiled kernels, and launches on PyTorch's current stream."""
+"""One GPU: libcuda, the kernels that are loaded on it, and launches on PyTorch's current stream.
+
+libcuda is called by plain ctypes: every machine with an NVIDIA driver has it, and PyTorch has
+initialised it and made its context current by the time a tensor lies on a device.
+"""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gblm.errors import MachineError
 from gblm.kernels.cuda import nvrtc
-from gblm.kernels.cuda.driver import Driver, Value
-from gblm.kernels.cuda.source import Variant
+from gblm.kernels.cuda.nvrtc import Variant
 
+LIBRARY = "libcuda.so.1"
+# CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+MAX_DYNAMIC_SHARED = 8
+STATIC_LIMIT = 48 << 10
+Value = ctypes.c_void_p | ctypes.c_int32
+# Compute capabilities that the kernels are written for.
 OLDEST, NEWEST = (8, 0), (12, 1)
 THREADS = 256
 
 
-class Device:
-    """Launches kernels; compiles each variant when it is first asked for.
+class Driver:
+    """libcuda, or a library with the same functions.
 
-    Attributes:
-        arch: compute capability.
-        num_sms: multiprocessors.
-        max_shared: bytes of shared memory that a block may have.
+    Raises:
+        MachineError: there is none.
+    """
+
+    def __init__(self, library: str | Path = LIBRARY) -> None:
+        try:
+            self._library = ctypes.CDLL(str(library))
+        except OSError as error:
+            raise MachineError(f"the CUDA driver could not be loaded: {error}.") from error
+        pointer, number = ctypes.c_void_p, ctypes.c_uint
+        self._declare("cuInit", number)
+        self._declare("cuModuleLoadData", pointer, pointer)
+        self._declare("cuModuleGetFunction", pointer, pointer, ctypes.c_char_p)
+        self._declare("cuFuncSetAttribute", pointer, ctypes.c_int, ctypes.c_int)
+        self._declare("cuLaunchKernel", pointer, *[number] * 7, pointer, pointer, pointer)
+        self._declare("cuGetErrorString", ctypes.c_int, pointer)
+        self._call("cuInit", 0)
+
+    def load(self, image: bytes) -> int:
+        """Load a cubin into the current context and give the module's handle.
+
+        Raises:
+            MachineError: the driver cannot run the image.
+        """
+        module = ctypes.c_void_p()
+        self._call("cuModuleLoadData", ctypes.byref(module), image)
+        return module.value or 0
+
+    def function(self, module: int, name: str, shared: int = 0) -> int:
+        """Find a kernel in a module and give its handle.
+
+        Args:
+            module: what `load` gave.
+            name: the kernel's name, that of an extern "C" function.
+            shared: bytes of dynamic shared memory that launches will ask for at most.
+
+        Raises:
+            MachineError: there is no such kernel, or not so much shared memory.
+        """
+        found = ctypes.c_void_p()
+        self._call("cuModuleGetFunction", ctypes.byref(found), module, name.encode())
+        if shared > STATIC_LIMIT:
+            self._call("cuFuncSetAttribute", found, MAX_DYNAMIC_SHARED, shared)
+        return found.value or 0
+
+    def launch(
+        self,
+        function: int,
+        grid: int,
+        block: int,
+        values: Sequence[Value],
+        shared: int = 0,
+        stream: int = 0,
+    ) -> None:
+        """Put one launch on a stream and return at once.
+
+        Args:
+            function: what `function` gave.
+            grid: number of blocks.
+            block: number of threads in a block.
+            values: the kernel's arguments, in order.
+            shared: bytes of dynamic shared memory.
+            stream: the handle of a CUDA stream.
+
+        Raises:
+            MachineError: the driver refuses.
+        """
+        addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        sizes = (grid, 1, 1, block, 1, 1, shared)
+        self._call("cuLaunchKernel", function, *sizes, stream, addresses, None)
+
+    def _declare(self, name: str, *arguments: type) -> None:
+        function = getattr(self._library, name)
+        function.restype, function.argtypes = ctypes.c_int, arguments
+
+    def _call(self, name: str, *arguments: object) -> None:
+        code = getattr(self._library, name)(*arguments)
+        if code:
+            text = ctypes.c_char_p()
+            self._library.cuGetErrorString(code, ctypes.byref(text))
+            why = (text.value or b"unknown error").decode()
+            raise MachineError(f"{name} failed: {why} (error {code}).")
+
+
+class Device:
+    """A GPU that launches kernels and compiles each variant when it is first asked for.
+
+    `arch` is its compute capability, `num_sms` the number of its multiprocessors, and `max_shared`
+    the bytes of shared memory that a block may have.
     """
 
     def __init__(
@@ -51,9 +147,9 @@ class Device:
         """Launch the kernel `name` of a variant with blocks of 256 threads.
 
         Args:
-            variant: of a source file.
-            name: of the kernel.
-            grid: blocks.
+            variant: the compilation that holds the kernel.
+            name: the kernel's name.
+            grid: number of blocks.
             arguments: tensors are handed over as pointers, numbers as int.
             shared: bytes of dynamic shared memory.
 
@@ -78,7 +174,7 @@ class Device:
         return function
 
     def stream(self) -> int:
-        """The handle of the stream that launches go to."""
+        """The handle of PyTorch's current stream, which launches go to."""
         return int(torch.cuda.current_stream().cuda_stream)
 
 

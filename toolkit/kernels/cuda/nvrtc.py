@@ -1,7 +1,7 @@
-"""NVRTC: CUDA source → machine code of one architecture, kept on disk.
+"""The text of the CUDA kernels, and NVRTC, which compiles a variant of it for one GPU.
 
-The library comes with CUDA builds of PyTorch, or with the package nvidia-cuda-nvrtc; no header
-and no compiler is needed.
+NVRTC comes with CUDA builds of PyTorch, or with the package nvidia-cuda-nvrtc; no header and no
+compiler is needed. What was compiled is kept on disk.
 """
 
 from __future__ import annotations
@@ -11,17 +11,50 @@ import hashlib
 import importlib.util
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from gblm.cache import cache_folder, keep
 from gblm.errors import MachineError
-from gblm.kernels.cuda.source import Variant
 
 # mma.sp::ordered_metadata is PTX 8.5.
 OLDEST = (12, 5)
 # A cubin takes 10 to 40 KB.
 CACHE_BYTES = 64 << 20
+FOLDER = Path(__file__).parent
+PRELUDE = "ptx.cuh"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compilation of one .cu file, whose head explains the macros of `defines`.
+
+    `file` is the name without ".cu"; `defines` are pairs of a macro's name and its value.
+    """
+
+    file: str
+    defines: tuple[tuple[str, int], ...]
+
+    @property
+    def label(self) -> str:
+        """The variant as messages and tables name it, such as "mma_sp BF16=1 TOKENS=2"."""
+        return " ".join([self.file, *(f"{name}={value}" for name, value in self.defines)])
+
+    @property
+    def options(self) -> list[str]:
+        """The macros as options of the compiler's command line."""
+        return [f"-D{name}={value}" for name, value in self.defines]
+
+    def text(self, prelude: str | None = None) -> str:
+        """The source; with another prelude than CUDA's it runs elsewhere, as the tests do."""
+        return (read(PRELUDE) if prelude is None else prelude) + read(f"{self.file}.cu")
+
+
+@cache
+def read(name: str) -> str:
+    """The text of a file of this folder."""
+    return (FOLDER / name).read_text(encoding="utf-8")
 
 
 def refusal() -> str | None:
@@ -36,7 +69,7 @@ def refusal() -> str | None:
 
 
 def version() -> tuple[int, int]:
-    """Of the NVRTC that is used.
+    """The version of the NVRTC that is used: major, minor.
 
     Raises:
         MachineError: there is none.
@@ -51,8 +84,8 @@ def cubin(variant: Variant, arch: tuple[int, int], folder: Path | None = None) -
 
     Args:
         variant: what to compile.
-        arch: compute capability, such as (9, 0).
-        folder: of the cache; `cubins` in gblm's own if None.
+        arch: the GPU's compute capability, such as (9, 0).
+        folder: where cubins are kept; None is `cubins` in gblm's own cache.
 
     Raises:
         MachineError: there is no NVRTC, or it refuses the source.
@@ -80,9 +113,9 @@ def compile_text(text: str, options: list[str], arch: tuple[int, int], label: st
 
     Args:
         text: CUDA C++ without includes.
-        options: of the command line.
-        arch: compute capability.
-        label: for messages.
+        options: further options of the compiler's command line.
+        arch: the GPU's compute capability.
+        label: what messages call the source.
 
     Raises:
         MachineError: NVRTC refuses; the message has the first line of its log.
@@ -103,7 +136,7 @@ def compile_text(text: str, options: list[str], arch: tuple[int, int], label: st
 
 
 def _trim(folder: Path) -> None:
-    """Forget what was longest unused, until the cache is as small as it must be."""
+    """Delete the cubins that were unused for longest, until CACHE_BYTES hold the rest."""
     found = [(file.stat(), file) for file in folder.glob("*.cubin")]
     total = sum(facts.st_size for facts, _ in found)
     for facts, file in sorted(found, key=lambda pair: pair[0].st_mtime):
@@ -137,7 +170,7 @@ def _library() -> ctypes.CDLL:
 
 
 def _candidates() -> Iterator[str]:
-    """Where NVRTC may be: the wheels' folders first, then what the system finds."""
+    """Paths at which NVRTC may lie: the wheels' folders first, then the system's."""
     spec = importlib.util.find_spec("nvidia")
     for root in (spec.submodule_search_locations or []) if spec else []:
         for pattern in ("cu*/lib/libnvrtc.so.*", "cuda_nvrtc/lib/libnvrtc.so.*"):

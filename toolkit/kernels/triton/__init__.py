@@ -1,4 +1,4 @@
 """Triton kernels for packed weights: the first path on AMD GPUs, the second on NVIDIA's.
 
-Triton is imported when a weight is first served, not before: `gblm.kernels.triton.kernels` does.
+Only `gblm.kernels.triton.kernels` imports Triton, and only when a weight is first served with it.
 """

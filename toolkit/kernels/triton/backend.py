@@ -1,51 +1,74 @@
-"""triton: any packed weight, on GPUs that Triton compiles for."""
+"""triton: any packed weight, on GPUs that Triton compiles for.
+
+The kernels read the parts of a format as they are: nothing is rounded, and besides views of parts
+there are only 16 bits for each 32 columns that are not 2:4, and 8 bytes a row. Blocks have fixed
+shapes for a weight and so many tokens; nothing is searched for. A block's columns lie in one group
+of scales. Small weights are shared by columns, too, so that every compute unit has work; the shares
+are added up in a fixed order.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from gblm.formats import Format, Parts, Shape
+from gblm.formats.bits import unpack_bits
+from gblm.formats.nibbles import byte_offsets
 from gblm.kernels.cuda.device import OLDEST
 from gblm.kernels.few_tokens import FewTokens, weight_refusal
-from gblm.kernels.triton.launch import ADDED, COMPILER, DENSE, MAX_TOKENS, Stored, blocks, sized
-from gblm.kernels.triton.layout import MAX_COLUMNS, arrays
 
 OLDEST_TRITON = (3, 6)
+WORD = 32
+# Starts of words are 16 bits.
+MAX_COLUMNS = 1 << 16
+MAX_TOKENS = 16
+KINDS = {"float": 16, "int8": 8, "int4": 4, "uint4": 14, "fp8": 28}
+# Rows and columns of a block for one token, for more, and of the dense weight: 2:4, other masks.
+ONE, MANY, DENSE = ((16, 256), (8, 256)), ((32, 128), (32, 64)), ((16, 256), (8, 256))
+# Of Triton's compiler. Multiplications and additions are fused, whatever its version's default.
+WARPS = 4
+COMPILER = {"num_warps": WARPS, "enable_fp_fusion": True}
+# Blocks that a compute unit should have, and columns that a share has at least.
+BLOCKS_PER_UNIT, LEAST_SHARE, MOST_SHARES = 2, 512, 8
+ADDED = 1024
 
 
 class Triton(FewTokens):
-    """The parts as they are in memory; bfloat16 or float16 activations."""
+    """Holds the parts as they are; takes bfloat16 or float16 activations."""
 
     name = "triton"
     max_tokens = MAX_TOKENS
 
     def __init__(self, units_of: Callable[[Tensor], int] | None = None) -> None:
-        """`units_of` counts the compute units of a tensor's device; tests give their own."""
+        """Take `units_of`, which counts the compute units of a tensor's device."""
         self._units_of = units_of or compute_units
 
     def refuses(
         self, fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device
     ) -> str | None:
-        """Other devices, no Triton, dense weights, other activations, and very long rows."""
+        """Refuse other devices, a missing Triton, dense weights, other dtypes, very long rows."""
         return refusal(device) or self.refuses_weight(fmt, shape, dtype)
 
     def refuses_weight(self, fmt: Format, shape: Shape, dtype: torch.dtype) -> str | None:
-        """What does not depend on the device."""
+        """Say why a weight cannot be served on any device; None when it can."""
         return weight_refusal(fmt, shape, dtype, MAX_COLUMNS)
 
     def prepare(
         self, fmt: Format, parts: Parts, shape: Shape, dtype: torch.dtype = torch.bfloat16
     ) -> list[Tensor]:
-        """See `arrays`."""
+        """Make the tensors of `Arrays`."""
         return list(arrays(fmt, parts, shape))
 
     def expand(self, x: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape) -> Tensor:
-        """See FewTokens.expand."""
+        """Write the dense weight on the device."""
         from gblm.kernels.triton import kernels
 
         stored, dense = Stored.of(fmt, shape), x.new_empty(shape)
@@ -59,7 +82,7 @@ class Triton(FewTokens):
     def multiply(
         self, x: Tensor, out: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape
     ) -> None:
-        """See triton/kernels.py; what shares of the columns give is added up by a second kernel."""
+        """Multiply; a second kernel adds up what shares of the columns give."""
         from gblm.kernels.triton import kernels
 
         stored = Stored.of(fmt, shape)
@@ -86,7 +109,7 @@ def _units(index: int) -> int:
 
 
 def compute_units(x: Tensor) -> int:
-    """Multiprocessors, or AMD's compute units, of the device that holds a tensor."""
+    """The number of multiprocessors, or AMD's compute units, of the device of a tensor."""
     return _units(x.device.index or 0)
 
 
@@ -112,3 +135,137 @@ def package_refusal() -> str | None:
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
         return f"Triton {version} is older than {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]}"
     return None
+
+
+class Arrays(NamedTuple):
+    """One weight [out, in] as the kernels read it.
+
+    Attributes:
+        values: the part, of 2:4 weights a word for each four columns: int32 of floats, int16 of
+            codes of 8 bits, uint8 of 4-bit codes. Of other masks fp8 codes are uint8, too.
+        words: int32 [out, in/32], the bitmask; bit i of word w is column 32·w + i. Rows that are no
+            whole words end in zeros.
+        starts: int16 [out, in/32], read as unsigned: kept values of the row before the word.
+            Empty for 2:4, like `begins`.
+        begins: int64 [out], where the row begins in `values`, in its elements.
+        scales: bfloat16 [out, groups], empty for floats.
+        zeros: uint8 [out, groups], empty without zero points.
+    """
+
+    values: Tensor
+    words: Tensor
+    starts: Tensor
+    begins: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+
+def is_two_four(fmt: Format) -> bool:
+    """Whether four columns always keep two values, at a place that follows from the columns."""
+    return str(fmt.pattern) == "2:4"
+
+
+def arrays(fmt: Format, parts: Parts, shape: Shape) -> Arrays:
+    """Turn the parts of a weight into what the kernels read.
+
+    Args:
+        fmt: the format nm or bitmask, with any value type.
+        parts: the stored tensors; floating values in the activations' dtype.
+        shape: the weight's [out, in], `in` at most MAX_COLUMNS.
+    """
+    values, words = parts["values"].contiguous(), _words(parts["bitmask"])
+    # Triton knows E4M3 on newer GPUs only; the kernels widen its bits.
+    values = values.view(torch.uint8) if fmt.values.is_fp8 else values
+    starts, begins = values.new_empty(0, dtype=torch.int16), values.new_empty(0, dtype=torch.int64)
+    if is_two_four(fmt):
+        wide = {1: torch.int16, 2: torch.int32}
+        values = values if fmt.values.in_nibbles else values.view(wide[values.element_size()])
+    else:
+        counts = unpack_bits(words.view(torch.uint8)).reshape(shape[0], -1, WORD).sum(dim=-1)
+        starts = (counts.cumsum(dim=-1) - counts).to(torch.int16)
+        begins = _begins(fmt, counts.sum(dim=-1))
+    scales = parts.get("scales", values.new_empty(0, dtype=torch.bfloat16))
+    zeros = parts.get("zeros", values.new_empty(0, dtype=torch.uint8))
+    return Arrays(values, words, starts, begins, scales.contiguous(), zeros.contiguous())
+
+
+def _words(bitmask: Tensor) -> Tensor:
+    """View a bitmask [out, in/8] uint8 as int32 words; copy it where rows are no whole words."""
+    bytes_missing = -bitmask.shape[1] % (WORD // 8)
+    whole: Tensor = functional.pad(bitmask, (0, bytes_missing)) if bytes_missing else bitmask
+    return whole.contiguous().view(torch.int32)
+
+
+def _begins(fmt: Format, counts: Tensor) -> Tensor:
+    """Say where rows of so many codes begin; rows of 4-bit codes begin at a byte."""
+    if fmt.values.in_nibbles:
+        return byte_offsets(counts)[:-1].contiguous()
+    return counts.cumsum(0) - counts
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The facts of a weight that the kernels are compiled for.
+
+    `kind` is a number of KINDS; `group` is the number of columns that share a scale, 0 for floats
+    and for one scale a row.
+    """
+
+    two_four: bool
+    kind: int
+    group: int
+
+    def options(self, shape: Shape, rows: int, columns: int) -> dict[str, int]:
+        """Give the kernels' compile-time arguments, for a weight [out, in] and such blocks."""
+        return {
+            "TWO_FOUR": self.two_four, "KIND": self.kind, "GROUP": self.group,
+            "TAIL": shape[1] % columns != 0, "ROWS": rows, "COLUMNS": columns,
+        }  # fmt: skip
+
+    @classmethod
+    def of(cls, fmt: Format, shape: Shape) -> Stored:
+        """Take the facts from the format of a weight [out, in]."""
+        group = 0 if fmt.values.is_float else fmt.values.group(shape[1])
+        return cls(is_two_four(fmt), KINDS[fmt.values.kind], 0 if group == shape[1] else group)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of a launch of `multiply`: the rows of one, and the columns it takes at a time.
+
+    `tokens` is 1 or MAX_TOKENS; `split` is the number of shares of the columns.
+    """
+
+    rows: int
+    columns: int
+    tokens: int
+    split: int
+
+
+def blocks(stored: Stored, shape: Shape, tokens: int, units: int) -> Blocks:
+    """Choose the blocks that multiply a weight.
+
+    Args:
+        stored: the facts of the weight.
+        shape: its [out, in].
+        tokens: the number of tokens, 1 to MAX_TOKENS.
+        units: the number of the device's compute units.
+    """
+    rows, columns = sized(ONE if tokens == 1 else MANY, stored)
+    along, split = -(-shape[0] // rows), 1
+    while (
+        split < MOST_SHARES
+        and along * split < BLOCKS_PER_UNIT * units
+        and shape[1] >= 2 * split * LEAST_SHARE
+    ):
+        split *= 2
+    return Blocks(rows, columns, 1 if tokens == 1 else MAX_TOKENS, split)
+
+
+def sized(block: tuple[tuple[int, int], tuple[int, int]], stored: Stored) -> tuple[int, int]:
+    """Give rows and columns of a block of `block`'s size, whose columns divide a scale's group."""
+    rows, whole = block[0] if stored.two_four else block[1]
+    columns = whole
+    if stored.group:
+        columns = min(whole, stored.group & -stored.group)
+    return rows * whole // columns, columns

@@ -1,34 +1,25 @@
 """What the compiler makes of the CUDA kernels: registers, spills, instructions of the main loops.
 
-Needs NVRTC and nvdisasm, which Triton brings; no GPU. tests/kernels/test_cuda_build.py holds
-every kernel to the limits below; run as a script, this writes the record of docs/gpu.md.
+Needs NVRTC and nvdisasm, which Triton brings; no GPU. tests/kernels/test_cuda_build.py holds every
+kernel to the limits below.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 import subprocess
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-from pages import made_by
 
 from gblm.errors import MachineError
-from gblm.kernels.cuda import nvrtc
-from gblm.kernels.cuda.source import Variant
-from gblm.provenance import provenance
+from gblm.kernels.cuda.nvrtc import Variant
 
 ARCHS = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
 KEPT_PER_WORD = 8
 PRODUCTS = "HMMA.SP"
-RECORD = Path(__file__).parent / "results" / "cuda-code.json"
-PAGE = Path(__file__).parent.parent / "docs" / "gpu.md"
-BEGIN, END = "<!-- cuda-code: begin -->", "<!-- cuda-code: end -->"
 WARP = 32
 
 
@@ -61,7 +52,7 @@ class Found:
 
 
 def mma_sp(values: int, group: int, tokens: int, bf16: int = 1, tail: int = 0) -> Variant:
-    """A variant as `sparse_tensor_core.variant` makes them."""
+    """A variant as `gblm.kernels.cuda.mma_sp.variant` makes them."""
     defines = {
         "BF16": bf16, "TOKENS": tokens, "VALUES": values, "GROUP": group, "TAIL": tail,
         "REPACKED": int(tokens > 2),
@@ -159,54 +150,3 @@ def _weight(body: list[str]) -> tuple[int, int]:
 
 def _run(tool: Path, *arguments: str) -> str:
     return subprocess.run([tool, *arguments], check=True, capture_output=True, text=True).stdout
-
-
-def _record() -> dict[str, Any]:
-    """Every variant on every architecture."""
-    rows = []
-    for variant in VARIANTS:
-        for arch in ARCHS:
-            image = nvrtc.compile_text(variant.text(), variant.options, arch, variant.label)
-            found = examine(image)[variant.file]
-            rows.append({
-                "variant": variant.label, "arch": f"sm_{arch[0]}{arch[1]}", **asdict(found),
-                "instructions": round(found.instructions(variant), 2), "cubin_bytes": len(image),
-            })  # fmt: skip
-    return {
-        "kind": "cuda code",
-        "command": made_by(),
-        "provenance": provenance(),
-        "nvrtc": ".".join(map(str, nvrtc.version())),
-        "rows": rows,
-    }
-
-
-def _table(record: dict[str, Any]) -> str:
-    """Registers and instructions by variant, smallest and largest of the architectures."""
-    lines = [
-        "| variant | registers | spilled bytes | instructions per kept weight |",
-        "|" + " --- |" * 4,
-    ]
-    for variant in dict.fromkeys(row["variant"] for row in record["rows"]):
-        rows = [row for row in record["rows"] if row["variant"] == variant]
-        spans = [
-            sorted({row[key] for row in rows})
-            for key in ("registers", "spilled_bytes", "instructions")
-        ]
-        cells = (f"{s[0]}–{s[-1]}" if s[0] != s[-1] else f"{s[0]}" for s in spans)
-        lines.append(f"| `{variant}` | {' | '.join(cells)} |")
-    archs = ", ".join(dict.fromkeys(row["arch"] for row in record["rows"]))
-    return "\n".join([*lines, "", f"NVRTC {record['nvrtc']}; smallest and largest of {archs}."])
-
-
-def main() -> None:
-    """Write the record and its table."""
-    record = _record()
-    RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    tail = rest.partition(END)[2]
-    PAGE.write_text(f"{head}{BEGIN}\n{_table(record)}\n{END}{tail}", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,24 +1,22 @@
 """What Triton makes of its kernels: registers, spills, instructions of the main loops.
 
 Needs Triton, which brings ptxas and nvdisasm, and no GPU. tests/kernels/test_triton_build.py holds
-some kernels to the limits below; run as a script, this writes the record of docs/gpu.md.
+some kernels to the limits below.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import triton
 from cuda_code import examine
-from pages import RESULTS, made_by
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gblm.kernels.triton import kernels
-from gblm.kernels.triton.launch import (
+from gblm.kernels.triton.backend import (
     ADDED,
     COMPILER,
     DENSE,
@@ -29,9 +27,7 @@ from gblm.kernels.triton.launch import (
     blocks,
     sized,
 )
-from gblm.provenance import provenance
 
-RECORD = RESULTS / "triton-code.json"
 SHAPE, UNITS = (4096, 4096), 132
 CUDA, HIP = "cuda", "hip"
 TARGETS = {
@@ -102,21 +98,6 @@ LIMITS = {
     case(True, 28, 128, 1): Limits(72, 9.9),
     case(False, 16, 0, 0): Limits(40, 0),
 }
-CASES = [
-    *LIMITS,
-    case(True, 16, 0, 1, float16=True),
-    case(True, 8, 0, 16),
-    case(True, 8, 128, 1),
-    case(True, 4, 32, 16),
-    case(True, 14, 128, 1),
-    case(False, 16, 0, 16),
-    case(False, 8, 128, 1),
-    case(False, 4, 128, 1),
-    case(True, 4, 128, 0),
-    case(True, 28, 0, 16),
-    case(True, 28, 128, 1, float16=True),
-    case(False, 28, 128, 1),
-]
 
 
 def compile_case(one: Case, target: GPUTarget) -> Any:
@@ -198,29 +179,3 @@ def amd_loop(text: str) -> int:
 def _field(text: str, name: str) -> int:
     (number,) = re.findall(rf"\.{name}:\s*(\d+)", text)
     return int(number)
-
-
-def _record() -> dict[str, Any]:
-    """Every case on every target."""
-    made = provenance()
-    rows = [
-        {"variant": one.label, "arch": name, **asdict(found(one, target))}
-        for one in CASES
-        for name, target in TARGETS.items()
-    ]
-    return {
-        "kind": "triton code",
-        "command": made_by(),
-        "provenance": made,
-        "triton": triton.__version__,
-        "rows": rows,
-    }
-
-
-def main() -> None:
-    """Write the record; `tables.py` makes its table."""
-    RECORD.write_text(json.dumps(_record(), indent=1) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
