@@ -13,12 +13,11 @@ from typing import Any
 import yaml
 
 from gblm.errors import InputError, UsageError
-from gblm.network import is_loopback
+from gblm.network import KEY_VARIABLE, is_loopback, read_key
 from gblm.serve.guard import ALWAYS_OPEN, settings
 
 logger = logging.getLogger(__name__)
 
-KEY_VARIABLE = "VLLM_API_KEY"
 PROXY = "deploy/nginx.conf"
 # In `--open-routes`: no route asks for a key, but those of vLLM under /v1.
 EVERY_ROUTE = "all"
@@ -207,18 +206,3 @@ def check_certificate(certificate: Path | None, key: Path | None) -> None:
             f"{certificate} and {key} are no certificate and its key in PEM format without a "
             f"password: {error}."
         ) from error
-
-
-def read_key(path: Path) -> str:
-    """The API key in a file.
-
-    Raises:
-        InputError: the file cannot be read or is empty.
-    """
-    try:
-        key = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"API key file {path} cannot be read: {error}") from error
-    if not key:
-        raise InputError(f"API key file {path} is empty.")
-    return key

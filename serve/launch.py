@@ -16,23 +16,20 @@ import psutil
 from gblm.checkpoint.reader import Reader
 from gblm.errors import InputError, MachineError, UsageError
 from gblm.export.pack import MIN_SPARSITY
-from gblm.folder import read_config
-from gblm.formats.manifest import QUANT_METHOD
+from gblm.folder import quant_method, read_config
 from gblm.kernels import BACKEND_VARIABLE, BACKENDS
+from gblm.network import KEY_VARIABLE, read_key
 from gblm.packed import check_loadable, is_packed
 from gblm.serve.access import (
-    KEY_VARIABLE,
     api_keys,
     check_address,
     check_certificate,
     check_doors,
     guard_settings,
-    read_key,
     with_config,
 )
-from gblm.serve.foreign import Foreign, is_legacy, sampled_zeros
 from gblm.serve.guard import KEYS_VARIABLE, MIDDLEWARE
-from gblm.serve.versions import check_version
+from gblm.serve.vllm_cli import check_version
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +42,8 @@ MAX_SEQUENCES = 64
 MAX_BODY_MIB = 8
 # vLLM serves norms and biases that the checkpoint lacks as they were made, unless told to look.
 LOADER_CONFIG = {"enable_weights_track": True}
+# Of a dense folder, to say whether packing it would pay.
+SAMPLED_ROWS, SAMPLED_TENSORS = 64, 8
 
 
 @dataclass(frozen=True)
@@ -52,11 +51,10 @@ class Server:
     """What to serve and where.
 
     Attributes:
-        folder: a packed or dense model folder, or a sparse one of compressed-tensors.
+        folder: a packed or dense model folder; see `gblm.serve.cached.folder_to_serve`.
         host: address to bind.
         port: TCP port.
         backend: a name of `gblm.kernels.BACKENDS` for packed weights; the best one if None.
-        pack: pack the zeros of a dense folder while loading it.
         name: model name in the API; the folder's name if None.
         api_key_file: a file that holds the API key; it never appears on a command line.
         ssl_certfile: certificate of an HTTPS server, with `ssl_keyfile`.
@@ -72,7 +70,6 @@ class Server:
     host: str = "127.0.0.1"
     port: int = 8000
     backend: str | None = None
-    pack: bool = False
     name: str | None = None
     api_key_file: Path | None = None
     ssl_certfile: Path | None = None
@@ -90,7 +87,7 @@ def command(server: Server, loading: Sequence[str] = ()) -> list[str]:
     if server.ssl_certfile is not None:
         tls = ["--ssl-certfile", str(server.ssl_certfile), "--ssl-keyfile", str(server.ssl_keyfile)]
     return [
-        sys.executable, "-m", "gblm.serve.watch", "serve", str(server.folder),
+        sys.executable, "-m", "gblm.serve.supervise", "serve", str(server.folder),
         "--host", server.host,
         "--port", str(server.port),
         "--served-model-name", server.name or server.folder.resolve().name,
@@ -98,7 +95,6 @@ def command(server: Server, loading: Sequence[str] = ()) -> list[str]:
         "--middleware", MIDDLEWARE,
         *tls,
         *loading,
-        *(["--quantization", QUANT_METHOD] if server.pack else []),
         *server.options,
     ]  # fmt: skip
 
@@ -141,21 +137,29 @@ def check(server: Server) -> None:
         check_version()
         check_loadable(server.folder)
         return
-    if server.pack or is_legacy(read_config(server.folder)):
-        check_version()
-        Foreign.open(str(server.folder))
-        return
     if server.backend is not None:
         raise InputError(
-            f"{server.folder} is dense: --backend applies to packed folders only; --pack packs a "
-            "dense one while loading."
+            f"{server.folder} is dense: --backend applies to packed folders only; --pack packs the "
+            "zeros of a dense one first."
         )
     # vLLM would open a pickle, or follow a shard name out of the folder
     with Reader(server.folder) as reader:
-        if (share := sampled_zeros(reader)) >= MIN_SPARSITY:
+        is_plain = quant_method(read_config(server.folder)) is None
+        if is_plain and (share := sampled_zeros(reader)) >= MIN_SPARSITY:
             logger.info(
                 "about %.0f %% of the weights are zero: --pack serves it packed", 100 * share
             )
+
+
+def sampled_zeros(reader: Reader) -> float:
+    """The share of zeros in the first rows of some linears of the decoder layers, 0 to 1."""
+    zeros = weights = 0
+    names = [n for n, (shape, _) in reader.headers.items() if ".layers." in n and len(shape) == 2]
+    for name in names[:SAMPLED_TENSORS]:
+        rows = reader.tensor(name)[:SAMPLED_ROWS]
+        zeros += int((rows == 0).sum())
+        weights += rows.numel()
+    return zeros / weights if weights else 0.0
 
 
 def check_options(server: Server) -> None:
@@ -187,7 +191,7 @@ def check_options(server: Server) -> None:
 
 
 def serve(server: Server) -> None:
-    """Become `gblm.serve.watch`, which runs vLLM: nothing of this large process stays.
+    """Become `gblm.serve.supervise`, which runs vLLM: nothing of this large process stays.
 
     The options were checked with `check_options` before there was a folder.
     """

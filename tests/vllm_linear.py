@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,16 +27,16 @@ def weight_for(fmt: Format, shape: tuple[int, int] = SHAPE) -> SparseWeight:
 
 def create(
     fmt: Format, rows: list[int], columns: int, num_ranks: int, monkeypatch: pytest.MonkeyPatch,
-    rank: int, kind: str = "linear.SparseLinearMethod",
+    rank: int,
 ) -> tuple[Any, torch.nn.Module]:  # fmt: skip
     """A linear of one rank, `columns` of the whole weight cut over `num_ranks`."""
     from vllm.model_executor import parameter
 
-    module, _, name = kind.partition(".")
-    method_of = getattr(importlib.import_module(f"gblm.serve.vllm_plugin.{module}"), name)
+    from gblm.serve.vllm_plugin.linear import SparseLinearMethod
+
     monkeypatch.setattr(parameter, "get_tensor_model_parallel_rank", lambda: rank)
     monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: RANKS)
-    method, layer = method_of(fmt, "w", lambda *choice: None), torch.nn.Module()
+    method, layer = SparseLinearMethod(fmt, "w", lambda *choice: None), torch.nn.Module()
     method.create_weights(
         layer, columns // num_ranks, rows, columns, sum(rows), torch.bfloat16,
         weight_loader=lambda *args: None,
@@ -51,7 +50,7 @@ def fused_linear(
     """One rank's q/k/v, with heads of 8 rows, or gate and up: vLLM's own layer, with its loader.
 
     Args:
-        fmt: of the weight; a plain one is packed as it is found.
+        fmt: of the weight.
         rows: of the whole pieces.
         kv_heads: how many of k and v; None for gate and up.
         monkeypatch: sets the rank.
@@ -60,14 +59,12 @@ def fused_linear(
     from vllm.model_executor import parameter
     from vllm.model_executor.layers import linear
 
-    from gblm.serve.vllm_plugin.found import FoundLinearMethod
     from gblm.serve.vllm_plugin.linear import SparseLinearMethod
 
     for module in (linear, parameter):
         monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
         monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: RANKS)
-    kind = FoundLinearMethod if fmt.spec == "dense/dense" else SparseLinearMethod
-    method = kind(fmt, "w", lambda *choice: None)
+    method = SparseLinearMethod(fmt, "w", lambda *choice: None)
     config = SimpleNamespace(
         online_quantization_config=None, get_quant_method=lambda layer, prefix: method
     )

@@ -12,11 +12,30 @@ import logging
 import socket
 import threading
 import time
+from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
-from gblm.errors import UsageError
+from gblm.errors import InputError, UsageError
 
 logger = logging.getLogger(__name__)
+
+# Holds the API key of a server where no file does; the name is vLLM's.
+KEY_VARIABLE = "VLLM_API_KEY"
+
+
+def read_key(path: Path) -> str:
+    """Read the API key in a file.
+
+    Raises:
+        InputError: the file cannot be read, or does not hold one line that fits a header.
+    """
+    try:
+        key = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"API key file {path} cannot be read: {error}.") from error
+    if not key or not key.isascii() or not key.isprintable():
+        raise InputError(f"API key file {path} must hold one line of ASCII text, the key.")
+    return key
 
 
 def is_loopback(host: str) -> bool:

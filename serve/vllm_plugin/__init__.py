@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from gblm.serve.versions import is_tested, vllm_version
+from gblm.serve.vllm_cli import is_tested, vllm_version
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,6 @@ from gblm.formats import Format, Shape, TensorSpec
 from gblm.formats.codes import holds_nan
 from gblm.formats.rectangle import RectangleFormat
 from gblm.kernels import Backend
-from gblm.serve.vllm_plugin.prepared import Stored
 from gblm.serve.vllm_plugin.ragged import Pieces, RaggedParameter, give_back_memory
 from gblm.values import ROW
 
@@ -34,7 +33,7 @@ from gblm.values import ROW
 NO_CODE = {torch.int8: -0x80, torch.uint8: 0x88}
 NO_ZERO, NOT_LOADED = 0xFF, -1
 MISSING = "{}: values are missing in the checkpoint, or NaN."
-NoteChoice = Callable[[Backend | None, Sequence[str], Stored | None], None]
+NoteChoice = Callable[[Backend, Sequence[str]], None]
 MAX_RANKS = 64  # looked at for the way out of a refusal
 
 
@@ -52,7 +51,6 @@ class SparseLinearMethod(LinearMethodBase):
         self.dense: UnquantizedLinearMethod | None = None
         self.slots: tuple[str, ...] = ()
         self.pieces: Pieces | None = None
-        self.loaded: tuple[str, ...] = fmt.parts
 
     def create_weights(
         self,
@@ -68,25 +66,18 @@ class SparseLinearMethod(LinearMethodBase):
         self.shape = (sum(output_partition_sizes), input_size_per_partition)
         self.dtype = params_dtype
         loader = extra_weight_attrs["weight_loader"]
-        self._register(layer, input_size, output_partition_sizes, loader)
-
-    def _register(
-        self, layer: torch.nn.Module, input_size: int, rows: list[int], loader: Any
-    ) -> None:
         self._check_shard(input_size)
-        if isinstance(self.fmt, RectangleFormat):
-            for part, spec in self.fmt.layout(self.shape, self.dtype).items():
-                layer.register_parameter(part, _rectangle(self.fmt, part, spec, loader))
-            return
-        self._register_ragged(layer, Pieces(self.fmt, self.name, rows, self.shape[1]), loader)
-
-    def _register_ragged(self, layer: torch.nn.Module, pieces: Pieces, loader: Any) -> None:
-        self.pieces = pieces
+        if not isinstance(self.fmt, RectangleFormat):
+            self.pieces = Pieces(self.fmt, self.name, output_partition_sizes, self.shape[1])
         for part, spec in self.fmt.layout(self.shape, self.dtype).items():
-            empty = torch.empty(0, dtype=spec.dtype)
-            layer.register_parameter(
-                part, RaggedParameter(data=empty, weight_loader=loader, part=part, pieces=pieces)
-            )
+            if self.pieces is None:
+                parameter = _rectangle(self.fmt, part, spec, loader)
+            else:
+                parameter = RaggedParameter(
+                    data=torch.empty(0, dtype=spec.dtype), weight_loader=loader, part=part,
+                    pieces=self.pieces,
+                )  # fmt: skip
+            layer.register_parameter(part, parameter)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Check the loaded parts and turn them into the layout of the chosen backend."""
@@ -104,27 +95,19 @@ class SparseLinearMethod(LinearMethodBase):
     def _prepare(self, layer: torch.nn.Module, parts: dict[str, Tensor]) -> None:
         forced, device = kernels.requested_backend(), parts["values"].device
         backend, reasons = kernels.select(self.fmt, self.shape, self.dtype, device, forced)
-        stored = Stored.of(self.fmt, parts, self.shape, self.dtype)
         prepared = backend.prepare(self.fmt, parts, self.shape, self.dtype)
-        self.note_choice(backend, reasons, stored)
+        self.note_choice(backend, reasons)
+        for part in self.fmt.parts:
+            delattr(layer, part)
         if not backend.packed:
-            self._serve_dense(layer, prepared[0])
+            # vLLM's own dense path, so that tokens equal those of the dense model.
+            layer.register_parameter("weight", Parameter(prepared[0], requires_grad=False))
+            self.dense = UnquantizedLinearMethod()
+            self.dense.process_weights_after_loading(layer)
             return
-        self._forget(layer)
         self.backend, self.slots = backend, tuple(map(_slot, range(len(prepared))))
         for slot, tensor in zip(self.slots, prepared, strict=True):
             layer.register_parameter(slot, Parameter(tensor, requires_grad=False))
-
-    def _serve_dense(self, layer: torch.nn.Module, weight: Tensor) -> None:
-        """vLLM's own dense path, so that tokens equal those of the dense model."""
-        self._forget(layer)
-        layer.register_parameter("weight", Parameter(weight, requires_grad=False))
-        self.dense = UnquantizedLinearMethod()
-        self.dense.process_weights_after_loading(layer)
-
-    def _forget(self, layer: torch.nn.Module) -> None:
-        for part in self.loaded:
-            delattr(layer, part)
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in] → [..., out]."""
@@ -145,8 +128,8 @@ class SparseLinearMethod(LinearMethodBase):
             elif not self.fmt.values.is_float:
                 self._refuse_unloaded_rows(parts["values"])
             return parts
-        device = layer.get_parameter(self.loaded[0]).device
-        self.fmt, whole = self.pieces.hand_over()
+        device = layer.get_parameter("values").device
+        whole = self.pieces.hand_over()
         self.pieces = None
         return {part: tensor.to(device) for part, tensor in whole.items()}
 

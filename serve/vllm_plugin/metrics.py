@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,10 +25,8 @@ from gblm.checkpoint.inspect import inspect
 from gblm.checkpoint.packed_folder import MANIFEST_FILE
 from gblm.checkpoint.writer import sha256
 from gblm.errors import GblmError
-from gblm.folder import quant_method, read_config, read_json_object
-from gblm.formats.manifest import QUANT_METHOD
+from gblm.folder import read_json_object
 from gblm.kernels import BACKENDS
-from gblm.serve.vllm_plugin.prepared import Stored, added_up, grouped, weights_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -67,13 +65,12 @@ def reports() -> Reports:
     return collector
 
 
-def report(folder: Path | None, backends: Mapping[str, int], stored: Sequence[Stored] = ()) -> None:
+def report(folder: Path | None, backends: Mapping[str, int]) -> None:
     """Say what this worker runs; called when all of its weights are prepared.
 
     Args:
         folder: of `Reports.new_folder`, made by the server's process; None where there is none.
         backends: linears by the name of their backend.
-        stored: how they are packed here; told of models that others made.
     """
     from vllm.config import get_current_vllm_config_or_none
     from vllm.distributed import get_pp_group
@@ -89,10 +86,7 @@ def report(folder: Path | None, backends: Mapping[str, int], stored: Sequence[St
     }
     try:
         source = local_folder(model.model, model.revision, current.load_config.download_dir)
-        if quant_method(read_config(source)) == QUANT_METHOD:
-            found |= checkpoint_facts(source)
-        else:
-            found |= {"prepared": grouped(stored)} | _weights_facts(source)
+        found |= checkpoint_facts(source)
     except Exception as error:  # of the hub's client, too: none of them may end a server
         logger.warning("gblm: /metrics cannot describe the checkpoint: %s", error)
     try:
@@ -102,14 +96,6 @@ def report(folder: Path | None, backends: Mapping[str, int], stored: Sequence[St
         return
     if MULTIPROCESS_VARIABLE in os.environ:
         publish(families(map(read_json_object, folder.glob("*.json"))))
-
-
-def _weights_facts(folder: Path) -> Report:
-    """The hash of the weights, which one of the workers takes, for it reads all of them again."""
-    from vllm.distributed import get_world_group
-
-    leads = get_world_group().rank_in_group == 0
-    return {"manifest_sha256": weights_sha256(folder)} if leads else {}
 
 
 def local_folder(model: str, revision: str | None, cache_dir: str | None) -> Path:
@@ -204,7 +190,7 @@ def _stored(models: Mapping[str, list[Report]]) -> list[GaugeMetricFamily]:
     }
     info = GaugeMetricFamily(
         "gblm_checkpoint_info",
-        f"The sha256 of {MANIFEST_FILE}, or of others' weights, and the version of gblm.",
+        f"The sha256 of {MANIFEST_FILE} and the version of gblm.",
         labels=["model_name", "manifest_sha256", "version"],
     )
     for name, own in models.items():
@@ -212,7 +198,7 @@ def _stored(models: Mapping[str, list[Report]]) -> list[GaugeMetricFamily]:
         if facts is None:
             continue
         info.add_metric([name, facts["manifest_sha256"], gblm.__version__], 1)
-        for group in facts.get("groups") or added_up(own):
+        for group in facts["groups"]:
             for key, family in stored.items():
                 family.add_metric([name, *(group[label] for label in GROUP)], group[key])
     return [*stored.values(), info]

@@ -19,8 +19,6 @@ from vllm.model_executor.parameter import BasevLLMParameter
 
 from gblm.errors import CheckpointError
 from gblm.formats import Format
-from gblm.serve.foreign import is_plain
-from gblm.values import ValueType
 from gblm.weights import SparseWeight
 
 Cut = Literal["rows", "columns"]
@@ -46,18 +44,16 @@ class Pieces:
         name: of the linear, for messages.
         rows: rows of each piece on this rank.
         columns: columns on this rank.
-        settle: gives the format to keep the whole in, and the weight to pack; `fmt` if None.
     """
 
     fmt: Format
     name: str
     rows: list[int]
     columns: int
-    settle: Callable[[str, SparseWeight, ValueType], tuple[Format, SparseWeight]] | None = None
     _arriving: dict[Hashable, dict[str, Tensor]] = field(default_factory=dict)
     _places: dict[int, tuple[range, int]] = field(default_factory=dict)
     _done: dict[int, SparseWeight] = field(default_factory=dict)
-    _whole: tuple[Format, dict[str, Tensor]] | None = None
+    _whole: dict[str, Tensor] | None = None
 
     def take(
         self, piece: int, part: str, tensor: Tensor | range, cut: Cut, rank: int, num_ranks: int
@@ -121,8 +117,8 @@ class Pieces:
             self._whole = self._join()
             give_back_memory()
 
-    def hand_over(self) -> tuple[Format, dict[str, Tensor]]:
-        """The format and the parts of the fused weight on this rank, which are not kept here.
+    def hand_over(self) -> dict[str, Tensor]:
+        """Give the parts of the fused weight on this rank, and do not keep them here.
 
         vLLM holds parameters, and they this, beyond loading.
 
@@ -136,16 +132,11 @@ class Pieces:
             )
         return whole
 
-    def _join(self) -> tuple[Format, dict[str, Tensor]]:
+    def _join(self) -> dict[str, Tensor]:
         done = [self._done.pop(i) for i in range(len(self.rows))]
         whole = done[0] if len(done) == 1 else SparseWeight.cat(done)
         done.clear()
-        fmt = self.fmt
-        if self.settle is not None:
-            fmt, whole = self.settle(self.name, whole, self.fmt.values)
-        if is_plain(fmt):
-            return fmt, {"values": whole.weight}  # as it is; it may have columns of any number
-        return fmt, pack_in_blocks(fmt, self.name, whole)
+        return pack_in_blocks(self.fmt, self.name, whole)
 
 
 def pack_in_blocks(fmt: Format, name: str, weight: SparseWeight) -> dict[str, Tensor]:

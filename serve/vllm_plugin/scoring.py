@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gblm.errors import InputError, MachineError
-from gblm.serve.versions import check_version
+from gblm.serve.vllm_cli import check_version
 
 # For the cache of the one prompt that is scored at a time, unless the user asks for more.
 CACHE_GIB = "1"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from gblm.errors import CheckpointError, InputError, UsageError
+from gblm.export.dense import export_dense
 from gblm.serve import launch
 from gblm.serve.launch import (
     Server,
@@ -27,7 +28,7 @@ def test_command_is_vllms_own_server_with_safe_defaults(tmp_path: Path) -> None:
     assert words[:5] == [
         sys.executable,
         "-m",
-        "gblm.serve.watch",
+        "gblm.serve.supervise",
         "serve",
         str(tmp_path / "model-a"),
     ]
@@ -91,7 +92,7 @@ def test_api_key_never_stands_on_the_command_line(tmp_path: Path) -> None:
     assert environment(server, {})["VLLM_API_KEY"] == "secret"
     assert not [word for word in command(server) if "secret" in word]
     (tmp_path / "key").write_text("\n")
-    with pytest.raises(InputError, match="is empty"):
+    with pytest.raises(InputError, match="one line of ASCII"):
         environment(server, {})
 
 
@@ -101,6 +102,20 @@ def test_what_cannot_be_served_is_refused_before_vllm_starts(pack_tiny: Pack, ti
     check(Server(tiny))
     with pytest.raises(UsageError, match="'cuda' is unknown"):
         check_options(Server(pack_tiny(), backend="cuda"))
+
+
+@pytest.mark.vllm
+def test_zeros_of_a_dense_folder_are_told(
+    pack_tiny: Pack, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "gblm")
+    export_dense(pack_tiny(), tmp_path / "zeros")
+    check(Server(tiny))
+    assert "--pack" not in caplog.text
+    check(Server(tmp_path / "zeros"))
+    assert "about 50 % of the weights are zero: --pack serves it packed" in caplog.text
+    with pytest.raises(InputError, match="--pack packs the zeros"):
+        check(Server(tmp_path / "zeros", backend="reference"))
 
 
 @pytest.mark.vllm

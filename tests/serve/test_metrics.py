@@ -11,14 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from legacy_cases import FIXTURES
-from vllm_linear import weight_for
 
 from gblm.checkpoint.inspect import inspect
-from gblm.formats import from_spec
 from gblm.kernels import BACKENDS
-from gblm.serve.vllm_plugin.prepared import Stored, grouped, weights_sha256
 
 metrics = pytest.importorskip(
     "gblm.serve.vllm_plugin.metrics", reason="prometheus_client is not installed"
@@ -92,70 +87,6 @@ def test_facts_are_those_of_inspect(pack_tiny: Callable[..., Path]) -> None:
          group["bytes_dense"])
         for part, group in expected
     ]  # fmt: skip
-
-
-def foreign(rank: int, stage: int, *stored: object) -> dict:
-    facts = {"prepared": grouped(stored)} | ({} if rank else {"manifest_sha256": "a" * 64})
-    return worker(stage, cpu=len(stored)) | facts
-
-
-def test_what_is_packed_while_loading_is_counted_where_it_is(tmp_path: Path) -> None:
-    """Two ranks of each of two stages; each holds its share of every linear."""
-    floats, codes = Stored("nm", "2:4", "bfloat16", 90, 160), Stored("nm", "2:4", "int4:row", 7, 32)
-    reports = [foreign(0, 0, floats, floats, codes), foreign(1, 0, floats, floats, codes),
-               foreign(2, 1, floats), foreign(3, 1, floats)]  # fmt: skip
-    found = values(metrics.families(reports))
-    assert found["gblm_stored_linears"] == {"bfloat16": 3, "int4:row": 1}
-    assert found["gblm_packed_bytes"] == {"bfloat16": 6 * 90, "int4:row": 2 * 7}
-    assert found["gblm_dense_bytes"] == {"bfloat16": 6 * 160, "int4:row": 2 * 32}
-    info = next(f for f in metrics.families(reports) if f.name == "gblm_checkpoint_info")
-    assert [sample.labels["manifest_sha256"] for sample in info.samples] == ["a" * 64]
-
-
-def test_stored_is_what_the_parts_weigh() -> None:
-    fmt = from_spec("nm/2:4/int4:row")
-    parts = fmt.pack("w", weight_for(fmt, (16, 64)))
-    found = Stored.of(fmt, parts, (16, 64), torch.bfloat16)
-    assert found == ("nm", "2:4", "int4:row", 16 * (16 + 8 + 2), 16 * 64 * 2)
-
-
-def test_the_hash_of_others_weights_is_that_of_sha256sum(tmp_path: Path) -> None:
-    for name in ("b.safetensors", "a.safetensors", "config.json"):
-        (tmp_path / name).write_text(name * 1000)
-    command = "sha256sum *.safetensors | sha256sum"
-    done = subprocess.run(
-        command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split()[0] == weights_sha256(tmp_path)
-    (tmp_path / "b.safetensors").write_text("another")
-    assert done.stdout.split()[0] != weights_sha256(tmp_path)
-
-
-@pytest.mark.vllm
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_folder_of_others_is_reported(
-    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import vllm.config
-    import vllm.distributed
-
-    source = FIXTURES / "24-bitmask"
-    config = SimpleNamespace(
-        model_config=SimpleNamespace(model=str(source), revision=None, served_model_name="m"),
-        load_config=SimpleNamespace(download_dir=None),
-    )
-    monkeypatch.setattr(vllm.config, "get_current_vllm_config_or_none", lambda: config)
-    for name in ("get_pp_group", "get_world_group"):
-        group = SimpleNamespace(rank_in_group=rank)
-        monkeypatch.setattr(vllm.distributed, name, lambda group=group: group)
-    stored = [Stored("nm", "2:4", "bfloat16", 90, 160)]
-    metrics.report(tmp_path, {"cpu": 1}, stored)
-    (path,) = tmp_path.glob("*.json")
-    hashes = {} if rank else {"manifest_sha256": weights_sha256(source)}
-    assert json.loads(path.read_text()) == worker(rank, cpu=1) | {
-        "prepared": grouped(stored),
-        **hashes,
-    }
 
 
 def test_a_hub_id_is_found_in_the_cache(tmp_path: Path) -> None:

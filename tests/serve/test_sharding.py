@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 import torch
 from vllm_linear import RANKS, SHAPE, create, fused_linear, weight_for
 
 from gblm.errors import CheckpointError
 from gblm.formats import Format, from_spec
-from gblm.serve.foreign import settle
 from gblm.weights import SparseWeight
-
-if TYPE_CHECKING:
-    from gblm.serve.vllm_plugin.found import FoundLinearMethod
 
 pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm")
@@ -66,7 +60,7 @@ ROWS = {"qkv, heads split": ([32, 16, 16], 2), "qkv, head shared": ([32, 8, 8], 
 
 @pytest.mark.parametrize("rank", range(RANKS))
 @pytest.mark.parametrize("kind", ROWS)
-@pytest.mark.parametrize("spec", [*RAGGED, "dense/dense", "nm/2:4", "nm/2:4/int8:row"])
+@pytest.mark.parametrize("spec", [*RAGGED, "nm/2:4", "nm/2:4/int8:row"])
 def test_what_is_fused_on_disk_is_cut_into_its_pieces(
     spec: str, kind: str, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,7 +68,7 @@ def test_what_is_fused_on_disk_is_cut_into_its_pieces(
     fmt, (rows, kv_heads) = from_spec(spec), ROWS[kind]
     whole = weight_for(fmt, (sum(rows), SHAPE[1]))
     method, layer = fused_linear(fmt, rows, kv_heads, monkeypatch, rank)
-    load(layer, stored(fmt, whole))
+    load(layer, fmt.pack("w", whole))
     starts = [sum(rows[:piece]) for piece in range(len(rows))]
     shared = [kv_heads == 1 and piece > 0 for piece in range(len(rows))]
     sizes = [size // (1 if one else RANKS) for size, one in zip(rows, shared, strict=True)]
@@ -82,10 +76,7 @@ def test_what_is_fused_on_disk_is_cut_into_its_pieces(
         whole.narrow(0, start + (0 if one else rank * size), size)
         for start, size, one in zip(starts, sizes, shared, strict=True)
     ])  # fmt: skip
-    if spec == "dense/dense":
-        check_found(method, layer, own)
-    else:
-        check(fmt, method._loaded_parts(layer), own)
+    check(fmt, method._loaded_parts(layer), own)
 
 
 def test_some_pieces_may_be_fused_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,103 +197,22 @@ def test_parts_that_were_never_loaded_are_refused(
         method.process_weights_after_loading(layer)
 
 
-ARRIVALS = [("dense/dense", "2:4"), ("dense/dense", "0.5"), ("dense/dense", "none"),
-            ("bitmask/0.5", "2:4"), ("bitmask/0.5/int8:64", "2:4"),
-            ("bitmask/0.5/int8:row", "0.5"), ("bitmask/0.5/fp8:row", "2:4")]  # fmt: skip
-
-
-def arriving(spec: str, zeros: str, shape: tuple[int, int]) -> tuple[Format, SparseWeight]:
-    """A weight with such zeros, and the format that another checkpoint holds it in."""
-    pattern = {"2:4": "nm/2:4", "none": "dense/dense"}.get(zeros, f"bitmask/{zeros}")
-    fmt = from_spec(spec)
-    values = "" if fmt.values.is_float else f"/{fmt.values}"
-    return fmt, weight_for(from_spec(pattern + values), shape)
-
-
-def found(
-    fmt: Format, rows: list[int], columns: int, num_ranks: int, monkeypatch: pytest.MonkeyPatch,
-    rank: int,
-) -> tuple[FoundLinearMethod, torch.nn.Module]:  # fmt: skip
-    """As `create`, for a weight whose format is found when it is there."""
-    from gblm.serve.vllm_plugin import ragged
-
-    monkeypatch.setattr(ragged, "BLOCK_WEIGHTS", 3 * columns)
-    return create(fmt, rows, columns, num_ranks, monkeypatch, rank, "found.FoundLinearMethod")
-
-
-def stored(fmt: Format, weight: SparseWeight) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint, by the names of the layer's parameters."""
-    if fmt.spec == "dense/dense":
-        return {"weight": weight.weight}
-    return fmt.pack("w", weight)
-
-
-def check_found(method: FoundLinearMethod, layer: torch.nn.Module, own: SparseWeight) -> None:
-    assert method.pieces is not None
-    assert not method.pieces._done, "a weight stays unpacked"
-    parts = method._loaded_parts(layer)
-    fmt, weight = settle("w", own, method.fmt.values)
-    assert method.fmt.spec == fmt.spec
-    if fmt.spec == "dense/dense":
-        assert torch.equal(parts["values"], own.weight)
-    else:
-        check(fmt, parts, weight)
-
-
 @pytest.mark.parametrize("rank", range(RANKS))
-@pytest.mark.parametrize(("spec", "zeros"), ARRIVALS)
-def test_found_formats_are_those_of_the_cut_columns(
-    spec: str, zeros: str, rank: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fmt, weight = arriving(spec, zeros, SHAPE)
-    rows, columns = SHAPE
-    method, layer = found(fmt, [rows], columns, RANKS, monkeypatch, rank)
-    for part, tensor in stored(fmt, weight).items():
-        getattr(layer, part).load_row_parallel_weight(loaded_weight=tensor)
-    half = columns // RANKS
-    check_found(method, layer, weight.narrow(1, rank * half, half))
-
-
-@pytest.mark.parametrize("rank", range(RANKS))
-@pytest.mark.parametrize(("spec", "zeros"), ARRIVALS)
-def test_found_formats_are_those_of_the_joined_rows(
-    spec: str, zeros: str, rank: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("spec", RAGGED)
+def test_ragged_pieces_are_joined_in_blocks(
+    spec: str, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ranks have query heads of their own and share the key and value head."""
-    columns = SHAPE[1]
-    (fmt, q), (_, kv) = (arriving(spec, zeros, (n, columns)) for n in (16, 8))
-    method, layer = found(fmt, [8, 8, 8], columns, 1, monkeypatch, rank)
+    from gblm.serve.vllm_plugin import ragged
+
+    fmt, columns = from_spec(spec), SHAPE[1]
+    monkeypatch.setattr(ragged, "BLOCK_WEIGHTS", 3 * columns)
+    q, kv = weight_for(fmt, (16, columns)), weight_for(fmt, (8, columns))
+    method, layer = create(fmt, [8, 8, 8], columns, 1, monkeypatch, rank)
     for shard, weight in (("q", q), ("k", kv), ("v", kv)):
-        for part, tensor in stored(fmt, weight).items():
+        for part, tensor in fmt.pack("w", weight).items():
             getattr(layer, part).load_qkv_weight(
                 loaded_weight=tensor, shard_id=shard, num_heads=RANKS, shard_offset=0, shard_size=0
             )
-    check_found(method, layer, SparseWeight.cat([q.narrow(0, 8 * rank, 8), kv, kv]))
-
-
-def test_a_plain_weight_that_never_came_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    fmt, weight = arriving("dense/dense", "2:4", SHAPE)
-    method, layer = found(fmt, [8, 8], SHAPE[1], 1, monkeypatch, 0)
-    layer.get_parameter("weight").load_merged_column_weight(
-        loaded_weight=weight.weight, shard_id=1, shard_offset=8, shard_size=8
-    )
-    with pytest.raises(CheckpointError, match="w: parts of its weight are missing"):
-        method.process_weights_after_loading(layer)
-
-
-@pytest.mark.parametrize(("zeros", "backend"), [("2:4", "reference"), ("none", None)])
-def test_a_plain_weight_is_served_packed_or_as_it_is(
-    zeros: str, backend: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("GBLM_BACKEND", "reference")
-    fmt, weight = arriving("dense/dense", zeros, SHAPE)
-    method, layer = found(fmt, [SHAPE[0]], SHAPE[1], 1, monkeypatch, 0)
-    chosen = []
-    method.note_choice = lambda backend, *_: chosen.append(backend and backend.name)
-    layer.get_parameter("weight").load_column_parallel_weight(
-        loaded_weight=torch.cat([weight.weight] * RANKS)
-    )
-    method.process_weights_after_loading(layer)
-    assert chosen == [backend]
-    x = torch.randn(3, SHAPE[1]).bfloat16()
-    torch.testing.assert_close(method.apply(layer, x), x @ weight.weight.T)
+    assert not method.pieces._done, "a weight stays unpacked"
+    check(fmt, method._loaded_parts(layer), SparseWeight.cat([q.narrow(0, 8 * rank, 8), kv, kv]))

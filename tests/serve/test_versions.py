@@ -12,7 +12,7 @@ import pytest
 from conftest import Outcome
 
 from gblm.errors import MachineError
-from gblm.serve import versions
+from gblm.serve import vllm_cli
 from gblm.serve.launch import Server, check
 
 pytestmark = pytest.mark.vllm
@@ -52,7 +52,7 @@ def test_serve_refuses_a_packed_model_before_vllm_starts(
 def test_override_and_dense_models_pass(
     packed: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(versions, "vllm_version", lambda: "0.320.0")
+    monkeypatch.setattr(vllm_cli, "vllm_version", lambda: "0.320.0")
     check(Server(tiny))
     with pytest.raises(MachineError, match=r"0\.320\.0 is installed"):
         check(Server(packed))
@@ -83,6 +83,6 @@ def test_plugin_that_does_not_fit_leaves_an_untested_vllm_alone(untested: dict[s
     assert "raised" in run(code, {})
 
 
-@pytest.mark.parametrize("release", versions.TESTED_VERSIONS)
+@pytest.mark.parametrize("release", vllm_cli.TESTED_VERSIONS)
 def test_documentation_lists_every_tested_release(release: str) -> None:
     assert f"\n| {release}." in DOCS.read_text()

@@ -8,10 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from legacy_cases import FIXTURES
 from test_families import save_family
 from vllm_run import drift, generate, generate_each, skip_without
 
+from gblm.errors import UsageError
 from gblm.export.dense import export_dense
+from gblm.serve.cached import folder_to_serve
 
 pytestmark = pytest.mark.vllm
 Pack = Callable[..., Path]
@@ -113,6 +116,27 @@ def test_models_that_are_fused_on_disk_are_cut_into_their_pieces(
     assert expanded == want, log
     assert drift(kernel, want) < (0.1 if values == "float" else 0.3)
     assert "8 linears run on backend cpu (packed in memory)" in log
+
+
+@pytest.mark.parametrize("fixture", ["24-bitmask", "24-int8-group", "bitmask-0.8"])
+def test_converted_checkpoints_are_served_as_the_dense_model(
+    fixture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GBLM_CACHE", str(tmp_path / "cache"))
+    folder = folder_to_serve(FIXTURES / "served" / fixture)
+    export_dense(folder, tmp_path / "dense")
+    options = {**EAGER, "max_model_len": 64, "skip_tokenizer_init": True}
+    jobs = ((tmp_path / "dense", None), (folder, "dense"))
+    (want, expanded), log = generate_each([(*job, options) for job in jobs])
+    assert len(want) == 8, log
+    assert expanded == want, log
+
+
+def test_a_dense_model_cannot_be_called_packed() -> None:
+    from gblm.serve.vllm_plugin.config import SparseConfig
+
+    with pytest.raises(UsageError, match=r"this model is not packed.*--pack"):
+        SparseConfig()
 
 
 def test_half_of_a_fused_layer_cannot_be_packed(tiny: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gblm.errors import GblmError, InputError, MachineError
-from gblm.network import exchange, split_address, warn_of_plain_key
+from gblm.network import exchange, read_key, split_address, warn_of_plain_key
 
 SECONDS = 10.0
 # vLLM's metrics of one engine are some 100 KB.
@@ -46,7 +46,7 @@ class Target:
             InputError: the file holds no key.
         """
         parts = split_address(f"server {name}", url)
-        key = None if key_file is None else _read_key(key_file)
+        key = None if key_file is None else read_key(key_file)
         if key is not None:
             warn_of_plain_key(f"server {name}", parts)
         path = parts.path.rstrip("/").removesuffix("/metrics")
@@ -97,13 +97,3 @@ class Target:
         else:
             hint = "is this the address of a vLLM server?"
         return MachineError(f"server {self.name}: {self.url} answers HTTP {status}; {hint}.")
-
-
-def _read_key(path: Path) -> str:
-    try:
-        key = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"API key file {path} cannot be read.") from error
-    if not key or not key.isascii() or not key.isprintable():
-        raise InputError(f"API key file {path} must hold one line of ASCII text, the key.")
-    return key

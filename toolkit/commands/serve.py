@@ -26,7 +26,7 @@ from gblm.commands.common import Command, backend_option, progress_bars
 @click.option(
     "--pack",
     is_flag=True,
-    help="Pack the zeros of a dense FOLDER while loading; every value stays as it is.",
+    help="Pack the zeros of a dense FOLDER into the cache first, once; every value stays as it is.",
 )
 @click.option("--name", help="Model name in the API (default: the folder's name).")
 @click.option("--api-key-file", type=click.Path(path_type=Path), help="File with the API key.")
@@ -69,22 +69,15 @@ def command(
 ) -> None:
     """Serve FOLDER (or a hub id) with vLLM's OpenAI server; options behind -- go to vLLM."""
     from gblm.errors import UsageError
-    from gblm.folder import model_name, resolve
+    from gblm.folder import model_name
+    from gblm.serve.cached import folder_to_serve
     from gblm.serve.launch import Server, check_options, serve
 
     if pack and prune is not None:
         raise UsageError("--prune makes a packed folder: leave --pack out.")
     name = name or model_name(folder)
-    server = Server(folder=Path(folder), name=name, pack=pack, options=vllm_options, **given)
+    server = Server(folder=Path(folder), name=name, options=vllm_options, **given)
     check_options(server)
-    found = resolve(folder) if prune is None else _pruned(ctx, folder, prune)
-    serve(replace(server, folder=found))
-
-
-def _pruned(ctx: click.Context, model: str, words: str) -> Path:
-    from gblm.serve.pruned import pruned_folder
-    from gblm.serve.versions import check_version
-
-    check_version()  # pruning takes long: what would be refused afterwards is refused now
     with progress_bars(ctx) as progress:
-        return pruned_folder(model, words, progress)
+        found = folder_to_serve(folder, prune, pack, progress)
+    serve(replace(server, folder=found))

@@ -18,8 +18,14 @@ from torch import Tensor
 
 from gblm.errors import DAMAGE, GblmError, InputError, MachineError, UsageError
 from gblm.evaluate.subjects import TOP, Scores, Subject
-from gblm.network import exchange, is_loopback, split_address, warn_of_plain_key
-from gblm.serve.access import KEY_VARIABLE, read_key
+from gblm.network import (
+    KEY_VARIABLE,
+    exchange,
+    is_loopback,
+    read_key,
+    split_address,
+    warn_of_plain_key,
+)
 
 SECONDS = 600.0
 # 32 000 tokens with 20 likeliest ones each are some 40 MB.

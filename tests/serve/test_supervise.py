@@ -12,10 +12,11 @@ import time
 import psutil
 import pytest
 
-from gblm.serve.watch import PATIENCE, patience_for
+from gblm.serve.supervise import PATIENCE, patience_for
 
-WATCH = (
-    "import sys; from gblm.serve.watch import watch; sys.exit(watch([sys.executable, '-c', {}]))"
+SUPERVISE = (
+    "import sys; from gblm.serve.supervise import supervise\n"
+    "sys.exit(supervise([sys.executable, '-c', {}]))"
 )
 WAIT = (
     "import signal, sys, time\n"
@@ -48,7 +49,7 @@ DEAF = (
 )
 def test_an_end_that_nobody_asked_for_is_an_error(child: str, code: int) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", WATCH.format(repr(child))], capture_output=True, text=True,
+        [sys.executable, "-c", SUPERVISE.format(repr(child))], capture_output=True, text=True,
         check=False,
     )  # fmt: skip
     assert done.returncode == code
@@ -57,7 +58,7 @@ def test_an_end_that_nobody_asked_for_is_an_error(child: str, code: int) -> None
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGKILL, -9)])
 def test_the_child_ends_with_its_parent(number: signal.Signals, code: int) -> None:
-    words = [sys.executable, "-c", WATCH.format(repr(WAIT))]
+    words = [sys.executable, "-c", SUPERVISE.format(repr(WAIT))]
     with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
@@ -69,7 +70,7 @@ def test_the_child_ends_with_its_parent(number: signal.Signals, code: int) -> No
 def test_control_c_reaches_the_child_once() -> None:
     pid, terminal = pty.fork()
     if pid == 0:
-        os.execv(sys.executable, [sys.executable, "-c", WATCH.format(repr(COUNT))])
+        os.execv(sys.executable, [sys.executable, "-c", SUPERVISE.format(repr(COUNT))])
     shown = b""
     while b"ready" not in shown:
         shown += os.read(terminal, 1000)
@@ -83,7 +84,7 @@ def test_control_c_reaches_the_child_once() -> None:
 
 
 def test_what_does_not_end_is_killed_with_its_children() -> None:
-    watch = WATCH.replace("{}])", "{}], 1)")
+    watch = SUPERVISE.replace("{}])", "{}], 1)")
     words = [sys.executable, "-c", watch.format(repr(DEAF))]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None

@@ -1,4 +1,4 @@
-"""Run vLLM's server as a child and end as it did: `python -m gblm.serve.watch serve DIR …`.
+"""Run vLLM's server as a child and end as it did: `python -m gblm.serve.supervise serve DIR …`.
 
 vLLM exits with 0 when its engine has died, and a supervisor would take that for a wanted end. This
 small process passes signals on, and turns an end that no signal asked for into an error. While its
@@ -22,7 +22,7 @@ PR_SET_PDEATHSIG = 1
 PATIENCE = 15
 
 
-def watch(command: list[str], patience: int = PATIENCE) -> int:
+def supervise(command: list[str], patience: int = PATIENCE) -> int:
     """Run a server until it ends.
 
     Args:
@@ -101,4 +101,4 @@ def _die_with_parent() -> None:
 if __name__ == "__main__":
     words = sys.argv[1:]
     server = [sys.executable, "-m", "gblm.serve.vllm_cli", *words]
-    sys.exit(watch(server, patience_for(words)))
+    sys.exit(supervise(server, patience_for(words)))

@@ -1,0 +1,161 @@
+"""Folders that `gblm serve` makes before it serves: once, into gblm's cache, and complete or not.
+
+A dense model is pruned (`--prune`), zeros that are there are packed (`--pack`), and a sparse folder
+of compressed-tensors, which nothing else reads any more, is converted. The name of the made folder
+carries a hash of all that decides its content, so that the next start finds it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gblm import __version__
+from gblm.cache import cache_folder
+from gblm.checkpoint.reader import Reader
+from gblm.checkpoint.writer import SIDE_FILES, folder_bytes, folder_sha256
+from gblm.errors import MachineError, UsageError
+from gblm.export.legacy import import_legacy
+from gblm.export.legacy_reader import LegacyReader
+from gblm.export.pack import export_pack
+from gblm.folder import legacy_format, model_name, read_config, resolve
+from gblm.model import refuse_packed
+from gblm.patterns import parse
+from gblm.progress import Progress, no_progress
+from gblm.provenance import versions
+from gblm.prune import prune
+from gblm.recipe import Recipe
+from gblm.serve.vllm_cli import check_version
+from gblm.steps import steps_of
+
+logger = logging.getLogger(__name__)
+
+
+def folder_to_serve(
+    model: str | Path,
+    pruning: str | None = None,
+    pack: bool = False,
+    progress: Progress = no_progress,
+) -> Path:
+    """The folder of a model itself, or the packed one in the cache that is made of it.
+
+    Args:
+        model: a folder or hub id.
+        pruning: prune a dense model first, by "METHOD PATTERN" and the defaults of `gblm prune`.
+        pack: pack the zeros of a dense model first; every value stays as it is.
+        progress: for progress bars.
+
+    Raises:
+        GblmError: whatever `gblm prune`, `gblm export pack` or `gblm export legacy` refuses, and a
+            vLLM that would refuse the result. The cache then holds nothing new.
+    """
+    recipe = None if pruning is None else recipe_of(model, pruning)
+    source = resolve(model)
+    if recipe is not None:
+        refuse_packed(source)
+        facts = recipe.model_dump(mode="json", exclude={"model"})
+        title = f"{recipe.method}-{recipe.pattern}"
+        return _made(model, source, title, facts, lambda out: prune(recipe, out, progress))
+    if is_legacy(read_config(source)):
+        facts = {"rounds": must_round(source)}
+        return _made(
+            model, source, "converted", facts,
+            lambda out: import_legacy(source, out, progress=progress, **facts),
+        )  # fmt: skip
+    if pack:
+        refuse_packed(source)
+        return _made(
+            model, source, "packed", {}, lambda out: export_pack(source, out, progress=progress)
+        )
+    return source
+
+
+def recipe_of(model: str | Path, words: str) -> Recipe:
+    """The recipe of "METHOD PATTERN"; everything else is the default of `gblm prune`.
+
+    Raises:
+        UsageError: these are not two words, or the method is unknown.
+        PatternError: the pattern is unknown.
+    """
+    parts = words.split()
+    if len(parts) != 2:
+        raise UsageError(f'--prune {words!r}: give a method and a pattern, such as "gblm 2:4".')
+    method, pattern = parts
+    recipe = Recipe(model=str(model), method=method, pattern=str(parse(pattern)))
+    steps_of(recipe)
+    return recipe
+
+
+def is_legacy(config: dict[str, Any]) -> bool:
+    """Whether compressed-tensors wrote a config.json in a way that vLLM refuses and gblm converts.
+
+    vLLM serves plain weights beside a `sparsity_config`, unless that names targets.
+    """
+    name = legacy_format(config)
+    return name is not None and (
+        name != "dense" or bool(config["quantization_config"]["sparsity_config"].get("targets"))
+    )
+
+
+def must_round(source: Path) -> bool:
+    """Whether fp8 codes must become bfloat16: CPUs don't multiply by them, or scales do not fit.
+
+    vLLM's builds for CPUs come with a PyTorch for CPUs.
+    """
+    on_gpus = torch.version.cuda is not None or torch.version.hip is not None
+    with LegacyReader(source, keeps_fp8=on_gpus) as reader:
+        return any(scaling.becomes_floats for scaling in reader.scalings.values())
+
+
+def _made(
+    model: str | Path, source: Path, title: str, facts: dict[str, Any], make: Callable[[Path], Any]
+) -> Path:
+    """The folder in the cache; made now, if no earlier start has made it."""
+    check_version()  # making takes long: what would be refused afterwards is refused now
+    folder = _place(f"{model_name(model)}-{title}", facts, source)
+    with _alone_with(folder):
+        if folder.exists():
+            logger.info("using what an earlier start made of %s", model)
+        else:
+            logger.info("making %s of %s", folder, model)
+            make(folder)
+    logger.info("serving from %s, %.1f MB", folder, folder_bytes(folder) / 1e6)
+    return folder
+
+
+def _place(title: str, facts: dict[str, Any], source: Path) -> Path:
+    """A folder of the cache whose name changes with whatever could change its content."""
+    side = {file.name for pattern in SIDE_FILES for file in source.glob(pattern) if file.is_file()}
+    with Reader(source) as reader:
+        content = folder_sha256(source, {"config.json", *reader.files, *side})
+    used = {"gblm": __version__} | {name: versions()[name] for name in ("torch", "transformers")}
+    everything = {"title": title, "facts": facts, "model": content, "versions": used}
+    digest = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_folder() / "served" / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', title)}-{digest}"
+
+
+@contextmanager
+def _alone_with(folder: Path) -> Iterator[None]:
+    """Let one process at a time make a folder; the others wait and find it made."""
+    lock = folder.parent / f".{folder.name}.lock"
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+    except OSError as error:
+        raise MachineError(f"{lock.parent} cannot hold a folder to serve: {error}.") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("waiting for another process that makes %s", folder)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,292 @@
+"""What `gblm serve` makes in the cache before it serves: once, complete, and by one process."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import Outcome, content
+from legacy_cases import FIXTURES, altered, drop, put
+
+import gblm.serve.cached as cached
+from gblm.checkpoint.verify import verify
+from gblm.checkpoint.writer import folder_bytes
+from gblm.commands import prune as prune_command
+from gblm.errors import GblmError, InputError, MachineError, PatternError, UsageError
+from gblm.export.dense import export_dense
+from gblm.export.legacy import import_legacy
+from gblm.export.pack import export_pack
+from gblm.formats.manifest import Manifest
+from gblm.prune import prune
+from gblm.recipe import Recipe
+from gblm.serve.cached import folder_to_serve, is_legacy, must_round, recipe_of
+
+Run = Callable[..., Outcome]
+Pack = Callable[..., Path]
+CONVERTED = ("bitmask", "bitmask-0.8", "24-bitmask", "24-int8-channel", "24-int8-group", "24-fp8",
+             "marlin-int4", "marlin-int8", "dense")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GBLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("GBLM_ALLOW_UNTESTED_VLLM", "1")  # none is needed here
+    return tmp_path / "cache" / "served"
+
+
+def made(cache: Path) -> list[Path]:
+    """The folders in the cache that have their name."""
+    return [path for path in cache.glob("*") if not path.name.startswith(".")]
+
+
+def test_the_second_start_uses_what_the_first_made(
+    tiny: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_to_serve(tiny, "magnitude 2:4")
+    assert folder.parent == cache
+    assert "magnitude" in folder.name
+    verify(folder)
+    prune(Recipe(model=str(tiny), method="magnitude", calibration=None), tmp_path / "same")
+    assert content(folder) == content(tmp_path / "same")
+
+    def unwanted(*_: object) -> None:
+        raise AssertionError("pruned twice")
+
+    monkeypatch.setattr(cached, "prune", unwanted)
+    assert folder_to_serve(tiny, "magnitude  2:4") == folder
+    moved = Path(shutil.copytree(tiny, tmp_path / tiny.name))
+    assert folder_to_serve(moved, "magnitude 2:4") == folder
+
+
+def test_another_recipe_model_or_version_gets_a_folder_of_its_own(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def place(model: Path, words: str = "gblm 2:4") -> Path:
+        return cached._place("title", recipe_of(tiny, words).to_dict(), model)
+
+    other = Path(shutil.copytree(tiny, tmp_path / tiny.name))
+    places = [place(tiny), place(tiny, "gblm 0.5")]
+    for name in ("model.safetensors", "tokenizer.json"):
+        path = other / name
+        raw = bytearray(path.read_bytes())
+        raw[-2] ^= 1
+        path.write_bytes(raw)
+        places.append(place(other))
+    monkeypatch.setattr(cached, "__version__", "0.0.0")
+    places.append(place(tiny))
+    assert len(set(places)) == len(places)
+
+
+def test_a_run_that_fails_leaves_nothing_to_serve(
+    tiny: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gblm.checkpoint import packer
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packer, "_write_side_files", full)
+        with pytest.raises(Exception, match="No space left"):
+            folder_to_serve(tiny, "magnitude 2:4")
+    assert made(cache) == []
+    verify(folder_to_serve(tiny, "magnitude 2:4"))
+
+
+def test_a_packed_or_dense_folder_is_served_from_where_it_is(
+    tiny: Path, packed: Path, cache: Path
+) -> None:
+    assert folder_to_serve(packed) == packed
+    assert folder_to_serve(tiny) == tiny
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("fixture", CONVERTED)
+def test_a_folder_of_compressed_tensors_is_converted(
+    fixture: str, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "gblm")
+    folder = folder_to_serve(FIXTURES / fixture)
+    import_legacy(FIXTURES / fixture, tmp_path / "same", rounds=fixture == "24-fp8")
+    assert content(folder) == content(tmp_path / "same")
+    verify(folder)
+    size = f"{folder_bytes(folder) / 1e6:.1f} MB"
+    assert f"serving from {folder}, {size}" in caplog.text
+    before = folder.stat().st_ino
+    assert folder_to_serve(FIXTURES / fixture) == folder
+    assert folder.stat().st_ino == before
+
+
+def test_zeros_of_a_dense_folder_are_packed_when_the_user_asks(
+    pack_tiny: Pack, cache: Path, tmp_path: Path
+) -> None:
+    zeros = tmp_path / "zeros"
+    export_dense(pack_tiny(), zeros)
+    assert folder_to_serve(zeros) == zeros
+    folder = folder_to_serve(zeros, pack=True)
+    export_pack(zeros, tmp_path / "same")
+    assert content(folder) == content(tmp_path / "same")
+    assert folder_to_serve(zeros, pack=True) == folder
+    assert made(cache) == [folder]
+
+
+def test_without_room_nothing_is_begun(
+    pack_tiny: Pack, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_dense(pack_tiny(), tmp_path / "zeros")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    for model, asked in (
+        (FIXTURES / "bitmask", {}),
+        (tmp_path / "zeros", {"pack": True}),
+        (tmp_path / "zeros", {"pruning": "magnitude 2:4"}),
+    ):
+        with pytest.raises(MachineError, match=r"0\.00 GB free; up to .* are needed"):
+            folder_to_serve(model, **asked)
+    assert made(cache) == []
+
+
+def test_a_cache_that_cannot_be_written_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GBLM_CACHE", str(tmp_path / "file"))
+    with pytest.raises(MachineError, match="cannot hold a folder to serve"):
+        folder_to_serve(FIXTURES / "bitmask")
+
+
+def test_two_servers_at_once_make_it_once(cache: Path) -> None:
+    code = (
+        "import sys, logging; logging.basicConfig(level=logging.INFO)\n"
+        "from gblm.serve.cached import folder_to_serve\n"
+        "print(folder_to_serve(sys.argv[1]))"
+    )
+    place = cached._place("bitmask-converted", {"rounds": False}, FIXTURES / "bitmask")
+    cache.mkdir(parents=True)
+    words = [sys.executable, "-c", code, str(FIXTURES / "bitmask")]
+    with (cache / f".{place.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        servers = [
+            subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for _ in range(2)
+        ]
+        logs = [server.stderr.readline() for server in servers]
+        assert made(cache) == []
+    ended = [server.communicate() for server in servers]
+    logs = [first + log for first, (_, log) in zip(logs, ended, strict=True)]
+    assert [out.strip() for out, _ in ended] == [str(place)] * 2, logs
+    assert all("waiting for another process" in log for log in logs)
+    assert sum("making" in log for log in logs) == 1
+    assert sum("using what an earlier start made" in log for log in logs) == 1
+
+
+@pytest.mark.parametrize(
+    ("fixture", "change", "match"),
+    [
+        ("bitmask", drop("bitmask"), "up_proj.bitmask is missing"),
+        ("dense", drop("weight"), "up_proj.weight is missing"),
+        ("24-bitmask", lambda t: t.pop("model.norm.weight"), "model.norm.weight is missing"),
+        ("24-int8-group", put("weight_scale", lambda t: t.float() * 1.001), "do not fit bfloat16"),
+    ],
+)
+def test_what_cannot_be_converted_cannot_be_served(
+    fixture: str, change: Callable[..., object], match: str, tmp_path: Path, cache: Path
+) -> None:
+    with pytest.raises(GblmError, match=match):
+        folder_to_serve(altered(tmp_path, fixture, change))
+    assert made(cache) == []
+
+
+def test_fp8_is_rounded_unless_a_gpu_can_multiply_by_its_codes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fine = altered(tmp_path, "24-fp8", put("weight_scale", lambda t: t.float() * 1.001))
+    assert must_round(FIXTURES / "24-fp8")
+    assert not must_round(FIXTURES / "24-int8-group")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert not must_round(FIXTURES / "24-fp8")
+    assert must_round(fine)
+    config = json.loads((folder_to_serve(FIXTURES / "24-fp8") / "config.json").read_text())
+    groups = Manifest.from_config(config["quantization_config"]).groups
+    assert {group.values for group in groups} == {"fp8:row"}
+
+
+def quantization(fixture: str) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((FIXTURES / fixture / "config.json").read_text())
+    return config["quantization_config"]
+
+
+def test_only_what_vllm_refuses_is_converted() -> None:
+    for fixture in CONVERTED:
+        assert is_legacy({"quantization_config": quantization(fixture)})
+    sparse = quantization("bitmask")
+    plain = sparse["sparsity_config"] | {"format": "dense", "targets": []}
+    for fields in (
+        None,
+        {"quant_method": "gblm"},
+        {"quant_method": "fp8"},
+        {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+        sparse | {"sparsity_config": {}},
+        sparse | {"sparsity_config": plain},
+    ):
+        assert not is_legacy({"quantization_config": fields})
+    for name in ("os:system", "../x", "__import__('os')", "", None, 7, ["marlin-24"]):
+        config = sparse | {"sparsity_config": sparse["sparsity_config"] | {"format": name}}
+        assert not is_legacy({"quantization_config": config})
+
+
+def test_pruning_and_packing_exclude_each_other(tiny: Path) -> None:
+    from gblm.commands.serve import command
+
+    with pytest.raises(UsageError, match="leave --pack out"):
+        command.main([str(tiny), "--pack", "--prune", "gblm 2:4"], standalone_mode=False)
+
+
+def test_defaults_are_those_of_gblm_prune(tiny: Path) -> None:
+    from gblm.commands.recipe_options import read_recipe
+
+    context = prune_command.command.make_context("prune", [str(tiny), "--output", "o"])
+    given = {k: v for k, v in context.params.items() if k not in (*prune_command.OWN, "recipe")}
+    assert recipe_of(tiny, "gblm 2:4") == read_recipe(context, None, given, prune_command.OWN)
+
+
+@pytest.mark.parametrize("words", ["gblm", "2:4", "gblm 2:4 fast", "wunda 2:4", ""])
+def test_two_known_words_are_wanted(tiny: Path, words: str) -> None:
+    with pytest.raises(UsageError, match=r"give a method and a pattern|choose from"):
+        recipe_of(tiny, words)
+
+
+def test_what_cannot_be_pruned_is_refused(tiny: Path, packed: Path) -> None:
+    with pytest.raises(PatternError, match="N weights kept of M"):
+        recipe_of(tiny, "gblm 4:2")
+    with pytest.raises(InputError, match="it is packed already"):
+        folder_to_serve(packed, "magnitude 2:4")
+
+
+@pytest.mark.vllm
+def test_the_command_prunes_then_starts_vllm_on_the_result(
+    gblm: Run, tiny: Path, cache: Path, tmp_path: Path
+) -> None:
+    # In place of vLLM: a process that ends as soon as it runs.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if 'gblm.serve.vllm_cli' in sys.orig_argv:\n"
+        "    print('SERVED', sys.orig_argv, flush=True); os._exit(0)\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = gblm("serve", tiny, "--prune", "magnitude 2:4", PYTHONPATH=paths)
+    assert done.code == 1, done  # it ended unasked
+    (folder,) = made(cache)
+    assert f"serving from {folder}" in done.err
+    assert "SERVED" in done.out
+    assert str(folder) in done.out
+    assert f"'--served-model-name', '{tiny.name}'" in done.out
