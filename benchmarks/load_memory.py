@@ -3,9 +3,9 @@
     python benchmarks/load_memory.py [--rounds 3] [--folder DIR]
 
 A random LLaMA of 1.1B parameters, pruned by magnitude to 2:4 and stored in two ways: dense with
-zeros, served as it is and with `--pack`; packed by gblm. Each is loaded by
-vLLM's own loader in a process of its own; anonymous memory is read from /proc every millisecond
-from outside, for pages of the mapped files come and go. Writes benchmarks/results/load-memory.json.
+zeros, and packed by gblm. Each is loaded by vLLM's own loader in a process of its own; anonymous
+memory is read from /proc every millisecond from outside, for pages of the mapped files come and go.
+Writes benchmarks/results/load-memory.json.
 """
 
 from __future__ import annotations
@@ -32,12 +32,7 @@ from gblm.recipe import Recipe
 
 RECORD = Path(__file__).resolve().parent / "results" / "load-memory.json"
 SHAPE, LARGEST = "tinyllama", 2048 * 2 * 5632  # weights of gate and up, which vLLM joins
-# Row, folder, and the quantization that vLLM is told.
-WAYS = (
-    ("dense", "dense", None),
-    ("packed", "packed", None),
-    ("dense, --pack", "dense", "gblm"),
-)
+WAYS = ("dense", "packed")  # folders, and names of rows
 POLL_SECONDS = 1e-3
 
 
@@ -52,7 +47,7 @@ def folders(root: Path) -> None:
     export_dense(root / "packed", root / "dense")
 
 
-def load(folder: str, quantization: str) -> None:
+def load(folder: str) -> None:
     """In the child: everything but the weights, then the weights; a line before and after."""
     import torch
     import vllm.v1.worker.cpu.shm  # noqa: F401 (its worker has no accelerator to empty)
@@ -64,8 +59,7 @@ def load(folder: str, quantization: str) -> None:
 
     load_general_plugins()
     config = EngineArgs(
-        model=folder, quantization=quantization or None, enforce_eager=True, max_model_len=256,
-        dtype="bfloat16",
+        model=folder, enforce_eager=True, max_model_len=256, dtype="bfloat16"
     ).create_engine_config()  # fmt: skip
     with set_current_vllm_config(config), tempfile.NamedTemporaryFile() as store:
         init_distributed_environment(1, 0, f"file://{store.name}", 0, backend="gloo")
@@ -78,9 +72,9 @@ def load(folder: str, quantization: str) -> None:
         del model
 
 
-def measure(folder: Path, quantization: str | None) -> dict[str, float]:
+def measure(folder: Path) -> dict[str, float]:
     """Anonymous bytes above what the process held when loading began: at most, and at the end."""
-    command = [sys.executable, __file__, "--load", str(folder), quantization or ""]
+    command = [sys.executable, __file__, "--load", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "VLLM_LOGGING_LEVEL": "ERROR"}
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -121,17 +115,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "gblm-load")
-    parser.add_argument("--load", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--load", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.load:
-        load(*chosen.load)
+        load(chosen.load)
         return
     chosen.folder.mkdir(parents=True, exist_ok=True)
     folders(chosen.folder)
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name, *_ in WAYS}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
     for _ in range(chosen.rounds):
-        for name, place, quantization in WAYS:
-            runs[name].append(measure(chosen.folder / place, quantization))
+        for name in WAYS:
+            runs[name].append(measure(chosen.folder / name))
             print(name, runs[name][-1], flush=True)
     rows = [_row(name, runs[name]) for name in runs]
     record: dict[str, Any] = {

@@ -24,7 +24,7 @@ from gblm.cache import cache_folder
 from gblm.checkpoint.reader import Reader
 from gblm.checkpoint.writer import SIDE_FILES, folder_bytes, folder_sha256
 from gblm.errors import MachineError, UsageError
-from gblm.export.legacy import import_legacy
+from gblm.export.legacy import export_legacy
 from gblm.export.legacy_reader import LegacyReader
 from gblm.export.pack import export_pack
 from gblm.folder import legacy_format, model_name, read_config, resolve
@@ -69,7 +69,7 @@ def folder_to_serve(
         facts = {"rounds": must_round(source)}
         return _made(
             model, source, "converted", facts,
-            lambda out: import_legacy(source, out, progress=progress, **facts),
+            lambda out: export_legacy(source, out, progress=progress, **facts),
         )  # fmt: skip
     if pack:
         refuse_packed(source)

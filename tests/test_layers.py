@@ -85,7 +85,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "serve": {
         "__init__", "cache", "checkpoint", "errors", "export", "folder", "formats", "kernels",
-        "layers", "model", "network", "packed", "patterns", "progress", "provenance", "prune",
+        "model", "network", "packed", "patterns", "progress", "provenance", "prune",
         "recipe", "steps", "values", "weights",
     },
     "commands": {

@@ -24,7 +24,7 @@ from gblm.checkpoint.writer import folder_bytes
 from gblm.commands import prune as prune_command
 from gblm.errors import GblmError, InputError, MachineError, PatternError, UsageError
 from gblm.export.dense import export_dense
-from gblm.export.legacy import import_legacy
+from gblm.export.legacy import export_legacy
 from gblm.export.pack import export_pack
 from gblm.formats.manifest import Manifest
 from gblm.prune import prune
@@ -117,7 +117,7 @@ def test_a_folder_of_compressed_tensors_is_converted(
 ) -> None:
     caplog.set_level("INFO", "gblm")
     folder = folder_to_serve(FIXTURES / fixture)
-    import_legacy(FIXTURES / fixture, tmp_path / "same", rounds=fixture == "24-fp8")
+    export_legacy(FIXTURES / fixture, tmp_path / "same", rounds=fixture == "24-fp8")
     assert content(folder) == content(tmp_path / "same")
     verify(folder)
     size = f"{folder_bytes(folder) / 1e6:.1f} MB"
