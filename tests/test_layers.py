@@ -65,10 +65,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "checkpoint", "data", "errors", "export", "folder", "model", "network", "packed",
         "progress", "record", "serve",
     },
-    "budget": {
-        "bench", "calibrate", "checkpoint", "choices", "data", "errors", "evaluate", "folder",
-        "formats", "kernels", "layers", "methods", "model", "patterns", "plan", "progress",
-        "provenance", "prune", "recipe", "record", "values",
+    "search": {
+        "calibrate", "checkpoint", "choices", "data", "errors", "evaluate", "folder", "formats",
+        "layers", "methods", "model", "patterns", "progress", "provenance", "prune", "recipe",
+        "record", "values",
     },
     "bench": {
         "checkpoint", "errors", "folder", "formats", "kernels", "network", "packed", "patterns",
@@ -89,9 +89,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "recipe", "steps", "values", "weights",
     },
     "commands": {
-        "bench", "budget", "checkpoint", "doctor", "errors", "evaluate", "export", "fetch",
+        "bench", "checkpoint", "doctor", "errors", "evaluate", "export", "fetch",
         "folder", "packed", "patterns", "plan", "provenance", "prune", "recipe",
-        "record", "report", "serve",
+        "record", "report", "search", "serve",
     },
     "cli": {"__init__", "commands"},
 }  # fmt: skip
@@ -105,7 +105,6 @@ ONLY_IN = {
     "datasets": ("gblm.data",),
     "lm_eval": ("gblm.evaluate.harness",),
     "pyarrow": ("gblm.data",),
-    "matplotlib": ("gblm.budget.figure",),
     "click": ("gblm.cli", "gblm.commands"),
     "rich": ("gblm.commands",),
 }
@@ -177,7 +176,7 @@ def test_core_imports_without_any_optional_package() -> None:
     check = (
         f"import sys; sys.modules.update(dict.fromkeys({packages}))\n"
         "import gblm.prune, gblm.packed, gblm.evaluate.perplexity, gblm.export.pack, gblm.doctor\n"
-        "import gblm.serve.launch, gblm.bench.serving, gblm.bench.kernels, gblm.budget.search\n"
+        "import gblm.serve.launch, gblm.bench.serving, gblm.bench.kernels, gblm.search.run\n"
         "import gblm.evaluate.run, gblm.evaluate.gates, gblm.evaluate.side_by_side"
     )
     done = subprocess.run(

@@ -7,11 +7,10 @@ from typing import Any
 
 import click
 
-from gblm.commands.budget_options import budget_option, question, show, write_recipe
 from gblm.commands.common import Command, emit, progress_bars, table
 from gblm.commands.recipe_options import read_recipe, recipe_options
 
-OWN = frozenset({"ranks", "budget", "write", "pick"})
+OWN = frozenset({"ranks"})
 
 
 @click.command("plan", cls=Command)
@@ -24,63 +23,23 @@ OWN = frozenset({"ranks", "budget", "write", "pick"})
     show_default=True,
     help="Processes that share the samples, as torchrun starts them.",
 )
-@budget_option()
-@click.option(
-    "--write",
-    type=click.Path(path_type=Path, dir_okay=False, writable=True),
-    help="With --budget: file for the recipe of the best configuration.",
-)
-@click.option(
-    "--pick", type=click.IntRange(1), help="With --write: the row of the table (default 1)."
-)
 @click.pass_context
 def command(
     ctx: click.Context,
     /,
     recipe: Path | None,
     ranks: int,
-    budget: str | None,
-    write: Path | None,
-    pick: int | None,
     **given: Any,
 ) -> None:
     """Predict peak memory, disk and time of pruning MODEL, from shapes and a short probe.
 
     Takes the options of `gblm prune`. No weight or text is read and nothing is written.
-
-    With --budget: rank the ways to hold a budget, by predicted perplexity. That takes one pass
-    forward and backward over a little text, and the kernels are probed.
     """
-    if budget is None and (write is not None or pick is not None):
-        raise click.UsageError("--write and --pick go with --budget.")
-    if budget is not None and ranks > 1:
-        raise click.UsageError("--ranks does not go with --budget.")
-    with progress_bars(ctx) as progress:
-        if budget is not None:
-            _spread(ctx, budget, recipe, given, write, pick, progress)
-            return
+    with progress_bars(ctx):
         from gblm.plan import plan
 
         facts = plan(read_recipe(ctx, recipe, given, OWN), ranks)
     emit(ctx, facts, lambda: _print(facts))
-
-
-def _spread(
-    ctx: click.Context,
-    budget: str,
-    recipe: Path | None,
-    given: dict[str, Any],
-    write: Path | None,
-    pick: int | None,
-    progress: Any,
-) -> None:
-    """Answer a budget, and write the recipe if that is wanted."""
-    from gblm.budget.answer import answer
-
-    result = answer(question(ctx, budget, recipe, given, OWN), progress)
-    if write is not None:
-        write_recipe(write, result, pick or 1)
-    emit(ctx, result, lambda: show(result))
 
 
 def _print(facts: dict[str, Any]) -> None:

@@ -1,25 +1,54 @@
-"""`gblm search MODEL --budget B --output FOLDER`."""
+"""`gblm search MODEL --budget B`: measure the best ways to hold a budget, or only predict them."""
 
 from __future__ import annotations
 
-import sys
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+<<<<<<< HEAD
 from gblm.commands.budget_options import budget_option, question
 from gblm.commands.common import Command, emit, progress_bars, table
 from gblm.commands.recipe_options import recipe_options
 from gblm.record import command_line
+=======
+from gblm.commands.common import Command, emit, progress_bars, table
+from gblm.commands.recipe_options import read_recipe, recipe_options
+>>>>>>> ce0f52c (Search: budgets of bits and bytes, predicted or measured, in one command)
 
-OWN = frozenset({"budget", "output", "limit", "keep", "text", "eval_seq_len", "max_windows"})
+if TYPE_CHECKING:
+    from gblm.progress import Progress
+    from gblm.search.candidates import Question
+
+MEASURE = ("output", "limit", "keep_all", "text", "eval_seq_len", "max_windows")
+OWN = frozenset({"budget", "measure", "write", *MEASURE})
+# What candidates are made with as far as no option, preset or recipe says otherwise.
+PRESET, ROUNDING = "fast", "obs"
 
 
 @click.command("search", cls=Command)
 @click.argument("model", required=False)
-@budget_option(required=True)
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to make.")
+@click.option(
+    "--budget",
+    required=True,
+    help="What the packed model may take: 3.5bits (per pruned weight, masks and scales counted), "
+    "2.1GB (all of it).",
+)
+@click.option(
+    "--measure/--no-measure",
+    default=True,
+    show_default=True,
+    help="Make and measure candidates, or only rank them by prediction.",
+)
+@click.option(
+    "--write",
+    type=click.Path(path_type=Path, dir_okay=False, writable=True),
+    help="File for the recipe of the best candidate; gblm prune --recipe takes it.",
+)
+@click.option("--output", type=click.Path(path_type=Path), help="Folder to make and measure in.")
 @click.option(
     "--limit",
     type=click.IntRange(1),
@@ -27,13 +56,7 @@ OWN = frozenset({"budget", "output", "limit", "keep", "text", "eval_seq_len", "m
     show_default=True,
     help="Candidates within the budget, the best predicted ones; dense models come on top.",
 )
-@click.option(
-    "--keep",
-    type=click.Choice(["best", "all"]),
-    default="best",
-    show_default=True,
-    help="Which packed models stay in the folder.",
-)
+@click.option("--keep-all", is_flag=True, help="Keep every packed model, not the best alone.")
 @click.option(
     "--text", default="pydoc", show_default=True, help="Held-out text, as in `gblm eval --text`."
 )
@@ -53,49 +76,176 @@ def command(
     ctx: click.Context,
     /,
     budget: str,
-    output: Path,
-    limit: int,
-    keep: str,
-    text: str,
-    eval_seq_len: int,
-    max_windows: int,
+    measure: bool,
+    write: Path | None,
     recipe: Path | None,
     **given: Any,
 ) -> None:
-    """Prune MODEL in the best ways that hold a budget, and measure the perplexity of each.
+    """Spread a budget over the linears of MODEL, and measure the best ways to do it.
 
-    The same command goes on where it was cut off; a larger --limit adds candidates.
+    Candidates are ranked by a prediction, which takes one pass forward and backward over a little
+    text; the best are pruned, and the perplexity of each is measured. The same command goes on
+    where it was cut off; a larger --limit adds candidates.
     """
+    settings = {name: given.pop(name) for name in MEASURE}
+    if measure and settings["output"] is None:
+        raise click.UsageError("Missing option '--output'; with --no-measure nothing is made.")
+    if not measure and (name := next((n for n in MEASURE if _is_given(ctx, n)), None)):
+        raise click.UsageError(f"--{name.replace('_', '-')} does not go with --no-measure.")
     with progress_bars(ctx) as progress:
-        from gblm.budget.search import Search, search
-        from gblm.evaluate.perplexity import Protocol
-
-        asked = question(ctx, budget, recipe, given, OWN)
-        protocol = Protocol(text, eval_seq_len, max_windows)
-        wanted = Search(asked, output, limit, protocol, keep == "all", command_line(sys.argv[1:]))
-        result = search(wanted, progress)
-    emit(ctx, result, lambda: _print(result))
+        question = _question(ctx, budget, recipe, given)
+        if measure:
+            _measure(ctx, question, settings, write, progress)
+        else:
+            _predict(ctx, question, write, progress)
 
 
-def _print(result: dict[str, Any]) -> None:
-    dense = result["baseline"]["perplexity"]
+def _predict(
+    ctx: click.Context, question: Question, write: Path | None, progress: Progress
+) -> None:
+    from gblm.search.candidates import answer
+
+    result = answer(question, progress)
+    if write is not None:
+        _write_recipe(write, result["rows"][0]["recipe"])
+    emit(ctx, result, lambda: _print_answer(result))
+
+
+def _measure(
+    ctx: click.Context,
+    question: Question,
+    settings: dict[str, Any],
+    write: Path | None,
+    progress: Progress,
+) -> None:
+    from gblm.evaluate.perplexity import Protocol
+    from gblm.search.run import Measuring, best, search, slug
+
+    folder = settings["output"]
+    protocol = Protocol(settings["text"], settings["eval_seq_len"], settings["max_windows"])
+    how = Measuring(folder, settings["limit"], protocol, settings["keep_all"])
+    record = search(question, how, progress)
+    name = best(record)
+    if write is not None:
+        _write_recipe(write, record.sides[name]["recipe"])
+    found = {"best": {"name": name, "folder": str(folder / slug(name))}}
+
+    def text() -> None:
+        _print_record(record)
+        click.echo(f"best within {question.budget}: {found['best']['folder']}")
+
+    emit(ctx, record.as_json() | found, text)
+
+
+def _question(
+    ctx: click.Context, budget: str, recipe: Path | None, given: dict[str, Any]
+) -> Question:
+    """Give what the command line asks, with `given` as the values of `recipe_options`."""
+    from gblm.search.budget import parse_budget
+    from gblm.search.candidates import Question
+    from gblm.search.examine import Space
+
+    amount = parse_budget(budget)
+    if given["stats"] is not None:
+        raise click.UsageError("--stats does not go with a budget: it takes gradients of its own.")
+    if given["sparsity"] is not None:
+        raise click.UsageError("--sparsity does not go with a budget, which decides it.")
+    if recipe is not None:
+        return Question(read_recipe(ctx, recipe, given, OWN), amount)
+    values = (given["values"],) if _is_given(ctx, "values") else Space.values
+    space = Space(tuple(_with_groups(v, given["group_size"]) for v in values), _patterns(ctx, given))
+    # Rounding belongs to integer values; recipes without any leave it out.
+    fields = given | {"values": "int8", "group_size": None, "pattern": "dense"}
+    if not (_is_given(ctx, "preset") or _is_given(ctx, "method")):
+        fields["preset"] = PRESET
+    if fields["preset"] is None and not _is_given(ctx, "rounding"):
+        fields["rounding"] = ROUNDING
+    return Question(read_recipe(ctx, None, fields, OWN), amount, space)
+
+
+def _with_groups(values: str, group_size: str | None) -> str:
+    """Add the group size to a value type that is made of codes."""
+    kind = values.partition(":")[0]
+    return kind if kind == "float" else f"{kind}:{group_size or 'auto'}"
+
+
+def _patterns(ctx: click.Context, given: Mapping[str, Any]) -> tuple[str, ...]:
+    """Give the patterns that may be used: all of them, or the one that --pattern names."""
+    from gblm.patterns import NM, parse
+    from gblm.search.examine import Space
+
+    text = given["pattern"]
+    if not _is_given(ctx, "pattern"):
+        return Space.patterns
+    if text == "dense":
+        return ()
+    if text == "unstructured" or isinstance(parse(text), NM):
+        return (text,)
+    raise click.UsageError(
+        f"--pattern {text} does not go with a budget, which decides the sparsity: give "
+        "unstructured, N:M or dense."
+    )
+
+
+def _is_given(ctx: click.Context, name: str) -> bool:
+    from click.core import ParameterSource
+
+    return ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE
+
+
+def _write_recipe(path: Path, recipe: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(recipe, indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _title(name: str, fits: bool) -> str:
+    return name if fits else f"{name} (over budget)"
+
+
+def _print_answer(result: Mapping[str, Any]) -> None:
     rows = [
         [
-            row["name"] + ("" if row["fits"] else " (over budget)"),
-            f"{row['measured']['bits_per_weight']:.2f}",
-            f"{row['measured']['bytes'] / 1e6:.1f}",
-            f"{row['measured']['perplexity']:.2f}",
-            f"{row['measured']['ratio']:.3f}",
+            _title(row["name"], row["fits"]),
+            f"{row['bits_per_weight']:.2f}",
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['sparsity']:.0%}",
             f"{row['ratio']:.3f}",
-            "yes" if row["on_frontier"] else "",
+            row["what"],
         ]
-        for row in result["candidates"]
+        for row in result["rows"]
     ]
-    rows.append(["unpruned", "", "", f"{dense:.2f}", "1.000", "", ""])
-    table(["configuration", "bits", "MB", "perplexity", "ratio", "predicted", "frontier"], rows)
-    click.echo(f"protocol: {result['baseline']['protocol']}")
-    click.echo(f"best within {result['budget']}: {result['best']['folder']}")
-    if result["figure"]:
-        click.echo(f"picture: {result['figure']}")
-    else:
-        click.echo("no picture: it needs matplotlib (pip install 'gblm-toolkit[figure]').")
+    table(["candidate", "bits", "MB", "zeros", "ppl ratio", "what"], rows)
+    click.echo(result["verdict"])
+    click.echo(
+        "ppl ratio: predicted, against the unpruned model; it ranks, it is no measurement."
+    )
+    for note in result["notes"]:
+        click.echo(f"note: {note}")
+
+
+def _print_record(record: Any) -> None:
+    """Print what was measured beside what was predicted, the best candidate first."""
+    from gblm.search.run import METRIC, UNPRUNED, ranked
+
+    load = record.loads[0]
+
+    def shown(number: float | None, digits: int) -> str:
+        return "infinite" if number is None else f"{number:.{digits}f}"
+
+    rows = []
+    for name in ranked(record):
+        facts, ratio = record.sides[name], record.ratio(name, load, METRIC)
+        rows.append([
+            _title(name, facts["fits"]),
+            f"{facts['bits_per_weight']:.2f}",
+            f"{facts['bytes'] / 1e6:.1f}",
+            shown(record.value(name, load, METRIC), 2),
+            shown(ratio and ratio.median, 3),
+            f"{facts['predicted']['ratio']:.3f}",
+        ])  # fmt: skip
+    rows.append(["unpruned", "", "", shown(record.value(UNPRUNED, load, METRIC), 2), "1.000", ""])
+    table(["candidate", "bits", "MB", "perplexity", "ratio", "predicted"], rows)
+    click.echo(f"protocol: {load}")
+    for note in record.verdict.notes:
+        click.echo(f"predicted: {note}")

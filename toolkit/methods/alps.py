@@ -23,7 +23,7 @@ from torch import Tensor
 from gblm.errors import InputError, UsageError
 from gblm.methods.base import Method, Stats
 from gblm.methods.refit import Refit, damped
-from gblm.patterns import Pattern
+from gblm.patterns import Pattern, Scope
 from gblm.weights import SparseWeight
 
 # The paper's schedule: ρ at first and at most, iterations between two looks at the support.
@@ -46,6 +46,7 @@ class ALPS(Method):
         max_iterations: of ADMM.
     """
 
+    scope: ClassVar[Scope] = "matrix"
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
 
     damping: float = 0.01

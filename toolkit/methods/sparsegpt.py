@@ -22,7 +22,7 @@ from gblm.errors import UsageError
 from gblm.methods.base import Method, Stats
 from gblm.methods.obs import prepare_obs
 from gblm.methods.sweep import LEAF, Choose, Grid, Level, Sweep, nest
-from gblm.patterns import NM, Block, Pattern, Unstructured, keep_highest
+from gblm.patterns import NM, Block, Pattern, Scope, Unstructured, keep_highest
 from gblm.values import ValueType
 from gblm.weights import SparseWeight
 
@@ -38,6 +38,7 @@ class SparseGPT(Method):
             pattern; lowered to a multiple of the pattern's width. N:M does not depend on it.
     """
 
+    scope: ClassVar[Scope] = "matrix"
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
 
     damping: float = 0.01

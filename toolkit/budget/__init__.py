@@ -1,1 +1,0 @@
-"""Budgets: spread a number of bits, bytes or milliseconds over the linears of a model."""

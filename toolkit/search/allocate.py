@@ -1,0 +1,228 @@
+"""Allocation: what each linear becomes, so that all of them together hold a budget.
+
+Uniform, or by predicted losses. Linears that servers multiply as one keep the same format and
+values; their unstructured sparsities may differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import nn
+
+from gblm.checkpoint.reader import Reader
+from gblm.choices import FUSED, Choice
+from gblm.formats import Shape
+from gblm.formats.size import most_bytes
+from gblm.patterns import Scope, Unstructured
+
+MAX_SPARSITY = 0.9
+STEPS_TO_ONE = 1000
+BISECTIONS = 60
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """A linear to prune, without its weights.
+
+    Attributes:
+        name: the full name.
+        shape: [out, in].
+        dtype: of the checkpoint's weight.
+        unit: equal for linears that servers multiply as one.
+        scope: where an unstructured sparsity is counted, by row or over the matrix.
+    """
+
+    name: str
+    shape: Shape
+    dtype: torch.dtype
+    unit: str
+    scope: Scope = "matrix"
+
+    @property
+    def weights(self) -> int:
+        """The number of weights."""
+        return prod(self.shape)
+
+    def num_bytes(self, choice: Choice) -> int:
+        """Give the most bytes that it takes when it is packed, masks and scales included."""
+        return most_bytes(choice.pattern, choice.values, self.shape, self.dtype, self.scope)
+
+
+Allocation = dict[str, Choice]
+Loss = Callable[[LinearSpec, Choice], float]
+
+
+def linears_of(
+    reader: Reader, prunable: Mapping[str, nn.Linear], scope: Scope
+) -> tuple[LinearSpec, ...]:
+    """Describe the linears to prune, in order.
+
+    Args:
+        reader: of the checkpoint.
+        prunable: the linears by full name.
+        scope: where the method counts an unstructured sparsity.
+    """
+    first_of = {part: parts[0] for parts in FUSED for part in parts}
+    found = []
+    for name, linear in prunable.items():
+        parent, _, last = name.rpartition(".")
+        shape, dtype = (linear.out_features, linear.in_features), reader.headers[f"{name}.weight"][1]
+        unit = f"{parent}.{first_of.get(last, last)}"
+        found.append(LinearSpec(name, shape, dtype, unit, scope))
+    return tuple(found)
+
+
+def total_bytes(linears: Iterable[LinearSpec], allocation: Mapping[str, Choice]) -> int:
+    """Give the most bytes that all linears take when they are packed."""
+    return sum(linear.num_bytes(allocation[linear.name]) for linear in linears)
+
+
+def uniform(
+    linears: Sequence[LinearSpec], make: Callable[[LinearSpec, float], Choice], limit: float
+) -> Allocation | None:
+    """Give all linears the same sparsity, the lowest that holds the budget.
+
+    Args:
+        linears: to allocate to.
+        make: gives the choice of a linear at a sparsity.
+        limit: bytes of all linears together.
+
+    Returns:
+        None if even MAX_SPARSITY costs too much.
+    """
+    for step in range(1, int(MAX_SPARSITY * STEPS_TO_ONE) + 1):
+        allocation = {linear.name: make(linear, step / STEPS_TO_ONE) for linear in linears}
+        if total_bytes(linears, allocation) <= limit:
+            return allocation
+    return None
+
+
+@dataclass(frozen=True)
+class Option:
+    """One thing that a linear may become: its bytes, and the loss that it brings."""
+
+    choice: Choice
+    cost: int
+    loss: float
+
+
+# The options of each linear of a unit, by what all of them must have in common.
+Families = Mapping[str, Mapping[str, Sequence[Option]]]
+Picked = dict[str, Option]
+
+
+def measured(
+    linears: Sequence[LinearSpec],
+    choices: Callable[[LinearSpec], Iterable[Choice]],
+    limit: float,
+    loss: Loss,
+) -> Allocation | None:
+    """Find the least total loss that holds the budget.
+
+    Lagrange's multiplier λ of the budget is bisected: each unit takes the options of least
+    loss + λ · bytes. What the convex hull leaves of the budget goes to single steps up, the one of
+    the largest gain per byte first.
+
+    Args:
+        linears: to allocate to.
+        choices: gives what a linear may become.
+        limit: bytes of all linears together.
+        loss: the loss of a linear that becomes something.
+
+    Returns:
+        None if even the smallest options cost too much.
+    """
+    units = _units(linears, choices, loss)
+
+    def total(picks: Iterable[Picked]) -> int:
+        return sum(option.cost for picked in picks for option in picked.values())
+
+    high = 1.0
+    while total(picks := [_pick(unit, high) for unit in units]) > limit:
+        high *= 16.0
+        if high > 1e40:
+            return None
+    low, best = 0.0, picks
+    for _ in range(BISECTIONS):
+        middle = (low * high) ** 0.5 if low else high / 16.0
+        picks = [_pick(unit, middle) for unit in units]
+        if total(picks) <= limit:
+            high, best = middle, picks
+        else:
+            low = middle
+    _spend(units, best, limit - total(best))
+    return {name: option.choice for picked in best for name, option in picked.items()}
+
+
+def _units(
+    linears: Sequence[LinearSpec], choices: Callable[[LinearSpec], Iterable[Choice]], loss: Loss
+) -> list[Families]:
+    """Sort the options by unit and family, without families that a part of a unit cannot have."""
+    members: dict[str, list[LinearSpec]] = {}
+    for linear in linears:
+        members.setdefault(linear.unit, []).append(linear)
+    units: list[Families] = []
+    for own in members.values():
+        families: dict[str, dict[str, list[Option]]] = {}
+        for linear in own:
+            for choice in choices(linear):
+                option = Option(choice, linear.num_bytes(choice), loss(linear, choice))
+                of_family = families.setdefault(family(choice), {})
+                of_family.setdefault(linear.name, []).append(option)
+        units.append({key: rows for key, rows in families.items() if len(rows) == len(own)})
+    return units
+
+
+def family(choice: Choice) -> str:
+    """Give a name that is equal for choices that parts of one served linear may have together."""
+    if isinstance(choice.pattern, Unstructured):
+        return f"bitmask/{choice.values}"
+    return choice.fmt.spec
+
+
+def _pick(unit: Families, price: float) -> Picked:
+    """Take the options of the least loss + price · bytes, all of one family."""
+
+    def value(option: Option) -> float:
+        return option.loss + price * option.cost
+
+    every = [
+        {name: min(options, key=value) for name, options in own.items()} for own in unit.values()
+    ]
+    return min(every, key=lambda picked: sum(map(value, picked.values())))
+
+
+def _spend(units: Sequence[Families], picks: list[Picked], spare: float) -> None:
+    """Change one linear or unit after another as long as that lowers the loss within `spare`."""
+    while True:
+        best: tuple[float, int, Picked, int] | None = None
+        for index, unit in enumerate(units):
+            for changed in _changes(unit, picks[index]):
+                cost = sum(new.cost - picks[index][name].cost for name, new in changed.items())
+                gain = sum(picks[index][name].loss - new.loss for name, new in changed.items())
+                if gain <= 0 or cost > spare:
+                    continue
+                rate = gain / cost if cost > 0 else float("inf")
+                if best is None or rate > best[0]:
+                    best = (rate, index, changed, cost)
+        if best is None:
+            return
+        _, index, changed, cost = best
+        picks[index] = picks[index] | changed
+        spare -= cost
+
+
+def _changes(unit: Families, picked: Picked) -> Iterable[Picked]:
+    """Offer another option for one linear, or one of another family for the whole unit."""
+    now = family(next(iter(picked.values())).choice)
+    for key, own in unit.items():
+        if key == now:
+            for name, options in own.items():
+                yield from ({name: option} for option in options)
+        else:
+            steps = zip(*own.values(), strict=False)
+            yield from (dict(zip(own, step, strict=True)) for step in steps)

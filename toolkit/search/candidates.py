@@ -1,0 +1,289 @@
+"""Candidates: the ways to hold a budget, ranked by predicted loss, each with its recipe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gblm.choices import Choice
+from gblm.errors import UsageError
+from gblm.formats.manifest import group_targets
+from gblm.patterns import NM, Dense, Unstructured
+from gblm.progress import Progress, no_progress
+from gblm.recipe import LayerChoice, Recipe
+from gblm.search.allocate import (
+    MAX_SPARSITY,
+    Allocation,
+    LinearSpec,
+    measured,
+    total_bytes,
+    uniform,
+)
+from gblm.search.budget import Budget
+from gblm.search.examine import Examined, Space, examine
+
+# Sparsities that a measured allocation chooses among: few groups, and no worse than all.
+STEPS = tuple(round(0.05 * step, 2) for step in range(4, 18))
+# Predictions of two candidates that differ by less than this share say nothing.
+MARGIN = 0.02
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a user asks.
+
+    Attributes:
+        recipe: model, text, method and steps of all candidates; their pattern, values and layers
+            are what is searched for.
+        budget: to hold.
+        space: what linears may become.
+    """
+
+    recipe: Recipe
+    budget: Budget
+    space: Space = field(default_factory=Space)
+
+
+def answer(question: Question, progress: Progress = no_progress) -> dict[str, Any]:
+    """Rank the candidates that hold a budget, with the dense ones that do not behind them.
+
+    Weights and calibration text are read, one decoder layer at a time; nothing is written.
+
+    Args:
+        question: the model and the budget.
+        progress: for progress bars.
+
+    Returns:
+        Plain JSON types. "rows": the candidates that hold the budget, the least predicted loss
+        first, then the dense ones that do not. Each has "name", "fits", "what" in words,
+        "bits_per_weight" and "bytes" (at most), "loss" (the predicted rise in nats per token),
+        "ratio" (of perplexities, exp of it), "groups" and "recipe". "verdict": whether a dense
+        model is the better answer. "notes": what was left out.
+
+    Raises:
+        UsageError: nothing holds the budget.
+        GblmError: whatever `prune` would refuse before it computes.
+    """
+    model = examine(question.recipe, question.space, progress)
+    limit = question.budget.limit(model.weights, model.rest_bytes)
+    every = [
+        _row(model, question.recipe, limit, name, allocation)
+        for name, allocation in allocations(model, limit).items()
+    ]
+    fits = sorted((row for row in every if row["fits"]), key=lambda row: float(row["loss"]))
+    if not fits:
+        raise UsageError(_too_small(question.budget, model))
+    others = [row for row in every if not row["fits"]]
+    rows = [*fits, *sorted(others, key=lambda row: float(row["bits_per_weight"]))]
+    for rank, row in enumerate(rows, start=1):
+        row["rank"] = rank
+    return {
+        "budget": str(question.budget),
+        "method": question.recipe.method,
+        "weights": model.weights,
+        "rest_bytes": model.rest_bytes,
+        "pass": model.facts,
+        "rows": rows,
+        "verdict": verdict(rows, question.budget),
+        "notes": list(model.notes),
+    }
+
+
+def allocations(model: Examined, limit: float) -> dict[str, Allocation]:
+    """Give every candidate by name, each allocation once.
+
+    Dense models of each integer value type come first, whatever they take: they are what sparse
+    ones must beat. All others hold the budget.
+
+    Args:
+        model: to allocate to.
+        limit: bytes of all linears together.
+    """
+    found: dict[tuple[Choice, ...], tuple[str, Allocation]] = {}
+    for name, allocation in [*_controls(model), *_within(model, limit)]:
+        if allocation is not None:
+            key = tuple(allocation[linear.name] for linear in model.linears)
+            found.setdefault(key, (name, allocation))
+    return dict(found.values())
+
+
+def _controls(model: Examined) -> Iterator[tuple[str, Allocation]]:
+    for kind in model.specs:
+        if kind != "float":
+            yield f"{kind} dense", {x.name: model.dense(x, kind) for x in model.linears}
+
+
+def _within(model: Examined, limit: float) -> Iterator[tuple[str, Allocation | None]]:
+    """Spend the budget in several ways; None where nothing of the sort holds it."""
+
+    def least_loss(
+        kinds: Iterable[str], patterns: Iterable[NM] = (), steps: Iterable[float] = ()
+    ) -> Allocation | None:
+        ways = list(kinds), list(patterns), list(steps)
+        return measured(model.linears, lambda x: _options(model, x, *ways), limit, model.loss)
+
+    steps = STEPS if model.has_unstructured else ()
+    for kind in model.specs:
+        for pattern in model.patterns:
+            every = {x.name: Choice(pattern, model.values[kind][x.name]) for x in model.linears}
+            holds = total_bytes(model.linears, every) <= limit
+            yield f"{kind} {pattern}", every if holds else None
+            yield f"{kind} {pattern} or dense, measured", least_loss([kind], [pattern])
+        if steps:
+
+            def make(linear: LinearSpec, sparsity: float, kind: str = kind) -> Choice:
+                return model.sparse(linear, kind, sparsity)
+
+            yield f"{kind} uniform", uniform(model.linears, make, limit)
+            yield f"{kind} measured", least_loss([kind], steps=steps)
+    yield "mixed measured", least_loss(model.specs, model.patterns, steps)
+
+
+def _options(
+    model: Examined, linear: LinearSpec, kinds: list[str], patterns: list[NM], steps: list[float]
+) -> Iterator[Choice]:
+    """List what a linear may become."""
+    for kind in kinds:
+        yield model.dense(linear, kind)
+        for pattern in patterns:
+            yield Choice(pattern, model.values[kind][linear.name])
+        for sparsity in steps:
+            yield model.sparse(linear, kind, sparsity)
+
+
+def _row(
+    model: Examined, base: Recipe, limit: float, name: str, allocation: Allocation
+) -> dict[str, Any]:
+    size = total_bytes(model.linears, allocation)
+    loss = sum(model.loss(linear, allocation[linear.name]) for linear in model.linears)
+    zeros = sum(x.weights * allocation[x.name].pattern.sparsity for x in model.linears)
+    alike = groups(model, allocation)
+    return {
+        "name": name,
+        "dense": all(isinstance(choice.pattern, Dense) for choice in allocation.values()),
+        "fits": size <= limit,
+        "what": in_words(alike),
+        "bits_per_weight": round(8 * size / model.weights, 4),
+        "bytes": size + model.rest_bytes,
+        "sparsity": round(zeros / model.weights, 4),
+        "loss": round(loss, 6),
+        "ratio": round(math.exp(min(loss, 700.0)), 6),
+        "groups": alike,
+        "recipe": recipe_for(base, model, allocation).to_dict(),
+    }
+
+
+def recipe_for(base: Recipe, model: Examined, allocation: Mapping[str, Choice]) -> Recipe:
+    """Give the recipe of an allocation, without steps that would have nothing to do.
+
+    Args:
+        base: gives everything but pattern, values and layers.
+        model: the linears that were allocated to.
+        allocation: what each becomes.
+    """
+    names: dict[tuple[str, str], list[str]] = {}
+    weights: dict[tuple[str, str], int] = {}
+    for linear in model.linears:
+        choice = allocation[linear.name]
+        way = (str(choice.pattern), model.specs[choice.values.kind])
+        names.setdefault(way, []).append(linear.name)
+        weights[way] = weights.get(way, 0) + linear.weights
+    most = max(weights, key=lambda way: weights[way])
+    layers = tuple(
+        LayerChoice(targets=group_targets(own, model.every), pattern=pattern, values=values)
+        for (pattern, values), own in names.items()
+        if (pattern, values) != most
+    )
+    rounded = any(not choice.values.is_float for choice in allocation.values())
+    pruned = any(not isinstance(choice.pattern, Dense) for choice in allocation.values())
+    changes = {
+        "pattern": most[0],
+        "values": most[1],
+        "layers": layers,
+        "rounding": base.rounding if rounded else "nearest",
+        "refit": base.refit if pruned else None,
+    }
+    return base.model_copy(update=changes)
+
+
+def groups(model: Examined, allocation: Allocation) -> list[dict[str, Any]]:
+    """Sum up the linears by pattern and values as plain JSON types, the most weights first."""
+    found: dict[tuple[str, str], list[LinearSpec]] = {}
+    for linear in model.linears:
+        choice = allocation[linear.name]
+        loose = isinstance(choice.pattern, Unstructured)
+        way = ("unstructured" if loose else str(choice.pattern), choice.values.kind)
+        found.setdefault(way, []).append(linear)
+    rows = []
+    for (pattern, kind), own in found.items():
+        sparsities = [allocation[linear.name].pattern.sparsity for linear in own]
+        rows.append({
+            "pattern": pattern,
+            "values": kind,
+            "linears": len(own),
+            "weights": sum(linear.weights for linear in own),
+            "sparsity_min": min(sparsities),
+            "sparsity_max": max(sparsities),
+        })  # fmt: skip
+    return sorted(rows, key=lambda row: -int(row["weights"]))
+
+
+def in_words(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Say groups in a few words, such as "int4 0.35 to 0.7, int8 dense"."""
+    words = []
+    for row in rows:
+        pattern = row["pattern"]
+        if pattern == "unstructured":
+            low, high = row["sparsity_min"], row["sparsity_max"]
+            pattern = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+        words.append(f"{row['values']} {pattern}")
+    return ", ".join(words)
+
+
+def verdict(rows: list[dict[str, Any]], budget: Budget) -> str:
+    """Say in one sentence whether zeros are worth it at this budget, by prediction.
+
+    Args:
+        rows: of `answer`.
+        budget: that was asked for.
+    """
+    dense = next((row for row in rows if row["fits"] and row["dense"]), None)
+    sparse = next((row for row in rows if row["fits"] and not row["dense"]), None)
+    if dense is not None and sparse is None:
+        return f"{_named(dense)} is the answer at {budget}: nothing with zeros holds it."
+    if sparse is None:
+        return f"nothing holds {budget}."
+    if dense is None:
+        smallest = min(
+            (row for row in rows if row["dense"]), key=lambda row: row["bytes"], default=None
+        )
+        beside = f"; {_named(smallest)} needs more" if smallest is not None else ""
+        return f"no dense model holds {budget}{beside}: the best with zeros is {_named(sparse)}."
+    if dense["ratio"] <= sparse["ratio"] * (1 + MARGIN):
+        return (
+            f"{_named(dense)} is the better answer at {budget}: the best with zeros is "
+            f"{_named(sparse)}, which is no better by more than {MARGIN:.0%}."
+        )
+    return (
+        f"zeros are worth it at {budget}: {_named(sparse)} against {_named(dense)}, the best dense "
+        "model that holds it."
+    )
+
+
+def _named(row: dict[str, Any]) -> str:
+    return f"{row['name']} ({row['bits_per_weight']:.2f} bits, {row['ratio']:.3f}x the perplexity)"
+
+
+def _too_small(budget: Budget, model: Examined) -> str:
+    """Say why nothing holds a budget, and what would."""
+    least = sum(
+        min(linear.num_bytes(model.sparse(linear, kind, MAX_SPARSITY)) for kind in model.specs)
+        for linear in model.linears
+    )
+    if budget.unit == "bits":
+        need = f"{8 * least / model.weights:.2f}bits"
+    else:
+        need = f"{(least + model.rest_bytes) / 1e6:.1f}MB"
+    return f"budget {budget} is too small: nine zeros of ten still take about {need}."
