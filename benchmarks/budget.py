@@ -14,20 +14,17 @@ from typing import Any
 
 from pages import RESULTS, ROOT, made_by, origin, table
 
-from gblm.budget.amount import parse_budget
-from gblm.budget.answer import Question
-from gblm.budget.search import Search, search
 from gblm.evaluate.perplexity import Protocol
 from gblm.fetch import fetch
 from gblm.recipe import Calibration, Recipe
+from gblm.record import Record
+from gblm.search.budget import parse_budget
+from gblm.search.candidates import Question
+from gblm.search.run import METRIC, UNPRUNED, Measuring, ranked, search
 
 RECORD = RESULTS / "budget.json"
 RUN = ROOT / "runs" / "budget"
 TEXT = Calibration(num_samples=16, seq_len=256, order="sequential")
-KEPT = (
-    "name", "dense", "fits", "what", "bits_per_weight", "bytes", "sparsity", "ms_per_token", "loss",
-    "ratio", "groups", "measured", "on_frontier",
-)  # fmt: skip
 
 
 def main() -> None:
@@ -43,21 +40,31 @@ def main() -> None:
     )  # fmt: skip
     question = Question(recipe, parse_budget(given.budget))
     protocol = Protocol("pydoc", 512, dtype="bfloat16")
-    found = search(Search(question, RUN / given.budget, given.limit, protocol))
-    rows = [{key: row[key] for key in KEPT} for row in found["candidates"]]
+    found = search(question, Measuring(RUN / given.budget, given.limit, protocol))
+    load = found.loads[0]
     record = {
         "kind": "budget",
         "command": made_by(),
-        "provenance": found["provenance"],
+        "provenance": found.provenance,
         "recipe": recipe.to_dict() | {"model": "smollm2"},
-        "budget": found["budget"],
-        "baseline": found["baseline"],
-        "pass": found["pass"],
-        "verdict": found["verdict"],
-        "candidates": rows,
+        "budget": given.budget,
+        "baseline": {"perplexity": found.value(UNPRUNED, load, METRIC), "protocol": load},
+        "pass": found.provenance["pass"],
+        "verdict": found.verdict.notes[0],
+        "candidates": [candidate(found, name) for name in ranked(found)],
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     RECORD.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def candidate(found: Record, name: str) -> dict[str, Any]:
+    """One measured candidate, with what was predicted of it."""
+    load, facts = found.loads[0], dict(found.sides[name])
+    ratio = found.ratio(name, load, METRIC)
+    measured = {key: facts.pop(key) for key in ("bytes", "bits_per_weight", "sparsity")} | {
+        "perplexity": found.value(name, load, METRIC), "ratio": ratio and ratio.median,
+    }  # fmt: skip
+    return {"name": name, **facts, **facts.pop("predicted"), "measured": measured}
 
 
 def budget() -> str:

@@ -38,9 +38,6 @@ from pages import made_by
 from transformers.utils.logging import disable_progress_bar
 
 from gblm import data
-from gblm.budget.amount import parse_budget
-from gblm.budget.answer import Question, answer
-from gblm.budget.subject import Wanted
 from gblm.errors import InputError
 from gblm.evaluate.perplexity import perplexity
 from gblm.fetch import fetch
@@ -51,6 +48,9 @@ from gblm.packed import is_packed, load_any
 from gblm.patterns import Pattern, parse
 from gblm.provenance import provenance
 from gblm.recipe import Recipe
+from gblm.search.budget import parse_budget
+from gblm.search.candidates import Question, answer
+from gblm.search.examine import Space
 from gblm.steps import Steps, steps_of
 from gblm.values import ValueType
 from gblm.weights import SparseWeight
@@ -123,8 +123,8 @@ def prune_case(case: Case, recipe: Recipe, output: Path) -> dict[str, float]:
 
 def spread(recipe: Recipe, budget: str) -> Recipe:
     """The recipe that spreads a budget over the linears, unstructured, its values as they are."""
-    wanted = Wanted((recipe.values,), ("unstructured",))
-    rows = answer(Question(recipe, parse_budget(budget), wanted))["rows"]
+    space = Space((recipe.values,), ("unstructured",))
+    rows = answer(Question(recipe, parse_budget(budget), space))["rows"]
     kind = recipe.values.partition(":")[0]
     found = next(row for row in rows if row["name"] == f"{kind} measured")
     return Recipe.from_dict(found["recipe"])

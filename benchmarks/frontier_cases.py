@@ -30,7 +30,7 @@ class Case:
         narrow: bits of a code that is stored as int4 but counted, and limited, like this; see
             NARROW. 0 for what the recipe says.
         budget: spread over the linears by measured sensitivity, in place of the recipe's pattern;
-            see gblm.budget. Empty for the recipe's own.
+            see gblm.search. Empty for the recipe's own.
     """
 
     label: str

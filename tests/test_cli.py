@@ -60,7 +60,7 @@ def test_help_lists_every_command(gblm: Run) -> None:
         (["prune", "MODEL", "--output", "o", "--stats", "s"], 4, "stats.json is missing"),
         (["plan", "MODEL", "--pattern", "2:5"], 4, "q_proj: 64 columns"),
         (["plan", "MODEL", "--stats", "s"], 4, "stats.json is missing"),
-        (["plan", "MODEL", "--budget", "3.5"], 2, "give bits per pruned weight (3.5bits)"),
+        (["search", "MODEL", "--budget", "3.5", "--no-measure"], 2, "give bits per pruned weight"),
         (["search", "MODEL", "--budget", "3bits"], 2, "Missing option '--output'"),
         (["prune", "MODEL", "--output", "o", "--ignore", "zzz"], 2, "matches no linear"),
         (["prune", "MODEL", "--output", "o", "--pattern", "2:5"], 4, "q_proj: 64 columns"),

@@ -9,15 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-<<<<<<< HEAD
-from gblm.commands.budget_options import budget_option, question
-from gblm.commands.common import Command, emit, progress_bars, table
-from gblm.commands.recipe_options import recipe_options
-from gblm.record import command_line
-=======
 from gblm.commands.common import Command, emit, progress_bars, table
 from gblm.commands.recipe_options import read_recipe, recipe_options
->>>>>>> ce0f52c (Search: budgets of bits and bytes, predicted or measured, in one command)
 
 if TYPE_CHECKING:
     from gblm.progress import Progress
@@ -153,7 +146,8 @@ def _question(
     if recipe is not None:
         return Question(read_recipe(ctx, recipe, given, OWN), amount)
     values = (given["values"],) if _is_given(ctx, "values") else Space.values
-    space = Space(tuple(_with_groups(v, given["group_size"]) for v in values), _patterns(ctx, given))
+    typed = tuple(_with_groups(name, given["group_size"]) for name in values)
+    space = Space(typed, _patterns(ctx, given))
     # Rounding belongs to integer values; recipes without any leave it out.
     fields = given | {"values": "int8", "group_size": None, "pattern": "dense"}
     if not (_is_given(ctx, "preset") or _is_given(ctx, "method")):
@@ -217,9 +211,7 @@ def _print_answer(result: Mapping[str, Any]) -> None:
     ]
     table(["candidate", "bits", "MB", "zeros", "ppl ratio", "what"], rows)
     click.echo(result["verdict"])
-    click.echo(
-        "ppl ratio: predicted, against the unpruned model; it ranks, it is no measurement."
-    )
+    click.echo("ppl ratio: predicted, against the unpruned model; it ranks, it is no measurement.")
     for note in result["notes"]:
         click.echo(f"note: {note}")
 

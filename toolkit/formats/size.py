@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from math import prod
 
 import torch
@@ -12,7 +11,6 @@ from gblm.patterns import Pattern, Scope, Unstructured
 from gblm.values import ValueType
 
 
-@lru_cache(maxsize=1 << 14)
 def most_bytes(
     pattern: Pattern, values: ValueType, shape: Shape, dtype: torch.dtype, scope: Scope
 ) -> int:

@@ -6,6 +6,7 @@ values; their unstructured sparsities may differ.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -70,7 +71,10 @@ def linears_of(
     found = []
     for name, linear in prunable.items():
         parent, _, last = name.rpartition(".")
-        shape, dtype = (linear.out_features, linear.in_features), reader.headers[f"{name}.weight"][1]
+        shape, dtype = (
+            (linear.out_features, linear.in_features),
+            reader.headers[f"{name}.weight"][1],
+        )
         unit = f"{parent}.{first_of.get(last, last)}"
         found.append(LinearSpec(name, shape, dtype, unit, scope))
     return tuple(found)
@@ -94,11 +98,13 @@ def uniform(
     Returns:
         None if even MAX_SPARSITY costs too much.
     """
-    for step in range(1, int(MAX_SPARSITY * STEPS_TO_ONE) + 1):
-        allocation = {linear.name: make(linear, step / STEPS_TO_ONE) for linear in linears}
-        if total_bytes(linears, allocation) <= limit:
-            return allocation
-    return None
+
+    def allocate(step: int) -> Allocation:
+        return {linear.name: make(linear, step / STEPS_TO_ONE) for linear in linears}
+
+    steps = range(1, int(MAX_SPARSITY * STEPS_TO_ONE) + 1)
+    first = bisect_left(steps, True, key=lambda step: total_bytes(linears, allocate(step)) <= limit)
+    return allocate(steps[first]) if first < len(steps) else None
 
 
 @dataclass(frozen=True)
