@@ -13,7 +13,6 @@ from gblm.commands.common import Command, emit, progress_bars, table
 from gblm.commands.recipe_options import read_recipe, recipe_options
 
 if TYPE_CHECKING:
-    from gblm.progress import Progress
     from gblm.search.candidates import Question
 
 MEASURE = ("output", "limit", "keep_all", "text", "eval_seq_len", "max_windows")
@@ -93,9 +92,7 @@ def command(
             _predict(ctx, question, write, progress)
 
 
-def _predict(
-    ctx: click.Context, question: Question, write: Path | None, progress: Progress
-) -> None:
+def _predict(ctx: click.Context, question: Question, write: Path | None, progress: Any) -> None:
     from gblm.search.candidates import answer
 
     result = answer(question, progress)
@@ -109,7 +106,7 @@ def _measure(
     question: Question,
     settings: dict[str, Any],
     write: Path | None,
-    progress: Progress,
+    progress: Any,
 ) -> None:
     from gblm.evaluate.perplexity import Protocol
     from gblm.search.run import Measuring, best, search, slug
