@@ -16,9 +16,12 @@ MISSING = [
     tool for tool in ("make", "aarch64-linux-gnu-g++", "qemu-aarch64") if shutil.which(tool) is None
 ]
 
-pytestmark = pytest.mark.skipif(
-    bool(MISSING), reason=f"no {', '.join(MISSING)}: `make arm64` runs this where they are"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        bool(MISSING), reason=f"no {', '.join(MISSING)}: `make arm64` runs this where they are"
+    ),
+]
 
 
 def test_instruction_sets_of_arm64_agree_with_the_portable_kernels() -> None:

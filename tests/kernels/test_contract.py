@@ -1,143 +1,145 @@
-"""What every backend promises: the same product as a float64 reference, traceable by PyTorch."""
+"""What every backend promises: the product that is meant, traceable by PyTorch, or a refusal.
+
+`reference` is held against float64; the others that run on a CPU against `reference`, those of
+GPUs in tests/test_gpu.py and, on emulated devices, in the files beside this one.
+"""
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
+from pairs import pairwise
 
-from gblm.errors import UsageError
-from gblm.formats import Format, make_format
+from gblm.errors import PatternError, UsageError
+from gblm.formats import Format, format_for, make_format
 from gblm.kernels import BACKENDS, Backend, linear, native, select
-from gblm.values import quantize
+from gblm.patterns import parse
+from gblm.values import parse_values, quantize
 from gblm.weights import SparseWeight
 
-FORMATS = [("nm", "2:4"), ("nm", "4:8"), ("nm", "8:16"), ("nm", "1:4"), ("bitmask", "0.5"),
-           ("bitmask", "0.9"), ("dense", "dense")]  # fmt: skip
-SHAPES = [(48, 64), (5, 24), (70, 8192)]
-KINDS = ("int8:row", "int4:row", "int8:64", "int4:64", "uint4:row", "uint4:64", "fp8:64")
-INTEGERS = [(values, shape) for values in KINDS
-            for shape in SHAPES if values.endswith("row") or shape[1] % 64 == 0]  # fmt: skip
+PATTERNS = ["2:4", "4:8", "8:16", "1:4", "0.5", "0.9", "dense"]
+VALUES = ["float", "int8:row", "int4:row", "int8:64", "int4:64", "fp8:64"]
+SHAPES = [(48, 64), (5, 24), (5, 48), (70, 8192)]
+DTYPES = [torch.bfloat16, torch.float32, torch.float16]
+TOKENS = (1, 2, 3, 17, 65)
 CPU = torch.device("cpu")
+# Columns that the compiled kernels take at once.
+UNITS = {"float": 8, "fp8:64": 8}
+needs_kernels = pytest.mark.skipif(
+    native.refusal() is not None, reason=f"no CPU kernels: {native.refusal()}; make dev builds them"
+)
 
 
-def tolerance(dtype: torch.dtype, columns: int) -> float:
-    """Rounding error of a sum of `columns` products of unit variance, with room to spare."""
-    return 16 * torch.finfo(dtype).eps * columns**0.5
+def storable(pattern: str, values: str, shape: tuple[int, int], *_: object) -> bool:
+    """Whether the columns divide into the pattern's and the values' groups."""
+    try:
+        make(pattern, values).check_shape("w", shape)
+    except PatternError:
+        return False
+    return True
 
 
-def fitted(pattern: str, shape: tuple[int, int]) -> tuple[int, int]:
-    """The shape, twice as wide where it would cut a group of 8:16."""
-    return (shape[0], 2 * shape[1]) if pattern == "8:16" and shape[1] % 16 else shape
+def cpu_serves(pattern: str, values: str, shape: tuple[int, int], dtype: torch.dtype) -> bool:
+    """What the compiled kernels promise; written down here a second time."""
+    whole = shape[1] % UNITS.get(values, 32) == 0
+    return dtype == torch.bfloat16 and whole and storable(pattern, values, shape)
 
 
-def case(
-    name: str, pattern: str, shape: tuple[int, int], dtype: torch.dtype
-) -> tuple[SparseWeight, dict[str, torch.Tensor]]:
-    fmt = make_format(name, pattern)
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    sparse = SparseWeight.cut(weight, fmt.pattern.keep(weight.float().abs(), "row"))
-    return sparse, fmt.pack("w", sparse)
+def make(pattern: str, values: str) -> Format:
+    return format_for(parse(pattern), parse_values(values))
 
 
-def integer_case(
-    fmt: Format, shape: tuple[int, int]
+def packed(
+    fmt: Format, shape: tuple[int, int], dtype: torch.dtype
 ) -> tuple[SparseWeight, dict[str, torch.Tensor]]:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    sparse = quantize(weight, fmt.pattern.keep(weight.abs(), "row"), fmt.values)
+    mask = fmt.pattern.keep(weight.abs(), "row")
+    if fmt.values.is_float:
+        sparse = SparseWeight.cut(weight.to(dtype), mask)
+    else:
+        sparse = quantize(weight, mask, fmt.values)
     return sparse, fmt.pack("w", sparse)
 
 
-def serving(
-    backend: str, fmt: Format, shape: tuple[int, int], dtype: torch.dtype
-) -> Backend | None:
-    """The backend, or None after checking that it refuses where it may, and says why."""
-    reason = BACKENDS[backend].refuses(fmt, shape, dtype, CPU)
-    if reason is None:
-        return BACKENDS[backend]
-    if BACKENDS[backend].needs == "cuda":
-        assert reason == "it runs on CUDA devices, not on cpu"
-        return None
-    unit = 8 if fmt.values.is_float or fmt.values.is_fp8 else 32
-    may = dtype != torch.bfloat16 or shape[1] % unit or native.refusal() is not None
-    assert backend == "cpu"
-    assert may, reason
-    with pytest.raises(UsageError, match=re.escape(f"{backend}: {reason}")):
-        select(fmt, shape, dtype, CPU, forced=backend)
-    return None
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("num_tokens", [1, 2, 3, 17, 65])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("name", "pattern"), FORMATS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_linear_equals_the_float64_product(
-    backend: str,
-    name: str,
-    pattern: str,
+def multiply(
+    backend: Backend, fmt: Format, parts: dict[str, torch.Tensor], x: torch.Tensor,
     shape: tuple[int, int],
-    num_tokens: int,
-    dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    assert backend.refuses(fmt, shape, x.dtype, CPU) is None
+    got = linear(x, backend.prepare(fmt, parts, shape, x.dtype), shape, fmt, backend)
+    assert got.dtype == x.dtype
+    return got.double()
+
+
+def assert_close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype, columns: int) -> None:
+    """Within the rounding of a sum of `columns` products of unit variance, with room to spare."""
+    bound = 16 * torch.finfo(dtype).eps * columns**0.5
+    torch.testing.assert_close(got, want, rtol=bound, atol=bound)
+
+
+def drawn(dtype: torch.dtype, columns: int) -> torch.Tensor:
+    return torch.randn(max(TOKENS), columns, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+FULL = [
+    pytest.param(
+        pattern, values, shape, dtype,
+        marks=() if (shape, dtype) == (SHAPES[0], DTYPES[0]) else pytest.mark.slow,
+    )
+    for pattern in PATTERNS for values in VALUES for shape in SHAPES for dtype in DTYPES
+    if storable(pattern, values, shape)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("pattern", "values", "shape", "dtype"), FULL, ids=str)
+def test_reference_gives_the_float64_product(
+    pattern: str, values: str, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
-    shape = fitted(pattern, shape)
-    sparse, parts = case(name, pattern, shape, dtype)
-    x = torch.randn(num_tokens, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
-    fmt = make_format(name, pattern)
-    chosen = serving(backend, fmt, shape, dtype)
-    if chosen is None:
-        return
-    got = linear(x, chosen.prepare(fmt, parts, shape, dtype), shape, fmt, chosen)
-    want = x.double() @ sparse.weight.double().t()
-    assert got.dtype == dtype
-    bound = tolerance(dtype, shape[1])
-    torch.testing.assert_close(got.double(), want, rtol=bound, atol=bound)
+    fmt, x = make(pattern, values), drawn(dtype, shape[1])
+    sparse, parts = packed(fmt, shape, dtype)
+    for tokens in TOKENS:
+        got = multiply(BACKENDS["reference"], fmt, parts, x[:tokens], shape)
+        want = x[:tokens].double() @ sparse.weight.double().t()
+        assert_close(got, want, dtype, shape[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("num_tokens", [1, 17])
-@pytest.mark.parametrize(("values", "shape"), INTEGERS, ids=str)
-@pytest.mark.parametrize(("name", "pattern"), FORMATS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_linear_of_codes_equals_the_float64_product(
-    backend: str,
-    name: str,
-    pattern: str,
-    values: str,
-    shape: tuple[int, int],
-    num_tokens: int,
-    dtype: torch.dtype,
+PAIRS = [("dense", *case) for case in pairwise(PATTERNS, VALUES, SHAPES, DTYPES, allowed=storable)]
+PAIRS += [("cpu", *case)
+          for case in pairwise(PATTERNS, VALUES, SHAPES, DTYPES, allowed=cpu_serves)]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("backend", "pattern", "values", "shape", "dtype"),
+    [pytest.param(*case, marks=needs_kernels if case[0] == "cpu" else ()) for case in PAIRS],
+    ids=str,
+)
+def test_other_backends_give_what_reference_gives(
+    backend: str, pattern: str, values: str, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
-    fmt, shape = make_format(name, pattern, values), fitted(pattern, shape)
-    sparse, parts = integer_case(fmt, shape)
-    x = torch.randn(num_tokens, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
-    chosen = serving(backend, fmt, shape, dtype)
-    if chosen is None:
-        return
-    got = linear(x, chosen.prepare(fmt, parts, shape, dtype), shape, fmt, chosen)
-    want = x.double() @ sparse.weight.double().t()
-    assert got.dtype == dtype
-    bound = tolerance(dtype, shape[1])
-    torch.testing.assert_close(got.double(), want, rtol=bound, atol=bound)
+    fmt, x = make(pattern, values), drawn(dtype, shape[1])
+    _, parts = packed(fmt, shape, dtype)
+    for tokens in TOKENS:
+        got = multiply(BACKENDS[backend], fmt, parts, x[:tokens], shape)
+        want = multiply(BACKENDS["reference"], fmt, parts, x[:tokens], shape)
+        assert_close(got, want, dtype, shape[1])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("values", ["float", "int8:32", "int4:row", "uint4:32", "fp8:32"])
-@pytest.mark.parametrize(("name", "pattern"), [("nm", "2:4"), ("bitmask", "0.5")])
+OPS = [
+    pytest.param(*case, marks=[*([needs_kernels] if case[0] == "cpu" else []),
+                               *([pytest.mark.slow] if case[1] != "int8:32" else [])])
+    for case in pairwise(["reference", "cpu", "dense"], ["float", "int8:32", "int4:row", "fp8:32"],
+                         ["2:4", "0.5"])
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("backend", "values", "pattern"), OPS)
 def test_op_passes_opcheck_and_compiles_as_one_graph(
-    backend: str, name: str, pattern: str, values: str
+    backend: str, values: str, pattern: str
 ) -> None:
-    fmt, shape = make_format(name, pattern, values), (16, 32)
+    fmt, shape = make(pattern, values), (16, 32)
     dtype = torch.bfloat16 if backend == "cpu" else torch.float32
-    chosen = serving(backend, fmt, shape, dtype)
-    if chosen is None:
-        return
-    if fmt.values.is_float:
-        _, parts = case(name, pattern, shape, dtype)
-    else:
-        _, parts = integer_case(fmt, shape)
-    prepared = chosen.prepare(fmt, parts, shape, dtype)
+    chosen = BACKENDS[backend]
+    prepared = chosen.prepare(fmt, packed(fmt, shape, dtype)[1], shape, dtype)
     x = torch.randn(2, 3, 32).to(dtype)
     if chosen.own_op:
         op, arguments = torch.ops.gblm.cpu_linear.default, (x, prepared[0], 16)
@@ -158,9 +160,9 @@ def test_op_passes_opcheck_and_compiles_as_one_graph(
         torch.testing.assert_close(compiled(tokens), expected)
 
 
-@pytest.mark.skipif(native.refusal() is not None, reason=f"no CPU kernels: {native.refusal()}")
+@needs_kernels
 def test_first_backend_that_does_not_refuse_wins() -> None:
-    fmt = make_format("nm", "2:4")
+    fmt = make("2:4", "float")
     backend, reasons = select(fmt, (8, 8), torch.bfloat16, CPU)
     assert backend is next(iter(BACKENDS.values()))
     assert reasons == []
@@ -174,14 +176,11 @@ def test_first_backend_that_does_not_refuse_wins() -> None:
     ]
 
 
-@pytest.mark.skipif(native.refusal() is not None, reason=f"no CPU kernels: {native.refusal()}")
-@pytest.mark.parametrize("group", ["fp8:row", "fp8:32"])
-@pytest.mark.parametrize(("name", "pattern"), FORMATS)
-def test_cpu_holds_what_fp8_codes_stand_for_as_bfloat16(
-    name: str, pattern: str, group: str
-) -> None:
-    fmt, floats, shape = make_format(name, pattern, group), make_format(name, pattern), (21, 96)
-    sparse, parts = integer_case(fmt, shape)
+@needs_kernels
+@pytest.mark.parametrize("pattern", ["2:4", "0.5", "dense"])
+def test_cpu_holds_what_fp8_codes_stand_for_as_bfloat16(pattern: str) -> None:
+    fmt, floats, shape = make(pattern, "fp8:32"), make(pattern, "float"), (21, 96)
+    sparse, parts = packed(fmt, shape, torch.bfloat16)
     panels = BACKENDS["cpu"].prepare(fmt, parts, shape)[0]
     same = floats.pack("w", SparseWeight(sparse.weight.bfloat16(), fmt.mask(parts)))
     assert torch.equal(panels, BACKENDS["cpu"].prepare(floats, same, shape)[0])
@@ -199,13 +198,28 @@ def test_cpu_holds_what_fp8_codes_stand_for_as_bfloat16(
         ("int8:row", (8, 40), torch.bfloat16, "cpu", "40 columns are not a multiple of 32"),
     ],
 )
-def test_cpu_backend_says_why_it_refuses(
+def test_cpu_says_why_it_refuses(
     values: str, shape: tuple[int, int], dtype: torch.dtype, device: str, reason: str
 ) -> None:
     fmt = make_format("bitmask", "0.5", values)
     assert BACKENDS["cpu"].refuses(fmt, shape, dtype, torch.device(device)) == reason
+    with pytest.raises(UsageError, match=f"cpu: {reason}"):
+        select(fmt, shape, dtype, torch.device(device), forced="cpu")
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if BACKENDS[name].needs == "cuda"])
+def test_backends_for_gpus_refuse_a_cpu(name: str) -> None:
+    with pytest.raises(UsageError, match=f"{name}: it runs on CUDA devices, not on cpu"):
+        select(make("2:4", "float"), (16, 64), torch.bfloat16, CPU, forced=name)
+
+
+@pytest.mark.parametrize("name", ["reference", "dense"])
+def test_backends_in_pytorch_refuse_nothing(name: str) -> None:
+    for device in ("cpu", "cuda"):
+        place = torch.device(device)
+        assert BACKENDS[name].refuses(make("0.9", "int4:32"), (1, 32), torch.float64, place) is None
 
 
 def test_unknown_backend_lists_the_known_ones() -> None:
     with pytest.raises(UsageError, match=", ".join(BACKENDS)):
-        select(make_format("nm", "2:4"), (8, 8), torch.float32, CPU, forced="cuda")
+        select(make("2:4", "float"), (8, 8), torch.float32, CPU, forced="cuda")

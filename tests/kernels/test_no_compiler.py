@@ -14,6 +14,7 @@ from source_tree import copy_sources
 from gblm.kernels import BACKENDS
 
 pytest.importorskip("setuptools", minversion="77")  # the build is not isolated: no network
+pytestmark = pytest.mark.slow
 
 CHECK = """
 import torch

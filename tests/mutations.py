@@ -1,0 +1,362 @@
+"""Break the package on purpose, one line at a time, and see whether the tests notice.
+
+`python tests/mutations.py` applies every mutation below to a copy of the repository and runs the
+tests that ought to catch it; names on the command line choose some. It ends with 1 if a mutation
+survives. An old text is looked for in the whole package and must stand there exactly once: whoever
+rewrites such a line says here how to break the new one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ("toolkit", "export", "serve")
+FAST = "not vllm and not real and not slow and not gpu"
+SECONDS = 300
+
+
+class Mutation(NamedTuple):
+    """One text of the package and what replaces it; the tests' files are relative to tests/."""
+
+    name: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+# By the tests that ought to fail: a name, the text as it is, and a wrong one.
+LIST: dict[str, list[tuple[str, str, str]]] = {
+    "test_patterns.py": [
+        ("tie-break", "ties.cumsum(dim=1) > first_kept", "ties.cumsum(dim=1) >= first_kept"),
+        ("tie-break-nm", "later = places[i + 1 :] >= places[i]",
+         "later = places[i + 1 :] > places[i]"),
+        ("halves-most", "HALVES = {(8, 16): 5}", "HALVES = {(8, 16): 6}"),
+        ("halves-one-side", "(first > most) | (first < self.keep_n - most)", "(first > most)"),
+        ("crowded", "if int(counts.max()) <= most:", "if int(counts.max()) <= most + 1:"),
+        ("scope", 'flat = score if scope == "row" else score.reshape(1, -1)',
+         'flat = score if scope != "row" else score.reshape(1, -1)'),
+    ],
+    "methods/test_contract.py": [
+        ("count", "keep_highest(flat, int(flat.shape[1] * self.sparsity)).reshape(score.shape)",
+         "keep_highest(flat, round(flat.shape[1] * self.sparsity)).reshape(score.shape)"),
+        ("wanda-score", 'return weight.float().abs() * stats["act_norm"]',
+         'return weight.float() * stats["act_norm"]'),
+    ],
+    "methods/test_gblm.py": [
+        ("alpha", "return total * (self.alpha / divisor)", "return total / divisor"),
+        ("norm", 'samples if self.gradient_norm == "l1" else samples.sqrt()',
+         'samples if self.gradient_norm == "l2" else samples.sqrt()'),
+        ("half", ".clamp(max=limit).half().float()", ".clamp(max=limit)"),
+    ],
+    "calibrate/test_gradients.py": [
+        ("l1-gradients", "fold.sums[name] += gradient.abs_()", "fold.sums[name] += gradient"),
+        ("l2-root", "return total.sqrt_() if how.norm == L2 else total", "return total"),
+    ],
+    "calibrate/test_stats.py": [
+        ("act-norm-root", "return self.mean.sqrt()", "return self.mean"),
+        ("hessian-factor", "alpha=2 / total", "alpha=1 / total"),
+        ("hessian-lower", "self.mean[stop:, start:stop] = self.mean[start:stop, stop:].t()",
+         "pass"),
+    ],
+    "methods/test_sparsegpt.py methods/test_obs.py methods/test_refit.py": [
+        ("damping", "add_(damping * matrix.diagonal().mean())", "add_(damping)"),
+        ("dead-inputs", "    dead = hessian.diagonal() == 0\n    factor",
+         "    dead = hessian.diagonal() < 0\n    factor"),
+        ("obs-sign", "columns.addmm_(factor.t(), self.errors[start:low], alpha=-1)",
+         "columns.addmm_(factor.t(), self.errors[start:low], alpha=1)"),
+        ("obs-scales", "mse_levels(kept.t(), self.codes, pivots.squeeze(1).reciprocal())",
+         "mse_levels(kept.t(), self.codes, pivots.squeeze(1))"),
+        ("refit-mask", "residual = ((target - start) @ hessian).mul_(mask)",
+         "residual = (target - start) @ hessian"),
+    ],
+    "test_values.py": [
+        ("scale-reach", "high = groups.abs().amax(dim=-1) / self.limit",
+         "high = groups.amax(dim=-1).clamp(min=0) / self.limit"),
+        ("mse-choice", "better = total < least", "better = total > least"),
+        ("mse-importance", "(error if importance is None else error.mul_(importance))", "error"),
+        ("zero-scale", "torch.where(scales == 0, torch.ones_like(scales), scales)", "scales"),
+        ("minus-zero", "return product.to(dtype).add_(0.0)", "return product.to(dtype)"),
+    ],
+    "formats/test_contract.py": [
+        ("bit-order-read", 'np.unpackbits(bitmask.numpy(), axis=1, bitorder="little")',
+         'np.unpackbits(bitmask.numpy(), axis=1, bitorder="big")'),
+        ("bit-order-write", "(groups * weights).sum(dim=-1, dtype=torch.uint8)",
+         "(groups.flip(-1) * weights).sum(dim=-1, dtype=torch.uint8)"),
+        ("nibble-order", "nibbles[..., ::2] | nibbles[..., 1::2] << 4",
+         "nibbles[..., 1::2] | nibbles[..., ::2] << 4"),
+        ("rows-offsets", 'offsets[start : stop + 1] - offsets[start]', "offsets[start : stop + 1]"),
+        ("join-offsets", "functional.pad(counts.cumsum(0), (1, 0))}",
+         "functional.pad(counts.cumsum(0), (0, 1))}"),
+    ],
+    "formats/test_rejects.py": [
+        ("nm-counts", "wrong = (counts != self.pattern.keep_n).nonzero()",
+         "wrong = (counts > self.pattern.keep_n).nonzero()"),
+        ("truncated-tail", 'self._begins(offsets)[-1]) != len(parts["values"])',
+         'self._begins(offsets)[-1]) < len(parts["values"])'),
+        ("padding", "bool((self.padding(parts) != 0).any())",
+         "bool((self.padding(parts) < 0).any())"),
+        ("scale-check", "wrong = ~(scales.isfinite() & (scales > 0))",
+         "wrong = ~(scales.isfinite() & (scales >= 0))"),
+        ("nan-values", 'not bool(parts["values"].isfinite().all())',
+         'bool(parts["values"].isinf().any())'),
+    ],
+    "formats/test_manifest.py formats/test_contract.py formats/test_rejects.py": [
+        ("manifest-version", 'if fields.get("version") != VERSION:', "if False:"),
+        ("manifest-first", "first = min(first, next(globs, first))",
+         "first = max(first, next(globs, first))"),
+        ("manifest-target", "if not TARGET.fullmatch(target):", "if not TARGET.match(target):"),
+        ("format-pattern", "if _name_for(parsed) != name:", "if False:"),
+        ("halves-read", "first_crowded(self.mask(parts), pattern.unit, pattern.unit_most)",
+         "first_crowded(self.mask(parts), pattern.unit, pattern.unit_most + 1)"),
+    ],
+    "test_resume.py": [
+        ("resume-hash", 'if line["layer"] != index or line["sha256"] != sha256(path):',
+         'if line["layer"] != index:'),
+        ("resume-fingerprint", "if found.get(key) != wanted.get(key):", "if key not in found:"),
+        ("resume-order", "self.finished = [layer for _, layer in intact]", "self.finished = []"),
+    ],
+    "test_ranks.py": [
+        ("ranks-share", "return list(items[self.rank :: self.size])", "return list(items)"),
+        ("ranks-mean", "weighted = mean * count", "weighted = mean"),
+        ("ranks-device", 'if local is not None and device.startswith("cuda:"):', "if False:"),
+    ],
+    "test_prune.py export/test_pack.py": [
+        ("packer-dtype", 'stored = weight.to(reader.headers[f"{name}.weight"][1])',
+         "stored = weight"),
+        ("packer-nan", "if not bool(stored.weight.isfinite().all()):", "if False:"),
+        ("packer-room", "need = int(1.1 * sum(map(reader.num_bytes, reader)))", "need = int(0)"),
+        ("bits", 'round(8 * size / count, 4)', 'round(4 * size / count, 4)'),
+        ("shards", "self._pending_bytes + size > self.shard_bytes",
+         "self._pending_bytes > self.shard_bytes"),
+        ("overwrite", "if output.exists() and not overwrite:", "if False:"),
+    ],
+    "checkpoint/test_reader.py checkpoint/test_damage.py": [
+        ("inside-name", 'if "\\0" in file or Path(file).name != file or file in ("", ".", ".."):',
+         'if "\\0" in file:'),
+        ("inside-link",
+         'if target.parent != root and target.parent != root.parent.parent / "blobs":',
+         "if False:"),
+        ("auto-map", 'if "auto_map" in config:', "if False:"),
+        ("pickles", "if any(folder.glob(\"*.safetensors\")):\n        return", "return"),
+        ("promised", "expected is not None and (missing := expected - names)",
+         "expected is None and (missing := names - names)"),
+        ("unlisted", "if path.name not in self.files:", "if False:"),
+        ("key-twice", "if len(found) < len(pairs):", "if False:"),
+    ],
+    "checkpoint/test_verify.py": [
+        ("verify-hash", 'if not isinstance(facts, dict) or sha256(path) != facts.get("sha256"):',
+         "if not isinstance(facts, dict):"),
+        ("verify-against", 'if not _same_bits(weight, dense.tensor(f"{name}.weight") + 0.0):',
+         "if False:"),
+    ],
+    "kernels/test_contract.py": [
+        ("cpu-dtype", 'if dtype != torch.bfloat16:\n            return f"activations',
+         'if dtype == torch.float64:\n            return f"activations'),
+        ("cpu-columns", "if shape[1] % unit:\n            return f\"{shape[1]} columns",
+         "if shape[1] % 8:\n            return f\"{shape[1]} columns"),
+        ("forced", "for backend in [BACKENDS[forced]] if forced else BACKENDS.values():",
+         "for backend in BACKENDS.values():"),
+        ("reference-rows", "stop = min(start + step, num_rows)",
+         "stop = min(start + step, num_rows - 1)"),
+        ("dense-dtype", "return [fmt.expand(parts, dtype)]", "return [fmt.expand(parts)]"),
+        ("row-starts", "        return byte_offsets(offsets.diff())\n    return offsets *",
+         "        return offsets // 2\n    return offsets *"),
+        ("op-shape", "return x.new_empty((*x.shape[:-1], shape[0]))",
+         "return x.new_empty((*x.shape[:-1], shape[1]))"),
+        ("preference", "        Reference(),\n        Dense(),",
+         "        Dense(),\n        Reference(),"),
+    ],
+    "serve/test_access.py": [
+        ("door", 'if not is_allowed and any(_is_short_for(door, word) for word in words):',
+         "if not is_allowed and door in words:"),
+        ("rust-door", 'if has_key and environment.get(RUST_VARIABLE, "").strip() not in ("", "0"):',
+         "if False:"),
+        ("stranger", "if is_loopback(host):\n        return\n    if has_key and",
+         "if True:\n        return\n    if has_key and"),
+        ("key-options", "    if given:\n        return given\n    if file is not None:",
+         "    if file is not None:"),
+        ("guard-loopback", "asks = not is_loopback(host) and EVERY_ROUTE not in routes",
+         "asks = is_loopback(host) and EVERY_ROUTE not in routes"),
+    ],
+    "serve/test_guard.py": [
+        ("bearer", 'return found and scheme.lower() == b"bearer"', "return found"),
+        ("key-compare", "found |= hmac.compare_digest(digest, known)", "found = digest == known"),
+        ("body-length", "int(length) > self.limit)", "int(length) > 2 * self.limit)"),
+        ("body-chunks", 'message["type"] != "http.request" or self.seen <= self.limit',
+         'message["type"] != "http.request" or self.seen >= 0'),
+        ("no-key", "if not keys:\n                raise ValueError",
+         "if keys is None:\n                raise ValueError"),
+        ("open-path", "return path in self.open or _is_preflight(scope)",
+         "return path.startswith(tuple(self.open)) or _is_preflight(scope)"),
+    ],
+    "serve/test_launch.py serve/test_versions.py": [
+        ("version", 'found.startswith(tuple(f"{tested}." for tested in TESTED_VERSIONS))',
+         "found.startswith(TESTED_VERSIONS)"),
+        ("core-spans", "if spans and core == spans[-1][1] + 1:", "if spans:"),
+    ],
+    "evaluate/test_gates.py": [
+        ("gate-nan", "(math.isnan(pair[1]), sign * pair[1])", "sign * pair[1]"),
+        ("gate-op", 'value <= gate.bound if kind.op == "<=" else',
+         'value < gate.bound if kind.op == "<=" else'),
+        ("gate-points", "100 * (value - dense)", "(value - dense)"),
+        ("gate-kl", 'partial = gate.name == "kl" and "kl_over" in drift', "partial = False"),
+        ("gate-worst", 'sign = 1 if kind.op == "<=" else -1', "sign = 1"),
+    ],
+    "evaluate/test_perplexity.py evaluate/test_engines.py evaluate/test_side_by_side.py": [
+        ("ppl-mean", "return of_loss(-float(logprobs.double().mean()))",
+         "return of_loss(-float(logprobs.double().median()))"),
+        ("drift-sign", "(model.logprobs - dense.logprobs)[counted].abs()",
+         "(model.logprobs - dense.logprobs)[counted]"),
+        ("kl-direction", "(theirs.exp() * (theirs - ours)).sum(-1).cpu()",
+         "(ours.exp() * (ours - theirs)).sum(-1).cpu()"),
+    ],
+    "bench/test_validity.py bench/test_noise.py": [
+        ("failed-requests", "if seen.failed or done != asked.num_prompts:", "if seen.failed:"),
+        ("behind", "elif done < RATE * rate:", "elif done < 0:"),
+        ("alike", "        if value != told[0][1]:", "        if False:"),
+        ("cached", "seen.cached is not None and seen.cached > CACHED", "seen.cached == 1"),
+        ("guests", 'for key in after if not key.startswith("guest")', "for key in after"),
+    ],
+    "bench/test_kernels.py bench/test_summary.py": [
+        ("paired", "return spread([theirs / ours for theirs, ours in pairs])",
+         "return spread([ours / theirs for theirs, ours in pairs])"),
+        ("percentile", "calls[max(1, math.ceil(share * len(calls))) - 1]",
+         "calls[int(share * len(calls)) - 1]"),
+    ],
+    "export/test_onnx.py": [
+        ("onnx-agreement", '"passed": within and agreement >= tolerance.top1_agreement',
+         '"passed": within or agreement >= tolerance.top1_agreement'),
+        ("onnx-nan", 'largest = largest if largest == largest else float("inf")', "pass"),
+    ],
+}  # fmt: skip
+MUTATIONS = [
+    Mutation(name, old, new, tuple(files.split()))
+    for files, own in LIST.items()
+    for name, old, new in own
+]
+
+
+class Broken(Exception):
+    """The list does not fit the package any more."""
+
+
+def find(mutation: Mutation, root: Path = ROOT) -> Path:
+    """The one file of the package that holds the old text, relative to `root`."""
+    files = [path for folder in PACKAGE for path in sorted((root / folder).rglob("*.py"))]
+    counts = {path: path.read_text().count(mutation.old) for path in files}
+    found = [path for path, count in counts.items() if count]
+    if sum(counts.values()) != 1:
+        places = ", ".join(str(path.relative_to(root)) for path in found) or "nowhere"
+        raise Broken(f"{mutation.name}: {mutation.old!r} stands {sum(counts.values())}× ({places})")
+    for name in mutation.tests:
+        if not (root / "tests" / name).is_file():
+            raise Broken(f"{mutation.name}: tests/{name} is not there")
+    return found[0].relative_to(root)
+
+
+def copy(to: Path) -> Path:
+    """What the tests need of the repository, as a folder of its own that can be broken."""
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "runs", "*.egg-info")
+    shutil.copytree(ROOT, to, ignore=ignored, symlinks=True)
+    package = to / "build" / "path" / "gblm"
+    package.mkdir(parents=True)
+    for path in [*(to / "toolkit").iterdir(), to / "export", to / "serve"]:
+        (package / path.name).symlink_to(path)
+    return to
+
+
+def run_tests(root: Path, files: tuple[str, ...], seconds: int = SECONDS) -> tuple[int, str]:
+    """pytest's exit code, 1 too where it does not end in time, and its output."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider"]
+    paths = [f"tests/{name}" for name in files]
+    environment = {**os.environ, "PYTHONPATH": str(root / "build" / "path")}
+    try:
+        done = subprocess.run(
+            [*command, "-m", FAST, *paths], cwd=root, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return 1, f"FAILED no end after {seconds} s"
+    return done.returncode, done.stdout
+
+
+def attempt(mutation: Mutation, root: Path) -> str:
+    """Break the copy, run the tests, mend it; how it ended: caught, SURVIVED or broken."""
+    path = root / find(mutation, root)
+    text = path.read_text()
+    path.write_text(text.replace(mutation.old, mutation.new))
+    try:
+        code, output = run_tests(root, mutation.tests)
+    finally:
+        path.write_text(text)
+    failed = [line for line in output.splitlines() if line.startswith("FAILED")]
+    if code == 1 and failed:
+        return "caught by " + failed[0].removeprefix("FAILED ").split(" - ")[0]
+    return "SURVIVED" if code == 0 else f"broken: pytest ended with {code}\n{output[-2000:]}"
+
+
+def attempt_all(chosen: list[Mutation], jobs: int) -> Iterator[tuple[Mutation, str, float]]:
+    """The mutations with how each ended and how long it took, in their order."""
+    with tempfile.TemporaryDirectory(prefix="gblm-mutations-") as folder:
+        copies: queue.Queue[Path] = queue.Queue()
+        for number in range(jobs):
+            copies.put(copy(Path(folder) / str(number)))
+
+        def one(mutation: Mutation) -> tuple[Mutation, str, float]:
+            root, began = copies.get(), time.monotonic()
+            try:
+                return mutation, attempt(mutation, root), time.monotonic() - began
+            finally:
+                copies.put(root)
+
+        files = tuple(sorted({name for mutation in chosen for name in mutation.tests}))
+        code, output = run_tests(root := copies.get(), files, 10 * SECONDS)
+        if code:
+            raise Broken(f"the tests fail without any mutation:\n{output[-4000:]}")
+        copies.put(root)
+        with ThreadPoolExecutor(jobs) as pool:
+            yield from pool.map(one, chosen)
+
+
+def main() -> int:
+    """0 if every mutation was caught."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="of mutations; all if none")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--check", action="store_true", help="only look for the old texts")
+    asked = parser.parse_args()
+    known = [mutation.name for mutation in MUTATIONS]
+    if unknown := set(asked.names) - set(known):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    chosen = [m for m in MUTATIONS if not asked.names or m.name in asked.names]
+    problems = []
+    for mutation in chosen:
+        try:
+            find(mutation)
+        except Broken as error:
+            problems.append(str(error))
+    if problems or asked.check:
+        print("\n".join([*problems, f"{len(chosen) - len(problems)} of {len(chosen)} are found"]))
+        return int(bool(problems))
+    caught = 0
+    for mutation, ended, seconds in attempt_all(chosen, asked.jobs):
+        caught += ended.startswith("caught")
+        print(f"{mutation.name:20} {seconds:5.1f} s  {ended}", flush=True)
+    print(f"{caught} of {len(chosen)} mutations were caught")
+    return int(caught < len(chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
