@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CHECK := build/check
 CSRC := toolkit/kernels/csrc
 
-.PHONY: help dev lint types unit sanitize arm64 dist wheel vllm-cuda onnx-gpu test test-gpu sanitize-gpu demo bench soak image clean
+.PHONY: help dev lint types check unit mutations sanitize arm64 dist wheel vllm-cuda onnx-gpu test test-gpu sanitize-gpu demo bench soak image clean
 
 help:
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -35,8 +35,16 @@ types: dev ## mypy --strict
 	ln -sfn $(CURDIR)/toolkit/* $(CURDIR)/export $(CURDIR)/serve build/types/gblm/
 	MYPYPATH=build/types $(BIN)/mypy -p gblm
 
+PYTEST := $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
+
+check: lint types ## before every commit: lint, types and the quick tests, in three minutes
+	$(PYTEST) -m "not vllm and not real and not slow and not gpu"
+
 unit: dev ## all tests, the real model and vLLM on CPU included
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
+	$(PYTEST)
+
+mutations: dev ## break the package on purpose, a hundred times: do the tests notice?
+	$(BIN)/python tests/mutations.py
 
 # The flags of an instruction set are those of setup.py. To g++, avx2.cpp and avx512.cpp are huge: their
 # checks call functions, and those of every single access are left to the address sanitizer.

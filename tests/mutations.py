@@ -1,7 +1,7 @@
 """Break the package on purpose, one line at a time, and see whether the tests notice.
 
-`python tests/mutations.py` applies every mutation below to a copy of the repository and runs the
-tests that ought to catch it; names on the command line choose some. It ends with 1 if a mutation
+`make mutations`, or `python tests/mutations.py NAMES`, applies every mutation below to a copy of
+the repository and runs the quick ones of the tests that ought to catch it. It ends with 1 if one
 survives. An old text is looked for in the whole package and must stand there exactly once: whoever
 rewrites such a line says here how to break the new one.
 """
@@ -266,6 +266,17 @@ def find(mutation: Mutation, root: Path = ROOT) -> Path:
     return found[0].relative_to(root)
 
 
+def problems(chosen: list[Mutation]) -> list[str]:
+    """What does not fit the package any more, a sentence each."""
+    found = []
+    for mutation in chosen:
+        try:
+            find(mutation)
+        except Broken as error:
+            found.append(str(error))
+    return found
+
+
 def copy(to: Path) -> Path:
     """What the tests need of the repository, as a folder of its own that can be broken."""
     ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "runs", "*.egg-info")
@@ -341,15 +352,10 @@ def main() -> int:
     if unknown := set(asked.names) - set(known):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     chosen = [m for m in MUTATIONS if not asked.names or m.name in asked.names]
-    problems = []
-    for mutation in chosen:
-        try:
-            find(mutation)
-        except Broken as error:
-            problems.append(str(error))
-    if problems or asked.check:
-        print("\n".join([*problems, f"{len(chosen) - len(problems)} of {len(chosen)} are found"]))
-        return int(bool(problems))
+    unfit = problems(chosen)
+    if unfit or asked.check:
+        print("\n".join([*unfit, f"{len(chosen) - len(unfit)} of {len(chosen)} fit the package"]))
+        return int(bool(unfit))
     caught = 0
     for mutation, ended, seconds in attempt_all(chosen, asked.jobs):
         caught += ended.startswith("caught")
