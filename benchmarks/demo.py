@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gblm.record import Record
+
 RUN = Path("runs/demo")
 MODEL, PACKED = RUN / "smollm2", RUN / "smollm2-gblm-2of4"
 EVAL, BENCH, SUMMARY = RUN / "eval.json", RUN / "bench.json", RUN / "summary.json"
@@ -58,7 +60,8 @@ def summarise() -> dict[str, Any]:
     """The figures of the run, read from the records the commands wrote."""
     recipe = json.loads((PACKED / "recipe.json").read_text())
     report = json.loads((PACKED / "sparsity_report.json").read_text())
-    quality, bench = json.loads(EVAL.read_text()), json.loads(BENCH.read_text())
+    quality, bench = Record.read(EVAL), json.loads(BENCH.read_text())
+    pruned, dense = (row for row in quality.rows if row.metric == "perplexity")
     speed = {
         f"{metric}_{name}": round(bench["summary"][metric][side], 3)
         for metric in ("decode_tok_s", "ttft_ms", "tpot_ms", "throughput_tok_s", "memory_mb")
@@ -69,9 +72,9 @@ def summarise() -> dict[str, Any]:
         "method": recipe["method"],
         "pattern": recipe["pattern"],
         "sparsity": report["sparsity"],
-        "ppl_dense": round(quality["perplexity_baseline"], 3),
-        "ppl_pruned": round(quality["perplexity"], 3),
-        "ppl_protocol": quality["protocol"],
+        "ppl_dense": round(dense.value, 3),
+        "ppl_pruned": round(pruned.value, 3),
+        "ppl_protocol": pruned.load,
         "bytes_dense": report["bytes_dense"],
         "bytes_packed": report["bytes_packed"],
         **speed,

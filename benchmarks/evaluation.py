@@ -18,8 +18,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from gblm.evaluate.subjects import TOP
 from gblm.fetch import fetch
 from gblm.provenance import provenance
+from gblm.record import Record
 
 RECORD = Path(__file__).resolve().parent / "results" / "evaluation.json"
 # Engine, folder, dtype of the model.
@@ -61,9 +63,26 @@ def measure(root: Path, engine: str, folder: str, dtype: str, windows: int) -> d
         words += ["--dtype", dtype]
     gblm("eval", str(root / folder), "--baseline", str(fetch("smollm2")), *words,
          "--output", str(file))  # fmt: skip
-    found: dict[str, Any] = json.loads(file.read_text())
-    command = shlex.join(["gblm", "eval", folder, "--baseline", "smollm2", *words])
-    return {"engine": engine, "dtype": dtype, "command": command} | found["texts"][0]
+    record = Record.read(file)
+    model = record.rows[0]
+    figures = {row.metric: row.value for row in record.rows if row.side == model.side}
+    dense = record.value(str(record.baseline), model.load, "perplexity")
+    partial = "kl_mean_at_least" in figures
+    return {
+        "engine": engine,
+        "dtype": dtype,
+        "command": shlex.join(["gblm", "eval", folder, "--baseline", "smollm2", *words]),
+        "protocol": model.load,
+        "perplexity": model.value,
+        "perplexity_baseline": dense,
+        "ratio": figures["perplexity"] / dense,
+        "drift": {
+            "mean": figures["drift_mean"],
+            "top1": figures["top1"],
+            "kl_mean": figures["kl_mean_at_least" if partial else "kl_mean"],
+            **({"kl_over": TOP} if partial else {}),
+        },
+    }
 
 
 def main() -> None:

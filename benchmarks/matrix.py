@@ -27,6 +27,7 @@ from pages import RESULTS
 from gblm.cli import cli
 from gblm.fetch import fetch
 from gblm.provenance import provenance
+from gblm.record import Record
 
 MODELS = {"smollm2": "SmolLM2-135M", "gemma3-270m": "Gemma 3 270M"}
 MASKS = ("magnitude", "gradient", "wanda", "gblm")
@@ -72,11 +73,11 @@ class Family:
         made = time.process_time() - cpu
         record = self.root / f"{values}.json"
         gblm(f"eval {folder} {TEXT} --output {record}")
-        found = json.loads(record.read_text())
+        found = Record.read(record).rows[0]
         cell: Cell = {
             "method": self.method, "pattern": self.pattern, "values": values,
-            "command": command, "protocol": found["texts"][0]["protocol"],
-            "perplexity": found["texts"][0]["perplexity"], "cpu_seconds": round(made, 1),
+            "command": command, "protocol": found.load,
+            "perplexity": found.value, "cpu_seconds": round(made, 1),
             "provenance": provenance(),
         }  # fmt: skip
         if folder != self.model:

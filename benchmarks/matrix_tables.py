@@ -139,7 +139,7 @@ def engines() -> str:
         f"`{engine}` in {dtype} {value:.1g} (tolerance {TOLERANCES[dtype]:g})"
         for (engine, dtype), value in apart(record).items()
     )
-    protocol = record["rows"][0]["protocol"].rpartition(", float32")[0]
+    protocol = record["rows"][0]["protocol"].partition(", float32")[0]
     return (
         f"{table(header, rows)}\n\nNats a token between an engine and `packed` in the same dtype, "
         f"in the mean: {differences}. SmolLM2-135M, Wanda 2:4, 16 × 256 tokens of calibration. "

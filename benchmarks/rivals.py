@@ -27,6 +27,7 @@ from gblm.evaluate.perplexity import Protocol
 from gblm.fetch import fetch
 from gblm.model import load_tokenizer
 from gblm.provenance import provenance
+from gblm.record import Record
 
 RECORD = RESULTS / "rivals.json"
 PROTOCOL = Protocol("pydoc", 512, max_windows=8)
@@ -62,7 +63,7 @@ def onnx_rows(model: Path, root: Path) -> list[Row]:
         gblm(f"eval {folder} {text} --output {record}")
         rows.append({
             "name": f"ONNX Runtime {precision}",
-            "perplexity": json.loads(record.read_text())["texts"][0]["perplexity"],
+            "perplexity": Record.read(record).rows[0].value,
             "bytes": sum(path.stat().st_size for path in folder.glob("model.onnx*")),
         })  # fmt: skip
     return rows
@@ -74,10 +75,10 @@ def vllm_rows(model: Path, root: Path) -> list[Row]:
     for kind in vllm_rivals.KINDS:
         folder, record = vllm_rivals.make_folder(model, kind, root / kind), root / f"{kind}.json"
         gblm(f"eval {folder} --engine vllm {TEXT} --output {record}")
-        found = json.loads(record.read_text())
+        found = Record.read(record)
         rows.append({
-            "name": f"vLLM {kind}", "perplexity": found["texts"][0]["perplexity"],
-            "bytes": found["size"]["bytes"],
+            "name": f"vLLM {kind}", "perplexity": found.rows[0].value,
+            "bytes": found.sides[found.rows[0].side]["bytes"],
         })  # fmt: skip
     return rows
 
@@ -97,7 +98,7 @@ def main() -> None:
     record = {
         "kind": "rivals", "command": made_by(),
         "model": "smollm2", "provenance": origin, "rows": rows,
-        "protocol": PROTOCOL.text(PROTOCOL.max_windows or 0),
+        "protocol": PROTOCOL.line(PROTOCOL.windows(load_tokenizer(model))),
         "llama_cpp": (llama_cpp_version(given.llama_cpp) or "").strip(),
     }  # fmt: skip
     given.output.write_text(json.dumps(record, indent=2) + "\n")

@@ -2,78 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
-PERPLEXITY = "pydoc, held-out text as one stream, 19 windows × 512 tokens, bfloat16"
-SETTINGS = {"num_prompts": 8, "input_len": 64, "output_len": 32, "rounds": 3, "seed": 0,
-            "tool": "serve", "threads": None, "slo": None, "options": []}  # fmt: skip
+from gblm.record import Record, Row, Verdict
 
-
-def perplexity_record(model: str, value: float, protocol: str = PERPLEXITY) -> dict[str, Any]:
-    return {
-        "kind": "perplexity",
-        "model": model,
-        "protocol": protocol,
-        "tokens_sha256": "ab" * 32,
-        "perplexity": value,
-        "baseline": "runs/smol",
-        "perplexity_baseline": 13.75,
-        "ratio": value / 13.75,
-        "report": {"bits_per_weight": 9.0, "bytes_dense": 2.69e8, "bytes_packed": 1.77e8},
-        "provenance": {"device": "a CPU", "machine": {"cores": 2}, "packages": {"torch": "2.13"}},
-    }
+PYDOC = "pydoc, held-out text as one stream, 19 windows × 512 tokens, no overlap, sha256 ab"
+PROVENANCE = {"device": "a CPU", "machine": {"cores": 2}, "packages": {"torch": "2.13"}}
 
 
-def onnx_record(decode: dict[str, float]) -> dict[str, Any]:
-    rows = [
-        {
-            "name": name,
-            "decode_ms": spread(ms),
-            "decode_speedup": {other: spread(decode[other] / ms) for other in decode
-                               if other != name},
-        }
-        for name, ms in decode.items()
-    ]  # fmt: skip
-    settings = {"threads": 1, "prompt_len": 64, "rounds": 7}
-    return {"kind": "onnx", "settings": settings, "rows": rows, "machine": {"cpu": "a CPU"}}
+def quality_record(
+    perplexities: Mapping[str, float], load: str = PYDOC, command: str = "gblm eval half"
+) -> Record:
+    """The last one is the baseline."""
+    sides = {side: {"engine": "hf", "dtype": "bfloat16", "bytes": 10**6 * (index + 1)}
+             for index, side in enumerate(perplexities)}  # fmt: skip
+    rows = [Row(side, load, "perplexity", "", value) for side, value in perplexities.items()]
+    rows.append(Row(next(iter(sides)), load, "drift_mean", "nats", 0.125))
+    return Record("eval", sides, tuple(rows), list(sides)[-1], provenance=PROVENANCE,
+                  command=command)  # fmt: skip
 
 
-def models_record(
-    tpot: dict[str, float],
-    concurrency: tuple[int, ...] = (1,),
-    invalid: dict[str, str] | None = None,
-) -> dict[str, Any]:
-    invalid = invalid or {}
-    base = next(iter(tpot))
+def speed_record(
+    tpot: Mapping[str, float], loads: tuple[str, ...] = ("64 + 32 tokens",), reason: str = ""
+) -> Record:
+    """The first one is the baseline; a load takes longer than the one before."""
     rows = []
-    for width in concurrency:
+    for width, load in enumerate(loads, 1):
         for side, ms in tpot.items():
-            metrics = {f"{key}_ms_{word}": spread(ms * width * scale)
-                       for key in ("ttft", "tpot", "itl", "e2e")
-                       for word, scale in (("p50", 1), ("p90", 1.5), ("p99", 2))}  # fmt: skip
-            row = {
-                "load": {"concurrency": width, "request_rate": None},
-                "side": side,
-                "valid": side not in invalid,
-                "metrics": metrics | {"output_tok_s": spread(1e3 * width / ms)},
-            }
-            if side != base and not invalid:
-                ratio = {"median": tpot[base] / ms, "low": 0.9 * tpot[base] / ms,
-                         "high": 1.1 * tpot[base] / ms}  # fmt: skip
-                row["ratio"] = {"tpot_ms_p50": ratio, "output_tok_s": ratio}
-            rows.append(row)
-    return {
-        "kind": "bench models",
-        "valid": not invalid,
-        "reasons": [f"{side}: {reason}" for side, reason in invalid.items()],
-        "settings": SETTINGS,
-        "baseline": base,
-        "sides": [{"name": side, "engine": "vllm"} for side in tpot],
-        "loads": [{"concurrency": width, "request_rate": None} for width in concurrency],
-        "rows": rows,
-        "provenance": {"device": "a CPU"},
-    }
-
-
-def spread(value: float) -> dict[str, float]:
-    return {"median": value, "min": 0.95 * value, "max": 1.05 * value}
+            rounds = [ms * width * scale for scale in (0.95, 1.0, 1.05)]
+            rows += [
+                Row.of_rounds(side, load, "tpot_ms_p50", "ms", rounds),
+                Row.of_rounds(side, load, "output_tok_s", "tok/s", [1e3 / one for one in rounds]),
+            ]
+    return Record("bench", {side: {"engine": "vllm"} for side in tpot}, tuple(rows),
+                  next(iter(tpot)), Verdict(not reason, (reason,) if reason else ()),
+                  provenance=PROVENANCE, command="gblm bench dense half")  # fmt: skip

@@ -62,8 +62,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "model", "patterns", "recipe", "steps", "structure", "values", "weights",
     },
     "evaluate": {
-        "checkpoint", "data", "errors", "export", "folder", "model", "network", "packed",
-        "progress", "record", "serve",
+        "checkpoint", "data", "errors", "folder", "model", "network", "packed", "progress",
+        "record",
     },
     "search": {
         "calibrate", "checkpoint", "choices", "data", "errors", "evaluate", "folder", "formats",
@@ -74,23 +74,21 @@ MAY_IMPORT: dict[str, set[str]] = {
         "checkpoint", "errors", "folder", "formats", "kernels", "network", "packed", "patterns",
         "progress", "provenance", "record", "values", "weights",
     },
-    "report": {
-        "__init__", "checkpoint", "errors", "folder", "formats", "kernels", "record", "structure",
-    },
+    "report": {"__init__", "checkpoint", "errors", "folder", "formats", "kernels", "record"},
     "doctor": {"formats", "kernels", "patterns", "provenance", "values", "weights"},
     "export": {
-        "bench", "checkpoint", "choices", "errors", "folder", "formats", "kernels", "layers",
-        "model", "packed", "patterns", "progress", "provenance", "record", "scales", "values",
-        "weights",
+        "bench", "checkpoint", "choices", "errors", "evaluate", "folder", "formats", "kernels",
+        "layers", "model", "packed", "patterns", "progress", "provenance", "record", "scales",
+        "values", "weights",
     },
     "serve": {
-        "__init__", "cache", "checkpoint", "errors", "export", "folder", "formats", "kernels",
-        "model", "network", "packed", "patterns", "progress", "provenance", "prune",
+        "__init__", "cache", "checkpoint", "errors", "evaluate", "export", "folder", "formats",
+        "kernels", "model", "network", "packed", "patterns", "progress", "provenance", "prune",
         "recipe", "steps", "values", "weights",
     },
     "commands": {
         "bench", "checkpoint", "doctor", "errors", "evaluate", "export", "fetch",
-        "folder", "packed", "patterns", "plan", "provenance", "prune", "recipe",
+        "folder", "network", "packed", "patterns", "plan", "provenance", "prune", "recipe",
         "record", "report", "search", "serve",
     },
     "cli": {"__init__", "commands"},
@@ -105,6 +103,7 @@ ONLY_IN = {
     "datasets": ("gblm.data",),
     "lm_eval": ("gblm.evaluate.harness",),
     "pyarrow": ("gblm.data",),
+    "matplotlib": ("gblm.report.charts",),
     "click": ("gblm.cli", "gblm.commands"),
     "rich": ("gblm.commands",),
 }

@@ -31,7 +31,7 @@ from gblm.model import load, prunable
 from gblm.patterns import NM, Dense, Scope, Unstructured, parse
 from gblm.prune import prune
 from gblm.recipe import Calibration, Recipe, Refitting
-from gblm.record import Record
+from gblm.record import Record, Row
 from gblm.search import run as running
 from gblm.search.allocate import LinearSpec, family, measured, total_bytes, uniform
 from gblm.search.budget import parse_budget
@@ -517,11 +517,15 @@ def test_every_measured_figure_is_that_of_the_folder(question: Question, how: Me
     models[UNPRUNED] = Path(question.recipe.model)
     for name, folder in models.items():
         again = run_evaluation(Evaluation(str(folder), (how.protocol,), without_baseline=True))
-        assert record.value(name, load, METRIC) == pytest.approx(again["perplexity"])
+        assert record.value(name, load, METRIC) == pytest.approx(again.rows[0].value)
     for name in ranked(record):
         report = read_json_object(models[name] / "sparsity_report.json")
         assert record.sides[name]["bytes"] == report["bytes_packed"]
         assert record.sides[name]["bytes"] <= record.sides[name]["predicted"]["bytes"]
+
+
+def evaluated(perplexity: float) -> Record:
+    return Record("eval", {"x": {}}, (Row("x", "p", METRIC, "", perplexity),))
 
 
 def test_a_finished_folder_is_not_made_again(
@@ -530,7 +534,7 @@ def test_a_finished_folder_is_not_made_again(
     def cut_off(*args: Any, **kwargs: Any) -> Any:
         if any(how.folder.glob("*/recipe.json")):
             raise KeyboardInterrupt
-        return {"perplexity": 300.0, "protocol": "p", "tokens_sha256": "t"}
+        return evaluated(300.0)
 
     monkeypatch.setattr(running, "run_evaluation", cut_off)
     with pytest.raises(KeyboardInterrupt):
@@ -549,7 +553,7 @@ def test_another_search_is_refused(
     def measure(asked: Evaluation, progress: Any) -> Any:
         if asked.model != question.recipe.model:
             raise KeyboardInterrupt
-        return {"perplexity": 300.0, "protocol": "p", "tokens_sha256": "t"}
+        return evaluated(300.0)
 
     monkeypatch.setattr(running, "run_evaluation", measure)
     with pytest.raises(KeyboardInterrupt):
@@ -567,13 +571,13 @@ def test_a_perplexity_without_end_comes_last(
     values = iter([300.0, math.inf, 500.0, 700.0])
 
     def measure(asked: Evaluation, progress: Any) -> Any:
-        return {"perplexity": next(values), "protocol": "p", "tokens_sha256": "t"}
+        return evaluated(next(values))
 
     monkeypatch.setattr(running, "run_evaluation", measure)
     first = search(question, how)
     again = search(question, how)
     assert ranked(first) == ranked(again)
-    assert again.value(ranked(again)[-1], "p, tokens t", METRIC) is None
+    assert again.value(ranked(again)[-1], "p", METRIC) is None
     assert all(is_measured(again, name) for name in [UNPRUNED, *ranked(again)])
 
 

@@ -21,7 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "prune": ("gblm.commands.prune", "Prune a model and write it packed."),
     "plan": ("gblm.commands.plan", "Predict a pruning run's memory, disk and time."),
     "eval": ("gblm.commands.eval", "Quality on texts and tasks, beside the dense model; gates."),
-    "compare": ("gblm.commands.compare", "Two model folders or records side by side."),
+    "compare": ("gblm.commands.compare", "Two model folders side by side."),
     "search": ("gblm.commands.search", "Make and measure the best ways to hold a budget."),
     "export": ("gblm.commands.export", "Write a packed model for other tools, or pack theirs."),
     "serve": ("gblm.commands.serve", "Serve a model with vLLM's OpenAI server."),

@@ -1,26 +1,29 @@
-"""vLLM's offline engine as a scorer of prompts."""
+"""A dense or packed folder in vLLM's offline engine, scored by the log-probs of prompts.
+
+vLLM gives those of the prompt's own tokens and of the likeliest ones, not of all tokens.
+"""
 
 from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from gblm.errors import InputError, MachineError
+from gblm.evaluate.subjects import TOP, Scores, Subject
 from gblm.serve.vllm_cli import check_version
 
 # For the cache of the one prompt that is scored at a time, unless the user asks for more.
 CACHE_GIB = "1"
 
 
-class PromptScorer:
-    """One engine without a process of its own.
+class VllmSubject(Subject):
+    """One engine without a process of its own."""
 
-    Attributes:
-        dtype: of the computation, by name.
-    """
+    engine = "vllm"
 
     def __init__(self, folder: Path, dtype: str) -> None:
         """Start the engine.
@@ -50,29 +53,20 @@ class PromptScorer:
         found = self._llm.llm_engine.model_config.dtype
         self.dtype = str(found).removeprefix("torch.")
 
-    def score(
-        self, tokens: Sequence[int], count: int
-    ) -> tuple[list[float], list[dict[int, float]]]:
-        """Log-probs of a prompt's tokens but the first, and of so many likeliest at each place.
-
-        Args:
-            tokens: the prompt.
-            count: at most vLLM's max_logprobs, 20.
-
-        Returns:
-            [tokens − 1]; and as many times token → log-prob, the likeliest first.
-        """
+    def score(self, window: Tensor) -> Scores:
+        """Score a window [seq_len] int64 as a prompt, after which one token is generated."""
         from vllm import SamplingParams
 
-        options = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=count)
-        (found,) = self._llm.generate([{"prompt_token_ids": list(tokens)}], options, use_tqdm=False)
+        tokens: list[int] = window.tolist()
+        options = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=TOP)
+        (found,) = self._llm.generate([{"prompt_token_ids": tokens}], options, use_tqdm=False)
         own: list[float] = []
         best: list[dict[int, float]] = []
         for token, step in zip(tokens[1:], found.prompt_logprobs[1:], strict=True):
             own.append(step[token].logprob)
-            ranked = sorted(step.items(), key=lambda pair: int(pair[1].rank))[:count]
+            ranked = sorted(step.items(), key=lambda pair: int(pair[1].rank))[:TOP]
             best.append({number: one.logprob for number, one in ranked})
-        return own, best
+        return Scores.likeliest(own, best)
 
     def close(self) -> None:
         """End the engine and give back its memory."""

@@ -22,7 +22,6 @@ from gblm.bench.tools import seen_of
 from gblm.bench.validity import Asked, Limits, Seen
 from gblm.commands.bench_models import command, widths
 from gblm.errors import InputError, UsageError
-from gblm.report.models import models as report_of
 
 ASKED = Asked(num_prompts=4, input_len=10, output_len=5)
 
@@ -119,16 +118,6 @@ def test_goodput_stands_beside_the_rest() -> None:
     shares = [row["metrics"]["slo_share"]["median"] for row in found["rows"]]
     assert shares == [1.0, 0.0]
     assert found["rows"][1]["ratio"]["goodput_requests_per_s"]["median"] == 0
-
-
-def test_a_report_reads_what_the_orchestrator_writes() -> None:
-    found = json.loads(json.dumps(record({"a": seen(0.01), "b": seen(0.02)})))
-    facts = report_of(found)
-    assert [(s.name, s.median) for s in facts.speeds] == [
-        ("a", pytest.approx(10)), ("b", pytest.approx(20)),
-    ]  # fmt: skip
-    assert {r.metric for r in facts.ratios} >= {"tpot_ms_p50", "output_tok_s"}
-    assert len(facts.curves) == 8
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])

@@ -16,9 +16,9 @@ from vllm_run import environment
 from gblm import data
 from gblm.errors import InputError, UsageError
 from gblm.evaluate.drift import Drift
-from gblm.evaluate.measure import known_baseline, measure
-from gblm.evaluate.perplexity import Protocol, perplexity
-from gblm.evaluate.subjects import Scores, TorchSubject, open_subject
+from gblm.evaluate.perplexity import Protocol, measure, perplexity
+from gblm.evaluate.run import known_baseline
+from gblm.evaluate.subjects import Scores, Subject, TorchSubject, open_subject
 from gblm.model import load_tokenizer
 
 Pack = Callable[..., Path]
@@ -29,6 +29,10 @@ TOLERANCE = 2e-4
 @pytest.fixture(scope="module")
 def windows() -> torch.Tensor:
     return torch.randint(256, (3, 40), generator=torch.Generator().manual_seed(0))
+
+
+def logprobs(subject: Subject, windows: torch.Tensor) -> torch.Tensor:
+    return torch.stack([subject.score(window).logprobs for window in windows])
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +54,7 @@ def test_hf_scores_are_those_of_plain_log_softmax(tiny: Path, windows: torch.Ten
         torch.stack([row[t].log_softmax(-1)[w[t + 1]] for t in range(39)])
         for row, w in zip(logits, windows, strict=True)
     ])  # fmt: skip
-    torch.testing.assert_close(subject.logprobs(windows).double(), want, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(logprobs(subject, windows).double(), want, atol=TOLERANCE, rtol=0)
 
 
 def test_packed_and_onnx_agree(
@@ -60,10 +64,10 @@ def test_packed_and_onnx_agree(
     onnx = open_subject(exported)
     assert (packed.engine, onnx.engine, onnx.dtype) == ("packed", "onnx", "float32")
     torch.testing.assert_close(
-        onnx.logprobs(windows), packed.logprobs(windows), atol=TOLERANCE, rtol=0
+        logprobs(onnx, windows), logprobs(packed, windows), atol=TOLERANCE, rtol=0
     )
     dense = open_subject(tiny, dtype="float32")
-    assert (dense.logprobs(windows) - packed.logprobs(windows)).abs().max() > 0.1
+    assert (logprobs(dense, windows) - logprobs(packed, windows)).abs().max() > 0.1
 
 
 @pytest.mark.vllm
@@ -132,18 +136,19 @@ def test_a_model_has_no_drift_from_itself_and_some_from_another(
     protocol = Protocol(str(text_file), 32, 2, "float32")
     dense, packed = (open_subject(folder, dtype="float32") for folder in (tiny, pack_tiny()))
     tokenizer = load_tokenizer(tiny)
-    (same,) = measure(dense, dense, [protocol], tokenizer)
-    assert same["ratio"] == 1.0
-    assert same["drift"]["max"] == 0.0
-    assert same["drift"]["top1"] == 1.0
-    (other,) = measure(packed, dense, [protocol], tokenizer)
-    assert other["drift"]["kl_mean"] > 0.01
-    assert other["drift"]["top1"] < 1.0
-    ratio = other["perplexity"] / other["perplexity_baseline"]
-    assert other["ratio"] == pytest.approx(ratio, rel=1e-6)
+    rows = measure({"same": dense, "dense": dense}, [protocol], tokenizer)
+    same = {row.metric: row.value for row in rows if row.side == "same"}
+    assert (same["drift_max"], same["kl_mean"], same["top1"]) == (0.0, 0.0, 1.0)
+    rows = measure({"half": packed, "dense": dense}, [protocol], tokenizer)
+    (theirs,) = [row.value for row in rows if row.side == "dense"]
+    ours = {row.metric: row.value for row in rows if row.side == "half"}
+    assert rows[0].metric == "perplexity"
+    assert ours["perplexity"] != theirs == same["perplexity"]
+    assert ours["kl_mean"] > 0.01
+    assert ours["top1"] < 1.0
     assert isinstance(dense, TorchSubject)
     want = perplexity(dense.model, protocol.windows(tokenizer))
-    assert other["perplexity_baseline"] == pytest.approx(want, rel=1e-5)
+    assert theirs == pytest.approx(want, rel=1e-5)
 
 
 def test_drift_is_that_of_a_loop() -> None:
@@ -160,8 +165,8 @@ def test_drift_is_that_of_a_loop() -> None:
         kls.append(sum(a * math.log(a / b) for a, b in zip(p[t], q[t], strict=True)))
         same += q[t].index(max(q[t])) == p[t].index(max(p[t]))
     found = drift.summary()
-    assert found["mean"] == pytest.approx(sum(changes) / 11, rel=1e-5)
-    assert found["max"] == found["p99"] == pytest.approx(max(changes), rel=1e-5)
+    assert found["drift_mean"] == pytest.approx(sum(changes) / 11, rel=1e-5)
+    assert found["drift_max"] == found["drift_p99"] == pytest.approx(max(changes), rel=1e-5)
     assert found["kl_mean"] == pytest.approx(sum(kls) / 11, rel=1e-4)
     assert found["top1"] == pytest.approx(same / 11)
 
@@ -177,9 +182,8 @@ def test_stride_counts_every_token_once(tiny: Path, text_file: Path) -> None:
     tokenizer = load_tokenizer(tiny)
     subject = open_subject(tiny, dtype="float32")
     protocol = Protocol(str(text_file), 32, 4, "float32", stride=8)
-    (row,) = measure(subject, None, [protocol], tokenizer)
-    assert row["tokens"] == 31 + 3 * 8
-    assert "stride 8" in row["protocol"]
+    (row,) = measure({"tiny": subject}, [protocol], tokenizer)
+    assert "stride 8" in row.load
     ids = torch.tensor(data.encode(tokenizer, text_file.read_text())[:56])
     losses = []
     for end in range(1, 56):
@@ -187,7 +191,7 @@ def test_stride_counts_every_token_once(tiny: Path, text_file: Path) -> None:
         start = 0 if end < 32 else (end - 32) // 8 * 8 + 8
         scores = subject.score(ids[start : start + 32])
         losses.append(-float(scores.logprobs[end - start - 1]))
-    assert row["perplexity"] == pytest.approx(math.exp(sum(losses) / 55), rel=1e-5)
+    assert row.value == pytest.approx(math.exp(sum(losses) / 55), rel=1e-5)
 
 
 def test_the_dense_model_is_found_from_what_was_made_of_it(

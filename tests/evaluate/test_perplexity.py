@@ -31,11 +31,16 @@ def test_perplexity_follows_the_published_formula(tiny: Path) -> None:
 
 def test_protocol_stands_beside_the_figure(tiny: Path, text_file: Path) -> None:
     protocol = Protocol(source=str(text_file), seq_len=32, max_windows=2)
-    result = run_evaluation(Evaluation(str(tiny), (protocol,), baseline=str(tiny)))
-    assert "2 windows × 32 tokens" in result["protocol"]
-    assert "bfloat16" in result["protocol"]
-    assert str(text_file.parent) not in result["protocol"]
-    assert result["ratio"] == 1.0
+    record = run_evaluation(Evaluation(str(tiny), (protocol,), baseline=str(tiny)))
+    (load,) = record.loads
+    assert load.startswith("text.txt, held-out text as one stream, 2 windows × 32 tokens")
+    assert str(text_file.parent) not in load
+    assert record.sides["tiny"]["dtype"] == "bfloat16"
+    # Of one name, both have a side of their own.
+    assert record.baseline == "tiny, baseline"
+    ratio = record.ratio("tiny", load, "perplexity")
+    assert ratio is not None
+    assert ratio.median == 1.0
 
 
 def test_windows_beyond_the_models_positions_are_warned_of(
@@ -68,14 +73,12 @@ def test_packed_model_is_measured_on_the_same_tokens(
 ) -> None:
     protocol = Protocol(source=str(text_file), seq_len=32, max_windows=2, dtype="float32")
     folder = pack_tiny()
-    result = run_evaluation(
+    record = run_evaluation(
         Evaluation(str(folder), (protocol,), baseline=str(tiny), backend=backend)
     )
-    assert result["perplexity"] != result["perplexity_baseline"]
-    ratio = result["perplexity"] / result["perplexity_baseline"]
-    assert result["ratio"] == pytest.approx(ratio, rel=1e-6)
-    model, windows = (
-        load_any(folder, backend, torch.float32),
-        protocol.windows(load_tokenizer(tiny)),
-    )
-    assert result["perplexity"] == pytest.approx(perplexity(model, windows), rel=1e-6)
+    ours, theirs = (row for row in record.rows if row.metric == "perplexity")
+    assert (ours.side, theirs.side) == (folder.name, "tiny")
+    assert ours.value != theirs.value
+    model = load_any(folder, backend, torch.float32)
+    windows = protocol.windows(load_tokenizer(tiny))
+    assert ours.value == pytest.approx(perplexity(model, windows), rel=1e-6)

@@ -20,9 +20,11 @@ from gblm.errors import GblmError, InputError, UsageError
 from gblm.evaluate.gates import judge, parse_gate
 from gblm.evaluate.perplexity import Protocol
 from gblm.evaluate.run import Evaluation, run_evaluation
-from gblm.evaluate.served import ServedSubject
-from gblm.evaluate.subjects import TOP, Subject, open_subject
+from gblm.evaluate.subjects import Subject, open_subject
 from gblm.model import load_tokenizer
+
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+pytest.importorskip("tenacity", reason="the harness's client needs lm-eval[api]")
 
 
 class Fake(http.server.ThreadingHTTPServer):
@@ -44,18 +46,17 @@ class Fake(http.server.ThreadingHTTPServer):
         return self.answers.get("models", {"data": [card]})
 
     def completion(self, asked: dict) -> dict:
-        assert asked["model"] == "served"
-        scores = self.subject.score(torch.tensor(asked["prompt"]))
-        steps: list[dict | None] = [None]
-        for row, token in zip(scores.full, asked["prompt"][1:], strict=True):
-            order = row.argsort(descending=True).tolist()
-            shown = order[: asked["prompt_logprobs"]]
-            # As vLLM: the prompt's own token comes first, whatever its rank.
-            steps.append({
-                str(t): {"logprob": float(row[t]), "rank": order.index(t) + 1, "decoded_token": "x"}
-                for t in dict.fromkeys([token, *shown])
-            })  # fmt: skip
-        choice = {"text": "", "prompt_logprobs": steps}
+        assert (asked["model"], asked["echo"], asked["max_tokens"]) == ("served", True, 1)
+        (prompt,) = asked["prompt"]
+        found = self.subject.score(torch.tensor(prompt))
+        best = found.full.max(-1).values.tolist()
+        own = found.logprobs.tolist()
+        row = {
+            "token_logprobs": [None, *own, -0.5],
+            "top_logprobs": [None, *({"x": a, "y": b} for a, b in zip(own, best, strict=True)),
+                             {"x": -0.5}],
+        }  # fmt: skip
+        choice = {"index": 0, "text": "", "logprobs": row}
         return self.answers.get("completion", {"choices": [choice]})
 
 
@@ -104,37 +105,40 @@ def test_a_served_model_gets_the_figures_of_the_model(
     fake: Fake, tiny: Path, text_file: Path
 ) -> None:
     protocol = Protocol(str(text_file), 32, 2, stride=16)
-    found = run_evaluation(Evaluation(f"{fake.url}/v1/", (protocol,)))
-    (row,) = found["texts"]
-    assert (found["model"], found["server"]) == ("served", fake.url)
+    record = run_evaluation(Evaluation(f"{fake.url}/v1/", (protocol,), api_key="secret"))
     # The folder that the server names is here, and so are its recipe and size.
-    assert (found["baseline"], found["baseline_note"]) == (str(tiny), "named by recipe.json")
-    assert found["size"]["bits per weight"] < 16
-    assert f"vLLM server, KL over the likeliest {TOP} tokens and the rest" in row["protocol"]
-    assert row["protocol_baseline"].endswith("bfloat16, torch")
+    assert list(record.sides) == ["served", "tiny"]
+    assert record.verdict.notes == ("baseline: tiny (named by recipe.json)",)
+    assert record.sides["served"]["bits_per_weight"] < 16
+    assert record.sides["served"]["engine"] == "server"
+    assert set(fake.keys) == {"Bearer secret"}
+    (load,) = record.loads
 
     dense, tokenizer = open_subject(tiny), load_tokenizer(tiny)
-    losses, kls, whole, same = [], [], [], []
+    losses, changes = [], []
     for number, window in enumerate(protocol.windows(tokenizer)):
         ours, theirs = fake.subject.score(window), dense.score(window)
         for place in range(15 if number else 0, 31):
-            q, p = ours.full[place].double().exp(), theirs.full[place].double().exp()
-            losses.append(-math.log(q[window[place + 1]]))
-            same.append(int(q.argmax()) == int(p.argmax()))
-            top = q.argsort(descending=True)[:TOP]
-            parts = [(p[t], q[t]) for t in top] + [(1 - p[top].sum(), 1 - q[top].sum())]
-            kls.append(sum(float(a * (a / b).log()) for a, b in parts))
-            whole.append(float((p * (p / q).log()).sum()))
-    assert row["tokens"] == len(losses) == 31 + 16
-    assert row["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
-    assert row["drift"]["kl_mean"] == pytest.approx(sum(kls) / len(kls), rel=1e-3)
-    assert row["drift"]["kl_mean"] < sum(whole) / len(whole)
-    assert row["drift"]["top1"] == pytest.approx(sum(same) / len(same))
-    # A KL over some tokens is too small to hold a bound against.
+            losses.append(-float(ours.logprobs[place].double()))
+            changes.append(abs(float(ours.logprobs[place] - theirs.logprobs[place])))
+    found = record.value("served", load, "perplexity")
+    assert found == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert record.value("served", load, "drift_max") == pytest.approx(max(changes), rel=1e-4)
+    # Its client names no likeliest token and no distribution.
+    assert record.metrics == ["perplexity", "drift_mean", "drift_p99", "drift_max"]
     with pytest.raises(InputError, match="has no such figure"):
-        judge([parse_gate("kl <= 100")], found)
-    (verdict,) = judge([parse_gate("top1 >= 0")], found)
-    assert verdict.passed
+        judge([parse_gate("top1 >= 0")], record)
+
+
+def test_a_served_model_gets_the_scores_of_the_model(fake: Fake, tiny: Path) -> None:
+    from gblm.evaluate.harness import ServedSubject, SubjectLM
+
+    served, tokenizer = ServedSubject(fake.url), load_tokenizer(tiny)
+    served.connect(tiny)
+    pair = ("The quick brown fox", " jumps over")
+    asked = [(pair, *(tokenizer(text)["input_ids"] for text in pair))]
+    ((want, greedy),) = SubjectLM(fake.subject, tokenizer, 256)._loglikelihood_tokens(asked)
+    assert served.client._loglikelihood_tokens(asked) == [(pytest.approx(want), greedy)]
 
 
 def test_a_server_elsewhere_needs_a_tokenizer(fake: Fake, tiny: Path, text_file: Path) -> None:
@@ -142,70 +146,56 @@ def test_a_server_elsewhere_needs_a_tokenizer(fake: Fake, tiny: Path, text_file:
     asked = (fake.url, (Protocol(str(text_file), 32, 1),))
     with pytest.raises(UsageError, match="give --baseline or --tokenizer"):
         run_evaluation(Evaluation(*asked))
-    found = run_evaluation(Evaluation(*asked, tokenizer=str(tiny)))
-    assert found["baseline_note"] == "the server does not run on this machine; give --baseline"
-    assert (found["size"], "KL" in found["protocol"]) == (None, False)
-    assert found["perplexity"] > 1
+    record = run_evaluation(Evaluation(*asked, tokenizer=str(tiny)))
+    assert record.verdict.notes == (
+        "baseline: none (the server does not run on this machine; give --baseline)",
+    )
+    (row,) = record.rows
+    assert row.value is not None
+    assert row.value > 1
+    assert set(fake.keys) == {None}
 
 
-def test_the_key_comes_from_a_file_or_the_environment(
-    fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ServedSubject(fake.url)
-    monkeypatch.setenv("VLLM_API_KEY", "of-the-environment")
-    ServedSubject(fake.url)
-    (tmp_path / "key").write_text("of-a-file\n")
-    ServedSubject(fake.url, tmp_path / "key")
-    assert fake.keys == [None, "Bearer of-the-environment", "Bearer of-a-file"]
-    (tmp_path / "key").write_text("two\nlines")
-    with pytest.raises(InputError, match="one line of ASCII"):
-        ServedSubject(fake.url, tmp_path / "key")
+def score(url: str, tokenizer: Path) -> None:
+    from gblm.evaluate.harness import ServedSubject
+
+    served = ServedSubject(url)
+    served.connect(tokenizer)
+    served.score(torch.tensor([0, 1]))
 
 
-STEP = {"1": {"logprob": -0.5, "rank": 1}}
+def answer(logprobs: object) -> dict:
+    return {"completion": {"choices": [{"logprobs": {"token_logprobs": logprobs}}]}}
 
 
 @pytest.mark.parametrize(
     ("status", "answers", "sentence"),
     [
         (401, {}, "HTTP 401; give the API key with --api-key-file, or in VLLM_API_KEY"),
-        (302, {}, "redirects are not followed"),
         (404, {}, "is this the address of a vLLM server"),
         (200, {"models": {"data": []}}, "names no model"),
         (200, {"models": {"data": [{"id": 7}]}}, "names no model"),
-        (200, {"models": b"<html>"}, "does not answer with JSON"),
-        (200, {"completion": {"choices": [{"text": "a"}]}}, "gives no prompt_logprobs"),
-        (200, {"completion": {"choices": [{"prompt_logprobs": [None]}]}}, "no prompt_logprobs"),
-        (200, {"completion": {"choices": [{"prompt_logprobs": [None, {"2": STEP["1"]}]}]}},
-         "no prompt_logprobs"),
-        (200, {"completion": {"choices": [{"prompt_logprobs": [
-            None, {"1": {"logprob": "nan", "rank": 1}}]}]}}, "no prompt_logprobs"),
-        (200, {"completion": {"choices": [{"prompt_logprobs": [
-            None, {"1": {"logprob": 0.5, "rank": 1}}]}]}}, "no prompt_logprobs"),
+        (200, {"models": {"data": [{"id": "a", "max_model_len": "9"}]}}, "names no model"),
+        (200, {"models": b"<html>"}, "names no model"),
+        (200, {"completion": {"choices": [{"text": "a"}]}}, "does not echo the prompt"),
+        (200, answer([None]), "does not echo the prompt"),
+        (200, answer([None, "nan"]), "does not echo the prompt"),
+        (200, answer([None, float("-inf")]), "does not echo the prompt"),
     ],
-)  # fmt: skip
+)
 def test_what_a_server_answers_is_not_believed(
-    fake: Fake, status: int, answers: dict, sentence: str
+    fake: Fake, tiny: Path, status: int, answers: dict, sentence: str
 ) -> None:
     fake.status, fake.answers = status, answers
     with pytest.raises(GblmError, match=sentence) as caught:
-        ServedSubject(fake.url).score(torch.tensor([0, 1]))
+        score(fake.url, tiny)
     assert "\n" not in str(caught.value)
-
-
-def test_a_token_that_the_baseline_lacks_is_refused(fake: Fake, text_file: Path) -> None:
-    step = {"1": {"logprob": -0.5, "rank": 2}, "999": {"logprob": -0.1, "rank": 1}}
-    tokens = load_tokenizer(Path(fake.root))(text_file.read_text()[:8])["input_ids"][:2]
-    steps = [None, {str(tokens[1]): step["1"], "999": step["999"]}]
-    fake.answers = {"completion": {"choices": [{"prompt_logprobs": steps}]}}
-    with pytest.raises(InputError, match="a token 999 and the baseline 258 tokens"):
-        run_evaluation(Evaluation(fake.url, (Protocol(str(text_file), 2, 1),)))
 
 
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        ({"engine": "onnx"}, "servers run vLLM"),
+        ({"engine": "onnx"}, "do not go with a server"),
         ({"backend": "dense"}, "do not go with a server"),
         ({"protocols": (Protocol("pydoc", 32, 1, "float32"),)}, "do not go with a server"),
         ({"protocols": (Protocol("pydoc", 257, 1),)}, "takes 256 tokens and one to generate"),
@@ -220,6 +210,8 @@ def test_what_does_not_go_with_a_server_is_refused(fake: Fake, more: dict, sente
 
 
 def test_a_server_that_is_not_there_gets_one_sentence(fake: Fake) -> None:
+    from gblm.evaluate.harness import ServedSubject
+
     url = fake.url
     fake.shutdown()
     fake.server_close()

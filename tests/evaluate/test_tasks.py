@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from gblm.evaluate.run import Evaluation, run_evaluation
 from gblm.evaluate.subjects import open_subject
 from gblm.evaluate.tasks import PAPERS, Tasks, run_tasks, task_names
 from gblm.model import load_tokenizer
+from gblm.record import Record
 
 TASKS = Path(__file__).parent / "tasks"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -53,12 +53,17 @@ def test_every_engine_gives_the_same_scores(
     tokenizer = load_tokenizer(tiny)
     packed = open_subject(pack_tiny(), dtype="float32")
     dense = open_subject(tiny, dtype="float32")
-    want = run_tasks(tasks, packed, dense, tokenizer, 512)["results"]["tiny_choice"]
-    got = run_tasks(tasks, open_subject(tmp_path / "onnx"), None, tokenizer, 512)
+    sides = {"packed": packed, "onnx": open_subject(tmp_path / "onnx"), "dense": dense}
+    rows = run_tasks(tasks, sides, tokenizer, 512)
+    found = {(row.side, row.metric): row for row in rows}
     for metric in ("acc", "acc_norm"):
-        assert got["results"]["tiny_choice"][metric]["value"] == want[metric]["value"]
-        assert want[metric]["stderr"] > 0
-        assert "baseline" in want[metric]
+        row = found["packed", metric]
+        assert (row.value, row.interval) == (
+            found["onnx", metric].value, found["onnx", metric].interval,
+        )  # fmt: skip
+        assert row.interval is not None
+        assert row.interval[0] < row.value < row.interval[1]
+        assert ("dense", metric) in found
     ours = SubjectLM(packed, tokenizer, 512)
     from lm_eval.models.huggingface import HFLM
 
@@ -103,14 +108,18 @@ def test_the_command_keeps_stderr_and_protocol_in_the_record(
     )  # fmt: skip
     assert done.code == 5, done
     assert "gate failed: acc_norm(tiny_choice) >= 1.01" in done.err
-    record = json.loads((tmp_path / "record.json").read_text())
-    row = record["tasks"]["results"]["tiny_choice"]["acc"]
-    for share, error in (("value", "stderr"), ("baseline", "baseline_stderr")):
-        assert 4 * row[share] in (0, 1, 2, 3, 4)
+    record = Record.read(tmp_path / "record.json")
+    assert len(record.sides) == 2
+    for side in record.sides:
+        (row,) = [row for row in record.rows if (row.side, row.metric) == (side, "acc")]
+        assert row.load.startswith("tiny_choice, lm-eval")
+        assert "0-shot, the first 4 examples, seed 0" in row.load
+        assert 4 * row.value in (0, 1, 2, 3, 4)
         # Of the mean of four zeros and ones; all of one kind have none.
-        assert row[error] == pytest.approx((row[share] * (1 - row[share]) / 3) ** 0.5)
-    assert "0-shot, the first 4 examples, seed 0" in record["tasks"]["protocol"]
-    assert [gate["passed"] for gate in record["gates"]] == [True, False]
+        error = 1.96 * (row.value * (1 - row.value) / 3) ** 0.5
+        assert row.interval == pytest.approx((row.value - error, row.value + error))
+    said = [note.partition(":")[0] for note in record.verdict.notes]
+    assert said == ["baseline", "gate passed", "gate failed"]
 
 
 def test_an_unknown_task_is_refused_before_a_model_is_looked_for(task_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,14 +15,57 @@ from gblm.commands.common import (
     device_option,
     dtype_option,
     emit,
+    options,
     progress_bars,
     record_option,
-    save_record,
     table,
 )
-from gblm.commands.eval_options import ENGINES, protocols, task_options, tasks_of, text_options
+from gblm.errors import UsageError
 
+if TYPE_CHECKING:
+    from gblm.evaluate.perplexity import Protocol
+    from gblm.evaluate.tasks import Tasks
+    from gblm.record import Record, Row
+
+ENGINES = ("hf", "packed", "vllm", "onnx")
+TEXT_KEYS = ("sources", "name", "seq_len", "stride", "max_windows", "bos")
 TASK_KEYS = ("tasks", "path", "limit", "seed")
+
+text_options = options(
+    click.option(
+        "--text", "sources", multiple=True,
+        help="A .txt, .jsonl or .parquet file, or pydoc, wikitext2, c4 (held-out part); again for "
+        "each domain. Default: pydoc, the papers' wikitext2 with their protocols, none with "
+        "--tasks.",
+    ),
+    click.option(
+        "--protocol", "name", type=click.Choice(("gblm", "wanda", "own")), default="own",
+        show_default=True, help="Windows of 2048 tokens (gblm), 4096 (wanda), or --seq-len.",
+    ),
+    click.option("--seq-len", type=click.IntRange(2), help="Tokens per window. Default: 2048."),
+    click.option(
+        "--stride", type=click.IntRange(1),
+        help="Tokens from window to window; only new ones count. Default: --seq-len.",
+    ),
+    click.option("--max-windows", type=click.IntRange(1), help="Use the first so many windows."),
+    click.option(
+        "--bos/--no-bos", default=None,
+        help="Begin windows with what the tokenizer puts before a prompt. Default: yes, but not "
+        "with --protocol gblm or wanda: the papers leave it out.",
+    ),
+)  # fmt: skip
+
+task_options = options(
+    click.option(
+        "--tasks", help="Tasks of lm-evaluation-harness with commas; papers: the papers' seven."
+    ),
+    click.option(
+        "--task-path", "path", type=click.Path(exists=True, file_okay=False, path_type=Path),
+        help="Folder with task files of your own.",
+    ),
+    click.option("--limit", type=click.IntRange(1), help="The first so many examples of a task."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of the tasks."),
+)  # fmt: skip
 
 
 @click.command("eval", cls=Command)
@@ -34,10 +79,10 @@ TASK_KEYS = ("tasks", "path", "limit", "seed")
 @task_options
 @click.option("--gate", "gates", multiple=True, help="A bound, such as 'ppl <= 1.10x'; repeatable.")
 @click.option(
-    "--record",
+    "--record", "speed",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Record of `gblm bench` for gates on speed.",
-)
+)  # fmt: skip
 @dtype_option
 @device_option
 @backend_option
@@ -53,8 +98,10 @@ def command(
     ctx: click.Context,
     /,
     gates: tuple[str, ...],
-    record: Path | None,
+    speed: Path | None,
     output: Path | None,
+    api_key_file: Path | None,
+    dtype: str,
     **given: Any,
 ) -> None:
     """Measure MODEL's quality on texts and tasks, its dense baseline and the protocol beside it.
@@ -63,84 +110,128 @@ def command(
     status 5: a gate failed.
     """
     from gblm.evaluate.gates import check_gates, judge, parse_gate
-    from gblm.folder import model_name, read_json_object
+    from gblm.folder import model_name
+    from gblm.record import Record
 
     parsed = [parse_gate(gate) for gate in gates]
-    wanted = {key: given.pop(key) for key in TASK_KEYS}
-    bench = read_json_object(record) if record else None
+    texts, asked_tasks = ({key: given.pop(key) for key in keys} for keys in (TEXT_KEYS, TASK_KEYS))
+    bench = Record.read(speed) if speed else None
     with progress_bars(ctx) as progress:
-        from gblm.evaluate.run import Evaluation, run_evaluation
-        from gblm.evaluate.served import is_address
+        from gblm.evaluate.run import Evaluation, is_address, run_evaluation
 
-        tasks = tasks_of(**wanted)
+        tasks = tasks_of(**asked_tasks)
+        served = is_address(given["model"])
         asked = Evaluation(
-            protocols=protocols(tasks=tasks is not None, **_texts(given)), tasks=tasks,
-            needs_baseline=any(gate.needs_baseline for gate in parsed), **given,
+            protocols=protocols(tasks=tasks is not None, dtype=dtype, **texts), tasks=tasks,
+            needs_baseline=any(gate.needs_baseline for gate in parsed),
+            api_key=_api_key(api_key_file, served), **given,
         )  # fmt: skip
-        names = [Path(one.source).name for one in asked.protocols]
+        names = [protocol.text for protocol in asked.protocols]
         # A server names its model only when it is asked.
-        model = None if is_address(asked.model) else model_name(asked.model)
+        model = None if served else model_name(asked.model)
         check_gates(parsed, names, tasks.names if tasks else (), bench, model)
-        result = run_evaluation(asked, progress)
-    verdicts = judge(parsed, result, bench, model)
-    result["gates"] = [one.to_dict() for one in verdicts]
-    save_record(output, result)
-    emit(ctx, result, lambda: _show(result))
-    failed = [row for row in result["gates"] if not row["passed"]]
-    for row in failed:
-        click.echo(f"gblm: gate failed: {row['gate']}: {_value(row)}, {row['of']}", err=True)
+        record = run_evaluation(asked, progress)
+    outcomes = judge(parsed, record, bench, model)
+    notes = (*record.verdict.notes, *(one.sentence() for one in outcomes))
+    record = replace(record, verdict=replace(record.verdict, notes=notes))
+    if output is not None:
+        record.write(output)
+    emit(ctx, record.as_json(), lambda: _show(record))
+    failed = [one for one in outcomes if not one.passed]
+    for one in failed:
+        click.echo(f"gblm: {one.sentence()}", err=True)
     if failed:
         ctx.exit(5)
 
 
-def _texts(given: dict[str, Any]) -> dict[str, Any]:
-    keys = ("sources", "name", "seq_len", "stride", "max_windows", "dtype", "bos")
-    return {key: given.pop(key) for key in keys}
+def protocols(
+    sources: tuple[str, ...],
+    name: str,
+    seq_len: int | None,
+    bos: bool | None,
+    tasks: bool,
+    **rest: Any,
+) -> tuple[Protocol, ...]:
+    """Make one protocol for each text.
+
+    Raises:
+        UsageError: options contradict each other.
+    """
+    from gblm.evaluate.perplexity import SEQ_LENS, Protocol
+
+    fixed = SEQ_LENS.get(name)
+    if fixed and (seq_len or rest["stride"]):
+        raise UsageError(
+            f"--protocol {name} is windows of {fixed} tokens without overlap: leave --seq-len and "
+            "--stride out, or take --protocol own."
+        )
+    length = fixed or seq_len or 2048
+    if (rest["stride"] or 1) > length:
+        raise UsageError(
+            f"--stride {rest['stride']} would leave out tokens: at most --seq-len {length}."
+        )
+    if not sources and not (tasks and name == "own"):
+        sources = ("wikitext2",) if fixed else ("pydoc",)
+    bos = not fixed if bos is None else bos
+    made = tuple(Protocol(source, length, name=name, bos=bos, **rest) for source in sources)
+    if len({protocol.text for protocol in made}) < len(made):
+        raise UsageError("--text: the texts must have different names, which name the figures.")
+    return made
 
 
-def _show(result: dict[str, Any]) -> None:
-    """A block per text, then tasks, then gates; the protocol under every figure."""
-    for row in result["texts"]:
-        rows = [[result["model"], f"{row['perplexity']:.2f}"]]
-        if result["baseline"]:
-            rows.append([result["baseline"], f"{row['perplexity_baseline']:.2f}"])
-            rows.append(["ratio", f"{row['ratio']:.3f}"])
-        table([row["text"], "perplexity"], rows)
-        if drift := row.get("drift"):
-            # Over some tokens it is a lower bound.
-            sign = "at least " if "kl_over" in drift else ""
-            kl = "" if drift["kl_mean"] is None else f", KL {sign}{drift['kl_mean']:.4f} nats"
-            click.echo(
-                f"drift of log-probs: mean {drift['mean']:.4f}, p99 {drift['p99']:.4f}, max "
-                f"{drift['max']:.4f} nats{kl}; same top-1 {drift['top1']:.1%}"
-            )
-        click.echo(f"protocol: {row['protocol']}")
-        if row.get("protocol_baseline", row["protocol"]) != row["protocol"]:
-            click.echo(f"protocol of the baseline: {row['protocol_baseline']}")
-    if tasks := result["tasks"]:
+def tasks_of(tasks: str | None, **settings: Any) -> Tasks | None:
+    """Read what --tasks asks for.
+
+    Raises:
+        UsageError: a setting of tasks without tasks, or no name.
+    """
+    from gblm.evaluate.tasks import Tasks, task_names
+
+    if tasks is None:
+        if settings["path"] or settings["limit"]:
+            raise UsageError("--task-path and --limit say something of --tasks only.")
+        return None
+    names = task_names(tasks)
+    if not names:
+        raise UsageError("--tasks names no task.")
+    return Tasks(names, **settings)
+
+
+def _api_key(file: Path | None, served: bool) -> str | None:
+    from gblm.network import KEY_VARIABLE, read_key
+
+    if file is not None:
+        return read_key(file)
+    return os.environ.get(KEY_VARIABLE) or None if served else None
+
+
+def _show(record: Record) -> None:
+    """Print a block for each text and task, the protocol under it, then the notes."""
+    for load in record.loads:
+        rows = [row for row in record.rows if row.load == load]
         cells = [
-            [task, metric, _share(row["value"], row["stderr"]),
-             _share(row.get("baseline"), row.get("baseline_stderr"))]
-            for task, metrics in tasks["results"].items()
-            for metric, row in metrics.items()
-        ]  # fmt: skip
-        table(["task", "metric", "model", "baseline"], cells)
-        click.echo(f"protocol: {tasks['protocol']}")
-    note = result["baseline_note"]
-    click.echo(f"baseline: {result['baseline'] or 'none'} ({note})")
-    if result["gates"]:
-        table(["gate", "decided by", "value", ""], [_verdict(row) for row in result["gates"]])
+            [metric, *(_cell(record.row(side, load, metric)) for side in record.sides)]
+            + ([_ratio(record, load, metric)] if record.baseline else [])
+            for metric in dict.fromkeys(row.metric for row in rows)
+        ]
+        name = load.partition(",")[0]
+        table([name, *record.sides, *(["ratio"] if record.baseline else [])], cells)
+        click.echo(f"protocol: {load}")
+    for side, facts in record.sides.items():
+        click.echo(f"{side}: {facts['engine']}, {facts['dtype']}")
+    for note in record.verdict.notes:
+        click.echo(note)
 
 
-def _share(value: float | None, error: float | None) -> str:
-    if value is None:
+def _cell(row: Row | None) -> str:
+    if row is None:
         return "–"
-    return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+    value = "not finite" if row.value is None else f"{row.value:.4f}"
+    unit = f" {row.unit}" if row.unit == "nats" else ""
+    error = "" if row.interval is None else f" ({row.interval[0]:.4f} to {row.interval[1]:.4f})"
+    return value + unit + error
 
 
-def _verdict(row: dict[str, Any]) -> list[str]:
-    return [row["gate"], row["of"], _value(row), "pass" if row["passed"] else "FAIL"]
-
-
-def _value(row: dict[str, Any]) -> str:
-    return "nan" if row["value"] is None else f"{row['value']:.4f}{row['unit']}"
+def _ratio(record: Record, load: str, metric: str) -> str:
+    ratio = record.ratio(next(iter(record.sides)), load, metric)
+    return "" if ratio is None else f"{ratio.median:.3f}"

@@ -39,9 +39,10 @@ def command(
     title: str,
     layers: tuple[int, ...],
 ) -> None:
-    """Show RUNS, which are record files (--output of bench, eval, search) and packed folders.
+    """Show RUNS, which are record files (--output of bench and eval), packed and exported folders.
 
     Models are joined by name: the folder's in quality records, speed records and packed folders.
+    Pictures need matplotlib: pip install 'gblm-toolkit[report]'.
     """
     if html is None and markdown is None:
         raise click.UsageError("give --html FILE, --markdown FILE, or both.")
@@ -56,5 +57,5 @@ def command(
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(make(sources, title), encoding="utf-8")
             written.append(str(path))
-    result = {"written": written, "records": len(sources.origins), "folders": len(sources.folders)}
+    result = {"written": written, "records": len(sources.records), "folders": len(sources.folders)}
     emit(ctx, result, lambda: click.echo("\n".join(f"wrote {path}" for path in written)))

@@ -10,6 +10,18 @@ from torch import Tensor
 from gblm.errors import InputError
 from gblm.evaluate.subjects import Scores
 
+# Figure → its unit.
+UNITS = {
+    "drift_mean": "nats",
+    "drift_p99": "nats",
+    "drift_max": "nats",
+    "top1": "share",
+    "kl_mean": "nats",
+    "kl_p99": "nats",
+    "kl_mean_at_least": "nats",
+    "kl_p99_at_least": "nats",
+}
+
 
 @dataclass
 class Drift:
@@ -37,7 +49,8 @@ class Drift:
             InputError: their vocabularies differ.
         """
         self.changes.append((model.logprobs - dense.logprobs)[counted].abs())
-        self.same.append((model.top1 == dense.top1)[counted])
+        if model.top1 is not None and dense.top1 is not None:
+            self.same.append((model.top1 == dense.top1)[counted])
         if dense.full is None:
             return
         if model.full is None:
@@ -53,26 +66,24 @@ class Drift:
         ours, theirs = model.full[counted], dense.full[counted].to(model.full.device)
         self.divergences.append((theirs.exp() * (theirs - ours)).sum(-1).cpu())
 
-    def summary(self) -> dict[str, float | None]:
-        """Absolute change of log-probs in nats, KL(dense ‖ model) in nats, shared top-1.
+    def summary(self) -> dict[str, float]:
+        """Give the figures by the names of UNITS, of those that both models allow.
 
-        "kl_mean" and "kl_p99" are None where the baseline gives no full distribution; "kl_over" is
-        there where they are over so many likeliest tokens.
+        "drift_…" are absolute changes of log-probs, "kl_…" is KL(dense ‖ model), "…_at_least" a
+        lower bound of it over some tokens, "top1" the share of places with the same likeliest
+        token.
         """
         changes = torch.cat(self.changes)
-        found: dict[str, float | None] = {
-            "mean": float(changes.mean()),
-            "p99": _p99(changes),
-            "max": float(changes.max()),
-            "top1": float(torch.cat(self.same).float().mean()),
-            "kl_mean": None,
-            "kl_p99": None,
+        found = {
+            "drift_mean": float(changes.mean()),
+            "drift_p99": _p99(changes),
+            "drift_max": float(changes.max()),
         }
+        if self.same:
+            found["top1"] = float(torch.cat(self.same).float().mean())
         if self.divergences:
-            kl = torch.cat(self.divergences)
-            found |= {"kl_mean": float(kl.mean()), "kl_p99": _p99(kl)}
-        if self.of_likeliest:
-            found["kl_over"] = self.of_likeliest
+            kl, bound = torch.cat(self.divergences), "_at_least" if self.of_likeliest else ""
+            found |= {f"kl_mean{bound}": float(kl.mean()), f"kl_p99{bound}": _p99(kl)}
         return found
 
 
@@ -108,5 +119,5 @@ def coarse_kl(some: tuple[Tensor, Tensor], dense: Tensor) -> Tensor:
 
 
 def _p99(values: Tensor) -> float:
-    """The smallest value that 99 % do not exceed."""
+    """Give the smallest value that 99 % do not exceed."""
     return float(values.sort().values[max(0, -(-99 * len(values) // 100) - 1)])

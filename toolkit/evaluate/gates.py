@@ -1,4 +1,4 @@
-"""Gates: bounds on measured values, such as `ppl <= 1.10x`, from text to a verdict. Needs no torch.
+"""Gates: bounds on figures of records, such as `ppl <= 1.10x`, from text to outcome.
 
 gate   = value (<= | >=) number [unit]        value = name [ "(" argument ")" ]
 x      times the baseline's; pt: percentage points more than the baseline's.
@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from gblm.errors import InputError, UsageError
-from gblm.evaluate.speedups import speedup
+from gblm.record import Record
 
 GATE = re.compile(
     r"\s*(?P<name>[a-z0-9_]+)\s*(?:\(\s*(?P<argument>[^()\s]+)\s*\))?\s*(?P<op>[<>=]+)\s*"
@@ -22,35 +21,37 @@ GATE = re.compile(
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What a gate may say of one value.
+class Bounded:
+    """What a gate may say of one figure.
 
     Attributes:
+        metric: of the record.
         op: "<=" where less is better, else ">=".
-        units: of the bound; "" is the value itself.
-        argument: what may stand in brackets; None: nothing.
+        units: of the bound; "" is the figure itself.
+        argument: what may stand in brackets: a text, a task, or the side of a speed record.
         needed: whether it must.
     """
 
+    metric: str
     op: str
     units: tuple[str, ...]
-    argument: str | None = None
+    argument: str
     needed: bool = False
 
 
-KINDS = {
-    "ppl": Kind("<=", ("", "x"), "text"),
-    "kl": Kind("<=", ("",), "text"),
-    "drift_mean": Kind("<=", ("",), "text"),
-    "drift_p99": Kind("<=", ("",), "text"),
-    "drift_max": Kind("<=", ("",), "text"),
-    "top1": Kind(">=", ("",), "text"),
-    "acc": Kind(">=", ("", "pt"), "task", needed=True),
-    "acc_norm": Kind(">=", ("", "pt"), "task", needed=True),
-    "decode": Kind(">=", ("x",), "row"),
+BOUNDED = {
+    "ppl": Bounded("perplexity", "<=", ("", "x"), "text"),
+    "kl": Bounded("kl_mean", "<=", ("",), "text"),
+    "drift_mean": Bounded("drift_mean", "<=", ("",), "text"),
+    "drift_p99": Bounded("drift_p99", "<=", ("",), "text"),
+    "drift_max": Bounded("drift_max", "<=", ("",), "text"),
+    "top1": Bounded("top1", ">=", ("",), "text"),
+    "acc": Bounded("acc", ">=", ("", "pt"), "task", needed=True),
+    "acc_norm": Bounded("acc_norm", ">=", ("", "pt"), "task", needed=True),
+    # Of times, so that half is twice as fast.
+    "decode": Bounded("tpot_ms_p50", ">=", ("x",), "side"),
 }
-DRIFT = {"kl": "kl_mean", "drift_mean": "mean", "drift_p99": "p99", "drift_max": "max",
-         "top1": "top1"}  # fmt: skip
+OF_BOTH = ("kl", "drift_mean", "drift_p99", "drift_max", "top1")
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class Gate:
 
     Attributes:
         line: as it was written.
-        name: a key of KINDS.
-        argument: a text, task or row; None: all texts, or the only row.
+        name: a key of BOUNDED.
+        argument: a text, task or side; None: all texts, or the only side.
         bound: in `unit`.
         unit: "", "x" or "pt".
     """
@@ -73,33 +74,30 @@ class Gate:
 
     @property
     def needs_baseline(self) -> bool:
-        """Whether the value says something only beside the dense model."""
-        return self.name in DRIFT or (self.unit != "" and self.name != "decode")
+        """Whether the figure says something only beside the dense model."""
+        return self.name in OF_BOTH or (self.unit != "" and self.name != "decode")
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Outcome:
     """A gate beside what was measured.
 
     Attributes:
-        gate: as it was written.
-        of: the text, task or row that decided.
+        gate: what was asked.
+        of: the load or side that decided.
         value: in the gate's unit; NaN never passes.
-        bound: the same.
-        unit: "", "x" or "pt".
         passed: whether it holds.
     """
 
-    gate: str
+    gate: Gate
     of: str
     value: float
-    bound: float
-    unit: str
     passed: bool
 
-    def to_dict(self) -> dict[str, Any]:
-        """For records; NaN and infinity as None, which JSON has no numbers for."""
-        return asdict(self) | {"value": self.value if math.isfinite(self.value) else None}
+    def sentence(self) -> str:
+        """Say it in one line."""
+        word = "passed" if self.passed else "failed"
+        return f"gate {word}: {self.gate.line}: {self.value:.4f}{self.gate.unit}, {self.of}"
 
 
 def parse_gate(text: str) -> Gate:
@@ -115,16 +113,16 @@ def parse_gate(text: str) -> Gate:
             "'ppl <= 1.10x' or 'acc_norm(arc_easy) >= -1pt'."
         )
     name, argument, unit = found["name"], found["argument"], found["unit"]
-    if name not in KINDS:
-        raise UsageError(f"gate {text!r}: {name} is unknown; choose from {', '.join(KINDS)}.")
-    kind = KINDS[name]
-    if found["op"] != kind.op:
-        raise UsageError(f"gate {text!r}: {name} takes {kind.op}, not {found['op']}.")
-    if unit not in kind.units:
-        ways = " or ".join(f"1{unit}" for unit in kind.units)
+    if name not in BOUNDED:
+        raise UsageError(f"gate {text!r}: {name} is unknown; choose from {', '.join(BOUNDED)}.")
+    known = BOUNDED[name]
+    if found["op"] != known.op:
+        raise UsageError(f"gate {text!r}: {name} takes {known.op}, not {found['op']}.")
+    if unit not in known.units:
+        ways = " or ".join(f"1{unit}" for unit in known.units)
         raise UsageError(f"gate {text!r}: the unit {unit!r} does not fit; write a bound as {ways}.")
-    if kind.needed and argument is None:
-        raise UsageError(f"gate {text!r}: name the {kind.argument}, as in {name}(arc_easy).")
+    if known.needed and argument is None:
+        raise UsageError(f"gate {text!r}: name the {known.argument}, as in {name}(arc_easy).")
     bound = float(found["bound"])
     if bound <= 0 and unit == "x":
         raise UsageError(f"gate {text!r}: a ratio must be above 0.")
@@ -135,7 +133,7 @@ def check_gates(
     gates: Sequence[Gate],
     texts: Sequence[str],
     tasks: Sequence[str],
-    record: dict[str, Any] | None,
+    speed: Record | None,
     model: str | None = None,
 ) -> None:
     """Refuse gates on what will not be measured, before anything is.
@@ -143,8 +141,8 @@ def check_gates(
     Args:
         gates: parsed.
         texts: names of those that will be measured.
-        tasks: the same.
-        record: of `gblm bench`, if one is given.
+        tasks: names of those that will be run.
+        speed: record of `gblm bench`, if one is given.
         model: name of what will be measured; None if it is not known.
 
     Raises:
@@ -152,91 +150,102 @@ def check_gates(
         InputError: the record does not hold the figure.
     """
     for gate in gates:
-        kind = KINDS[gate.name]
-        if kind.argument == "task" and gate.argument not in tasks:
+        kind = BOUNDED[gate.name].argument
+        if kind == "task" and gate.argument not in tasks:
             raise UsageError(f"gate {gate.line!r}: {gate.argument} is not among --tasks.")
-        if kind.argument == "text" and not texts:
+        if kind == "text" and not texts:
             raise UsageError(f"gate {gate.line!r}: no text is measured; give --text.")
-        if kind.argument == "text" and gate.argument not in (None, *texts):
+        if kind == "text" and gate.argument not in (None, *texts):
             raise UsageError(
                 f"gate {gate.line!r}: {gate.argument} is no text; measured are {', '.join(texts)}."
             )
-        if kind.argument == "row":
-            if record is None:
+        if kind == "side":
+            if speed is None:
                 raise UsageError(
                     f"gate {gate.line!r} needs a record of `gblm bench`: give --record."
                 )
-            _decode(gate, record, model)
+            list(_speedups(gate, speed, model))
 
 
 def judge(
-    gates: Sequence[Gate],
-    result: dict[str, Any],
-    record: dict[str, Any] | None = None,
-    model: str | None = None,
-) -> list[Verdict]:
-    """Hold what was measured against the gates.
+    gates: Sequence[Gate], quality: Record, speed: Record | None = None, model: str | None = None
+) -> list[Outcome]:
+    """Hold what was measured against the gates; of several figures the worst decides.
 
     Args:
         gates: parsed.
-        result: of `gblm eval`: "texts" and "tasks".
-        record: of `gblm bench`, if one is given.
+        quality: record of `gblm eval`.
+        speed: record of `gblm bench`, if one is given.
         model: as `check_gates` takes it.
 
     Raises:
-        InputError: a value is not there, because there is no baseline or the engine gives none.
+        InputError: a figure is not there, because there is no baseline or the engine gives none.
     """
-    return [_judge(gate, list(_values(gate, result, record, model))) for gate in gates]
+    outcomes = []
+    for gate in gates:
+        if BOUNDED[gate.name].argument == "side" and speed is not None:
+            found = list(_speedups(gate, speed, model))
+        else:
+            found = list(_figures(gate, quality))
+        outcomes.append(_judge(gate, found))
+    return outcomes
 
 
-def _judge(gate: Gate, values: Sequence[tuple[str, float | None]]) -> Verdict:
-    """The worst of the values, by what each is of, beside the bound."""
-    kind = KINDS[gate.name]
-    missing = next((of for of, value in values if value is None), None)
-    if missing is not None or not values:
+def _judge(gate: Gate, found: Sequence[tuple[str, float]]) -> Outcome:
+    if not found:
         raise InputError(
-            f"gate {gate.line!r}: {missing or gate.argument or 'the value'} has no such figure; it "
-            "needs a dense --baseline, an engine that gives it, or another record."
+            f"gate {gate.line!r}: {gate.argument or 'the value'} has no such figure; it needs a "
+            "dense --baseline, an engine that gives it, or another record."
         )
-    found = [(of, float("nan") if value is None else value) for of, value in values]
+    at_most = BOUNDED[gate.name].op == "<="
     # The worst decides; NaN is worse than anything.
-    sign = 1 if kind.op == "<=" else -1
+    sign = 1 if at_most else -1
     of, value = max(found, key=lambda pair: (math.isnan(pair[1]), sign * pair[1]))
-    passed = value <= gate.bound if kind.op == "<=" else value >= gate.bound
-    return Verdict(gate.line, of, value, gate.bound, gate.unit, passed)
+    passed = value <= gate.bound if at_most else value >= gate.bound
+    return Outcome(gate, of, value, passed)
 
 
-def _values(
-    gate: Gate, result: dict[str, Any], record: dict[str, Any] | None, model: str | None
-) -> Iterator[tuple[str, float | None]]:
-    kind = KINDS[gate.name]
-    if kind.argument == "row":
-        yield _decode(gate, record or {}, model)
-    elif kind.argument == "task":
-        row = result["tasks"]["results"].get(gate.argument, {}).get(gate.name, {})
-        value, dense = row.get("value"), row.get("baseline")
-        if gate.unit == "pt":
-            value = None if value is None or dense is None else 100 * (value - dense)
-        yield str(gate.argument), value
-    else:
-        for row in result["texts"]:
-            if gate.argument in (None, row["text"]):
-                yield row["text"], _of_text(gate, row)
+def _figures(gate: Gate, quality: Record) -> Iterator[tuple[str, float]]:
+    """The model's figures by load, in the gate's unit; those without a baseline are missing."""
+    metric, model = BOUNDED[gate.name].metric, next(iter(quality.sides))
+    for row in quality.rows:
+        ours = (row.side, row.metric) == (model, metric)
+        if not ours or not (gate.argument is None or row.load.startswith(f"{gate.argument},")):
+            continue
+        value = math.nan if row.value is None else row.value
+        if gate.unit:
+            dense = quality.value(quality.baseline or "", row.load, metric)
+            if dense is None:
+                continue
+            value = 100 * (value - dense) if gate.unit == "pt" else value / dense
+        yield row.load.partition(",")[0], value
 
 
-def _of_text(gate: Gate, row: dict[str, Any]) -> float | None:
-    if gate.name in DRIFT:
-        drift = row.get("drift", {})
-        # Over some tokens KL is too small, so that it could pass where the whole would not.
-        partial = gate.name == "kl" and "kl_over" in drift
-        found: float | None = None if partial else drift.get(DRIFT[gate.name])
-        return found
-    value: float | None = row.get("ratio" if gate.unit == "x" else "perplexity")
-    return value
+def _speedups(gate: Gate, speed: Record, model: str | None) -> Iterator[tuple[str, float]]:
+    """How often faster than the baseline a side decodes, by load.
 
-
-def _decode(gate: Gate, record: dict[str, Any], model: str | None) -> tuple[str, float]:
-    try:
-        return speedup(record, gate.argument, model)
-    except InputError as error:
-        raise InputError(f"gate {gate.line!r}: {error}.") from error
+    Raises:
+        InputError: the record is invalid, of other models, or has no such figure.
+    """
+    others = [side for side in speed.sides if side != speed.baseline]
+    wanted = gate.argument or (model if model in others else None)
+    if wanted is None and len(others) == 1 and model is None:
+        wanted = others[0]
+    if wanted not in others:
+        raise InputError(
+            f"gate {gate.line!r}: name one side of the record, as in decode(NAME): "
+            f"{', '.join(others)}."
+        )
+    if not speed.verdict.valid:
+        raise InputError(
+            f"gate {gate.line!r}: the record is INVALID ({'; '.join(speed.verdict.reasons)}), so "
+            "no figure stands: measure again."
+        )
+    metric, found = BOUNDED[gate.name].metric, False
+    for load in speed.loads:
+        ratio = speed.ratio(wanted, load, metric)
+        if ratio is not None and ratio.median > 0:
+            found = True
+            yield f"{wanted}, {load}", 1 / ratio.median
+    if not found:
+        raise InputError(f"gate {gate.line!r}: the record has no {metric} of {wanted}.")

@@ -1,23 +1,36 @@
-"""Tasks by lm-evaluation-harness, unchanged: our models behind its own classes.
+"""lm-evaluation-harness, unchanged: our models behind its classes, and its client as a subject.
 
-HF and packed models are its HFLM; what has no torch model is scored as windows of tokens.
+HF and packed models are its HFLM and a running server is its own client; what has no torch model
+is scored as windows of tokens.
 """
 
 from __future__ import annotations
 
 import functools
+import http.client
+import json
+import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.openai_completions import LocalCompletionsAPI
 from lm_eval.tasks import TaskManager
+from torch import Tensor
 
-from gblm.errors import InputError, UsageError
-from gblm.evaluate.subjects import Subject, TorchSubject
+from gblm.errors import DAMAGE, InputError, MachineError, UsageError
+from gblm.evaluate.subjects import Scores, Subject, TorchSubject
+from gblm.network import exchange, is_loopback, split_address, warn_of_plain_key
+
+if TYPE_CHECKING:
+    from gblm.evaluate.tasks import Tasks
+
+SECONDS, MAX_BYTES = 60.0, 2**20
 
 
 class SubjectLM(TemplateLM):
@@ -53,9 +66,9 @@ class SubjectLM(TemplateLM):
             tokens = torch.tensor((context + continuation)[-self.max_length :])
             scores = self.subject.score(tokens)
             count = min(len(continuation), len(tokens) - 1)
-            own = scores.logprobs[-count:]
-            greedy = bool((scores.top1[-count:] == tokens[-count:]).all())
-            found.append((float(own.sum()), greedy))
+            best = scores.top1
+            greedy = best is not None and bool((best[-count:] == tokens[-count:]).all())
+            found.append((float(scores.logprobs[-count:].sum()), greedy))
         return found
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
@@ -70,6 +83,113 @@ class SubjectLM(TemplateLM):
         raise UsageError(
             f"--engine {self.subject.engine}: tasks that generate text need --engine hf or packed."
         )
+
+
+class ServedSubject(Subject):
+    """The first model of a running server, through the harness's client for completions.
+
+    Attributes:
+        url: of the server.
+        name: of the model there.
+        folder: that the server loaded it from, if that is a model's folder on this machine.
+        max_tokens: that fit into the model; None where the server does not say.
+        client: the harness's own, once `connect` has been called.
+    """
+
+    engine = "server"
+    dtype = "dtype of the server"
+
+    def __init__(self, url: str, key: str | None = None) -> None:
+        """Ask the server what it serves.
+
+        Args:
+            url: its address, with or without /v1.
+            key: the API key, if it asks for one.
+
+        Raises:
+            UsageError: the address is none.
+            InputError: the answer is not that of an OpenAI server.
+            MachineError: there is no answer, or it is not 200.
+        """
+        parts = split_address("MODEL", url)
+        self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
+        self._key = key
+        if key is not None:
+            warn_of_plain_key("MODEL", parts)
+        card = self._card()
+        self.name: str = card["id"]
+        self.max_tokens: int | None = card.get("max_model_len")
+        root = Path(str(card.get("root")))
+        here = is_loopback(parts.hostname or "") and root.is_absolute()
+        self.folder = root if here and (root / "config.json").is_file() else None
+
+    def connect(self, tokenizer_folder: Path) -> None:
+        """Make the client, which reads its own tokenizer.
+
+        Raises:
+            MachineError: a package that the client needs is missing.
+        """
+        header = {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
+        try:
+            self.client = LocalCompletionsAPI(
+                model=self.name, base_url=f"{self.url}/v1/completions",
+                tokenizer=str(tokenizer_folder), tokenizer_backend="huggingface",
+                max_length=self.max_tokens or 2048, header={"Accept": "*/*", **header},
+            )  # fmt: skip
+        except ModuleNotFoundError as error:
+            raise MachineError(
+                f"evaluating a server needs more ({error}): pip install 'gblm-toolkit[eval]'."
+            ) from error
+
+    def score(self, window: Tensor) -> Scores:
+        """Score a window [seq_len] int64 as a prompt; only log-probs of its own tokens are known.
+
+        Raises:
+            UsageError: it does not fit into the model beside the token that is generated.
+            MachineError: the server does not answer, or not with 200.
+            InputError: it answers with something else than log-probs.
+        """
+        if self.max_tokens is not None and len(window) >= self.max_tokens:
+            raise UsageError(
+                f"{self.url} takes {self.max_tokens - 1} tokens and one to generate, not "
+                f"{len(window)}: lower --seq-len."
+            )
+        try:
+            answer = self.client.model_call([window.tolist()], generate=False)
+        except OSError as error:  # what `requests` raises
+            raise MachineError(f"{self.url}/v1/completions failed: {error}.") from error
+        try:
+            found = answer["choices"][0]["logprobs"]["token_logprobs"][1 : len(window)]
+            if len(found) != len(window) - 1 or not all(map(math.isfinite, found)):
+                raise ValueError("not one log-prob for each token")
+        except DAMAGE as error:
+            raise InputError(
+                f"{self.url}/v1/completions does not echo the prompt with log-probs, as vLLM's "
+                "server does: it cannot be scored."
+            ) from error
+        return Scores(torch.tensor(found, dtype=torch.float32))
+
+    def _card(self) -> dict[str, Any]:
+        """What the server says of its first model."""
+        url = f"{self.url}/v1/models"
+        try:
+            status, answer = exchange(url, self._key, time.monotonic() + SECONDS, MAX_BYTES)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise MachineError(f"{url} cannot be reached: {type(error).__name__}.") from error
+        if status != 200:
+            hint = (
+                "give the API key with --api-key-file, or in VLLM_API_KEY"
+                if status in (401, 403)
+                else "is this the address of a vLLM server?"
+            )
+            raise MachineError(f"{url} answers HTTP {status}; {hint}.")
+        try:
+            card: dict[str, Any] = json.loads(answer)["data"][0]
+            if isinstance(card["id"], str) and isinstance(card.get("max_model_len", 0), int):
+                return card
+        except (*DAMAGE, RecursionError):
+            pass
+        raise InputError(f"{url} names no model: is this the address of a vLLM server?")
 
 
 @functools.cache
@@ -92,38 +212,33 @@ def check_known(tasks: Sequence[str], task_path: Path | None) -> None:
         )
 
 
-def run(
-    subject: Subject,
-    tokenizer: Any,
-    max_length: int,
-    tasks: list[str],
-    task_path: Path | None,
-    limit: int | None,
-    seed: int,
-) -> dict[str, Any]:
+def run(subject: Subject, tokenizer: Any, max_length: int, tasks: Tasks) -> dict[str, Any]:
     """Let the harness run tasks without examples in the prompt, and give its results by task.
 
     Raises:
-        UsageError: a task is unknown, or the engine cannot do it.
+        UsageError: the engine cannot do it.
         InputError: the harness could not load or run a task.
     """
-    check_known(tasks, task_path)
-    model = (
-        HFLM(pretrained=subject.model, tokenizer=tokenizer, batch_size=1)
-        if isinstance(subject, TorchSubject)
-        else SubjectLM(subject, tokenizer, max_length)
-    )
+    seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     try:
         found = simple_evaluate(
-            model=model, tasks=tasks, num_fewshot=0, limit=limit, task_manager=_manager(task_path),
-            random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
-            fewshot_random_seed=seed, log_samples=False,
+            model=_as_lm(subject, tokenizer, max_length), tasks=list(tasks.names), num_fewshot=0,
+            limit=tasks.limit, task_manager=_manager(tasks.path), log_samples=False,
+            **dict.fromkeys(seeds, tasks.seed),
         )  # fmt: skip
     except UsageError:
         raise
     except Exception as error:
         raise InputError(
-            f"tasks {', '.join(tasks)} could not be run by lm-evaluation-harness: {error}"
+            f"tasks {', '.join(tasks.names)} could not be run by lm-evaluation-harness: {error}"
         ) from error
     results: dict[str, Any] = found["results"]
     return results
+
+
+def _as_lm(subject: Subject, tokenizer: Any, max_length: int) -> Any:
+    if isinstance(subject, ServedSubject):
+        return subject.client
+    if isinstance(subject, TorchSubject):
+        return HFLM(pretrained=subject.model, tokenizer=tokenizer, batch_size=1)
+    return SubjectLM(subject, tokenizer, max_length)

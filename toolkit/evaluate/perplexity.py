@@ -1,12 +1,13 @@
-"""Perplexity over non-overlapping windows, as GBLM-Pruner, Wanda and SparseGPT measure it.
+"""Perplexity over windows of a text, as GBLM-Pruner, Wanda and SparseGPT measure it, and drift.
 
-exp of the mean over windows of the mean next-token cross-entropy; every window predicts
-seq_len − 1 tokens (lib/eval.py of GBLM-Pruner). Figures compare only within one protocol line.
+exp of the mean next-token cross-entropy; every window of seq_len tokens predicts seq_len − 1
+(lib/eval.py of GBLM-Pruner). Figures compare only where the whole line of the protocol is the same.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from gblm import data
-from gblm.evaluate.subjects import TorchSubject
+from gblm.evaluate.drift import UNITS, Drift
+from gblm.evaluate.subjects import Subject, TorchSubject
+from gblm.progress import Progress, no_progress
+from gblm.record import Row
 
 # The papers' windows; `own` takes what is asked for.
 SEQ_LENS = {"gblm": 2048, "wanda": 4096}
-TORCH = {"hf": "torch", "packed": "torch"}
 
 
 @dataclass(frozen=True)
@@ -46,51 +49,95 @@ class Protocol:
     name: str = "own"
     bos: bool = True
 
-    def line(self, num_windows: int, dtype: torch.dtype | str, engine: str = "") -> str:
-        """The whole protocol in one line, to stand beside every figure.
+    @property
+    def text(self) -> str:
+        """What the text is called: the name of its file."""
+        return Path(self.source).name
+
+    def line(self, windows: Tensor) -> str:
+        """Write the whole protocol in one line, which is the load of its figures in a record.
 
         Args:
-            num_windows: that were measured.
-            dtype: of the computation.
-            engine: what computed it; hf and packed are both torch.
+            windows: what is measured, [num_windows, seq_len] int64.
         """
+        name = "" if self.name == "own" else f"protocol {self.name}, "
+        part = "test split" if self.source == "wikitext2" else "held-out text"
         stride = self.stride or self.seq_len
         overlap = "no overlap" if stride == self.seq_len else f"stride {stride}"
         start = "start tokens of the tokenizer" if self.bos else "no special tokens"
-        where = f", {TORCH.get(engine, engine)}" if engine else ""
         return (
-            f"{self.text(num_windows)}, {overlap}, {start}, "
-            f"{str(dtype).removeprefix('torch.')}{where}"
-        )
-
-    def text(self, num_windows: int) -> str:
-        """Which text is measured, and in how large pieces."""
-        name = "" if self.name == "own" else f"protocol {self.name}: "
-        part = "test split" if self.source == "wikitext2" else "held-out text"
-        return (
-            f"{name}{Path(self.source).name}, {part} as one stream, "
-            f"{num_windows} windows × {self.seq_len} tokens"
+            f"{self.text}, {name}{part} as one stream, {len(windows)} windows × {self.seq_len} "
+            f"tokens, {overlap}, {start}, sha256 {data.fingerprint(windows)[:12]}"
         )
 
     def windows(self, tokenizer: Any) -> Tensor:
-        """The text as token ids [num_windows, seq_len] int64."""
+        """Read the text as token ids [num_windows, seq_len] int64."""
         return data.evaluation_windows(
             data.read_documents(self.source, "held-out"),
             tokenizer, self.seq_len, self.max_windows, self.stride, self.bos,
         )  # fmt: skip
 
 
+def measure(
+    sides: Mapping[str, Subject],
+    protocols: Sequence[Protocol],
+    tokenizer: Any,
+    progress: Progress = no_progress,
+) -> list[Row]:
+    """Measure perplexity, and drift where there is something to drift from.
+
+    Args:
+        sides: by name what is judged and, if there is a second one, what it is held against.
+        protocols: one for each text.
+        tokenizer: of both sides, which see the same tokens.
+        progress: for progress bars.
+
+    Returns:
+        For each text the sides' "perplexity", then the first side's figures of `Drift.summary`.
+    """
+    cut = [(protocol, protocol.windows(tokenizer)) for protocol in protocols]
+    return [row for protocol, windows in cut for row in _text(sides, protocol, windows, progress)]
+
+
+def _text(
+    sides: Mapping[str, Subject], protocol: Protocol, windows: Tensor, progress: Progress
+) -> list[Row]:
+    step = progress(f"perplexity, {protocol.text}", len(windows))
+    drift, losses, count = Drift(), dict.fromkeys(sides, 0.0), 0
+    for number, window in enumerate(windows):
+        # Of a window that overlaps the one before, the tokens that were not scored there.
+        new = protocol.stride if protocol.stride and number else len(window) - 1
+        counted = slice(len(window) - 1 - min(new, len(window) - 1), None)
+        scores = {name: subject.score(window) for name, subject in sides.items()}
+        for name, found in scores.items():
+            losses[name] -= float(found.logprobs[counted].double().sum())
+        count += len(window) - 1 - counted.start
+        if len(sides) > 1:
+            ours, dense = scores.values()
+            drift.add(ours, dense, counted)
+        step()
+    load = protocol.line(windows)
+    rows = [
+        Row(name, load, "perplexity", "", of_loss(loss / count)) for name, loss in losses.items()
+    ]
+    if len(sides) > 1:
+        first = next(iter(sides))
+        rows += [Row(first, load, key, UNITS[key], v) for key, v in drift.summary().items()]
+    return rows
+
+
 def perplexity(model: nn.Module, windows: Tensor) -> float:
-    """Perplexity of a loaded causal language model.
+    """Measure the perplexity of a loaded causal language model.
 
     Args:
         model: in eval mode.
         windows: token ids [num_windows, seq_len] int64.
     """
-    logprobs = TorchSubject(model).logprobs(windows)
+    subject = TorchSubject(model)
+    logprobs = torch.stack([subject.score(window).logprobs for window in windows])
     return of_loss(-float(logprobs.double().mean()))
 
 
 def of_loss(mean: float) -> float:
-    """The perplexity of a mean cross-entropy in nats; infinite where float64 ends."""
+    """Turn a mean cross-entropy in nats into a perplexity; infinite where float64 ends."""
     return math.exp(mean) if mean < 700 else math.inf

@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from gblm import packed
+from gblm.checkpoint.inspect import inspect
 from gblm.errors import UsageError
-from gblm.evaluate.measure import known_baseline, measure
-from gblm.evaluate.perplexity import Protocol
-from gblm.evaluate.served import ServedSubject, is_address
-from gblm.evaluate.side_by_side import size_facts
-from gblm.evaluate.subjects import Subject, detect, open_subject
-from gblm.evaluate.tasks import Tasks, check_tasks, run_tasks
-from gblm.folder import read_config, resolve
+from gblm.evaluate.perplexity import Protocol, measure
+from gblm.evaluate.subjects import (
+    ONNX_MODEL,
+    ONNX_REPORT,
+    Subject,
+    folder_kind,
+    open_subject,
+)
+from gblm.evaluate.tasks import Tasks, check_tasks, require_harness, run_tasks
+from gblm.folder import model_name, quant_method, read_config, read_json_object, resolve
 from gblm.model import load_tokenizer
 from gblm.progress import Progress, no_progress
+from gblm.record import Record, Verdict
+
+if TYPE_CHECKING:
+    from gblm.evaluate.harness import ServedSubject
 
 logger = logging.getLogger(__name__)
+RECIPE = "recipe.json"
+MEASURES = (
+    "toolkit/evaluate", "toolkit/data.py", "toolkit/packed.py", "toolkit/formats",
+    "toolkit/kernels", "export/onnx_model/decoder.py", "serve/vllm_plugin",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,7 +52,7 @@ class Evaluation:
         device: of torch.
         backend: of packed weights in torch.
         tokenizer: folder of a served model's, where the server does not run on this machine.
-        api_key_file: of the server.
+        api_key: of the server.
     """
 
     model: str
@@ -51,16 +65,20 @@ class Evaluation:
     device: str = "cpu"
     backend: str | None = None
     tokenizer: str | None = None
-    api_key_file: Path | None = None
+    api_key: str | None = None
+
+    @property
+    def dtype(self) -> str:
+        """What the model computes in; "auto" is the checkpoint's."""
+        return self.protocols[0].dtype if self.protocols else "auto"
 
 
-def run_evaluation(asked: Evaluation, progress: Progress = no_progress) -> dict[str, Any]:
+def run_evaluation(asked: Evaluation, progress: Progress = no_progress) -> Record:
     """Measure everything.
 
     Returns:
-        The record: "texts" as of `measure`, "tasks" as of `run_tasks` or None, "baseline" with
-        its "baseline_note", "size" and "size_baseline". Figures of the first text also stand on
-        top.
+        A record whose first side is the model; its first row is the model's perplexity on the
+        first text, if there is one. Of the baseline there are the same figures but the drift.
 
     Raises:
         GblmError: what loading and measuring raise.
@@ -72,36 +90,29 @@ def run_evaluation(asked: Evaluation, progress: Progress = no_progress) -> dict[
         check_tasks(asked.tasks)
     served = _served(asked)
     model = served or resolve(asked.model)
-    folder = model.folder if isinstance(model, ServedSubject) else model
+    folder = model if isinstance(model, Path) else model.folder
     path, note = _baseline(asked, folder)
     if asked.needs_baseline and path is None:
         raise UsageError(f"a gate needs the dense model to compare with: {note}.")
     home = _home(asked, folder, path)
+    if served is not None:
+        served.connect(home)
     tokenizer = load_tokenizer(home)
     length = int(read_config(home).get("max_position_embeddings", 2048))
     _warn_of_long_windows(asked.protocols, length)
+    name = served.name if served else model_name(asked.model)
+    base = None if path is None else _other_name(model_name(path), name)
     with _opened(asked, model, path) as (subject, dense):
-        texts = measure(subject, dense, asked.protocols, tokenizer, progress)
-        length = min(length, (served and served.max_tokens) or length)
-        tasks = run_tasks(asked.tasks, subject, dense, tokenizer, length) if asked.tasks else None
-        first = texts[0] if texts else {}
-        return {
-            "kind": "evaluation",
-            "model": served.name if served else asked.model,
-            **({"server": served.url} if served else {}),
-            "engine": subject.engine,
-            "dtype": subject.dtype,
-            "baseline": str(path) if path else None,
-            "baseline_note": note,
-            "size": size_facts(folder) if folder else None,
-            "size_baseline": size_facts(path) if path else None,
-            "texts": texts,
-            "tasks": tasks,
-            **{key: first[key] for key in FIRST if key in first},
-        }
-
-
-FIRST = ("protocol", "tokens_sha256", "perplexity", "perplexity_baseline", "ratio")
+        sides = {name: subject}
+        facts = {name: _facts(subject, folder)}
+        if base is not None and dense is not None:
+            sides[base] = dense
+            facts[base] = _facts(dense, path)
+        rows = measure(sides, asked.protocols, tokenizer, progress)
+        if asked.tasks is not None:
+            rows += run_tasks(asked.tasks, sides, tokenizer, length)
+    notes = (f"baseline: {base or 'none'} ({note})",)
+    return Record("eval", facts, tuple(rows), base, Verdict(notes=notes), MEASURES)
 
 
 @contextlib.contextmanager
@@ -109,16 +120,17 @@ def _opened(
     asked: Evaluation, model: Path | ServedSubject, path: Path | None
 ) -> Iterator[tuple[Subject, Subject | None]]:
     """The model and its baseline, in one dtype; the baseline in torch unless asked for as it is."""
+    loaded = isinstance(model, Path)
     subject = (
-        model
-        if isinstance(model, ServedSubject)
-        else open_subject(model, asked.engine, _dtype(asked), asked.device, asked.backend)
+        open_subject(model, asked.engine, asked.dtype, asked.device, asked.backend)
+        if isinstance(model, Path)
+        else model
     )
     try:
         dense = None
         if path is not None:
             # The same dtype on both sides, where it is known: a ratio is owed to pruning.
-            own = detect(path) == "onnx" or isinstance(subject, ServedSubject)
+            own = folder_kind(path) == "onnx" or not loaded
             dense = open_subject(path, None, "auto" if own else subject.dtype, asked.device)
         yield subject, dense
     finally:
@@ -135,21 +147,25 @@ def _warn_of_long_windows(protocols: Sequence[Protocol], positions: int) -> None
         )  # fmt: skip
 
 
-def _dtype(asked: Evaluation) -> str:
-    return asked.protocols[0].dtype if asked.protocols else "auto"
+def is_address(model: str) -> bool:
+    """Whether a model is named by the address of its server."""
+    return model.startswith(("http://", "https://"))
 
 
 def _served(asked: Evaluation) -> ServedSubject | None:
     """The model behind an address; None for a folder or hub id."""
     if not is_address(asked.model):
-        if asked.tokenizer or asked.api_key_file:
+        if asked.tokenizer or asked.api_key:
             raise UsageError("--tokenizer and --api-key-file go with the address of a server only.")
         return None
-    if asked.engine not in (None, "vllm"):
-        raise UsageError(f"--engine {asked.engine} loads a folder; servers run vLLM.")
-    if _dtype(asked) != "auto" or asked.backend:
-        raise UsageError("--dtype and --backend do not go with a server, which has its own.")
-    return ServedSubject(asked.model, asked.api_key_file)
+    if asked.engine or asked.dtype != "auto" or asked.backend:
+        raise UsageError(
+            "--engine, --dtype and --backend do not go with a server, which has its own."
+        )
+    require_harness("evaluating a server")
+    from gblm.evaluate.harness import ServedSubject
+
+    return ServedSubject(asked.model, asked.api_key)
 
 
 def _home(asked: Evaluation, folder: Path | None, path: Path | None) -> Path:
@@ -163,6 +179,10 @@ def _home(asked: Evaluation, folder: Path | None, path: Path | None) -> Path:
     return home
 
 
+def _other_name(name: str, taken: str) -> str:
+    return name if name != taken else f"{name}, baseline"
+
+
 def _baseline(asked: Evaluation, folder: Path | None) -> tuple[Path | None, str]:
     if asked.without_baseline:
         if asked.baseline:
@@ -173,3 +193,62 @@ def _baseline(asked: Evaluation, folder: Path | None) -> tuple[Path | None, str]
     if folder is None:
         return None, "the server does not run on this machine; give --baseline"
     return known_baseline(folder)
+
+
+def known_baseline(folder: Path) -> tuple[Path | None, str]:
+    """Find the dense model that a folder was made from, if it says so and it is here.
+
+    Returns:
+        The folder or None, and where it comes from or why there is none.
+    """
+    if (folder / ONNX_MODEL).is_file():
+        file, key = folder / ONNX_REPORT, "source"
+    elif packed.is_packed(folder):
+        file, key = folder / RECIPE, "model"
+    else:
+        return None, "MODEL is a dense folder, which names no model it was made from"
+    named = read_json_object(file).get(key) if file.is_file() else None
+    if not isinstance(named, str):
+        return None, f"{file.name} names no source model; give --baseline"
+    for place in (Path(named).expanduser(), folder.parent / named):
+        if (place / "config.json").is_file():
+            # An export of a packed folder: on to what that one was made from.
+            if place.resolve() != folder.resolve() and packed.is_packed(place):
+                return known_baseline(place)
+            return place, f"named by {file.name}"
+    return None, f"{file.name} names {named}, which is not here; give --baseline"
+
+
+def _facts(subject: Subject, folder: Path | None) -> dict[str, Any]:
+    """What a side is: engine, dtype, and the size of its folder if that is here."""
+    facts: dict[str, Any] = {"engine": subject.engine, "dtype": subject.dtype}
+    return facts | (size_facts(folder) if folder else {})
+
+
+def size_facts(folder: Path) -> dict[str, Any]:
+    """Measure a model folder.
+
+    Returns:
+        "bytes" of its weights and, where the format is known, "sparsity" of the pruned linears,
+        "values" and "bits_per_weight".
+    """
+    if (folder / ONNX_MODEL).is_file():
+        return {"bytes": _total(folder, f"{ONNX_MODEL}*")}
+    method = quant_method(read_config(folder))
+    if method is not None and not packed.is_packed(folder):
+        return {"bytes": _total(folder, "*.safetensors"), "values": method}
+    facts = inspect(folder)
+    if facts["kind"] == "dense":
+        return {"bytes": facts["bytes"], "sparsity": facts["sparsity"], "values": "dense"}
+    groups: Sequence[Mapping[str, Any]] = facts["groups"]
+    weights = sum(group["weights"] for group in groups)
+    return {
+        "bytes": facts["bytes"],
+        "sparsity": round(1 - sum(group["kept"] for group in groups) / weights, 6),
+        "values": ", ".join(f"{group['pattern']} {group['dtype']}" for group in groups),
+        "bits_per_weight": round(8 * sum(group["bytes"] for group in groups) / weights, 4),
+    }
+
+
+def _total(folder: Path, names: str) -> int:
+    return sum(file.stat().st_size for file in folder.glob(names) if file.is_file())

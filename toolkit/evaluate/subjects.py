@@ -1,21 +1,23 @@
-"""Models to be evaluated, through one interface whatever runs them: HF, packed, ONNX, vLLM.
+"""Models to be evaluated, through one interface whatever runs them.
 
-A subject scores windows of tokens. It knows nothing of texts, metrics or tasks.
+A subject scores windows of tokens. It knows nothing of texts, metrics or tasks. Engines that need
+other parts of the package are named here and imported when they are chosen.
 """
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gblm import packed
 from gblm.errors import InputError, UsageError
-from gblm.folder import read_json_object
 
 ONNX_MODEL, ONNX_REPORT = "model.onnx", "onnx_report.json"
 # Of the likeliest tokens at each place where an engine does not give all: vLLM's own limit.
@@ -28,7 +30,7 @@ class Scores:
 
     Attributes:
         logprobs: of the window's own tokens [seq_len − 1] float32.
-        top1: the likeliest tokens [seq_len − 1] int64.
+        top1: the likeliest tokens [seq_len − 1] int64; None where the engine does not name them.
         full: log-probs of all tokens [seq_len − 1, vocabulary] float32; None where the engine gives
             only some.
         some: those: the likeliest tokens [seq_len − 1, k] int64, from the likeliest down, and
@@ -36,8 +38,8 @@ class Scores:
     """
 
     logprobs: Tensor
-    top1: Tensor
-    full: Tensor | None
+    top1: Tensor | None = None
+    full: Tensor | None = None
     some: tuple[Tensor, Tensor] | None = None
 
     @classmethod
@@ -69,7 +71,7 @@ class Subject(ABC):
     """A model that scores.
 
     Attributes:
-        engine: a key of ENGINES.
+        engine: a key of ENGINES, or what else computes.
         dtype: of the computation, by name.
     """
 
@@ -80,27 +82,12 @@ class Subject(ABC):
     def score(self, window: Tensor) -> Scores:
         """Score a window [seq_len] int64."""
 
-    def logprobs(self, windows: Tensor) -> Tensor:
-        """Log-probs of every token but the first.
-
-        Args:
-            windows: [num_windows, seq_len] int64.
-
-        Returns:
-            [num_windows, seq_len − 1] float32.
-        """
-        return torch.stack([self.score(window).logprobs for window in windows])
-
     def close(self) -> None:  # noqa: B027 (most have nothing to give back)
         """Give back what it holds."""
 
 
 class TorchSubject(Subject):
-    """A transformers model, dense or packed.
-
-    Attributes:
-        model: the model itself, in eval mode.
-    """
+    """A transformers model, dense or packed, in eval mode."""
 
     def __init__(self, model: nn.Module, engine: str = "hf") -> None:
         self.model = model
@@ -114,44 +101,29 @@ class TorchSubject(Subject):
         return Scores.of(self.model(input_ids=ids, use_cache=False).logits[0], window)
 
 
-class OnnxSubject(Subject):
-    """An exported folder in ONNX Runtime on CPU."""
+@dataclass(frozen=True)
+class Engine:
+    """What runs a model.
 
-    engine = "onnx"
+    Attributes:
+        kinds: of the folders that it runs, as `folder_kind` names them.
+        subject: "module:class" of its Subject, which takes a folder and a dtype; None for torch.
+    """
 
-    def __init__(self, folder: Path, dtype: str) -> None:
-        from gblm.export.onnx_model.decoder import OrtDecoder
-
-        _refuse_bfloat16(folder, dtype)
-        self._decoder = OrtDecoder(folder)
-        kinds = {node.name: node.type for node in self._decoder.session.get_outputs()}
-        names = {"float": "float32", "float16": "float16", "bfloat16": "bfloat16"}
-        self.dtype = names[kinds["logits"][len("tensor(") : -1]]
-        if dtype not in ("auto", self.dtype):
-            raise UsageError(
-                f"{folder}: the graph computes in {self.dtype}, not in --dtype {dtype}; export it "
-                "again with another --precision."
-            )
-
-    def score(self, window: Tensor) -> Scores:
-        """Score a window [seq_len] int64, from an empty cache."""
-        self._decoder.reset()
-        return Scores.of(self._decoder.step(window), window)
+    kinds: tuple[str, ...]
+    subject: str | None = None
 
 
-def _refuse_bfloat16(folder: Path, dtype: str) -> None:
-    """Say what ONNX Runtime's own words on a missing MatMul do not."""
-    report = folder / ONNX_REPORT
-    precision = read_json_object(report).get("precision") if report.is_file() else None
-    if "bfloat16" in (dtype, {"bf16": "bfloat16"}.get(str(precision))):
-        raise UsageError(
-            f"{folder}: --engine onnx runs on CPU, where ONNX Runtime has no MatMul for bfloat16: "
-            "evaluate the folder that it was exported from, with --engine hf, packed or vllm."
-        )
+ENGINES = {
+    "hf": Engine(("hf",)),
+    "packed": Engine(("packed",)),
+    "vllm": Engine(("hf", "packed"), "gblm.serve.vllm_plugin.scoring:VllmSubject"),
+    "onnx": Engine(("onnx",), "gblm.export.onnx_model.subject:OnnxSubject"),
+}
 
 
-def detect(folder: Path) -> str:
-    """The engine of a folder: "onnx", "packed" or "hf"."""
+def folder_kind(folder: Path) -> str:
+    """Tell which kind a folder is of, which is its own engine too: "onnx", "packed" or "hf"."""
     if (folder / ONNX_MODEL).is_file():
         return "onnx"
     return "packed" if packed.is_packed(folder) else "hf"
@@ -177,43 +149,22 @@ def open_subject(
         UsageError: the engine is unknown, or cannot run this folder or take these options.
         GblmError: what loading raises.
     """
-    kind = detect(folder)
+    kind = folder_kind(folder)
     engine = engine or kind
     if engine not in ENGINES:
         raise UsageError(f"engine {engine!r} is unknown: choose from {', '.join(ENGINES)}.")
-    if kind not in RUNS[engine]:
+    chosen = ENGINES[engine]
+    if kind not in chosen.kinds:
         raise UsageError(
             f"--engine {engine} cannot run {folder}, a folder of kind {kind}; it runs "
-            f"{' and '.join(RUNS[engine])}."
+            f"{' and '.join(chosen.kinds)}."
         )
-    if engine in ("onnx", "vllm") and (device != "cpu" or backend):
-        raise UsageError(f"--device and --backend do not go with --engine {engine}.")
-    return ENGINES[engine](folder, dtype, device, backend)
-
-
-def _torch(engine: str) -> Callable[[Path, str, str, str | None], Subject]:
-    def make(folder: Path, dtype: str, device: str, backend: str | None) -> Subject:
+    if chosen.subject is None:
         wanted = None if dtype == "auto" else getattr(torch, dtype)
         return TorchSubject(packed.load_any(folder, backend, wanted, device), engine)
-
-    return make
-
-
-def _onnx(folder: Path, dtype: str, device: str, backend: str | None) -> Subject:
-    return OnnxSubject(folder, dtype)
-
-
-def _vllm(folder: Path, dtype: str, device: str, backend: str | None) -> Subject:
-    from gblm.evaluate.vllm_subject import VllmSubject
-
-    return VllmSubject(folder, dtype)
-
-
-# Kinds of folders that an engine runs.
-RUNS = {"hf": ("hf",), "packed": ("packed",), "onnx": ("onnx",), "vllm": ("hf", "packed")}
-ENGINES: dict[str, Callable[[Path, str, str, str | None], Subject]] = {
-    "hf": _torch("hf"),
-    "packed": _torch("packed"),
-    "vllm": _vllm,
-    "onnx": _onnx,
-}
+    if device != "cpu" or backend:
+        raise UsageError(f"--device and --backend do not go with --engine {engine}.")
+    module, _, name = chosen.subject.partition(":")
+    make: Any = getattr(importlib.import_module(module), name)
+    subject: Subject = make(folder, dtype)
+    return subject

@@ -1,7 +1,8 @@
-"""Tasks of lm-evaluation-harness, with the dense baseline's result and the stderr beside each."""
+"""Tasks of lm-evaluation-harness as rows of a record."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -9,12 +10,16 @@ from typing import Any
 
 from gblm.errors import MachineError
 from gblm.evaluate.subjects import Subject
+from gblm.record import Row
 
 # The zero-shot set of Wanda's and GBLM-Pruner's papers.
 PAPERS = (
     "boolq", "rte", "hellaswag", "winogrande", "arc_challenge", "arc_easy", "openbookqa",
 )  # fmt: skip
-METRICS = ("acc", "acc_norm", "exact_match", "word_perplexity")
+# Metric → its unit; others of the harness are left out.
+METRICS = {"acc": "share", "acc_norm": "share", "exact_match": "share", "word_perplexity": ""}
+# Standard errors on both sides of a mean, for an interval of 95 %.
+ERRORS = 1.96
 
 
 @dataclass(frozen=True)
@@ -33,17 +38,14 @@ class Tasks:
     limit: int | None = None
     seed: int = 0
 
-    def line(self, subject: Subject) -> str:
-        """The protocol in one line."""
+    def line(self, task: str) -> str:
+        """Write the protocol of a task in one line, which is its load in a record."""
         limit = "all examples" if self.limit is None else f"the first {self.limit} examples"
-        return (
-            f"lm-eval {version('lm-eval')}, 0-shot, {limit}, seed {self.seed}, {subject.dtype}, "
-            f"{subject.engine}"
-        )
+        return f"{task}, lm-eval {version('lm-eval')}, 0-shot, {limit}, seed {self.seed}"
 
 
 def task_names(text: str) -> tuple[str, ...]:
-    """Names of a list with commas; "papers" stands for those of the papers."""
+    """Read a list with commas; "papers" stands for the tasks of the papers."""
     asked = [name.strip() for name in text.split(",") if name.strip()]
     return tuple(
         dict.fromkeys(one for name in asked for one in (PAPERS if name == "papers" else (name,)))
@@ -51,65 +53,63 @@ def task_names(text: str) -> tuple[str, ...]:
 
 
 def check_tasks(tasks: Tasks) -> None:
-    """Refuse before a model is loaded.
+    """Refuse what cannot be run before a model is loaded.
 
     Raises:
         MachineError: the harness is not installed.
         UsageError: it does not know a task.
     """
-    try:
-        version("lm-eval")
-    except PackageNotFoundError as error:
-        raise MachineError(
-            "--tasks needs lm-evaluation-harness: pip install 'gblm-toolkit[eval]'."
-        ) from error
+    require_harness("--tasks")
     from gblm.evaluate.harness import check_known
 
     check_known(tasks.names, tasks.path)
 
 
+def require_harness(what: str) -> None:
+    """Refuse what needs the harness where it is not installed.
+
+    Raises:
+        MachineError: it is not.
+    """
+    try:
+        version("lm-eval")
+    except PackageNotFoundError as error:
+        raise MachineError(
+            f"{what} needs lm-evaluation-harness: pip install 'gblm-toolkit[eval]'."
+        ) from error
+
+
 def run_tasks(
-    tasks: Tasks, subject: Subject, dense: Subject | None, tokenizer: Any, max_length: int
-) -> dict[str, Any]:
-    """Run tasks on the model and on its baseline.
+    tasks: Tasks, sides: Mapping[str, Subject], tokenizer: Any, max_length: int
+) -> list[Row]:
+    """Run the tasks on each side, on the same examples.
 
     Args:
         tasks: which.
-        subject: what is judged.
-        dense: what it is held against, on the same examples.
-        tokenizer: of both.
+        sides: models by name.
+        tokenizer: of all of them.
         max_length: tokens that fit.
-
-    Returns:
-        "protocol", and "results": task → metric → "value", "stderr", and those of the baseline.
 
     Raises:
         GblmError: see `harness.run`.
     """
     from gblm.evaluate.harness import run
 
-    asked = (list(tasks.names), tasks.path, tasks.limit, tasks.seed)
-    rows = _metrics(run(subject, tokenizer, max_length, *asked))
-    if dense is not None:
-        for name, metrics in _metrics(run(dense, tokenizer, max_length, *asked)).items():
-            for metric, figures in metrics.items():
-                rows[name][metric] |= {
-                    "baseline": figures["value"], "baseline_stderr": figures["stderr"],
-                }  # fmt: skip
-    return {"protocol": tasks.line(subject), "results": rows}
+    rows: list[Row] = []
+    for side, subject in sides.items():
+        found = run(subject, tokenizer, max_length, tasks)
+        rows += [row for task, values in found.items() for row in _rows(side, tasks, task, values)]
+    return rows
 
 
-def _metrics(results: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Out of the harness's "metric,filter" and "metric_stderr,filter"."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for name, row in results.items():
-        found[name] = {}
-        for key, value in row.items():
-            metric, _, chosen = key.partition(",")
-            if metric in METRICS:
-                error = row.get(f"{metric}_stderr,{chosen}")
-                found[name][metric] = {
-                    "value": float(value),
-                    "stderr": error if isinstance(error, float) else None,
-                }
-    return found
+def _rows(side: str, tasks: Tasks, task: str, values: dict[str, Any]) -> Iterator[Row]:
+    """Read the harness's "metric,filter" and "metric_stderr,filter"."""
+    for key, value in values.items():
+        metric, _, chosen = key.partition(",")
+        if metric not in METRICS:
+            continue
+        error = values.get(f"{metric}_stderr,{chosen}")
+        # A mean of one example has none.
+        half = ERRORS * error if isinstance(error, float) else None
+        interval = None if half is None else (value - half, value + half)
+        yield Row(side, tasks.line(task), metric, METRICS[metric], float(value), (), interval)

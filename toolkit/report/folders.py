@@ -1,23 +1,20 @@
-"""What a report takes from a packed folder: each linear's bits and backend, masks, heads."""
+"""What a report takes from a packed folder: each linear's sparsity, bits and backend; masks."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gblm.checkpoint.inspect import inspect
 from gblm.checkpoint.packed_folder import RECIPE_FILE, PackedLinear, PackedReader
-from gblm.errors import CheckpointError, InputError
+from gblm.errors import InputError
 from gblm.folder import quant_method, read_config, read_json_object
 from gblm.formats.manifest import QUANT_METHOD
 from gblm.kernels import select
-from gblm.structure import heads_of
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,6 @@ class LinearFacts:
         sparsity: share of the weights that are not stored.
         bits: per weight, masks and scales counted.
         backend: that serves it on this machine's CPU.
-        column_spread: standard deviation of the columns' kept shares.
     """
 
     layer: int
@@ -42,7 +38,6 @@ class LinearFacts:
     sparsity: float
     bits: float
     backend: str
-    column_spread: float
 
 
 @dataclass(frozen=True)
@@ -51,25 +46,17 @@ class PackedFacts:
 
     Attributes:
         name: of the folder.
-        facts: of `gblm inspect`.
-        recipe: how it was pruned.
+        line: what it is and how large, in one sentence.
+        method: that pruned it; None if the folder does not say.
         linears: in the order of the decoder layers.
         masks: by "layer.part", [out, in] bool, for the layers asked for.
-        heads: kept share by decoder layer and head, of the columns that the output projection
-            reads from each head; empty where it is not packed.
     """
 
     name: str
-    facts: dict[str, Any]
-    recipe: dict[str, Any]
+    line: str
+    method: str | None
     linears: list[LinearFacts]
     masks: dict[str, Tensor]
-    heads: dict[int, list[float]]
-
-    @property
-    def backends(self) -> dict[str, int]:
-        """How many linears each backend serves."""
-        return dict(Counter(linear.backend for linear in self.linears))
 
 
 def read_folder(folder: Path, layers: Sequence[int]) -> PackedFacts:
@@ -89,7 +76,6 @@ def read_folder(folder: Path, layers: Sequence[int]) -> PackedFacts:
         )
     linears: list[LinearFacts] = []
     masks: dict[str, Tensor] = {}
-    heads: list[tuple[int, list[float]]] = []
     with PackedReader(folder) as packed:
         for linear in packed.linears.values():
             place = _place(linear.name)
@@ -99,17 +85,17 @@ def read_folder(folder: Path, layers: Sequence[int]) -> PackedFacts:
             linears.append(_linear(packed, linear, place, mask))
             if place[0] in layers:
                 masks[f"{place[0]}.{place[1]}"] = mask
-            if heads_of(linear.name) == "columns":
-                heads.append((place[0], _head_shares(packed, linear.name, mask)))
     _check_layers(folder, layers, linears)
     recipe = folder / RECIPE_FILE
+    method = read_json_object(recipe).get("method") if recipe.exists() else None
+    facts = inspect(folder)
     return PackedFacts(
         folder.resolve().name,
-        inspect(folder),
-        read_json_object(recipe) if recipe.exists() else {},
+        f"{facts['architecture']}, {len(linears)} packed linears, {facts['bytes'] / 1e6:.1f} MB, "
+        f"{facts['size_ratio']:.3f} of dense" + (f"; pruned with {method}." if method else "."),
+        None if method is None else str(method),
         sorted(linears, key=lambda linear: linear.layer),
         masks,
-        dict(sorted(heads)),
     )
 
 
@@ -145,7 +131,6 @@ def _linear(
         1 - int(mask.sum()) / mask.numel(),
         8 * size / mask.numel(),
         backend.name,
-        float(mask.float().mean(dim=0).std(correction=0)),
     )
 
 
@@ -154,15 +139,3 @@ def _mask(packed: PackedReader, linear: PackedLinear) -> Tensor:
     parts = packed.parts(linear.name)
     linear.fmt.validate(linear.name, parts, linear.shape)
     return linear.fmt.mask(parts)
-
-
-def _head_shares(packed: PackedReader, name: str, mask: Tensor) -> list[float]:
-    """Kept share of the columns of each head."""
-    heads = packed.config.get("num_attention_heads")
-    if not isinstance(heads, int) or heads < 1 or mask.shape[1] % heads:
-        raise CheckpointError(
-            f"{name}: {mask.shape[1]} columns are not num_attention_heads {heads!r} heads, as "
-            "config.json says."
-        )
-    columns = mask.float().mean(dim=0)
-    return [round(float(part.mean()), 4) for part in columns.reshape(heads, -1)]

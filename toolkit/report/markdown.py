@@ -3,110 +3,84 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 
-from gblm.report.axes import number
-from gblm.report.facts import Facts
-from gblm.report.page import repeat
+from gblm.record import Record
 from gblm.report.sources import Sources
-from gblm.report.tables import measured, tables
+from gblm.report.tables import Table, folder_table, record_tables
+
+# What a model card shows of a model.
+INDEXED = ("perplexity", "acc", "acc_norm", "exact_match", "word_perplexity")
 
 
 def markdown(sources: Sources, title: str) -> str:
-    """A page of tables; with perplexities or tasks it begins with their model-index.
+    """Make a page of tables; with perplexities or tasks it begins with their model-index.
 
     Args:
         sources: what it shows.
         title: of the page.
     """
-    facts = sources.facts
-    lines = [*model_index(facts), f"# {escape(title)}", ""]
-    if facts.invalid:
-        lines += ["**INVALID measurements, left out of every table:**", ""]
-        lines += [*(f"- {escape(reason)}" for reason in facts.invalid), ""]
-    if facts.notes:
-        lines += ["To be kept in mind:", "", *(f"- {escape(note)}" for note in facts.notes), ""]
-    for one in (*tables(facts), *measured(facts)):
-        lines += [f"## {one.title}", ""]
-        lines += [f"Protocol: {escape(one.note)}.", ""] if one.note else []
-        lines += [*table(one.header, one.rows), ""]
-    lines += _speeds(facts)
-    for folder in sources.folders:
-        size, dense = folder.facts["bytes"] / 1e6, folder.facts["bytes_if_dense"] / 1e6
-        lines += [f"## {escape(folder.name)}", ""]
-        lines += [f"{len(folder.linears)} packed linears, {size:.1f} MB ({dense:.1f} MB dense)."]
-        lines += [""]
-    lines += _repeat(sources)
+    lines = [*model_index([record for _, record in sources.records]), f"# {escape(title)}", ""]
+    for heading, words in (
+        ("**INVALID measurements:**", sources.invalid),
+        ("To be kept in mind:", sources.notes),
+    ):
+        if words:
+            lines += [heading, "", *(f"- {escape(one)}" for one in words), ""]
+    for file, record in sources.records:
+        lines += [f"## {escape(record.kind)}: {escape(file)}", ""]
+        lines += [line for table in record_tables(record) for line in show(table)]
+    for table in (*map(folder_table, sources.folders), *sources.exports):
+        lines += show(table)
+    lines += ["## How to repeat it", ""]
+    # An indented block, which no recorded command can close.
+    lines += [*(f"    {' '.join(command.split())}" for command in sources.commands), ""]
+    lines += [line for table in sources.environments() for line in show(table)]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def model_index(facts: Facts) -> list[str]:
-    """The front matter that model hubs read: finite perplexities and tasks, with protocols."""
-    finite = [row for row in facts.quality if row.perplexity < float("inf")]
-    names = dict.fromkeys([*(row.name for row in finite), *(one.name for one in facts.scores)])
-    if not names:
+def model_index(records: Sequence[Record]) -> list[str]:
+    """Write the front matter that model hubs read: finite figures, each with its protocol."""
+    rows = [
+        row
+        for record in records
+        for row in record.rows
+        if row.metric in INDEXED and row.value is not None and math.isfinite(row.value)
+    ]
+    if not rows:
         return []
     lines = ["---", "model-index:"]
-    for name in names:
+    for side in dict.fromkeys(row.side for row in rows):
         # JSON's strings are YAML's, too.
-        lines += [f"- name: {json.dumps(name)}", "  results:"]
-        for row in finite:
-            if row.name == name:
-                lines += _result(row.protocol.partition(",")[0], "perplexity", row.perplexity,
-                                 f"perplexity ({row.protocol})")  # fmt: skip
-        for score in facts.scores:
-            if score.name == name:
-                said = f"{score.metric} ({score.protocol})"
-                lines += _result(score.task, score.metric, score.value, said)
+        lines += [f"- name: {json.dumps(side)}", "  results:"]
+        for row in rows:
+            if row.side == side:
+                name, said = row.load.partition(",")[0], f"{row.metric} ({row.load})"
+                lines += [
+                    "  - task: {type: text-generation}",
+                    f"    dataset: {{name: {json.dumps(name)}, type: {json.dumps(name)}}}",
+                    "    metrics:",
+                    f"    - {{type: {row.metric}, value: {row.value:.4f}, "
+                    f"name: {json.dumps(said)}}}",
+                ]
     return [*lines, "---", ""]
 
 
-def _result(dataset: str, metric: str, value: float, name: str) -> list[str]:
-    return [
-        "  - task: {type: text-generation}",
-        f"    dataset: {{name: {json.dumps(dataset)}, type: {json.dumps(dataset)}}}",
-        "    metrics:",
-        f"    - {{type: {json.dumps(metric)}, value: {value:.4f}, name: {json.dumps(name)}}}",
-    ]
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table, numbers to the right."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    lines = [[escape(cell) for cell in row] for row in (header, *rows)]
+def show(table: Table) -> Iterator[str]:
+    """Write a table, numbers to the right."""
+    yield from (f"### {escape(table.title)}", "")
+    if table.note:
+        yield from (escape(table.note), "")
+    rule = ["---", *["---:"] * (len(table.header) - 1)]
+    lines = [[escape(cell) for cell in row] for row in (table.header, *table.rows)]
     lines.insert(1, rule)
-    return [f"| {' | '.join(cells)} |" for cells in lines]
+    yield from (f"| {' | '.join(cells)} |" for cells in lines)
+    yield ""
 
 
 def escape(text: str) -> str:
-    """Text that stays text: no markup, no HTML, no new cell."""
+    """Keep text what it is: no markup, no HTML, no new cell."""
     for sign in "\\`*_[]<>|":
         text = text.replace(sign, f"\\{sign}")
     return " ".join(text.split())
-
-
-def _speeds(facts: Facts) -> Iterator[str]:
-    for setting in dict.fromkeys(speed.setting for speed in facts.speeds):
-        rows = [(s.name, *map(number, (s.median, s.low, s.high)))
-                for s in facts.speeds if s.setting == setting]  # fmt: skip
-        yield from ("## Milliseconds per token", "", f"{escape(setting)}.", "")
-        yield from table(("model", "median", "min", "max"), rows)
-        yield ""
-    for setting in dict.fromkeys(ratio.setting for ratio in facts.ratios):
-        ratios = [(r.name, r.metric, *map(number, (r.median, r.low, r.high)))
-                  for r in facts.ratios if r.setting == setting]  # fmt: skip
-        yield from ("## Ratios", "", f"{escape(setting)}.", "")
-        yield from table(("model", "metric", "ratio", "low", "high"), ratios)
-        yield ""
-
-
-def _repeat(sources: Sources) -> Iterator[str]:
-    found = repeat(sources)
-    yield from ("## How to repeat it", "")
-    # A fence that no recorded command can close.
-    yield from (f"    {' '.join(command.split())}" for command in found["commands"])
-    yield ""
-    for name in found["unrecorded"]:
-        yield f"- {escape(name)}: the record does not say by which command it was made."
-    for environment in found["environments"]:
-        yield "- " + "; ".join(f"{key}: {escape(value)}" for key, value in environment.items())

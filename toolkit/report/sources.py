@@ -1,65 +1,70 @@
-"""The files and folders that a report is made of: read, told apart, refused.
-
-Record files may come from anywhere: they are bounded in size, and each figure is checked.
-"""
+"""The files and folders that a report is made of: read, told apart, refused."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from gblm.errors import DAMAGE, InputError, damage
+from gblm.errors import InputError
 from gblm.folder import read_json_object
-from gblm.report import quality, speed
-from gblm.report.facts import Facts, Record
+from gblm.record import Record
 from gblm.report.folders import PackedFacts, read_folder
-from gblm.report.gpu import gpu_check
-from gblm.report.models import models
+from gblm.report.tables import Table, named
 
-MAX_BYTES = 64 * 2**20
 ONNX_REPORT = "onnx_report.json"
-READERS: dict[str, Callable[[Record], Facts]] = {
-    "evaluation": quality.evaluation,
-    "perplexity": quality.perplexity,
-    "search": quality.search,
-    "budget": quality.search,
-    "frontier": quality.frontier,
-    "onnx export": quality.onnx_export,
-    "onnx": speed.onnx,
-    "bench serving": speed.serving,
-    "bench models": models,
-    "bench kernels": speed.kernels,
-    "bench watch": speed.watch,
-    "gpu check": gpu_check,
-}
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where one record comes from.
-
-    Attributes:
-        file: its name, without folders.
-        kind: of the record.
-        provenance: as recorded; empty if it was not.
-        command: that made it; None if it was not recorded.
-    """
-
-    file: str
-    kind: str
-    provenance: dict[str, Any]
-    command: str | None
 
 
 @dataclass
 class Sources:
-    """Everything that a report shows."""
+    """Everything that a report shows.
 
-    facts: Facts = field(default_factory=Facts)
+    Attributes:
+        records: each with the name of its file.
+        folders: packed ones.
+        exports: a table of each folder that `gblm export onnx` wrote.
+    """
+
+    records: list[tuple[str, Record]] = field(default_factory=list)
     folders: list[PackedFacts] = field(default_factory=list)
-    origins: list[Origin] = field(default_factory=list)
+    exports: list[Table] = field(default_factory=list)
+
+    @property
+    def invalid(self) -> list[str]:
+        """Why figures of records do not stand."""
+        return [
+            f"{file}: {reason}"
+            for file, record in self.records
+            if not record.verdict.valid
+            for reason in record.verdict.reasons or ("no reason is given",)
+        ]
+
+    @property
+    def notes(self) -> list[str]:
+        """What to mind although figures stand."""
+        return [f"{file}: {note}" for file, record in self.records for note in record.verdict.notes]
+
+    @property
+    def commands(self) -> list[str]:
+        """What repeats it, each once."""
+        found = [record.command for _, record in self.records]
+        found += [
+            f"gblm prune MODEL --recipe {folder.name}/recipe.json --output {folder.name}"
+            for folder in self.folders
+            if folder.method
+        ]
+        return list(dict.fromkeys(found))
+
+    def environments(self) -> Iterator[Table]:
+        """Tell where each record was measured; those of one environment stand together."""
+        alike: dict[tuple[tuple[str, str], ...], list[str]] = {}
+        for file, record in self.records:
+            # The time differs in each and says nothing of the machine.
+            known = [(key, _said(value)) for key, value in record.provenance.items()
+                     if key != "created"]  # fmt: skip
+            alike.setdefault(tuple(known), []).append(file)
+        for rows, files in alike.items():
+            yield Table(", ".join(files), "", ("", ""), rows)
 
 
 def read_sources(paths: Sequence[Path], layers: Sequence[int]) -> Sources:
@@ -70,12 +75,12 @@ def read_sources(paths: Sequence[Path], layers: Sequence[int]) -> Sources:
         layers: decoder layers whose masks are shown.
 
     Raises:
-        InputError: one is neither, is damaged, or is of a kind that no report shows.
+        InputError: one is neither, is damaged, or was written by another version.
     """
     found = Sources()
     for path in paths:
         if (path / ONNX_REPORT).is_file():
-            _read_export(found, path)
+            found.exports.append(_export(path))
         elif path.is_dir():
             folder = read_folder(path, layers)
             if any(folder.name == other.name for other in found.folders):
@@ -85,64 +90,24 @@ def read_sources(paths: Sequence[Path], layers: Sequence[int]) -> Sources:
                 )
             found.folders.append(folder)
         else:
-            for record in read_records(path):
-                found.facts.add(parse(path, record))
-                found.origins.append(_origin(path, record))
+            found.records.append((path.name, Record.read(path)))
     return found
 
 
-def _read_export(found: Sources, folder: Path) -> None:
-    """An exported folder by its report, in which older versions did not name the kind."""
-    path = folder / ONNX_REPORT
-    record = {**read_json_object(path), "kind": "onnx export", "folder": folder.resolve().name}
-    found.facts.add(parse(path, record))
-    origin = _origin(path, record)
-    found.origins.append(replace(origin, file=f"{record['folder']}/{ONNX_REPORT}"))
+def _export(folder: Path) -> Table:
+    """What the report of an export says of it, and whether it was validated."""
+    report = read_json_object(folder / ONNX_REPORT)
+    checked = report.get("validation")
+    outcome = "not validated"
+    if isinstance(checked, dict):
+        outcome = "passed" if checked.get("passed") is True else "FAILED"
+    known = ("source", "target", "precision", "sparse", "bytes_total")
+    rows = [(key.replace("_", " "), _said(report[key])) for key in known if key in report]
+    return named(folder.resolve().name, (*rows, ("validation", outcome)))
 
 
-def read_records(path: Path) -> list[Record]:
-    """The records of one file: itself, or those that it holds under "runs".
-
-    Raises:
-        InputError: it is no record.
-    """
-    if path.is_file() and path.stat().st_size > MAX_BYTES:
-        raise InputError(f"{path} is larger than {MAX_BYTES >> 20} MiB; that is no record.")
-    record = read_json_object(path)
-    inner = record.get("runs")
-    held = [run for run in inner if isinstance(run, dict)] if isinstance(inner, list) else []
-    kinds = {run.get("kind") for run in held}
-    if held and kinds <= READERS.keys():
-        return held
-    if not isinstance(record.get("kind"), str) or record["kind"] not in READERS:
-        kind = str(record.get("kind"))[:40]
-        raise InputError(
-            f"{path}: records of kind {kind!r} have no place in a report; it shows "
-            f"{', '.join(READERS)}, and packed folders."
-        )
-    return [record]
-
-
-def parse(path: Path, record: Record) -> Facts:
-    """The facts of one record.
-
-    Raises:
-        InputError: something in it is missing or is not what it must be.
-    """
-    try:
-        return READERS[record["kind"]](record)
-    except DAMAGE as error:
-        raise InputError(
-            f"{path}: is not a record of kind {record['kind']!r} as gblm writes it: "
-            f"{damage(error)}."
-        ) from error
-
-
-def _origin(path: Path, record: Record) -> Origin:
-    provenance, command = record.get("provenance"), record.get("command")
-    return Origin(
-        path.name,
-        record["kind"],
-        provenance if isinstance(provenance, dict) else {},
-        command if isinstance(command, str) else None,
-    )
+def _said(value: object) -> str:
+    """A value of JSON in words."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_said(inner)}" for key, inner in value.items())
+    return str(value)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from gblm.report.axes import number
-from gblm.report.facts import Facts, Quality, Score, Timed
+from gblm.record import Record
 from gblm.report.folders import LinearFacts, PackedFacts
 
-QUALITY = ("model", "perplexity", "× dense", "MB", "bits per weight")
-DRIFT = ("model", "beside", "mean", "p99", "max", "same top-1", "KL mean", "KL p99")
-TIMED = ("call", "tokens", "µs", "× cuBLAS bf16", "of the read bandwidth")
-CHECKS = ("model", "verdict", "value", "bound", "check")
+Cells = tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -21,7 +18,7 @@ class Table:
 
     Attributes:
         title: above it.
-        note: the protocol of its figures; "" where each row names its own.
+        note: what its figures were measured with; "" if nothing is to be said.
         header: of the columns.
         rows: as many cells each.
     """
@@ -29,104 +26,79 @@ class Table:
     title: str
     note: str
     header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    rows: Cells
 
 
-def tables(facts: Facts) -> Iterator[Table]:
-    """Perplexity, drift and tasks by protocol; gates and validations; calls on GPUs."""
-    for (protocol, _), rows in by_protocol(facts.quality).items():
-        yield Table("Perplexity", protocol, QUALITY, tuple(map(_quality, rows)))
-    for protocol in dict.fromkeys(one.protocol for one in facts.drifts):
-        found = [
-            (one.name, one.beside, *map(number, one.figures))
-            for one in facts.drifts
-            if one.protocol == protocol
-        ]
-        title = "Drift of log-probs in nats, KL(dense ‖ model) in nats"
-        yield Table(title, protocol, DRIFT, tuple(found))
-    for protocol in dict.fromkeys(one.protocol for one in facts.scores):
-        own = [one for one in facts.scores if one.protocol == protocol]
-        yield Table("Tasks ± standard error", protocol, *_scores(own))
-    if facts.checks:
-        # What is long stands last, so that a phone shows the verdict.
-        checked = tuple((c.name, "pass" if c.passed else "FAIL", c.value, c.bound, c.what)
-                        for c in facts.checks)  # fmt: skip
-        yield Table("Gates and validations", "", CHECKS, checked)
-    for title, note in dict.fromkeys((one.table, one.note) for one in facts.timed):
-        calls = (one for one in facts.timed if (one.table, one.note) == (title, note))
-        yield Table(title, note, TIMED, tuple(map(_timed, calls)))
+def named(title: str, rows: Cells) -> Table:
+    """Make a table of names and what they stand for."""
+    return Table(title, "", ("", ""), rows)
 
 
-def measured(facts: Facts) -> Iterator[Table]:
-    """Every figure of speed, memory and energy, by load."""
-    for setting in dict.fromkeys(one.setting for one in facts.measures):
-        own = [one for one in facts.measures if one.setting == setting]
-        labels = tuple(dict.fromkeys(label for one in own for label in one.figures))
-        rows = tuple((one.name, *(number(one.figures.get(label)) for label in labels))
-                     for one in own)  # fmt: skip
-        yield Table("Measured, medians of the rounds", setting, ("model", *labels), rows)
+def record_tables(record: Record) -> Iterator[Table]:
+    """Show every figure of a record: a table of its sides, then its rows."""
+    keys = tuple(dict.fromkeys(key for facts in record.sides.values() for key in facts))
+    if keys:
+        rows = tuple((side, *(_fact(facts.get(key)) for key in keys))
+                     for side, facts in record.sides.items())  # fmt: skip
+        yield Table("What was measured", "", ("", *(key.replace("_", " ") for key in keys)), rows)
+    if len(record.metrics) == 1:
+        (metric,) = record.metrics
+        lines = [(load, load, metric) for load in record.loads]
+        yield _figures(record, label(record, metric), "", lines)
+    else:
+        for load in record.loads:
+            found = dict.fromkeys(row.metric for row in record.rows if row.load == load)
+            lines = [(label(record, metric), load, metric) for metric in found]
+            yield _figures(record, load.partition(",")[0], load, lines)
 
 
-def _quality(row: Quality) -> tuple[str, ...]:
-    size = None if row.num_bytes is None else row.num_bytes / 1e6
-    perplexity, ratio = (number(value, 4) for value in (row.perplexity, row.ratio))
-    return (row.name, perplexity, ratio, number(size, 4), number(row.bits))
-
-
-def _timed(one: Timed) -> tuple[str, ...]:
-    share = "–" if one.share is None else f"{one.share:.0%}"
-    return (one.name, str(one.tokens), number(one.microseconds, 4), number(one.ratio), share)
-
-
-def _scores(own: Sequence[Score]) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
-    """Header and rows: a column for each model."""
-    names = list(dict.fromkeys(one.name for one in own))
-    cells = {(one.task, one.metric, one.name): _share(one) for one in own}
-    rows = dict.fromkeys((one.task, one.metric) for one in own)
-    return (
-        ("task", "metric", *names),
-        tuple((*row, *(cells.get((*row, name), "–") for name in names)) for row in rows),
+def _figures(record: Record, title: str, load: str, lines: Sequence[tuple[str, str, str]]) -> Table:
+    """A line for each name, load and metric; a column for each side."""
+    compared = f"in brackets: times {record.baseline}" if record.baseline else ""
+    rows = tuple(
+        (name, *(cell(record, side, where, metric) for side in record.sides))
+        for name, where, metric in lines
     )
+    return Table(title, "; ".join(filter(None, (load, compared))), ("", *record.sides), rows)
 
 
-def _share(one: Score) -> str:
-    error = "" if one.stderr is None else f" ± {one.stderr:.4f}"
-    return f"{one.value:.4f}{error}"
+def cell(record: Record, side: str, load: str, metric: str) -> str:
+    """Write a figure, its 95 % interval if it has one, and how it compares with the baseline."""
+    row = record.row(side, load, metric)
+    if row is None:
+        return "–"
+    said = "not finite" if row.value is None else number(row.value, 4)
+    if row.interval is not None:
+        said += f" [{number(row.interval[0], 4)}, {number(row.interval[1], 4)}]"
+    ratio = record.ratio(side, load, metric)
+    return said if ratio is None or side == record.baseline else f"{said} ({number(ratio.median)})"
 
 
-def by_protocol(rows: Sequence[Quality]) -> dict[tuple[str, str], list[Quality]]:
-    """Figures that may be compared, the best first."""
-    found: dict[tuple[str, str], list[Quality]] = {}
-    for row in rows:
-        found.setdefault((row.protocol, row.text), []).append(row)
-    return {key: sorted(own, key=lambda row: row.perplexity) for key, own in found.items()}
+def label(record: Record, metric: str) -> str:
+    """Write a metric with its unit."""
+    unit = next((row.unit for row in record.rows if row.metric == metric), "")
+    return f"{metric}, {unit}" if unit else metric
 
 
-def overall(folder: PackedFacts) -> str:
-    """Sparsity and bits of all of a folder's linears, as a range where they differ."""
-    words = []
-    for key, unit in (("sparsity", "of the weights not stored"), ("bits", "bits per weight")):
-        values = [getattr(linear, key) for linear in folder.linears]
-        low, high = number(min(values)), number(max(values))
-        words.append(f"{low if low == high else f'{low} to {high}'} {unit}")
-    return ", ".join(words)
-
-
-def linear_rows(folder: PackedFacts) -> list[tuple[str, str, str, str, str, str]]:
-    """Linears of one kind and treatment in a row: part, layers, pattern, values, bits, backend."""
+def folder_table(folder: PackedFacts) -> Table:
+    """Show linears of one kind and treatment in one row each."""
     groups: dict[tuple[str, str, str, str], list[LinearFacts]] = {}
     for linear in folder.linears:
         key = (linear.part, linear.pattern, linear.values, linear.backend)
         groups.setdefault(key, []).append(linear)
-    return [
+    rows = tuple(
         (part, spans([one.layer for one in own]), pattern, values,
+         number(sum(one.sparsity for one in own) / len(own)),
          number(sum(one.bits for one in own) / len(own)), backend)
         for (part, pattern, values, backend), own in groups.items()
-    ]  # fmt: skip
+    )  # fmt: skip
+    header = ("linear", "layers", "pattern", "values", "sparsity", "bits per weight",
+              "backend on CPU")  # fmt: skip
+    return Table(folder.name, folder.line, header, rows)
 
 
 def spans(numbers: Sequence[int]) -> str:
-    """1, 2, 3, 7 → "1–3, 7"."""
+    """Write 1, 2, 3, 7 as "1–3, 7"."""
     found: list[list[int]] = []
     for n in sorted(numbers):
         if found and n == found[-1][1] + 1:
@@ -134,3 +106,24 @@ def spans(numbers: Sequence[int]) -> str:
         else:
             found.append([n, n])
     return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in found)
+
+
+def number(value: float, count: int = 3) -> str:
+    """Write a figure for people: `count` digits, no exponent for what is near 1."""
+    if not math.isfinite(value):
+        return "∞" if value > 0 else "not a number"
+    if value == 0:
+        return "0"
+    if 1e-3 <= abs(value) < 1e7:
+        digits = max(0, count - 1 - math.floor(math.log10(abs(value))))
+        text = f"{value:.{digits}f}"
+        return text.rstrip("0").rstrip(".") if "." in text else text
+    return f"{value:.{count}g}"
+
+
+def _fact(value: object) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return str(value) if isinstance(value, int) else number(value, 4)

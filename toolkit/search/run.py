@@ -188,9 +188,7 @@ def _perplexity(
     side: str, model: str | Path, protocol: Protocol, device: str, progress: Progress
 ) -> Row:
     asked = Evaluation(str(model), (protocol,), without_baseline=True, device=device)
-    found = run_evaluation(asked, progress)
-    load = f"{found['protocol']}, tokens {found['tokens_sha256'][:12]}"
-    return Row(side, load, METRIC, "", found["perplexity"])
+    return replace(run_evaluation(asked, progress).rows[0], side=side)
 
 
 def _save(how: Measuring, record: Record, row: Row, facts: Mapping[str, Any]) -> Record:

@@ -1,0 +1,72 @@
+"""`gblm eval`: the baseline beside the model, contradictions refused; folders side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Outcome
+
+from gblm.evaluate.run import size_facts
+from gblm.evaluate.side_by_side import compare
+
+Run = Callable[..., Outcome]
+
+
+def test_folders_side_by_side(tiny: Path, pack_tiny: Callable[..., Path]) -> None:
+    rows = {row["what"]: row for row in compare(tiny, pack_tiny())["rows"]}
+    assert (rows["sparsity"]["a"], rows["sparsity"]["b"]) == (0.0, 0.5)
+    assert rows["bytes"]["ratio"] < 1
+    assert rows["values"]["b"] == "2:4 bfloat16"
+
+
+def test_the_baseline_comes_from_the_recipe_and_stands_beside(
+    gblm: Run, tiny: Path, pack_tiny: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("Another domain. " * 60)
+    words = ("eval", pack_tiny(), "--text", text_file, "--text", other, "--seq-len", 32,
+             "--max-windows", 1, "--dtype", "float32")  # fmt: skip
+    done = gblm(*words, "--json")
+    assert done.code == 0, done
+    found = json.loads(done.out)
+    assert found["baseline"] == "tiny"
+    assert found["verdict"]["notes"] == ["baseline: tiny (named by recipe.json)"]
+    assert found["sides"]["tiny"]["bytes"] > found["sides"]["out"]["bytes"]
+    assert {facts["dtype"] for facts in found["sides"].values()} == {"float32"}
+    for text in ("text.txt", "other.txt"):
+        rows = {(row["side"], row["metric"]): row["value"] for row in found["rows"]
+                if row["load"].startswith(f"{text}, ")}  # fmt: skip
+        assert rows["out", "perplexity"] != rows["tiny", "perplexity"]
+        assert rows["out", "kl_mean"] > 0
+    shown = gblm(*words)
+    assert shown.out.count("protocol: ") == 2
+    assert "start tokens of the tokenizer" in shown.out
+    ratio = rows["out", "perplexity"] / rows["tiny", "perplexity"]
+    assert f"{ratio:.3f}" in shown.out
+
+
+def test_weights_that_only_another_engine_reads_have_bytes(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
+    (tmp_path / "model.safetensors").write_bytes(bytes(77))
+    assert size_facts(tmp_path) == {"bytes": 77, "values": "awq"}
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--protocol", "gblm", "--seq-len", "64"], "windows of 2048 tokens"),
+        (["--protocol", "wanda", "--stride", "64"], "windows of 4096 tokens"),
+        (["--seq-len", "32", "--stride", "64"], "would leave out tokens"),
+        (["--limit", "3"], "--tasks only"),
+        (["--baseline", "x", "--no-baseline"], "do not go together"),
+        (["--text", "a.txt", "--text", "b/a.txt"], "different names"),
+        (["--no-baseline", "--gate", "top1 >= 0.9"], "needs the dense model"),
+    ],
+)
+def test_contradictions_are_refused(gblm: Run, tiny: Path, words: list[str], sentence: str) -> None:
+    done = gblm("eval", tiny, *words)
+    assert done.code == 2, done
+    assert sentence in done.err
