@@ -80,7 +80,6 @@ CASES = {
     "int4-gptq": Case("int4, GPTQ", _dense("int4", **OBS)),
     "int4-gptq-rec": Case("int4, GPTQ + reconstruct", _dense("int4", **OBS, **REC)),
     "int4-g64-gptq": Case("int4 g64, GPTQ", _dense("int4:64", **OBS)),
-    "uint4-gptq": Case("uint4, GPTQ", _dense("uint4", **OBS)),
     "int3-gptq": Case("int3, GPTQ", _dense("int4", **OBS), 3),
     "int3-gptq-rec": Case("int3, GPTQ + reconstruct", _dense("int4", **OBS, **REC), 3),
     "int3-row-rec": Case("int3 row, GPTQ + reconstruct", _dense("int4:row", **OBS, **REC), 3),
@@ -104,7 +103,6 @@ CASES = {
     "sparsegpt-50-rec": Case("50 %, SparseGPT + reconstruct", _sparse("sparsegpt", "0.5", **REC)),
     # Sparse and four bits.
     "int4-50": Case("int4 50 %, joint", _sparse("sparsegpt", "0.5", "int4")),
-    "uint4-50": Case("uint4 50 %, joint", _sparse("sparsegpt", "0.5", "uint4")),
     "int4-50-rec": Case(
         "int4 50 %, joint + reconstruct", _sparse("sparsegpt", "0.5", "int4", **REC)
     ),

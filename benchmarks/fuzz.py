@@ -45,10 +45,7 @@ from gblm.errors import GblmError, InputError
 from gblm.prune import prune
 from gblm.recipe import Recipe
 
-PATTERNS, KINDS = (
-    ("2:4", "1:4", "0.5", "1x4@0.5", "dense"),
-    ("float", "int8", "int4", "uint4", "fp8"),
-)
+PATTERNS, KINDS = ("2:4", "1:4", "0.5", "1x4@0.5", "dense"), ("float", "int8", "int4")
 CASE_SECONDS = 60
 # Address space that a case may take beyond what the process has; the folders hold some 100 KB.
 MORE_BYTES = 1 << 30
@@ -192,7 +189,7 @@ def plain_weight(fmt: Any, parts: dict[str, torch.Tensor], shape: tuple[int, int
         if "row_offsets" in lists:
             size = (len(kept) + 1) // 2 if fmt.values.in_nibbles else len(kept)
             own, begin = values[begin : begin + size], begin + size
-        stored = nibbles(own, fmt.values) if fmt.values.in_nibbles else own
+        stored = nibbles(own) if fmt.values.in_nibbles else own
         found = dict(zip(kept, stored, strict=False))
         line = [0.0] * shape[1]
         for column in kept:
@@ -207,10 +204,10 @@ def is_kept(lists: dict[str, Any], row: int, column: int) -> bool:
     return "bitmask" not in lists or bool(lists["bitmask"][row][column // 8] >> column % 8 & 1)
 
 
-def nibbles(stored: list[int], values: Any) -> list[int]:
+def nibbles(stored: list[int]) -> list[int]:
     """4-bit codes of bytes, low nibble first."""
     codes = [half for byte in stored for half in (byte & 15, byte >> 4)]
-    return codes if values.has_zeros else [code - 16 if code > 7 else code for code in codes]
+    return [code - 16 if code > 7 else code for code in codes]
 
 
 def scaled(
@@ -218,9 +215,8 @@ def scaled(
 ) -> float:
     """What a code stands for."""
     group = column // fmt.values.group(columns)
-    zero = lists["zeros"][row][group] if fmt.values.has_zeros else 0
     scale: float = lists["scales"][row][group]
-    return (code - zero) * scale
+    return code * scale
 
 
 def write(folder: Path, files: Files) -> None:

@@ -1,7 +1,7 @@
 """Convert checkpoints that compressed-tensors wrote into packed folders of ours, bit for bit.
 
-Of fp8 codes, which CPUs do not multiply with, the products with their scales may be stored instead,
-rounded to bfloat16, by who asks for it.
+Of fp8 codes the products with their scales are stored as floats: exactly, or rounded to bfloat16 by
+who asks for it.
 
 It dropped its sparse formats, and vLLM and transformers dropped them with it, so nothing else reads
 these files. Never prunes.
@@ -54,7 +54,7 @@ def export_legacy(
         overwrite: replace an existing folder.
         progress: for a progress bar.
         rounds: store fp8 codes times scales as bfloat16, rounded where they have no exact value;
-            else codes stay codes where their scales fit, or products must be exact.
+            else the products must be exact.
 
     Returns:
         The sparsity report; with `rounds` it says what was rounded to.
@@ -67,7 +67,7 @@ def export_legacy(
     folder = resolve(source)
     if quant_method(read_config(folder)) == QUANT_METHOD:
         raise UsageError(f"{folder} is packed by gblm already: there is nothing to convert.")
-    open_folder = partial(LegacyReader, rounds=rounds, keeps_fp8=not rounds)
+    open_folder = partial(LegacyReader, rounds=rounds)
     with open_folder(folder) as reader:
         rounded = _rounded(reader) if rounds else {}
         model = StreamedLayers(reader).model

@@ -10,8 +10,7 @@ from torch import Tensor
 from gblm.checkpoint.reader import Header
 from gblm.errors import CheckpointError, InputError
 from gblm.formats import VALUE_DTYPES
-from gblm.scales import SCALE_DTYPE
-from gblm.values import FLOAT, GROUP_SIZES, ROW, Kind, ValueType
+from gblm.values import FLOAT, GROUP_SIZES, ROW, SCALE_DTYPE, ValueType
 from gblm.weights import SparseWeight
 
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
@@ -39,7 +38,6 @@ class Scaling:
         grouped: whether config.json says so, and not that it is the whole row.
         bits: of an integer code, 8 or 4.
         rounds: whether fp8 products may be rounded to ROUNDED.
-        keeps: whether fp8 codes stay codes; see `fits`.
     """
 
     name: str
@@ -50,7 +48,6 @@ class Scaling:
     grouped: bool = False
     bits: int = 8
     rounds: bool = False
-    keeps: bool = False
 
     @classmethod
     def of(
@@ -86,10 +83,10 @@ class Scaling:
 
     @property
     def values(self) -> ValueType:
-        """How we store the codes: as codes, or those of fp8 as the floats that they stand for."""
+        """How we store the codes: integers as codes, fp8 as the floats that they stand for."""
         if self.becomes_floats:
             return FLOAT
-        kind: Kind = "fp8" if self.codes == FP8 else "int4" if self.bits == 4 else "int8"
+        kind = "int4" if self.bits == 4 else "int8"
         if self.grouped and self.columns in GROUP_SIZES:
             return ValueType(kind, self.columns)
         if self.groups > 1:
@@ -102,12 +99,7 @@ class Scaling:
     @property
     def becomes_floats(self) -> bool:
         """Whether the codes are multiplied out."""
-        return self.codes == FP8 and not self.keeps
-
-    def fits(self, stored: Tensor) -> bool:
-        """Whether our value types hold these scales as they are; they may be none, see `check`."""
-        storable = self.groups == 1 or (self.grouped and self.columns in GROUP_SIZES)
-        return storable and torch.equal(stored.to(SCALE_DTYPE).double(), stored.double())
+        return self.codes == FP8
 
     @property
     def floating(self) -> torch.dtype:
@@ -134,7 +126,7 @@ class Scaling:
         return scales
 
     def weight(self, codes: Tensor, mask: Tensor, stored: Tensor) -> SparseWeight:
-        """The weight in our value type: codes without loss, or fp8 as `floats` gives it.
+        """The weight in our value type: integer codes without loss, fp8 as `floats` gives it.
 
         Args:
             codes: [out, in] of dtype `codes`.

@@ -40,13 +40,12 @@ class LegacyReader(Reader):
         unused: stored tensors that quantise activations.
     """
 
-    def __init__(self, folder: Path, rounds: bool = False, keeps_fp8: bool = True) -> None:
+    def __init__(self, folder: Path, rounds: bool = False) -> None:
         """Read config.json, the headers and the parts `shape`, and hold them against each other.
 
         Args:
             folder: with a sparse format of compressed-tensors.
             rounds: round the products of fp8 codes and scales instead of refusing them.
-            keeps_fp8: keep fp8 codes where our value types hold all their scales.
 
         Raises:
             CheckpointError: not of compressed-tensors, damaged, or no format that can be read.
@@ -61,8 +60,6 @@ class LegacyReader(Reader):
         self.scalings = {
             name: replace(scaling, rounds=rounds) for name, scaling in self._find_scalings()
         }
-        if keeps_fp8:
-            self._keep_fp8()
         self.owners = {
             f"{t.prefix}.{part}": t.name for t in self.packed.values() for part in t.parts
         }
@@ -132,12 +129,6 @@ class LegacyReader(Reader):
         if name in self.scalings:
             return self.scalings[name].weight(dense, mask, self._scales(name))
         return SparseWeight(dense, mask)
-
-    def _keep_fp8(self) -> None:
-        """Mark fp8 codes that stay codes: all, for linears that are served as one are alike."""
-        fp8 = {name: own for name, own in self.scalings.items() if own.codes == FP8}
-        if all(own.fits(self._scales(name)) for name, own in fp8.items()):
-            self.scalings |= {name: replace(own, keeps=True) for name, own in fp8.items()}
 
     def _parts(self, tensor: PackedTensor) -> dict[str, Tensor]:
         return {part: self._load(f"{tensor.prefix}.{part}") for part in tensor.parts}

@@ -17,8 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gblm import __version__
 from gblm.cache import cache_folder
 from gblm.checkpoint.reader import Reader
@@ -107,13 +105,9 @@ def is_legacy(config: dict[str, Any]) -> bool:
 
 
 def must_round(source: Path) -> bool:
-    """Whether fp8 codes must become bfloat16: CPUs don't multiply by them, or scales do not fit.
-
-    vLLM's builds for CPUs come with a PyTorch for CPUs.
-    """
-    on_gpus = torch.version.cuda is not None or torch.version.hip is not None
-    with LegacyReader(source, keeps_fp8=on_gpus) as reader:
-        return any(scaling.becomes_floats for scaling in reader.scalings.values())
+    """Whether there are fp8 codes, which become bfloat16."""
+    with LegacyReader(source) as reader:
+        return reader.has_fp8
 
 
 def _made(

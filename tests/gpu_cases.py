@@ -28,15 +28,3 @@ def product(weight: SparseWeight, x: torch.Tensor) -> torch.Tensor:
         groups = weight.codes.double().reshape(len(exact), weight.scales.shape[1], -1)
         exact = (groups * weight.scales.double().unsqueeze(-1)).reshape(exact.shape)
     return x.double() @ exact.t()
-
-
-def fp8_codes() -> tuple[tuple[int, int], torch.Tensor]:
-    """A shape and codes of it for a mask that keeps the first two of four columns.
-
-    Every code of E4M3 but NaN, −0 among them, in both places, rotated by one code a row.
-    """
-    bits = torch.tensor([byte for byte in range(256) if byte & 127 != 127], dtype=torch.uint8)
-    rows = torch.stack([bits.roll(row) for row in range(16)])
-    pairs = torch.stack([rows, rows.flip(1)], dim=-1)
-    codes = torch.cat([pairs, torch.zeros_like(pairs)], dim=-1).reshape(16, -1)
-    return (16, codes.shape[1]), codes.contiguous().view(torch.float8_e4m3fn)

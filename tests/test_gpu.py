@@ -38,8 +38,6 @@ TWO_FOUR = [
     ("nm/2:4/int8:128", (200, 1152), BF16),
     ("nm/2:4/int4:32", (200, 1184), BF16),
     ("nm/2:4/int4:128", (512, 4096), FP16),
-    ("nm/2:4/fp8:row", (200, 1160), BF16),
-    ("nm/2:4/fp8:128", (200, 1152), FP16),
 ]
 OTHERS = [
     ("bitmask/0.5", (200, 1160), BF16),
@@ -47,7 +45,6 @@ OTHERS = [
     ("nm/4:8", (200, 1160), BF16),
     ("bitmask/0.5/int8:128", (200, 1152), FP16),
     ("bitmask/0.5/int4:32", (200, 1184), BF16),
-    ("bitmask/0.5/fp8:128", (200, 1152), BF16),
 ]
 # Both sides of every limit at which a backend takes another way.
 TOKENS = (1, 2, 8, 9, 16, 17, 64, 65, 200)

@@ -21,8 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "provenance": {"__init__"},
     "patterns": {"errors"},
     "weights": set(),
-    "scales": set(),
-    "values": {"errors", "scales", "weights"},
+    "values": {"errors", "weights"},
     "choices": {"errors", "formats", "patterns", "recipe", "values"},
     "progress": set(),
     "network": {"errors"},
@@ -32,15 +31,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "folder": {"errors"},
     "model": {"checkpoint", "choices", "errors", "folder"},
     "data": {"errors"},
-    "formats": {"errors", "patterns", "scales", "values", "weights"},
-    "methods": {"errors", "patterns", "scales", "values", "weights"},
+    "formats": {"errors", "patterns", "values", "weights"},
+    "methods": {"errors", "patterns", "values", "weights"},
     "kernels": {"cache", "errors", "formats"},
     "layers": {"checkpoint", "errors", "model"},
     "ranks": {"errors"},
     "calibrate": {
-        "checkpoint", "errors", "folder", "layers", "model", "ranks", "scales", "weights",
+        "checkpoint", "errors", "folder", "layers", "model", "ranks", "weights",
     },
-    "loop": {"calibrate", "choices", "errors", "layers", "methods", "scales", "values", "weights"},
+    "loop": {"calibrate", "choices", "errors", "layers", "methods", "values", "weights"},
     "statistics": {
         "calibrate", "data", "layers", "methods", "model", "progress", "ranks", "recipe",
     },
@@ -78,7 +77,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": {"formats", "kernels", "patterns", "provenance", "values", "weights"},
     "export": {
         "bench", "checkpoint", "choices", "errors", "evaluate", "folder", "formats", "kernels",
-        "layers", "model", "packed", "patterns", "progress", "provenance", "record", "scales",
+        "layers", "model", "packed", "patterns", "progress", "provenance", "record",
         "values", "weights",
     },
     "serve": {

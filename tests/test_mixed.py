@@ -240,17 +240,3 @@ def test_the_command_line_shows_the_mix(
         ["2:4", "nm", "bfloat16", "6"],
         ["dense", "dense", "int8:64", "4"],
     ]
-
-
-def test_an_exception_may_have_zero_points(recipe: Recipe, tmp_path: Path) -> None:
-    mlp = MLP.model_copy(update={"values": "uint4"})
-    facts = plan(recipe.model_copy(update={"layers": (ATTENTION, mlp)}))
-    prune(recipe.model_copy(update={"layers": (ATTENTION, mlp)}), tmp_path / "out")
-    verify(tmp_path / "out")
-    for found in (facts["groups"], inspect(tmp_path / "out")["groups"]):
-        kinds = {group.get("values", group.get("dtype")): group for group in found}
-        assert kinds["uint4:64"]["bits_per_weight"] == 4 + 24 / 64
-        assert len(found) == 3
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "| dense | uint4:64 | 4 | " in card
-    assert "mask, codes, scales and zero points" in card

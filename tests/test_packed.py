@@ -32,7 +32,7 @@ def test_logits_equal_the_dense_export(
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("values", ["float", "int8", "uint4"])
+@pytest.mark.parametrize("values", ["float", "int8"])
 def test_best_backend_serves_when_none_is_asked_for(
     pack_tiny: Pack, best_backend: str, values: str
 ) -> None:

@@ -122,9 +122,7 @@ def steps(values: str, order: str) -> list[object]:
     ]
 
 
-@pytest.mark.parametrize(
-    ("order", "values"), [("layer", "int4"), ("layer", "uint4"), ("sequential", "float")]
-)
+@pytest.mark.parametrize(("order", "values"), [("layer", "int4"), ("sequential", "float")])
 def test_training_takes_the_steps_of_a_single_process(
     gblm: Callable[..., Outcome],
     torchrun: Launch,

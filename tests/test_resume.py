@@ -195,7 +195,7 @@ def test_a_run_that_fails_before_the_first_layer_leaves_nothing(tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("values", ["int8", "int4:32", "uint4:32"])
+@pytest.mark.parametrize("values", ["int8", "int4:32"])
 @pytest.mark.parametrize(("method", "dtype"), [("gblm", "auto"), ("sparsegpt", "float32")])
 def test_codes_go_on_in_the_same_bytes(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, dtype: str,

@@ -20,7 +20,6 @@ from gblm.kernels.triton.backend import (
     ADDED,
     COMPILER,
     DENSE,
-    KINDS,
     WARPS,
     Blocks,
     Stored,
@@ -49,7 +48,7 @@ class Case:
     @property
     def label(self) -> str:
         """Kernel, pattern, value type, tokens."""
-        names = {number: name for name, number in KINDS.items()}
+        names = {16: "float", 8: "int8", 4: "int4"}
         kind = names[self.stored.kind] + (f":{self.stored.group}" if self.stored.group else "")
         pattern = "2:4" if self.stored.two_four else "any"
         what = (
@@ -93,9 +92,8 @@ LIMITS = {
     case(True, 16, 0, 1): Limits(80, 8.4),
     case(True, 16, 0, 16): Limits(88, 9.6),
     case(False, 16, 0, 1): Limits(64, 16.8),
-    case(False, 14, 32, 16): Limits(120, 31.0),
+    case(False, 4, 32, 16): Limits(120, 31.0),
     case(True, 4, 128, 1): Limits(72, 9.4),
-    case(True, 28, 128, 1): Limits(72, 9.9),
     case(False, 16, 0, 0): Limits(40, 0),
 }
 
@@ -136,10 +134,10 @@ def compile_shares(target: GPUTarget) -> Any:
 
 def _types(one: Case) -> dict[str, str]:
     number = "*fp16" if one.float16 else "*bf16"
-    values = {8: "*i16", 16: "*i32", 28: "*i16"} if one.stored.two_four else {8: "*i8", 16: number}
+    values = {8: "*i16", 16: "*i32"} if one.stored.two_four else {8: "*i8", 16: number}
     return {
         "x": "*i64", "values": values.get(one.stored.kind, "*u8"), "words": "*i32",
-        "starts": "*i16", "begins": "*i64", "scales": "*bf16", "zeros": "*u8",
+        "starts": "*i16", "begins": "*i64", "scales": "*bf16",
         "out": number if one.blocks.split == 1 else "*fp32",
         "tokens": "i32", "rows": "i32", "columns": "i32",
     }  # fmt: skip

@@ -13,7 +13,7 @@ from gblm.formats import format_for
 from gblm.kernels import BACKENDS, linear
 from gblm.patterns import NM, Dense, Pattern, Unstructured
 from gblm.provenance import provenance
-from gblm.values import FLOAT, ValueType, quantize
+from gblm.values import FLOAT, KINDS, ValueType, quantize
 from gblm.weights import SparseWeight
 
 PLUGIN_GROUP = "vllm.general_plugins"
@@ -66,10 +66,7 @@ def _self_test(name: str) -> str:
     patterns: tuple[Pattern, ...] = (
         NM(2, 4), NM(4, 8), NM(8, 16), Unstructured(0.5), Dense(),
     )  # fmt: skip
-    kinds = (
-        FLOAT, ValueType("int8", 64), ValueType("int4", 32), ValueType("uint4", 32),
-        ValueType("fp8", 32),
-    )  # fmt: skip
+    kinds = (FLOAT, *(ValueType(kind, 32) for kind in KINDS if kind != FLOAT.kind))
     for pattern, values in product(patterns, kinds):
         weight = torch.randn(48, 64, generator=generator)
         sparse = SparseWeight.cut(weight, pattern.keep(weight.abs(), "row"))

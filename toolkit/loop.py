@@ -16,7 +16,7 @@ from gblm.choices import Choice
 from gblm.errors import InputError
 from gblm.layers import Layers
 from gblm.methods.pipeline import Pipeline
-from gblm.scales import SCALE_DTYPE, ZERO_DTYPE
+from gblm.values import SCALE_DTYPE
 from gblm.weights import SparseWeight
 
 logger = logging.getLogger(__name__)
@@ -168,17 +168,14 @@ class _Pruning:
         if values.is_float:
             return SparseWeight(linear.weight.detach(), mask.bool())
         groups = linear.in_features // values.group(linear.in_features)
-        codes = torch.empty_like(mask, dtype=values.code_dtype)
+        codes = torch.empty_like(mask, dtype=torch.int8)
         scales = torch.empty(len(mask), groups, device=mask.device)
-        zeros = torch.empty_like(scales, dtype=ZERO_DTYPE) if values.has_zeros else None
         if own is not None and own.codes is not None and own.scales is not None:
-            codes, scales, zeros = own.codes, own.scales.float(), own.zeros
-        # As bytes: collectives know no floats of 8 bits.
-        for tensor in (codes.view(torch.uint8), scales, zeros):
-            if tensor is not None:
-                self._ranks.broadcast_(tensor)
+            codes, scales = own.codes, own.scales.float()
+        self._ranks.broadcast_(codes)
+        self._ranks.broadcast_(scales)
         scales = scales.to(SCALE_DTYPE)
-        return SparseWeight.from_codes(codes, scales, mask.bool(), linear.weight.dtype, zeros)
+        return SparseWeight.from_codes(codes, scales, mask.bool(), linear.weight.dtype)
 
     def _choose(self, local: str, linear: nn.Linear) -> SparseWeight:
         if self._more is None:

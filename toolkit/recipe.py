@@ -113,8 +113,8 @@ class Recipe(BaseModel):
         method: a name of `gblm.methods.METHODS`.
         pattern: "2:4", "0.5", …; see `gblm.patterns.parse`.
         values: of the packed weights: "float", the checkpoint's own dtype; "int8", "int4", rounded
-            to codes with a scale per group of columns: "int8:128", "int4:row"; "uint4", with a zero
-            point, too; "fp8", whose codes are floats; see `gblm.values.parse_values`.
+            to codes with a scale per group of columns: "int8:128", "int4:row"; see
+            `gblm.values.parse_values`.
         layers: exceptions to `pattern` and `values`; the first that matches a linear decides.
         head: of the output head: "float", as it is; "int8", "int4", rounded to codes. Of a head
             that is tied to the embeddings a rounded copy is stored, and the embeddings stay.
@@ -162,8 +162,8 @@ class Recipe(BaseModel):
         kinds = {self.values, *(choice.values or self.values for choice in self.layers)}
         if self.rounding != "nearest" and kinds == {"float"}:
             raise ValueError(
-                f"rounding {self.rounding} goes with codes: give values int8, int4, uint4 or fp8, "
-                "or leave rounding out"
+                f"rounding {self.rounding} goes with codes: give values int8 or int4, or leave "
+                "rounding out"
             )
         if self.reconstruct is not None and self.stats is not None:
             raise ValueError(

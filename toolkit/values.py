@@ -1,24 +1,22 @@
-"""Value types: floats, or codes with group scales; and the rounding from one to the other.
+"""Value types: floats, or integer codes with group scales; and the rounding from one to the other.
 
-A group is `group_size` consecutive dense columns of one row; its codes stand for code · scale, or
-(code − zero) · scale where groups have zero points. Codes are integers, or floats of 8 bits (fp8).
-Formats store all of it without loss; the only lossy step is the rounding.
+A group is `group_size` consecutive dense columns of one row; its codes stand for code · scale.
+KINDS holds every kind of value with all its facts; formats, kernels and commands read them there.
+Formats store codes and scales without loss; the only lossy step is the rounding.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from gblm.errors import InputError, PatternError
-from gblm.scales import FP8_DTYPE, CodeRange, Levels, mse_levels, to_codes_, widest_levels
 from gblm.weights import SparseWeight
 
-Kind = Literal["float", "int8", "int4", "uint4", "fp8"]
 # nearest: codes reach the largest weight. mse: scale of the least squared error. obs: the columns
 # to the right make up for the error, too (gblm.methods.obs).
 Rounding = Literal["nearest", "mse", "obs"]
@@ -26,14 +24,40 @@ GROUP_SIZES = (32, 64, 96, 128, 192, 256)
 # Of each linear's columns: the largest of AUTO_SIZES that divides them, and all of them.
 AUTO, ROW = 0, -1
 AUTO_SIZES = (128, 96, 64, 32)
-# The largest code, which is also what rounding reaches downward; LEAST has codes that only others
-# write: those of −128 and −8 have no opposite.
-LIMITS = {"int8": 127, "int4": 7, "uint4": 15, "fp8": 448}
-LEAST = {"int8": -128, "int4": -8, "uint4": 0, "fp8": -448}
-# int8 with zero points would gain nothing: what its 255 levels lose is too little to notice.
-WITH_ZEROS = ("uint4",)
-NIBBLES = ("int4", "uint4")
 WORDS = {AUTO: "auto", ROW: "row"}
+SCALE_DTYPE = torch.bfloat16
+# What the search multiplies the widest range with, best first on a tie.
+SHRINK = tuple(1 - 0.02 * step for step in range(21))
+# Weights that are searched at once, so that they stay in the cache.
+SEARCHED = 1 << 18
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of value: an entry of KINDS, which is all that a new kind needs.
+
+    Attributes:
+        bits: that a value takes on disk and in memory: 16 (floats), 8, or 4 (two codes a byte).
+        limit: the largest code that rounding makes; −limit is the least. Floats have 0.
+        least: the least code that a file may hold, for other tools write codes without opposite.
+        column_unit: the CPU kernels take a multiple of so many columns.
+        about: how people call it, for the help of the command line.
+    """
+
+    bits: int
+    limit: int
+    least: int
+    column_unit: int
+    about: str
+
+
+KINDS: dict[str, Kind] = {
+    "float": Kind(16, 0, 0, 8, "as they are"),
+    "int8": Kind(8, 127, -128, 32, "codes of 8 bits with group scales"),
+    "int4": Kind(4, 7, -8, 32, "codes of 4 bits with group scales"),
+}
+# Kinds of earlier releases; folders of theirs are told how to go on.
+GONE = ("uint4", "fp8")
 
 
 @dataclass(frozen=True)
@@ -41,8 +65,7 @@ class ValueType:
     """How the kept values of a weight are stored. str() gives its spec: `float`, `int8:128`.
 
     Attributes:
-        kind: "float" is the checkpoint's own dtype; "int8" and "int4" are codes with scales;
-            "uint4" has a zero point beside each scale; "fp8" codes are themselves floats.
+        kind: a name of KINDS; "float" is the checkpoint's own dtype.
         group_size: columns that share a scale: one of GROUP_SIZES, ROW, or AUTO, which `resolve`
             settles for each linear. Always 0 for "float".
 
@@ -50,14 +73,12 @@ class ValueType:
         PatternError: there is no such value type.
     """
 
-    kind: Kind
+    kind: str
     group_size: int = AUTO
 
     def __post_init__(self) -> None:
-        if self.kind not in ("float", *LIMITS):
-            raise PatternError(
-                f"values {self.kind!r} are unknown: give float, {', '.join(LIMITS)}."
-            )
+        if self.kind not in KINDS:
+            raise PatternError(f"values {self.kind!r} are unknown: give {', '.join(KINDS)}.")
         if self.is_float and self.group_size:
             raise PatternError("values float have no scales: leave the group size out.")
         if not self.is_float and self.group_size not in (AUTO, ROW, *GROUP_SIZES):
@@ -77,38 +98,34 @@ class ValueType:
         return self.kind == "float"
 
     @property
+    def bits(self) -> int:
+        """The bits of a value on disk and in memory: 16, 8 or 4."""
+        return KINDS[self.kind].bits
+
+    @property
     def limit(self) -> int:
-        """The largest code: 127, 7, 15 or 448. Kinds with codes only."""
-        return LIMITS[self.kind]
+        """The largest code that rounding makes: 127 or 7. Kinds with codes only."""
+        return KINDS[self.kind].limit
 
     @property
     def least(self) -> int:
-        """The least code that may be stored: −128, −8, 0 or −448. Kinds with codes only."""
-        return LEAST[self.kind]
+        """The least code that may be stored: −128 or −8. Kinds with codes only."""
+        return KINDS[self.kind].least
 
     @property
-    def has_zeros(self) -> bool:
-        """Whether each group has a zero point."""
-        return self.kind in WITH_ZEROS
-
-    @property
-    def is_fp8(self) -> bool:
-        """Whether codes are floats, of E4M3."""
-        return self.kind == "fp8"
-
-    @property
-    def code_dtype(self) -> torch.dtype:
-        """Of the codes of a SparseWeight. Kinds with codes only."""
-        return FP8_DTYPE if self.is_fp8 else torch.int8
+    def column_unit(self) -> int:
+        """The CPU kernels take a multiple of so many columns."""
+        return KINDS[self.kind].column_unit
 
     @property
     def in_nibbles(self) -> bool:
         """Whether two codes share a byte."""
-        return self.kind in NIBBLES
+        return self.bits == 4
 
-    def codes(self, limit: int | None = None) -> CodeRange:
-        """Which codes there are, up to another limit if one is given. Kinds with codes only."""
-        return CodeRange(limit or self.limit, self.has_zeros, self.is_fp8)
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """The dtype of codes on disk: int8, or uint8 where two share a byte."""
+        return torch.uint8 if self.in_nibbles else torch.int8
 
     def group(self, columns: int) -> int:
         """How many of a weight's columns share a scale. Kinds with codes only, `resolve`d."""
@@ -151,14 +168,19 @@ def parse_values(text: str) -> ValueType:
     Raises:
         PatternError: the text is none of these.
     """
-    match = re.fullmatch(r"(float|int8|int4|uint4|fp8)(?::([0-9]{1,4}|row|auto))?", text)
-    if match is None or match[1] == "float" != text:
+    match = re.fullmatch(r"([a-z0-9]+)(?::([0-9]{1,4}|row|auto))?", text)
+    if match is not None and match[1] in GONE:
         raise PatternError(
-            f"values {text[:40]!r} are unknown: give float, or int8, int4, uint4 or fp8 with a "
-            "group size, such as int8:128, int4:row or uint4:auto."
+            f"values {text!r} are no longer read: prune again with --values int4, or unpack the "
+            "folder with `gblm export dense` of the gblm-toolkit that wrote it."
         )
-    kinds: dict[str, Kind] = {name: name for name in get_args(Kind)}
-    kind, words = kinds[match[1]], {word: size for size, word in WORDS.items()}
+    if match is None or match[1] not in KINDS or match[1] == "float" != text:
+        codes = ", ".join(kind for kind in KINDS if kind != "float")
+        raise PatternError(
+            f"values {text[:40]!r} are unknown: give float, or one of {codes} with a group size, "
+            "such as int8:128, int4:row or int4:auto."
+        )
+    kind, words = match[1], {word: size for size, word in WORDS.items()}
     size = match[2] or WORDS[AUTO]
     if size.isdigit() and int(size) == AUTO:
         raise PatternError(f"values {text!r}: a group has columns; write {kind}:auto.")
@@ -175,7 +197,7 @@ def quantize(
     importance: Tensor | None = None,
     limit: int | None = None,
 ) -> SparseWeight:
-    """Round kept weights to the nearest code; one scale a group, and a zero point if it has one.
+    """Round kept weights to the nearest code, with one scale a group.
 
     The scale is rounded to bfloat16 before the codes are taken, so that they fit the stored one.
     `gblm.methods.obs.round_obs` chooses codes better than to the nearest.
@@ -185,12 +207,12 @@ def quantize(
         mask: [out, in] bool, True = kept.
         values: a kind with codes, `resolve`d for `in`.
         name: of the linear, for messages.
-        rounding: "nearest" has levels that reach the largest weight, "mse" those of `mse_levels`.
+        rounding: "nearest" has scales that reach the largest weight, "mse" those of `mse_scales`.
         importance: [in] ≥ 0, what "mse" weighs squared errors with, such as the diagonal of H.
         limit: the largest code, if not that of the value type: 3 measures int3.
 
     Returns:
-        Codes, scales, zero points, and as `weight` what they stand for, in the given dtype.
+        Codes, scales, and as `weight` what they stand for, in the given dtype.
 
     Raises:
         InputError: a weight is NaN or Inf, or becomes so.
@@ -198,35 +220,97 @@ def quantize(
     """
     rows, columns = weight.shape
     values.check_columns(name, columns)
-    size, codes = values.group(columns), values.codes(limit)
+    size, limit = values.group(columns), limit or values.limit
     groups = torch.where(mask, weight, torch.zeros_like(weight)).float()
     groups = groups.reshape(rows, columns // size, size)
     if rounding == "nearest":
-        levels = widest_levels(groups, codes)
+        scales = widest_scales(groups, limit)
     else:
         by_group = None if importance is None else importance.reshape(-1, size)
-        levels = mse_levels(groups, codes, by_group)
+        scales = mse_scales(groups, limit, by_group)
     # Adding zero makes +0 of the code of a small negative weight.
-    rounded = to_codes_(groups, levels, codes).add_(0.0).reshape(rows, columns)
-    del groups
-    rounded = rounded.to(values.code_dtype)
-    return checked_codes(rounded, levels, mask, weight.dtype, values, name)
+    rounded = to_codes_(groups, scales.float().unsqueeze(-1), limit).add_(0.0)
+    codes = rounded.reshape(rows, columns).to(torch.int8)
+    return checked_codes(codes, scales, mask, weight.dtype, values, name)
 
 
 def checked_codes(
-    codes: Tensor, levels: Levels, mask: Tensor, dtype: torch.dtype, values: ValueType, name: str
+    codes: Tensor, scales: Tensor, mask: Tensor, dtype: torch.dtype, values: ValueType, name: str
 ) -> SparseWeight:
     """SparseWeight.from_codes of codes that were just rounded.
 
     Raises:
         InputError: a scale is NaN or Inf, or a weight leaves the range of its dtype.
     """
-    if not bool(levels.scales.isfinite().all()):
+    if not bool(scales.isfinite().all()):
         raise InputError(f"{name}.weight holds NaN or Inf, which has no {values.kind} code.")
-    rounded = SparseWeight.from_codes(codes, levels.scales, mask, dtype, levels.zeros)
+    rounded = SparseWeight.from_codes(codes, scales, mask, dtype)
     if not bool(rounded.weight.isfinite().all()):
         raise InputError(
             f"{name}.weight: its largest values leave the range of {dtype} when they are "
             f"rounded to {values.kind}. Leave it dense with --ignore."
         )
     return rounded
+
+
+def widest_scales(groups: Tensor, limit: int) -> Tensor:
+    """The scales with which the largest weight of each group has the code ±limit.
+
+    Args:
+        groups: [..., size] float32.
+        limit: the largest code.
+
+    Returns:
+        [...] bfloat16, > 0; not finite where a group is not.
+    """
+    return _stored(groups.abs().amax(dim=-1) / limit)
+
+
+def mse_scales(groups: Tensor, limit: int, importance: Tensor | None = None) -> Tensor:
+    """The scales of the least squared error in each group, of SHRINK times the widest ones.
+
+    Finer steps for the many cost the largest their distance: Banner et al. 2018,
+    https://arxiv.org/abs/1810.05723, who solve for the clipping that is searched for here.
+
+    Args:
+        groups: [out, ..., size] float32; zeros have no error, so dropped weights must be zero.
+        limit: the largest code.
+        importance: [..., size] ≥ 0, broadcast over `groups`, what squared errors are weighed with.
+
+    Returns:
+        [out, ...] bfloat16, > 0; not finite where a group is not.
+    """
+    rows = max(SEARCHED * len(groups) // max(groups.numel(), 1), 1)
+    return torch.cat([_search(part, limit, importance) for part in groups.split(rows)])
+
+
+def to_codes_(weights: Tensor, scales: Tensor, limit: int) -> Tensor:
+    """Replace float32 weights by their nearest codes, ties to even.
+
+    Args:
+        weights: any shape.
+        scales: float32, broadcast over `weights`.
+        limit: the largest code.
+    """
+    return weights.div_(scales).clamp_(-limit, limit).round_()
+
+
+def _stored(scales: Tensor) -> Tensor:
+    """Scales as they are stored; 1 also where all of a group is too small for a bfloat16 scale."""
+    scales = scales.to(SCALE_DTYPE)
+    return torch.where(scales == 0, torch.ones_like(scales), scales)
+
+
+def _search(groups: Tensor, limit: int, importance: Tensor | None) -> Tensor:
+    """The scales of `mse_scales` for a few rows."""
+    high = groups.abs().amax(dim=-1) / limit
+    best, least = _stored(high), torch.full_like(high, torch.inf)
+    for factor in SHRINK:
+        scales = _stored(high * factor)
+        steps = scales.float().unsqueeze(-1)
+        error = torch.addcmul(groups, to_codes_(groups.clone(), steps, limit), steps, value=-1)
+        error.square_()
+        total = (error if importance is None else error.mul_(importance)).sum(dim=-1)
+        best = torch.where(total < least, scales, best)
+        least = torch.minimum(total, least)
+    return best

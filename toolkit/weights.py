@@ -17,19 +17,15 @@ class SparseWeight:
         weight: [out, in] floating point, zero wherever `mask` is False. A kept weight may be
             zero too. With codes it is what they stand for, rounded once to its dtype.
         mask: [out, in] bool, True = kept.
-        codes: [out, in] int8 or float8_e4m3fn, counted from the zero point of their group, if it
-            has one, so that a weight is code · scale; zero wherever `mask` is False. None for
+        codes: [out, in] int8; a weight is code · scale; zero wherever `mask` is False. None for
             floating values.
         scales: [out, groups] bfloat16, of groups of consecutive columns; None without codes.
-        zeros: [out, groups] uint8, the zero points: a code is stored as code + zero. None where
-            codes are symmetric.
     """
 
     weight: Tensor
     mask: Tensor
     codes: Tensor | None = None
     scales: Tensor | None = None
-    zeros: Tensor | None = None
 
     @classmethod
     def cut(cls, weight: Tensor, mask: Tensor) -> SparseWeight:
@@ -43,28 +39,21 @@ class SparseWeight:
 
     @classmethod
     def from_codes(
-        cls,
-        codes: Tensor,
-        scales: Tensor,
-        mask: Tensor,
-        dtype: torch.dtype,
-        zeros: Tensor | None = None,
+        cls, codes: Tensor, scales: Tensor, mask: Tensor, dtype: torch.dtype
     ) -> SparseWeight:
-        """What codes and scales stand for, in a floating dtype; codes count from the zero point."""
-        return cls(dequantize(codes, scales, dtype), mask, codes, scales, zeros)
+        """What codes and scales stand for, in a floating dtype."""
+        return cls(dequantize(codes, scales, dtype), mask, codes, scales)
 
     @classmethod
     def cat(cls, pieces: Sequence[SparseWeight]) -> SparseWeight:
         """Join weights that have the same columns and groups, row after row."""
         codes = [piece.codes for piece in pieces if piece.codes is not None]
         scales = [piece.scales for piece in pieces if piece.scales is not None]
-        zeros = [piece.zeros for piece in pieces if piece.zeros is not None]
         return cls(
             torch.cat([piece.weight for piece in pieces]),
             torch.cat([piece.mask for piece in pieces]),
             torch.cat(codes) if codes else None,
             torch.cat(scales) if scales else None,
-            torch.cat(zeros) if zeros else None,
         )
 
     @property
@@ -89,8 +78,7 @@ class SparseWeight:
                 raise ValueError(f"columns {start}..{start + length} cut groups of {size}.")
             start, length = start // size, length // size
         scales = self.scales.narrow(dim, start, length).clone()
-        zeros = None if self.zeros is None else self.zeros.narrow(dim, start, length).clone()
-        return SparseWeight(weight, mask, codes, scales, zeros)
+        return SparseWeight(weight, mask, codes, scales)
 
     def to(self, dtype: torch.dtype, device: str | torch.device = "cpu") -> SparseWeight:
         """The same weight in another dtype, on another device; codes and their groups stay."""
@@ -98,17 +86,16 @@ class SparseWeight:
         if self.codes is None or self.scales is None:
             return SparseWeight(self.weight.to(device, dtype), mask)
         codes, scales = self.codes.to(device), self.scales.to(device)
-        zeros = None if self.zeros is None else self.zeros.to(device)
         if self.weight.dtype == dtype:
-            return SparseWeight(self.weight.to(device), mask, codes, scales, zeros)
-        return SparseWeight.from_codes(codes, scales, mask, dtype, zeros)
+            return SparseWeight(self.weight.to(device), mask, codes, scales)
+        return SparseWeight.from_codes(codes, scales, mask, dtype)
 
 
 def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """What codes stand for: the exact product with the group's scale, rounded once.
 
     Args:
-        codes: [out, in] int8 or float8_e4m3fn, counted from the zero point if there is one.
+        codes: [out, in] int8.
         scales: [out, groups] bfloat16; groups divides in.
         dtype: floating point, of the result.
 

@@ -48,8 +48,8 @@ def packed_panels(reader: PackedReader, linears: Sequence[str]) -> tuple[Panels,
         Panels, and the dense weight [out, in] float32 that they stand for.
 
     Raises:
-        InputError: floating values are not exact in bfloat16, values are fp8, or the kernels cannot
-            take the shape.
+        InputError: floating values are not exact in bfloat16, or the kernels cannot take the
+            shape.
         CheckpointError: the linears cannot be one.
     """
     found = [reader.linears.get(name) for name in linears]
@@ -59,11 +59,6 @@ def packed_panels(reader: PackedReader, linears: Sequence[str]) -> tuple[Panels,
         raise CheckpointError(
             f"{reader.folder}: {', '.join(linears)} are one linear in the graph; pack them in one "
             "format."
-        )
-    if fmt.values.is_fp8:
-        raise InputError(
-            f"{linears[0]}: fp8 values are for GPUs, and the operator has no such kernel; pack the "
-            "model with --values int8, or export without --sparse."
         )
     pieces = []
     for linear in packed:

@@ -23,7 +23,6 @@ from vllm.model_executor.parameter import (
 from gblm import kernels
 from gblm.errors import CheckpointError, PatternError
 from gblm.formats import Format, Shape, TensorSpec
-from gblm.formats.codes import holds_nan
 from gblm.formats.rectangle import RectangleFormat
 from gblm.kernels import Backend
 from gblm.serve.vllm_plugin.ragged import Pieces, RaggedParameter, give_back_memory
@@ -31,7 +30,6 @@ from gblm.values import ROW
 
 # −128; twice −8: codes, but no row of a real weight holds nothing else.
 NO_CODE = {torch.int8: -0x80, torch.uint8: 0x88}
-NO_ZERO, NOT_LOADED = 0xFF, -1
 MISSING = "{}: values are missing in the checkpoint, or NaN."
 NoteChoice = Callable[[Backend, Sequence[str]], None]
 MAX_RANKS = 64  # looked at for the way out of a refusal
@@ -123,9 +121,7 @@ class SparseLinearMethod(LinearMethodBase):
     def _loaded_parts(self, layer: torch.nn.Module) -> dict[str, Tensor]:
         if self.pieces is None:
             parts = {part: getattr(layer, part).data for part in self.fmt.parts}
-            if self.fmt.values.has_zeros:
-                parts["values"] = self._narrowed(parts["values"])
-            elif not self.fmt.values.is_float:
+            if not self.fmt.values.is_float:
                 self._refuse_unloaded_rows(parts["values"])
             return parts
         device = layer.get_parameter("values").device
@@ -133,21 +129,8 @@ class SparseLinearMethod(LinearMethodBase):
         self.pieces = None
         return {part: tensor.to(device) for part, tensor in whole.items()}
 
-    def _narrowed(self, loaded: Tensor) -> Tensor:
-        """Bytes of codes; see `_rectangle`."""
-        if bool((loaded == NOT_LOADED).any()):
-            raise CheckpointError(f"{self.name}: values are missing in the checkpoint.")
-        return loaded.to(torch.uint8)
-
     def _refuse_unloaded_rows(self, codes: Tensor) -> None:
-        """A piece that the loader skipped is whole rows of what they were filled with.
-
-        NaN is no fp8 code at all.
-        """
-        if self.fmt.values.is_fp8:
-            if holds_nan(codes):
-                raise CheckpointError(MISSING.format(self.name))
-            return
+        """A piece that the loader skipped is whole rows of what they were filled with."""
         if bool((codes == NO_CODE[codes.dtype]).all(dim=1).any()):
             raise CheckpointError(
                 f"{self.name}: values are missing in the checkpoint, or a row holds nothing but "
@@ -219,19 +202,14 @@ def refuse_unloaded(name: str, values: Tensor) -> None:
 def _rectangle(fmt: Format, part: str, spec: TensorSpec, loader: Any) -> BasevLLMParameter:
     """An empty part that vLLM cuts like a dense weight: at the same relative place.
 
-    NaN, rows of the least code, zero points that there are none of and an empty bitmask are refused
-    later, should the loader skip this layer.
+    NaN, rows of the least code and an empty bitmask are refused later, should the loader skip this
+    layer.
     """
-    fill, dtype = math.nan if spec.dtype.is_floating_point else 0, spec.dtype
-    if part == "values" and fmt.values.has_zeros:
-        # Every byte is two codes, so that only a wider type can tell what was not loaded.
-        fill, dtype = NOT_LOADED, torch.int16
-    elif part == "values":
+    fill = math.nan if spec.dtype.is_floating_point else 0
+    if part == "values":
         fill = NO_CODE.get(spec.dtype, fill)
-    elif part == "zeros":
-        fill = NO_ZERO
-    data = torch.full(spec.shape, fill, dtype=dtype)
-    if part in ("scales", "zeros") and fmt.values.group_size == ROW:
+    data = torch.full(spec.shape, fill, dtype=spec.dtype)
+    if part == "scales" and fmt.values.group_size == ROW:
         # What belongs to a whole row goes to every rank that holds some of its columns.
         return ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=loader)
     return ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from gblm.calibrate.reconstruct import Training, reconstruct
 from gblm.calibrate.trainable import trainable
 from gblm.calibrate.walk import DecoderLayer, Walk, walk
 from gblm.errors import InputError
-from gblm.formats.codes import check_range
 from gblm.layers import Layers
 from gblm.model import load
 from gblm.patterns import NM
@@ -37,16 +35,6 @@ def cut(weight: torch.Tensor) -> SparseWeight:
 def rounded(weight: torch.Tensor) -> SparseWeight:
     pruned = cut(weight)
     return quantize(pruned.weight, pruned.mask, parse_values("int4:32"))
-
-
-def rounded_with_zeros(weight: torch.Tensor) -> SparseWeight:
-    pruned = cut(weight)
-    return quantize(pruned.weight, pruned.mask, parse_values("uint4:32"))
-
-
-def rounded_to_fp8(weight: torch.Tensor) -> SparseWeight:
-    pruned = cut(weight)
-    return quantize(pruned.weight, pruned.mask, parse_values("fp8:32"))
 
 
 def pruned_layer(
@@ -78,9 +66,7 @@ def loss(layer: DecoderLayer) -> float:
     return total / layer.streams.num_samples
 
 
-@pytest.mark.parametrize(
-    ("make", "share"), [(cut, 0.9), (rounded, 0.97), (rounded_with_zeros, 0.97)]
-)
+@pytest.mark.parametrize(("make", "share"), [(cut, 0.9), (rounded, 0.97)])
 def test_training_brings_the_layer_closer_to_the_dense_one(
     tiny: Path, batches: list[torch.Tensor], make: object, share: float
 ) -> None:
@@ -100,21 +86,15 @@ def test_training_brings_the_layer_closer_to_the_dense_one(
     assert done.loss[0] > done.loss[1]
 
 
-@pytest.mark.parametrize("make", [rounded, rounded_with_zeros, rounded_to_fp8])
-def test_trained_codes_stay_codes(
-    tiny: Path, batches: list[torch.Tensor], make: Callable[[torch.Tensor], SparseWeight]
-) -> None:
-    layer, weights = pruned_layer(tiny, batches, make)
-    kind = {rounded: "int4", rounded_with_zeros: "uint4", rounded_to_fp8: "fp8"}[make]
-    values = parse_values(f"{kind}:32")
+def test_trained_codes_stay_codes(tiny: Path, batches: list[torch.Tensor]) -> None:
+    layer, weights = pruned_layer(tiny, batches, rounded)
     how = Training(epochs=8, learning_rate=2e-2, batch_size=1)
     done = reconstruct(layer.module, weights, layer.streams, how, ALONE, "layer")
     changed = 0
     for name, weight in done.weights.items():
         assert weight.codes is not None
         assert weight.scales is not None
-        check_range(name, weight, values)
-        assert weight.zeros is weights[name].zeros
+        assert int(weight.codes.abs().max()) <= 7
         assert bool((weight.scales > 0).all())
         again = SparseWeight.from_codes(weight.codes, weight.scales, weight.mask, torch.float32)
         assert torch.equal(again.weight, weight.weight)
@@ -122,7 +102,7 @@ def test_trained_codes_stay_codes(
     assert changed > 0
 
 
-@pytest.mark.parametrize("make", [cut, rounded, rounded_with_zeros, rounded_to_fp8])
+@pytest.mark.parametrize("make", [cut, rounded])
 def test_without_a_step_nothing_changes(make: object) -> None:
     start = make(torch.randn(8, 64, generator=torch.Generator().manual_seed(1)))
     part = trainable(start)
@@ -132,14 +112,10 @@ def test_without_a_step_nothing_changes(make: object) -> None:
     if start.codes is not None:
         assert torch.equal(end.codes.view(torch.uint8), start.codes.view(torch.uint8))
         assert torch.equal(end.scales, start.scales)
-        assert end.zeros is start.zeros
 
 
-@pytest.mark.parametrize("make", [rounded, rounded_with_zeros])
-def test_gradients_reach_kept_weights_and_scales_only(
-    make: Callable[[torch.Tensor], SparseWeight],
-) -> None:
-    start = make(torch.randn(8, 64, generator=torch.Generator().manual_seed(1)))
+def test_gradients_reach_kept_weights_and_scales_only() -> None:
+    start = rounded(torch.randn(8, 64, generator=torch.Generator().manual_seed(1)))
     part = trainable(start)
     part.value().square().sum().backward()
     weights, scales = (group["params"][0] for group in part.groups(1e-3))

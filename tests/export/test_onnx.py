@@ -58,7 +58,6 @@ def damaged(sparse: Path, tmp_path: Path) -> Path:
         ("dense", "float", "float", True),
         ("0.5", "int8", "int8", True),
         ("2:4", "int4", "int8", True),
-        ("0.5", "uint4", "float", True),
         ("dense", "int4", "int4", False),
     ],
 )

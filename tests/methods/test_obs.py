@@ -6,12 +6,10 @@ import pytest
 import torch
 
 from gblm.errors import InputError, PatternError, UsageError
-from gblm.formats.codes import check_range
 from gblm.methods.obs import prepare_obs, round_obs
 from gblm.methods.sparsegpt import SparseGPT
 from gblm.patterns import NM, Dense, parse
-from gblm.scales import SHRINK
-from gblm.values import ROW, Kind, ValueType, quantize
+from gblm.values import ROW, SHRINK, ValueType, quantize
 from gblm.weights import SparseWeight, dequantize
 
 DAMPING = 0.01
@@ -34,29 +32,13 @@ def output_error(weight: torch.Tensor, found: SparseWeight, hessian: torch.Tenso
     return float((difference @ hessian.double() * difference).sum())
 
 
-def nearest(codes: torch.Tensor, values: ValueType) -> torch.Tensor:
-    """Of float64, between the least and the largest code."""
-    return codes.to(torch.float8_e4m3fn).double() if values.is_fp8 else codes.round()
-
-
-def best_levels(
-    group: torch.Tensor, cost: torch.Tensor, values: ValueType
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Oracle: scale, least and largest code, [rows, 1] float64, of [rows, size] with zeros."""
-    limit, rows = values.limit, torch.arange(len(group))
-    high = group.amax(dim=1, keepdim=True).clamp(min=0)
-    low = group.amin(dim=1, keepdim=True).clamp(max=0)
-    widest = high - low if values.has_zeros else torch.maximum(high, -low)
+def best_scales(group: torch.Tensor, cost: torch.Tensor, limit: int) -> torch.Tensor:
+    """Oracle: scales [rows, 1] float64, of [rows, size] with zeros."""
+    widest = group.abs().amax(dim=1, keepdim=True)
     scales = torch.stack([(widest / limit * f).bfloat16().double() for f in SHRINK])
-    least = torch.full_like(scales, -limit)
-    if values.has_zeros:
-        shrunk = torch.stack([low * f for f in SHRINK])
-        least = (shrunk / scales).round().clamp(-limit, 0)
-    most = least + limit if values.has_zeros else -least
-    codes = torch.minimum(torch.maximum(group / scales, least), most)
-    rounded = nearest(codes, values) * scales
+    rounded = (group / scales).clamp(-limit, limit).round() * scales
     best = ((group - rounded) ** 2 * cost).sum(dim=2).argmin(dim=0)
-    return scales[best, rows], least[best, rows], most[best, rows]
+    return scales[best, torch.arange(len(group))]
 
 
 def textbook(
@@ -65,8 +47,8 @@ def textbook(
     values: ValueType,
     mask: torch.Tensor,
     pattern: NM | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Oracle: column by column in float64, without blocks; codes, scales, zero points and mask.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Oracle: column by column in float64, without blocks; codes, scales and mask.
 
     A pattern chooses the mask of its groups on the way, and of a whole group of scales to fit it.
     """
@@ -75,7 +57,7 @@ def textbook(
     )
     upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     weight, mask, pivots = weight.double().clone(), mask.clone(), upper.diagonal() ** 2
-    codes, levels, size = torch.zeros_like(weight), [], values.group(weight.shape[1])
+    codes, scales, size = torch.zeros_like(weight), [], values.group(weight.shape[1])
     for j in range(weight.shape[1]):
         if pattern is not None:
             for width in sorted({size, pattern.group_m}, reverse=True):
@@ -84,25 +66,25 @@ def textbook(
                     mask[:, span] = pattern.keep(weight[:, span] ** 2 / pivots[span], "row")
         if j % size == 0:
             span = slice(j, j + size)
-            levels.append(best_levels(weight[:, span] * mask[:, span], 1 / pivots[span], values))
-        scale, least, most = (one[:, 0] for one in levels[-1])
-        code = nearest((weight[:, j] / scale).clamp(least, most), values) * mask[:, j]
+            kept = weight[:, span] * mask[:, span]
+            scales.append(best_scales(kept, 1 / pivots[span], values.limit))
+        scale = scales[-1][:, 0]
+        code = (weight[:, j] / scale).clamp(-values.limit, values.limit).round() * mask[:, j]
         error = (weight[:, j] - code * scale) / upper[j, j]
         weight[:, j:] -= error[:, None] * upper[j, j:]
         codes[:, j] = code
-    scales, lowest, _ = (torch.cat(own, dim=1) for own in zip(*levels, strict=True))
-    return codes, scales, -lowest, mask
+    return codes, torch.cat(scales, dim=1), mask
 
 
 def check(found: SparseWeight, values: ValueType) -> None:
     """What every rounded weight promises."""
     rows, columns = found.mask.shape
-    assert found.codes.dtype == values.code_dtype
+    assert found.codes.dtype == torch.int8
     assert found.scales.dtype == torch.bfloat16
     assert found.scales.shape == (rows, columns // values.group(columns))
     assert bool((found.scales.isfinite() & (found.scales > 0)).all())
     assert not found.codes.float()[~found.mask].any()
-    check_range("w", found, values)
+    assert int(found.codes.abs().max()) <= values.limit
     assert torch.equal(found.weight, dequantize(found.codes, found.scales, found.weight.dtype))
     assert all(t.is_contiguous() for t in (found.weight, found.mask, found.codes, found.scales))
 
@@ -111,13 +93,10 @@ def assert_close_to(
     found: SparseWeight,
     codes: torch.Tensor,
     scales: torch.Tensor,
-    zeros: torch.Tensor,
     mask: torch.Tensor,
 ) -> None:
     """Equal but for a row or two, where float32 may have met a tie; what follows it differs."""
     pairs = [(found.codes.double(), codes), (found.scales.double(), scales), (found.mask, mask)]
-    if found.zeros is not None:
-        pairs.append((found.zeros.double(), zeros))
     same = torch.stack([(ours == theirs).all(dim=1) for ours, theirs in pairs]).all(dim=0)
     assert int((~same).sum()) <= 2
 
@@ -149,14 +128,10 @@ def test_a_case_worked_by_hand() -> None:
         ("int4", 96),
         ("int8", 192),
         ("int4", ROW),
-        ("uint4", 32),
-        ("uint4", 96),
-        ("uint4", ROW),
-        ("fp8", 64),
     ],
 )
 @pytest.mark.parametrize("density", [1.0, 0.5])
-def test_a_fixed_mask_equals_the_textbook(kind: Kind, size: int, density: float) -> None:
+def test_a_fixed_mask_equals_the_textbook(kind: str, size: int, density: float) -> None:
     weight, hessian = problem(12, 192)
     values = ValueType(kind, size)
     mask = torch.rand(12, 192, generator=torch.Generator().manual_seed(1)) < density
@@ -170,8 +145,8 @@ def test_a_fixed_mask_equals_the_textbook(kind: Kind, size: int, density: float)
     ("pattern", "size"),
     [("2:4", 32), ("2:4", 256), ("4:8", 64), ("8:16", 32), ("8:16", 256), ("32:64", 32)],
 )
-@pytest.mark.parametrize("kind", ["int4", "uint4", "fp8"])
-def test_joint_pruning_equals_the_textbook(kind: Kind, pattern: str, size: int) -> None:
+@pytest.mark.parametrize("kind", ["int4"])
+def test_joint_pruning_equals_the_textbook(kind: str, pattern: str, size: int) -> None:
     weight, hessian = problem(12, 256)
     values, rule, method = ValueType(kind, size), parse(pattern), SparseGPT()
     found = method.prune_quantized(weight, method.prepare({"hessian": hessian}), rule, values)
@@ -183,9 +158,9 @@ def test_joint_pruning_equals_the_textbook(kind: Kind, pattern: str, size: int) 
 
 @pytest.mark.parametrize("pattern", ["0.5", "8x8@0.5", "0.33"])
 @pytest.mark.parametrize("size", [32, 128])
-@pytest.mark.parametrize("kind", ["int4", "uint4"])
+@pytest.mark.parametrize("kind", ["int4"])
 def test_blocks_are_chosen_before_their_scales_are_fitted(
-    kind: Kind, pattern: str, size: int
+    kind: str, pattern: str, size: int
 ) -> None:
     weight, hessian = problem(16, 384)
     values, method = ValueType(kind, size), SparseGPT()
@@ -194,8 +169,6 @@ def test_blocks_are_chosen_before_their_scales_are_fitted(
     again = round_obs(weight, found.mask, values, stats)
     assert torch.equal(found.codes, again.codes)
     assert torch.equal(found.scales, again.scales)
-    if found.zeros is not None:
-        assert torch.equal(found.zeros, again.zeros)
     first = method.prune(weight, stats, parse(pattern)).mask[:, :128]
     assert torch.equal(found.mask[:, :128], first)
 
@@ -217,9 +190,9 @@ def test_no_range_cuts_a_group(pattern: str, columns: int, size: int, block_size
     assert int(found.mask.sum()) == int(method.prune(weight, stats, rule).mask.sum())
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", "uint4", "fp8"])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("size", [32, 64, 128, ROW])
-def test_gptq_has_a_lower_output_error_than_the_nearest_codes(kind: Kind, size: int) -> None:
+def test_gptq_has_a_lower_output_error_than_the_nearest_codes(kind: str, size: int) -> None:
     weight, hessian = problem(48, 256, strong=8)
     values, every = ValueType(kind, size), torch.ones(48, 256, dtype=torch.bool)
     ours = round_obs(weight, every, values, prepare_obs({"hessian": hessian}, DAMPING))
@@ -230,8 +203,8 @@ def test_gptq_has_a_lower_output_error_than_the_nearest_codes(kind: Kind, size: 
 
 @pytest.mark.parametrize("pattern", ["2:4", "0.5", "8x8@0.3"])
 @pytest.mark.parametrize("size", [32, 128, ROW])
-@pytest.mark.parametrize("kind", ["int4", "uint4"])
-def test_joint_pruning_beats_pruning_then_rounding(kind: Kind, pattern: str, size: int) -> None:
+@pytest.mark.parametrize("kind", ["int4"])
+def test_joint_pruning_beats_pruning_then_rounding(kind: str, pattern: str, size: int) -> None:
     weight, hessian = problem(48, 256, strong=8)
     values, rule, method = ValueType(kind, size), parse(pattern), SparseGPT()
     stats = method.prepare({"hessian": hessian})

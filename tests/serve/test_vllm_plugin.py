@@ -20,8 +20,7 @@ pytestmark = pytest.mark.vllm
 Pack = Callable[..., Path]
 EAGER = {"enforce_eager": True}
 CASES = [("2:4", "float", True), ("0.5", "float", True), ("2:4", "float", False),
-         ("2:4", "int8", True), ("0.5", "int4", True), ("dense", "int4:row", True),
-         ("0.5", "uint4", True), ("dense", "uint4:row", False)]  # fmt: skip
+         ("2:4", "int8", True), ("0.5", "int4", True), ("dense", "int4:row", True)]  # fmt: skip
 
 
 def tokens(rows: list[dict]) -> list[list[int]]:

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from gblm.scales import FP8_DTYPE, nearest
 from gblm.weights import SparseWeight
 
 # Scales move by factors, not by differences: theirs is a unit of its own.
@@ -58,7 +57,7 @@ class Floats:
 
 
 class Codes:
-    """Scales and, behind their rounding, values are parameters; zero points stay."""
+    """Scales and, behind their rounding, values are parameters."""
 
     def __init__(self, start: SparseWeight) -> None:
         codes, scales = start.codes, start.scales
@@ -67,12 +66,8 @@ class Codes:
         self._mask = start.mask
         self._scales = scales.float()
         self._group = codes.shape[1] // scales.shape[1]
-        self._fp8 = codes.dtype == FP8_DTYPE
-        # The range of the codes as they are stored; a narrower one than that of their type stays.
-        stored, self._zeros = self._grouped(codes.float()), start.zeros
-        if start.zeros is not None:
-            stored += start.zeros.unsqueeze(-1)
-        self._low, self._high = float(stored.min()), float(stored.max())
+        # The range of the codes that there are; a narrower one than that of their type stays.
+        self._low, self._high = float(codes.min()), float(codes.max())
         self._weight = nn.Parameter(codes.float() * self._spread(self._scales))
         self._factor = nn.Parameter(torch.zeros_like(self._scales))
 
@@ -86,31 +81,16 @@ class Codes:
     def value(self) -> Tensor:
         """See Trainable."""
         scales = self._spread(_through(self._current_scales()))
-        codes = self._clamp(self._weight / scales)
-        rounded = nearest(codes.detach(), self._fp8)
-        return (codes + (rounded - codes).detach()) * scales * self._mask
+        codes = (self._weight / scales).clamp(self._low, self._high)
+        return (codes + (codes.round() - codes).detach()) * scales * self._mask
 
     @torch.no_grad()
     def result(self, start: SparseWeight) -> SparseWeight:
         """See Trainable."""
         scales = self._current_scales().to(torch.bfloat16)
-        codes = self._clamp(self._weight / self._spread(scales.float()))
-        # Adding zero makes +0 of the code of a small negative weight.
-        codes = nearest(codes, self._fp8) * self._mask + 0.0
-        codes = codes.to(FP8_DTYPE if self._fp8 else torch.int8)
-        return SparseWeight.from_codes(codes, scales, start.mask, start.weight.dtype, start.zeros)
-
-    def _clamp(self, codes: Tensor) -> Tensor:
-        """[out, in] float32, to the codes that its group has."""
-        if self._zeros is None:
-            return codes.clamp(self._low, self._high)
-        zeros = self._zeros.float().unsqueeze(-1)
-        groups = self._grouped(codes).clamp(self._low - zeros, self._high - zeros)
-        return groups.reshape(codes.shape)
-
-    def _grouped(self, tensor: Tensor) -> Tensor:
-        """[out, in] → [out, groups, size]."""
-        return tensor.reshape(len(tensor), -1, self._group)
+        codes = (self._weight / self._spread(scales.float())).clamp(self._low, self._high)
+        codes = (codes.round() * self._mask).to(torch.int8)
+        return SparseWeight.from_codes(codes, scales, start.mask, start.weight.dtype)
 
     def _current_scales(self) -> Tensor:
         """[out, groups] float32, before they are rounded to bfloat16."""

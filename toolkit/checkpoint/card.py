@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from gblm.checkpoint.report import MAX_NAMED, in_words
-from gblm.values import WITH_ZEROS
 
 DENSE = "dense"
 CARD = """\
@@ -81,11 +80,7 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
 
 def _included(kinds: Iterable[str]) -> str:
     """What the bits per weight count."""
-    found = set(kinds)
-    if not found:
-        return "mask"
-    with_zeros = found & {*WITH_ZEROS}
-    return "mask, codes, scales and zero points" if with_zeros else "mask, codes and scales"
+    return "mask, codes and scales" if set(kinds) else "mask"
 
 
 def _tags(patterns: list[str], kinds: list[str], method: str) -> list[str]:

@@ -97,8 +97,7 @@ def pack(
 @output_options
 @click.option(
     "--round", "rounds", is_flag=True,
-    help="Store fp8 codes times scales as bfloat16, rounded once where they have no exact value; "
-    "without it codes stay codes.",
+    help="Store fp8 codes times scales as bfloat16, rounded once where they have no exact value.",
 )  # fmt: skip
 @click.pass_context
 def legacy(ctx: click.Context, source: str, output: Path, overwrite: bool, rounds: bool) -> None:

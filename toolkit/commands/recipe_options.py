@@ -47,12 +47,10 @@ method_options = options(
 values_options = options(
     click.option(
         "--values",
-        type=click.Choice(["float", "int8", "int4", "uint4", "fp8"]),
+        type=click.Choice(["float", "int8", "int4"]),
         default="float",
         show_default=True,
-        help="How kept weights are stored: as they are, or rounded to codes with group scales. "
-        "uint4 adds zero points; it is served at the speed and memory of int8. fp8 (E4M3) is for "
-        "GPUs; CPUs serve it as bfloat16.",
+        help="How kept weights are stored: as they are, or rounded to codes with group scales.",
     ),
     click.option(
         "--group-size",
@@ -199,7 +197,7 @@ def values_spec(values: str, group_size: str | None) -> str:
     if values != "float":
         return f"{values}:{group_size or 'auto'}"
     if group_size is not None:
-        raise click.UsageError("--group-size goes with --values int8, int4, uint4 or fp8.")
+        raise click.UsageError("--group-size goes with --values int8 or int4.")
     return values
 
 

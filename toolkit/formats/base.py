@@ -14,20 +14,15 @@ import torch
 from torch import Tensor
 
 from gblm.errors import CheckpointError, PatternError
-from gblm.formats.bits import expand_bits, kept_bytes, unpack_bits
-from gblm.formats.codes import check_codes, check_groups, check_range, spread, stored_codes
+from gblm.formats.bits import expand_bits, unpack_bits
 from gblm.patterns import Pattern
-from gblm.scales import FP8_DTYPE, SCALE_DTYPE, ZERO_DTYPE
-from gblm.values import AUTO, FLOAT, ValueType
+from gblm.values import AUTO, FLOAT, SCALE_DTYPE, ValueType
 from gblm.weights import SparseWeight, dequantize
 
 Parts = Mapping[str, Tensor]
 Headers = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 Shape = tuple[int, int]
 VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-CODE_DTYPES = {
-    "int8": torch.int8, "int4": torch.uint8, "uint4": torch.uint8, "fp8": FP8_DTYPE,
-}  # fmt: skip
 
 
 class TensorSpec(NamedTuple):
@@ -52,8 +47,7 @@ class Format(ABC):
     Attributes:
         pattern: which positions may be kept.
         values: how kept values are stored.
-        parts: local names of the tensors, in order; codes add `scales`, and `zeros` if they have
-            zero points.
+        parts: local names of the tensors, in order; codes add `scales`.
         spec: identifies all of it, such as "nm/2:4" or "nm/2:4/int8:128"; see `from_spec`.
     """
 
@@ -65,8 +59,7 @@ class Format(ABC):
             raise PatternError(f"values {values}: resolve the group size before packing.")
         self.pattern = pattern
         self.values = values
-        added = () if values.is_float else ("scales", "zeros") if values.has_zeros else ("scales",)
-        self.parts = (*self.own_parts, *added)
+        self.parts = (*self.own_parts, *(() if values.is_float else ("scales",)))
         # A plain string, made once, so that torch.compile sees a constant.
         self.spec = f"{self.name}/{pattern}" + ("" if values.is_float else f"/{values}")
 
@@ -75,15 +68,13 @@ class Format(ABC):
 
         Args:
             shape: [out, in].
-            dtype: of floating values; codes, scales and zero points have their own.
+            dtype: of floating values; codes and scales have their own.
         """
-        stored = dtype if self.values.is_float else CODE_DTYPES[self.values.kind]
+        stored = dtype if self.values.is_float else self.values.code_dtype
         specs = {"values": TensorSpec(self.values_shape(shape), stored)} | self.mask_layout(shape)
         if not self.values.is_float:
             groups = (shape[0], shape[1] // self.values.group(shape[1]))
             specs["scales"] = TensorSpec(groups, SCALE_DTYPE)
-            if self.values.has_zeros:
-                specs["zeros"] = TensorSpec(groups, ZERO_DTYPE)
         return specs
 
     @abstractmethod
@@ -115,15 +106,10 @@ class Format(ABC):
         self.check_shape(name, (weight.mask.shape[0], weight.mask.shape[1]))
         self._check_weight(name, weight)
         mask = self.stored_mask(name, weight.mask)
-        if weight.codes is None:
-            kept = weight.weight[mask] + 0.0
-        else:
-            kept = kept_bytes(stored_codes(weight), mask)
+        kept = weight.weight[mask] + 0.0 if weight.codes is None else weight.codes[mask]
         parts = {"values": self.store(kept, mask), **self.mask_parts(mask)}
         if weight.scales is not None:
             parts["scales"] = weight.scales
-        if weight.zeros is not None:
-            parts["zeros"] = weight.zeros
         return parts
 
     def stored_mask(self, name: str, mask: Tensor) -> Tensor:
@@ -132,11 +118,11 @@ class Format(ABC):
 
     @abstractmethod
     def store(self, kept: Tensor, mask: Tensor) -> Tensor:
-        """The part `values`, from the kept values or stored codes in row order and the mask."""
+        """The part `values`, from the kept values or codes in row order and the mask."""
 
     @abstractmethod
     def kept(self, parts: Parts) -> Tensor:
-        """The inverse of `store`: values in their dtype, or stored codes, in row order."""
+        """The inverse of `store`: values in their dtype, or codes, in row order."""
 
     @abstractmethod
     def mask_parts(self, mask: Tensor) -> dict[str, Tensor]:
@@ -156,7 +142,7 @@ class Format(ABC):
         if self.values.is_float:
             return SparseWeight(self.expand(parts), self.mask(parts))
         return SparseWeight.from_codes(
-            self.scatter(parts), parts["scales"], self.mask(parts), dtype, parts.get("zeros")
+            self.scatter(parts), parts["scales"], self.mask(parts), dtype
         )
 
     def expand(self, parts: Parts, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -165,18 +151,7 @@ class Format(ABC):
         return dense if self.values.is_float else dequantize(dense, parts["scales"], dtype)
 
     def scatter(self, parts: Parts) -> Tensor:
-        """Values in their dtype, or codes, at their places: [out, in], zero elsewhere.
-
-        Codes count from the zero point of their group, if it has one.
-        """
-        placed = self.placed(parts)
-        if not self.values.has_zeros:
-            return placed
-        relative: Tensor = placed - spread(parts["zeros"], placed.shape[1])
-        return relative.mul_(self.mask(parts))
-
-    def placed(self, parts: Parts) -> Tensor:
-        """What `kept` returns, at its places: [out, in], zero elsewhere."""
+        """Values in their dtype, or codes, at their places: [out, in], zero elsewhere."""
         return expand_bits(self.kept(parts), parts["bitmask"])
 
     def rows(self, parts: Parts, start: int, stop: int) -> dict[str, Tensor]:
@@ -197,8 +172,7 @@ class Format(ABC):
             if not bool(parts["values"].isfinite().all()):
                 raise CheckpointError(f"{name}.values: holds NaN or Inf. The file is damaged.")
             return
-        check_groups(name, parts, self.values)
-        check_codes(name, parts, self.values)
+        _check_scales(name, parts["scales"])
         self._check_padding(name, parts)
 
     def _check_padding(self, name: str, parts: Parts) -> None:
@@ -301,14 +275,26 @@ class Format(ABC):
             raise PatternError(
                 f"{name}: format {self.spec} stores codes, but the weight has none. `quantize` it."
             )
-        if self.values.has_zeros != (weight.zeros is not None):
-            verb = "needs" if self.values.has_zeros else "would lose"
-            raise PatternError(f"{name}: format {self.spec} {verb} zero points.")
-        layout = self.layout((weight.mask.shape[0], weight.mask.shape[1]))
-        for part, tensor in (("scales", weight.scales), ("zeros", weight.zeros)):
-            if tensor is not None and not layout[part].fits(tuple(tensor.shape), tensor.dtype):
-                raise PatternError(
-                    f"{name}: {part} are {list(tensor.shape)} {tensor.dtype}; format {self.spec} "
-                    f"needs {list(layout[part].shape)} {layout[part].dtype}."
-                )
-        check_range(name, weight, self.values)
+        want = self.layout((weight.mask.shape[0], weight.mask.shape[1]))["scales"]
+        if not want.fits(tuple(weight.scales.shape), weight.scales.dtype):
+            raise PatternError(
+                f"{name}: scales are {list(weight.scales.shape)} {weight.scales.dtype}; format "
+                f"{self.spec} needs {list(want.shape)} {want.dtype}."
+            )
+        low, high = int(weight.codes.min()), int(weight.codes.max())
+        if low < self.values.least or high > self.values.limit:
+            raise PatternError(
+                f"{name}: codes {low} to {high} do not fit {self.values.kind}, which has "
+                f"{self.values.least} to {self.values.limit}."
+            )
+
+
+def _check_scales(name: str, scales: Tensor) -> None:
+    """Raise CheckpointError when scales from a file are none."""
+    wrong = (~(scales.isfinite() & (scales > 0))).nonzero()
+    if len(wrong):
+        row, group = (int(i) for i in wrong[0])
+        raise CheckpointError(
+            f"{name}.scales: row {row}, group {group} is {scales[row, group].item()}; scales are "
+            "finite and greater than 0. The file is damaged."
+        )

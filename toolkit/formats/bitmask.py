@@ -44,8 +44,7 @@ class BitmaskFormat(Format):
         """See Format.kept; [kept]."""
         if not self.values.in_nibbles:
             return parts["values"]
-        counts = parts["row_offsets"].diff()
-        return unpack_ragged(parts["values"], counts, signed=not self.values.has_zeros)
+        return unpack_ragged(parts["values"], parts["row_offsets"].diff())
 
     def mask_parts(self, mask: Tensor) -> dict[str, Tensor]:
         """See Format.mask_parts."""

@@ -6,8 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gblm.scales import FP8_DTYPE
-
 
 def pack_bits(mask: Tensor) -> Tensor:
     """[out, in] bool, in a multiple of 8 → [out, in/8] uint8."""
@@ -25,16 +23,8 @@ def unpack_bits(bitmask: Tensor) -> Tensor:
     return (bitmask.unsqueeze(-1) & weights).ne(0).reshape(bitmask.shape[0], -1)
 
 
-def kept_bytes(codes: Tensor, mask: Tensor) -> Tensor:
-    """Codes of 8 bits [out, in] at the positions that a mask [out, in] keeps, in row order."""
-    # PyTorch has few operators for floats of 8 bits.
-    return codes.view(torch.uint8)[mask].view(codes.dtype)
-
-
 def expand_bits(values: Tensor, bitmask: Tensor) -> Tensor:
     """Kept values in row order, and their bitmask [out, in/8] → dense [out, in]."""
-    if values.dtype == FP8_DTYPE:
-        return expand_bits(values.view(torch.uint8), bitmask).view(FP8_DTYPE)
     shape = (bitmask.shape[0], 8 * bitmask.shape[1])
     dense = torch.zeros(shape, dtype=values.dtype, device=values.device)
     if values.device.type != "cpu":

@@ -49,8 +49,8 @@ class DenseFormat(RectangleFormat):
         shape = (parts["values"].shape[0], self.columns(parts))
         return torch.ones(shape, dtype=torch.bool, device=parts["values"].device)
 
-    def placed(self, parts: Parts) -> Tensor:
-        """See Format.placed."""
+    def scatter(self, parts: Parts) -> Tensor:
+        """See Format.scatter."""
         return self.kept(parts)
 
     def check_mask_data(self, name: str, parts: Parts, shape: Shape) -> None:

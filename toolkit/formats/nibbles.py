@@ -1,7 +1,6 @@
-"""4-bit codes two a byte, low nibble first: int4 in two's complement, uint4 as 0 to 15.
+"""4-bit codes two a byte, low nibble first, in two's complement.
 
-Every row starts at a byte.
-A row with an odd number of codes ends in a nibble of zero.
+Every row starts at a byte. A row with an odd number of codes ends in a nibble of zero.
 """
 
 from __future__ import annotations
@@ -12,17 +11,15 @@ from torch.nn import functional
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
-    """[rows, n] int8 codes of −8..7, or 0..15 → [rows, ceil(n/2)] uint8."""
+    """[rows, n] int8 codes of −8..7 → [rows, ceil(n/2)] uint8."""
     nibbles = functional.pad(codes, (0, codes.shape[-1] % 2)).view(torch.uint8) & 15
     return nibbles[..., ::2] | nibbles[..., 1::2] << 4
 
 
-def unpack_nibbles(packed: Tensor, count: int, signed: bool) -> Tensor:
+def unpack_nibbles(packed: Tensor, count: int) -> Tensor:
     """[rows, ceil(count/2)] uint8 → [rows, count] int8."""
     # Shifts of int8 keep the sign.
-    low, high = (packed << 4, packed) if signed else (packed & 15, packed >> 4)
-    pairs = torch.stack([low.view(torch.int8), high.view(torch.int8)], -1)
-    pairs = pairs >> 4 if signed else pairs
+    pairs = torch.stack([(packed << 4).view(torch.int8), packed.view(torch.int8)], -1) >> 4
     return pairs.reshape(packed.shape[0], -1)[:, :count]
 
 
@@ -34,9 +31,9 @@ def pack_ragged(codes: Tensor, counts: Tensor) -> Tensor:
     return pack_nibbles(nibbles.reshape(1, -1)).reshape(-1)
 
 
-def unpack_ragged(packed: Tensor, counts: Tensor, signed: bool) -> Tensor:
+def unpack_ragged(packed: Tensor, counts: Tensor) -> Tensor:
     """The inverse of `pack_ragged`: [kept] int8."""
-    nibbles = unpack_nibbles(packed.reshape(1, -1), 2 * len(packed), signed)
+    nibbles = unpack_nibbles(packed.reshape(1, -1), 2 * len(packed))
     return nibbles.reshape(-1)[_real_nibbles(counts)]
 
 

@@ -36,9 +36,7 @@ class RectangleFormat(Format):
         values = parts["values"]
         if not self.values.in_nibbles:
             return values
-        return unpack_nibbles(
-            values, self.kept_per_row(self.columns(parts)), not self.values.has_zeros
-        )
+        return unpack_nibbles(values, self.kept_per_row(self.columns(parts)))
 
     def padding(self, parts: Parts) -> Tensor:
         """See Format.padding."""

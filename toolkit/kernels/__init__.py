@@ -65,8 +65,7 @@ def select(
         forced: a name of BACKENDS that must be taken.
 
     Returns:
-        The backend; and sentences that say why better ones refused and, where the backend holds
-        other values than are stored, which.
+        The backend; and sentences that say why better ones refused.
 
     Raises:
         UsageError: `forced` is unknown or refuses.
@@ -77,8 +76,7 @@ def select(
     for backend in [BACKENDS[forced]] if forced else BACKENDS.values():
         reason = backend.refuses(fmt, shape, dtype, device)
         if reason is None:
-            held = backend.holds(fmt)
-            return backend, reasons + ([f"{backend.name}: {held}"] if held else [])
+            return backend, reasons
         reasons.append(f"{backend.name}: {reason}")
     raise UsageError(f"no backend can serve {fmt.spec} {list(shape)} {dtype}: {'; '.join(reasons)}")
 
@@ -88,11 +86,8 @@ def log_choice(chosen: Iterable[tuple[Backend, Sequence[str]]]) -> None:
     picks = list(chosen)
     for name, count in Counter(backend.name for backend, _ in picks).items():
         own = (why for backend, why in picks if backend.name == name)
-        said = list(dict.fromkeys(reason for why in own for reason in why))
-        held = [text.removeprefix(f"{name}: ") for text in said if text.startswith(f"{name}: ")]
-        reasons = [text for text in said if not text.startswith(f"{name}: ")]
+        reasons = list(dict.fromkeys(reason for why in own for reason in why))
         state = "packed in memory" if BACKENDS[name].packed else "expanded at load"
-        state = "; ".join([state, *held])
         because = f"; refused: {' · '.join(reasons)}" if reasons else ""
         logger.info("gblm: %d linears run on backend %s (%s)%s", count, name, state, because)
 

@@ -36,10 +36,6 @@ class Backend(ABC):
             device: where the weight will be used.
         """
 
-    def holds(self, fmt: Format) -> str | None:
-        """Say how it holds the values in memory, for people; None when they are as stored."""
-        return None
-
     @abstractmethod
     def prepare(
         self, fmt: Format, parts: Parts, shape: Shape, dtype: torch.dtype = torch.bfloat16

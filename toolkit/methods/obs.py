@@ -84,7 +84,7 @@ def round_obs(
     """
     columns = weight.shape[1]
     values.check_columns(name, columns)
-    grid = Grid(values.group(columns), values.codes(limit))
+    grid = Grid(values.group(columns), limit or values.limit)
     sweep = Sweep(weight, stats, grid=grid, mask=mask)
     # A block may be part of a group or hold several, but not cut one in two.
     block = BLOCK // grid.size * grid.size or BLOCK

@@ -107,7 +107,7 @@ class SparseGPT(Method):
         self.check_pattern(pattern)
         columns, rule = weight.shape[1], _rule(pattern, weight.device)
         values.check_columns(name, columns)
-        grid = Grid(values.group(columns), values.codes())
+        grid = Grid(values.group(columns), values.limit)
         sweep = Sweep(weight, stats, grid=grid)
         sweep.run(0, columns, _plan(pattern, rule, self.block_size, columns, grid.size))
         return sweep.rounded(grid, weight.dtype, values, name)

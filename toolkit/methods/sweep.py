@@ -14,8 +14,7 @@ from torch import Tensor
 
 from gblm.errors import InputError
 from gblm.methods.base import Stats
-from gblm.scales import CodeRange, Levels, mse_levels
-from gblm.values import ValueType, checked_codes
+from gblm.values import ValueType, checked_codes, mse_scales, to_codes_
 from gblm.weights import SparseWeight
 
 # Columns that are worked through one by one before one product settles the next ones.
@@ -27,33 +26,30 @@ Choose = Callable[[Tensor, int, int], Tensor]
 
 
 class Grid:
-    """The levels of a weight's groups of columns, which are opened from left to right.
+    """The scales of a weight's groups of columns, which are opened from left to right.
 
     Attributes:
         size: columns of a group.
-        codes: which there are.
+        limit: the largest code.
         steps: [out] float32, the scales of the open group.
-        zeros: [out] float32, its zero points; None for symmetric codes.
     """
 
     steps: Tensor
-    zeros: Tensor | None
 
-    def __init__(self, size: int, codes: CodeRange) -> None:
-        self.size, self.codes = size, codes
-        self._levels: list[Levels] = []
+    def __init__(self, size: int, limit: int) -> None:
+        self.size, self.limit = size, limit
+        self._scales: list[Tensor] = []
 
     def open(self, kept: Tensor, pivots: Tensor) -> None:
-        """Fit the levels of the next group.
+        """Fit the scales of the next group.
 
         Args:
             kept: [size, out] float32, the group's weights; zero where they will be dropped.
             pivots: [size, 1] float32: an error costs its square divided by them.
         """
-        levels = mse_levels(kept.t(), self.codes, pivots.squeeze(1).reciprocal())
-        self._levels.append(levels)
-        self.steps = levels.scales.float()
-        self.zeros = None if levels.zeros is None else levels.zeros.float()
+        scales = mse_scales(kept.t(), self.limit, pivots.squeeze(1).reciprocal())
+        self._scales.append(scales)
+        self.steps = scales.float()
 
     def round_(self, column: Tensor, keep: Tensor, error: Tensor) -> None:
         """Replace a column of the open group by its codes.
@@ -64,14 +60,12 @@ class Grid:
             error: [out] float32, for the column less what its codes stand for.
         """
         error.copy_(column)
-        self.codes.round_(column, self.steps, self.zeros).mul_(keep)
+        to_codes_(column, self.steps, self.limit).mul_(keep)
         error.addcmul_(column, self.steps, value=-1)
 
-    def levels(self) -> Levels:
-        """[out, groups], of the groups that were opened."""
-        zeros = [levels.zeros for levels in self._levels if levels.zeros is not None]
-        scales = torch.stack([levels.scales for levels in self._levels], dim=1)
-        return Levels(scales, torch.stack(zeros, dim=1) if zeros else None)
+    def scales(self) -> Tensor:
+        """[out, groups] bfloat16, of the groups that were opened."""
+        return torch.stack(self._scales, dim=1)
 
 
 @dataclass(frozen=True)
@@ -179,8 +173,8 @@ class Sweep:
         if not bool(self.errors.isfinite().all()):
             raise InputError(f"{name}.weight holds NaN or Inf, which has no {values.kind} code.")
         # Adding zero makes +0 of the code of a small negative weight.
-        codes = (self.columns + 0.0).to(values.code_dtype).t().contiguous()
-        return checked_codes(codes, grid.levels(), self.mask(), dtype, values, name)
+        codes = (self.columns + 0.0).to(torch.int8).t().contiguous()
+        return checked_codes(codes, grid.scales(), self.mask(), dtype, values, name)
 
     def _eliminate(self, start: int, stop: int) -> None:
         """Update and settle the columns of a leaf one after another."""

@@ -113,10 +113,6 @@ DEVICE unsigned add_pairs(unsigned a, unsigned b) {
   return from_float(to_float(a & 0xFFFF) + to_float(b & 0xFFFF)) |
          from_float(to_float(a >> 16) + to_float(b >> 16)) << 16;
 }
-DEVICE unsigned times_2_to_120(unsigned a) {
-  return from_float(to_float(a & 0xFFFF) * 0x1p120f) | from_float(to_float(a >> 16) * 0x1p120f)
-                                                           << 16;
-}
 DEVICE unsigned pick_byte(unsigned word, int which) { return word >> 8 * which & 255; }
 
 DEVICE float add_over_warp(float value) {

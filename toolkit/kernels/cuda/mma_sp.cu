@@ -5,17 +5,17 @@
 // The weight is the sparse operand A of mma.sp.m16n8k32, the tokens are B, eight at a time.
 //
 //   values  [tile][step][half][lane][16 B]  16-bit: registers a0..a3 of a half (32 columns)
-//           [tile][step][lane][16 B]        int8, fp8: bytes; word 2h + r holds a(2r), a(2r+1)
-//           [tile][step][lane][8 B]         int4, uint4: word h; a(r) is its bits 4r and 16 + 4r
+//           [tile][step][lane][16 B]        int8: bytes; word 2h + r holds a(2r), a(2r+1)
+//           [tile][step][lane][8 B]         int4: word h; a(r) is its bits 4r and 16 + 4r
 //   meta    [tile][step][lane] u32          lane 4g + 2h + b: columns 32h + 16b..+15 of row g in
 //                                           the low half word, of row g + 8 in the high one
-//   scales  [tile][group][16]               bf16; u32 with zero points: scale << 16 | zero
+//   scales  [tile][group][16]               bf16
 //   x       16-bit [tokens][columns], or what `repack` makes of it
 //
 // Defined by the compiler's command line:
 //   BF16      1: bfloat16, 0: float16 activations
 //   TOKENS    blocks of 8 tokens: 1, 2, 4, 8
-//   VALUES    16: as activations, 8: int8, 28: fp8 (E4M3), 4: int4, 14: uint4 with zero points
+//   VALUES    16: as activations, 8: int8, 4: int4
 //   GROUP     columns that share a scale; 0: all of a row
 //   TAIL      1: columns do not fill the last unit
 //   REPACKED  1: x was rearranged by `repack`
@@ -29,30 +29,17 @@ constexpr int kSteps = kUnit / 64;
 constexpr int kUnroll = kSteps >= 4 ? 1 : 4 / kSteps;
 constexpr int kGroups = GROUP == 0 ? 0 : kUnit / (GROUP == 0 ? 1 : GROUP);
 constexpr bool kCodes = VALUES != 16;
-constexpr bool kZeros = VALUES == 14;
-// Of fp8 in float16 the tensor core sees 2^-8: each sum is multiplied once, not each weight.
-constexpr float kRescale = VALUES == 28 && !BF16 ? 256 : 1;
-#define IN_BYTES (VALUES == 8 || VALUES == 28)
 
 // The largest power of two in whose binade codes count in ones, as a pair of 16-bit floats; and
 // the same, negative, less 8.
 #if BF16
-constexpr unsigned kCounting = 0x43004300u, kMinusEight = 0xC308C308u, kMinusZero = 0xC300C300u;
+constexpr unsigned kCounting = 0x43004300u, kMinusEight = 0xC308C308u;
 #else
-constexpr unsigned kCounting = 0x64006400u, kMinusEight = 0xE408E408u, kMinusZero = 0xE400E400u;
+constexpr unsigned kCounting = 0x64006400u, kMinusEight = 0xE408E408u;
 #endif
 
-struct Scale {
-  float factor;
-  unsigned bias;  // pair, added to counting codes
-};
-
-DEVICE Scale read_scale(const void* scales, long index) {
-  if (kZeros) {
-    const unsigned word = load4((const unsigned*)scales + index), zero = word & 15;
-    return {bf16_to_float(word >> 16), kMinusZero + (zero | zero << 16)};
-  }
-  return {bf16_to_float(load2((const unsigned short*)scales + index)), kMinusEight};
+DEVICE float read_scale(const void* scales, long index) {
+  return bf16_to_float(load2((const unsigned short*)scales + index));
 }
 
 // Two int8 codes, in the low bytes of the half words, as 16-bit floats: the lower seven bits count
@@ -66,22 +53,11 @@ DEVICE unsigned widen_bytes(unsigned pair) {
 #endif
 }
 
-// Two codes of E4M3, in the high bytes of the half words, as 16-bit floats. Exponent and mantissa go
-// to where the wider ones end, subnormals too; what is left is the difference of the biases: 2^120
-// in bfloat16. Of float16 the 2^8 is left to kRescale, as its subnormals do the sum no harm.
-DEVICE unsigned widen_fp8(unsigned pair) {
-#if BF16
-  return times_2_to_120((pair & 0x80008000u) | (pair >> 4 & 0x07F007F0u));
-#else
-  return (pair & 0x80008000u) | (pair >> 1 & 0x3F803F80u);
-#endif
-}
-
 // The values of one step: `a` gets the registers of both halves.
 struct Raw {
 #if VALUES == 16
   uint4 low, high;
-#elif IN_BYTES
+#elif VALUES == 8
   uint4 all;
 #else
   uint2 all;
@@ -92,32 +68,31 @@ DEVICE Raw read_values(const void* values, long step, int lane) {
 #if VALUES == 16
   const uint4* from = (const uint4*)values + step * 64 + lane;
   return {load16_once(from), load16_once(from + 32)};
-#elif IN_BYTES
+#elif VALUES == 8
   return {load16_once((const uint4*)values + step * 32 + lane)};
 #else
   return {load8_once((const uint2*)values + step * 32 + lane)};
 #endif
 }
 
-// `top` and `bottom` are the scales of the rows g and g + 8.
 template <int kHalf>
-DEVICE void widen(const Raw& raw, const Scale& top, const Scale& bottom, unsigned* a) {
+DEVICE void widen(const Raw& raw, unsigned* a) {
 #if VALUES == 16
   const uint4 words = kHalf ? raw.high : raw.low;
   a[0] = words.x, a[1] = words.y, a[2] = words.z, a[3] = words.w;
-#elif IN_BYTES
+#elif VALUES == 8
   const unsigned words[2] = {kHalf ? raw.all.z : raw.all.x, kHalf ? raw.all.w : raw.all.y};
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    a[2 * i] = VALUES == 28 ? widen_fp8(words[i] << 8) : widen_bytes(words[i]);
-    a[2 * i + 1] = VALUES == 28 ? widen_fp8(words[i]) : widen_bytes(words[i] >> 8);
+    a[2 * i] = widen_bytes(words[i]);
+    a[2 * i + 1] = widen_bytes(words[i] >> 8);
   }
 #else
   const unsigned word = kHalf ? raw.all.y : raw.all.x;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const unsigned counting = ((word >> 4 * i) & 0x000F000Fu) | kCounting;
-    a[i] = add_pairs(counting, i % 2 ? bottom.bias : top.bias);
+    a[i] = add_pairs(counting, kMinusEight);
   }
 #endif
 }
@@ -167,16 +142,16 @@ DEVICE void clear(float (*sums)[4]) {
   for (int i = 0; i < 4 * TOKENS; i++) sums[i / 4][i % 4] = 0;
 }
 
-DEVICE void add_scaled(float (*sums)[4], float (*codes)[4], Scale top, Scale bottom) {
+DEVICE void add_scaled(float (*sums)[4], float (*codes)[4], float top, float bottom) {
 #pragma unroll
   for (int i = 0; i < 4 * TOKENS; i++)
-    sums[i / 4][i % 4] += (i % 4 < 2 ? top : bottom).factor * codes[i / 4][i % 4];
+    sums[i / 4][i % 4] += (i % 4 < 2 ? top : bottom) * codes[i / 4][i % 4];
 }
 
 // Adds one unit of columns to the sums. `top` and `bottom` are those of the row if GROUP is 0.
 DEVICE void add_unit(float (*sums)[4], const void* values, const unsigned* meta,
                      const void* scales, const void* x, int tokens, int columns, int units,
-                     int unit, Scale top, Scale bottom) {
+                     int unit, float top, float bottom) {
   const int lane = threadIdx.x % 32;
   float codes[TOKENS][4];
 #pragma unroll
@@ -199,10 +174,10 @@ DEVICE void add_unit(float (*sums)[4], const void* values, const unsigned* meta,
       unsigned a[4];
       float(*into)[4] = GROUP ? codes : sums;
       if (half == 0) {
-        widen<0>(raw, top, bottom, a);
+        widen<0>(raw, a);
         multiply<0>(into, a, bits, x, tokens, columns, step, lane);
       } else {
-        widen<1>(raw, top, bottom, a);
+        widen<1>(raw, a);
         multiply<1>(into, a, bits, x, tokens, columns, step, lane);
       }
 #if GROUP
@@ -221,7 +196,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const int units = (columns + kUnit - 1) / kUnit;
   float sums[TOKENS][4];
   clear(sums);
-  Scale top = {1, 0}, bottom = {1, 0};
+  float top = 1, bottom = 1;
   if (kCodes && GROUP == 0) {
     top = read_scale(scales, blockIdx.x * 16l + lane / 4);
     bottom = read_scale(scales, blockIdx.x * 16l + lane / 4 + 8);
@@ -231,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     add_unit(sums, values, meta, scales, x, tokens, columns, units, unit, top, bottom);
 #pragma unroll
   for (int i = 0; i < 4 * TOKENS; i++)
-    parts[warp][i / 4][lane][i % 4] = sums[i / 4][i % 4] * (i % 4 < 2 ? top : bottom).factor;
+    parts[warp][i / 4][lane][i % 4] = sums[i / 4][i % 4] * (i % 4 < 2 ? top : bottom);
   __syncthreads();
   for (int i = threadIdx.x; i < 128 * TOKENS; i += kThreads) {
     const int row = i % 16, token = i / 16;
@@ -240,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int w = 0; w < kWarps; w++) sum += parts[w][token / 8][from][part];
     if (token < tokens && blockIdx.x * 16 + row < rows)
-      store2(y + (long)token * rows + blockIdx.x * 16 + row, from_float(sum * kRescale));
+      store2(y + (long)token * rows + blockIdx.x * 16 + row, from_float(sum));
   }
 }
 
@@ -256,7 +231,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const Raw raw = read_values(values, at, lane);
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    Scale scale[2] = {{1, 0}, {1, 0}};
+    float scale[2] = {1, 1};
     if (kCodes) {
       const int span = GROUP ? GROUP : 1, column = 64 * step + 32 * half;
       const long group = GROUP ? (long)tile * (steps * 64 / span) + column / span : tile;
@@ -265,9 +240,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     }
     unsigned a[4];
     if (half == 0)
-      widen<0>(raw, scale[0], scale[1], a);
+      widen<0>(raw, a);
     else
-      widen<1>(raw, scale[0], scale[1], a);
+      widen<1>(raw, a);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int row = 16 * tile + lane / 4 + 8 * (i % 2);
@@ -277,9 +252,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       unsigned first = a[i] & 0xFFFF, second = a[i] >> 16;
       if (kCodes) {
         // Adding zero makes +0 of what was rounded to -0.
-        const float factor = scale[i % 2].factor;
-        first = from_float(to_float(from_float(to_float(first) * kRescale * factor)) + 0.f);
-        second = from_float(to_float(from_float(to_float(second) * kRescale * factor)) + 0.f);
+        const float factor = scale[i % 2];
+        first = from_float(to_float(from_float(to_float(first) * factor)) + 0.f);
+        second = from_float(to_float(from_float(to_float(second) * factor)) + 0.f);
       }
       const unsigned long long pair = (unsigned long long)first << 16 * (places & 3) |
                                       (unsigned long long)second << 16 * (places >> 2 & 3);

@@ -27,7 +27,6 @@ MAX_TOKENS = 64
 # Above, activations are rearranged first: the loads of more fragments would fill the L1 cache.
 MAX_DIRECT = 16
 WARPS = THREADS // 32
-VALUES = {"float": 16, "int8": 8, "int4": 4, "uint4": 14, "fp8": 28}
 
 
 class SparseTensorCore(FewTokens):
@@ -93,7 +92,7 @@ def variant(fmt: Format, shape: Shape, dtype: torch.dtype, tokens: int) -> Varia
     defines = {
         "BF16": int(dtype == torch.bfloat16),
         "TOKENS": token_blocks(tokens),
-        "VALUES": VALUES[fmt.values.kind],
+        "VALUES": fmt.values.bits,
         "GROUP": scale_group(fmt, shape),
         "TAIL": int(padded(fmt, shape)[1] != shape[1]),
         "REPACKED": int(tokens > MAX_DIRECT),
@@ -131,8 +130,6 @@ def pack_tiles(fmt: Format, parts: Parts, shape: Shape) -> list[Tensor]:
         or int32 with zero points; one zero for floats.
     """
     kept, (rows, columns) = fmt.kept(parts), padded(fmt, shape)
-    # Permuting bytes, which PyTorch has more operators for.
-    kept = kept.view(torch.int8) if fmt.values.is_fp8 else kept
     missing = (0, (columns - shape[1]) // 2, 0, rows - shape[0])
     values = _store(functional.pad(kept, missing), fmt)
     return [values, _metadata(parts["bitmask"], rows, columns), _scales(fmt, parts, shape)]
@@ -160,7 +157,7 @@ def _store(kept: Tensor, fmt: Format) -> Tensor:
         # Registers 2r and 2r + 1 alternate in the bytes of a word.
         words = by_lane.reshape(*by_lane.shape[:-1], 2, 2, 2).transpose(-1, -2)
         return words.contiguous().view(torch.uint8).reshape(-1)
-    nibbles = by_lane if fmt.values.has_zeros else by_lane + 8
+    nibbles = by_lane + 8
     pairs = nibbles.to(torch.int32).reshape(*nibbles.shape[:-1], 4, 2)
     shifts = 4 * torch.arange(4, dtype=torch.int32, device=kept.device)
     low, high = (pairs << shifts.unsqueeze(-1)).sum(dim=-2, dtype=torch.int32).unbind(-1)
@@ -192,8 +189,5 @@ def _scales(fmt: Format, parts: Parts, shape: Shape) -> Tensor:
     groups = columns // group if group else 1
     missing = (0, groups - parts["scales"].shape[1], 0, rows - shape[0])
     stored: Tensor = functional.pad(parts["scales"], missing)
-    if fmt.values.has_zeros:
-        zeros: Tensor = functional.pad(parts["zeros"], missing)
-        stored = stored.view(torch.int16).to(torch.int32) << 16 | zeros.to(torch.int32)
     by_group: Tensor = stored.reshape(rows // ROWS, ROWS, groups).transpose(1, 2)
     return by_group.contiguous()

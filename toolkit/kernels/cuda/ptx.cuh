@@ -53,15 +53,6 @@ DEVICE unsigned add_pairs(unsigned a, unsigned b) {
   return r;
 }
 
-#if BF16
-// Exact, of subnormals too.
-DEVICE unsigned times_2_to_120(unsigned a) {
-  unsigned r;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(0x7B807B80u), "r"(0x80008000u));
-  return r;
-}
-#endif
-
 // The 16-bit float in the low half of a word.
 DEVICE float to_float(unsigned bits) {
 #if BF16

@@ -30,7 +30,6 @@ WORD = 32
 # Starts of words are 16 bits.
 MAX_COLUMNS = 1 << 16
 MAX_TOKENS = 16
-KINDS = {"float": 16, "int8": 8, "int4": 4, "uint4": 14, "fp8": 28}
 # Rows and columns of a block for one token, for more, and of the dense weight: 2:4, other masks.
 ONE, MANY, DENSE = ((16, 256), (8, 256)), ((32, 128), (32, 64)), ((16, 256), (8, 256))
 # Of Triton's compiler. Multiplications and additions are fused, whatever its version's default.
@@ -142,14 +141,13 @@ class Arrays(NamedTuple):
 
     Attributes:
         values: the part, of 2:4 weights a word for each four columns: int32 of floats, int16 of
-            codes of 8 bits, uint8 of 4-bit codes. Of other masks fp8 codes are uint8, too.
+            codes of 8 bits, uint8 of 4-bit codes.
         words: int32 [out, in/32], the bitmask; bit i of word w is column 32·w + i. Rows that are no
             whole words end in zeros.
         starts: int16 [out, in/32], read as unsigned: kept values of the row before the word.
             Empty for 2:4, like `begins`.
         begins: int64 [out], where the row begins in `values`, in its elements.
         scales: bfloat16 [out, groups], empty for floats.
-        zeros: uint8 [out, groups], empty without zero points.
     """
 
     values: Tensor
@@ -157,7 +155,6 @@ class Arrays(NamedTuple):
     starts: Tensor
     begins: Tensor
     scales: Tensor
-    zeros: Tensor
 
 
 def is_two_four(fmt: Format) -> bool:
@@ -174,8 +171,6 @@ def arrays(fmt: Format, parts: Parts, shape: Shape) -> Arrays:
         shape: the weight's [out, in], `in` at most MAX_COLUMNS.
     """
     values, words = parts["values"].contiguous(), _words(parts["bitmask"])
-    # Triton knows E4M3 on newer GPUs only; the kernels widen its bits.
-    values = values.view(torch.uint8) if fmt.values.is_fp8 else values
     starts, begins = values.new_empty(0, dtype=torch.int16), values.new_empty(0, dtype=torch.int64)
     if is_two_four(fmt):
         wide = {1: torch.int16, 2: torch.int32}
@@ -185,8 +180,7 @@ def arrays(fmt: Format, parts: Parts, shape: Shape) -> Arrays:
         starts = (counts.cumsum(dim=-1) - counts).to(torch.int16)
         begins = _begins(fmt, counts.sum(dim=-1))
     scales = parts.get("scales", values.new_empty(0, dtype=torch.bfloat16))
-    zeros = parts.get("zeros", values.new_empty(0, dtype=torch.uint8))
-    return Arrays(values, words, starts, begins, scales.contiguous(), zeros.contiguous())
+    return Arrays(values, words, starts, begins, scales.contiguous())
 
 
 def _words(bitmask: Tensor) -> Tensor:
@@ -207,8 +201,8 @@ def _begins(fmt: Format, counts: Tensor) -> Tensor:
 class Stored:
     """The facts of a weight that the kernels are compiled for.
 
-    `kind` is a number of KINDS; `group` is the number of columns that share a scale, 0 for floats
-    and for one scale a row.
+    `kind` is the bits of a value, 16, 8 or 4; `group` is the number of columns that share a scale,
+    0 for floats and for one scale a row.
     """
 
     two_four: bool
@@ -226,7 +220,7 @@ class Stored:
     def of(cls, fmt: Format, shape: Shape) -> Stored:
         """Take the facts from the format of a weight [out, in]."""
         group = 0 if fmt.values.is_float else fmt.values.group(shape[1])
-        return cls(is_two_four(fmt), KINDS[fmt.values.kind], 0 if group == shape[1] else group)
+        return cls(is_two_four(fmt), fmt.values.bits, 0 if group == shape[1] else group)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,6 @@ import triton.language as tl
 
 FLOATS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-# What quads of fp8 lack to be codes: exact, and cheaper of a sum than of each weight.
-FP8_UNIT = tl.constexpr(256.0)
 
 
 @triton.jit
@@ -31,38 +29,22 @@ def _bits_set(word: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _e4m3(byte: tl.tensor) -> tl.tensor:
-    """Read a code of E4M3 over FP8_UNIT as float16: its bits go where the wider ones end."""
-    bits = byte.to(tl.int32)
-    bits = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
-    return bits.to(tl.int16).to(tl.float16, bitcast=True)
-
-
-@triton.jit
-def _pair(word: tl.tensor, zero: tl.tensor, KIND: tl.constexpr, FLOAT: tl.constexpr) -> tl.tuple:
-    """Split a word of a 2:4 weight into its two values; codes count from their zero point."""
+def _pair(word: tl.tensor, KIND: tl.constexpr, FLOAT: tl.constexpr) -> tl.tuple:
+    """Split a word of a 2:4 weight into its two values."""
     if KIND == 16:
         first = (word & 0xFFFF).to(tl.int16).to(FLOAT, bitcast=True)
         second = (word >> 16).to(tl.int16).to(FLOAT, bitcast=True)
     elif KIND == 8:
         first = word.to(tl.int8)
         second = (word >> 8).to(tl.int8)
-    elif KIND == 28:
-        first = _e4m3(word)
-        second = _e4m3(word >> 8)
-    elif KIND == 4:
+    else:
         first = (word.to(tl.int32) << 28) >> 28
         second = (word.to(tl.int32) << 24) >> 28
-    else:
-        first = (word & 15).to(tl.int32) - zero[:, None]
-        second = (word >> 4).to(tl.int32) - zero[:, None]
     return first, second
 
 
 @triton.jit
-def _from_bytes(
-    values: tl.tensor, rank: tl.tensor, mask: tl.tensor, zero: tl.tensor, KIND: tl.constexpr
-) -> tl.tuple:
+def _from_bytes(values: tl.tensor, rank: tl.tensor, mask: tl.tensor) -> tl.tuple:
     """Read w0 to w3 from a row's 4-bit codes, the first at `rank`: three bytes hold them."""
     kept0 = mask & 1
     kept1 = (mask >> 1) & 1
@@ -78,18 +60,17 @@ def _from_bytes(
     window |= tl.load(own + 1, mask=count > 2, other=0).to(tl.int32) << 8
     window |= tl.load(own + 2, mask=count > 4, other=0).to(tl.int32) << 16
     window = window >> (4 * odd)
-    w0 = _nibble(window, kept0, zero, KIND)
-    w1 = _nibble(window >> (4 * kept0), kept1, zero, KIND)
-    w2 = _nibble(window >> (4 * order2), kept2, zero, KIND)
-    w3 = _nibble(window >> (4 * order3), kept3, zero, KIND)
+    w0 = _nibble(window, kept0)
+    w1 = _nibble(window >> (4 * kept0), kept1)
+    w2 = _nibble(window >> (4 * order2), kept2)
+    w3 = _nibble(window >> (4 * order3), kept3)
     return w0, w1, w2, w3
 
 
 @triton.jit
-def _nibble(window: tl.tensor, kept: tl.tensor, zero: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
-    """Read the lowest four bits as a code, counted from its zero point, where one is kept."""
-    code = (window << 28) >> 28 if KIND == 4 else (window & 15) - zero[:, None]
-    return tl.where(kept != 0, code, 0)
+def _nibble(window: tl.tensor, kept: tl.tensor) -> tl.tensor:
+    """Read the lowest four bits as a code, where one is kept."""
+    return tl.where(kept != 0, (window << 28) >> 28, 0)
 
 
 @triton.jit
@@ -103,9 +84,9 @@ def load_quads(
     FLOAT: tl.constexpr,
     INTO: tl.constexpr,
 ) -> tl.tuple:
-    """Read w0 to w3 [rows, quads] of a tile as INTO, which is exact; fp8 comes over FP8_UNIT."""
+    """Read w0 to w3 [rows, quads] of a tile as INTO, which is exact."""
     values, words, starts, begins = weight
-    row, quad, zero = tile
+    row, quad = tile
     inside = (quad < columns // 4)[None, :] if TAIL else None
     none: tl.constexpr = 0 if TAIL else None
     place = row[:, None] * tl.cdiv(columns, 32) + (quad // 8)[None, :]
@@ -118,7 +99,7 @@ def load_quads(
     kept3 = (mask & 8) != 0
     if TWO_FOUR:
         pair = values + row[:, None] * (columns // 4) + quad[None, :]
-        first, second = _pair(tl.load(pair, mask=inside, other=none), zero, KIND, FLOAT)
+        first, second = _pair(tl.load(pair, mask=inside, other=none), KIND, FLOAT)
         first = first.to(INTO)
         second = second.to(INTO)
         w0 = tl.where(kept0, first, 0)
@@ -137,16 +118,8 @@ def load_quads(
             w1 = tl.load(own + rank1, mask=kept1, other=0).to(INTO)
             w2 = tl.load(own + rank2, mask=kept2, other=0).to(INTO)
             w3 = tl.load(own + rank3, mask=kept3, other=0).to(INTO)
-        elif KIND == 28:
-            rank1 = rank + (mask & 1)
-            rank2 = rank1 + ((mask >> 1) & 1)
-            rank3 = rank2 + ((mask >> 2) & 1)
-            w0 = _e4m3(tl.load(own + rank, mask=kept0, other=0)).to(INTO)
-            w1 = _e4m3(tl.load(own + rank1, mask=kept1, other=0)).to(INTO)
-            w2 = _e4m3(tl.load(own + rank2, mask=kept2, other=0)).to(INTO)
-            w3 = _e4m3(tl.load(own + rank3, mask=kept3, other=0)).to(INTO)
         else:
-            w0, w1, w2, w3 = _from_bytes(own, rank, mask, zero, KIND)
+            w0, w1, w2, w3 = _from_bytes(own, rank, mask)
             w0 = w0.to(INTO)
             w1 = w1.to(INTO)
             w2 = w2.to(INTO)
@@ -237,7 +210,6 @@ def multiply(
     starts: tl.tensor,
     begins: tl.tensor,
     scales: tl.tensor,
-    zeros: tl.tensor,
     out: tl.tensor,
     tokens: tl.tensor,
     rows: tl.tensor,
@@ -261,13 +233,12 @@ def multiply(
         starts: int16 [rows, columns/32]; unused with TWO_FOUR.
         begins: int64 [rows]; unused with TWO_FOUR.
         scales: bfloat16 [rows, groups]; unused without codes.
-        zeros: uint8 [rows, groups]; unused without zero points.
         out: [SPLIT, tokens, rows], float32 or FLOAT.
         tokens: at most TOKENS.
         rows: of the weight.
         columns: of the weight, a multiple of 8.
         TWO_FOUR: whether the pattern is 2:4.
-        KIND: 16 for floats, 8 for int8, 4 for int4, 14 for uint4, 28 for fp8.
+        KIND: the bits of a value: 16 for floats, 8 and 4 for codes.
         GROUP: columns that share a scale, a multiple of COLUMNS; 0 for one a row.
         TAIL: whether columns are no whole tiles.
         FLOAT: bfloat16 or float16, of activations and floating values.
@@ -285,17 +256,12 @@ def multiply(
     first = tl.program_id(1) * share
     groups = columns // GROUP if GROUP else 1
     sums = tl.zeros((ROWS, COLUMNS // 4 if TOKENS == 1 else TOKENS), dtype=tl.float32)
-    zero = tl.zeros((ROWS,), dtype=tl.int32)
-    if KIND == 14 and GROUP == 0:
-        zero = tl.load(zeros + row).to(tl.int32)
     for step in range(first, tl.minimum(first + share, steps)):
         quad = step * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)
         if GROUP:
             group = row * groups + step * COLUMNS // GROUP
-            if KIND == 14:
-                zero = tl.load(zeros + group).to(tl.int32)
         quads = load_quads(
-            (values, words, starts, begins), (row, quad, zero), columns,
+            (values, words, starts, begins), (row, quad), columns,
             TWO_FOUR, KIND, TAIL, FLOAT, INTO,
         )  # fmt: skip
         if TOKENS == 1:
@@ -309,8 +275,6 @@ def multiply(
         sums += total
     if KIND != 16 and GROUP == 0:
         sums *= tl.load(scales + row).to(tl.float32)[:, None]
-    if KIND == 28:
-        sums *= FP8_UNIT
     own = out + tl.program_id(1) * tokens * rows + row
     DTYPE: tl.constexpr = out.dtype.element_ty
     if TOKENS == 1:
@@ -348,7 +312,6 @@ def expand(
     starts: tl.tensor,
     begins: tl.tensor,
     scales: tl.tensor,
-    zeros: tl.tensor,
     out: tl.tensor,
     rows: tl.tensor,
     columns: tl.tensor,
@@ -370,20 +333,12 @@ def expand(
     step = tl.program_id(1)
     quad = step * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)
     group = row * (columns // GROUP) + step * COLUMNS // GROUP if GROUP else row
-    zero = tl.zeros((ROWS,), dtype=tl.int32)
-    if KIND == 14:
-        zero = tl.load(zeros + group).to(tl.int32)
     w0, w1, w2, w3 = load_quads(
-        (values, words, starts, begins), (row, quad, zero), columns,
+        (values, words, starts, begins), (row, quad), columns,
         TWO_FOUR, KIND, TAIL, FLOAT, FLOAT if KIND == 16 else tl.float32,
     )  # fmt: skip
     if KIND != 16:
         scale = tl.load(scales + group).to(tl.float32)[:, None]
-        if KIND == 28:
-            w0 *= FP8_UNIT
-            w1 *= FP8_UNIT
-            w2 *= FP8_UNIT
-            w3 *= FP8_UNIT
         w0 = _scaled(w0, scale, FLOAT)
         w1 = _scaled(w1, scale, FLOAT)
         w2 = _scaled(w2, scale, FLOAT)
