@@ -33,7 +33,7 @@ def make_gguf(model: Path, kind: str, target: Path) -> Path:
     import torch
 
     from gblm.checkpoint.reader import Reader
-    from gblm.export.onnx_model.folder import with_rope_theta
+    from gblm.export.onnx_model.export import with_rope_theta
 
     config = json.loads((model / "config.json").read_text())
     writer = gguf.GGUFWriter(target, "llama")

@@ -21,8 +21,7 @@ import torch
 from gblm.bench.paired import round_medians, speedup, spread
 from gblm.errors import CheckpointError, UsageError
 from gblm.export.onnx_model.decoder import OrtDecoder
-from gblm.export.onnx_model.export import REPORT_FILE
-from gblm.export.onnx_model.runtime import MODEL_FILE
+from gblm.export.onnx_model.runtime import MODEL_FILE, REPORT_FILE
 from gblm.export.onnx_model.storage import DATA_FILE
 from gblm.folder import read_config, read_json_object
 from gblm.progress import Progress, no_progress

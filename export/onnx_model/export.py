@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,29 +16,64 @@ from gblm import model as dense_model
 from gblm import packed
 from gblm.checkpoint.packed_folder import PackedReader
 from gblm.checkpoint.reader import Reader
-from gblm.checkpoint.writer import check_output, new_folder, write_json
-from gblm.errors import GateError, InputError, MachineError, PatternError
+from gblm.checkpoint.writer import check_output, copy_side_files, new_folder, write_json
+from gblm.errors import GateError, InputError, MachineError, UsageError
 from gblm.export.dense import export_dense
-from gblm.export.onnx_model.builder import build
-from gblm.export.onnx_model.folder import (
-    complete,
-    settle_head_size,
-    write_tensorrt_options,
-)
-from gblm.export.onnx_model.portable import build_portable
+from gblm.export.onnx_model.build import build, build_portable
 from gblm.export.onnx_model.rewrite import Replaced, pack_graph
-from gblm.export.onnx_model.runtime import DOMAIN, MODEL_FILE, check_installation, library
-from gblm.export.onnx_model.storage import DATA_FILE
-from gblm.export.onnx_model.targets import TARGETS, check_target
+from gblm.export.onnx_model.runtime import (
+    CONFIG_FILE,
+    CPU,
+    CUDA,
+    DOMAIN,
+    MODEL_FILE,
+    REPORT_FILE,
+    check_installation,
+    library,
+)
+from gblm.export.onnx_model.storage import DATA_FILE, count_zeros
 from gblm.export.onnx_model.validate import TOLERANCES, Tolerance, validate
-from gblm.export.onnx_model.zeros import count_zeros
-from gblm.folder import resolve
-from gblm.patterns import NM
+from gblm.folder import read_config, read_json_object, resolve
 from gblm.progress import Progress, no_progress
 from gblm.provenance import provenance
 
-REPORT_FILE = "onnx_report.json"
-TWO_OF_FOUR = NM(2, 4)
+LIBRARY_FILE = "libgblm_ort.so"
+# transformers' own default, which older readers take when the old key is missing.
+DEFAULT_THETA = 10000.0
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a graph is to run.
+
+    Attributes:
+        provider: the execution provider that must run it.
+        precisions: of weights and activations, the default first.
+        lacks: why there are no others; measured with ONNX Runtime 1.31 and 1.32, builder 0.18.
+        builder: the model builder's name for it; None: `torch.onnx.export` makes the graph.
+    """
+
+    provider: str
+    precisions: tuple[str, ...]
+    lacks: str
+    builder: str | None
+
+
+TARGETS = {
+    "cpu": Target(
+        CPU, ("fp32", "int8", "int4"),
+        "its CPU provider fails on the shapes of the model builder's float16 graph, and has no "
+        "MatMul for bfloat16", "cpu",
+    ),
+    "cuda": Target(
+        CUDA, ("fp16", "bf16", "fp32", "int8", "int4"), "there is no such precision", "cuda"
+    ),
+    "portable": Target(
+        CPU, ("fp32",),
+        "pure ai.onnx has no operator for codes (use --target cpu), and its CPU provider, which "
+        "must run the graph, widens float16 at every operator and has no MatMul for bfloat16", None,
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -101,10 +138,7 @@ def export_onnx(
     with new_folder(output, overwrite) as made:
         replaced = _make(folder, is_packed, made, wanted, precision)
         step()
-        complete(folder, made, wanted.sparse)
-        settle_head_size(made)
-        if wanted.target == "cuda" and _is_two_of_four(folder, is_packed):
-            write_tensorrt_options(made, precision)
+        _complete(folder, made, wanted.sparse)
         report = _report(folder, made, wanted, precision, replaced)
         step()
         if wanted.validate:
@@ -120,12 +154,49 @@ def export_onnx(
     return report
 
 
+def check_target(target: str, precision: str | None, sparse: bool) -> str:
+    """Choose the precision to export in.
+
+    Args:
+        target: a name of TARGETS.
+        precision: a name, or None for the target's default.
+        sparse: whether weights are to stay packed.
+
+    Raises:
+        UsageError: ONNX Runtime cannot run the combination; the reason stands in the message.
+    """
+    if target not in TARGETS:
+        raise UsageError(f"--target {target!r} is unknown: choose from {', '.join(TARGETS)}.")
+    known = TARGETS[target].precisions
+    chosen = precision or known[0]
+    if chosen not in known:
+        raise UsageError(
+            f"--target {target} --precision {chosen}: ONNX Runtime cannot run it: "
+            f"{TARGETS[target].lacks}. Choose from {', '.join(known)}."
+        )
+    if sparse and target == "cuda":
+        raise UsageError(
+            "--sparse --target cuda: the operator has no CUDA kernel yet, and would copy every "
+            "activation to the CPU and back. Export with --target cpu, or without --sparse."
+        )
+    if sparse and target == "portable":
+        raise UsageError(
+            "--sparse --target portable: packed weights need the operator ai.gblm::Linear, which "
+            "is not portable. Use --target cpu."
+        )
+    if sparse and chosen != "fp32":
+        raise UsageError(
+            f"--sparse --precision {chosen}: packed weights keep the checkpoint's own values; "
+            "--precision is that of the activations, fp32. For integer values prune with "
+            f"--values {chosen if chosen.startswith('int') else 'int8'}."
+        )
+    return chosen
+
+
 def _makers(target: str) -> tuple[str, ...]:
-    """What must be installed to make the graph."""
+    """Name what must be installed to make the graph."""
     if TARGETS[target].builder is None:
         return ("onnxscript",)
-    import importlib.util
-
     return () if importlib.util.find_spec("onnxruntime_genai") else ("onnxruntime-genai",)
 
 
@@ -183,20 +254,45 @@ def _original(folder: Path, is_packed: bool) -> nn.Module:
     return dense_model.load(folder, dtype=torch.float32)
 
 
-def _is_two_of_four(folder: Path, is_packed: bool) -> bool:
-    """Whether every linear of the decoder layers follows 2:4."""
-    if is_packed:
-        with PackedReader(folder) as reader:
-            return all(linear.fmt.pattern == TWO_OF_FOUR for linear in reader.linears.values())
-    with Reader(folder) as reader:
-        names = [name for name in reader if name.endswith("_proj.weight")]
-        try:
-            for name in names:
-                TWO_OF_FOUR.check_mask(name, reader.tensor(name) != 0)
-                reader.release()
-        except PatternError:
-            return False
-        return bool(names)
+def _complete(source: Path, folder: Path, sparse: bool) -> None:
+    """Add what the graph's maker leaves out: tokenizer, config.json, the operator's library."""
+    copy_side_files(source, folder)
+    config = {key: v for key, v in read_config(source).items() if key != "quantization_config"}
+    write_json(folder / "config.json", with_rope_theta(config))
+    about = read_json_object(folder / CONFIG_FILE)
+    decoder = about["model"]["decoder"]
+    _settle_head_size(folder / MODEL_FILE, decoder["head_size"])
+    if sparse:
+        shutil.copyfile(library(), folder / LIBRARY_FILE)
+        # onnxruntime-genai looks for it beside the graph, so that the folder may be moved.
+        decoder["session_options"]["custom_ops_library"] = LIBRARY_FILE
+        write_json(folder / CONFIG_FILE, about)
+
+
+def _settle_head_size(path: Path, head_size: int) -> None:
+    """Give keys and values their last dimension as a number, which the model builder only names.
+
+    lm-eval's `onnxruntime` backend takes a name for 1.
+    """
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    for value in (*model.graph.input, *model.graph.output):
+        if value.name.startswith(("past_key_values.", "present.")):
+            value.type.tensor_type.shape.dim[3].dim_value = head_size
+    path.write_bytes(model.SerializeToString())
+
+
+def with_rope_theta(config: dict[str, Any]) -> dict[str, Any]:
+    """Write the rotary base in both spellings: transformers 5 writes `rope_parameters` alone.
+
+    Readers of the old key silently take 10000 for a missing one.
+    """
+    parameters = config.get("rope_parameters")
+    if isinstance(parameters, dict) and "rope_theta" in parameters:
+        return config | {"rope_theta": parameters["rope_theta"]}
+    theta = config.get("rope_theta", DEFAULT_THETA)
+    return config | {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
 
 
 def _tolerance(wanted: Wanted, precision: str, replaced: list[Replaced]) -> Tolerance:

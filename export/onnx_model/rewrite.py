@@ -1,13 +1,17 @@
 """Replace the MatMuls of a graph of the model builder by the operators of ai.gblm.
 
 A weight is replaced only after it was compared, value by value, with the checkpoint's: a graph that
-names its weights in another way is refused, never guessed at.
+names its weights in another way is refused, never guessed at. Two MatMuls of the same input,
+Sigmoid and two Mul, the gated feed-forward of LLaMA, become one operator, which reads both weights
+as one. Operators cannot prepare weights at load, so what is stored is the kernels' own layout in
+memory: panels, which name their version; see docs/onnx.md.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +20,14 @@ import torch
 from torch import Tensor
 
 from gblm.checkpoint.packed_folder import PackedReader
-from gblm.errors import CheckpointError
-from gblm.export.onnx_model.gates import Gate, find_gates
+from gblm.errors import CheckpointError, InputError
 from gblm.export.onnx_model.rotary import Formula, find_formula
 from gblm.export.onnx_model.runtime import DOMAIN, DOMAIN_VERSION, MODEL_FILE
 from gblm.export.onnx_model.storage import DATA_FILE, DataFile, StoredGraph
-from gblm.export.onnx_model.weights import Panels, dense_panels, is_bfloat16, packed_panels
+from gblm.formats import Format, Shape, format_for, join_formats
+from gblm.kernels import BACKENDS
+from gblm.patterns import Dense
+from gblm.weights import SparseWeight
 
 LAYER_WEIGHT = re.compile(r"model\.layers\.(\d+)\.(attn|mlp)\.(\w+)\.MatMul\.weight")
 HEAD_WEIGHT = "lm_head.MatMul.weight"
@@ -220,3 +226,145 @@ def _linears(weight: str) -> tuple[str, ...]:
     return tuple(
         f"model.layers.{found[1]}.{block}.{name}" for name in FUSED.get(found[3], (found[3],))
     )
+
+
+@dataclass(frozen=True)
+class Panels:
+    """One weight in the kernels' layout.
+
+    Attributes:
+        shape: [out, in].
+        data: [bytes] uint8.
+        spec: of the format it was made from.
+    """
+
+    shape: Shape
+    data: Tensor
+    spec: str
+
+
+def packed_panels(reader: PackedReader, linears: Sequence[str]) -> tuple[Panels, Tensor]:
+    """The joined weights of packed linears.
+
+    Args:
+        reader: of the checkpoint.
+        linears: names, in the order of their rows.
+
+    Returns:
+        Panels, and the dense weight [out, in] float32 that they stand for.
+
+    Raises:
+        InputError: floating values are not exact in bfloat16, or the kernels cannot take the
+            shape.
+        CheckpointError: the linears cannot be one.
+    """
+    found = [reader.linears.get(name) for name in linears]
+    packed = [linear for linear in found if linear is not None]
+    fmt = join_formats(linear.fmt for linear in packed)
+    if fmt is None or len(packed) < len(linears):
+        raise CheckpointError(
+            f"{reader.folder}: {', '.join(linears)} are one linear in the graph; pack them in one "
+            "format."
+        )
+    pieces = []
+    for linear in packed:
+        parts = reader.parts(linear.name)
+        linear.fmt.validate(linear.name, parts, linear.shape)
+        if fmt.values.is_float:
+            parts["values"] = exact_bfloat16(linear.name, parts["values"])
+        pieces.append(parts)
+    shape = (sum(linear.shape[0] for linear in packed), packed[0].shape[1])
+    joined = fmt.join(pieces)
+    return _prepare(linears[0], fmt, joined, shape), fmt.expand(joined, torch.float32).float()
+
+
+def dense_panels(name: str, weight: Tensor) -> Panels:
+    """A weight that is not packed, every position kept.
+
+    Args:
+        name: for messages.
+        weight: [out, in], exact in bfloat16.
+    """
+    exact = exact_bfloat16(name, weight)
+    fmt = format_for(Dense())
+    parts = fmt.pack(name, SparseWeight.cut(exact, torch.ones_like(exact, dtype=torch.bool)))
+    return _prepare(name, fmt, parts, (weight.shape[0], weight.shape[1]))
+
+
+def is_bfloat16(weight: Tensor) -> bool:
+    """Whether every value is exact in bfloat16."""
+    return bool((weight == weight.to(torch.bfloat16)).all())
+
+
+def exact_bfloat16(name: str, values: Tensor) -> Tensor:
+    """Floating values as bfloat16, if that loses nothing.
+
+    Raises:
+        InputError: it would.
+    """
+    if not is_bfloat16(values):
+        raise InputError(
+            f"{name}: the values are {values.dtype} and not exact in bfloat16, which the operator "
+            "stores. Prune the bfloat16 model, or export without --sparse."
+        )
+    return values.to(torch.bfloat16)
+
+
+def _prepare(name: str, fmt: Format, parts: dict[str, Tensor], shape: Shape) -> Panels:
+    backend = BACKENDS["cpu"]
+    if reason := backend.refuses(fmt, shape, torch.bfloat16, torch.device("cpu")):
+        raise InputError(f"{name}: the operator cannot take this weight: {reason}.")
+    return Panels(shape, backend.prepare(fmt, parts, shape)[0], fmt.spec)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One feed-forward's first half.
+
+    Attributes:
+        gate: the MatMul that goes through silu.
+        up: the MatMul that it is multiplied with.
+        last: the Mul whose output is the result.
+        inner: names of all its other nodes.
+    """
+
+    gate: Any
+    up: Any
+    last: Any
+    inner: frozenset[str]
+
+
+def find_gates(nodes: Iterable[Any]) -> list[Gate]:
+    """Every gate whose inner values nobody else reads.
+
+    Args:
+        nodes: of the graph, with distinct names.
+    """
+    every = list(nodes)
+    users: dict[str, list[Any]] = defaultdict(list)
+    for node in every:
+        for name in node.input:
+            users[name].append(node)
+    makers = {name: node for node in every for name in node.output}
+    found = (_gate(node, users, makers) for node in every if node.op_type == "Sigmoid")
+    return [gate for gate in found if gate is not None]
+
+
+def _gate(sigmoid: Any, users: dict[str, list[Any]], makers: dict[str, Any]) -> Gate | None:
+    source = sigmoid.input[0]
+    gate, silu = makers.get(source), _only(users[sigmoid.output[0]])
+    if gate is None or gate.op_type != "MatMul" or silu is None or silu.op_type != "Mul":
+        return None
+    last = _only(users[silu.output[0]])
+    if set(silu.input) != {source, sigmoid.output[0]} or last is None or last.op_type != "Mul":
+        return None
+    up = makers.get(next((name for name in last.input if name != silu.output[0]), ""))
+    if up is None or up.op_type != "MatMul" or up.input[0] != gate.input[0]:
+        return None
+    if len(users[source]) != 2 or _only(users[up.output[0]]) is None:
+        return None
+    return Gate(gate, up, last, frozenset(node.name for node in (gate, up, sigmoid, silu)))
+
+
+def _only(nodes: list[Any]) -> Any | None:
+    return nodes[0] if len(nodes) == 1 else None

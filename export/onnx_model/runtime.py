@@ -14,6 +14,7 @@ MIN_VERSION = (1, 17)  # the first whose C API lets an operator use the session'
 DOMAIN, DOMAIN_VERSION = "ai.gblm", 1
 MODEL_FILE = "model.onnx"
 CONFIG_FILE = "genai_config.json"
+REPORT_FILE = "onnx_report.json"
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 # Both put their files into the same folder: the later installed one silently wins.
 VARIANTS = ("onnxruntime", "onnxruntime-gpu")

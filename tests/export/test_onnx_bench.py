@@ -12,7 +12,8 @@ from conftest import Outcome
 
 pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
 
-from gblm.export.onnx_model.export import REPORT_FILE, Wanted, export_onnx
+from gblm.export.onnx_model.export import Wanted, export_onnx
+from gblm.export.onnx_model.runtime import REPORT_FILE
 
 Run = Callable[..., Outcome]
 SMALL = ("--rounds", 2, "--prompt-len", 4, "--output-len", 2)

@@ -1,15 +1,19 @@
-"""Graphs by `torch.onnx.export`: standard operators alone, with the names that optimum uses.
+"""How a graph is made: by onnxruntime-genai's model builder, or of standard operators by torch.
 
-Inputs: input_ids, attention_mask, position_ids, past_key_values.N.key|value; outputs: logits,
-present.N.key|value. About 15 % slower than the model builder's graph, and runs everywhere.
+The builder prints, changes the working environment and leaks memory, so it runs in a process of its
+own. Its graphs have fused operators of ONNX Runtime; those of `torch.onnx.export` have operators of
+ai.onnx alone and the names that optimum uses, run everywhere, and are about 15 % slower.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
+import os
+import subprocess
+import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,12 +21,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gblm.checkpoint.writer import write_json
+from gblm.errors import InputError
 from gblm.export.onnx_model.runtime import CONFIG_FILE, MODEL_FILE
 from gblm.export.onnx_model.storage import DATA_FILE
 
+BUILDER = "onnxruntime_genai.models.builder"
 OPSET = 20
 # Example sizes must differ from each other and from 1, or they become constants of the graph.
 BATCH, NEW, PAST = 2, 3, 5
+
+
+def build(source: Path, output: Path, precision: str, provider: str) -> None:
+    """Make a graph from a dense HF folder.
+
+    Args:
+        source: the folder; nothing is fetched from elsewhere.
+        output: a folder for the graph, genai_config.json and the tokenizer.
+        precision: fp32, fp16, bf16, int8 or int4, as the builder names them.
+        provider: cpu or cuda.
+
+    Raises:
+        InputError: the builder does not know the model.
+    """
+    with tempfile.TemporaryDirectory(dir=output.parent) as cache:
+        command = [
+            *(sys.executable, "-m", BUILDER, "-i", str(source), "-o", str(output)),
+            *("-p", precision, "-e", provider, "-c", cache),
+        ]
+        quiet = {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        done = subprocess.run(
+            command, env=os.environ | quiet, capture_output=True, text=True, check=False
+        )
+    if done.returncode or not (output / MODEL_FILE).is_file():
+        said = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        raise InputError(
+            f"{source}: the model builder of onnxruntime-genai cannot make a graph of it: "
+            f"{said[-1] if said else f'exit status {done.returncode}'}"
+        )
 
 
 class Wrapper(nn.Module):
@@ -56,7 +92,10 @@ class Wrapper(nn.Module):
 
 
 def build_portable(model: nn.Module, output: Path) -> None:
-    """Make a float32 graph.
+    """Make a float32 graph of standard operators.
+
+    Inputs: input_ids, attention_mask, position_ids, past_key_values.N.key|value; outputs: logits,
+    present.N.key|value.
 
     Args:
         model: a dense transformers model in float32.
@@ -148,5 +187,4 @@ def _write_genai_config(output: Path, config: Any, dim: int) -> None:
     }
     # Keys and values grow by concatenation here, so they cannot share one buffer.
     search = {"do_sample": False, "max_length": length, "past_present_share_buffer": False}
-    text_json = json.dumps({"model": model, "search": search}, indent=4)
-    (output / CONFIG_FILE).write_text(text_json + "\n", encoding="utf-8")
+    write_json(output / CONFIG_FILE, {"model": model, "search": search})
