@@ -136,8 +136,10 @@ build/gpu/gblm:
 	mkdir -p $@
 	ln -sfn $(CURDIR)/toolkit/* $(CURDIR)/export $(CURDIR)/serve $@/
 
-test-gpu: build/gpu/gblm ## on a machine with a CUDA device: what it must prove
-	PYTHONPATH=build/gpu $(GPU_PYTHON) -m pytest -m gpu tests/test_gpu.py
+test-gpu: build/gpu/gblm ## on a machine with a CUDA device: 8 minutes of what it must prove, then speed: build/gpu.json
+	PYTHONPATH=build/gpu timeout 290 $(GPU_PYTHON) -m pytest -m gpu tests/test_gpu.py; proved=$$?; \
+	PYTHONPATH=build/gpu $(GPU_PYTHON) -m gblm bench kernels --device cuda --minutes 3 \
+		--tokens 1,4,16,64,256,4096 --output build/gpu.json && exit $$proved
 
 # With PyTorch's cache, small tensors share an allocation, and nothing is out of its bounds.
 sanitize-gpu: build/gpu/gblm ## optional: NVIDIA's compute-sanitizer over a product of each CUDA kernel

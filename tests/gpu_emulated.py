@@ -18,7 +18,11 @@ from pathlib import Path
 
 import torch
 
+from gblm.formats import Format, Shape
+from gblm.kernels import Backend
+from gblm.kernels.cuda.delta import Delta
 from gblm.kernels.cuda.device import Device, Driver
+from gblm.kernels.cuda.mma_sp import SparseTensorCore
 from gblm.kernels.cuda.nvrtc import Variant
 
 HERE = Path(__file__).parent / "kernels" / "gpu"
@@ -77,6 +81,25 @@ def emulated() -> EmulatedDevice:
     folder = Path(tempfile.mkdtemp(prefix="gblm-gpu-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return EmulatedDevice(folder)
+
+
+def emulated_backends() -> dict[str, Backend]:
+    """The CUDA backends on the emulated device; they refuse no CPU."""
+    return {"mma_sp": _TileOnCpu(lambda _: emulated()), "delta": _DeltaOnCpu(lambda _: emulated())}
+
+
+class _TileOnCpu(SparseTensorCore):
+    def refuses(
+        self, fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device
+    ) -> str | None:
+        return self.refuses_weight(fmt, dtype)
+
+
+class _DeltaOnCpu(Delta):
+    def refuses(
+        self, fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device
+    ) -> str | None:
+        return self.refuses_weight(fmt, shape, dtype)
 
 
 def _build(path: Path, text: str, options: Sequence[str]) -> Path:

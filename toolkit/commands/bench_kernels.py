@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from gblm.commands.common import Command, emit, progress_bars, record_option, save_record, table
+from gblm.errors import GateError
+
+if TYPE_CHECKING:
+    from gblm.record import Record, Row
 
 ISAS = ("amx", "avx512", "avx2", "neon_bf16", "neon", "portable")
 RATIOS = {
@@ -37,13 +43,19 @@ def words(ctx: click.Context, option: click.Parameter, value: tuple[str, ...]) -
 )  # fmt: skip
 @click.option(
     "--formats", callback=words, multiple=True,
-    help="FORMAT/PATTERN[/VALUES], such as nm/2:4/int8:128; dense controls are added. Default: "
-    "dense, 50 %, 2:4, 4:8, 8:16 of each value type, and 70 and 80 % of bf16.",
+    help="FORMAT/PATTERN[/VALUES], such as nm/2:4/int8:128; on CPU dense controls are added. "
+    "Default: dense, 50 %, 2:4, 4:8, 8:16 of each value type, and 70 and 80 % of bf16; on a GPU "
+    "2:4 of each value type, 50 and 70 %.",
 )  # fmt: skip
 @click.option(
-    "--backends", callback=words, multiple=True, default=["cpu"], show_default=True,
-    help="Of gblm: cpu, reference, dense.",
+    "--backends", callback=words, multiple=True,
+    help="Of gblm: cpu, reference, dense; on a GPU mma_sp, delta, triton. Default: cpu, or all of "
+    "a GPU's.",
 )  # fmt: skip
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
+              help="cuda measures a decode loop, too.")  # fmt: skip
+@click.option("--minutes", type=click.FloatRange(0, min_open=True),
+              help="On a GPU: nothing begins afterwards.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--isa", type=click.Choice(ISAS), help="Instruction set of cpu. Default: the best.")
 @click.option("--rounds", type=click.IntRange(1), default=7, show_default=True)
@@ -58,6 +70,8 @@ def command(
     tokens: tuple[str, ...],
     formats: tuple[str, ...],
     backends: tuple[str, ...],
+    device: str,
+    minutes: float | None,
     output: Path | None,
     **rest: Any,
 ) -> None:
@@ -65,19 +79,75 @@ def command(
 
     Weights are read from memory, not from caches. Ratios are medians over interleaved rounds.
     """
+    for name in ("threads", "isa", "vllm") if device == "cuda" else ("minutes",):
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name} does not go with --device {device}.")
+    asked = {"tokens": _numbers(tokens), "formats": formats, "backends": backends, **rest}
+    if device == "cuda":
+        _on_gpu(ctx, shapes, asked, math.inf if minutes is None else minutes, output)
+    else:
+        _on_cpu(ctx, shapes, asked, output)
+
+
+def _on_cpu(
+    ctx: click.Context, shapes: tuple[str, ...], asked: dict[str, Any], output: Path | None
+) -> None:
     with progress_bars(ctx) as progress:
         from gblm.bench.kernels import FORMATS, Settings, bench_kernels, parse_shapes
 
-        settings = Settings(
-            shapes=parse_shapes(shapes),
-            tokens=_numbers(tokens),
-            formats=formats or FORMATS,
-            backends=backends,
-            **rest,
-        )
-        record = bench_kernels(settings, progress)
+        asked["formats"] = asked["formats"] or FORMATS
+        asked["backends"] = asked["backends"] or ("cpu",)
+        record = bench_kernels(Settings(shapes=parse_shapes(shapes), **asked), progress)
     emit(ctx, record, lambda: print_record(record))
     save_record(output, record)
+
+
+def _on_gpu(
+    ctx: click.Context,
+    shapes: tuple[str, ...],
+    asked: dict[str, Any],
+    minutes: float,
+    output: Path | None,
+) -> None:
+    with progress_bars(ctx) as progress:
+        from gblm.bench.gpu import bench_gpu
+        from gblm.bench.kernels import Settings, parse_shapes
+
+        settings = Settings(shapes=parse_shapes(shapes), **asked)
+        record = bench_gpu(settings, minutes, progress)
+    emit(ctx, record.as_json(), lambda: print_gpu(record))
+    if output is not None:
+        record.write(output)
+    if not record.verdict.valid:
+        raise GateError(f"INVALID: {len(record.verdict.reasons)} pieces have no figure.")
+
+
+def print_gpu(record: Record) -> None:
+    """Print a table for each load, then what has no figure."""
+    for load in record.loads:
+        rows = [row for row in record.rows if row.load == load and row.metric != "gb_s"]
+        rows = rows or [row for row in record.rows if row.load == load]
+        table([load, rows[0].unit, f"x {record.baseline}", "GB/s"],
+              [_gpu_cells(record, row) for row in rows])  # fmt: skip
+        click.echo()
+    for reason in record.verdict.reasons:
+        click.echo(f"no figure: {reason}")
+    click.echo(
+        f"{record.provenance['device']}; medians of rounds in CUDA graphs, weights read from "
+        "memory; above 1 is faster"
+    )
+
+
+def _gpu_cells(record: Record, row: Row) -> list[str]:
+    ratio = record.ratio(row.side, row.load, row.metric)
+    times = None if ratio is None else 1 / ratio.median if row.metric == "us" else ratio.median
+    rate = record.value(row.side, row.load, "gb_s")
+    return [
+        row.side,
+        f"{row.value:.1f}",
+        "–" if times is None else f"{times:.2f}",
+        "–" if rate is None else f"{rate:.0f}",
+    ]
 
 
 def print_record(record: dict[str, Any]) -> None:

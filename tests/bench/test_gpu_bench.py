@@ -1,0 +1,242 @@
+"""`gblm bench kernels --device cuda` without a device: an emulated GPU by the host's clock."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import click.testing
+import pytest
+import torch
+from conftest import Outcome
+from gpu_emulated import emulated_backends, missing
+from torch import Tensor
+
+from gblm.bench import gpu as bench
+from gblm.bench.gpu import DENSE, TWO_FOUR, Decoder, Gpu, Side, Sizes, bench_gpu, graph_timer
+from gblm.bench.kernels import Settings
+from gblm.cli import cli
+from gblm.errors import UsageError
+from gblm.kernels import BACKENDS
+from gblm.record import Record
+
+TINY = Sizes(layers=2, hidden=64, inner=96, heads=4, vocabulary=50, context=6, read_bytes=1 << 10,
+             square=8)  # fmt: skip
+SETTINGS = Settings(shapes=((32, 64),), tokens=(1, 70), backends=(), rounds=3,
+                    formats=("nm/2:4", "nm/2:4/int4:32", "bitmask/0.5"))  # fmt: skip
+
+
+def host_timer(calls: Sequence[Callable[[], object]]) -> Callable[[], float]:
+    def timed() -> float:
+        began = time.perf_counter()
+        for call in calls:
+            call()
+        return (time.perf_counter() - began) / len(calls)
+
+    timed()
+    return timed
+
+
+@pytest.fixture(autouse=True)
+def dense_two_four(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's 2:4 weights need a device."""
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda weight: weight.clone())
+
+
+def host(**backends: Any) -> Gpu:
+    return Gpu(torch.device("cpu"), backends, 0, host_timer, {"capability": "9.0"})
+
+
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+def test_every_side_on_the_emulated_gpu_has_its_rows(tmp_path: Path) -> None:
+    record = bench_gpu(SETTINGS, gpu=host(**emulated_backends()), sizes=TINY)
+    assert record.verdict.reasons == ()
+    packed = {"mma_sp nm/2:4", "mma_sp nm/2:4/int4:32", "delta nm/2:4", "delta nm/2:4/int4:32",
+              "delta bitmask/0.5"}  # fmt: skip
+    assert set(record.sides) == {"device", DENSE, TWO_FOUR, *packed}
+    for tokens in (1, 70):
+        load = f"32x64, {tokens} tokens"
+        for side in (DENSE, TWO_FOUR, *packed):
+            row = record.row(side, load, "us")
+            assert row is not None
+            assert len(row.rounds) == 3
+            assert record.ratio(side, load, "us") is not None
+    decoded = {row.side for row in record.rows if row.load == "decode loop, batch 8"}
+    # Of each format the backend that gblm itself would take.
+    assert decoded == {DENSE, "mma_sp nm/2:4", "mma_sp nm/2:4/int4:32", "delta bitmask/0.5"}
+    assert record.value("device", "read", "gb_s")
+    dense, half = (record.row(side, "32x64, 1 tokens", "gb_s") for side in (DENSE, "mma_sp nm/2:4"))
+    micro = record.row("mma_sp nm/2:4", "32x64, 1 tokens", "us")
+    assert dense is not None
+    assert half is not None
+    assert micro is not None
+    # Tiles hold 9 of 16 bits, beside one scale that is not used.
+    assert half.rounds[0] * micro.rounds[0] == pytest.approx((32 * 64 * 9 / 8 + 2) / 1e3)
+    record.write(tmp_path / "gpu.json")
+    assert Record.read(tmp_path / "gpu.json").rows == record.rows
+
+
+def test_what_raises_costs_its_own_figures_alone() -> None:
+    class Broken(type(BACKENDS["reference"])):  # type: ignore[misc]
+        def linear(self, *arguments: Any, **named: Any) -> Tensor:
+            raise ValueError("no such kernel\nsecond line")
+
+    record = bench_gpu(SETTINGS, gpu=host(broken=Broken(), dense=BACKENDS["dense"]), sizes=TINY)
+    assert not record.verdict.valid
+    assert "broken nm/2:4, 32x64, 1 tokens: ValueError: no such kernel" in record.verdict.reasons
+    assert {row.side for row in record.rows if row.load == "32x64, 70 tokens"} == {
+        DENSE, TWO_FOUR, "dense nm/2:4", "dense nm/2:4/int4:32", "dense bitmask/0.5",
+    }  # fmt: skip
+
+
+def test_nothing_begins_when_the_time_is_over() -> None:
+    record = bench_gpu(SETTINGS, -1, gpu=host(dense=BACKENDS["dense"]), sizes=TINY)
+    assert record.rows == ()
+    assert record.verdict.reasons[0] == "limits: no time was left"
+    assert not record.verdict.valid
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"backends": ("cpu",)}, "backend 'cpu' is none of those for GPUs: give dense"),
+        ({"formats": ("nm/2:4/int8:96",)}, "64 columns"),
+        ({"formats": ("nm/2",)}, "nm/2"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before(changed: dict[str, Any], sentence: str) -> None:
+    settings = Settings(**{**SETTINGS.__dict__, **changed})
+    with pytest.raises(UsageError, match=sentence):
+        bench_gpu(settings, gpu=host(dense=BACKENDS["dense"]), sizes=TINY)
+
+
+def test_sides_take_turns_in_alternating_order() -> None:
+    seen: list[str] = []
+    sides = [Side(name, 8, ()) for name in "ab"]
+    prepared = {side: lambda name=side.name: seen.append(name) or 1.0 for side in sides}
+    bench.take_turns(prepared, "load", 3)
+    assert "".join(seen) == "abbaab"
+
+
+def test_the_decoder_is_a_transformer() -> None:
+    seen = []
+
+    def linear(rows: int) -> Callable[[Tensor], Tensor]:
+        def call(x: Tensor) -> Tensor:
+            seen.append((tuple(x.shape), rows))
+            return x.new_zeros(len(x), rows)
+
+        return call
+
+    sides = [Side("zero", 0, (linear(rows),) * 2) for rows, _ in TINY.linears]
+    decoder = Decoder(host(), TINY, 3, sides)
+    tokens = decoder.step()
+    assert tokens.shape == (3,)
+    assert tokens.dtype == torch.int64
+    # With linears that give zero, the head sees the embedding.
+    hidden = torch.nn.functional.rms_norm(decoder._embedded, (64,))
+    assert torch.equal(tokens, (hidden @ decoder._head.t()).argmax(dim=-1))
+    assert seen == 2 * [((3, 64), 192), ((3, 64), 64), ((3, 64), 192), ((3, 96), 64)]
+    assert all(not keys[:, :, -1].any() for keys, _ in decoder._caches)
+
+
+class FakeEvent:
+    """The time of the host."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        assert self.at
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return 1e3 * (end.at - self.at)
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What is asked of torch.cuda, without a device."""
+    state = SimpleNamespace(captured=0, replays=0, capturing=False)
+
+    class Graph:
+        def replay(self) -> None:
+            state.replays += 1
+
+    @contextmanager
+    def graph(made: Graph) -> Iterator[None]:
+        state.capturing = True
+        yield
+        state.capturing = False
+
+    properties = SimpleNamespace(
+        major=9, minor=0, multi_processor_count=132, L2_cache_size=1 << 10, total_memory=1 << 20
+    )
+    for name, value in {
+        "is_available": lambda: True,
+        "current_device": lambda: 0,
+        "get_device_properties": lambda device: properties,
+        "Event": FakeEvent,
+        "CUDAGraph": Graph,
+        "graph": graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return state
+
+
+def test_a_graph_repeats_short_calls_and_is_replayed(fake_cuda: SimpleNamespace) -> None:
+    made: list[bool] = []
+    timed = graph_timer([lambda: made.append(fake_cuda.capturing)] * 2)
+    assert made[:4] == [False] * 4
+    assert made[4:] == [True] * bench.MAX_CALLS
+    assert timed() >= 0
+    assert fake_cuda.replays == 2
+
+
+def test_the_current_device_has_all_backends_for_gpus(fake_cuda: SimpleNamespace) -> None:
+    here = Gpu.current()
+    assert list(here.backends) == ["mma_sp", "delta", "triton"]
+    assert here.cold_bytes == 3 << 10
+    assert here.facts["capability"] == "9.0"
+    assert json.dumps(here.facts)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_device_the_command_refuses_in_one_sentence(
+    gblm: Callable[..., Outcome],
+) -> None:
+    done = gblm("bench", "kernels", "--device", "cuda")
+    assert done.code == 3
+    assert "--device cuda needs a CUDA device; PyTorch sees none." in done.err
+
+
+@pytest.mark.parametrize(
+    "words", [["--device", "cuda", "--threads", "2"], ["--minutes", "3"]], ids=str
+)
+def test_options_that_say_nothing_are_refused(
+    gblm: Callable[..., Outcome], words: list[str]
+) -> None:
+    done = gblm("bench", "kernels", *words)
+    assert done.code == 2
+    assert "does not go with --device" in done.err
+
+
+def test_the_command_writes_the_record_and_prints_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = bench_gpu(SETTINGS, gpu=host(dense=BACKENDS["dense"]), sizes=TINY)
+    monkeypatch.setattr(bench, "bench_gpu", lambda settings, minutes, progress: record)
+    path = tmp_path / "r.json"
+    words = ["bench", "kernels", "--device", "cuda", "--output", str(path)]
+    done = click.testing.CliRunner().invoke(cli, words, obj={})
+    assert done.exit_code == 0, done.output
+    assert "decode loop, batch 32" in done.output
+    assert "dense bitmask/0.5" in done.output
+    assert Record.read(path).rows == record.rows
