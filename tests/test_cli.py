@@ -145,11 +145,14 @@ def test_usage_errors_are_json_too(gblm: Run) -> None:
     assert json.loads(done.out)["exit_code"] == 2
 
 
-def test_the_help_names_every_method() -> None:
-    from gblm.commands.common import METHODS as SHOWN
+def test_the_help_names_every_method_and_kind_of_value(gblm: Run) -> None:
     from gblm.methods import METHODS
+    from gblm.values import KINDS
 
-    assert tuple(METHODS) == SHOWN
+    text = " ".join(gblm("prune", "--help").out.split())
+    assert ", ".join(METHODS) in text
+    assert all(f"{name} ({kind.about})" in text for name, kind in KINDS.items())
+    assert "--damping FLOAT alps, sparsegpt: " in text
 
 
 def test_serving_the_current_folder_runs_none_of_its_files(packed: Path, tmp_path: Path) -> None:

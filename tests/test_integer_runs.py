@@ -168,7 +168,7 @@ def test_weights_without_whole_groups_are_refused_before_anything_runs(
 ) -> None:
     odd = save_tiny_model(tmp_path / "odd", intermediate_size=72)
     recipe = Recipe(model=str(odd), method="magnitude", values="int8", calibration=None)
-    with pytest.raises(PatternError, match=r"down_proj: 72 columns .*--group-size row"):
+    with pytest.raises(PatternError, match=r"down_proj: 72 columns .*Choose int8:row"):
         prune(recipe, tmp_path / "out")
     prune(recipe.model_copy(update={"values": "int8:row"}), tmp_path / "out")
     verify(tmp_path / "out")
@@ -214,7 +214,7 @@ def test_dense_parts_that_the_manifest_does_not_name_are_refused(
 
 def test_values_on_the_command_line(gblm: Run, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    done = gblm("prune", tiny, "--method", "magnitude", "--values", "int8", "--group-size", "32",
+    done = gblm("prune", tiny, "--method", "magnitude", "--values", "int8:32",
                 "--output", out)  # fmt: skip
     assert done.code == 0, done
     assert "magnitude 2:4 int8:32" in done.out
@@ -228,6 +228,6 @@ def test_values_on_the_command_line(gblm: Run, tiny: Path, tmp_path: Path) -> No
     )
     assert done.code == 0, done
     assert gblm("verify", packed).code == 0
-    done = gblm("prune", tiny, "--group-size", "32", "--output", tmp_path / "no")
-    assert done.code == 2
-    assert "--group-size goes with --values int8 or int4" in done.err
+    done = gblm("prune", tiny, "--values", "int5", "--output", tmp_path / "no")
+    assert done.code == 4
+    assert "give float, or one of int8, int4" in done.err

@@ -86,9 +86,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "recipe", "steps", "values", "weights",
     },
     "commands": {
-        "bench", "checkpoint", "doctor", "errors", "evaluate", "export", "fetch",
-        "folder", "network", "packed", "patterns", "plan", "provenance", "prune", "recipe",
-        "record", "report", "search", "serve",
+        "bench", "checkpoint", "doctor", "errors", "evaluate", "export", "fetch", "folder",
+        "methods", "network", "packed", "patterns", "plan", "provenance", "prune", "recipe",
+        "record", "report", "search", "serve", "values",
     },
     "cli": {"__init__", "commands"},
 }  # fmt: skip

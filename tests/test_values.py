@@ -37,7 +37,9 @@ def test_bad_specs_are_refused(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["uint4", "uint4:64", "fp8:row"])
 def test_values_of_earlier_releases_say_how_to_go_on(text: str) -> None:
-    with pytest.raises(PatternError, match=r"prune again with --values int4, .*`gblm export dense`"):
+    with pytest.raises(
+        PatternError, match=r"prune again with --values int4, .*`gblm export dense`"
+    ):
         parse_values(text)
 
 
@@ -49,7 +51,7 @@ def test_auto_takes_the_largest_group_that_divides_a_linear(columns: int, size: 
 
 
 def test_columns_without_whole_groups_are_refused_with_those_that_fit() -> None:
-    with pytest.raises(PatternError, match=r"w: 72 columns .* of 32 .* --group-size row"):
+    with pytest.raises(PatternError, match=r"w: 72 columns .* of 32 .* Choose int4:row"):
         ValueType("int4").resolve("w", 72)
     with pytest.raises(PatternError, match=r"w: 192 columns .* of 128 .* do: 32, 64, 96, 192, row"):
         ValueType("int4", 128).resolve("w", 192)

@@ -56,7 +56,7 @@ class Steps:
         if text is not None and text.num_batches < ranks:
             raise UsageError(
                 f"{ranks} ranks cannot share {text.num_samples} samples: give each a batch of its "
-                "own (--num-samples, --batch-size)."
+                "own (--num-samples)."
             )
 
 

@@ -145,7 +145,7 @@ class ValueType:
                 return replace(self, group_size=size)
         raise PatternError(
             f"{name}: {columns} columns do not divide into groups of {AUTO_SIZES[-1]} "
-            f"(values {self}). Choose --group-size row, or leave it dense with --ignore."
+            f"(values {self}). Choose {self.kind}:row, or leave it dense with --ignore."
         )
 
     def check_columns(self, name: str, columns: int) -> None:

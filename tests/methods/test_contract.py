@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
 from gblm.errors import UsageError
-from gblm.methods import METHODS, ScoredMethod, make_method
+from gblm.methods import METHODS, ScoredMethod, flags, make_method
 from gblm.methods.pipeline import make_pipeline
 from gblm.patterns import NM, Pattern, Unstructured, parse
 from gblm.values import Rounding, parse_values
@@ -99,6 +100,26 @@ def test_wanda_score_follows_the_formula(stats: dict[str, torch.Tensor]) -> None
     for i in range(24):
         for j in range(32):
             assert score[i, j] == weight[i, j].abs() * stats["act_norm"][j]
+
+
+def documented(name: str) -> str:
+    """A line of the table in docs/methods.md."""
+    needs = METHODS[name].needs
+    reads = "no" if not needs else "forward and backward" if "grad_norm" in needs else "forward"
+    return f"| `{name}` | {METHODS[name].about} | {reads} |".replace("|W|", "\\|W\\|")
+
+
+def test_the_docs_list_every_method() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    table = "".join(f"{documented(name)}\n" for name in METHODS)
+    assert table in text, table
+
+
+def test_flags_say_which_methods_take_them() -> None:
+    found = {flag.name: flag for flag in flags()}
+    assert found["damping"].help.startswith("alps, sparsegpt: ")
+    assert (found["alpha"].kind, found["alpha"].help[-16:]) == (float, "(default 100.0).")
+    assert "block_size" not in found
 
 
 def test_unknown_method_lists_the_known_ones() -> None:

@@ -19,8 +19,6 @@ from gblm.provenance import provenance
 from gblm.record import command_line
 
 F = TypeVar("F", bound=Callable[..., Any])
-# Repeated here because the table itself needs torch; a test compares them.
-METHODS = ("magnitude", "wanda", "sparsegpt", "alps", "gradient", "gblm")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

@@ -17,7 +17,7 @@ from gblm.commands.common import (
     overwrite_option,
     progress_bars,
 )
-from gblm.commands.recipe_options import head_option, values_options, values_spec
+from gblm.commands.recipe_options import head_option, values_option
 from gblm.errors import GateError
 from gblm.record import command_line
 
@@ -58,7 +58,7 @@ def dense(ctx: click.Context, source: str, output: Path, overwrite: bool) -> Non
 @click.option(
     "--pattern", help="Pattern the zeros must follow, found out if left out; dense keeps all."
 )
-@values_options
+@values_option
 @head_option
 @click.option("--ignore", multiple=True, help="Glob of module names to leave dense; repeatable.")
 @click.pass_context
@@ -69,7 +69,6 @@ def pack(
     overwrite: bool,
     pattern: str | None,
     values: str,
-    group_size: str | None,
     head: str,
     ignore: tuple[str, ...],
 ) -> None:
@@ -78,12 +77,11 @@ def pack(
     With integer --values the weights are rounded to the nearest code, with --head the output
     head.
     """
-    spec = values_spec(values, group_size)
     with progress_bars(ctx) as progress:
         from gblm.export.pack import export_pack
 
         result = export_pack(
-            source, output, pattern, ignore, overwrite, progress, values=spec, head=head
+            source, output, pattern, ignore, overwrite, progress, values=values, head=head
         )
     facts = {key: value for key, value in result.items() if key != "tensors"}
     emit(ctx, facts | {"output": str(output)}, lambda: click.echo(

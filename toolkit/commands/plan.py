@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 
-from gblm.commands.common import Command, emit, progress_bars, table
-from gblm.commands.recipe_options import read_recipe, recipe_options
+from gblm.commands.common import emit, progress_bars, table
+from gblm.commands.recipe_options import RecipeCommand, read_recipe, recipe_options
 
 OWN = frozenset({"ranks"})
 
 
-@click.command("plan", cls=Command)
+@click.command("plan", cls=RecipeCommand)
 @click.argument("model", required=False)
 @recipe_options
 @click.option(

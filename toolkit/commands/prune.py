@@ -8,19 +8,18 @@ from typing import Any
 import click
 
 from gblm.commands.common import (
-    Command,
     emit,
     head_note,
     megabytes,
     overwrite_option,
     progress_bars,
 )
-from gblm.commands.recipe_options import read_recipe, recipe_options
+from gblm.commands.recipe_options import RecipeCommand, read_recipe, recipe_options
 
 OWN = frozenset({"output", "overwrite", "resume", "save_stats"})
 
 
-@click.command("prune", cls=Command)
+@click.command("prune", cls=RecipeCommand)
 @click.argument("model", required=False)
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to make.")
 @recipe_options

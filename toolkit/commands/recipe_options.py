@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import click
 
-from gblm.commands.common import METHODS, device_option, dtype_option, options
+from gblm.commands.common import Command, device_option, dtype_option, options
 
 if TYPE_CHECKING:
     from gblm.recipe import Recipe
 
 CALIBRATION_OPTIONS = (
-    "calibration", "num_samples", "seq_len", "batch_size", "seed", "bos", "prefix", "order",
+    "calibration", "num_samples", "seq_len", "seed", "bos", "prefix", "order",
 )  # fmt: skip
 # What each preset sets; the steps follow docs/methods.md.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -27,37 +27,74 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_samples": 128, "seq_len": 512,
     },
 }  # fmt: skip
-METHOD_OPTIONS = ("alpha", "gradient_norm", "gradient_mode", "damping")
-method_options = options(
-    click.option("--alpha", type=float, help="gblm: weight of the gradient term (default 100)."),
-    click.option(
-        "--gradient-norm",
-        type=click.Choice(["l1", "l2"]),
-        help="gblm, gradient: norm over the samples (default l2).",
-    ),
-    click.option(
-        "--gradient-mode",
-        type=click.Choice(["mean", "reference"]),
-        help="gblm: mean over the samples (default), or the published code's sum.",
-    ),
-    click.option(
-        "--damping", type=float, help="sparsegpt, alps: share of the mean diagonal (0.01)."
-    ),
-)
-values_options = options(
-    click.option(
-        "--values",
-        type=click.Choice(["float", "int8", "int4"]),
-        default="float",
-        show_default=True,
-        help="How kept weights are stored: as they are, or rounded to codes with group scales.",
-    ),
-    click.option(
-        "--group-size",
-        type=click.Choice(["auto", "32", "64", "96", "128", "192", "256", "row"]),
-        help="Columns per scale of codes; auto (default) is the largest of 128, 96, 64, "
-        "32 that divides the linear's.",
-    ),
+
+
+class RecipeCommand(Command):
+    """A command that takes a recipe, with the flags that the tables of methods and values give.
+
+    The tables need torch, so the flags are made when the command is used, not when it is imported.
+    """
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Add the flags at the first call."""
+        own = {parameter.name for parameter in self.params}
+        self.params += [flag for flag in method_flags() if flag.name not in own]
+        return super().get_params(ctx)
+
+
+def method_flags() -> list[click.Option]:
+    """Make an option of each hyper-parameter that a method offers; what is not given is None."""
+    from gblm.methods import flags
+
+    return [
+        click.Option([f"--{flag.name.replace('_', '-')}"], help=flag.help, **_typed(flag.kind))
+        for flag in flags()
+    ]
+
+
+def _typed(kind: Any) -> dict[str, Any]:
+    """Give the arguments of click.Option for the declared type of a field."""
+    if kind is bool:
+        return {"is_flag": True, "default": None}
+    return {"type": click.Choice(get_args(kind)) if get_origin(kind) is Literal else kind}
+
+
+class LazyHelp(click.Option):
+    """An option whose help lists the entries of a table that needs torch."""
+
+    def __init__(self, *args: Any, entries: Callable[[], Iterable[str]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._entries = entries
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Put the entries into the text."""
+        text, self.help = self.help, (self.help or "").format(", ".join(self._entries()))
+        try:
+            return super().get_help_record(ctx)
+        finally:
+            self.help = text
+
+
+def _methods() -> Iterable[str]:
+    from gblm.methods import METHODS
+
+    return METHODS
+
+
+def _kinds() -> Iterable[str]:
+    from gblm.values import KINDS
+
+    return (f"{name} ({kind.about})" for name, kind in KINDS.items())
+
+
+values_option = click.option(
+    "--values",
+    cls=LazyHelp,
+    entries=_kinds,
+    default="float",
+    show_default=True,
+    help="How kept weights are stored: {}. Codes take a group size: int8:128, int4:row; int4 alone "
+    "is int4:auto, the largest of 128, 96, 64, 32 columns that divides the linear's.",
 )
 head_option = click.option(
     "--head",
@@ -94,20 +131,22 @@ recipe_options = options(
         "best a few times as long.",
     ),
     click.option(
-        "--method", default="gblm", show_default=True, help=f"One of {', '.join(METHODS)}."
+        "--method",
+        cls=LazyHelp,
+        entries=_methods,
+        default="gblm",
+        show_default=True,
+        help="One of {}.",
     ),
     click.option(
         "--pattern",
         default="2:4",
         show_default=True,
-        help="2:4, 4:8, 8:16, any N:M (N kept of M), a sparsity such as 0.5, tiles (16x16@0.5), "
-        "unstructured, dense.",
+        help="2:4, 4:8, 8:16, any N:M (N kept of M), a sparsity such as 0.5, dense.",
     ),
-    click.option("--sparsity", type=float, help="Fraction of zeros for --pattern unstructured."),
-    values_options,
+    values_option,
     step_options,
     head_option,
-    method_options,
     click.option(
         "--calibration",
         default="pydoc",
@@ -121,13 +160,6 @@ recipe_options = options(
         default=2048,
         show_default=True,
         help="Tokens per sample.",
-    ),
-    click.option(
-        "--batch-size",
-        type=click.IntRange(1),
-        default=1,
-        show_default=True,
-        help="Samples per forward pass.",
     ),
     click.option("--seed", type=int, default=0, show_default=True),
     click.option(
@@ -192,15 +224,6 @@ def read_recipe(
     return chosen.model_copy(update={"model": given["model"]}) if given["model"] else chosen
 
 
-def values_spec(values: str, group_size: str | None) -> str:
-    """What `values_options` ask for, as `gblm.values.parse_values` reads it."""
-    if values != "float":
-        return f"{values}:{group_size or 'auto'}"
-    if group_size is not None:
-        raise click.UsageError("--group-size goes with --values int8 or int4.")
-    return values
-
-
 def _refuse_given(ctx: click.Context, names: Iterable[str], why: str) -> None:
     """Refuse options that something else would silently win over."""
     from click.core import ParameterSource
@@ -227,9 +250,7 @@ def _fields(
     model: str | None,
     method: str,
     pattern: str,
-    sparsity: float | None,
     values: str,
-    group_size: str | None,
     rounding: str,
     refit: bool,
     reconstruct: int,
@@ -243,16 +264,18 @@ def _fields(
     **rest: Any,
 ) -> dict[str, Any]:
     """The options as the fields of a Recipe."""
+    from gblm.methods import flags
     from gblm.patterns import parse
+    from gblm.values import parse_values
 
     if not model:
         raise click.UsageError("Missing argument 'MODEL'.")
-    options = {name: rest.pop(name) for name in METHOD_OPTIONS}
+    options = {flag.name: rest.pop(flag.name) for flag in flags()}
     return {
         "model": model,
         "method": method,
-        "pattern": str(parse(pattern, sparsity)),
-        "values": values_spec(values, group_size),
+        "pattern": str(parse(pattern)),
+        "values": str(parse_values(values)),
         "rounding": rounding,
         "refit": {} if refit else None,
         "reconstruct": {"epochs": reconstruct} if reconstruct else None,

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gblm.commands.common import Command, emit, progress_bars, table
-from gblm.commands.recipe_options import read_recipe, recipe_options
+from gblm.commands.common import emit, progress_bars, table
+from gblm.commands.recipe_options import RecipeCommand, read_recipe, recipe_options
 
 if TYPE_CHECKING:
     from gblm.search.candidates import Question
@@ -21,7 +21,7 @@ OWN = frozenset({"budget", "measure", "write", *MEASURE})
 PRESET, ROUNDING = "fast", "obs"
 
 
-@click.command("search", cls=Command)
+@click.command("search", cls=RecipeCommand)
 @click.argument("model", required=False)
 @click.option(
     "--budget",
@@ -134,30 +134,22 @@ def _question(
     from gblm.search.budget import parse_budget
     from gblm.search.candidates import Question
     from gblm.search.examine import Space
+    from gblm.values import parse_values
 
     amount = parse_budget(budget)
     if given["stats"] is not None:
         raise click.UsageError("--stats does not go with a budget: it takes gradients of its own.")
-    if given["sparsity"] is not None:
-        raise click.UsageError("--sparsity does not go with a budget, which decides it.")
     if recipe is not None:
         return Question(read_recipe(ctx, recipe, given, OWN), amount)
-    values = (given["values"],) if _is_given(ctx, "values") else Space.values
-    typed = tuple(_with_groups(name, given["group_size"]) for name in values)
-    space = Space(typed, _patterns(ctx, given))
+    values = (str(parse_values(given["values"])),) if _is_given(ctx, "values") else Space.values
+    space = Space(values, _patterns(ctx, given))
     # Rounding belongs to integer values; recipes without any leave it out.
-    fields = given | {"values": "int8", "group_size": None, "pattern": "dense"}
+    fields = given | {"values": "int8", "pattern": "dense"}
     if not (_is_given(ctx, "preset") or _is_given(ctx, "method")):
         fields["preset"] = PRESET
     if fields["preset"] is None and not _is_given(ctx, "rounding"):
         fields["rounding"] = ROUNDING
     return Question(read_recipe(ctx, None, fields, OWN), amount, space)
-
-
-def _with_groups(values: str, group_size: str | None) -> str:
-    """Add the group size to a value type that is made of codes."""
-    kind = values.partition(":")[0]
-    return kind if kind == "float" else f"{kind}:{group_size or 'auto'}"
 
 
 def _patterns(ctx: click.Context, given: Mapping[str, Any]) -> tuple[str, ...]:

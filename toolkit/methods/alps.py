@@ -14,7 +14,7 @@ of squares of their weights, which is the exact projection, too.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -47,9 +47,15 @@ class ALPS(Method):
     """
 
     scope: ClassVar[Scope] = "matrix"
+    about: ClassVar[str] = (
+        "ADMM on ‖X (W − W₀)‖², over the whole matrix, then least squares on what stays "
+        "(arXiv 2406.07831)"
+    )
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
 
-    damping: float = 0.01
+    damping: float = field(
+        default=0.01, metadata={"about": "share of H's mean diagonal that is added to it"}
+    )
     max_iterations: int = 300
 
     def __post_init__(self) -> None:

@@ -1,7 +1,9 @@
 """Method: turns a dense weight, its statistics and a pattern into a SparseWeight.
 
-A method sees one linear at a time and knows nothing of models, files or devices. Its
-hyper-parameters are dataclass fields, so command-line options and recipe keys follow from them.
+A method sees one linear at a time and knows nothing of models, files or devices. Its class carries
+every fact of it: what it does, in words, which statistics it reads, and its hyper-parameters, which
+are dataclass fields. Recipe keys follow from the fields, and flags of the command line from those
+whose metadata has an "about" for the help.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from gblm.patterns import Pattern, Scope
+from gblm.values import ValueType
 from gblm.weights import SparseWeight
 
 # Statistics of one linear by name, float32: "act_norm" [in], "hessian" [in, in], "grad_norm"
@@ -22,6 +25,9 @@ Stats = Mapping[str, Tensor]
 
 class Method(ABC):
     """A training-free pruning method."""
+
+    about: ClassVar[str]
+    """What it does, in the words of the table in docs/methods.md."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
     """Names of the statistics it reads."""
@@ -54,6 +60,23 @@ class Method(ABC):
             pattern: which positions may stay.
             name: of the linear, for messages.
         """
+
+    def prune_quantized(
+        self, weight: Tensor, stats: Stats, pattern: Pattern, values: ValueType, name: str = ""
+    ) -> SparseWeight | None:
+        """Prune one linear and round it to codes in one go.
+
+        Args:
+            weight: [out, in] floating point.
+            stats: what `prepare` returned.
+            pattern: which positions may stay.
+            values: a kind with codes, `resolve`d for `in`.
+            name: of the linear, for messages.
+
+        Returns:
+            None where the method only prunes; what stays is then rounded afterwards.
+        """
+        return None
 
 
 class ScoredMethod(Method):

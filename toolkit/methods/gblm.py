@@ -7,7 +7,7 @@ loss on the calibration samples. With alpha = 0 it is Wanda, bit for bit.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -32,11 +32,16 @@ class GBLM(ScoredMethod):
             "reference", the published code: l1: Σ|g_s|, l2: √Σ g_s², α·‖G‖ rounded to float16.
     """
 
+    about: ClassVar[str] = (
+        "|W| · (‖X‖ + α·‖G‖), in each output row; kept weights unchanged (arXiv 2311.04902, eq. 3)"
+    )
     needs: ClassVar[frozenset[str]] = frozenset({"act_norm", "grad_norm"})
 
-    alpha: float = 100.0
-    gradient_norm: GradientNorm = "l2"
-    gradient_mode: Literal["mean", "reference"] = "mean"
+    alpha: float = field(default=100.0, metadata={"about": "weight of the gradient term"})
+    gradient_norm: GradientNorm = field(default="l2", metadata={"about": "norm over the samples"})
+    gradient_mode: Literal["mean", "reference"] = field(
+        default="mean", metadata={"about": "mean over the samples, or the published code's sum"}
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha < math.inf:

@@ -5,7 +5,7 @@ The gradient half of GBLM by itself, as in Das et al. 2023, https://arxiv.org/ab
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -26,9 +26,12 @@ class Gradient(ScoredMethod):
         gradient_norm: over the calibration samples s, l1: Σ|g_s|, l2: √Σ g_s².
     """
 
+    about: ClassVar[str] = (
+        "|W| · ‖G‖, in each output row; kept weights unchanged (arXiv 2311.04902)"
+    )
     needs: ClassVar[frozenset[str]] = frozenset({"grad_norm"})
 
-    gradient_norm: GradientNorm = "l2"
+    gradient_norm: GradientNorm = field(default="l2", metadata={"about": "norm over the samples"})
 
     def score(self, weight: Tensor, stats: Stats) -> Tensor:
         """|W| · grad_norm, both [out, in]."""

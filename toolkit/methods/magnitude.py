@@ -19,6 +19,7 @@ from gblm.patterns import Scope
 class Magnitude(ScoredMethod):
     """score = |W|."""
 
+    about: ClassVar[str] = "|W|, over the whole matrix; kept weights unchanged"
     scope: ClassVar[Scope] = "matrix"
 
     def score(self, weight: Tensor, stats: Stats) -> Tensor:

@@ -17,7 +17,6 @@ from gblm.methods import make_method
 from gblm.methods.base import Method, ScoredMethod, Stats
 from gblm.methods.obs import prepare_obs, round_obs
 from gblm.methods.refit import Refit
-from gblm.methods.sparsegpt import SparseGPT
 from gblm.patterns import Dense, Pattern
 from gblm.values import Rounding, ValueType, quantize
 from gblm.weights import SparseWeight
@@ -33,7 +32,7 @@ class Pipeline:
         method: chooses the mask; with the pattern "dense" nothing is chosen.
         refit: moves the kept weights to the least squares; None leaves them as the method does.
         rounding: how kept weights become codes, where values are integers; see `gblm.values`. With
-            "obs" and a dense pattern it is GPTQ; SparseGPT without `refit` rounds while it prunes.
+            "obs" and a dense pattern it is GPTQ; without `refit`, SparseGPT rounds while it prunes.
     """
 
     method: Method
@@ -96,10 +95,12 @@ class Pipeline:
         Raises:
             InputError: a weight is NaN or Inf, or becomes so.
         """
-        jointly = self.rounding == "obs" and not values.is_float
+        jointly = self.rounding == "obs" and not values.is_float and self.refit is None
         dense = isinstance(pattern, Dense)
-        if jointly and not dense and self.refit is None and isinstance(self.method, SparseGPT):
-            return self.method.prune_quantized(weight, stats, pattern, values, name)
+        if jointly and not dense:
+            joint = self.method.prune_quantized(weight, stats, pattern, values, name)
+            if joint is not None:
+                return joint
         if dense:
             pruned = SparseWeight(weight, torch.ones_like(weight, dtype=torch.bool))
         else:

@@ -17,6 +17,9 @@ from gblm.methods.base import ScoredMethod, Stats
 class Wanda(ScoredMethod):
     """score = |W| · ‖X‖."""
 
+    about: ClassVar[str] = (
+        "|W| · ‖X‖, in each output row; kept weights unchanged (arXiv 2306.11695, eq. 1)"
+    )
     needs: ClassVar[frozenset[str]] = frozenset({"act_norm"})
 
     def score(self, weight: Tensor, stats: Stats) -> Tensor:

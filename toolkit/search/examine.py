@@ -21,9 +21,7 @@ from gblm.choices import Choice
 from gblm.errors import PatternError, UsageError
 from gblm.folder import resolve
 from gblm.layers import StreamedLayers
-from gblm.methods.alps import ALPS
 from gblm.methods.pipeline import Pipeline, make_pipeline
-from gblm.methods.sparsegpt import SparseGPT
 from gblm.model import load_tokenizer, output_head, prunable, refuse_packed
 from gblm.patterns import NM, Dense, Unstructured, parse
 from gblm.progress import Progress, no_progress
@@ -176,7 +174,7 @@ def _pass(
     began, windows = time.monotonic(), _windows(recipe, layers.reader.folder)
     names = next(iter(values.values()))
     by_name = {name: {kind: own[name] for kind, own in values.items()} for name in names}
-    makes_up = isinstance(pipeline.method, SparseGPT | ALPS) or pipeline.refit is not None
+    makes_up = "hessian" in pipeline.method.needs or pipeline.refit is not None
     judgement = Judgement(by_name, patterns, makes_up, pipeline.rounding)
     with tempfile.TemporaryDirectory(prefix="gblm-search-") as scratch:
         found = measure(layers, windows, judgement, Path(scratch), progress)
