@@ -106,7 +106,7 @@ def check_doors(
 
 
 def with_config(options: Sequence[str]) -> list[str]:
-    """vLLM's options, behind those that it reads from the file of `--config`.
+    """Put vLLM's options behind those that it reads from the file of `--config`.
 
     Raises:
         InputError: the file cannot be read, or is no YAML with options.
@@ -125,13 +125,13 @@ def with_config(options: Sequence[str]) -> list[str]:
 
 
 def _is_short_for(option: str, word: str) -> bool:
-    """Whether vLLM may take a word for an option: it allows abbreviations, underscores and dots."""
+    """Tell whether vLLM may take a word for an option: it allows short forms, underscores, dots."""
     name = re.split("[=.]", word)[0].replace("_", "-")
     return len(name) > 3 and option.startswith(name)
 
 
 def _words(key: Any, value: Any) -> list[str]:
-    """What vLLM makes of one line of its configuration file."""
+    """Give the words that vLLM makes of one line of its configuration file."""
     if value is False or value == []:
         return []
     if value is True:
@@ -140,7 +140,7 @@ def _words(key: Any, value: Any) -> list[str]:
 
 
 def open_paths(routes: Sequence[str]) -> list[str]:
-    """The paths that `--open-routes` names, "metrics" for "/metrics".
+    """List the paths that `--open-routes` names, "metrics" for "/metrics".
 
     Raises:
         UsageError: a name is no path.
@@ -154,7 +154,7 @@ def open_paths(routes: Sequence[str]) -> list[str]:
 def api_keys(
     file: Path | None, options: Sequence[str], environment: Mapping[str, str]
 ) -> list[str]:
-    """The keys that vLLM will accept: those among its own options, else the file's or variable's.
+    """Find the keys that vLLM will accept: of its own options, else of the file or variable.
 
     Raises:
         InputError: the file cannot be read or is empty.
@@ -175,7 +175,7 @@ def api_keys(
 def guard_settings(
     host: str, keys: Sequence[str], routes: Sequence[str], max_body_mib: int
 ) -> dict[str, str]:
-    """The environment of `gblm.serve.guard.Guard`; keys are asked for beyond this machine only."""
+    """Make the environment of `Guard`; keys are asked for beyond this machine only."""
     asks = not is_loopback(host) and EVERY_ROUTE not in routes
     return settings(keys if asks else (), open_paths(routes), max_body_mib << 20)
 

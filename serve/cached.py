@@ -44,7 +44,7 @@ def folder_to_serve(
     pack: bool = False,
     progress: Progress = no_progress,
 ) -> Path:
-    """The folder of a model itself, or the packed one in the cache that is made of it.
+    """Find the folder of a model, or the packed one in the cache; make that if it is not there.
 
     Args:
         model: a folder or hub id.
@@ -78,7 +78,7 @@ def folder_to_serve(
 
 
 def recipe_of(model: str | Path, words: str) -> Recipe:
-    """The recipe of "METHOD PATTERN"; everything else is the default of `gblm prune`.
+    """Read the recipe "METHOD PATTERN"; everything else is the default of `gblm prune`.
 
     Raises:
         UsageError: these are not two words, or the method is unknown.
@@ -94,7 +94,7 @@ def recipe_of(model: str | Path, words: str) -> Recipe:
 
 
 def is_legacy(config: dict[str, Any]) -> bool:
-    """Whether compressed-tensors wrote a config.json in a way that vLLM refuses and gblm converts.
+    """Tell whether compressed-tensors wrote a config.json that vLLM refuses and gblm converts.
 
     vLLM serves plain weights beside a `sparsity_config`, unless that names targets.
     """
@@ -105,7 +105,7 @@ def is_legacy(config: dict[str, Any]) -> bool:
 
 
 def must_round(source: Path) -> bool:
-    """Whether there are fp8 codes, which become bfloat16."""
+    """Tell whether there are fp8 codes, which become bfloat16."""
     with LegacyReader(source) as reader:
         return reader.has_fp8
 
@@ -113,7 +113,7 @@ def must_round(source: Path) -> bool:
 def _made(
     model: str | Path, source: Path, title: str, facts: dict[str, Any], make: Callable[[Path], Any]
 ) -> Path:
-    """The folder in the cache; made now, if no earlier start has made it."""
+    """Find the folder in the cache, or make it if no earlier start has."""
     check_version()  # making takes long: what would be refused afterwards is refused now
     folder = _place(f"{model_name(model)}-{title}", facts, source)
     with _alone_with(folder):
@@ -127,7 +127,7 @@ def _made(
 
 
 def _place(title: str, facts: dict[str, Any], source: Path) -> Path:
-    """A folder of the cache whose name changes with whatever could change its content."""
+    """Name a folder of the cache; the name changes with whatever could change its content."""
     side = {file.name for pattern in SIDE_FILES for file in source.glob(pattern) if file.is_file()}
     with Reader(source) as reader:
         content = folder_sha256(source, {"config.json", *reader.files, *side})

@@ -32,7 +32,7 @@ MAX_DIGITS = 18
 def settings(
     keys: Sequence[str], open_routes: Iterable[str], max_body_bytes: int
 ) -> dict[str, str]:
-    """The environment of a `Guard`.
+    """Make the environment of a `Guard`.
 
     Args:
         keys: any of them opens every route; none: nobody is asked for one.
@@ -44,7 +44,7 @@ def settings(
 
 
 class Guard:
-    """ASGI middleware: 401 without a key, 413 beyond the size; everything else reaches the app."""
+    """ASGI middleware: answers 401 without a key, 413 beyond the size, and hands on the rest."""
 
     def __init__(self, app: App, environment: Mapping[str, str] = os.environ) -> None:
         """Read the settings.
@@ -95,7 +95,7 @@ class Guard:
 
 
 class _Limited:
-    """One request whose body may have so many bytes, with a length or in chunks."""
+    """Handles one request whose body may have so many bytes, with a length or in chunks."""
 
     def __init__(self, app: App, limit: int, receive: Receive, send: Send) -> None:
         self.app, self.limit = app, limit
@@ -117,7 +117,7 @@ class _Limited:
                 raise
 
     async def receive(self) -> Message:
-        """What the app gets of the body; its client is gone once it is too large."""
+        """Give the app the body; its client is gone once that is too large."""
         if self.refused:
             return {"type": "http.disconnect"}
         message = await self._receive()
@@ -128,7 +128,7 @@ class _Limited:
         return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
-        """The app's answer, unless it was given already."""
+        """Pass the app's answer on, unless one was given already."""
         if not self.refused:
             self.started = True
             await self._send(message)
@@ -150,7 +150,7 @@ async def _refuse_stranger(scope: Mapping[str, Any], receive: Receive, send: Sen
 
 
 async def _answer(send: Send, status: int, why: str, more: list[tuple[bytes, bytes]]) -> None:
-    """An error as OpenAI's clients expect it."""
+    """Answer with an error as OpenAI's clients expect it."""
     body = json.dumps({"error": {"message": why, "code": status}}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": status, "headers": [*headers, *more]})
@@ -158,13 +158,13 @@ async def _answer(send: Send, status: int, why: str, more: list[tuple[bytes, byt
 
 
 def _header(scope: Mapping[str, Any], name: bytes) -> bytes | None:
-    """The first one of this name."""
+    """Find the first header of this name."""
     found: Iterable[bytes] = (value for key, value in scope["headers"] if key.lower() == name)
     return next(iter(found), None)
 
 
 def _is_preflight(scope: Mapping[str, Any]) -> bool:
-    """What a browser asks before a request; vLLM's CORS middleware answers, and no route."""
+    """Tell whether a browser asks before a request; vLLM's CORS middleware answers, no route."""
     asks = (b"origin", b"access-control-request-method")
     return scope["method"] == "OPTIONS" and all(_header(scope, name) is not None for name in asks)
 

@@ -82,7 +82,7 @@ class Server:
 
 
 def command(server: Server, loading: Sequence[str] = ()) -> list[str]:
-    """The command line that starts vLLM; see `loading_options`."""
+    """Write the command line that starts vLLM; see `loading_options`."""
     tls: list[str] = []
     if server.ssl_certfile is not None:
         tls = ["--ssl-certfile", str(server.ssl_certfile), "--ssl-keyfile", str(server.ssl_keyfile)]
@@ -100,7 +100,7 @@ def command(server: Server, loading: Sequence[str] = ()) -> list[str]:
 
 
 def environment(server: Server, base: Mapping[str, str]) -> dict[str, str]:
-    """The environment that vLLM needs; what the user has set wins.
+    """Make the environment that vLLM needs; what the user has set wins.
 
     On CPU: a bounded cache, and all usable cores (vLLM's default leaves one of them idle).
     """
@@ -152,7 +152,7 @@ def check(server: Server) -> None:
 
 
 def sampled_zeros(reader: Reader) -> float:
-    """The share of zeros in the first rows of some linears of the decoder layers, 0 to 1."""
+    """Estimate the share of zeros, 0 to 1, from the first rows of some linears."""
     zeros = weights = 0
     names = [n for n, (shape, _) in reader.headers.items() if ".layers." in n and len(shape) == 2]
     for name in names[:SAMPLED_TENSORS]:
@@ -204,14 +204,14 @@ def serve(server: Server) -> None:
 
 
 def on_cpu() -> bool:
-    """Whether vLLM will compute on the CPU."""
+    """Tell whether vLLM will compute on the CPU."""
     import torch
 
     return not torch.cuda.is_available()
 
 
 def loading_options(server: Server) -> list[str]:
-    """What makes vLLM's default loader miss norms and biases; the user's options come later."""
+    """Let vLLM's default loader notice norms and biases that are missing in the checkpoint."""
     if "--load-format" in server.options or not is_packed(server.folder):
         return []
     return ["--model-loader-extra-config", json.dumps(LOADER_CONFIG)]
@@ -227,7 +227,7 @@ def _is_parallel(options: Sequence[str]) -> bool:
 
 
 def _ranges(cores: list[int]) -> str:
-    """[0, 1, 2, 5] → "0-2,5"."""
+    """Write core numbers as ranges: [0, 1, 2, 5] → "0-2,5"."""
     spans: list[list[int]] = []
     for core in cores:
         if spans and core == spans[-1][1] + 1:

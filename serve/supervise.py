@@ -65,7 +65,7 @@ def supervise(command: list[str], patience: int = PATIENCE) -> int:
 
 
 def patience_for(options: list[str]) -> int:
-    """Seconds that vLLM may take to end, by its own --shutdown-timeout; the last one counts."""
+    """Count the seconds that vLLM may take to end: the last --shutdown-timeout and PATIENCE."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--shutdown-timeout", type=int, default=0)
     return int(parser.parse_known_args(options)[0].shutdown_timeout) + PATIENCE
@@ -85,7 +85,7 @@ def _kill_tree(pid: int) -> None:
 
 
 def _in_foreground() -> bool:
-    """Whether a terminal's signals go to this process and its child."""
+    """Tell whether a terminal's signals go to this process and its child."""
     try:
         return os.tcgetpgrp(0) == os.getpgrp()
     except OSError:
@@ -93,7 +93,7 @@ def _in_foreground() -> bool:
 
 
 def _die_with_parent() -> None:
-    """Linux: a child whose parent is killed gets SIGTERM."""
+    """Let Linux send SIGTERM to this child when its parent is killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 

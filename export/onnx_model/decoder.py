@@ -23,7 +23,7 @@ ELEMENTS = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}
 
 
 class OrtDecoder:
-    """One sequence, batch 1.
+    """Decodes one sequence, batch 1.
 
     Attributes:
         session: the `onnxruntime.InferenceSession`.
@@ -117,7 +117,7 @@ class OrtDecoder:
 
 
 def greedy(decoder: OrtDecoder, prompt: Tensor, count: int) -> list[int]:
-    """The tokens that follow a prompt [tokens] when the most likely one is always taken."""
+    """Give the tokens that follow a prompt [tokens] when the likeliest one is always taken."""
     decoder.reset()
     found: list[int] = []
     tokens = prompt

@@ -210,7 +210,7 @@ def _check_sparse(folder: Path, is_packed: bool) -> None:
 
 
 def _needed_bytes(folder: Path, is_packed: bool) -> int:
-    """The graph in float32, and the unpacked copy that it is made from."""
+    """Count the bytes of the graph in float32 and of the unpacked copy that it is made from."""
     with PackedReader(folder) if is_packed else Reader(folder) as reader:
         if isinstance(reader, PackedReader):
             weights = sum(
@@ -224,7 +224,7 @@ def _needed_bytes(folder: Path, is_packed: bool) -> int:
 def _make(
     folder: Path, is_packed: bool, made: Path, wanted: Wanted, precision: str
 ) -> list[Replaced]:
-    """The graph and its data."""
+    """Write the graph and its data; tell what was replaced in it."""
     target = TARGETS[wanted.target]
     with tempfile.TemporaryDirectory(dir=made.parent, prefix=".onnx-") as name:
         work, dense = Path(name), folder
@@ -247,7 +247,7 @@ def _make(
 
 
 def _original(folder: Path, is_packed: bool) -> nn.Module:
-    """The torch model that an export is held against: float32, every weight as it is stored."""
+    """Load what an export is held against: the torch model in float32, weights as stored."""
     if is_packed:
         model: nn.Module = packed.load(folder, backend="dense", dtype=torch.float32)
         return model
@@ -298,7 +298,7 @@ def with_rope_theta(config: dict[str, Any]) -> dict[str, Any]:
 def _tolerance(wanted: Wanted, precision: str, replaced: list[Replaced]) -> Tolerance:
     name = precision
     if wanted.sparse:
-        codes = any("/int" in one.spec or "/uint" in one.spec for one in replaced)
+        codes = any("/int" in one.spec for one in replaced)
         name = "sparse-int" if codes else "sparse"
     found = TOLERANCES[name]
     if wanted.min_agreement is None:
@@ -309,7 +309,7 @@ def _tolerance(wanted: Wanted, precision: str, replaced: list[Replaced]) -> Tole
 def _report(
     folder: Path, made: Path, wanted: Wanted, precision: str, replaced: list[Replaced]
 ) -> dict[str, Any]:
-    """Sizes, zeros and where it all comes from."""
+    """Collect sizes, zeros and where it all comes from."""
     files = {file.name: file.stat().st_size for file in sorted(made.iterdir())}
     return {
         "kind": "onnx export",

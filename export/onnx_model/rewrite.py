@@ -90,7 +90,7 @@ def pack_graph(built: Path, packed: Path, output: Path) -> list[Replaced]:
 
 
 class _Rewriter:
-    """Node after node, with the tensors that the new nodes need."""
+    """Rewrites node after node, and makes the tensors that the new nodes need."""
 
     def __init__(self, graph: StoredGraph, reader: PackedReader, data: DataFile) -> None:
         self.graph, self.reader, self.data = graph, reader, data
@@ -108,7 +108,7 @@ class _Rewriter:
         }
 
     def rewrite(self, node: Any) -> Iterator[Any]:
-        """The nodes that take a node's place."""
+        """Give the nodes that take a node's place."""
         if node.name in self._inner:
             return
         if node.name in self._gates:
@@ -133,7 +133,7 @@ class _Rewriter:
             )
 
     def initializers(self, nodes: list[Any], rotary: Formula) -> list[Any]:
-        """What the nodes use: what was made, and the rest of the old ones."""
+        """Give what the nodes use: what was made, and the rest of the old ones."""
         from onnx import numpy_helper
 
         used = {name for node in nodes for name in node.input} - set(rotary.tables)
@@ -145,7 +145,7 @@ class _Rewriter:
         return [*self._made.values(), *kept]
 
     def _packable(self, matmuls: Sequence[Any]) -> tuple[str, ...]:
-        """The linears behind MatMuls whose weights can be joined panels; none if they cannot."""
+        """Name the linears behind MatMuls whose weights can be joined panels, else none."""
         weights = [node.input[1] for node in matmuls]
         if not all(name in self.graph.tensors for name in weights):
             return ()
@@ -168,7 +168,7 @@ class _Rewriter:
         return panels
 
     def _stored(self, name: str) -> Tensor:
-        """A weight of the graph as [out, in] float32."""
+        """Read a weight of the graph as [out, in] float32."""
         return torch.from_numpy(self.graph.floats(name).copy()).T.contiguous()
 
     def _node(self, node: Any, op: str, matmuls: Sequence[Any], linears: tuple[str, ...]) -> Any:
@@ -186,7 +186,7 @@ class _Rewriter:
         )  # fmt: skip
 
     def _embeddings(self, name: str) -> str | None:
-        """The initializer behind the table of a Gather, if it is the embeddings."""
+        """Name the initializer behind the table of a Gather, if it is the embeddings."""
         source = self._transposed.get(name, name)
         return source if source in (HEAD_WEIGHT, EMBEDDINGS) else None
 
@@ -211,12 +211,12 @@ class _Rewriter:
 
 
 def _fits(weight: Tensor) -> bool:
-    """Whether a dense weight [out, in] can be panels without loss."""
+    """Tell whether a dense weight [out, in] can be panels without loss."""
     return is_bfloat16(weight) and weight.shape[1] % 8 == 0
 
 
 def _linears(weight: str) -> tuple[str, ...]:
-    """The checkpoint's linears behind a weight of the graph, in the order of their rows."""
+    """Name the checkpoint's linears behind a weight of the graph, in the order of their rows."""
     if weight == HEAD_WEIGHT:
         return ("lm_head",)
     found = LAYER_WEIGHT.fullmatch(weight)
@@ -244,7 +244,7 @@ class Panels:
 
 
 def packed_panels(reader: PackedReader, linears: Sequence[str]) -> tuple[Panels, Tensor]:
-    """The joined weights of packed linears.
+    """Join the weights of packed linears.
 
     Args:
         reader: of the checkpoint.
@@ -279,7 +279,7 @@ def packed_panels(reader: PackedReader, linears: Sequence[str]) -> tuple[Panels,
 
 
 def dense_panels(name: str, weight: Tensor) -> Panels:
-    """A weight that is not packed, every position kept.
+    """Make panels of a weight that is not packed; every position is kept.
 
     Args:
         name: for messages.
@@ -292,12 +292,12 @@ def dense_panels(name: str, weight: Tensor) -> Panels:
 
 
 def is_bfloat16(weight: Tensor) -> bool:
-    """Whether every value is exact in bfloat16."""
+    """Tell whether every value is exact in bfloat16."""
     return bool((weight == weight.to(torch.bfloat16)).all())
 
 
 def exact_bfloat16(name: str, values: Tensor) -> Tensor:
-    """Floating values as bfloat16, if that loses nothing.
+    """Cast floating values to bfloat16, if that loses nothing.
 
     Raises:
         InputError: it would.
@@ -335,7 +335,7 @@ class Gate:
 
 
 def find_gates(nodes: Iterable[Any]) -> list[Gate]:
-    """Every gate whose inner values nobody else reads.
+    """Find every gate whose inner values nobody else reads.
 
     Args:
         nodes: of the graph, with distinct names.

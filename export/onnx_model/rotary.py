@@ -37,7 +37,7 @@ class Formula:
 
 
 def find_formula(graph: StoredGraph) -> Formula:
-    """The formula of a graph's tables; an empty one if they follow none, or there are none."""
+    """Find the formula of a graph's tables; it is empty if they follow none, or there are none."""
     pairs = {
         (node.input[COSINES], node.input[SINES])
         for node in graph.model.graph.node
@@ -54,7 +54,7 @@ def find_formula(graph: StoredGraph) -> Formula:
 
 
 def frequencies(cosines: np.ndarray[Any, Any], sines: np.ndarray[Any, Any]) -> Any:
-    """Radians a position, from the tables.
+    """Recover the radians a position from the tables.
 
     Angles at powers of two are exact multiples, so that the last one tells the frequency to the
     rounding of float32; each takes the number of whole turns from the one before.
@@ -103,7 +103,7 @@ def _formula(
 
 
 def _gives(formula: Formula, want: tuple[np.ndarray[Any, Any], ...]) -> bool:
-    """Whether ONNX Runtime computes the tables."""
+    """Tell whether ONNX Runtime computes the tables."""
     import onnx
     import onnxruntime
     from onnx import helper, numpy_helper

@@ -66,7 +66,7 @@ def check_version(text: str) -> None:
 
 
 def library() -> Path:
-    """The shared library that holds the operator `ai.gblm::Linear`.
+    """Find the shared library that holds the operator `ai.gblm::Linear`.
 
     Raises:
         MachineError: it was not built.
@@ -98,7 +98,7 @@ def register(options: Any) -> Any:
 
 
 def open_session(folder: Path, provider: str = CPU, threads: int | None = None) -> Any:
-    """An `onnxruntime.InferenceSession` of an exported folder.
+    """Open an `onnxruntime.InferenceSession` of an exported folder.
 
     Args:
         folder: as `export_onnx` wrote it; or a path to the model file itself.

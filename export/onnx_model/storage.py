@@ -56,7 +56,7 @@ class StoredGraph:
                 )
 
     def raw(self, name: str) -> np.ndarray[Any, Any]:
-        """[bytes] uint8 of an initializer."""
+        """Read an initializer as [bytes] uint8."""
         import onnx
 
         tensor = self.tensors[name]
@@ -73,7 +73,7 @@ class StoredGraph:
         return self._data[start:stop]
 
     def floats(self, name: str) -> np.ndarray[Any, Any]:
-        """A float32 initializer in its shape."""
+        """Read a float32 initializer in its shape."""
         return self.raw(name).view(np.float32).reshape(tuple(self.tensors[name].dims))
 
 
@@ -85,7 +85,7 @@ class DataFile:
         self._stream = stream
 
     def tensor(self, name: str, dtype: int, shape: Iterable[int], data: Any) -> Any:
-        """An `onnx.TensorProto` whose data now lie in the file, or inline when they are few.
+        """Make an `onnx.TensorProto`; its data go into the file, or inline when they are few.
 
         Args:
             name: of the initializer.
@@ -110,7 +110,7 @@ class DataFile:
 
 
 def _place(tensor: Any) -> dict[str, str] | None:
-    """Where external data lie; None if they are in the graph."""
+    """Tell where external data lie; None if they are in the graph."""
     if not tensor.external_data:
         return None
     return {entry.key: entry.value for entry in tensor.external_data}

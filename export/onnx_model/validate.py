@@ -96,7 +96,7 @@ def validate(
 
 @dataclass(frozen=True)
 class _Difference:
-    """Logits [count, vocabulary] against the original's.
+    """How far logits [count, vocabulary] are from the original's.
 
     Attributes:
         largest: absolute difference.
@@ -131,7 +131,7 @@ def _one_by_one(decoder: OrtDecoder, prompt: Tensor, tokens: list[int]) -> Tenso
 
 
 def prompt_tokens(source: Path, model: nn.Module) -> Tensor:
-    """[tokens] int64 of a fixed English text; random ones for a folder without tokenizer."""
+    """Give [tokens] int64 of an English text; random ones for a folder without tokenizer."""
     if (source / "tokenizer.json").exists() or (source / "tokenizer.model").exists():
         from gblm.model import load_tokenizer
 
@@ -143,7 +143,7 @@ def prompt_tokens(source: Path, model: nn.Module) -> Tensor:
 
 @torch.inference_mode()
 def torch_greedy(model: nn.Module, prompt: Tensor, count: int) -> tuple[list[int], Tensor]:
-    """The most likely tokens one by one, and their logits [count, vocabulary] float32."""
+    """Generate the likeliest tokens one by one, with their logits [count, vocabulary] float32."""
     past, tokens, rows, step = None, [], [], prompt[None]
     for _ in range(count):
         out = model(input_ids=step, past_key_values=past, use_cache=True)

@@ -74,25 +74,25 @@ class SparseConfig(QuantizationConfig):
             hf_config.gblm_backend = kernels.requested_backend() or "best"
 
     def get_name(self) -> str:
-        """The quant_method."""
+        """Give the quant_method."""
         return QUANT_METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """Floating values are cast to it at load; codes and scales serve any."""
+        """List the dtypes that floating values are cast to at load; codes and scales serve any."""
         return [torch.bfloat16, torch.float16, torch.float32]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Of CUDA devices; the backends here are plain PyTorch."""
+        """Give the least compute capability of CUDA devices."""
         return 70
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        """None: the manifest stands in config.json."""
+        """List no files: the manifest stands in config.json."""
         return []
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """Methods of ours for packed linears, embeddings and the output head; else vLLM's own."""
+        """Choose a method of ours for linears, embeddings and the output head; else vLLM's own."""
         if isinstance(layer, ParallelLMHead):
             return self._head_method(prefix)
         if isinstance(layer, VocabParallelEmbedding):
@@ -132,7 +132,7 @@ class SparseConfig(QuantizationConfig):
         return PackedHeadMethod(fmt, prefix, self.note_choice)
 
     def _format_of(self, prefix: str) -> Format | None:
-        """The format of a layer; the parts of a fused one (q/k/v, gate/up) must go together."""
+        """Find the format of a layer; the parts of a fused one (q/k/v, gate/up) must fit."""
         parent, _, name = prefix.rpartition(".")
         pieces = self.packed_modules_mapping.get(name, [name])
         found = [self.manifest.format_of(f"{parent}.{piece}") for piece in pieces]
@@ -149,7 +149,7 @@ class SparseConfig(QuantizationConfig):
 
 
 def _show_logs() -> None:
-    """vLLM shows its own loggers only; once they are set up, ours speaks through them, too."""
+    """Let our log speak through vLLM's, which shows its own loggers only."""
     ours = logging.getLogger("gblm")
     if not ours.handlers:
         for handler in logging.getLogger("vllm").handlers:

@@ -24,14 +24,14 @@ DENSE = from_spec("dense/dense")
 
 
 class WatchedMethod(UnquantizedEmbeddingMethod):
-    """vLLM's own, which would serve memory that nothing was loaded to."""
+    """vLLM's own method, which would serve memory that nothing was loaded to, but watched."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name or "embed_tokens"  # vLLM gives some embeddings no name
 
     def create_weights(self, layer: torch.nn.Module, *sizes: Any, **attributes: Any) -> None:
-        """As vLLM does, filled with NaN."""
+        """Make the weight as vLLM does, filled with NaN."""
         super().create_weights(layer, *sizes, **attributes)
         layer.get_parameter("weight").data.fill_(math.nan)
 

@@ -108,7 +108,7 @@ class SparseLinearMethod(LinearMethodBase):
             layer.register_parameter(slot, Parameter(tensor, requires_grad=False))
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [..., in] → [..., out]."""
+        """Multiply: x [..., in] → [..., out]."""
         if self.dense is not None:
             out: Tensor = self.dense.apply(layer, x, bias)
             return out
@@ -130,7 +130,7 @@ class SparseLinearMethod(LinearMethodBase):
         return {part: tensor.to(device) for part, tensor in whole.items()}
 
     def _refuse_unloaded_rows(self, codes: Tensor) -> None:
-        """A piece that the loader skipped is whole rows of what they were filled with."""
+        """Refuse whole rows of what codes were filled with: pieces that the loader skipped."""
         if bool((codes == NO_CODE[codes.dtype]).all(dim=1).any()):
             raise CheckpointError(
                 f"{self.name}: values are missing in the checkpoint, or a row holds nothing but "
@@ -138,7 +138,7 @@ class SparseLinearMethod(LinearMethodBase):
             )
 
     def _check_shard(self, input_size: int) -> None:
-        """A rank's columns must hold whole bytes of every part, and whole groups."""
+        """Refuse a cut through a byte of a part or through a group; name sizes that work."""
         fits = [
             ranks
             for ranks in range(1, MAX_RANKS + 1)
@@ -152,7 +152,7 @@ class SparseLinearMethod(LinearMethodBase):
             )
 
     def _refusal(self, columns: int, num_ranks: int) -> str | None:
-        """Why one of so many ranks cannot hold its columns; None when it can."""
+        """Say why one of so many ranks cannot hold its columns; None when it can."""
         try:
             self.fmt.check_shape(self.name, (self.shape[0], columns))
         except PatternError as error:
@@ -178,7 +178,7 @@ class DenseLinearMethod(UnquantizedLinearMethod):
         self.name = name
 
     def create_weights(self, layer: torch.nn.Module, *sizes: Any, **attributes: Any) -> None:
-        """As vLLM does, filled with NaN."""
+        """Make the weight as vLLM does, filled with NaN."""
         super().create_weights(layer, *sizes, **attributes)
         layer.get_parameter("weight").data.fill_(math.nan)
 
@@ -200,7 +200,7 @@ def refuse_unloaded(name: str, values: Tensor) -> None:
 
 
 def _rectangle(fmt: Format, part: str, spec: TensorSpec, loader: Any) -> BasevLLMParameter:
-    """An empty part that vLLM cuts like a dense weight: at the same relative place.
+    """Make an empty part, which vLLM cuts like a dense weight: at the same relative place.
 
     NaN, rows of the least code and an empty bitmask are refused later, should the loader skip this
     layer.
@@ -216,5 +216,5 @@ def _rectangle(fmt: Format, part: str, spec: TensorSpec, loader: Any) -> BasevLL
 
 
 def _slot(index: int) -> str:
-    """LoRA wrappers look for `weight_packed`."""
+    """Name a prepared tensor; LoRA wrappers look for `weight_packed`."""
     return "weight_packed" if index == 0 else f"weight_packed_{index}"

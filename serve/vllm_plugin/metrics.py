@@ -36,19 +36,19 @@ GROUP = ("part", "format", "pattern", "values")
 
 
 class Reports(Collector):
-    """The reports of this server's workers, for the registry that /metrics shows."""
+    """Collects the reports of this server's workers for the registry that /metrics shows."""
 
     def __init__(self) -> None:
         self._folders: list[TemporaryDirectory[str]] = []
         self._known: dict[Path, tuple[int, Report]] = {}
 
     def new_folder(self) -> Path:
-        """A folder for the workers of one model; removed when this process ends."""
+        """Make a folder for the workers of one model; it is removed when this process ends."""
         self._folders.append(TemporaryDirectory(prefix="gblm-", ignore_cleanup_errors=True))
         return Path(self._folders[-1].name)
 
     def collect(self) -> list[GaugeMetricFamily]:
-        """What is known now; a report stays known if something empties the folder."""
+        """Give what is known now; a report stays known if something empties the folder."""
         for folder in self._folders:
             for path in Path(folder.name).glob("*.json"):
                 stamp = path.stat().st_mtime_ns
@@ -59,7 +59,7 @@ class Reports(Collector):
 
 @cache
 def reports() -> Reports:
-    """The one collector of this process, registered at the first call."""
+    """Get the one collector of this process; the first call registers it."""
     collector = Reports()
     REGISTRY.register(collector)
     return collector
@@ -99,7 +99,7 @@ def report(folder: Path | None, backends: Mapping[str, int]) -> None:
 
 
 def local_folder(model: str, revision: str | None, cache_dir: str | None) -> Path:
-    """Where vLLM has loaded a model from: its folder, or the hub's snapshot in the cache."""
+    """Find where vLLM has loaded a model from: its folder, or the hub's snapshot in the cache."""
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download
@@ -110,7 +110,7 @@ def local_folder(model: str, revision: str | None, cache_dir: str | None) -> Pat
 
 
 def checkpoint_facts(folder: Path) -> Report:
-    """What `gblm inspect` finds in a packed folder, and the hash of its list of hashes."""
+    """Look up what `gblm inspect` says of a packed folder, and hash its list of hashes."""
     facts = inspect(folder)
     parts = [("linears", group) for group in facts["groups"]]
     parts += [("head", facts["head"])] if "head" in facts else []
@@ -127,7 +127,7 @@ def checkpoint_facts(folder: Path) -> Report:
 
 
 def families(found: Iterable[Report]) -> list[GaugeMetricFamily]:
-    """The metrics of a server from the reports of its workers; none without reports."""
+    """Make the metrics of a server from the reports of its workers; none without reports."""
     models: dict[str, list[Report]] = {}
     for one in found:
         models.setdefault(one["model_name"], []).append(one)
@@ -135,7 +135,7 @@ def families(found: Iterable[Report]) -> list[GaugeMetricFamily]:
 
 
 def publish(found: Iterable[GaugeMetricFamily]) -> None:
-    """For several API servers, whose /metrics show what processes write into a common folder.
+    """Publish for several API servers, which show what processes write into a common folder.
 
     Numbers only grow as workers report, so that the largest is the complete one.
     """
@@ -167,7 +167,7 @@ def _running(models: Mapping[str, list[Report]]) -> list[GaugeMetricFamily]:
 
 
 def _count(own: Iterable[Report], backend: str) -> int:
-    """Ranks of one pipeline stage share its linears; stages have different ones."""
+    """Count a backend's linears: ranks of a pipeline stage share them, stages have their own."""
     stages: dict[int, int] = {}
     for one in own:
         stage = one["stage"]

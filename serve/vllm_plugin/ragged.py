@@ -31,13 +31,13 @@ class Rows:
 
     @staticmethod
     def narrow(_: int, start: int, length: int) -> range:
-        """The rows of one piece, of all ranks."""
+        """Give the rows of one piece, of all ranks."""
         return range(start, start + length)
 
 
 @dataclass
 class Pieces:
-    """The pieces of one vLLM linear, in the order of its rows.
+    """Collects the pieces of one vLLM linear, in the order of its rows.
 
     Attributes:
         fmt: format that every piece arrives in.
@@ -107,7 +107,7 @@ class Pieces:
         self._join_if_complete()
 
     def _arrived(self, piece: Hashable, part: str, tensor: Tensor) -> dict[str, Tensor] | None:
-        """All parts of a piece, with the last of them."""
+        """Keep a part; give all parts of its piece with the last of them, else None."""
         parts = self._arriving.setdefault(piece, {})
         parts[part] = tensor.detach().cpu()
         return None if parts.keys() < set(self.fmt.parts) else self._arriving.pop(piece)
@@ -140,7 +140,7 @@ class Pieces:
 
 
 def pack_in_blocks(fmt: Format, name: str, weight: SparseWeight) -> dict[str, Tensor]:
-    """As `Format.pack`, which needs many times a weight's size, in blocks of rows."""
+    """Pack in blocks of rows, for `Format.pack` needs many times a weight's size."""
     rows, columns = weight.mask.shape
     step = max(1, BLOCK_WEIGHTS // columns)
     blocks = (weight.narrow(0, start, min(step, rows - start)) for start in range(0, rows, step))
@@ -166,20 +166,20 @@ class RaggedParameter(BasevLLMParameter):
         self.pieces = pieces
 
     def load_column_parallel_weight(self, loaded_weight: Tensor) -> None:
-        """Output features are split over ranks."""
+        """Take a part whose output features are split over ranks."""
         self.pieces.take(0, self.part, loaded_weight, "rows", self.tp_rank, self.tp_size)
 
     def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
-        """Input features are split over ranks."""
+        """Take a part whose input features are split over ranks."""
         self.pieces.take(0, self.part, loaded_weight, "columns", self.tp_rank, self.tp_size)
 
     def load_merged_column_weight(self, loaded_weight: Tensor, **kwargs: Any) -> None:
-        """One of gate and up."""
+        """Take a part of gate or up."""
         piece = int(kwargs["shard_id"])
         self.pieces.take(piece, self.part, loaded_weight, "rows", self.tp_rank, self.tp_size)
 
     def load_qkv_weight(self, loaded_weight: Tensor, **kwargs: Any) -> None:
-        """One of q, k and v; `num_heads` ranks share a replicated key/value head."""
+        """Take a part of q, k or v; `num_heads` ranks share a replicated key/value head."""
         piece = PIECES[kwargs["shard_id"]]
         shared_by = 1 if piece == 0 else kwargs["num_heads"]
         rank, num_ranks = self.tp_rank // shared_by, self.tp_size // shared_by
@@ -187,7 +187,7 @@ class RaggedParameter(BasevLLMParameter):
 
 
 def _load(loader: Any, param: RaggedParameter, tensor: Tensor, *shard: Any) -> None:
-    """As vLLM's loader, but what is fused on disk is complete before it is cut."""
+    """Load as vLLM does, but complete what is fused on disk before it is cut."""
     if len(param.pieces.rows) == 1 or (shard and isinstance(shard[0], int | str)):
         loader(param, tensor, *shard)
         return
