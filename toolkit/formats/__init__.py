@@ -10,7 +10,7 @@ from gblm.formats.base import VALUE_DTYPES, Format, Headers, Parts, Shape, Tenso
 from gblm.formats.bitmask import BitmaskFormat
 from gblm.formats.dense import DenseFormat
 from gblm.formats.nm import NMFormat
-from gblm.patterns import NM, Dense, Pattern, Unstructured, parse
+from gblm.patterns import Pattern, Unstructured, parse
 from gblm.values import AUTO, FLOAT, ValueType, parse_values
 
 __all__ = [
@@ -35,13 +35,19 @@ FORMATS: dict[str, type[Format]] = {
 
 
 def format_for(pattern: Pattern, values: ValueType = FLOAT) -> Format:
-    """The format that stores a pattern's weights in the fewest bytes.
+    """The first format of the table that holds a pattern's weights.
 
     Args:
         pattern: which positions may be kept.
         values: how kept values are stored; see `ValueType.resolve`.
+
+    Raises:
+        PatternError: there is none.
     """
-    return FORMATS[_name_for(pattern)](pattern, values)
+    found = next((fmt for fmt in FORMATS.values() if fmt.holds(pattern)), None)
+    if found is None:
+        raise PatternError(f"no format stores weights of pattern {pattern}.")
+    return found(pattern, values)
 
 
 def join_formats(formats: Iterable[Format]) -> Format | None:
@@ -72,7 +78,7 @@ def make_format(name: str, pattern: str, values: str = "float") -> Format:
         parsed, kind = parse(pattern), parse_values(values)
     except PatternError as error:
         raise CheckpointError(f"manifest: {error}") from error
-    if _name_for(parsed) != name:
+    if not FORMATS[name].holds(parsed):
         raise CheckpointError(f"format {name!r} cannot hold weights of pattern {pattern!r}.")
     if not kind.is_float and kind.group_size == AUTO:
         raise CheckpointError(f"manifest: values {values!r} leave the group size open.")
@@ -84,9 +90,3 @@ def from_spec(spec: str) -> Format:
     """The inverse of Format.spec."""
     name, pattern, *values = spec.split("/")
     return make_format(name, pattern, *values)
-
-
-def _name_for(pattern: Pattern) -> str:
-    if isinstance(pattern, Dense):
-        return "dense"
-    return "nm" if isinstance(pattern, NM) else "bitmask"

@@ -63,6 +63,11 @@ class Format(ABC):
         # A plain string, made once, so that torch.compile sees a constant.
         self.spec = f"{self.name}/{pattern}" + ("" if values.is_float else f"/{values}")
 
+    @classmethod
+    @abstractmethod
+    def holds(cls, pattern: Pattern) -> bool:
+        """Say whether it stores weights of this pattern."""
+
     def layout(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> dict[str, TensorSpec]:
         """Every part of a weight [out, in] by local name; needs no data.
 

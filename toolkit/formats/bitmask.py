@@ -12,6 +12,7 @@ from gblm.errors import CheckpointError
 from gblm.formats.base import Format, Parts, Shape, TensorSpec
 from gblm.formats.bits import pack_bits, row_counts
 from gblm.formats.nibbles import byte_offsets, pack_ragged, unpack_ragged
+from gblm.patterns import Block, Pattern, Unstructured
 
 
 class BitmaskFormat(Format):
@@ -22,6 +23,11 @@ class BitmaskFormat(Format):
 
     name = "bitmask"
     own_parts = ("values", "bitmask", "row_offsets")
+
+    @classmethod
+    def holds(cls, pattern: Pattern) -> bool:
+        """See Format.holds: any position."""
+        return isinstance(pattern, Unstructured | Block)
 
     def values_shape(self, shape: Shape) -> tuple[int, ...]:
         """See Format.values_shape."""

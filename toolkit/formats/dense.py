@@ -8,6 +8,7 @@ from torch import Tensor
 from gblm.errors import CheckpointError
 from gblm.formats.base import Headers, Parts, Shape, TensorSpec
 from gblm.formats.rectangle import RectangleFormat
+from gblm.patterns import Dense, Pattern
 
 
 class DenseFormat(RectangleFormat):
@@ -15,6 +16,11 @@ class DenseFormat(RectangleFormat):
 
     name = "dense"
     own_parts = ("values",)
+
+    @classmethod
+    def holds(cls, pattern: Pattern) -> bool:
+        """See Format.holds: nothing is dropped."""
+        return isinstance(pattern, Dense)
 
     def kept_per_row(self, columns: int) -> int:
         """See RectangleFormat.kept_per_row."""

@@ -13,7 +13,7 @@ from gblm.errors import CheckpointError
 from gblm.formats.base import Parts, Shape, TensorSpec
 from gblm.formats.bits import pack_bits
 from gblm.formats.rectangle import RectangleFormat
-from gblm.patterns import NM, first_crowded
+from gblm.patterns import NM, Pattern, first_crowded
 
 
 class NMFormat(RectangleFormat):
@@ -25,6 +25,11 @@ class NMFormat(RectangleFormat):
     name = "nm"
     own_parts = ("values", "bitmask")
     pattern: NM
+
+    @classmethod
+    def holds(cls, pattern: Pattern) -> bool:
+        """See Format.holds: N:M."""
+        return isinstance(pattern, NM)
 
     def kept_per_row(self, columns: int) -> int:
         """See RectangleFormat.kept_per_row."""

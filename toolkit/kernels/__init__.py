@@ -75,6 +75,8 @@ def select(
     reasons: list[str] = []
     for backend in [BACKENDS[forced]] if forced else BACKENDS.values():
         reason = backend.refuses(fmt, shape, dtype, device)
+        if backend.formats and fmt.name not in backend.formats:
+            reason = f"it does not know the format {fmt.name}"
         if reason is None:
             return backend, reasons
         reasons.append(f"{backend.name}: {reason}")

@@ -20,6 +20,8 @@ class Backend(ABC):
     """Whether the weight stays packed in memory."""
     needs: ClassVar[str] = "cpu"
     """The type of device that it was written for; "cpu" ones may run on any device."""
+    formats: ClassVar[tuple[str, ...]] = ()
+    """Names of the formats whose parts it knows; none = it asks the format to expand them."""
     own_op: ClassVar[bool] = False
     """Whether `linear` calls one PyTorch op and nothing else, so that tracing needs no other."""
 

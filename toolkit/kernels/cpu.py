@@ -32,6 +32,7 @@ class Cpu(Backend):
     name = "cpu"
     packed = True
     own_op = True
+    formats = ("nm", "bitmask", "dense")
 
     def refuses(
         self, fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device

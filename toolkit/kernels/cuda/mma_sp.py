@@ -33,6 +33,7 @@ class SparseTensorCore(FewTokens):
     """Serves 2:4 weights on GPUs of compute capability 8.0 to 12.1; above 64 tokens, expanded."""
 
     name = "mma_sp"
+    formats = ("nm",)
     max_tokens = MAX_TOKENS
 
     def __init__(self, device_of: Callable[[Tensor], Device] = device_of) -> None:

@@ -44,6 +44,7 @@ class Triton(FewTokens):
     """Holds the parts as they are; takes bfloat16 or float16 activations."""
 
     name = "triton"
+    formats = ("nm", "bitmask", "dense")
     max_tokens = MAX_TOKENS
 
     def __init__(self, units_of: Callable[[Tensor], int] | None = None) -> None:
