@@ -12,6 +12,7 @@ import argparse
 import ctypes
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,11 +22,11 @@ from typing import Any
 
 import tables
 import torch
+from older import spread
 from pages import RESULTS, ROOT, made_by
 from torch import Tensor
 
 from gblm.bench.linears import Asked, last_level_cache, num_copies, sparse_weight
-from gblm.bench.paired import Times, round_medians, speedup, spread
 from gblm.formats import Format
 from gblm.kernels import BACKENDS, native
 from gblm.provenance import provenance
@@ -65,10 +66,10 @@ def panels(text: str, shape: tuple[int, int]) -> tuple[Format, list[Tensor]]:
 
 def measure(
     libraries: dict[str, ctypes.CDLL], copies: list[Tensor], x: Tensor, rows: int, rounds: int
-) -> Times:
-    """Seconds of each compiler's calls, by round."""
+) -> dict[str, list[float]]:
+    """Seconds of each compiler's calls: the median of each round."""
     y = torch.empty(x.shape[0], rows, dtype=torch.bfloat16)
-    times: dict[str, list[list[float]]] = {name: [] for name in libraries}
+    times: dict[str, list[float]] = {name: [] for name in libraries}
     for _ in range(rounds + 1):
         for name, library in libraries.items():
             calls = []
@@ -80,7 +81,7 @@ def measure(
                 calls.append(time.thread_time() - began)
                 if failed:
                     raise RuntimeError(f"{name}: gblm_linear returned {failed}")
-            times[name].append(calls)
+            times[name].append(statistics.median(calls))
     return {name: own[1:] for name, own in times.items()}  # the first round warms up
 
 
@@ -100,9 +101,10 @@ def rows_of(
             times = measure(libraries, copies, x, shape[0], rounds)
             row: dict[str, Any] = {"format": fmt.spec, "isa": isa, "tokens": tokens}
             for name in libraries:
+                pairs = zip(times[baseline], times[name], strict=True)
                 row[name] = {
-                    "us": spread([1e6 * seconds for seconds in round_medians(times[name])]),
-                    f"faster than {baseline}": speedup(times, name, baseline),
+                    "us": spread(tuple(1e6 * seconds for seconds in times[name])),
+                    f"faster than {baseline}": spread(tuple(a / b for a, b in pairs)),
                 }
             rows.append(row)
             print(json.dumps(row), flush=True)

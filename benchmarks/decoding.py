@@ -31,8 +31,7 @@ import vllm_rivals
 from memory import shape_folder
 from pages import made_by
 
-from gblm.bench.noise import measured
-from gblm.bench.validity import Limits
+from gblm.bench.noise import Limits, measured, reasons
 from gblm.checkpoint.inspect import inspect
 from gblm.fetch import fetch
 from gblm.folder import quant_method, read_config
@@ -183,15 +182,15 @@ def measure(engines: dict[str, Engine], rounds: int) -> dict[str, Any]:
     speeds: dict[str, dict[str, list[float]]] = {n: {w: [] for w in WORK} for n in engines}
     noise, dropped = [], []
     for index in range(2 * rounds + 1):
-        with measured(psutil.Process()) as meter:
+        with measured(psutil.Process().children()) as heard:
             found = {
                 (name, work): engine.ask(" ".join(map(str, shape)))
                 for work, shape in WORK.items()
                 for name, engine in engines.items()
             }
-        quiet = meter.steal <= LIMITS.steal and meter.other <= LIMITS.other_load
+        quiet = not reasons(heard, LIMITS)
         if index:  # the first round warms up
-            (noise if quiet else dropped).append(meter.evidence())
+            (noise if quiet else dropped).append(heard)
         if index and quiet:
             for (name, work), answer in found.items():
                 if answer:

@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import older
+
 from gblm.record import Record
 
 RUN = Path("runs/demo")
@@ -24,7 +26,7 @@ EVAL, BENCH, SUMMARY = RUN / "eval.json", RUN / "bench.json", RUN / "summary.jso
 # Small on purpose: the defaults of `gblm prune` would take hours on two cores.
 CALIBRATION = "--calibration pydoc --num-samples 16 --seq-len 256 --seed 0 --dtype float32"
 WINDOWS = "--text pydoc --seq-len 512 --max-windows 16 --dtype bfloat16"
-LOAD = "--num-prompts 3 --input-len 32 --output-len 16 --repeat 2"
+LOAD = "--num-prompts 3 --prompt-len 32 --output-len 16 --rounds 2"
 VLLM = "--enforce-eager --max-model-len 1024"
 
 
@@ -40,7 +42,7 @@ def main() -> None:
     gblm(f"inspect {PACKED}")
     gblm(f"verify {PACKED}")
     gblm(f"eval {PACKED} --baseline {MODEL} {WINDOWS} --backend dense --output {EVAL}")
-    gblm(f"bench serving {PACKED} --baseline {MODEL} {LOAD} --output {BENCH} "
+    gblm(f"bench {MODEL} {PACKED} {LOAD} --output {BENCH} "
          f"--log {RUN}/servers.log -- {VLLM}")  # fmt: skip
     summary = summarise()
     SUMMARY.write_text(json.dumps(summary, indent=2) + "\n")
@@ -60,7 +62,8 @@ def summarise() -> dict[str, Any]:
     """The figures of the run, read from the records the commands wrote."""
     recipe = json.loads((PACKED / "recipe.json").read_text())
     report = json.loads((PACKED / "sparsity_report.json").read_text())
-    quality, bench = Record.read(EVAL), json.loads(BENCH.read_text())
+    quality, record = Record.read(EVAL), Record.read(BENCH)
+    bench = older.serving(record)
     pruned, dense = (row for row in quality.rows if row.metric == "perplexity")
     speed = {
         f"{metric}_{name}": round(bench["summary"][metric][side], 3)
@@ -79,7 +82,7 @@ def summarise() -> dict[str, Any]:
         "bytes_packed": report["bytes_packed"],
         **speed,
         "backend": bench["backend_used"],
-        "provenance": bench["provenance"],
+        "provenance": dict(record.provenance),
     }
 
 

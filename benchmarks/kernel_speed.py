@@ -19,10 +19,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import older
 import tables
 from pages import RESULTS, made_by
 
 from gblm.kernels import native
+from gblm.record import Record
 
 MAIN = "--shapes 4096x4096 --tokens 1,2,4,8,16,64,256"
 LESSER = "--shapes 4096x4096 --tokens 1,4,16 --no-vllm"
@@ -76,8 +78,7 @@ def measure(arguments: str) -> dict[str, Any]:
         file = Path(folder) / "record.json"
         command = [sys.executable, "-m", "gblm", "bench", "kernels", *arguments.split()]
         subprocess.run([*command, "--output", str(file)], check=True)
-        record: dict[str, Any] = json.loads(file.read_text())
-    return record
+        return older.kernels(Record.read(file))
 
 
 def shortened(value: Any) -> Any:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,10 +23,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import older
 from memory import shape_folder
 from pages import made_by
 
-from gblm.export.onnx_model.bench import Settings, bench_onnx
+from gblm.bench.requests import Load
+from gblm.bench.rounds import Plan, bench
+from gblm.bench.sides import Setup, parse_sides
 from gblm.fetch import fetch
 
 RECORD = Path(__file__).resolve().parent / "results" / "onnx.json"
@@ -50,6 +54,7 @@ CASES = (
     ("2of4-int4", PRUNE, "2:4", "int4", "int4", "fp32"),
     ("8of16-int4", PRUNE, "8:16", "int4", "int4", "fp32"),
 )
+OUTPUT_LEN = 32
 ROWS = tuple(row for row, *_ in CASES)
 
 
@@ -106,9 +111,16 @@ def main() -> None:
     for model in arguments.models:
         folders = make_folders(arguments.folder, model, arguments.rows)
         for threads, length in itertools.product(arguments.threads, arguments.prompt_len):
-            settings = Settings(threads=threads, prompt_len=length, rounds=arguments.rounds)
-            record = bench_onnx(list(folders.values()), settings)
-            runs.append({"model": model, "validation": validations(folders), **record})
+            load = Load(num_prompts=1, prompt_len=length, output_len=OUTPUT_LEN)
+            with tempfile.TemporaryDirectory() as work:
+                setup = Setup((load,), Path(work) / "log", threads=threads)
+                sides = parse_sides([f"{row}={path}" for row, path in folders.items()], setup)
+                record = bench(sides, setup, Plan(arguments.rounds))
+            settings = {"threads": threads, "prompt_len": length, "output_len": OUTPUT_LEN,
+                        "rounds": arguments.rounds}  # fmt: skip
+            facts = {"load_average": os.getloadavg()[0], **older.onnx(record, threads)}
+            runs.append({"model": model, "validation": validations(folders),
+                         "settings": settings, **facts})  # fmt: skip
     arguments.record.write_text(
         json.dumps({"kind": "onnx", "command": made_by(), "runs": runs}, indent=2) + "\n"
     )

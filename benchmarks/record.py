@@ -14,15 +14,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import older
 import tables
 from pages import RESULTS, ROOT
 from tables import slug
+
+from gblm.record import Record
 
 RUN = ROOT / "runs" / "bench"
 DENSE = RUN / "smollm2"
 CALIBRATION = "--calibration pydoc --num-samples 16 --seq-len 256 --seed 0 --dtype float32"
 WINDOWS = "--text pydoc --seq-len 512 --dtype bfloat16"
-LOAD = "--num-prompts 3 --input-len 64 --output-len 16 --repeat 3"
+LOAD = "--num-prompts 3 --prompt-len 64 --output-len 16 --rounds 3"
 VLLM = "--enforce-eager --max-model-len 1024"
 
 
@@ -39,8 +42,13 @@ def main() -> None:
     if "serving" in wanted:
         for pattern, backend in tables.SERVED:
             record = RESULTS / f"serving-gblm-{slug(pattern)}-{backend}.json"
-            gblm(f"bench serving {packed('gblm', pattern)} --baseline {DENSE} --backend {backend} "
+            gblm(f"bench {DENSE} {packed('gblm', pattern)} --backend {backend} "
                  f"{LOAD} --output {record} --log {RUN}/servers.log -- {VLLM}")  # fmt: skip
+            found = Record.read(record)
+            load = {"rounds": 3, "num_prompts": 3, "input_len": 64, "output_len": 16,
+                    "concurrency": 1, "options": VLLM.split()}  # fmt: skip
+            facts = found.as_json() | older.serving(found) | {"load": load}
+            record.write_text(json.dumps(facts, indent=2) + "\n")
     tables.main()
 
 

@@ -22,7 +22,8 @@ from faults import in_flight
 from vllm.benchmarks import serve as bench
 
 from gblm.bench.compare import student
-from gblm.bench.serving import Load, bench_options
+from gblm.bench.requests import Load
+from gblm.bench.server import bench_words
 
 # Prompt and generated tokens of the kinds of request, each ± SPREAD.
 SHAPES = ((256, 8), (16, 48), (64, 24), (128, 16))
@@ -151,12 +152,10 @@ def one_run(
     url: str, folder: Path, shape: tuple[int, int], count: int, concurrency: int, seed: int
 ) -> dict[str, Any]:
     """One run of the load generator, and what of it is recorded."""
-    load = Load(
-        num_prompts=count, input_len=shape[0], output_len=shape[1], concurrency=concurrency,
-        seed=seed, range_ratio=SPREAD,
-    )  # fmt: skip
+    load = Load(count, shape[0], shape[1], concurrency)
     with tempfile.TemporaryDirectory() as work:
-        found = bench_here(bench_options(url, folder, load, Path(work)))
+        words = bench_words(url, folder, load, seed, Path(work))
+        found = bench_here([*words, "--random-range-ratio", str(SPREAD)])
     return {
         "prompt_tokens": shape[0],
         "generated_tokens": shape[1],

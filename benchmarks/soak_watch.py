@@ -9,8 +9,10 @@ from typing import Any
 
 from soak_load import one_run
 
+from gblm.bench.compare import LOAD
 from gblm.bench.scrape import Target
 from gblm.bench.watch import Window, watch
+from gblm.record import Record
 
 # The canary's traffic: prompt and generated tokens, requests in flight on each server.
 KIND, CONCURRENCY, SECONDS, INTERVAL = (64, 32), 4, 120.0, 5.0
@@ -37,19 +39,14 @@ def watched(a: Side, b: Side) -> dict[str, Any]:
             rows = list(loads.map(lambda s: _traffic(*s, count), sides.values()))
         found = seen.result()
     own = dict(zip(sides, rows, strict=True))
-    metrics = {
-        metric: _agreement(found["metrics"][metric], own, f"mean_{metric}_ms")
-        for metric in ("ttft", "tpot")
-    }
+    metrics = {metric: _agreement(found, own, metric) for metric in ("ttft", "tpot")}
     return {
         "requests": count,
         "concurrency": CONCURRENCY,
         "load_generators": own,
         "metrics": metrics,
-        "verdicts": {name: row["verdict"] for name, row in found["metrics"].items()},
-        "caveats": found["caveats"],
-        "problems": found["problems"],
-        "window": found["window"],
+        "notes": list(found.verdict.notes),
+        "window": found.provenance["settings"],
         "kept": all(row["agrees"] for row in metrics.values()),
     }
 
@@ -58,14 +55,16 @@ def _traffic(url: str, folder: Path, count: int) -> dict[str, Any]:
     return one_run(url, folder, KIND, count, CONCURRENCY, 0)
 
 
-def _agreement(row: dict[str, Any], own: dict[str, dict[str, Any]], key: str) -> dict[str, Any]:
+def _agreement(record: Record, own: dict[str, dict[str, Any]], metric: str) -> dict[str, Any]:
     """One metric of both; the generators' ratio must lie in the interval of the watched one."""
+    key = f"mean_{metric}_ms"
     ratio = own["a"][key] / own["b"][key]
+    row = record.row("B", LOAD, f"{metric}_ms_speedup")
+    low, high = (row and row.interval) or (None, None)
     return {
-        "watched_ms": {side: 1000 * row[side]["mean"] for side in "ab"},
+        "watched_ms": {s.lower(): record.value(s, LOAD, f"{metric}_ms_mean") for s in "AB"},
         "generators_ms": {side: own[side][key] for side in "ab"},
-        "ratio": row["ratio"], "low": row["low"], "high": row["high"],
+        "ratio": row and row.value, "low": low, "high": high,
         "generators_ratio": ratio,
-        "verdict": row["verdict"],
-        "agrees": row["ratio"] is not None and bool(row["low"] <= ratio <= row["high"]),
+        "agrees": low is not None and high is not None and low <= ratio <= high,
     }  # fmt: skip

@@ -20,9 +20,8 @@ Run = Callable[..., Outcome]
     "command",
     [
         *COMMANDS,
-        "bench models",
-        "bench serving",
         "bench kernels",
+        "bench watch",
         "export dense",
         "export pack",
         "export legacy",
@@ -76,7 +75,8 @@ def test_help_lists_every_command(gblm: Run) -> None:
         (["export", "pack", "MODEL", "--output", "o"], 4, "packing would make it larger"),
         (["fetch", "gpt5"], 2, "choose from smollm2"),
         (["serve", "MODEL", "--backend", "dense"], 4, "applies to packed folders only"),
-        (["bench", "serving", "MODEL"], 2, "Missing option '--baseline'"),
+        (["bench", "./nowhere"], 4, "no such folder"),
+        (["bench", "transformers:.", "--concurrency", "2"], 2, "runs one request at a time"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

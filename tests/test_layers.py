@@ -95,7 +95,12 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 # Package → the places that may import it.
 ONLY_IN = {
-    "vllm": ("gblm.serve.vllm_plugin", "gblm.serve.vllm_cli", "gblm.bench.vllm_linears"),
+    "vllm": (
+        "gblm.serve.vllm_plugin",
+        "gblm.serve.vllm_cli",
+        "gblm.bench.vllm_linears",
+        "gblm.bench.loop_vllm",
+    ),
     "onnx": ("gblm.export.onnx_model",),
     "onnxruntime": ("gblm.export.onnx_model",),
     "triton": ("gblm.kernels.triton",),
@@ -174,7 +179,8 @@ def test_core_imports_without_any_optional_package() -> None:
     check = (
         f"import sys; sys.modules.update(dict.fromkeys({packages}))\n"
         "import gblm.prune, gblm.packed, gblm.evaluate.perplexity, gblm.export.pack, gblm.doctor\n"
-        "import gblm.serve.launch, gblm.bench.serving, gblm.bench.kernels, gblm.search.run\n"
+        "import gblm.serve.launch, gblm.bench.rounds, gblm.bench.server, gblm.bench.kernels\n"
+        "import gblm.search.run\n"
         "import gblm.evaluate.run, gblm.evaluate.gates, gblm.evaluate.side_by_side"
     )
     done = subprocess.run(

@@ -25,7 +25,6 @@ OPTIONAL = (
     "onnx",
     "onnxruntime",
     "lm_eval",
-    "guidellm",
     "datasets",
     "gguf",
     "accelerate",

@@ -1,4 +1,4 @@
-"""The decode loop over an exported folder in ONNX Runtime: `python -m` of gblm.bench.loop."""
+"""The loop over an exported folder in ONNX Runtime: `python -m` of gblm.bench.loop."""
 
 from __future__ import annotations
 
@@ -8,21 +8,29 @@ from typing import Any
 
 import torch
 
-from gblm.bench.loop import serve
+from gblm.bench.loop import Decoder, serve
+from gblm.errors import InputError
 from gblm.export.onnx_model.decoder import OrtDecoder
-from gblm.folder import read_config
+from gblm.export.onnx_model.runtime import REPORT_FILE
+from gblm.folder import read_config, read_json_object
 
 
-class OrtLoop:
+class OrtLoop(Decoder):
     """One sequence on CPU."""
 
-    def __init__(self, folder: Path, work: dict[str, Any]) -> None:
-        self._decoder = OrtDecoder(folder, threads=work["threads"])
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        report = folder / REPORT_FILE
+        if report.is_file() and read_json_object(report).get("target") == "cuda":
+            raise InputError(
+                f"{folder} was exported for CUDA, and this times ONNX Runtime on CPU: export it "
+                "with --target cpu."
+            )
+        self._decoder = OrtDecoder(folder, threads=settings["threads"])
         self._vocabulary = int(read_config(folder)["vocab_size"])
 
     @property
     def vocabulary(self) -> int:
-        """Number of tokens that it knows."""
+        """Number of tokens that the model knows."""
         return self._vocabulary
 
     def reset(self) -> None:
@@ -30,7 +38,7 @@ class OrtLoop:
         self._decoder.reset()
 
     def run(self, tokens: Sequence[int]) -> int:
-        """Append tokens; returns the most likely next one."""
+        """Append tokens; gives the most likely next one."""
         return int(self._decoder.step(torch.tensor(tokens))[-1].argmax())
 
 

@@ -13,54 +13,55 @@ from conftest import Outcome
 
 from gblm.bench import kernels as bench
 from gblm.bench.linears import Asked, Linear, num_copies, packed_linear, sparse_weight
-from gblm.bench.paired import percentile, share_of_limit, speedup
-from gblm.bench.rounds import add_shares, summarise
 from gblm.errors import MachineError, UsageError
 from gblm.kernels import native
+from gblm.record import Record
 
 Run = Callable[..., Outcome]
+ANY_NOISE = ("--max-steal", 100, "--max-other-load", 100, "--max-slow-read", 100)
 needs_kernels = pytest.mark.skipif(native.refusal() is not None, reason="no CPU kernels")
-TIMES = {
-    "torch_bf16": [[4.0, 4.0, 400.0], [8.0, 8.0, 8.0], [2.0, 2.0, 2.0]],
-    "dense/dense": [[2.0, 2.0, 2.0], [8.0, 8.0, 8.0], [1.0, 1.0, 1.0]],
-    "nm/2:4": [[1.0, 1.0, 90.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]],
-}
 
 
-def test_ratios_are_of_medians_within_a_round_then_of_rounds() -> None:
-    assert speedup(TIMES, "nm/2:4", "torch_bf16") == {"median": 4, "min": 2, "max": 8}
-
-
-def test_percentile_counts_all_rounds() -> None:
-    assert percentile(TIMES["torch_bf16"], 0.05) == 2
-    assert percentile(TIMES["torch_bf16"], 1.0) == 400
-
-
-def test_share_of_limit_has_its_spread() -> None:
-    assert share_of_limit([1.0, 2.0, 4.0], 8, 16) == {"median": 0.25, "min": 0.125, "max": 0.5}
-
-
-def made_up() -> list[Linear]:
-    return [
+def measured_with(monkeypatch: pytest.MonkeyPatch, heard: list[dict[str, float]]) -> bench._Bench:
+    """A case of two linears with made-up seconds of calls, and the noise that is given."""
+    linears = [
         Linear("torch_bf16", "torch", "", 64, []),
-        Linear("dense/dense", "cpu", "dense/dense", 64, [], control="dense/dense"),
-        Linear("nm/2:4", "cpu", "nm/2:4", 36, [], control="dense/dense"),
+        Linear("nm/2:4", "cpu", "nm/2:4", 36, []),
     ]
+    times = {
+        "torch_bf16": [[4.0, 4.0, 400.0], [8.0], [2.0]],
+        "nm/2:4": [[1.0, 1.0, 9.0], [1.0], [2.0]],
+    }
+    monkeypatch.setattr(bench, "_rounds", lambda *_: (times, heard))
+    found = bench._Bench(bench.Settings(((4, 8),), (1,)), [], None, 0, lambda: 0.0)
+    found._case(linears, (4, 8), 1, torch.empty(0))
+    return found
 
 
-def test_rows_compare_with_baselines_and_the_dense_control() -> None:
-    rows = summarise(made_up(), TIMES, (4, 8), tokens=1)
-    assert [set(row["speedup"]) for row in rows] == [set(), {"torch_bf16"}, {"torch_bf16", "dense"}]
-    assert rows[2]["speedup"]["dense"] == {"median": 2, "min": 1, "max": 8}
-    assert rows[2]["bits_per_weight"] == 9
-    assert (rows[2]["us"], rows[2]["calls"]) == (1e6, 9)
+def test_rows_are_medians_of_rounds_and_shares_of_the_best_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reads = [{"read_limit_gb_s": read} for read in (36e-9, 40e-9, 36e-9)]
+    rows = measured_with(monkeypatch, reads).rows
+    record = Record("kernels", {}, tuple(rows), "torch_bf16")
+    load = bench.name_of((4, 8), 1)
+    ratio = record.ratio("torch_bf16", load, "us", "nm/2:4")
+    assert ratio is not None
+    assert ratio.rounds == (4, 8, 1)
+    assert record.value("nm/2:4", load, "us") == 1e6
+    assert record.value("nm/2:4", load, "share_of_read_limit") == pytest.approx(36 / 40)
 
 
-def test_the_read_limit_is_the_fastest_round_of_all_cases() -> None:
-    rows = summarise(made_up(), TIMES, (4, 8), tokens=1)
-    cases = [{"read_limit_gb_s": {"max": top}, "rows": rows} for top in (20.0, 40.0)]
-    assert add_shares(cases) == 40
-    assert rows[2]["share_of_read_limit"]["median"] == pytest.approx(36 / 40e9)
+def test_rounds_of_slow_memory_are_left_out_and_with_most_of_them_the_case(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = measured_with(monkeypatch, [{"read_limit_gb_s": read} for read in (20.0, 10.0, 20.0)])
+    (row,) = [row for row in found.rows if (row.side, row.metric) == ("torch_bf16", "us")]
+    assert row.rounds == (4e6, 2e6)
+    assert "round 2 is left out: 4x8, 1 token: memory was read at 10.0 GB/s" in found.notes[0]
+    lost = measured_with(monkeypatch, [{"read_limit_gb_s": read} for read in (20.0, 10.0, 10.0)])
+    assert lost.rows == []
+    assert lost.reasons[0].startswith("only 1 of 3 rounds were quiet; 4x8, 1 token: memory")
 
 
 def test_every_call_takes_the_next_copy() -> None:
@@ -117,34 +118,33 @@ def test_the_command_measures_a_tiny_shape(gblm: Run, tmp_path: Path) -> None:
     done = gblm(
         "bench", "kernels", "--shapes", "48x64", "--tokens", "1,2", "--rounds", 2, "--no-vllm",
         "--formats", "nm/2:4/int8,bitmask/0.5", "--formats", "bitmask/0.5",
-        "--output", "out.json", "--json",
+        *ANY_NOISE, "--output", "out.json", "--json",
     )  # fmt: skip
     assert done.code == 0, done
-    record = json.loads(done.out)
-    written = json.loads((tmp_path / "out.json").read_text())
-    assert written.pop("command").startswith("gblm bench kernels --shapes 48x64")
-    assert record == written
-    assert [case["tokens"] for case in record["cases"]] == [1, 2]
-    rows = {row["linear"]: row for row in record["cases"][0]["rows"]}
-    assert list(rows) == [
-        "torch_bf16", "dense/dense/int8", "nm/2:4/int8", "dense/dense", "bitmask/0.5",
-    ]  # fmt: skip
-    assert rows["nm/2:4/int8"]["spec"] == "nm/2:4/int8:64"
-    assert set(rows["nm/2:4/int8"]["speedup"]) == {"torch_bf16", "dense"}
-    assert all(len(row["us_rounds"]) == 2 and row["us"] > 0 for row in rows.values())
-    assert record["kernels"]["threads"] == 1
-    assert record["kernels"]["instruction_set"] == native.instruction_set()
-    assert record["provenance"]["machine"]["cpu"]
-    assert {row["linear"] for row in record["prepare"]} == set(rows) - {"torch_bf16"}
-    assert set(record["overhead_us"]) == {"torch_bf16", "dense/dense", "dense/dense/int8"}
+    record = Record.read(tmp_path / "out.json")
+    assert json.loads(done.out) == record.as_json()
+    assert record.command.startswith("gblm bench kernels --shapes 48x64")
+    timed = [row for row in record.rows if row.metric == "us" and row.load == "48x64, 2 tokens"]
+    names = ["torch_bf16", "dense/dense/int8", "nm/2:4/int8", "dense/dense", "bitmask/0.5"]
+    assert [row.side for row in timed] == names
+    assert all(len(row.rounds) == 2 and row.value for row in timed)
+    assert record.sides["nm/2:4/int8"] == {
+        "backend": "cpu", "spec": "nm/2:4/int8:64", "control": "dense/dense/int8",
+    }  # fmt: skip
+    assert record.value("nm/2:4/int8", "48x64", "prepare_gb_s")
+    assert record.value("torch_bf16", "48x64", "prepare_gb_s") is None
+    assert record.provenance["instruction_set"] == native.instruction_set()
+    assert record.provenance["machine"]["cpu"]
+    calls = {row.side for row in record.rows if row.load == bench.CALL}
+    assert calls == {"torch_bf16", "dense/dense", "dense/dense/int8"}
 
 
 @needs_kernels
 def test_the_table_names_every_linear(gblm: Run) -> None:
     done = gblm("bench", "kernels", "--shapes", "16x32", "--tokens", 1, "--rounds", 1, "--no-vllm",
-                "--formats", "nm/2:4", "--isa", "portable")  # fmt: skip
+                "--formats", "nm/2:4", "--isa", "portable", *ANY_NOISE)  # fmt: skip
     assert done.code == 0, done
-    assert "16x32, tokens: 1" in done.out
+    assert "16x32, 1 token" in done.out
     assert "x dense control" in done.out
     assert "portable" in done.out
 
@@ -195,31 +195,3 @@ def test_named_sets_are_shapes() -> None:
     assert bench.parse_shapes(["4096x4096", "llama-7b"]) == bench.SHAPE_SETS["llama-7b"]
     with pytest.raises(UsageError):
         bench.parse_shapes(["-1x5"])
-
-
-def test_a_record_becomes_tables(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gblm: Run
-) -> None:
-    import kernel_tables
-
-    monkeypatch.setattr(kernel_tables, "RESULTS", tmp_path)
-    assert kernel_tables.kernels() == "Nothing has been recorded yet."
-    rows = summarise(made_up(), TIMES, (4, 8), tokens=1)
-    cases = [{"shape": [4, 8], "tokens": 1, "read_limit_gb_s": {"max": 1.0}, "rows": rows}]
-    run = {
-        "read_limit_gb_s": add_shares(cases), "cases": cases, "settings": {"rounds": 3},
-        "prepare": [{"shape": [4, 8], "gb_s_per_core": 1.25}],
-        "overhead_us": {"torch_bf16": {"median": 1.5}},
-        "kernels": {
-            "threads": 1, "instruction_set": "avx2", "clock": "wall time", "cpu_model": "model 1",
-            "compiler": "g++", "cold_bytes": 1 << 27, "last_level_cache": 1 << 25,
-            "load_average_before": 0.0, "load_average_after": 0.0,
-        },
-    }  # fmt: skip
-    provenance = {"machine": {"cpu": "CPU", "cores": 2}, "python": "3", "packages": {"torch": "2"},
-                  "commit": "0" * 40}  # fmt: skip
-    record = {"provenance": provenance, "runs": [run]}
-    (tmp_path / "kernels-cpu.json").write_text(json.dumps(record))
-    text = kernel_tables.kernels()
-    assert "| `nm/2:4` | 9.00 | 1000000 |" in text
-    assert "4.00 (2.00–8.00) | 2.00 (1.00–8.00) |" in text

@@ -1,4 +1,4 @@
-"""Other load and energy, from readings that are given and files as Linux shows them."""
+"""Noise: from readings that are given, and counters as Linux and nvidia-smi show them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from gblm.bench import noise
-from gblm.bench.noise import Energy, measured, own_seconds, shares
+from gblm.bench.noise import Limits, measured, own_seconds, shares
 
 BEFORE = {"user": 10.0, "nice": 0.0, "system": 5.0, "idle": 100.0, "iowait": 0.0, "irq": 0.0,
           "softirq": 0.0, "steal": 1.0, "guest": 3.0, "guest_nice": 0.0}  # fmt: skip
@@ -33,50 +33,92 @@ SPIN = "import time\nwhile time.process_time() < 0.3: pass\n"
 
 
 def test_children_count_as_ours_while_they_live_and_when_they_have_ended() -> None:
-    before = own_seconds(None)
+    before = own_seconds(())
     subprocess.run([sys.executable, "-c", SPIN], check=True)
-    assert own_seconds(None) - before >= 0.3
+    assert own_seconds(()) - before >= 0.3
     waiting = f"{SPIN}print('spun', flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", waiting], stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE) as child:  # fmt: skip
         assert child.stdout is not None
         child.stdout.readline()
-        assert own_seconds(psutil.Process(child.pid)) - own_seconds(None) >= 0.25
+        assert own_seconds([psutil.Process(child.pid)]) - own_seconds(()) >= 0.25
         child.communicate(b"\n")
 
 
-def counters(folder: Path, package: int, core: int) -> None:
-    for name, value in {"intel-rapl:0": package, "intel-rapl:0:0": core}.items():
-        (folder / name).mkdir(exist_ok=True)
-        (folder / name / "energy_uj").write_text(f"{value}\n")
-        (folder / name / "max_energy_range_uj").write_text("1000000000\n")
+def count(folder: Path, core: int, package: str) -> Path:
+    for cpu in ("cpu0", "cpu11"):
+        place = folder / cpu / "thermal_throttle"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "core_throttle_count").write_text(f"{core}\n")
+        (place / "package_throttle_count").write_text(f"{package}\n")
+        (place / "core_throttle_max_time_ms").write_text("900\n")
+    return folder
 
 
-@pytest.fixture
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(noise.shutil, "which", lambda _: None)
-
-
-@pytest.mark.usefixtures("no_gpu")
-@pytest.mark.parametrize(
-    ("before", "after", "joules"), [(5, 2_000_005, 2.0), (999_000_000, 10, 1.00001)]
-)
-def test_packages_count_once_and_counters_may_wrap(
-    tmp_path: Path, before: int, after: int, joules: float
+@pytest.mark.parametrize(("core", "package", "grown"), [(4, "12", 5), (5, "?", 2), (3, "7", 0)])
+def test_the_counter_of_heat_that_grew_most_counts_and_an_unreadable_one_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, core: int, package: str, grown: int
 ) -> None:
-    counters(tmp_path, before, 7)
-    energy = Energy(tmp_path)
-    energy.start()
-    counters(tmp_path, after, 900)
-    energy.stop()
-    assert energy.joules == pytest.approx(joules)
-    assert "RAPL" in energy.source
+    monkeypatch.setattr(noise.shutil, "which", lambda _: None)
+    with measured(cpus=count(tmp_path, 3, "7")) as found:
+        count(tmp_path, core, package)
+    assert (found["cpu_throttles"], found["gpu_throttle_s"]) == (grown, None)
 
 
-@pytest.mark.usefixtures("no_gpu")
-def test_without_a_counter_the_reason_is_given(tmp_path: Path) -> None:
-    with measured(rapl=tmp_path) as meter:
+def test_where_nothing_counts_heat_it_is_not_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(noise.shutil, "which", lambda _: None)
+    with measured(cpus=tmp_path / "none") as found:
         pass
-    found = meter.evidence()
-    assert found["joules"] is None
-    assert "no RAPL counter can be read" in found["energy_source"]
+    assert found["cpu_throttles"] is None
+    assert len(noise.unchecked([found])) == 2
+    assert noise.unchecked([found, {"cpu_throttles": 0, "read_limit_gb_s": 9.0}]) == []
+
+
+@pytest.mark.parametrize(
+    ("says", "seconds"),
+    [
+        ("date +%s%N >> $0.log; echo $(wc -l < $0.log)000000, 70; echo 0, 1", 1.0),
+        ("echo '[N/A], [N/A]'", None),
+        ("echo 'Field \"x\" is not a valid field to query.'; exit 2", None),
+    ],
+)
+def test_the_driver_is_asked_and_may_know_nothing(
+    says: str, seconds: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{says}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    with measured(cpus=tmp_path / "none") as found:
+        pass
+    assert found["gpu_throttle_s"] == seconds
+
+
+QUIET = {"steal": 0.0, "other_load": 0.01, "cpu_throttles": 0, "gpu_throttle_s": None,
+         "read_limit_gb_s": 20.0}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"steal": 0.05}, "5.0% of the CPU time was stolen"),
+        ({"other_load": 0.25}, "25.0% of the CPU time went to other processes"),
+        ({"cpu_throttles": 4}, "heat throttled the CPU 4 times"),
+        ({"gpu_throttle_s": 0.25}, "a GPU ran slower for heat for 0.25 s"),
+        ({"read_limit_gb_s": 16.9}, "memory was read at 16.9 GB/s, 20.0 GB/s in the best round"),
+    ],
+)
+def test_a_round_is_noisy_for_one_reason(changed: dict[str, float], sentence: str) -> None:
+    rounds = [{"a": QUIET, "b": QUIET}, {"a": QUIET, "b": QUIET | changed}]
+    found = noise.noisy_rounds(rounds, Limits())
+    assert list(found) == [1]
+    assert found[1].startswith(f"b: {sentence}")
+
+
+def test_quiet_rounds_are_kept_and_limits_can_be_raised() -> None:
+    heard = QUIET | {"steal": 0.05, "other_load": 0.25, "read_limit_gb_s": 17.1}
+    assert noise.noisy_rounds([{"a": QUIET}, {"a": QUIET}], Limits()) == {}
+    assert noise.noisy_rounds([{"a": QUIET}, {"a": heard}], Limits(0.1, 0.3)) == {}
+    assert list(noise.noisy_rounds([{"a": QUIET}, {"a": heard}], Limits())) == [1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import re
 import socket
@@ -22,7 +21,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from gblm.bench import scrape
 from gblm.bench import watch as watching
-from gblm.bench.compare import ratio_interval, resample
+from gblm.bench.compare import LOAD, ratio_interval, student
 from gblm.bench.counters import (
     COUNTERS,
     E2E,
@@ -40,6 +39,7 @@ from gblm.bench.counters import Histogram as Buckets
 from gblm.bench.scrape import Target
 from gblm.bench.watch import Window, watch
 from gblm.errors import InputError, MachineError, UsageError
+from gblm.record import Record, Row
 
 BUCKETS = {
     TTFT: (0.01, 0.04, 0.1, 0.25, 0.5, 1),
@@ -158,63 +158,78 @@ def make_site() -> Iterator[Callable[..., Site]]:
         server.server_close()
 
 
-def run(a: Site, b: Site, window: Window = QUICK) -> dict[str, Any]:
+def run(a: Site, b: Site, window: Window = QUICK) -> Record:
     return watch(Target.of("A", a.url), Target.of("B", b.url), window)
+
+
+def said(record: Record, metric: str) -> str:
+    """The verdict on a metric."""
+    (found,) = [note for note in record.verdict.notes if note.startswith(f"{metric}: ")]
+    return found.removeprefix(f"{metric}: ")
+
+
+def speedup(record: Record, metric: str) -> Row:
+    found = record.row("B", LOAD, f"{metric}_speedup")
+    assert found is not None
+    return found
+
+
+def beyond_verdicts(record: Record) -> list[str]:
+    """Caveats and problems, which follow the eight verdicts."""
+    return list(record.verdict.notes[8:])
 
 
 def test_a_faster_server_is_found_faster(make_site: Callable[..., Site]) -> None:
     record = run(make_site(slow=1.0, seed=1), make_site(slow=0.5, seed=2))
-    for metric in ("ttft", "tpot", "itl", "e2e"):
-        row = record["metrics"][metric]
-        assert row["low"] < 2 < row["high"], metric
-        assert row["verdict"].startswith(f"B is faster by {row['ratio']:.2f}x ("), metric
-    assert record["load"]["a"]["finished"] == 80
-    assert record["load"]["a"]["prompt_tokens"] == 50
-    assert record["problems"] == [] == record["caveats"]
-    assert record["metrics"]["failed"]["verdict"].startswith("no difference")
+    for metric in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms"):
+        row = speedup(record, metric)
+        assert row.interval is not None
+        assert row.interval[0] < 2 < row.interval[1], metric
+        assert said(record, metric).startswith(f"B is faster by {row.value:.2f}x ("), metric
+    assert record.sides["A"]["finished"] == 80
+    assert record.sides["A"]["prompt_tokens"] == 50
+    assert beyond_verdicts(record) == []
+    assert said(record, "failed_percent").startswith("no difference")
 
 
 def test_a_slower_server_is_found_slower(make_site: Callable[..., Site]) -> None:
-    row = run(make_site(slow=0.5), make_site(slow=1.0))["metrics"]["ttft"]
-    assert row["ratio"] == pytest.approx(0.5)
-    assert row["verdict"].startswith("B is slower by 2.00x (")
+    record = run(make_site(slow=0.5), make_site(slow=1.0))
+    assert speedup(record, "ttft_ms").value == pytest.approx(0.5)
+    assert said(record, "ttft_ms").startswith("B is slower by 2.00x (")
 
 
 def test_means_and_counts_are_those_of_the_window_alone(make_site: Callable[..., Site]) -> None:
     a, b = make_site(), make_site()
     a.engine.serve(1000, prompt=9)  # before the window
     record = run(a, b)
-    assert record["metrics"]["ttft"]["a"]["count"] == 80
-    assert record["metrics"]["ttft"]["a"]["mean"] == pytest.approx(0.125, rel=0.15)
-    assert record["load"]["a"]["prompt_tokens"] == 50
+    assert record.sides["A"]["begun"] == 80
+    assert record.value("A", LOAD, "ttft_ms_mean") == pytest.approx(125, rel=0.15)
+    assert record.sides["A"]["prompt_tokens"] == 50
 
 
 def test_equal_servers_show_no_difference(make_site: Callable[..., Site]) -> None:
     record = run(make_site(seed=3), make_site(seed=4))
-    verdicts = [row["verdict"] for row in record["metrics"].values()]
+    verdicts = [note.partition(": ")[2] for note in record.verdict.notes]
     assert [text[:36] for text in verdicts] == ["no difference that this window shows"] * 8
 
 
 def test_too_few_requests(make_site: Callable[..., Site]) -> None:
     a, b = make_site(), make_site()
     b.script = lambda number: number <= 2 and b.engine.serve(10)
-    metrics = run(a, b)["metrics"]
-    assert metrics["ttft"]["verdict"] == "too few requests: 20 of at least 30"
-    assert metrics["ttft"]["ratio"] is None
+    record = run(a, b)
+    assert said(record, "ttft_ms") == "too few requests: 20 of at least 30"
+    assert record.row("B", LOAD, "ttft_ms_speedup") is None
     b.script = lambda number: b.engine.serve(40 if len(b.reads) % 11 == 2 else 0)
-    assert run(a, b)["metrics"]["e2e"]["verdict"] == (
-        "too few intervals with requests on both: 1 of at least 8"
-    )
+    assert said(run(a, b), "e2e_ms") == "too few intervals with requests on both: 1 of at least 8"
 
 
 def test_no_traffic(make_site: Callable[..., Site]) -> None:
     a, b = make_site(), make_site()
     a.script = b.script = lambda number: None
     record = run(a, b)
-    assert record["metrics"]["ttft"]["verdict"] == "too few requests: 0 of at least 30"
-    assert record["metrics"]["ttft"]["a"] == {
-        "count": 0, "mean": None, "p50": None, "p90": None, "p99": None,
-    }  # fmt: skip
+    assert said(record, "ttft_ms") == "too few requests: 0 of at least 30"
+    assert record.value("A", LOAD, "ttft_ms_mean") is None
+    assert record.value("A", LOAD, "aborted_percent") is None
 
 
 @pytest.mark.parametrize("started", [1.0, 2.0])
@@ -232,9 +247,10 @@ def test_a_restart_makes_its_interval_invalid(
 
     b.script = restart
     record = run(a, b)
-    assert record["window"]["valid"] == record["window"]["intervals"] - 1
-    assert record["metrics"]["ttft"]["a"]["count"] == 72 == record["metrics"]["ttft"]["b"]["count"]
-    (problem,) = record["problems"]
+    window = record.provenance["settings"]
+    assert window["valid"] == window["intervals"] - 1
+    assert record.sides["A"]["begun"] == 72 == record.sides["B"]["begun"]
+    (problem,) = beyond_verdicts(record)
     assert "server B restarted" in problem
 
 
@@ -247,9 +263,9 @@ def test_a_failed_reading_lengthens_the_interval(make_site: Callable[..., Site])
 
     a.script = fail
     record = run(a, b)
-    assert record["window"]["intervals"] == 9
-    assert record["metrics"]["ttft"]["b"]["count"] == 80
-    assert "answers HTTP 500" in record["problems"][0]
+    assert record.provenance["settings"]["intervals"] == 9
+    assert record.sides["B"]["begun"] == 80
+    assert "answers HTTP 500" in beyond_verdicts(record)[0]
 
 
 def test_no_valid_interval_is_an_error(make_site: Callable[..., Site]) -> None:
@@ -266,11 +282,11 @@ def test_no_valid_interval_is_an_error(make_site: Callable[..., Site]) -> None:
 def test_different_loads_are_caveats(make_site: Callable[..., Site]) -> None:
     a, b = make_site(), make_site()
     b.script = lambda number: b.engine.serve(12, prompt=80, tokens=30)
-    caveats = " ".join(run(a, b)["caveats"])
+    caveats = " ".join(beyond_verdicts(run(a, b)))
     for words in ("requests per second", "prompt tokens", "generated tokens"):
         assert f"{words}" in caveats
     b.script = lambda number: b.engine.serve(9, prompt=55, tokens=22)
-    assert run(a, b)["caveats"] == []
+    assert beyond_verdicts(run(a, b)) == []
 
 
 def test_requests_that_never_end_are_a_caveat(make_site: Callable[..., Site]) -> None:
@@ -282,17 +298,17 @@ def test_requests_that_never_end_are_a_caveat(make_site: Callable[..., Site]) ->
             b.engine.histograms[TTFT].observe(0.1)
 
     b.script = hang
-    (caveat,) = run(a, b)["caveats"]
+    (caveat,) = beyond_verdicts(run(a, b))
     assert caveat.startswith("B: 110 requests gave a first token but only 80 ended")
 
 
 def test_failures_are_compared_in_points(make_site: Callable[..., Site]) -> None:
     a, b = make_site(), make_site()
     b.script = lambda number: b.engine.serve(8, failed=2)
-    metrics = run(a, b)["metrics"]
-    assert metrics["failed"]["verdict"] == "B fails more often, by 25.00 points (25.00–25.00)"
-    assert metrics["http_5xx"]["b"] == {"count": 20, "of": 80, "mean": 25}
-    assert metrics["aborted"]["points"] == 0
+    record = run(a, b)
+    assert said(record, "failed_percent") == "B is higher by 25.00 points (25.00–25.00)"
+    assert record.value("B", LOAD, "http_5xx_percent") == 25
+    assert record.value("B", LOAD, "aborted_percent_points") == 0
 
 
 def test_engines_of_one_server_are_summed(make_site: Callable[..., Site]) -> None:
@@ -300,7 +316,7 @@ def test_engines_of_one_server_are_summed(make_site: Callable[..., Site]) -> Non
     second = Histogram("x", "-", ("model_name", "engine"), buckets=BUCKETS[TTFT], registry=None)
     a.engine.registry.register(Renamed(second))
     a.script = lambda number: (a.engine.serve(8), second.labels("m", "1").observe(0.2))
-    assert run(a, b)["metrics"]["ttft"]["a"]["count"] == 90
+    assert run(a, b).sides["A"]["begun"] == 90
 
 
 class Renamed:
@@ -321,7 +337,7 @@ def test_quantiles_are_interpolated_in_their_bucket() -> None:
     assert buckets.quantile(0.5) == (1.0, 0, 1.0)
     assert buckets.quantile(0.65) == pytest.approx((1.5, 1, 2))
     assert buckets.quantile(0.9) == pytest.approx((3.0, 2, 4))
-    assert Buckets((1.0, math.inf), (1, 9), 0).quantile(0.5) == (None, 1.0, None)
+    assert Buckets((1.0, math.inf), (1, 9), 0).quantile(0.5) == (math.inf, 1.0, math.inf)
     assert Buckets((1.0, math.inf), (0, 0), 0).quantile(0.5) is None
 
 
@@ -337,12 +353,23 @@ def test_confidence_covers_the_truth_about_as_often_as_it_says(intervals: int) -
     assert 0.91 <= covered / 200 <= 0.995
 
 
-def test_resampling_keeps_an_interval_together_and_draws_blocks() -> None:
-    sums = resample(np.stack([np.arange(27.0), 2 * np.arange(27.0)], axis=1))
-    assert (sums[:, 1] == 2 * sums[:, 0]).all()
-    # Sums of neighbours spread wider than those of single draws: by about √3 for blocks of 3.
-    alone = np.random.default_rng(0).integers(27, size=(1000, 27)).sum(axis=1).std()
-    assert sums[:, 0].std() > 1.4 * alone
+def test_confidence_knows_that_a_burst_fills_neighbours() -> None:
+    """Intervals whose latencies rise and fall slowly tell less than as many that don't."""
+    random, covered = np.random.default_rng(6), 0
+    for _ in range(200):
+        # Each third interval draws a new speed, which its two neighbours share.
+        speeds = np.repeat(random.gamma(20, 1 / 20, size=(20, 2)), 3, axis=0)
+        counts = np.full((60, 2), 20.0)
+        sums = counts * speeds * [1.3, 1.0]
+        columns = np.stack([sums[:, 0], counts[:, 0], sums[:, 1], counts[:, 1]], axis=1)
+        _, low, high = ratio_interval(columns) or (0, 0, 0)
+        covered += low < 1.3 < high
+    assert covered / 200 >= 0.89
+
+
+@pytest.mark.parametrize(("freedom", "value"), [(3, 3.182), (10, 2.228), (30, 2.042)])
+def test_students_t_is_that_of_the_tables(freedom: int, value: float) -> None:
+    assert student(freedom) == pytest.approx(value, rel=0.01)
 
 
 def test_a_counter_that_falls_or_goes_is_a_restart() -> None:
@@ -465,8 +492,8 @@ def test_a_reading_that_is_late_by_an_interval_is_skipped(
 
     a.script = stall
     record = run(a, b)
-    assert record["window"]["intervals"] == 9
-    assert max(interval["a"]["seconds"] for interval in record["intervals"]) == 35
+    assert record.provenance["settings"]["intervals"] == 9
+    assert record.sides["A"]["seconds"] == 100
     assert clock.now == 100
 
 
@@ -494,13 +521,12 @@ def test_the_command(
     done = gblm("bench", "watch", a.url, b.url, "--duration", 3, "--interval", 0.1,
                 "--output", tmp_path / "watch.json")  # fmt: skip
     assert done.code == 0, done
-    assert "TTFT: B is faster by 2.0" in done.out
+    assert "ttft_ms: B is faster by 2.0" in done.out
     assert "A p99" in done.out
-    record = json.loads((tmp_path / "watch.json").read_text())
-    assert record["kind"] == "bench watch"
-    assert len(record["intervals"]) == record["window"]["intervals"]
-    done = gblm("bench", "watch", a.url, b.url, "--duration", 3, "--interval", 0.1, "--json")
-    assert json.loads(done.out)["metrics"]["ttft"]["verdict"].startswith("B is faster")
+    record = Record.read(tmp_path / "watch.json")
+    assert record.baseline == "A"
+    assert record.sides["B"]["url"] == f"{b.url}/metrics"
+    assert speedup(record, "ttft_ms").value == pytest.approx(2, rel=0.05)
 
 
 def test_a_server_that_is_not_there_is_one_sentence(

@@ -1,4 +1,4 @@
-"""`gblm bench onnx`: rows, ratios and refusals on tiny exports; how fast they are is no matter."""
+"""Exported folders as sides of `gblm bench`; how fast they are is no matter."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not instal
 
 from gblm.export.onnx_model.export import Wanted, export_onnx
 from gblm.export.onnx_model.runtime import REPORT_FILE
+from gblm.record import Record
 
 Run = Callable[..., Outcome]
-SMALL = ("--rounds", 2, "--prompt-len", 4, "--output-len", 2)
+SMALL = ("--rounds", 1, "--num-prompts", 2, "--prompt-len", 4, "--output-len", 2, "--threads", 1,
+         "--max-steal", 100, "--max-other-load", 100, "--max-slow-read", 100,
+         "--log", "log")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -30,32 +33,25 @@ def folders(
     return [root / "dense", root / "packed"]
 
 
-def test_rows_hold_what_was_measured(gblm: Run, folders: list[Path], tmp_path: Path) -> None:
-    record = tmp_path / "record.json"
-    done = gblm("bench", "onnx", *folders, *SMALL, "--output", record)
-    assert done.code == 0, done
-    found = json.loads(record.read_text())
-    dense, packed = found["rows"]
-    assert (dense["name"], packed["name"]) == ("dense", "packed")
-    for row, other, folder in ((dense, "packed", folders[0]), (packed, "dense", folders[1])):
-        assert row["providers"] == ["CPUExecutionProvider"]
-        assert row["file_bytes"] == sum(p.stat().st_size for p in folder.glob("model.onnx*"))
-        assert min(row["memory_bytes"], row["load_s"]) > 0
-        for phase in ("prefill", "decode"):
-            assert row[f"{phase}_ms"]["median"] > 0
-            assert row[f"{phase}_speedup"][other]["median"] > 0
-    there, back = packed["decode_speedup"]["dense"], dense["decode_speedup"]["packed"]
-    assert there["min"] * back["max"] == pytest.approx(1)  # of the same round
-    assert "2 interleaved rounds of 4 + 2 tokens" in done.out
+def test_exported_folders_are_sides(gblm: Run, folders: list[Path], tmp_path: Path) -> None:
+    done = gblm("bench", *folders, *SMALL, "--output", "record.json")
+    assert done.code == 0, (done, (tmp_path / "log").read_text()[-2000:])
+    found = Record.read(tmp_path / "record.json")
+    load = found.loads[0]
+    for name, folder in zip(("dense", "packed"), folders, strict=True):
+        assert found.sides[name]["engine"] == "onnx"
+        assert found.sides[name]["bytes"] == sum(
+            p.stat().st_size for p in folder.glob("model.onnx*")
+        )
+        for metric in ("tpot_ms_p50", "memory_mb", "load_s", "cpu_ms_per_token"):
+            assert (found.value(name, load, metric) or 0) > 0
+    assert found.ratio("packed", load, "decode_tok_s") is not None
+    assert "export/onnx_model" in found.measures
 
 
-def test_folders_of_one_name_and_of_cuda_are_refused(
-    gblm: Run, folders: list[Path], tmp_path: Path
-) -> None:
-    done = gblm("bench", "onnx", folders[0], folders[0], *SMALL)
-    assert (done.code, "different names" in done.err) == (2, True)
+def test_a_folder_for_cuda_is_refused(gblm: Run, folders: list[Path], tmp_path: Path) -> None:
     moved = Path(shutil.copytree(folders[0], tmp_path / "cuda"))
     report = json.loads((moved / REPORT_FILE).read_text())
     (moved / REPORT_FILE).write_text(json.dumps(report | {"target": "cuda"}))
-    done = gblm("bench", "onnx", moved, *SMALL)
-    assert (done.code, "was exported for CUDA" in done.err) == (2, True)
+    done = gblm("bench", moved, *SMALL)
+    assert (done.code, "was exported for CUDA" in done.err) == (3, True)

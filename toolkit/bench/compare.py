@@ -1,16 +1,15 @@
-"""Two servers' growth over the same intervals: ratios, how sure they are, verdicts, caveats.
+"""Two servers' growth over the same intervals: rows of a record, ratios, verdicts, caveats.
 
-Ratios are those of the whole window (sum over sum); the intervals only say how sure they are. They
-are drawn anew 1000 times, with replacement and for both servers at once, in blocks of neighbours,
-as one burst of traffic fills several of them (circular block bootstrap, Politis & Romano 1992). The
-spread of the draws is a standard error, Student's t with the number of blocks makes it the 95 %
-confidence interval: the plain percentiles of so few intervals are much too narrow.
+Ratios are those of the whole window (sum over sum); the intervals only say how sure they are. Each
+block of neighbouring intervals is left out once (jackknife, Quenouille 1956), as one burst of
+traffic fills several neighbours; how much the ratio then moves gives its standard error, and
+Student's t with the number of blocks the 95 % confidence interval.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -31,11 +30,19 @@ from gblm.bench.counters import (
     Growth,
     Histogram,
 )
+from gblm.bench.requests import QUANTILES
+from gblm.record import CONFIDENCE, Row
 
-LATENCIES = {"ttft": TTFT, "tpot": TPOT, "itl": ITL, "e2e": E2E}
-QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+LOAD = "live traffic"
+LATENCIES = {"ttft_ms": TTFT, "tpot_ms": TPOT, "itl_ms": ITL, "e2e_ms": E2E}
+# Metric → counter, label, what it is counted of.
+SHARES = {
+    "aborted_percent": (FINISHED, "abort", "requests that ended"),
+    "failed_percent": (FINISHED, "error", "requests that ended"),
+    "http_5xx_percent": (HTTP, "5", "HTTP requests"),
+}
+SPEEDUP, POINTS = "_speedup", "_points"
 MIN_REQUESTS, MIN_INTERVALS = 30, 8
-DRAWS, CONFIDENCE = 1000, 0.95
 # Loads that differ by more make latencies incomparable.
 ALIKE = 1.2
 # Below this share of begun requests that end, those that do are no fair sample of all.
@@ -45,70 +52,55 @@ Pairs = Sequence[tuple[Growth, Growth]]
 Columns = NDArray[np.float64]
 
 
-def compare(pairs: Pairs) -> dict[str, Any]:
-    """All metrics of A and B.
+def compare(pairs: Pairs) -> tuple[list[Row], dict[str, dict[str, Any]], list[str]]:
+    """Compare B with A.
 
     Args:
         pairs: growth of A and of B, one pair per valid interval, in order of time.
 
     Returns:
-        "load" of both, "metrics" with a verdict each, "caveats".
+        The rows: each server's figures, and under B the ratio to A of every metric with its
+        confidence interval ("ttft_ms_speedup", above 1: B is faster; "failed_percent_points": B's
+        share less A's). What was asked of each server. Sentences: a verdict on every metric, then
+        what to mind.
     """
-    load = {"a": _load([a for a, _ in pairs]), "b": _load([b for _, b in pairs])}
-    metrics = {metric: _latency(pairs, name) for metric, name in LATENCIES.items()}
-    metrics["throughput"] = _throughput(pairs)
-    metrics["aborted"] = _share(pairs, FINISHED, "abort", "aborts", "requests that ended")
-    metrics["failed"] = _share(pairs, FINISHED, "error", "fails", "requests that ended")
-    metrics["http_5xx"] = _share(pairs, HTTP, "5", "answers 5xx", "HTTP requests")
-    return {"load": load, "metrics": metrics, "caveats": _caveats(load, pairs)}
-
-
-def resample(columns: Columns, seed: int = 0) -> Columns:
-    """Sums over intervals that are drawn anew in blocks of neighbours.
-
-    Args:
-        columns: [intervals, columns]; the columns of one interval stay together.
-        seed: of the draws.
-
-    Returns:
-        [DRAWS, columns].
-    """
-    count, block = len(columns), _block(len(columns))
-    blocks = -(-count // block)
-    starts = np.random.default_rng(seed).integers(count, size=(DRAWS, blocks, 1))
-    picks = ((starts + np.arange(block)) % count).reshape(DRAWS, -1)[:, :count]
-    sums: Columns = columns[picks].sum(axis=1)
-    return sums
+    servers = {"A": [a for a, _ in pairs], "B": [b for _, b in pairs]}
+    facts = {side: _load(growths) for side, growths in servers.items()}
+    rows, verdicts = [], []
+    for metric, name in LATENCIES.items():
+        for side, growths in servers.items():
+            rows += _latency_rows(side, metric, _merged(growths, name))
+        both = [(a.histograms[name], b.histograms[name]) for a, b in pairs]
+        columns = np.array([[a.total, a.count, b.total, b.count] for a, b in both])
+        # Tokens of one request are no independent observations: requests are what counts.
+        counted = columns[:, [1, 3]] if name != ITL else _ended(pairs)
+        verdicts.append(_speedup(rows, metric, columns, counted, ("is faster", "is slower")))
+    for side, growths in servers.items():
+        speed = _total(growths, GENERATED, "") / facts[side]["seconds"]
+        rows.append(Row(side, LOAD, "output_tok_s", "tok/s", speed))
+    columns = np.array([[_total([b], GENERATED, ""), b.seconds, _total([a], GENERATED, ""),
+                         a.seconds] for a, b in pairs])  # fmt: skip
+    words = ("generates more", "generates less")
+    verdicts.append(_speedup(rows, "output_tok_s", columns, _ended(pairs), words))
+    verdicts += [_share(rows, metric, pairs) for metric in SHARES]
+    return rows, facts, [*verdicts, *_caveats(facts, pairs)]
 
 
 def ratio_interval(columns: Columns) -> tuple[float, float, float] | None:
-    """The ratio (n / d) / (N / D) and its confidence interval.
+    """Give the ratio (n / d) / (N / D) and its confidence interval.
 
     Args:
         columns: [intervals, 4]: n, d, N, D.
 
     Returns:
-        Ratio, low, high; None where one of the four sums is zero. Draws with a zero are left out.
+        Ratio, low, high; None where one of the four sums is zero, or is without some block.
     """
-    whole, drawn = columns.sum(axis=0), resample(columns)
-    if not whole.all():
+    blocks = _blocks(columns)
+    rest = columns.sum(axis=0) - blocks
+    if not columns.sum(axis=0).all() or not (rest > 0).all():
         return None
-    n, d, other_n, other_d = drawn[drawn.all(axis=1)].T
-    ratio = float(whole[0] / whole[1] / (whole[2] / whole[3]))
-    half = _half_width(np.log(n / d / (other_n / other_d)), len(columns))
-    return ratio, ratio * math.exp(-half), ratio * math.exp(half)
-
-
-def _block(intervals: int) -> int:
-    """Neighbours that are drawn together."""
-    return max(1, round(math.pow(intervals, 1 / 3)))
-
-
-def _half_width(draws: Columns, intervals: int) -> float:
-    """Half a confidence interval, from the draws of a statistic."""
-    blocks = intervals / _block(intervals)
-    error = float(draws.std()) * math.sqrt(blocks / (blocks - 1))
-    return student(blocks - 1) * error
+    middle, half = _jackknife(columns, lambda s: math.log(s[0] / s[1] / (s[2] / s[3])))
+    return math.exp(middle), math.exp(middle - half), math.exp(middle + half)
 
 
 def student(freedom: float) -> float:
@@ -122,16 +114,30 @@ def student(freedom: float) -> float:
     )
 
 
+def _jackknife(columns: Columns, statistic: Callable[[Columns], float]) -> tuple[float, float]:
+    """A statistic of the column sums, and half of its confidence interval."""
+    whole, blocks = columns.sum(axis=0), _blocks(columns)
+    without = np.array([statistic(whole - block) for block in blocks])
+    count = len(blocks)
+    error = math.sqrt((count - 1) * float(without.var()))
+    return statistic(whole), student(count - 1) * error
+
+
+def _blocks(columns: Columns) -> Columns:
+    """Sums over blocks of neighbours, each as long as the cube root of all: [blocks, columns]."""
+    size = max(1, round(math.pow(len(columns), 1 / 3)))
+    parts = np.array_split(columns, len(columns) // size)
+    return np.array([part.sum(axis=0) for part in parts])
+
+
 def _load(growths: Sequence[Growth]) -> dict[str, Any]:
     """What was asked of one server."""
     seconds = sum(growth.seconds for growth in growths)
     finished = sum(growth.finished() for growth in growths)
-    reasons = sorted({label for g in growths for name, label in g.counters if name == FINISHED})
     return {
         "seconds": seconds,
         "begun": _merged(growths, TTFT).count,
         "finished": finished,
-        "finished_by_reason": {reason: _total(growths, FINISHED, reason) for reason in reasons},
         "rejected": _total(growths, REJECTED, ""),
         "requests_per_s": finished / seconds,
         "prompt_tokens": _merged(growths, PROMPT).mean,
@@ -139,82 +145,64 @@ def _load(growths: Sequence[Growth]) -> dict[str, Any]:
     }
 
 
-def _latency(pairs: Pairs, name: str) -> dict[str, Any]:
-    """One histogram of seconds; a ratio above 1 says that B's mean is shorter."""
-    sides = {"a": [a for a, _ in pairs], "b": [b for _, b in pairs]}
-    row = {side: _summary(_merged(growths, name)) for side, growths in sides.items()}
-    both = [(a.histograms[name], b.histograms[name]) for a, b in pairs]
-    columns = np.array([[a.total, a.count, b.total, b.count] for a, b in both])
-    # Tokens of one request are no independent observations: requests are what counts.
-    counted = columns[:, [1, 3]] if name != ITL else _ended(pairs)
-    return {"unit": "s", **row, **_verdict(columns, counted, "is faster", "is slower")}
+def _latency_rows(side: str, metric: str, histogram: Histogram) -> list[Row]:
+    """Mean and quantiles in ms; a quantile's interval is its bucket."""
+    if histogram.mean is None:
+        return []
+    rows = [Row(side, LOAD, f"{metric}_mean", "ms", 1e3 * histogram.mean)]
+    for word, share in QUANTILES.items():
+        found = histogram.quantile(share)
+        # Nothing is known of the last bucket but where it begins.
+        if found is not None and math.isfinite(found.high):
+            value, low, high = (1e3 * each for each in found)
+            rows.append(Row(side, LOAD, f"{metric}_{word}", "ms", value, interval=(low, high)))
+    return rows
 
 
-def _throughput(pairs: Pairs) -> dict[str, Any]:
-    """Generated tokens per second; a ratio above 1 says that B generates more."""
-    tokens = [[_total([side], GENERATED, "") for side in pair] for pair in pairs]
-    columns = np.array(
-        [[t[1], b.seconds, t[0], a.seconds] for t, (a, b) in zip(tokens, pairs, strict=True)]
-    )
-    n, d, other_n, other_d = columns.sum(axis=0)
-    return {
-        "unit": "tok/s",
-        "a": {"mean": float(other_n / other_d)},
-        "b": {"mean": float(n / d)},
-        **_verdict(columns, _ended(pairs), "generates more", "generates less"),
-    }
-
-
-def _verdict(columns: Columns, counted: Columns, better: str, worse: str) -> dict[str, Any]:
-    """Ratio, its interval, and what they say.
+def _speedup(
+    rows: list[Row], metric: str, columns: Columns, counted: Columns, words: tuple[str, str]
+) -> str:
+    """Add the ratio of one metric to the rows, and say what it means.
 
     Args:
-        columns: as `ratio_interval` takes them.
+        rows: to add to.
+        metric: for the name.
+        columns: as `ratio_interval` takes them, so that above 1 is better.
         counted: [intervals, 2]: requests of A and B.
-        better: what B does if the ratio is above 1.
-        worse: what B does if it is below.
+        words: what B does if the ratio is above 1, and if it is below.
     """
     few = _too_few(counted)
     found = None if few else ratio_interval(columns)
     if found is None:
-        verdict = few or "no ratio: a sum is zero"
-        return {"ratio": None, "low": None, "high": None, "verdict": verdict}
+        return f"{metric}: {few or 'no ratio, as a sum is zero'}"
     ratio, low, high = found
+    rows.append(Row("B", LOAD, metric + SPEEDUP, "x", ratio, interval=(low, high)))
     if low > 1:
-        verdict = f"B {better} by {ratio:.2f}x ({low:.2f}–{high:.2f})"
-    elif high < 1:
-        verdict = f"B {worse} by {1 / ratio:.2f}x ({1 / high:.2f}–{1 / low:.2f})"
-    else:
-        verdict = f"no difference that this window shows ({ratio:.2f}x, {low:.2f}–{high:.2f})"
-    return {"ratio": ratio, "low": low, "high": high, "verdict": verdict}
+        return f"{metric}: B {words[0]} by {ratio:.2f}x ({low:.2f}–{high:.2f})"
+    if high < 1:
+        return f"{metric}: B {words[1]} by {1 / ratio:.2f}x ({1 / high:.2f}–{1 / low:.2f})"
+    return f"{metric}: no difference that this window shows ({ratio:.2f}x, {low:.2f}–{high:.2f})"
 
 
-def _share(pairs: Pairs, name: str, label: str, verb: str, of: str) -> dict[str, Any]:
-    """How large a part of a counter one label's values are, and the difference B − A in points."""
+def _share(rows: list[Row], metric: str, pairs: Pairs) -> str:
+    """Add how large a part of a counter one label's values are, and the difference B − A."""
+    name, label, of = SHARES[metric]
     columns = np.array([[n for side in pair for n in _parts(side, name, label)] for pair in pairs])
     bad_a, all_a, bad_b, all_b = map(float, columns.sum(axis=0))
-    row: dict[str, Any] = {
-        "unit": "%",
-        "a": {"count": bad_a, "of": all_a, "mean": 100 * bad_a / all_a if all_a else None},
-        "b": {"count": bad_b, "of": all_b, "mean": 100 * bad_b / all_b if all_b else None},
-    }
+    for side, bad, all_ in (("A", bad_a, all_a), ("B", bad_b, all_b)):
+        rows.append(Row(side, LOAD, metric, "%", 100 * bad / all_ if all_ else None))
+    blocks = _blocks(columns)
     few = _too_few(columns[:, [1, 3]], of)
-    if few:
-        return {**row, "points": None, "low": None, "high": None, "verdict": few}
-    drawn = resample(columns)
-    drawn = drawn[(drawn[:, 1] > 0) & (drawn[:, 3] > 0)]
-    half = _half_width(100 * (drawn[:, 2] / drawn[:, 3] - drawn[:, 0] / drawn[:, 1]), len(columns))
-    points = row["b"]["mean"] - row["a"]["mean"]
+    if few or not ((columns.sum(axis=0) - blocks)[:, [1, 3]] > 0).all():
+        return f"{metric}: {few or f'too few {of}'}"
+    points, half = _jackknife(columns, lambda s: float(100 * (s[2] / s[3] - s[0] / s[1])))
     low, high = points - half, points + half
-    more = "more" if low > 0 else "less" if high < 0 else None
-    if more:
-        edges = sorted((abs(low), abs(high)))
-        verdict = (
-            f"B {verb} {more} often, by {abs(points):.2f} points ({edges[0]:.2f}–{edges[1]:.2f})"
-        )
-    else:
-        verdict = f"no difference that this window shows ({points:+.2f} points)"
-    return {**row, "points": points, "low": low, "high": high, "verdict": verdict}
+    rows.append(Row("B", LOAD, metric + POINTS, "%", points, interval=(low, high)))
+    if low <= 0 <= high:
+        return f"{metric}: no difference that this window shows ({points:+.2f} points)"
+    edges = sorted((abs(low), abs(high)))
+    more = "higher" if low > 0 else "lower"
+    return f"{metric}: B is {more} by {abs(points):.2f} points ({edges[0]:.2f}–{edges[1]:.2f})"
 
 
 def _too_few(counted: Columns, of: str = "requests") -> str | None:
@@ -252,13 +240,7 @@ def _merged(growths: Sequence[Growth], name: str) -> Histogram:
     return first
 
 
-def _summary(histogram: Histogram) -> dict[str, Any]:
-    found = {word: histogram.quantile(share) for word, share in QUANTILES.items()}
-    quantiles = {word: q and q._asdict() for word, q in found.items()}
-    return {"count": histogram.count, "mean": histogram.mean, **quantiles}
-
-
-def _caveats(load: dict[str, dict[str, Any]], pairs: Pairs) -> list[str]:
+def _caveats(facts: dict[str, dict[str, Any]], pairs: Pairs) -> list[str]:
     """What makes the verdicts less than they look."""
     found = []
     for key, words in {
@@ -266,16 +248,16 @@ def _caveats(load: dict[str, dict[str, Any]], pairs: Pairs) -> list[str]:
         "prompt_tokens": "prompt tokens per request",
         "generated_tokens": "generated tokens per request",
     }.items():
-        a, b = load["a"][key], load["b"][key]
+        a, b = facts["A"][key], facts["B"][key]
         if a and b and max(a, b) > ALIKE * min(a, b):
             found.append(
                 f"{words} differ by more than 20 % (A {a:.4g}, B {b:.4g}): latencies are not "
                 "comparable."
             )
-    for side, values in load.items():
+    for side, values in facts.items():
         if values["finished"] < ENDING * values["begun"]:
             found.append(
-                f"{side.upper()}: {values['begun']:.0f} requests gave a first token but only "
+                f"{side}: {values['begun']:.0f} requests gave a first token but only "
                 f"{values['finished']:.0f} ended: the window is short beside a request, or clients "
                 "hung up, which vLLM counts nowhere; TPOT and end-to-end latency miss these."
             )

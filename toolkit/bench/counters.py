@@ -42,11 +42,11 @@ class RestartError(Exception):
 
 
 class Quantile(NamedTuple):
-    """An interpolated quantile and the bucket it lies in; `value` and `high` are None in +Inf."""
+    """An interpolated quantile and the bucket it lies in; infinite in the last bucket."""
 
-    value: float | None
+    value: float
     low: float
-    high: float | None
+    high: float
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Histogram:
                 break
             seen, low = seen + count, bound
         if math.isinf(bound):
-            return Quantile(None, low, None)
+            return Quantile(bound, low, bound)
         return Quantile(low + (bound - low) * (wanted - seen) / count, low, bound)
 
 

@@ -1,7 +1,7 @@
 """Kernels against the memory limit, PyTorch and vLLM: interleaved rounds on weights out of memory.
 
 With one thread times are CPU time of the thread, so that other processes count less; with more,
-wall time. Statistics: paired.py; what is measured: linears.py.
+wall time. What is measured stands in linears.py.
 """
 
 from __future__ import annotations
@@ -9,16 +9,19 @@ from __future__ import annotations
 import os
 import platform
 import re
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
+from gblm.bench import noise
 from gblm.bench.linears import (
     Asked,
     Clock,
@@ -28,13 +31,13 @@ from gblm.bench.linears import (
     packed_linear,
     torch_linear,
 )
-from gblm.bench.rounds import BASELINES, add_shares, call_overhead, measure_case
 from gblm.bench.vllm_linears import vllm_linears, vllm_operators
 from gblm.errors import MachineError, UsageError
 from gblm.formats import Shape
 from gblm.kernels import native
 from gblm.progress import Progress, no_progress
 from gblm.provenance import machine, provenance
+from gblm.record import Record, Row, Verdict
 
 # [out, in] of the linears of one decoder layer, without repetitions.
 SHAPE_SETS: dict[str, tuple[Shape, ...]] = {
@@ -48,6 +51,11 @@ FORMATS = (
     "dense/dense/int4", "bitmask/0.5/int4", "nm/2:4/int4", "nm/4:8/int4", "nm/8:16/int4",
 )  # fmt: skip
 MIN_COLD, MIN_READ = 128 << 20, 1 << 20
+BASELINES = ("torch_bf16", "vllm_bf16", "vllm_w8a8")
+# A block is the calls of one linear in one round.
+BLOCK_SECONDS, MIN_CALLS, MAX_CALLS = 0.02, 3, 1000
+READS, OVERHEAD_CALLS = 3, 500
+CALL = "a call on 16x32"
 OVERHEAD_SHAPE, OVERHEAD_FORMATS = (16, 32), ("dense/dense", "dense/dense/int8")
 
 
@@ -64,6 +72,7 @@ class Settings:
         isa: instruction set of gblm's kernels; None: the best.
         rounds: in each, every linear runs for a short block, in alternating order.
         vllm: whether to measure vLLM's linears, if it is installed.
+        limits: how much noise a round may have.
         cold: bytes of all copies of a weight; None: four times the last-level cache.
     """
 
@@ -75,6 +84,7 @@ class Settings:
     isa: str | None = None
     rounds: int = 7
     vllm: bool = True
+    limits: noise.Limits = field(default_factory=noise.Limits)
     cold: int | None = None
 
 
@@ -98,16 +108,14 @@ def parse_shapes(words: Sequence[str]) -> tuple[Shape, ...]:
     return tuple(shapes)
 
 
-def bench_kernels(settings: Settings, progress: Progress = no_progress) -> dict[str, Any]:
+def bench_kernels(settings: Settings, progress: Progress = no_progress) -> Record:
     """Measure every shape × number of tokens × linear.
 
-    Args:
-        settings: what.
-        progress: for a progress bar.
-
     Returns:
-        The record: settings, machine, and per case the times and paired ratios of each linear;
-        what `prepare` takes; what a call costs when there is nothing to multiply.
+        The record. Its loads are "OUTxIN, N tokens"; its sides are linears, and "memory", whose
+        read limit says what no linear can pass. "us" is the time of a call, "prepare_gb_s" how fast
+        a weight gets its layout in memory, in bytes of bfloat16. On CALL a weight is so small that
+        only the call itself counts.
 
     Raises:
         UsageError: a format, shape or backend does not exist, or they do not fit each other.
@@ -121,49 +129,152 @@ def bench_kernels(settings: Settings, progress: Progress = no_progress) -> dict[
     operators = vllm_operators() if settings.vllm else None
     clock = time.thread_time if settings.threads == 1 else time.perf_counter
     origin = provenance()
+    bench = _Bench(settings, wanted, operators, cold, clock)
     with _threads_and_isa(settings):
         facts = _facts(clock, cold)
-        found = _measure_all(settings, wanted, operators, cold, clock, progress)
-    return {
-        "kind": "bench kernels",
-        "provenance": origin,
-        "kernels": facts | {"load_average_after": os.getloadavg()[0]},
-        "settings": asdict(settings),
-        **found,
-    }
+        bench.run(progress)
+    reasons = tuple(bench.reasons)
+    return Record(
+        kind="kernels",
+        sides=bench.sides,
+        rows=tuple(bench.rows),
+        baseline="torch_bf16",
+        verdict=Verdict(not reasons, reasons, tuple(bench.notes + noise.unchecked(bench.heard))),
+        measures=("toolkit/kernels", "toolkit/formats", "toolkit/bench/linears.py"),
+        provenance=origin | {"settings": asdict(settings), **facts},
+    )
 
 
-def _measure_all(
-    settings: Settings,
-    wanted: Sequence[tuple[Asked, str]],
-    operators: Any,
-    cold: int,
-    clock: Clock,
-    progress: Progress,
-) -> dict[str, Any]:
-    """The measured part of the record."""
-    memory = native.allocate(max(cold, MIN_READ)).fill_(1)
-    cases: list[dict[str, Any]] = []
-    prepare: list[dict[str, Any]] = []
-    step = progress("measuring", len(settings.shapes) * len(settings.tokens))
-    for shape in settings.shapes:
-        linears = _build(shape, wanted, operators, cold, clock)
-        prepare += [
-            _prepare_row(linear, seconds, shape, settings.threads)
-            for linear in linears
-            if (seconds := linear.prepare_seconds) is not None
-        ]
-        for tokens in settings.tokens:
-            cases.append(measure_case(linears, shape, tokens, settings.rounds, clock, memory))
-            step()
-    tiny = [(Asked(text), "cpu") for text in OVERHEAD_FORMATS]
-    linears = _build(OVERHEAD_SHAPE, tiny, operators, 0, clock)
-    return {
-        "read_limit_gb_s": add_shares(cases),
-        "cases": cases,
-        "prepare": prepare,
-        "overhead_us": call_overhead(linears, OVERHEAD_SHAPE[1], settings.rounds, clock),
-    }
+@dataclass
+class _Bench:
+    """One run: what is asked, and what has been found so far."""
+
+    settings: Settings
+    wanted: Sequence[tuple[Asked, str]]
+    operators: Any
+    cold: int
+    clock: Clock
+    sides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    heard: list[dict[str, Any]] = field(default_factory=list)
+
+    def run(self, progress: Progress) -> None:
+        """Measure all cases, then what a call costs."""
+        memory = native.allocate(max(self.cold, MIN_READ)).fill_(1)
+        step = progress("measuring", len(self.settings.shapes) * len(self.settings.tokens))
+        for shape in self.settings.shapes:
+            linears = _build(shape, self.wanted, self.operators, self.cold, self.clock)
+            self._describe(linears, shape)
+            for tokens in self.settings.tokens:
+                self._case(linears, shape, tokens, memory)
+                step()
+        tiny = [(Asked(text), "cpu") for text in OVERHEAD_FORMATS]
+        self._calls(_build(OVERHEAD_SHAPE, tiny, self.operators, 0, self.clock))
+
+    def _describe(self, linears: Sequence[Linear], shape: Shape) -> None:
+        size = name_of(shape)
+        self.sides.setdefault("memory", {})
+        for linear in linears:
+            self.sides[linear.name] = {"backend": linear.backend, "spec": linear.spec,
+                                       "control": linear.control}  # fmt: skip
+            self._row(linear.name, size, "bytes", "bytes", [linear.size])
+            bits = 8 * linear.size / (shape[0] * shape[1])
+            self._row(linear.name, size, "bits_per_weight", "bits", [bits])
+            if linear.prepare_seconds is not None:
+                # Users know the size of the dense bfloat16 weight.
+                speed = 2 * shape[0] * shape[1] / linear.prepare_seconds / 1e9
+                self._row(linear.name, size, "prepare_gb_s", "GB/s", [speed])
+
+    def _case(self, linears: Sequence[Linear], shape: Shape, tokens: int, memory: Tensor) -> None:
+        """Interleaved rounds of all linears; those that the machine disturbed are left out."""
+        load = name_of(shape, tokens)
+        x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(1)).bfloat16()
+        times, heard = _rounds(linears, x, self.settings.rounds, self.clock, memory)
+        self.heard += heard
+        noisy = noise.noisy_rounds([{load: one} for one in heard], self.settings.limits)
+        quiet = [number for number in range(len(heard)) if number not in noisy]
+        self.notes += [f"round {number + 1} is left out: {why}." for number, why in noisy.items()]
+        if 2 * len(quiet) < len(heard):
+            first = next(iter(noisy.values()))
+            self.reasons.append(f"only {len(quiet)} of {len(heard)} rounds were quiet; {first}")
+            return
+        reads = [heard[number]["read_limit_gb_s"] for number in quiet]
+        self._row("memory", load, "read_limit_gb_s", "GB/s", reads)
+        for linear in linears:
+            seconds = [statistics.median(times[linear.name][number]) for number in quiet]
+            self._row(linear.name, load, "us", "us", [1e6 * each for each in seconds])
+            speeds = [linear.size / each / 1e9 for each in seconds]
+            self._row(linear.name, load, "gb_s", "GB/s", speeds)
+            # A limit is what the machine can do, so a slower round of reading does not lower it.
+            parts = [speed / max(reads) for speed in speeds]
+            self._row(linear.name, load, "share_of_read_limit", "", parts)
+
+    def _calls(self, linears: Sequence[Linear]) -> None:
+        """Time calls on a weight so small that only the call itself counts."""
+        x = torch.randn(1, OVERHEAD_SHAPE[1]).bfloat16()
+        found: dict[str, list[float]] = {linear.name: [] for linear in linears}
+        for number in range(self.settings.rounds + 1):
+            for linear in linears:
+                call, began = linear.copies[0], self.clock()
+                for _ in range(OVERHEAD_CALLS):
+                    call(x)
+                # The first round warms up.
+                if number:
+                    found[linear.name].append(1e6 * (self.clock() - began) / OVERHEAD_CALLS)
+        for linear in linears:
+            self.sides.setdefault(linear.name, {"backend": linear.backend, "spec": linear.spec})
+            self._row(linear.name, CALL, "us", "us", found[linear.name])
+
+    def _row(self, side: str, load: str, metric: str, unit: str, rounds: Sequence[float]) -> None:
+        self.rows.append(Row.of_rounds(side, load, metric, unit, rounds))
+
+
+def name_of(shape: Shape, tokens: int | None = None) -> str:
+    """Name a shape, or a shape and a number of tokens, as the loads of the record do."""
+    size = f"{shape[0]}x{shape[1]}"
+    plural = "" if tokens == 1 else "s"
+    return size if tokens is None else f"{size}, {tokens} token{plural}"
+
+
+def _rounds(
+    linears: Sequence[Linear], x: Tensor, rounds: int, clock: Clock, memory: Tensor
+) -> tuple[dict[str, list[list[float]]], list[dict[str, Any]]]:
+    """Run interleaved rounds.
+
+    Returns:
+        Seconds of the calls by linear and round; the noise of each round, with its read limit.
+    """
+    counts = {linear.name: _warm_up(linear, x, clock) for linear in linears}
+    times: dict[str, list[list[float]]] = {linear.name: [] for linear in linears}
+    heard = []
+    for number in range(rounds):
+        limit = _read_limit(memory, clock)
+        with noise.measured() as found:
+            # The order alternates, so that drift of the machine hits all alike.
+            for linear in linears if number % 2 == 0 else reversed(linears):
+                times[linear.name].append(linear.time(x, counts[linear.name], clock))
+        heard.append(found | {"read_limit_gb_s": limit / 1e9})
+    return times, heard
+
+
+def _warm_up(linear: Linear, x: Tensor, clock: Clock) -> int:
+    """Call every copy once (oneDNN compiles for each), and give the calls that fill a block."""
+    calls = len(linear.copies) if linear.backend == "vllm" else 1
+    linear.time(x, calls, clock)
+    seconds = max(1e-7, statistics.median(linear.time(x, MIN_CALLS, clock)))
+    return min(MAX_CALLS, max(MIN_CALLS, round(BLOCK_SECONDS / seconds)))
+
+
+def _read_limit(memory: Tensor, clock: Clock) -> float:
+    """Bytes per second that the threads read together; by the same clock as the linears."""
+    seconds = []
+    for _ in range(READS):
+        began = clock()
+        native.read_seconds(memory)
+        seconds.append(clock() - began)
+    return memory.numel() / statistics.median(seconds)
 
 
 def _linears_wanted(settings: Settings) -> list[tuple[Asked, str]]:
@@ -206,16 +317,6 @@ def _build(
     return linears + [packed_linear(asked, to, weight, cold, clock) for asked, to in wanted]
 
 
-def _prepare_row(linear: Linear, seconds: float, shape: Shape, threads: int) -> dict[str, Any]:
-    """Speed of `prepare` in bytes of the dense bfloat16 weight, which users know the size of."""
-    return {
-        "linear": linear.name,
-        "shape": list(shape),
-        "seconds": seconds,
-        "gb_s_per_core": 2 * shape[0] * shape[1] / seconds / threads / 1e9,
-    }
-
-
 @contextmanager
 def _threads_and_isa(settings: Settings) -> Iterator[None]:
     """Set both, and set them back."""
@@ -245,7 +346,7 @@ def _facts(clock: Clock, cold: int) -> dict[str, Any]:
         "last_level_cache": last_level_cache(),
         "huge_pages": huge.read_text().strip() if huge.exists() else None,
         "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
-        "load_average_before": os.getloadavg()[0],
+        "load_average": os.getloadavg()[0],
     }
 
 

@@ -1,6 +1,7 @@
-"""A decode loop in a process of its own: one request at a time, greedy, with a key-value cache.
+"""A model in an engine without a server: a process of its own that runs requests when told to.
 
-`measure` starts it and reads what it saw; `serve` is what runs inside, with an engine's decoder.
+`LoopSide` starts the process and talks to it, one JSON line for each load; `serve` is what runs
+inside, with the engine's own code. Engines are imported inside alone.
 """
 
 from __future__ import annotations
@@ -8,136 +9,202 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import resource
+import os
+import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
-from gblm.bench.noise import measured
-from gblm.bench.requests import Request
-from gblm.bench.server import child_environment, last_words, run_child
-from gblm.bench.sides import LOOPS, Side
-from gblm.bench.validity import Asked, Seen
-from gblm.errors import MachineError
+from gblm.bench.processes import child_environment, last_error, memory_metrics, size_of, stop
+from gblm.bench.requests import Load, Request, Seen
+from gblm.bench.sides import ENGINES, Side
+from gblm.errors import MachineError, UsageError
 
-LIMIT_SECONDS = 3600
-MARK = "GBLM-LOOP "
+MARK = b"GBLM-LOOP "
+BATCHED = "vllm-offline"
 
 
-class Decoder(Protocol):
-    """A model with a cache."""
+class LoopSide(Side):
+    """A model in transformers, ONNX Runtime, llama.cpp, or in vLLM without its server."""
+
+    def check(self) -> None:
+        """Refuse loads that need a server, or several requests at once."""
+        for load in self.setup.loads:
+            if load.request_rate is not None or load.concurrency is None:
+                raise UsageError(
+                    f"side {self.name!r}: {self.engine} has no server; give --concurrency and no "
+                    "--request-rate, or serve the model in vllm."
+                )
+            if load.concurrency != 1 and self.engine != BATCHED:
+                raise UsageError(
+                    f"side {self.name!r}: {self.engine} runs one request at a time here; give "
+                    f"--concurrency 1, or run the model in {BATCHED} or vllm."
+                )
+
+    def start(self) -> None:
+        """Start the process and wait until it has loaded the model."""
+        log, setup = self.setup.log, self.setup
+        self._log_start = size_of(log)
+        settings = {
+            "context": max(load.prompt_len + load.output_len for load in setup.loads) + 8,
+            "sequences": max(load.concurrency or 1 for load in setup.loads),
+            "threads": setup.threads, "backend": self.backend, "options": setup.options,
+        }  # fmt: skip
+        with log.open("ab") as stream:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", str(ENGINES[self.engine][0]), str(self.path),
+                 json.dumps(settings)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream,
+                start_new_session=True, env=child_environment(),
+            )  # fmt: skip
+        self._load_seconds = float(self._answer()["load_s"])
+
+    def load(self, load: Load) -> Seen:
+        """Have the process run a warm-up request and the load."""
+        if self._process.stdin is None:
+            raise RuntimeError("the loop has no standard input")
+        asked = json.dumps({"load": asdict(load), "seed": self.setup.seed})
+        try:
+            self._process.stdin.write(asked.encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._ended() from None
+        said = self._answer()
+        requests = [Request(**{**row, "itls": tuple(row["itls"])}) for row in said["requests"]]
+        seconds = max((request.start + request.latency for request in requests), default=0.0)
+        return Seen(
+            requests,
+            seconds,
+            prompts=said["prompts"],
+            extra={
+                "cpu_ms_per_token": 1e3 * said["cpu_s"] / (load.num_prompts * load.output_len),
+                "load_s": self._load_seconds,
+                **memory_metrics(self._process.pid),
+            },
+        )
+
+    def stop(self) -> None:
+        """End the process."""
+        stop(self._process)
+
+    @property
+    def process(self) -> psutil.Process:
+        """The process."""
+        return psutil.Process(self._process.pid)
+
+    def facts(self) -> dict[str, Any]:
+        """Add the threads that were asked for."""
+        return super().facts() | {"threads": self.setup.threads}
+
+    def _answer(self) -> dict[str, Any]:
+        """The next line of the process that is for us; engines print, too."""
+        if self._process.stdout is None:
+            raise RuntimeError("the loop has no standard output")
+        for line in self._process.stdout:
+            if line.startswith(MARK):
+                found: dict[str, Any] = json.loads(line.removeprefix(MARK))
+                return found
+        raise self._ended()
+
+    def _ended(self) -> MachineError:
+        code, last = self._process.wait(), last_error(self.setup.log, self._log_start)
+        return MachineError(f"{self.name}: {self.engine} ended with code {code}: {last}")
+
+
+class Engine(Protocol):
+    """What runs inside the process."""
 
     @property
     def vocabulary(self) -> int:
-        """Number of tokens that it knows."""
+        """Number of tokens that the model knows."""
 
+    def generate(
+        self, prompts: Sequence[Sequence[int]], output_len: int, concurrency: int
+    ) -> list[Request]:
+        """Decode every prompt to the full length; the end-of-text token is one like others."""
+
+
+class Decoder(ABC):
+    """An engine that runs one request after the other, token by token, with a cache."""
+
+    @property
+    @abstractmethod
+    def vocabulary(self) -> int:
+        """Number of tokens that the model knows."""
+
+    @abstractmethod
     def reset(self) -> None:
         """Forget all tokens."""
 
+    @abstractmethod
     def run(self, tokens: Sequence[int]) -> int:
-        """Append tokens; returns the most likely next one."""
+        """Append tokens; gives the most likely next one."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], output_len: int, concurrency: int
+    ) -> list[Request]:
+        """Run one prompt after the other, greedily."""
+        clock = time.perf_counter()
+        return [self._one(prompt, output_len, clock) for prompt in prompts]
+
+    def _one(self, prompt: Sequence[int], output_len: int, clock: float) -> Request:
+        self.reset()
+        began = time.perf_counter()
+        token = self.run(prompt)
+        times = [time.perf_counter()]
+        for _ in range(output_len - 1):
+            token = self.run([token])
+            times.append(time.perf_counter())
+        gaps = tuple(after - before for before, after in itertools.pairwise(times))
+        return Request(
+            began - clock, times[-1] - began, len(prompt), len(times), times[0] - began, gaps
+        )
 
 
-def measure(
-    side: Side, loads: Sequence[Asked], seed: int, threads: int | None, backend: str | None
-) -> list[Seen]:
-    """Load a model in a new process and run every load after a warm-up request.
+def serve(open_engine: Callable[[Path, dict[str, Any]], Engine]) -> None:
+    """Run the main program of a loop: load the model, then answer each line of standard input.
 
     Args:
-        side: of an engine of LOOPS.
-        loads: of one request at a time.
-        seed: of the prompts' random tokens.
-        threads: of the engine; its own choice if None.
-        backend: for packed weights in transformers; the best one if None.
-
-    Raises:
-        MachineError: the process failed; its last line is quoted.
+        open_engine: takes the model's path and the settings: "context", tokens of the longest
+            request; "sequences", requests at once; "threads"; "backend"; "options" for vLLM.
     """
-    found = []
-    for asked in loads:
-        chosen = side.backend(backend)
-        work = {"asked": asdict(asked), "seed": seed, "threads": threads, "backend": chosen}
-        with measured() as meter:
-            said = _run(side, work)
-        requests = [Request(**{**row, "itls": tuple(row["itls"])}) for row in said["requests"]]
-        found.append(
-            Seen(
-                requests,
-                said["seconds"],
-                prompts=said["prompts"],
-                noise=meter.evidence(),
-                extra={key: said[key] for key in ("load_s", "memory_mb", "peak_memory_mb")},
-            )
-        )
-    return found
-
-
-def _run(side: Side, work: dict[str, Any]) -> dict[str, Any]:
-    command = [sys.executable, "-m", LOOPS[side.engine], str(side.path), json.dumps(work)]
-    done = run_child(command, f"{side.name}:", LIMIT_SECONDS, child_environment())
-    lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-    if done.returncode or not lines:
-        raise MachineError(
-            f"{side.name}: {side.engine} ended with code {done.returncode}: {last_words(done)}"
-        )
-    said: dict[str, Any] = json.loads(lines[-1].removeprefix(MARK))
-    return said
-
-
-def serve(open_decoder: Callable[[Path, dict[str, Any]], Decoder]) -> None:
-    """The main program of a loop: read the work from the command line, print what was seen.
-
-    Args:
-        open_decoder: takes the model's path and the work.
-    """
-    path, work = Path(sys.argv[1]), json.loads(sys.argv[2])
+    path, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
+    # Engines print on standard output; only our lines may reach the pipe that is read.
+    pipe = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
     began = time.perf_counter()
-    decoder = open_decoder(path, work)
-    decoder.run([0])
-    loaded = time.perf_counter() - began
-    asked = Asked(**work["asked"])
-    tokens = prompts(decoder.vocabulary, asked, work["seed"])
-    one_request(decoder, tokens[0].tolist(), asked.output_len)
-    began = time.perf_counter()
-    requests = [one_request(decoder, row.tolist(), asked.output_len, began) for row in tokens]
-    seconds = time.perf_counter() - began
-    # Kilobytes on Linux; the most that the process ever held.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-    said = {
-        "requests": [asdict(request) for request in requests],
-        "seconds": seconds,
-        "prompts": f"loop:{hashlib.sha256(tokens.tobytes()).hexdigest()}",
-        "load_s": loaded,
-        "memory_mb": peak,
-        "peak_memory_mb": peak,
-    }
-    print(MARK + json.dumps(said))
+    engine = open_engine(path, settings)
+    engine.generate([[0]], 2, 1)
+    _say(pipe, {"load_s": time.perf_counter() - began})
+    for line in sys.stdin:
+        asked = json.loads(line)
+        load = Load(**asked["load"])
+        tokens = prompts(engine.vocabulary, load, asked["seed"])
+        rows, width = tokens.tolist(), load.concurrency or 1
+        engine.generate(rows[:width], load.output_len, width)
+        cpu = time.process_time()
+        requests = engine.generate(rows, load.output_len, width)
+        _say(pipe, {
+            "requests": [asdict(request) for request in requests],
+            "cpu_s": time.process_time() - cpu,
+            "prompts": f"loop:{hashlib.sha256(tokens.tobytes()).hexdigest()}",
+        })  # fmt: skip
 
 
-def prompts(vocabulary: int, asked: Asked, seed: int) -> NDArray[np.int64]:
-    """Random tokens [num_prompts, input_len] int64."""
-    shape = (asked.num_prompts, asked.input_len)
+def prompts(vocabulary: int, load: Load, seed: int) -> NDArray[np.int64]:
+    """Draw random tokens [num_prompts, prompt_len] int64."""
+    shape = (load.num_prompts, load.prompt_len)
     return np.random.default_rng(seed).integers(vocabulary, size=shape, dtype=np.int64)
 
 
-def one_request(
-    decoder: Decoder, prompt: Sequence[int], output_len: int, clock_start: float = 0.0
-) -> Request:
-    """Decode one prompt to the full length; the end-of-text token is a token like others."""
-    decoder.reset()
-    began = time.perf_counter()
-    token = decoder.run(prompt)
-    times = [time.perf_counter()]
-    for _ in range(output_len - 1):
-        token = decoder.run([token])
-        times.append(time.perf_counter())
-    gaps = tuple(after - before for before, after in itertools.pairwise(times))
-    return Request(
-        began - clock_start, times[-1] - began, len(prompt), len(times), times[0] - began, gaps
-    )
+def _say(pipe: Any, answer: dict[str, Any]) -> None:
+    pipe.write(MARK + json.dumps(answer).encode() + b"\n")
+    pipe.flush()

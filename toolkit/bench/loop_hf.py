@@ -1,4 +1,4 @@
-"""The decode loop over a model in transformers, packed or dense: `python -m` of gblm.bench.loop."""
+"""The loop over a model in transformers, packed or dense: `python -m` of gblm.bench.loop."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 import torch
 
 from gblm import packed
-from gblm.bench.loop import serve
+from gblm.bench.loop import Decoder, serve
 
 
-class HfDecoder:
+class HfDecoder(Decoder):
     """Batch 1 with the model's own cache, in the checkpoint's dtype, on CPU."""
 
-    def __init__(self, folder: Path, work: dict[str, Any]) -> None:
-        if work["threads"] is not None:
-            torch.set_num_threads(work["threads"])
-        self._model: Any = packed.load_any(folder, work["backend"], None, "cpu")
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        if settings["threads"] is not None:
+            torch.set_num_threads(settings["threads"])
+        self._model: Any = packed.load_any(folder, settings["backend"], None, "cpu")
         self.reset()
 
     @property
     def vocabulary(self) -> int:
-        """Number of tokens that it knows."""
+        """Number of tokens that the model knows."""
         return int(self._model.config.vocab_size)
 
     def reset(self) -> None:
@@ -32,7 +32,7 @@ class HfDecoder:
 
     @torch.inference_mode()
     def run(self, tokens: Sequence[int]) -> int:
-        """Append tokens; returns the most likely next one."""
+        """Append tokens; gives the most likely next one."""
         ids = torch.tensor([list(tokens)])
         out = self._model(
             input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1

@@ -1,4 +1,4 @@
-"""The decode loop over a GGUF file in llama.cpp: `python -m` of gblm.bench.loop.
+"""The loop over a GGUF file in llama.cpp: `python -m` of gblm.bench.loop.
 
 Needs llama-cpp-python, built for the machine: CMAKE_ARGS=-DGGML_NATIVE=ON.
 """
@@ -9,35 +9,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gblm.bench.loop import serve
-from gblm.bench.validity import Asked
+from gblm.bench.loop import Decoder, serve
 from gblm.errors import MachineError
 
 
-class LlamaDecoder:
+class LlamaDecoder(Decoder):
     """One sequence."""
 
-    def __init__(self, file: Path, work: dict[str, Any]) -> None:
+    def __init__(self, file: Path, settings: dict[str, Any]) -> None:
         try:
             import llama_cpp
         except ImportError as error:
             raise MachineError(
                 "llama-cpp-python is not installed: pip install llama-cpp-python."
             ) from error
-        asked = Asked(**work["asked"])
-        threads = work["threads"]
+        threads = settings["threads"]
         self._llama = llama_cpp.Llama(
-            str(file),
-            n_ctx=asked.input_len + asked.output_len + 8,
-            n_batch=512,
-            n_threads=threads,
-            n_threads_batch=threads,
-            verbose=False,
-        )
+            str(file), n_ctx=settings["context"], n_batch=512, n_threads=threads,
+            n_threads_batch=threads, verbose=False,
+        )  # fmt: skip
 
     @property
     def vocabulary(self) -> int:
-        """Number of tokens that it knows."""
+        """Number of tokens that the model knows."""
         return int(self._llama.n_vocab())
 
     def reset(self) -> None:
@@ -45,7 +39,7 @@ class LlamaDecoder:
         self._llama.reset()
 
     def run(self, tokens: Sequence[int]) -> int:
-        """Append tokens; returns the most likely next one."""
+        """Append tokens; gives the most likely next one."""
         self._llama.eval(list(tokens))
         return int(self._llama.scores[self._llama.n_tokens - 1].argmax())
 

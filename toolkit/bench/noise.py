@@ -1,7 +1,8 @@
-"""How busy the machine was with other things during a run, its heat and energy, where it tells.
+"""What else the machine did during a run: stolen time, other processes, heat, the speed of memory.
 
 Steal is time that the hypervisor gave to others; other load is CPU time of processes that are not
-part of the run. Both count for the whole machine, from /proc/stat by psutil.
+part of the run. Both are shares of the whole machine's CPU time, from /proc/stat by psutil. Heat is
+counted by the kernel (Intel) and by NVIDIA's driver; where nothing counts it, it is not checked.
 """
 
 from __future__ import annotations
@@ -11,86 +12,124 @@ import os
 import resource
 import shutil
 import subprocess
-import threading
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from gblm.bench import heat
-
-POWERCAP = Path("/sys/class/powercap")
+CPUS = Path("/sys/devices/system/cpu")
 BUSY = ("user", "nice", "system", "irq", "softirq")
+# Microseconds since the driver was loaded; drivers before 555 do not know these fields.
+GPU_FIELDS = ("sw_thermal_slowdown", "hw_thermal_slowdown")
+HEAT = ("cpu_throttles", "gpu_throttle_s")
 
 
-@dataclass
-class Meter:
-    """What `measured` fills in at its end.
+@dataclass(frozen=True)
+class Limits:
+    """How much noise a round may have.
 
     Attributes:
-        seconds: of wall time.
-        steal: share of the machine's CPU time that was stolen.
-        other: share of the machine's CPU time that processes outside the run used.
-        joules: of what is measured; None where nothing is.
-        energy_source: what measured it, or why nothing did.
-        heat: of `gblm.bench.heat.evidence`.
+        steal: share of the machine's CPU time that a hypervisor may take.
+        other_load: share of the machine's CPU time that other processes may use.
+        slow_read: how much slower than in the best round memory may be, as a share.
     """
 
-    seconds: float = 0.0
-    steal: float = 0.0
-    other: float = 0.0
-    joules: float | None = None
-    energy_source: str = ""
-    heat: dict[str, Any] = field(default_factory=dict)
-
-    def evidence(self) -> dict[str, Any]:
-        """For the record."""
-        return {
-            "wall_seconds": self.seconds,
-            "steal": round(self.steal, 4),
-            "other_load": round(self.other, 4),
-            "joules": self.joules,
-            "energy_source": self.energy_source,
-            **self.heat,
-        }
+    steal: float = 0.02
+    other_load: float = 0.10
+    slow_read: float = 0.15
 
 
 @contextmanager
-def measured(
-    own: psutil.Process | None = None, rapl: Path = POWERCAP, cpus: Path = heat.CPUS
-) -> Iterator[Meter]:
-    """Measure what happens inside.
+def measured(own: Sequence[psutil.Process] = (), cpus: Path = CPUS) -> Iterator[dict[str, Any]]:
+    """Measure the noise while the block runs.
 
     Args:
-        own: a process that lives throughout and is part of the run, with its children; ours, and
-            those that end inside, are counted anyway.
-        rapl: where Linux shows the energy counters.
-        cpus: where it shows how often heat throttled them.
+        own: processes that are part of the run, with their children; this process, and those that
+            it starts and ends inside, are counted anyway.
+        cpus: where Linux shows how often heat throttled the CPUs.
+
+    Yields:
+        A dictionary that holds at the end: "steal" and "other_load", shares; "cpu_throttles", how
+        often heat slowed a CPU, and "gpu_throttle_s", seconds that it slowed a GPU, both None where
+        nothing counts them.
     """
-    heat_before = heat.cpu_counters(cpus), heat.gpu_counters()
-    meter, energy = Meter(), Energy(rapl)
-    began, before, ours = time.monotonic(), psutil.cpu_times(), own_seconds(own)
-    energy.start()
+    found: dict[str, Any] = {}
+    heat, before, ours = _heat(cpus), psutil.cpu_times()._asdict(), own_seconds(own)
     try:
-        yield meter
+        yield found
     finally:
-        energy.stop()
-        meter.seconds = time.monotonic() - began
         used = own_seconds(own) - ours
-        meter.steal, meter.other = shares(before._asdict(), psutil.cpu_times()._asdict(), used)
-        meter.joules, meter.energy_source = energy.joules, energy.source
-        heat_after = heat.cpu_counters(cpus), heat.gpu_counters()
-        meter.heat = heat.evidence(heat_before, heat_after)
+        steal, other = shares(before, psutil.cpu_times()._asdict(), used)
+        cpu, gpu = map(_growth, heat, _heat(cpus))
+        found |= {"steal": steal, "other_load": other, "cpu_throttles": cpu,
+                  "gpu_throttle_s": None if gpu is None else gpu / 1e6}  # fmt: skip
+
+
+def reasons(noise: Mapping[str, Any], limits: Limits, best_read: float | None = None) -> list[str]:
+    """Say what speaks against a round.
+
+    Args:
+        noise: as `measured` gives it, and "read_limit_gb_s" where that was measured.
+        limits: how much may be.
+        best_read: the fastest read limit of all rounds, GB/s.
+    """
+    found = []
+    for key, limit, words in (
+        ("steal", limits.steal, "of the CPU time was stolen by the hypervisor"),
+        ("other_load", limits.other_load, "of the CPU time went to other processes"),
+    ):
+        share = noise.get(key, 0.0)
+        if share > limit:
+            found.append(f"{share:.1%} {words} (at most {limit:.0%})")
+    if count := noise.get("cpu_throttles"):
+        found.append(f"heat throttled the CPU {count} times")
+    if seconds := noise.get("gpu_throttle_s"):
+        found.append(f"a GPU ran slower for heat for {seconds:.3g} s")
+    read = noise.get("read_limit_gb_s")
+    if read and best_read and read < (1 - limits.slow_read) * best_read:
+        found.append(f"memory was read at {read:.1f} GB/s, {best_read:.1f} GB/s in the best round")
+    return found
+
+
+def noisy_rounds(
+    rounds: Sequence[Mapping[str, Mapping[str, Any]]], limits: Limits
+) -> dict[int, str]:
+    """Find the rounds in which the machine did other things, too.
+
+    Args:
+        rounds: what `measured` gave in each round by side, and "read_limit_gb_s".
+        limits: how much noise may be.
+
+    Returns:
+        The number of each such round, with the side and the first reason.
+    """
+    reads = [heard.get("read_limit_gb_s") for one in rounds for heard in one.values()]
+    best = max((read for read in reads if read is not None), default=None)
+    found = {}
+    for number, one in enumerate(rounds):
+        for side, heard in one.items():
+            if why := reasons(heard, limits, best):
+                found[number] = f"{side}: {why[0]}"
+    return found
+
+
+def unchecked(every: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say which checks had nothing to look at in all that was heard."""
+    found = []
+    if not any(one.get(key) is not None for one in every for key in HEAT):
+        found.append("heat was not checked: neither kernel nor driver counts it.")
+    if not any(one.get("read_limit_gb_s") for one in every):
+        found.append("the speed of memory was not checked: the CPU kernels are not built.")
+    return found
 
 
 def shares(
     before: Mapping[str, float], after: Mapping[str, float], own: float
 ) -> tuple[float, float]:
-    """Steal and other load as shares of all CPU time between two readings.
+    """Give steal and other load as shares of all CPU time between two readings.
 
     Args:
         before: seconds by state, summed over all CPUs, as psutil.cpu_times gives them.
@@ -106,87 +145,40 @@ def shares(
     return grown.get("steal", 0.0) / total, max(0.0, busy - own) / total
 
 
-def own_seconds(process: psutil.Process | None) -> float:
-    """CPU seconds of this process, of its children that ended, and of a living one's tree."""
+def own_seconds(processes: Sequence[psutil.Process]) -> float:
+    """Sum the CPU seconds of this process, its children that ended, and the trees of others."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     times = os.times()
     total = times.user + times.system + ended.ru_utime + ended.ru_stime
-    if process is None:
-        return total
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for one in (process, *process.children(recursive=True)):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                spent = one.cpu_times()
-                total += spent.user + spent.system + spent.children_user + spent.children_system
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for one in (process, *process.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    spent = one.cpu_times()
+                    total += spent.user + spent.system + spent.children_user + spent.children_system
     return total
 
 
-@dataclass
-class Energy:
-    """RAPL counters of the processor packages, or else the power that nvidia-smi reports."""
-
-    rapl: Path = POWERCAP
-    joules: float | None = None
-    source: str = ""
-    _before: dict[Path, int] = field(default_factory=dict)
-    _watts: list[float] = field(default_factory=list)
-    _done: threading.Event = field(default_factory=threading.Event)
-    _thread: threading.Thread | None = None
-    _began: float = 0.0
-
-    def start(self) -> None:
-        """Read the counters, or start to sample."""
-        self._began = time.monotonic()
-        if shutil.which("nvidia-smi"):
-            self.source = "nvidia-smi power.draw, all GPUs, once a second"
-            self._thread = threading.Thread(target=self._sample, daemon=True)
-            self._thread.start()
-            return
-        self._before = _counters(self.rapl)
-        self.source = (
-            "RAPL, processor packages"
-            if self._before
-            else "not measured: no RAPL counter can be read and there is no nvidia-smi"
-        )
-
-    def stop(self) -> None:
-        """Set `joules`."""
-        if self._thread is not None:
-            self._done.set()
-            self._thread.join()
-            if self._watts:
-                mean = sum(self._watts) / len(self._watts)
-                self.joules = mean * (time.monotonic() - self._began)
-            else:
-                self.source = "not measured: nvidia-smi tells no power"
-            return
-        after = _counters(self.rapl)
-        if self._before and after.keys() == self._before.keys():
-            grown = [_growth(path, self._before[path], after[path]) for path in after]
-            self.joules = sum(grown) / 1e6
-
-    def _sample(self) -> None:
-        command = ["nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits"]
-        while True:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            with contextlib.suppress(ValueError):
-                self._watts.append(sum(map(float, done.stdout.split())))
-            if self._done.wait(1.0):
-                return
-
-
-def _counters(folder: Path) -> dict[Path, int]:
-    """Microjoules by package; cores and memory inside a package are part of it."""
+def _heat(cpus: Path) -> tuple[dict[str, int], dict[str, int]]:
+    """Counters of throttling: of each CPU, and microseconds of each GPU."""
     found = {}
-    for path in sorted(folder.glob("intel-rapl:*")):
-        if path.name.count(":") == 1:
-            with contextlib.suppress(OSError, ValueError):
-                found[path] = int((path / "energy_uj").read_text())
-    return found
+    for path in sorted(cpus.glob("cpu[0-9]*/thermal_throttle/*_throttle_count")):
+        with contextlib.suppress(OSError, ValueError):
+            found[f"{path.parent.parent.name}/{path.name}"] = int(path.read_text())
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return found, {}
+    fields = ",".join(f"clocks_event_reasons_counters.{field}" for field in GPU_FIELDS)
+    command = [program, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    gpus = {}
+    for index, line in enumerate(done.stdout.splitlines()):
+        for field, value in zip(GPU_FIELDS, line.split(","), strict=False):
+            with contextlib.suppress(ValueError):
+                gpus[f"GPU {index}/{field}"] = int(value)
+    return found, gpus
 
 
-def _growth(path: Path, before: int, after: int) -> int:
-    """Counters start again at zero after their range."""
-    if after >= before:
-        return after - before
-    return after - before + int((path / "max_energy_range_uj").read_text())
+def _growth(before: Mapping[str, int], after: Mapping[str, int]) -> int | None:
+    """The most that one counter grew; one that is not in both readings tells nothing."""
+    return max((after[name] - before[name] for name in before if name in after), default=None)

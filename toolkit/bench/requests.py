@@ -1,27 +1,63 @@
-"""What a load generator saw of every request, and the metrics of a run: one code for all engines.
+"""What a side is asked to do, what was seen of it, and its metrics: the same for all engines.
 
-TTFT: from sending to the first token. TPOT: (end to end − TTFT) / (tokens − 1), of one request.
-ITL: each gap between tokens. So `vllm bench serve` defines them; other tools' differ.
+TTFT is the time from sending to the first token. TPOT is (end to end − TTFT) / (tokens − 1) of one
+request. ITL is each gap between tokens. So `vllm bench serve` defines them; other tools' differ.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from gblm.errors import UsageError
+from gblm.record import quantile
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
-Metrics = dict[str, float]
+# Metric → unit; metrics over requests have their quantile behind the name.
+UNITS = {
+    "ttft_ms": "ms", "tpot_ms": "ms", "itl_ms": "ms", "e2e_ms": "ms", "requests_per_s": "1/s",
+    "output_tok_s": "tok/s", "total_tok_s": "tok/s", "decode_tok_s": "tok/s",
+    "goodput_requests_per_s": "1/s", "cpu_ms_per_token": "ms", "memory_mb": "MB",
+    "peak_memory_mb": "MB", "load_s": "s", "steal": "", "other_load": "",
+    "read_limit_gb_s": "GB/s",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a side is asked to do in a round.
+
+    Attributes:
+        num_prompts: requests.
+        prompt_len: tokens of each prompt.
+        output_len: tokens to generate for each.
+        concurrency: requests in flight at most; None is no limit.
+        request_rate: requests per second; None sends as soon as there is room.
+    """
+
+    num_prompts: int
+    prompt_len: int
+    output_len: int
+    concurrency: int | None = 1
+    request_rate: float | None = None
+
+    @property
+    def words(self) -> str:
+        """The load as records name it."""
+        width = "no limit" if self.concurrency is None else str(self.concurrency)
+        rate = "" if self.request_rate is None else f", {self.request_rate:g} requests/s"
+        return (
+            f"{self.num_prompts} prompts of {self.prompt_len} + {self.output_len} tokens, "
+            f"concurrency {width}{rate}"
+        )
 
 
 @dataclass(frozen=True)
 class Request:
-    """One request that succeeded; seconds.
+    """One request that succeeded; all times in seconds.
 
     Attributes:
-        start: when it was sent, on the clock of its run.
+        start: when it was sent, on the clock of its load.
         latency: until its last token.
         input_len: prompt tokens.
         output_len: generated tokens.
@@ -44,66 +80,34 @@ class Request:
         return (self.latency - self.ttft) / (self.output_len - 1)
 
 
-@dataclass(frozen=True)
-class Slo:
-    """Limits that a request must hold to count for goodput; milliseconds, None is no limit."""
+@dataclass
+class Seen:
+    """What one side did under one load.
 
-    ttft: float | None = None
-    tpot: float | None = None
-    e2e: float | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Slo:
-        """A name of PRESETS, or limits such as "ttft:500,tpot:30".
-
-        Raises:
-            UsageError: it is neither.
-        """
-        if text in PRESETS:
-            return PRESETS[text]
-        limits: dict[str, float] = {}
-        for piece in text.split(","):
-            key, _, value = piece.strip().partition(":")
-            try:
-                limit = float(value)
-            except ValueError:
-                limit = math.nan
-            if key not in ("ttft", "tpot", "e2e") or key in limits or not 0 < limit < math.inf:
-                raise UsageError(
-                    f"--slo {text!r}: {piece!r} is no limit such as ttft:500 (ttft, tpot or e2e, "
-                    f"milliseconds); presets: {', '.join(PRESETS)}."
-                )
-            limits[key] = limit
-        return cls(**limits)
-
-    def holds(self, request: Request) -> bool:
-        """Whether one request keeps every limit; what is not known keeps none."""
-        found = ((self.ttft, request.ttft), (self.tpot, request.tpot), (self.e2e, request.latency))
-        return all(
-            limit is None or (value is not None and 1e3 * value <= limit) for limit, value in found
-        )
-
-
-# The p99 limits of MLPerf Inference's server and interactive scenarios (loadgen/mlperf.conf).
-PRESETS = {
-    "mlperf-llama2-70b": Slo(2000, 200),
-    "mlperf-llama2-70b-interactive": Slo(450, 40),
-    "mlperf-llama3.1-8b": Slo(2000, 100),
-    "mlperf-llama3.1-8b-interactive": Slo(500, 30),
-    "mlperf-llama3.1-405b": Slo(6000, 175),
-    "mlperf-llama3.1-405b-interactive": Slo(4500, 80),
-    "mlperf-mixtral-8x7b": Slo(2000, 200),
-}
-
-
-def metrics_of(requests: Sequence[Request], seconds: float, slo: Slo | None = None) -> Metrics:
-    """The metrics of one run; those that its tool cannot tell are left out.
-
-    Args:
-        requests: at least one.
+    Attributes:
+        requests: those that succeeded, in the order of the prompts.
         seconds: from the first one sent to the last one done.
-        slo: for goodput.
+        failed: number of requests that did not succeed.
+        preemptions: requests that the server threw out for want of cache; None if not known.
+        cached: share of the prompt tokens that came from the prefix cache; None if not known.
+        prompts: "GENERATOR:FINGERPRINT" of the prompts; within one generator they must be equal.
+        noise: what `gblm.bench.noise.measured` saw meanwhile.
+        extra: further metrics, such as memory.
     """
+
+    requests: Sequence[Request]
+    seconds: float
+    failed: int = 0
+    preemptions: float | None = None
+    cached: float | None = None
+    prompts: str = ""
+    noise: Mapping[str, Any] = field(default_factory=dict)
+    extra: dict[str, float] = field(default_factory=dict)
+
+
+def metrics_of(seen: Seen) -> dict[str, float]:
+    """Give all metrics of a run that its tool can tell, by name."""
+    requests, seconds = seen.requests, seen.seconds
     tpots = [r.tpot for r in requests if r.tpot is not None]
     found = {
         **_quantiles("ttft_ms", [r.ttft for r in requests if r.ttft is not None]),
@@ -115,24 +119,20 @@ def metrics_of(requests: Sequence[Request], seconds: float, slo: Slo | None = No
         "total_tok_s": sum(r.input_len + r.output_len for r in requests) / seconds,
     }
     if tpots:
-        found["tok_s_per_user"] = 1 / quantile(tpots, 0.5)
-    if slo is not None:
-        good = sum(map(slo.holds, requests))
-        found["goodput_requests_per_s"] = good / seconds
-        found["slo_share"] = good / len(requests)
-    return found
+        # Of one stream after its first token.
+        found["decode_tok_s"] = 1 / quantile(tpots, 0.5)
+    noise = {key: seen.noise[key] for key in ("steal", "other_load", "read_limit_gb_s")
+             if seen.noise.get(key) is not None}  # fmt: skip
+    return found | seen.extra | noise
 
 
-def quantile(values: Sequence[float], share: float) -> float:
-    """Linear interpolation between the ordered values, as numpy's default."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+def unit_of(metric: str) -> str:
+    """The unit of a metric, with or without its quantile."""
+    name, _, last = metric.rpartition("_")
+    return UNITS[name if last in QUANTILES else metric]
 
 
-def _quantiles(name: str, seconds: Sequence[float]) -> Metrics:
+def _quantiles(name: str, seconds: Sequence[float]) -> dict[str, float]:
     if not seconds:
         return {}
     return {f"{name}_{word}": 1e3 * quantile(seconds, share) for word, share in QUANTILES.items()}

@@ -1,132 +1,228 @@
-"""Interleaved rounds over linears, and the row that each of them gets in the record."""
+"""`gblm bench A [B …]`: all sides under all loads, round after round, and the record of that.
+
+Figures of one round pair up, so that what disturbs the machine disturbs all sides alike. A round
+that was noisy for one side is left out for all; a side that did other work than was asked gets no
+figure.
+"""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from gblm.bench import noise
+from gblm.bench.requests import Load, Seen, metrics_of, unit_of
+from gblm.bench.sides import Setup, Side
+from gblm.bench.validity import check_alike, check_work
+from gblm.progress import Progress, no_progress
+from gblm.provenance import provenance
+from gblm.record import Record, Row, Verdict
 
-from gblm.bench.linears import Clock, Linear
-from gblm.bench.paired import Times, percentile, round_medians, share_of_limit, speedup, spread
-from gblm.formats import Shape
-from gblm.kernels import native
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
-BASELINES = ("torch_bf16", "vllm_bf16", "vllm_w8a8")
-# A block is the calls of one linear in one round.
-BLOCK_SECONDS, MIN_CALLS, MAX_CALLS = 0.02, 3, 1000
-READS, OVERHEAD_CALLS = 3, 500
-
-
-def measure_case(
-    linears: list[Linear], shape: Shape, tokens: int, rounds: int, clock: Clock, memory: Tensor
-) -> dict[str, Any]:
-    """All linears of one shape with so many tokens: the read limit and a row for each."""
-    x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(1)).bfloat16()
-    times, limits = measure(linears, x, rounds, clock, memory)
-    return {
-        "shape": list(shape),
-        "tokens": tokens,
-        "read_limit_gb_s": spread([limit / 1e9 for limit in limits]),
-        "rows": summarise(linears, times, shape, tokens),
-    }
+READ_BYTES, READS = 1 << 28, 3
+# What one side did under one load in each round, or what all did in one round by name.
+Round = dict[str, Seen]
 
 
-def add_shares(cases: list[dict[str, Any]]) -> float:
-    """Give each row its share of the read limit: the fastest round of reading in any case.
+@dataclass(frozen=True)
+class Plan:
+    """How sides are compared.
 
-    A limit is what the machine can do, so a round that other work slowed down must not lower it.
+    Attributes:
+        rounds: how often each load is put on every side.
+        restart: start every side anew in every round, so that one at a time is in memory.
+        limits: how much noise a round may have.
+    """
+
+    rounds: int = 7
+    restart: bool = False
+    limits: noise.Limits = field(default_factory=noise.Limits)
+
+
+def bench(
+    sides: Sequence[Side], setup: Setup, plan: Plan, progress: Progress = no_progress
+) -> Record:
+    """Measure all sides in turn; the first one is the baseline of all ratios.
+
+    Args:
+        sides: of `parse_sides`, with the same setup.
+        setup: loads and options.
+        plan: rounds and limits.
+        progress: for a progress bar.
+
+    Raises:
+        MachineError: an engine or a load generator failed.
+    """
+    origin = provenance()
+    step = progress("rounds", plan.rounds * len(sides) * len(setup.loads))
+    found: dict[Load, list[Round]] = {load: [] for load in setup.loads}
+    read_limit = reader()
+    with ExitStack() as stack:
+        if not plan.restart:
+            for side in sides:
+                stack.enter_context(started(side))
+        for number in range(plan.rounds):
+            seen = one_round(order(sides, number), setup.loads, plan.restart, read_limit, step)
+            for load, by_side in seen.items():
+                found[load].append(by_side)
+    return record_of(sides, setup, plan, found, origin)
+
+
+@contextmanager
+def started(side: Side) -> Iterator[Side]:
+    """Start a side, and stop it at the end of the block."""
+    side.start()
+    try:
+        yield side
+    finally:
+        side.stop()
+
+
+def order(sides: Sequence[Side], number: int) -> list[Side]:
+    """Turn and reverse the sides from round to round, so that drift hits all alike."""
+    shift = number // 2 % len(sides)
+    turned = [*sides[shift:], *sides[:shift]]
+    return turned[::-1] if number % 2 else turned
+
+
+def one_round(
+    sides: Sequence[Side],
+    loads: Sequence[Load],
+    restart: bool,
+    read_limit: Callable[[], float | None],
+    step: Callable[[], None],
+) -> dict[Load, Round]:
+    """Put every load on every side once; loads on the outside where all sides run already."""
+    found: dict[Load, Round] = {load: {} for load in loads}
+
+    def put(side: Side, load: Load) -> None:
+        limit = read_limit()
+        with noise.measured([side.process]) as heard:
+            seen = side.load(load)
+        seen.noise = heard | {"read_limit_gb_s": limit}
+        found[load][side.name] = seen
+        step()
+
+    if restart:
+        for side in sides:
+            with started(side):
+                for load in loads:
+                    put(side, load)
+    else:
+        for load in loads:
+            for side in sides:
+                put(side, load)
+    return found
+
+
+def reader() -> Callable[[], float | None]:
+    """Give what measures how fast the threads read memory now, in GB/s; None without kernels."""
+    from gblm.kernels import native
+
+    if native.refusal():
+        return lambda: None
+    memory = native.allocate(READ_BYTES).fill_(1)
+    return lambda: READ_BYTES / min(native.read_seconds(memory) for _ in range(READS)) / 1e9
+
+
+def record_of(
+    sides: Sequence[Side],
+    setup: Setup,
+    plan: Plan,
+    found: dict[Load, list[Round]],
+    origin: dict[str, Any],
+) -> Record:
+    """Judge all rounds and make the record."""
+    rows: list[Row] = []
+    reasons: list[str] = []
+    notes = caveats(sides, setup, plan, found)
+    for load, rounds in found.items():
+        good, why, left_out = rows_of(load, rounds, plan.limits)
+        rows += good
+        reasons += why
+        notes += left_out
+    asked = {"seed": setup.seed, "options": list(setup.options), "slo": list(setup.slo)}
+    return Record(
+        kind="bench",
+        sides={side.name: side.facts() for side in sides},
+        rows=tuple(rows),
+        baseline=sides[0].name,
+        verdict=Verdict(not reasons, tuple(reasons), tuple(notes)),
+        measures=tuple(dict.fromkeys(path for side in sides for path in side.measures)),
+        provenance=origin | {"settings": asdict(plan) | asked},
+    )
+
+
+def rows_of(
+    load: Load, rounds: Sequence[Round], limits: noise.Limits
+) -> tuple[list[Row], list[str], list[str]]:
+    """Judge one load.
+
+    Args:
+        load: what was asked.
+        rounds: what was seen, by the names of the sides, which are the same in all rounds.
+        limits: of noise.
 
     Returns:
-        The limit in GB/s.
+        The rows that stand, the reasons why others don't, and notes on rounds that are left out.
     """
-    limit: float = max(case["read_limit_gb_s"]["max"] for case in cases)
-    for row in (row for case in cases for row in case["rows"]):
-        seconds = [us / 1e6 for us in row["us_rounds"]]
-        row["share_of_read_limit"] = share_of_limit(seconds, row["bytes"], 1e9 * limit)
-    return limit
-
-
-def measure(
-    linears: Sequence[Linear], x: Tensor, rounds: int, clock: Clock, memory: Tensor
-) -> tuple[dict[str, list[list[float]]], list[float]]:
-    """Interleaved rounds.
-
-    Returns:
-        Seconds of the calls by linear and round; the read limit of each round in bytes/s.
-    """
-    counts = {linear.name: _warm_up(linear, x, clock) for linear in linears}
-    times: dict[str, list[list[float]]] = {linear.name: [] for linear in linears}
-    limits = []
-    for number in range(rounds):
-        limits.append(_read_limit(memory, clock))
-        # The order alternates, so that drift of the machine hits all alike.
-        for linear in linears if number % 2 == 0 else reversed(linears):
-            times[linear.name].append(linear.time(x, counts[linear.name], clock))
-    return times, limits
-
-
-def summarise(
-    linears: Sequence[Linear], times: Times, shape: Shape, tokens: int
-) -> list[dict[str, Any]]:
-    """One row per linear: time, bandwidth, speed-ups paired by round."""
+    flaws = _flaws(load, rounds)
+    reasons = [f"{side}, {load.words}, {why}" for side, all_ in flaws.items() for why in all_]
+    heard = [{side: seen.noise for side, seen in one.items()} for one in rounds]
+    noisy = noise.noisy_rounds(heard, limits)
+    notes = [f"{load.words}: round {n + 1} is left out: {why}." for n, why in noisy.items()]
+    quiet = [one for number, one in enumerate(rounds) if number not in noisy]
+    if 2 * len(quiet) < len(rounds):
+        first = next(iter(noisy.values()))
+        words = f"{load.words}: only {len(quiet)} of {len(rounds)} rounds were quiet; {first}"
+        return [], [*reasons, words], notes
     rows = []
-    for linear in linears:
-        medians = round_medians(times[linear.name])
-        seconds = statistics.median(medians)
-        against = [name for name in BASELINES if name in times and name != linear.name]
-        ratios = {name: speedup(times, linear.name, name) for name in against}
-        if (control := linear.control) and control in times and control != linear.name:
-            ratios["dense"] = speedup(times, linear.name, control)
-        rows.append({
-            "linear": linear.name,
-            "backend": linear.backend,
-            "spec": linear.spec,
-            "bytes": linear.size,
-            "bits_per_weight": 8 * linear.size / (shape[0] * shape[1]),
-            "us": 1e6 * seconds,
-            "us_p5": 1e6 * percentile(times[linear.name], 0.05),
-            "us_rounds": [1e6 * median for median in medians],
-            "calls": sum(map(len, times[linear.name])),
-            "gb_s": linear.size / seconds / 1e9,
-            "gflop_s": 2 * tokens * shape[0] * shape[1] / seconds / 1e9,
-            "speedup": ratios,
-        })  # fmt: skip
-    return rows
+    for side in rounds[0]:
+        if side not in flaws:
+            metrics = [metrics_of(one[side]) for one in quiet]
+            rows += [
+                Row.of_rounds(side, load.words, name, unit_of(name), [m[name] for m in metrics])
+                for name in metrics[0]
+                if all(name in m for m in metrics)
+            ]
+    return rows, reasons, notes
 
 
-def call_overhead(
-    linears: list[Linear], columns: int, rounds: int, clock: Clock
-) -> dict[str, dict[str, float]]:
-    """Microseconds of a call on a weight so small that only the call itself counts."""
-    x = torch.randn(1, columns).bfloat16()
-    found: dict[str, list[float]] = {linear.name: [] for linear in linears}
-    for number in range(rounds + 1):
-        for linear in linears:
-            call, began = linear.copies[0], clock()
-            for _ in range(OVERHEAD_CALLS):
-                call(x)
-            # The first round warms up.
-            if number:
-                found[linear.name].append(1e6 * (clock() - began) / OVERHEAD_CALLS)
-    return {name: spread(values) for name, values in found.items()}
+def caveats(
+    sides: Sequence[Side], setup: Setup, plan: Plan, found: dict[Load, list[Round]]
+) -> list[str]:
+    """Say what makes the figures less than they look, though they stand."""
+    notes = []
+    engines = {side.engine for side in sides}
+    if "vllm" in engines and len(engines) > 1:
+        notes.append(
+            "vllm is measured through its server; the other engines in their process, with other "
+            "random prompts of about the same lengths: ratios hold HTTP and scheduling, too."
+        )
+    fewest = min(load.num_prompts for load in setup.loads)
+    if fewest < 100:
+        notes.append(f"p99 of {fewest} requests is all but their slowest: raise --num-prompts.")
+    usual, limits = asdict(noise.Limits()), asdict(plan.limits)
+    if raised := [f"{key} {limits[key]:.0%}" for key in usual if limits[key] > usual[key]]:
+        notes.append(f"limits of noise were raised: {', '.join(raised)}.")
+    if plan.rounds < 6 and len(sides) > 1:
+        notes.append(
+            f"the interval of {plan.rounds} rounds is their range: raise --rounds to 6 or more."
+        )
+    heard = [seen.noise for rounds in found.values() for one in rounds for seen in one.values()]
+    return notes + noise.unchecked(heard)
 
 
-def _warm_up(linear: Linear, x: Tensor, clock: Clock) -> int:
-    """Call every copy once (oneDNN compiles for each), and give the calls that fill a block."""
-    calls = len(linear.copies) if linear.backend == "vllm" else 1
-    linear.time(x, calls, clock)
-    seconds = max(1e-7, statistics.median(linear.time(x, MIN_CALLS, clock)))
-    return min(MAX_CALLS, max(MIN_CALLS, round(BLOCK_SECONDS / seconds)))
-
-
-def _read_limit(memory: Tensor, clock: Clock) -> float:
-    """Bytes per second that the threads read together; by the same clock as the linears."""
-    seconds = []
-    for _ in range(READS):
-        began = clock()
-        native.read_seconds(memory)
-        seconds.append(clock() - began)
-    return memory.numel() / statistics.median(seconds)
+def _flaws(load: Load, rounds: Sequence[Round]) -> dict[str, list[str]]:
+    """Sentences against each side's work; what differs between sides counts against all."""
+    found: dict[str, list[str]] = {}
+    for number, one in enumerate(rounds):
+        alike = check_alike(one)
+        for side, seen in one.items():
+            for why in (*check_work(load, seen), *alike):
+                found.setdefault(side, []).append(f"round {number + 1}: {why}")
+    return found

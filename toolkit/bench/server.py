@@ -1,34 +1,46 @@
-"""One server as a subprocess: started by `gblm serve`, awaited, measured, stopped."""
+"""A model in vLLM's server: started by `gblm serve`, put under load by `vllm bench serve`."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
+import hashlib
+import json
 import re
-import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from gblm.bench.processes import (
+    child_environment,
+    last_error,
+    memory_metrics,
+    run_child,
+    size_of,
+    stop,
+)
+from gblm.bench.requests import Load, Request, Seen
+from gblm.bench.scrape import Target
+from gblm.bench.sides import Side
 from gblm.errors import MachineError
 
-logger = logging.getLogger(__name__)
+START_SECONDS, LOAD_SECONDS = 900, 3600
+PREEMPTIONS = "vllm:num_preemptions_total"
+HITS, QUERIES = "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"
+CACHE_OPTIONS = ("--enable-prefix-caching", "--no-enable-prefix-caching")
+RESULT = "result.json"
 
-START_SECONDS = 900
-STOP_SECONDS = 60
 
-
-@dataclass
+@dataclass(frozen=True)
 class RunningServer:
     """A server that answers /health.
 
@@ -46,40 +58,11 @@ class RunningServer:
     log: Path
     log_start: int
 
-    def backends(self) -> set[str]:
-        """The backends that the plugin's log line says it runs on; empty for a dense model."""
-        with self.log.open("rb") as stream:
-            stream.seek(self.log_start)
-            text = stream.read().decode("utf-8", errors="replace")
-        return set(re.findall(r"gblm: \d+ linears run on backend (\w+)", text))
-
-    def memory_bytes(self) -> int:
-        """Memory of the whole process tree; shared pages are counted once (PSS)."""
-        total = 0
-        root = psutil.Process(self.process.pid)
-        for process in (root, *root.children(recursive=True)):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                memory = process.memory_full_info()
-                total += getattr(memory, "pss", memory.rss)
-        return total
-
-    def given_back_bytes(self) -> int:
-        """What the processes that live now held at their peaks more than now, loading included.
-
-        The peaks need not have been at one time: memory now and this are an upper bound together.
-        """
-        root = psutil.Process(self.process.pid)
-        return sum(given_back(one.pid) for one in (root, *root.children(recursive=True)))
-
-
-def given_back(pid: int) -> int:
-    """Bytes that a process held at its peak more than now; 0 once it has ended."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    kilobytes = dict(re.findall(r"^(VmHWM|VmRSS):\s+(\d+) kB$", status, re.MULTILINE))
-    return 1024 * (int(kilobytes.get("VmHWM", 0)) - int(kilobytes.get("VmRSS", 0)))
+    def backends(self) -> dict[str, int]:
+        """How many linears run on each backend, from the plugin's log line; {} if it is dense."""
+        text = self.log.read_bytes()[self.log_start :].decode("utf-8", errors="replace")
+        found = re.findall(r"gblm: (\d+) linears run on backend (\w+)", text)
+        return {backend: int(count) for count, backend in found}
 
 
 @contextmanager
@@ -107,70 +90,171 @@ def running_server(
                "--name", "model", "--shutdown-timeout", str(shutdown_timeout)]  # fmt: skip
     if backend is not None:
         command += ["--backend", backend]
-    began = time.monotonic()
-    log_start = log.stat().st_size if log.exists() else 0
+    began, log_start = time.monotonic(), size_of(log)
     with log.open("ab") as stream:
         process = subprocess.Popen(
-            [*command, "--", *options],
-            stdout=stream,
-            stderr=stream,
-            start_new_session=True,
+            [*command, "--", *options], stdout=stream, stderr=stream, start_new_session=True,
             env=child_environment(),
-        )
+        )  # fmt: skip
     try:
         url = f"http://127.0.0.1:{port}"
         _await_health(process, url, log, log_start)
         yield RunningServer(url, time.monotonic() - began, process, log, log_start)
     finally:
-        _stop(process)
-
-
-def child_environment() -> dict[str, str]:
-    """The environment of servers and load generator.
-
-    Imports never come from the current folder. On CPU both servers get a cache of 1 GiB, unless
-    the user sets another size: one that follows the free memory would differ between them.
-    """
-    return {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ | {"PYTHONSAFEPATH": "1"}
-
-
-def run_child(
-    command: Sequence[str], what: str, seconds: float, environment: dict[str, str]
-) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end.
-
-    Args:
-        command: the program and its arguments.
-        what: for messages.
-        seconds: that it may take.
-        environment: of the process.
-
-    Raises:
-        MachineError: it took longer.
-    """
-    try:
-        return subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            check=False,
-            env=environment,
-            timeout=seconds,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise MachineError(f"{what} was not done after {seconds} s.") from error
-
-
-def last_words(done: subprocess.CompletedProcess[str]) -> str:
-    """The last line that a process wrote to its standard error, for messages."""
-    return (done.stderr.strip().splitlines() or ["no message"])[-1]
+        stop(process)
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on."""
+    """Find a TCP port of 127.0.0.1 that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+class ServerSide(Side):
+    """A model in vLLM's server. Each load comes from a process of its own."""
+
+    def start(self) -> None:
+        """Start `gblm serve` and wait until it is healthy."""
+        self._stack = ExitStack()
+        self._work = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+        self._server = self._stack.enter_context(
+            running_server(self.path, self.backend, self._options(), self.setup.log)
+        )
+        self._backends = self._server.backends()
+
+    def load(self, load: Load) -> Seen:
+        """Run the load generator, and read what the server counted meanwhile."""
+        before, setup = counters(self._server), self.setup
+        words = bench_words(self._server.url, self.path, load, setup.seed, self._work)
+        if setup.slo:
+            words += ["--goodput", *setup.slo]
+        seen = seen_of(run_vllm_bench(words, self._work / RESULT))
+        seen.prompts = _fingerprint(self.path, load, setup.seed)
+        grown = {name: value - before[name] for name, value in counters(self._server).items()}
+        seen.preemptions = grown[PREEMPTIONS]
+        seen.cached = grown[HITS] / grown[QUERIES] if grown[QUERIES] else 0.0
+        seen.extra |= {"load_s": self._server.ready_seconds, **memory_metrics(self.process.pid)}
+        return seen
+
+    def stop(self) -> None:
+        """Stop the server."""
+        self._stack.close()
+
+    @property
+    def process(self) -> psutil.Process:
+        """The server's parent process."""
+        return psutil.Process(self._server.process.pid)
+
+    def facts(self) -> dict[str, Any]:
+        """Add the backends that the server said it runs on."""
+        return super().facts() | {"linears_by_backend": self._backends}
+
+    def _options(self) -> tuple[str, ...]:
+        """The user's, and no prefix cache: with one, repeated prompts cost next to nothing."""
+        given = self.setup.options
+        if any(option.partition("=")[0] in CACHE_OPTIONS for option in given):
+            return given
+        return (*given, "--no-enable-prefix-caching")
+
+
+def bench_words(url: str, folder: Path, load: Load, seed: int, work: Path) -> list[str]:
+    """Give the options of `vllm bench serve` for a server that calls its model "model".
+
+    Args:
+        url: of the server.
+        folder: the model, for its tokenizer.
+        load: what is asked.
+        seed: of the random prompts.
+        work: folder for the result, which is called RESULT.
+    """
+    words = [
+        "--base-url", url, "--model", str(folder), "--tokenizer", str(folder),
+        "--served-model-name", "model", "--dataset-name", "random",
+        "--random-input-len", str(load.prompt_len), "--random-output-len", str(load.output_len),
+        "--random-range-ratio", "0", "--num-prompts", str(load.num_prompts),
+        "--num-warmups", "1", "--ignore-eos", "--seed", str(seed), "--disable-tqdm",
+        "--temperature", "0", "--save-result", "--save-detailed",
+        "--result-dir", str(work), "--result-filename", RESULT,
+    ]  # fmt: skip
+    if load.concurrency is not None:
+        words += ["--max-concurrency", str(load.concurrency)]
+    if load.request_rate is not None:
+        words += ["--request-rate", str(load.request_rate)]
+    return words
+
+
+def run_vllm_bench(words: list[str], file: Path) -> dict[str, Any]:
+    """Run `vllm bench serve` in a process of its own.
+
+    Args:
+        words: its options.
+        file: where they say that the result shall be; it is removed.
+
+    Raises:
+        MachineError: it failed, or wrote nothing.
+    """
+    environment = child_environment()
+    # vLLM divides by the seconds of its progress bar, which are 0 where bars are switched off.
+    environment.pop("TQDM_DISABLE", None)
+    command = [sys.executable, "-m", "gblm.serve.vllm_cli", "bench", "serve", *words]
+    run_child(command, "vllm bench serve", LOAD_SECONDS, environment)
+    if not file.exists():
+        raise MachineError("vllm bench serve wrote no result.")
+    result: dict[str, Any] = json.loads(file.read_text())
+    file.unlink()
+    return result
+
+
+def seen_of(result: dict[str, Any]) -> Seen:
+    """Take the requests and the goodput out of a detailed result of `vllm bench serve`."""
+    columns = [
+        result[key]
+        for key in (
+            "start_times",
+            "latencies",
+            "input_lens",
+            "output_lens",
+            "ttfts",
+            "itls",
+            "errors",
+        )
+    ]
+    requests = [
+        Request(start, latency, prompt, output, ttft, tuple(itls))
+        for start, latency, prompt, output, ttft, itls, error in zip(*columns, strict=True)
+        if not error
+    ]  # fmt: skip
+    good = result.get("request_goodput")
+    extra = {} if good is None else {"goodput_requests_per_s": float(good)}
+    failed = len(columns[0]) - len(requests)
+    return Seen(requests, result["duration"], failed=failed, extra=extra)
+
+
+def counters(server: RunningServer) -> dict[str, float]:
+    """Read the server's counters of preemptions and prefix cache, over all engines.
+
+    Raises:
+        MachineError: it does not tell.
+    """
+    text = Target.of("A", server.url).fetch()
+    found = dict.fromkeys((PREEMPTIONS, HITS, QUERIES), 0.0)
+    for name in found:
+        values = re.findall(rf"^{name}(?:\{{[^}}]*\}})? (\S+)$", text, re.MULTILINE)
+        if not values:
+            raise MachineError(f"the server counts no {name}: it is needed to check a run.")
+        found[name] = sum(map(float, values))
+    return found
+
+
+def _fingerprint(folder: Path, load: Load, seed: int) -> str:
+    """The prompts follow from lengths, seed and tokenizer; vLLM does not write them down."""
+    digest = hashlib.sha256(repr((load.num_prompts, load.prompt_len, seed)).encode())
+    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
+        path = folder / name
+        if path.exists():
+            digest.update(path.read_bytes())
+    return f"vllm:{digest.hexdigest()}"
 
 
 def _await_health(process: subprocess.Popen[bytes], url: str, log: Path, log_start: int) -> None:
@@ -178,7 +262,7 @@ def _await_health(process: subprocess.Popen[bytes], url: str, log: Path, log_sta
     while time.monotonic() < limit:
         if process.poll() is not None:
             raise MachineError(
-                f"the server ended with code {process.returncode}: {_tail(log, log_start)}"
+                f"the server ended with code {process.returncode}: {last_error(log, log_start)}"
             )
         try:
             with urllib.request.urlopen(f"{url}/health", timeout=5):  # noqa: S310 (own http URL)
@@ -186,27 +270,5 @@ def _await_health(process: subprocess.Popen[bytes], url: str, log: Path, log_sta
         except (urllib.error.URLError, OSError):
             time.sleep(0.5)
     raise MachineError(
-        f"the server was not healthy after {START_SECONDS} s: {_tail(log, log_start)}"
+        f"the server was not healthy after {START_SECONDS} s: {last_error(log, log_start)}"
     )
-
-
-def _tail(log: Path, log_start: int) -> str:
-    """The last error, or else the last line, that this server wrote."""
-    text = log.read_bytes()[log_start:].decode("utf-8", errors="replace")
-    errors = [line for line in text.splitlines() if "Error" in line]
-    last = (errors or text.splitlines() or ["no output"])[-1].strip()
-    return f"{last[:300]} (whole log: {log})"
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM first; the process group is killed when that does not end it."""
-    try:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-        process.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        logger.warning("the server ignored SIGTERM for %d s and is killed", STOP_SECONDS)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()

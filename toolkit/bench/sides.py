@@ -1,110 +1,182 @@
-"""Sides of a comparison: a name, an engine, a model. The list of engines is closed."""
+"""The sides of a comparison: a model in an engine that is started, put under loads and stopped."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import psutil
+
+from gblm.bench.requests import Load, Seen
 from gblm.errors import InputError, UsageError
 from gblm.folder import model_name, quant_method, read_config, resolve
 from gblm.formats.manifest import QUANT_METHOD
 
-# Engine → what runs it.
-ENGINES = {
-    "vllm": "vLLM's server, under a load generator",
-    "hf": "a loop over the transformers model",
-    "ort": "a loop over an exported folder in ONNX Runtime",
-    "llama.cpp": "a loop over a GGUF file in llama-cpp-python",
-}
-# Engine → the module that runs it in a process of its own; one request at a time.
-LOOPS = {
-    "hf": "gblm.bench.loop_hf",
-    "ort": "gblm.export.onnx_model.loop",
-    "llama.cpp": "gblm.bench.loop_llama",
-}
-ORT_FILE = "genai_config.json"
+# Engine → the module that runs its loop in a process of its own, and the paths of the repository
+# whose code decides its figures. vLLM's server has no loop.
+ENGINES: dict[str, tuple[str | None, tuple[str, ...]]] = {
+    "vllm": (None, ("serve", "toolkit/bench/server.py")),
+    "vllm-offline": (
+        "gblm.bench.loop_vllm", ("serve/vllm_plugin", "toolkit/bench/loop_vllm.py")
+    ),
+    "transformers": (
+        "gblm.bench.loop_hf", ("toolkit/packed.py", "toolkit/hf.py", "toolkit/bench/loop.py")
+    ),
+    "onnx": ("gblm.export.onnx_model.loop", ("export/onnx_model", "toolkit/bench/loop.py")),
+    "llama.cpp": ("gblm.bench.loop_llama", ("toolkit/bench/loop.py",)),
+}  # fmt: skip
+ONNX_FILE = "genai_config.json"
+TENSOR_FILES = ("*.safetensors", "*.onnx", "*.data")
 
 
 @dataclass(frozen=True)
-class Side:
-    """One model in one engine.
+class Setup:
+    """What all sides of a comparison share.
 
     Attributes:
-        name: of its rows.
-        engine: of ENGINES.
-        path: a folder, or a GGUF file.
+        loads: that they will be put under.
+        log: file for the output of their processes.
+        seed: of the prompts; all sides get the same ones.
+        threads: of engines without a server; their own choice if None.
+        backend: for packed weights; the best one if None.
+        options: for vLLM, server or not.
+        slo: limits for goodput in the words of `vllm bench serve`, such as "ttft:500".
     """
 
-    name: str
-    engine: str
-    path: Path
+    loads: tuple[Load, ...]
+    log: Path
+    seed: int = 0
+    threads: int | None = None
+    backend: str | None = None
+    options: tuple[str, ...] = ()
+    slo: tuple[str, ...] = ()
 
-    @classmethod
-    def parse(cls, text: str) -> Side:
-        """Read "[NAME=][ENGINE:]MODEL".
 
-        Without an engine, a GGUF file runs in llama.cpp, an exported folder in ONNX Runtime, and
-        any other model in vLLM. Without a name, it is the model's.
+class Side(ABC):
+    """One model in one engine. The name is that of its rows; the path a folder or a GGUF file."""
+
+    def __init__(self, name: str, engine: str, path: Path, setup: Setup) -> None:
+        self.name, self.engine, self.path, self.setup = name, engine, path, setup
+
+    def check(self) -> None:  # noqa: B027 (most sides can have any load)
+        """Refuse a load that this side cannot have, before anything is started.
 
         Raises:
-            UsageError: a part is empty.
-            InputError: there is no such model.
+            UsageError: with the way out.
         """
-        name, equals, rest = text.partition("=")
-        if not equals or "/" in name or ":" in name:
-            name, rest = "", text
-        engine, colon, model = rest.partition(":")
-        if not colon or engine not in ENGINES:
-            engine, model = "", rest
-        if not model or (equals and not name and text[:1] == "="):
-            raise UsageError(
-                f"side {text!r}: write [NAME=][ENGINE:]MODEL; engines: {', '.join(ENGINES)}."
-            )
-        path = Path(model).expanduser()
-        if path.suffix == ".gguf":
-            if not path.is_file():
-                raise InputError(f"{path}: no such file.")
-        else:
-            path = resolve(model)
-        return cls(name or _name_of(model), engine or _engine_of(path), path)
 
-    def backend(self, wanted: str | None) -> str | None:
-        """The backend that is asked for, where the model is packed; dense ones have none."""
-        is_packed = self.path.is_dir() and quant_method(read_config(self.path)) == QUANT_METHOD
-        return wanted if is_packed else None
+    @abstractmethod
+    def start(self) -> None:
+        """Load the model.
+
+        Raises:
+            MachineError: the engine failed; its last words are quoted.
+        """
+
+    @abstractmethod
+    def load(self, load: Load) -> Seen:
+        """Run a warm-up request, then the load.
+
+        Raises:
+            MachineError: the engine or the load generator failed.
+        """
+
+    @abstractmethod
+    def stop(self) -> None:
+        """End the engine's processes; without effect if it does not run."""
 
     @property
-    def num_bytes(self) -> int:
-        """Of the model's weights as stored: all files that hold tensors."""
+    @abstractmethod
+    def process(self) -> psutil.Process:
+        """The engine's process, or the first of them, while it runs."""
+
+    @property
+    def backend(self) -> str | None:
+        """The backend that is asked for, where the model is packed; dense ones have none."""
+        if self.path.is_file() or quant_method(read_config(self.path)) != QUANT_METHOD:
+            return None
+        return self.setup.backend
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Paths of the repository whose code decides this side's figures."""
+        return ("toolkit/kernels", *ENGINES[self.engine][1])
+
+    def facts(self) -> dict[str, Any]:
+        """Describe this side for the record."""
+        found = {"engine": self.engine, "folder": self.path.name, "bytes": self._bytes()}
+        if self.backend is not None:
+            found["backend"] = self.backend
+        return found
+
+    def _bytes(self) -> int:
+        """All files that hold tensors."""
         if self.path.is_file():
             return self.path.stat().st_size
-        endings = ("*.safetensors", "*.onnx", "*.onnx.data", "*.data")
-        files = {file for ending in endings for file in self.path.glob(ending)}
+        files = {file for ending in TENSOR_FILES for file in self.path.glob(ending)}
         return sum(file.stat().st_size for file in files)
 
 
-def parse_sides(texts: Sequence[str]) -> list[Side]:
-    """All sides of a comparison; the first is the baseline.
+def parse_side(text: str, setup: Setup) -> Side:
+    """Read "[NAME=][ENGINE:]MODEL".
+
+    Without an engine, a GGUF file runs in llama.cpp, an exported folder in ONNX Runtime, and any
+    other model in vLLM's server. Without a name, it is the model's.
 
     Raises:
-        UsageError: there are fewer than two, or two of one name.
+        UsageError: a part is empty.
+        InputError: there is no such model.
     """
-    if len(texts) < 2:
-        raise UsageError("bench models: give two models or more; the first is the baseline.")
-    sides = [Side.parse(text) for text in texts]
+    name, equals, rest = text.partition("=")
+    if not equals or "/" in name or ":" in name:
+        name, rest = "", text
+    engine, colon, model = rest.partition(":")
+    if not colon or engine not in ENGINES:
+        engine, model = "", rest
+    if not model or text[:1] == "=":
+        raise UsageError(
+            f"side {text!r}: write [NAME=][ENGINE:]MODEL; engines: {', '.join(ENGINES)}."
+        )
+    path = Path(model).expanduser()
+    if path.suffix != ".gguf":
+        path = resolve(model)
+    elif not path.is_file():
+        raise InputError(f"{path}: no such file.")
+    name = name or (path.name if path.suffix == ".gguf" else model_name(model))
+    return _make(name, engine or _engine_of(path), path, setup)
+
+
+def parse_sides(texts: Sequence[str], setup: Setup) -> list[Side]:
+    """Read all sides of a comparison and check that they can have their loads.
+
+    Raises:
+        UsageError: there is none, two have one name, or one cannot have a load.
+    """
+    if not texts:
+        raise UsageError("give a model, or several; the first one is the baseline.")
+    sides = [parse_side(text, setup) for text in texts]
     names = [side.name for side in sides]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise UsageError(f"two sides are called {twice!r}: give them names (NAME=MODEL).")
+    if setup.slo and not any(side.engine == "vllm" for side in sides):
+        raise UsageError("--slo needs a side in vLLM's server, whose load generator counts it.")
+    for side in sides:
+        side.check()
     return sides
+
+
+def _make(name: str, engine: str, path: Path, setup: Setup) -> Side:
+    from gblm.bench.loop import LoopSide
+    from gblm.bench.server import ServerSide
+
+    return (ServerSide if engine == "vllm" else LoopSide)(name, engine, path, setup)
 
 
 def _engine_of(path: Path) -> str:
     if path.suffix == ".gguf":
         return "llama.cpp"
-    return "ort" if (path / ORT_FILE).exists() else "vllm"
-
-
-def _name_of(model: str) -> str:
-    return Path(model).name if model.endswith(".gguf") else model_name(model)
+    return "onnx" if (path / ONNX_FILE).exists() else "vllm"

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from typing import Any
 
 from gblm.bench.compare import MIN_INTERVALS, compare
 from gblm.bench.counters import Growth, RestartError, Snapshot
@@ -19,6 +18,7 @@ from gblm.bench.scrape import Target
 from gblm.errors import GblmError, MachineError, UsageError
 from gblm.progress import Progress, no_progress
 from gblm.provenance import provenance
+from gblm.record import Record, Verdict
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Reading:
     sides: tuple[Snapshot, Snapshot]
 
 
-def watch(a: Target, b: Target, window: Window, progress: Progress = no_progress) -> dict[str, Any]:
+def watch(a: Target, b: Target, window: Window, progress: Progress = no_progress) -> Record:
     """Compare two live vLLM servers over a window.
 
     A reading that fails is left out: the interval then reaches to the next one that succeeds, so
@@ -73,7 +73,7 @@ def watch(a: Target, b: Target, window: Window, progress: Progress = no_progress
         progress: for a progress bar.
 
     Returns:
-        The record: settings, load, metrics with verdicts, caveats, what was wrong, every interval.
+        The record; the rows and sentences are those of `compare`.
 
     Raises:
         UsageError: the window is too short, or both addresses are the same.
@@ -85,20 +85,22 @@ def watch(a: Target, b: Target, window: Window, progress: Progress = no_progress
         raise UsageError(f"A and B are the same server: {a.url}.")
     problems: list[str] = []
     readings = _readings(a, b, window, problems, progress)
-    rows = _intervals(readings, problems)
-    valid = [row for row in rows if row["valid"]]
+    every = _intervals(readings, problems)
+    valid = [growth for growth in every if growth is not None]
     if not valid:
         raise MachineError(f"no interval of this window can be used: {'; '.join(problems)}.")
-    return {
-        "kind": "bench watch",
-        "provenance": provenance(),
-        "a": a.url,
-        "b": b.url,
-        "window": {**asdict(window), "intervals": len(rows), "valid": len(valid)},
-        **compare([row["growth"] for row in valid]),
-        "problems": problems,
-        "intervals": [_as_json(row) for row in rows],
-    }
+    rows, facts, sentences = compare(valid)
+    sides = {name: {"url": at.url, **facts[name]} for name, at in (("A", a), ("B", b))}
+    settings = {**asdict(window), "intervals": len(every), "valid": len(valid)}
+    return Record(
+        kind="watch",
+        sides=sides,
+        rows=tuple(rows),
+        baseline="A",
+        verdict=Verdict(notes=(*sentences, *problems)),
+        measures=("serve", "toolkit/kernels"),
+        provenance=provenance() | {"settings": settings},
+    )
 
 
 def _readings(
@@ -142,9 +144,9 @@ def _read(target: Target) -> Snapshot | GblmError:
         return type(error)(f"server {target.name}, {target.url}: {error}")
 
 
-def _intervals(readings: list[Reading], problems: list[str]) -> list[dict[str, Any]]:
-    """Growth of both between neighbouring readings; restarts are added to the problems."""
-    rows = []
+def _intervals(readings: list[Reading], problems: list[str]) -> list[tuple[Growth, Growth] | None]:
+    """Growth of both between neighbouring readings; None where one restarted, with a sentence."""
+    found: list[tuple[Growth, Growth] | None] = []
     for before, after in itertools.pairwise(readings):
         growth: list[Growth] = []
         for side, earlier, later in zip("AB", before.sides, after.sides, strict=True):
@@ -155,22 +157,5 @@ def _intervals(readings: list[Reading], problems: list[str]) -> list[dict[str, A
                     f"{before.clock} to {after.clock}: server {side} restarted, or is "
                     "several behind one address; this interval does not count"
                 )
-        rows.append({"from": before.clock, "to": after.clock, "valid": len(growth) == 2,
-                     "growth": tuple(growth)})  # fmt: skip
-    return rows
-
-
-def _as_json(row: dict[str, Any]) -> dict[str, Any]:
-    """An interval with what the statistics take from it."""
-    found: dict[str, Any] = {key: row[key] for key in ("from", "to", "valid")}
-    if row["valid"]:
-        for side, growth in zip("ab", row["growth"], strict=True):
-            found[side] = {
-                "seconds": growth.seconds,
-                "counters": {" ".join(key).strip(): n for key, n in growth.counters.items()},
-                "histograms": {
-                    name: {"count": h.count, "sum": h.total}
-                    for name, h in growth.histograms.items()
-                },
-            }
+        found.append((growth[0], growth[1]) if len(growth) == 2 else None)
     return found

@@ -1,117 +1,204 @@
-"""`gblm bench models|serving|watch|kernels|onnx`."""
+"""`gblm bench A [B …]`, `gblm bench kernels` and `gblm bench watch`."""
 
 from __future__ import annotations
 
+import math
+import os
+import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import click
 
 from gblm.commands.bench_kernels import command as kernels
-from gblm.commands.bench_models import command as models
-from gblm.commands.bench_onnx import command as onnx
 from gblm.commands.bench_watch import command as watch
-from gblm.commands.common import (
-    Command,
-    backend_option,
-    emit,
-    progress_bars,
-    save_record,
-    table,
-)
+from gblm.commands.common import Command, backend_option, emit, progress_bars, table
+from gblm.commands.verdict import fail_if_invalid, limits_of, noise_options, print_verdict
+from gblm.record import Record
 
-LABELS = {
-    "ttft_ms": "TTFT, median (ms)",
-    "tpot_ms": "TPOT, median (ms)",
-    "itl_p99_ms": "ITL, p99 (ms)",
-    "decode_tok_s": "decode (tok/s per stream)",
-    "throughput_tok_s": "throughput (tok/s)",
-    "memory_mb": "server memory (MB)",
-    "ready_s": "start to healthy (s)",
-    "weights_mb": "weights on disk (MB)",
+# Metric → heading and digits.
+COLUMNS = {
+    "ttft_ms_p50": ("TTFT p50", 1),
+    "ttft_ms_p99": ("p99", 1),
+    "tpot_ms_p50": ("TPOT p50", 2),
+    "tpot_ms_p99": ("p99", 2),
+    "itl_ms_p99": ("ITL p99", 2),
+    "e2e_ms_p50": ("E2E p50", 0),
+    "requests_per_s": ("req/s", 2),
+    "output_tok_s": ("tok/s", 1),
+    "decode_tok_s": ("decode tok/s", 1),
+    "goodput_requests_per_s": ("goodput", 2),
+    "memory_mb": ("MB", 0),
+    "peak_memory_mb": ("peak MB", 0),
+    "load_s": ("load s", 1),
 }
+# The ratio that is printed: the first that every side tells.
+RATIOS = ("tpot_ms_p50", "e2e_ms_p50")
+LIMIT = re.compile(r"(ttft|tpot|e2e):(\d+(?:\.\d+)?)")
 
 
-@click.group("bench")
+class Bench(click.Group):
+    """A group whose first word may be a side; then it is the comparison of sides."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Take anything but the name of a command as a word of the comparison."""
+        if args and args[0] in self.commands:
+            return super().resolve_command(ctx, args)
+        return "", sides, args
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Show how sides are given."""
+        pieces = " ".join(sides.collect_usage_pieces(ctx))
+        formatter.write_usage(ctx.command_path, f"{pieces} | kernels | watch")
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the options of the comparison, then the commands."""
+        sides.format_options(ctx, formatter)
+        self.format_commands(ctx, formatter)
+
+
+def numbers(ctx: click.Context, option: click.Parameter, value: str | None) -> tuple[float, ...]:
+    """Read positive numbers between commas; "inf" is no limit."""
+    if value is None:
+        return ()
+    found = []
+    for word in value.split(","):
+        try:
+            number = float(word)
+        except ValueError:
+            number = math.nan
+        if not number > 0:
+            raise click.BadParameter(f"{word[:40]!r} is not a positive number.", ctx, option)
+        found.append(number)
+    return tuple(dict.fromkeys(found))
+
+
+def widths(ctx: click.Context, option: click.Parameter, value: str | None) -> tuple[float, ...]:
+    """Read whole positive numbers between commas, or "inf"."""
+    found = numbers(ctx, option, value)
+    if broken := [number for number in found if not (number.is_integer() or math.isinf(number))]:
+        raise click.BadParameter(f"{broken[0]:g} is not a whole number.", ctx, option)
+    return found
+
+
+def slo(ctx: click.Context, option: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """Read limits such as "ttft:500,tpot:30" into the words of `vllm bench serve`."""
+    words = [] if value is None else value.split(",")
+    for word in words:
+        if not LIMIT.fullmatch(word):
+            raise click.BadParameter(
+                f"{word[:40]!r} is no limit such as ttft:500 (ttft, tpot or e2e; milliseconds).",
+                ctx, option,
+            )  # fmt: skip
+    return tuple(word.replace("e2e", "e2el") for word in words)
+
+
+@click.group("bench", cls=Bench, context_settings={"ignore_unknown_options": True})
 def command() -> None:
-    """Measure speed: models against each other, live servers, ONNX models, the kernels alone."""
+    """Measure models against each other; the first one is the baseline.
+
+    A side is [NAME=][ENGINE:]MODEL; engines: vllm (served), vllm-offline, transformers, onnx (an
+    exported folder), llama.cpp (a GGUF file). Options behind -- go to vLLM. What breaks a check
+    gets no figure, and the exit code is 5.
+    """
 
 
-command.add_command(models)
 command.add_command(kernels)
 command.add_command(watch)
-command.add_command(onnx)
 
 
-@command.command("serving", cls=Command)
-@click.argument("model")
-@click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
-@click.option("--baseline", required=True, help="Dense model to compare with.")
-@backend_option
+@click.command("bench", cls=Command)
+@click.argument("words", metavar="SIDE… [-- VLLM_OPTIONS]", nargs=-1, type=click.UNPROCESSED)
 @click.option("--num-prompts", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--input-len", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--prompt-len", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--output-len", type=click.IntRange(2), default=32, show_default=True)
-@click.option("--concurrency", type=click.IntRange(1), default=1, show_default=True)
 @click.option(
-    "--repeat",
-    "rounds",
-    type=click.IntRange(1),
-    default=3,
-    show_default=True,
-    help="Rounds; each starts both servers anew, in alternating order.",
-)
+    "--concurrency", callback=widths, default="1", show_default=True,
+    help="Requests in flight; several, between commas, are a sweep; inf is no limit.",
+)  # fmt: skip
+@click.option(
+    "--request-rate", callback=numbers,
+    help="Requests per second; several, between commas, are a sweep. Default: no pause.",
+)  # fmt: skip
+@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True)
+@click.option(
+    "--restart", is_flag=True,
+    help="Start each side anew in every round. Default: all stay in memory together.",
+)  # fmt: skip
+@click.option("--slo", callback=slo, help="Limits for goodput in ms, such as ttft:500,tpot:30.")
+@noise_options
+@click.option("--threads", type=click.IntRange(1), help="Of engines without a server.")
 @click.option("--seed", type=int, default=0, show_default=True)
+@backend_option
 @click.option(
-    "--output",
-    type=click.Path(path_type=Path, dir_okay=False, writable=True),
-    default=Path("bench.json"),
-    show_default=True,
-    help="JSON file for the record.",
-)
-@click.option(
-    "--log", type=click.Path(path_type=Path, dir_okay=False), help="File for the servers' output."
-)
+    "--output", type=click.Path(path_type=Path, dir_okay=False), default=Path("bench.json"),
+    show_default=True, help="JSON file for the record.",
+)  # fmt: skip
+@click.option("--log", type=click.Path(path_type=Path, dir_okay=False),
+              help="File for the engines' output.")  # fmt: skip
 @click.pass_context
-def serving(
-    ctx: click.Context,
-    /,
-    model: str,
-    vllm_options: tuple[str, ...],
-    baseline: str,
-    backend: str | None,
-    output: Path,
-    log: Path | None,
-    **load: Any,
+def sides(
+    ctx: click.Context, /, words: tuple[str, ...], output: Path, log: Path | None, **given: Any
 ) -> None:
-    """Serve MODEL and --baseline in turn, load both with `vllm bench serve`, compare.
-
-    Options behind -- go to both vLLM servers.
-    """
+    """Measure models against each other; the first one is the baseline."""
+    first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    kept = log or Path(tempfile.gettempdir()) / f"gblm-bench-{os.getpid()}.log"
+    kept.parent.mkdir(parents=True, exist_ok=True)
     with progress_bars(ctx) as progress:
-        from gblm.bench.serving import Load, bench_serving
+        from gblm.bench.rounds import bench
+        from gblm.bench.sides import parse_sides
 
-        settings = Load(options=vllm_options, **load)
-        record = bench_serving(model, baseline, settings, backend, progress, log)
-    emit(ctx, record, lambda: print_summary(record))
-    save_record(output, record)
+        setup, plan = asked_for(words[first:], kept, given)
+        record = bench(parse_sides(words[:first], setup), setup, plan, progress)
+    if log is None:
+        kept.unlink(missing_ok=True)
+    record.write(output)
+    emit(ctx, record.as_json(), lambda: print_record(record))
+    fail_if_invalid(record, output)
 
 
-def print_summary(record: dict[str, Any]) -> None:
-    """Both sides, their ratio and its spread over the rounds."""
-    rows = [
-        [
-            LABELS[metric],
-            f"{row['baseline']:.2f}",
-            f"{row['model']:.2f}",
-            f"{row['ratio']:.2f}",
-            f"{row['ratio_min']:.2f}–{row['ratio_max']:.2f}",
-        ]
-        for metric, row in record["summary"].items()
-    ]
-    table(["", "baseline", "model", "ratio", "min–max"], rows)
-    load = record["load"]
+def asked_for(vllm_options: tuple[str, ...], log: Path, given: dict[str, Any]) -> Any:
+    """Make setup and plan from the options: every concurrency at every rate."""
+    from gblm.bench.requests import Load
+    from gblm.bench.rounds import Plan
+    from gblm.bench.sides import Setup
+
+    loads = tuple(
+        Load(given["num_prompts"], given["prompt_len"], given["output_len"],
+             None if math.isinf(width) else int(width), rate)
+        for width in given["concurrency"]
+        for rate in given["request_rate"] or (None,)
+    )  # fmt: skip
+    setup = Setup(loads, log, given["seed"], given["threads"], given["backend"], vllm_options,
+                  given["slo"])  # fmt: skip
+    return setup, Plan(given["rounds"], given["restart"], limits_of(given))
+
+
+def print_record(record: Record) -> None:
+    """Print a table for each load, then what to mind."""
+    for load in record.loads:
+        known = [name for name in COLUMNS if name in record.metrics]
+        told = [r for r in RATIOS if record.value(str(record.baseline), load, r) is not None]
+        ratio = (told or RATIOS)[0]
+        click.echo(load)
+        header = ["", *(COLUMNS[name][0] for name in known), f"{ratio} ratio (95 %)"]
+        table(header, [_cells(record, side, load, known, ratio) for side in record.sides])
+        click.echo()
     click.echo(
-        f"{load['rounds']} interleaved rounds, {load['num_prompts']} prompts of "
-        f"{load['input_len']} + {load['output_len']} tokens, concurrency {load['concurrency']}, "
-        f"{record['provenance']['device']}"
+        f"{record.provenance['settings']['rounds']} rounds; medians; ms; ratios to "
+        f"{record.baseline}, paired by round; {record.provenance['device']}"
     )
+    print_verdict(record)
+
+
+def _cells(record: Record, side: str, load: str, known: list[str], ratio: str) -> list[str]:
+    values = {name: record.value(side, load, name) for name in known}
+    if not any(value is not None for value in values.values()):
+        return [side, "INVALID", *[""] * len(known)]
+    cells = ["–" if v is None else f"{v:.{COLUMNS[name][1]}f}" for name, v in values.items()]
+    found = None if side == record.baseline else record.ratio(side, load, ratio)
+    last = f"{found.median:.3f} ({found.low:.3f}–{found.high:.3f})" if found else "–"
+    return [side, *cells, last]

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from gblm.commands.common import Command, emit, progress_bars, record_option, save_record, table
-from gblm.errors import GateError
-
-if TYPE_CHECKING:
-    from gblm.record import Record, Row
+from gblm.commands.common import Command, emit, progress_bars, record_option, table
+from gblm.commands.verdict import fail_if_invalid, limits_of, noise_options, print_verdict
+from gblm.record import Record, Row
 
 ISAS = ("amx", "avx512", "avx2", "neon_bf16", "neon", "portable")
+LIMITS = ("max_steal", "max_other_load", "max_slow_read")
 RATIOS = {
     "torch_bf16": "x torch bf16",
     "vllm_bf16": "x vLLM bf16",
@@ -25,7 +24,7 @@ RATIOS = {
 
 
 def words(ctx: click.Context, option: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
-    """A repeatable option whose values may be words between commas: each word once."""
+    """Read a repeatable option whose values may be words between commas: each word once."""
     found = dict.fromkeys(word.strip() for text in value for word in text.split(","))
     if "" in found:
         raise click.BadParameter("a word is empty.", ctx, option)
@@ -61,6 +60,7 @@ def words(ctx: click.Context, option: click.Parameter, value: tuple[str, ...]) -
 @click.option("--rounds", type=click.IntRange(1), default=7, show_default=True)
 @click.option("--vllm/--no-vllm", default=True, show_default=True,
               help="Measure vLLM's linears, too, if it is installed.")  # fmt: skip
+@noise_options
 @record_option
 @click.pass_context
 def command(
@@ -79,10 +79,13 @@ def command(
 
     Weights are read from memory, not from caches. Ratios are medians over interleaved rounds.
     """
-    for name in ("threads", "isa", "vllm") if device == "cuda" else ("minutes",):
+    for name in ("threads", "isa", "vllm", *LIMITS) if device == "cuda" else ("minutes",):
         if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"--{name} does not go with --device {device}.")
-    asked = {"tokens": _numbers(tokens), "formats": formats, "backends": backends, **rest}
+            option = name.replace("_", "-")
+            raise click.UsageError(f"--{option} does not go with --device {device}.")
+    limits = limits_of({name: rest.pop(name) for name in LIMITS})
+    asked = {"tokens": _numbers(tokens), "formats": formats, "backends": backends,
+             "limits": limits, **rest}  # fmt: skip
     if device == "cuda":
         _on_gpu(ctx, shapes, asked, math.inf if minutes is None else minutes, output)
     else:
@@ -98,8 +101,10 @@ def _on_cpu(
         asked["formats"] = asked["formats"] or FORMATS
         asked["backends"] = asked["backends"] or ("cpu",)
         record = bench_kernels(Settings(shapes=parse_shapes(shapes), **asked), progress)
-    emit(ctx, record, lambda: print_record(record))
-    save_record(output, record)
+    if output is not None:
+        record.write(output)
+    emit(ctx, record.as_json(), lambda: print_record(record))
+    fail_if_invalid(record, output)
 
 
 def _on_gpu(
@@ -115,11 +120,10 @@ def _on_gpu(
 
         settings = Settings(shapes=parse_shapes(shapes), **asked)
         record = bench_gpu(settings, minutes, progress)
-    emit(ctx, record.as_json(), lambda: print_gpu(record))
     if output is not None:
         record.write(output)
-    if not record.verdict.valid:
-        raise GateError(f"INVALID: {len(record.verdict.reasons)} pieces have no figure.")
+    emit(ctx, record.as_json(), lambda: print_gpu(record))
+    fail_if_invalid(record, output)
 
 
 def print_gpu(record: Record) -> None:
@@ -130,12 +134,11 @@ def print_gpu(record: Record) -> None:
         table([load, rows[0].unit, f"x {record.baseline}", "GB/s"],
               [_gpu_cells(record, row) for row in rows])  # fmt: skip
         click.echo()
-    for reason in record.verdict.reasons:
-        click.echo(f"no figure: {reason}")
     click.echo(
         f"{record.provenance['device']}; medians of rounds in CUDA graphs, weights read from "
         "memory; above 1 is faster"
     )
+    print_verdict(record)
 
 
 def _gpu_cells(record: Record, row: Row) -> list[str]:
@@ -150,39 +153,49 @@ def _gpu_cells(record: Record, row: Row) -> list[str]:
     ]
 
 
-def print_record(record: dict[str, Any]) -> None:
-    """A table per case, then `prepare`, the cost of a call, and how it was measured."""
-    for case in record["cases"]:
-        click.echo(f"{case['shape'][0]}x{case['shape'][1]}, tokens: {case['tokens']}")
-        ratios = [name for name in RATIOS if any(name in row["speedup"] for row in case["rows"])]
-        header = ["", "bits", "us", "GB/s", "of limit", *(RATIOS[name] for name in ratios)]
-        table(header, [_cells(row, ratios) for row in case["rows"]])
+def print_record(record: Record) -> None:
+    """Print a table per case, then `prepare`, the cost of a call, and how it was measured."""
+    from gblm.bench.kernels import CALL
+
+    timed = [row for row in record.rows if row.metric == "us"]
+    for load in dict.fromkeys(row.load for row in timed if row.load != CALL):
+        names = [row.side for row in timed if row.load == load]
+        ratios = [key for key in RATIOS if key == "dense" or key in names]
+        table([load, "bits", "us", "GB/s", "of limit", *(RATIOS[key] for key in ratios)],
+              [_cells(record, name, load, ratios) for name in names])  # fmt: skip
         click.echo()
-    rows = [[f"{row['linear']} {row['shape'][0]}x{row['shape'][1]}", f"{row['gb_s_per_core']:.2f}"]
-            for row in record["prepare"]]  # fmt: skip
-    table(["prepare, dense-equivalent bf16", "GB/s per core"], rows)
+    prepared = [row for row in record.rows if row.metric == "prepare_gb_s"]
+    table(["prepare, dense-equivalent bf16", "GB/s"],
+          [[f"{row.side} {row.load}", f"{row.value:.2f}"] for row in prepared])  # fmt: skip
     click.echo()
-    overhead = record["overhead_us"].items()
-    table(["a call on 16x32", "us"], [[name, f"{row['median']:.2f}"] for name, row in overhead])
-    facts = record["kernels"]
+    table([CALL, "us"], [[row.side, f"{row.value:.2f}"] for row in timed if row.load == CALL])
+    facts = record.provenance
     click.echo(
-        f"\n{record['settings']['rounds']} interleaved rounds; medians, ratios paired by round "
-        f"(min–max), above 1 is faster; read limit {record['read_limit_gb_s']:.1f} GB/s; "
-        f"{facts['clock']}, {facts['threads']} threads, "
-        f"{facts['instruction_set']}, {facts['compiler']}, {record['provenance']['device']} "
-        f"({facts['cpu_model']}), load average {facts['load_average_before']:.1f}"
+        f"\n{facts['settings']['rounds']} interleaved rounds; medians, ratios paired by round "
+        f"(95 %), above 1 is faster; {facts['clock']}, {facts['threads']} threads, "
+        f"{facts['instruction_set']}, {facts['compiler']}, {facts['device']} "
+        f"({facts['cpu_model']}), load average {facts['load_average']:.1f}"
     )
+    print_verdict(record)
 
 
-def _cells(row: dict[str, Any], ratios: list[str]) -> list[str]:
-    found = [row["speedup"].get(name) for name in ratios]
+def _cells(record: Record, name: str, load: str, ratios: list[str]) -> list[str]:
+    """One linear; its speed-up is the other's time over its own."""
+    control = record.sides[name]["control"]
+    others = [control if key == "dense" else key for key in ratios]
+    found = [
+        record.ratio(other, load, "us", name) if other not in (None, name) else None
+        for other in others
+    ]
+    shape = load.partition(",")[0]
+    figures = [record.value(name, shape, "bits_per_weight"), record.value(name, load, "us"),
+               record.value(name, load, "gb_s")]  # fmt: skip
+    share = record.value(name, load, "share_of_read_limit") or 0.0
     return [
-        row["linear"],
-        f"{row['bits_per_weight']:.2f}",
-        f"{row['us']:.1f}",
-        f"{row['gb_s']:.1f}",
-        f"{row['share_of_read_limit']['median']:.0%}",
-        *(f"{r['median']:.2f} ({r['min']:.2f}–{r['max']:.2f})" if r else "–" for r in found),
+        name,
+        *(f"{value:.{digits}f}" for value, digits in zip(figures, (2, 1, 1), strict=True)),
+        f"{share:.0%}",
+        *(f"{r.median:.2f} ({r.low:.2f}–{r.high:.2f})" if r else "–" for r in found),
     ]
 
 

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
-from gblm.commands.common import Command, emit, progress_bars, record_option, save_record, table
+from gblm.commands.common import Command, emit, progress_bars, record_option, table
+from gblm.record import Record
 
 LABELS = {
-    "ttft": "TTFT (s)",
-    "tpot": "TPOT (s)",
-    "itl": "inter-token latency (s)",
-    "e2e": "end to end (s)",
-    "throughput": "generated (tok/s)",
-    "aborted": "aborted (%)",
-    "failed": "failed (%)",
-    "http_5xx": "HTTP 5xx (%)",
+    "ttft_ms": "TTFT (ms)",
+    "tpot_ms": "TPOT (ms)",
+    "itl_ms": "inter-token latency (ms)",
+    "e2e_ms": "end to end (ms)",
 }
 
 
@@ -57,41 +53,39 @@ def command(
 
         a, b = Target.of("A", url_a, key_a), Target.of("B", url_b, key_b)
         record = watch(a, b, Window(duration, interval), progress)
-    emit(ctx, record, lambda: print_summary(record))
-    save_record(output, record)
+    if output is not None:
+        record.write(output)
+    emit(ctx, record.as_json(), lambda: print_record(record))
 
 
-def print_summary(record: dict[str, Any]) -> None:
-    """Both sides, then a verdict per metric, then what to mind."""
-    rows = []
-    for metric, row in record["metrics"].items():
-        cells = [f"{_number(row[side]['mean'])}" for side in "ab"]
-        cells += [_quantile(row[side].get(word)) for word in ("p50", "p99") for side in "ab"]
-        rows.append([LABELS[metric], *cells])
-    table(["", "A mean", "B mean", "A p50", "B p50", "A p99", "B p99"], rows)
-    for metric, row in record["metrics"].items():
-        click.echo(f"{LABELS[metric].split(' (')[0]}: {row['verdict']}")
-    load = record["load"]
-    requests = ", ".join(f"{s.upper()} {load[s]['finished']:.0f} requests" for s in "ab")
-    window = record["window"]
+def print_record(record: Record) -> None:
+    """Print both sides, then a verdict per metric and what to mind."""
+    words = ("mean", "p50", "p99")
+    rows = [
+        [label, *(_cell(record, side, f"{metric}_{word}") for word in words for side in "AB")]
+        for metric, label in LABELS.items()
+    ]
+    rows.append(["generated (tok/s)", *(_cell(record, side, "output_tok_s") for side in "AB"),
+                 *["–"] * 4])  # fmt: skip
+    table(["", *(f"{side} {word}" for word in words for side in "AB")], rows)
+    window = record.provenance["settings"]
+    requests = ", ".join(f"{s} {record.sides[s]['finished']:.0f} requests" for s in "AB")
     click.echo(
         f"{requests}; {window['valid']} of {window['intervals']} intervals; 95 % confidence. "
         "Quantiles lie anywhere in the bucket in brackets."
     )
-    for text in record["caveats"]:
-        click.echo(f"caveat: {text}")
-    for text in record["problems"]:
-        click.echo(f"problem: {text}.")
+    for sentence in record.verdict.notes:
+        click.echo(sentence)
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+def _cell(record: Record, side: str, metric: str) -> str:
+    """A figure, with its bucket if it is a quantile."""
+    from gblm.bench.compare import LOAD
 
-
-def _quantile(found: dict[str, float | None] | None) -> str:
-    """The interpolated value and the bucket."""
-    if not found:
+    row = record.row(side, LOAD, metric)
+    if row is None or row.value is None:
         return "–"
-    if found["value"] is None:
-        return f"> {found['low']:g}"
-    return f"{found['value']:.3g} ({found['low']:g}–{found['high']:g})"
+    if row.interval is None:
+        return f"{row.value:.4g}"
+    low, high = row.interval
+    return f"{row.value:.3g} ({low:g}–{high:g})"

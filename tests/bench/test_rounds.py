@@ -1,0 +1,347 @@
+"""`gblm bench A B`: order, judgement and record on sides that are made up; real ones at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import click
+import psutil
+import pytest
+from conftest import Outcome, save_tiny_model
+from vllm_server import OPTIONS
+
+from gblm.bench.loop import Decoder, prompts
+from gblm.bench.noise import Limits
+from gblm.bench.requests import Load, Request, Seen
+from gblm.bench.rounds import Plan, bench, caveats, one_round, order, record_of, rows_of
+from gblm.bench.server import seen_of
+from gblm.bench.sides import Setup, Side, parse_sides
+from gblm.commands.bench import sides as command
+from gblm.commands.bench import slo, widths
+from gblm.errors import InputError, UsageError
+from gblm.record import Record
+
+LOAD = Load(num_prompts=4, prompt_len=10, output_len=5)
+SETUP = Setup((LOAD,), Path("log"))
+
+
+class Fake(Side):
+    """A side that says what it is told to, and writes down what is done with it."""
+
+    def __init__(self, name: str, diary: list[str], setup: Setup = SETUP) -> None:
+        super().__init__(name, "vllm", Path(__file__), setup)
+        self.diary = diary
+
+    def check(self) -> None: ...
+
+    def start(self) -> None:
+        self.diary.append(f"start {self.name}")
+
+    def load(self, load: Load) -> Seen:
+        self.diary.append(f"{self.name} {load.concurrency}")
+        return seen(0.01)
+
+    def stop(self) -> None:
+        self.diary.append(f"stop {self.name}")
+
+    @property
+    def process(self) -> psutil.Process:
+        return psutil.Process()
+
+
+def seen(tpot: float, **changed: Any) -> Seen:
+    """Four requests one after the other, each token taking so many seconds."""
+    latency = 0.1 + 4 * tpot
+    requests = [Request(i * latency, latency, 10, 5, 0.1, (tpot,) * 4) for i in range(4)]
+    return Seen(requests, 4 * latency, **({"prompts": "vllm:a"} | changed))
+
+
+def record(*rounds: dict[str, Seen], limits: Limits | None = None) -> Record:
+    plan = Plan(len(rounds), limits=limits or Limits())
+    sides = [Fake(name, []) for name in rounds[0]]
+    return record_of(sides, SETUP, plan, {LOAD: list(rounds)}, {})
+
+
+def test_ratios_are_paired_by_round() -> None:
+    found = record(
+        {"a": seen(0.010), "b": seen(0.020)},
+        {"b": seen(0.090), "a": seen(0.030)},
+        {"a": seen(0.020), "b": seen(0.080)},
+    )
+    assert found.verdict.valid is True
+    assert found.value("b", LOAD.words, "tpot_ms_p50") == pytest.approx(80)
+    ratio = found.ratio("b", LOAD.words, "tpot_ms_p50")
+    assert ratio is not None
+    assert (ratio.median, ratio.low, ratio.high) == pytest.approx((3, 2, 4))
+    row = found.row("b", LOAD.words, "decode_tok_s")
+    assert row is not None
+    assert (row.unit, row.rounds) == ("tok/s", pytest.approx((50, 1 / 0.09, 12.5)))
+
+
+def test_a_side_that_did_other_work_gets_no_figure_and_takes_the_verdict_with_it() -> None:
+    found = record(
+        {"a": seen(0.01), "b": seen(0.02), "c": seen(0.03)},
+        {"a": seen(0.01), "b": seen(0.02, preemptions=2.0), "c": seen(0.03)},
+    )
+    assert found.verdict.valid is False
+    assert found.verdict.reasons == (
+        f"b, {LOAD.words}, round 2: 2 preemptions: the key-value cache is too small for this load",
+    )
+    assert {row.side for row in found.rows} == {"a", "c"}
+    assert found.ratio("b", LOAD.words, "tpot_ms_p50") is None
+    ratio = found.ratio("c", LOAD.words, "tpot_ms_p50")
+    assert ratio is not None
+    assert ratio.median == pytest.approx(3)
+
+
+def test_other_prompts_condemn_every_side() -> None:
+    found = record({"a": seen(0.01), "b": seen(0.02, prompts="vllm:b")})
+    assert found.rows == ()
+    assert len(found.verdict.reasons) == 2
+
+
+def test_a_side_without_successful_requests_is_recorded_not_a_crash() -> None:
+    found = record({"a": seen(0.01), "b": Seen((), 1.0, failed=4)})
+    assert "0 of 4 requests succeeded" in found.verdict.reasons[0]
+
+
+def test_a_noisy_round_is_left_out_for_all_sides() -> None:
+    noisy = {"steal": 0.5}
+    found = record(
+        {"a": seen(0.010), "b": seen(0.020)},
+        {"a": seen(0.010), "b": seen(0.900, noise=noisy)},
+        {"a": seen(0.020), "b": seen(0.080)},
+    )
+    assert found.verdict.valid is True
+    row = found.row("a", LOAD.words, "tpot_ms_p50")
+    assert row is not None
+    assert row.rounds == pytest.approx((10, 20))
+    (note,) = [note for note in found.verdict.notes if "left out" in note]
+    assert note.startswith(f"{LOAD.words}: round 2 is left out: b: 50.0% of the CPU time was")
+
+
+def test_where_most_rounds_are_noisy_no_figure_stands() -> None:
+    quiet, noisy = {"a": seen(0.01)}, {"a": seen(0.01, noise={"other_load": 0.3})}
+    assert record(quiet, noisy).verdict.valid is True
+    found = record(quiet, noisy, noisy)
+    assert found.rows == ()
+    assert "only 1 of 3 rounds were quiet; a: 30.0% of the CPU" in found.verdict.reasons[0]
+    assert record(quiet, noisy, noisy, limits=Limits(0.02, 0.5)).verdict.valid is True
+
+
+def test_a_metric_that_one_round_lacks_has_no_row() -> None:
+    rows, _, _ = rows_of(LOAD, [{"a": seen(0.01, extra={"memory_mb": 1.0})}, {"a": seen(0.01)}],
+                         Limits())  # fmt: skip
+    assert "memory_mb" not in {row.metric for row in rows}
+
+
+def test_what_makes_figures_less_than_they_look_is_said() -> None:
+    found = record({"a": seen(0.01), "b": seen(0.02)}).verdict.notes
+    assert any("raise --rounds to 6" in words for words in found)
+    assert any("heat was not checked" in words for words in found)
+    alone = [Fake("a", [])]
+    raised = caveats(alone, SETUP, Plan(limits=Limits(0.02, 1.0)), {})
+    assert any("limits of noise were raised" in words for words in raised)
+    assert not any("raised" in words for words in caveats(alone, SETUP, Plan(), {}))
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_no_side_always_stands_before_another(count: int) -> None:
+    sides = [Fake(str(n), []) for n in range(count)]
+    orders = [[s.name for s in order(sides, number)] for number in range(2 * count)]
+    for a, b in permutations([s.name for s in sides], 2):
+        before = sum(o.index(a) < o.index(b) for o in orders)
+        assert before == count
+    assert len({o[0] for o in orders}) == count
+
+
+def test_all_sides_stay_and_alternate_under_each_load() -> None:
+    diary: list[str] = []
+    setup = Setup((LOAD, Load(4, 10, 5, concurrency=2)), Path("log"))
+    sides = [Fake("a", diary, setup), Fake("b", diary, setup)]
+    found = bench(sides, setup, Plan(2))
+    assert diary == ["start a", "start b", "a 1", "b 1", "a 2", "b 2", "b 1", "a 1", "b 2", "a 2",
+                     "stop b", "stop a"]  # fmt: skip
+    assert found.loads[0] == LOAD.words
+    assert found.measures[0] == "toolkit/kernels"
+
+
+def test_with_restart_one_side_at_a_time_is_there() -> None:
+    diary: list[str] = []
+    sides = [Fake("a", diary), Fake("b", diary)]
+    found = one_round(sides, [LOAD], True, lambda: 9.0, lambda: None)
+    assert diary == ["start a", "a 1", "stop a", "start b", "b 1", "stop b"]
+    assert found[LOAD]["b"].noise["read_limit_gb_s"] == 9.0
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [("1.5", "1.5 is not a whole number"), ("0", "'0' is not a positive number"),
+     ("1,x", "'x' is not a positive number"), ("nan", "'nan' is not a positive number")],
+)  # fmt: skip
+def test_concurrency_is_a_whole_number_or_has_no_limit(text: str, sentence: str) -> None:
+    context, option = click.Context(command), click.Option(["--concurrency"])
+    assert widths(context, option, "4,1,inf,4") == (4, 1, float("inf"))
+    with pytest.raises(click.BadParameter, match=sentence):
+        widths(context, option, text)
+
+
+@pytest.mark.parametrize("text", ["", "ttft", "ttft:", "ttft:x", "ttft:-1", "ttft:inf", "itl:3"])
+def test_limits_of_goodput_are_read_into_vllms_words(text: str) -> None:
+    context, option = click.Context(command), click.Option(["--slo"])
+    assert slo(context, option, "ttft:500,e2e:1.5") == ("ttft:500", "e2el:1.5")
+    with pytest.raises(click.BadParameter, match="is no limit such as ttft:500"):
+        slo(context, option, text)
+
+
+def test_sides_are_named_and_their_engine_is_guessed(tiny: Path, tmp_path: Path) -> None:
+    gguf = tmp_path / "x.gguf"
+    gguf.write_bytes(b"GGUF")
+    words = [str(tiny), f"loop=transformers:{tiny}", str(gguf), f"q8=llama.cpp:{gguf}"]
+    found = parse_sides(words, SETUP)
+    assert [(s.name, s.engine) for s in found] == [
+        ("tiny", "vllm"), ("loop", "transformers"), ("x.gguf", "llama.cpp"), ("q8", "llama.cpp"),
+    ]  # fmt: skip
+    assert found[2].facts() == {
+        "engine": "llama.cpp", "folder": "x.gguf", "bytes": 4, "threads": None,
+    }  # fmt: skip
+
+
+def test_sides_that_are_none_are_refused(tiny: Path) -> None:
+    with pytest.raises(UsageError, match="give a model"):
+        parse_sides([], SETUP)
+    with pytest.raises(UsageError, match="two sides are called 'tiny'"):
+        parse_sides([str(tiny), f"transformers:{tiny}"], SETUP)
+    with pytest.raises(InputError, match="no such file"):
+        parse_sides([str(tiny), "llama.cpp:./nothing.gguf"], SETUP)
+    with pytest.raises(UsageError, match="NAME="):
+        parse_sides([str(tiny), "x=transformers:"], SETUP)
+
+
+@pytest.mark.parametrize(
+    ("engine", "load", "sentence"),
+    [
+        ("transformers", Load(4, 10, 5, concurrency=2), "runs one request at a time"),
+        ("transformers", Load(4, 10, 5, 1, 2.0), "has no server"),
+        ("vllm-offline", Load(4, 10, 5, None), "has no server"),
+    ],
+)
+def test_what_an_engine_cannot_have_is_refused_before_anything_starts(
+    tiny: Path, engine: str, load: Load, sentence: str
+) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        parse_sides([f"{engine}:{tiny}"], Setup((load,), Path("log")))
+
+
+def test_goodput_needs_a_server(tiny: Path) -> None:
+    with pytest.raises(UsageError, match="--slo needs a side in vLLM's server"):
+        parse_sides([f"transformers:{tiny}"], Setup((LOAD,), Path("log"), slo=("ttft:5",)))
+
+
+def test_vllms_detailed_result_becomes_requests() -> None:
+    result = {
+        "duration": 3.0, "start_times": [1.0, 2.0], "latencies": [0.5, 0.0],
+        "input_lens": [10, 10], "output_lens": [3, 0], "ttfts": [0.1, 0.0],
+        "itls": [[0.2, 0.2], []], "errors": ["", "refused"], "request_goodput": 0.25,
+    }  # fmt: skip
+    found = seen_of(result)
+    assert found.requests == [Request(1.0, 0.5, 10, 3, 0.1, (0.2, 0.2))]
+    assert (found.seconds, found.failed) == (3.0, 1)
+    assert found.extra == {"goodput_requests_per_s": 0.25}
+
+
+class Counting(Decoder):
+    """A decoder whose next token is the number of tokens so far."""
+
+    vocabulary = 10
+
+    def __init__(self) -> None:
+        self.calls: list[list[int]] = []
+
+    def reset(self) -> None:
+        self.calls = []
+
+    def run(self, tokens: Any) -> int:
+        self.calls.append(list(tokens))
+        return sum(map(len, self.calls))
+
+
+def test_the_loop_feeds_each_token_back_and_times_every_gap() -> None:
+    decoder = Counting()
+    (found,) = decoder.generate([[7, 8, 9]], 4, 1)
+    assert decoder.calls == [[7, 8, 9], [3], [4], [5]]
+    assert (found.input_len, found.output_len, len(found.itls)) == (3, 4, 3)
+    assert found.ttft is not None
+    assert found.ttft + sum(found.itls) == pytest.approx(found.latency)
+
+
+def test_prompts_follow_the_seed() -> None:
+    assert prompts(50, LOAD, 1).tolist() == prompts(50, LOAD, 1).tolist()
+    assert prompts(50, LOAD, 1).tolist() != prompts(50, LOAD, 2).tolist()
+    assert prompts(50, LOAD, 1).shape == (4, 10)
+
+
+SMALL = ["--num-prompts", 2, "--prompt-len", 8, "--output-len", 4, "--threads", 1,
+         "--max-other-load", 100, "--max-steal", 100, "--max-slow-read", 100,
+         "--output", "r.json"]  # fmt: skip
+
+
+def test_models_with_other_vocabularies_are_invalid_and_show_no_figure(
+    gblm: Callable[..., Outcome], tiny: Path, tmp_path: Path
+) -> None:
+    other = save_tiny_model(tmp_path / "other", vocab_size=300)
+    done = gblm("bench", f"transformers:{tiny}", f"transformers:{other}", *SMALL, "--rounds", 1)
+    assert done.code == 5, done
+    assert "tiny and other had different prompts" in done.err
+    found = Record.read(tmp_path / "r.json")
+    assert (found.verdict.valid, found.rows) == (False, ())
+    assert found.command.startswith("gblm bench transformers:tiny transformers:other")
+
+
+def test_a_loop_that_fails_is_one_sentence(
+    gblm: Callable[..., Outcome], tiny: Path, tmp_path: Path
+) -> None:
+    gguf = tmp_path / "x.gguf"
+    gguf.write_bytes(b"GGUF")
+    done = gblm("bench", gguf, *SMALL, "--rounds", 1, "--log", "log")
+    assert done.code == 3, done
+    assert done.err.startswith("gblm: error: x.gguf: llama.cpp ended with code 1: ")
+
+
+@pytest.mark.vllm
+def test_a_served_model_vllm_offline_and_a_loop_are_measured_alike(
+    gblm: Callable[..., Outcome], tiny: Path, pack_tiny: Callable[..., Path], tmp_path: Path,
+    best_backend: str,
+) -> None:  # fmt: skip
+    packed = pack_tiny()
+    done = gblm(
+        "bench", f"served={packed}", f"offline=vllm-offline:{tiny}", f"loop=transformers:{tiny}",
+        *SMALL, "--rounds", 2, "--slo", "ttft:90000", "--log", "log", "--", *OPTIONS,
+        VLLM_CPU_KVCACHE_SPACE="1",
+    )  # fmt: skip
+    assert done.code == 0, (done, (tmp_path / "log").read_text()[-3000:])
+    found = Record.read(tmp_path / "r.json")
+    assert found.verdict.valid
+    assert list(found.sides["served"]["linears_by_backend"]) == [best_backend]
+    assert "HTTP" in found.verdict.notes[0]
+    for side in found.sides:
+        known = {row.metric: row.value for row in found.rows if row.side == side}
+        assert known["ttft_ms_p50"] <= known["e2e_ms_p50"] <= known["e2e_ms_p99"]
+        assert known["peak_memory_mb"] >= known["memory_mb"] > 0
+        assert known["load_s"] > 0
+        assert ("goodput_requests_per_s" in known) is (side == "served")
+
+
+@pytest.mark.vllm
+def test_several_requests_run_at_once_in_vllm_offline(
+    gblm: Callable[..., Outcome], tiny: Path, tmp_path: Path
+) -> None:
+    done = gblm("bench", f"vllm-offline:{tiny}", *SMALL, "--rounds", 1, "--num-prompts", 4,
+                "--concurrency", 2, "--log", "log", "--", "--enforce-eager",
+                VLLM_CPU_KVCACHE_SPACE="1")  # fmt: skip
+    assert done.code == 0, (done, (tmp_path / "log").read_text()[-3000:])
+    found = Record.read(tmp_path / "r.json")
+    assert (found.value("tiny", found.loads[0], "output_tok_s") or 0) > 0

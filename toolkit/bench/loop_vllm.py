@@ -1,0 +1,76 @@
+"""The loop over a model in vLLM without its server: `python -m` of gblm.bench.loop.
+
+vLLM's engine runs in this process, step by step, as many requests at once as the load says.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gblm.bench.loop import serve
+from gblm.bench.requests import Request
+from gblm.kernels import BACKEND_VARIABLE
+
+
+class VllmEngine:
+    """vLLM's engine, without a prefix cache; on CPU bound to the first cores."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        if settings["threads"] is not None:
+            os.environ["OMP_NUM_THREADS"] = str(settings["threads"])
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{settings['threads'] - 1}"
+        if settings["backend"] is not None:
+            os.environ[BACKEND_VARIABLE] = settings["backend"]
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.sampling_params import SamplingParams
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        words = ["--model", str(folder), "--max-model-len", str(settings["context"]),
+                 "--max-num-seqs", str(settings["sequences"]), "--no-enable-prefix-caching",
+                 *settings["options"]]  # fmt: skip
+        parsed = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(words)
+        self._engine = LLMEngine.from_engine_args(EngineArgs.from_cli_args(parsed))
+        self._sampling, self._names = SamplingParams, itertools.count()
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens that the model knows."""
+        return int(self._engine.model_config.get_vocab_size())
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], output_len: int, concurrency: int
+    ) -> list[Request]:
+        """Keep so many requests running until every prompt is done."""
+        waiting, clock = list(prompts), time.perf_counter()
+        began: dict[str, tuple[float, int]] = {}
+        times: dict[str, list[float]] = {}
+        unfinished: set[str] = set()
+        while waiting or unfinished:
+            while waiting and len(unfinished) < concurrency:
+                name, prompt = str(next(self._names)), waiting.pop(0)
+                began[name], times[name] = (time.perf_counter(), len(prompt)), []
+                unfinished.add(name)
+                options = self._sampling(max_tokens=output_len, temperature=0, ignore_eos=True)
+                self._engine.add_request(name, {"prompt_token_ids": list(prompt)}, options)
+            for output in self._engine.step():
+                now, own = time.perf_counter(), times[output.request_id]
+                own += [now] * (len(output.outputs[0].token_ids) - len(own))
+                if output.finished:
+                    unfinished.discard(output.request_id)
+        return [_request(*began[name], times[name], clock) for name in began]
+
+
+def _request(began: float, prompt_len: int, times: list[float], clock: float) -> Request:
+    gaps = tuple(after - before for before, after in itertools.pairwise(times))
+    return Request(began - clock, times[-1] - began, prompt_len, len(times), times[0] - began, gaps)
+
+
+if __name__ == "__main__":
+    serve(VllmEngine)

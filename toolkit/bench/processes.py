@@ -1,0 +1,108 @@
+"""Processes that a benchmark starts: their environment, memory, last words and end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from gblm.errors import MachineError
+
+logger = logging.getLogger(__name__)
+
+STOP_SECONDS = 60
+
+
+def child_environment() -> dict[str, str]:
+    """Give the environment of engines and load generators.
+
+    Imports never come from the current folder. On CPU every vLLM gets a cache of 1 GiB, unless the
+    user sets another size: one that follows the free memory would differ between sides.
+    """
+    return {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ | {"PYTHONSAFEPATH": "1"}
+
+
+def run_child(
+    command: Sequence[str], what: str, seconds: float, environment: dict[str, str]
+) -> str:
+    """Run a program to its end and give what it wrote to its standard output.
+
+    Args:
+        command: the program and its arguments.
+        what: its name for messages.
+        seconds: that it may take.
+        environment: of the process.
+
+    Raises:
+        MachineError: it took longer, or failed; its last line is quoted.
+    """
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=environment, timeout=seconds
+        )
+    except subprocess.TimeoutExpired as error:
+        raise MachineError(f"{what} was not done after {seconds} s.") from error
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise MachineError(f"{what} ended with code {done.returncode}: {last}")
+    return done.stdout
+
+
+def memory_metrics(pid: int) -> dict[str, float]:
+    """Give the memory of a process and all below it in MB, now and at most.
+
+    Now: pages that processes share count once (PSS). At most: each process' peak need not have been
+    at the same time, so that the sum is an upper bound.
+    """
+    root = psutil.Process(pid)
+    now = peak = 0
+    for process in (root, *root.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            memory = process.memory_full_info()
+            now += getattr(memory, "pss", memory.rss)
+            peak += given_back(process.pid)
+    return {"memory_mb": now / 1e6, "peak_memory_mb": (now + peak) / 1e6}
+
+
+def given_back(pid: int) -> int:
+    """Bytes that a process held at its peak more than now; 0 once it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    kilobytes = dict(re.findall(r"^(VmHWM|VmRSS):\s+(\d+) kB$", status, re.MULTILINE))
+    return 1024 * (int(kilobytes.get("VmHWM", 0)) - int(kilobytes.get("VmRSS", 0)))
+
+
+def last_error(log: Path, start: int) -> str:
+    """Quote the last error, or else the last line, of a log from a place on."""
+    text = log.read_bytes()[start:].decode("utf-8", errors="replace")
+    errors = [line for line in text.splitlines() if "Error" in line]
+    last = (errors or text.splitlines() or ["no output"])[-1].strip()
+    return f"{last[:300]} (whole log: {log})"
+
+
+def size_of(log: Path) -> int:
+    """Bytes that a log holds so far."""
+    return log.stat().st_size if log.exists() else 0
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process that leads a group: SIGTERM first; what is left of the group is killed."""
+    try:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        logger.warning("process %d ignored SIGTERM for %d s", process.pid, STOP_SECONDS)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
