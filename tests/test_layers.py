@@ -70,7 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "record", "values",
     },
     "bench": {
-        "checkpoint", "errors", "folder", "formats", "kernels", "network", "packed", "patterns",
+        "errors", "folder", "formats", "kernels", "network", "packed", "patterns",
         "progress", "provenance", "record", "values", "weights",
     },
     "report": {"__init__", "checkpoint", "errors", "folder", "formats", "kernels", "record"},

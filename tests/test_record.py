@@ -35,6 +35,7 @@ def example() -> Record:
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     example().write(tmp_path / "deep" / "r.json")
     found = Record.read(tmp_path / "deep" / "r.json")
+    assert json.loads((tmp_path / "deep" / "r.json").read_text()) == found.as_json()
     assert found.as_json() == example().as_json() | {
         "provenance": found.provenance, "command": found.command,
     }  # fmt: skip

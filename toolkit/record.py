@@ -154,7 +154,11 @@ class Record:
             "measures": list(self.measures),
             "baseline": self.baseline,
             "sides": {name: dict(facts) for name, facts in self.sides.items()},
-            "verdict": asdict(self.verdict),
+            "verdict": {
+                "valid": self.verdict.valid,
+                "reasons": list(self.verdict.reasons),
+                "notes": list(self.verdict.notes),
+            },
             "rows": [_row_as_json(row) for row in self.rows],
         }
 
@@ -254,11 +258,13 @@ def without_folders(word: str) -> str:
 
 
 def _row_as_json(row: Row) -> dict[str, Any]:
-    found = asdict(row)
+    found = asdict(row) | {"rounds": list(row.rounds)}
     if row.value is not None and not math.isfinite(row.value):
         found["value"] = None
     if row.interval is None:
         del found["interval"]
+    else:
+        found["interval"] = list(row.interval)
     return found
 
 

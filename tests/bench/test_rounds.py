@@ -162,7 +162,7 @@ def test_all_sides_stay_and_alternate_under_each_load() -> None:
     diary: list[str] = []
     setup = Setup((LOAD, Load(4, 10, 5, concurrency=2)), Path("log"))
     sides = [Fake("a", diary, setup), Fake("b", diary, setup)]
-    found = bench(sides, setup, Plan(2))
+    found = bench(sides, setup, Plan(2, limits=Limits(1, 1, 1)))
     assert diary == ["start a", "start b", "a 1", "b 1", "a 2", "b 2", "b 1", "a 1", "b 2", "a 2",
                      "stop b", "stop a"]  # fmt: skip
     assert found.loads[0] == LOAD.words
