@@ -28,7 +28,7 @@ PACKAGES = (
 
 
 def provenance() -> dict[str, Any]:
-    """Machine, versions, commit and time, as plain JSON types."""
+    """Collect machine, versions, commit and time, as plain JSON types."""
     return {
         "gblm": __version__,
         "commit": _commit(),
@@ -41,7 +41,7 @@ def provenance() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of the packages that can change a result."""
+    """List the installed versions of the packages that can change a result."""
     found = {}
     for package in PACKAGES:
         try:
@@ -52,7 +52,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, usable cores and memory."""
+    """Describe processor, usable cores and memory."""
     return {
         "cpu": _cpu_model(),
         "cores": len(psutil.Process().cpu_affinity() or [])
@@ -64,7 +64,7 @@ def machine() -> dict[str, Any]:
 
 
 def device_name() -> str:
-    """The accelerator's name when torch is loaded and sees one, else the processor's."""
+    """Name the accelerator when torch is loaded and sees one, else the processor."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
@@ -81,7 +81,7 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the source tree this runs from; None in an installed wheel."""
+    """Find the commit of the source tree this runs from; None in an installed wheel."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None

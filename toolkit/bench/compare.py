@@ -104,7 +104,7 @@ def ratio_interval(columns: Columns) -> tuple[float, float, float] | None:
 
 
 def student(freedom: float) -> float:
-    """Student's t that CONFIDENCE lies within: Abramowitz & Stegun 26.7.5, 1 % off at 3 degrees."""
+    """Compute Student's t for CONFIDENCE by Abramowitz & Stegun 26.7.5: 1 % off at 3 degrees."""
     z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     return (
         z
@@ -115,7 +115,7 @@ def student(freedom: float) -> float:
 
 
 def _jackknife(columns: Columns, statistic: Callable[[Columns], float]) -> tuple[float, float]:
-    """A statistic of the column sums, and half of its confidence interval."""
+    """Give a statistic of the column sums, and half of its confidence interval."""
     whole, blocks = columns.sum(axis=0), _blocks(columns)
     without = np.array([statistic(whole - block) for block in blocks])
     count = len(blocks)
@@ -124,14 +124,14 @@ def _jackknife(columns: Columns, statistic: Callable[[Columns], float]) -> tuple
 
 
 def _blocks(columns: Columns) -> Columns:
-    """Sums over blocks of neighbours, each as long as the cube root of all: [blocks, columns]."""
+    """Sum blocks of neighbours, each as long as the cube root of all: [blocks, columns]."""
     size = max(1, round(math.pow(len(columns), 1 / 3)))
     parts = np.array_split(columns, len(columns) // size)
     return np.array([part.sum(axis=0) for part in parts])
 
 
 def _load(growths: Sequence[Growth]) -> dict[str, Any]:
-    """What was asked of one server."""
+    """Describe what was asked of one server."""
     seconds = sum(growth.seconds for growth in growths)
     finished = sum(growth.finished() for growth in growths)
     return {
@@ -146,7 +146,7 @@ def _load(growths: Sequence[Growth]) -> dict[str, Any]:
 
 
 def _latency_rows(side: str, metric: str, histogram: Histogram) -> list[Row]:
-    """Mean and quantiles in ms; a quantile's interval is its bucket."""
+    """Make the rows of mean and quantiles in ms; a quantile's interval is its bucket."""
     if histogram.mean is None:
         return []
     rows = [Row(side, LOAD, f"{metric}_mean", "ms", 1e3 * histogram.mean)]
@@ -216,7 +216,7 @@ def _too_few(counted: Columns, of: str = "requests") -> str | None:
 
 
 def _parts(growth: Growth, name: str, label: str) -> tuple[float, float]:
-    """The count of one label (a status: of all that begin so), and of all that could have been."""
+    """Count one label (a status: all that begin so), and all that could have had it."""
     found = {word: n for (counter, word), n in growth.counters.items() if counter == name}
     if name != HTTP:
         return found.get(label, 0.0), sum(found.values())
@@ -241,7 +241,7 @@ def _merged(growths: Sequence[Growth], name: str) -> Histogram:
 
 
 def _caveats(facts: dict[str, dict[str, Any]], pairs: Pairs) -> list[str]:
-    """What makes the verdicts less than they look."""
+    """Say what makes the verdicts less than they look."""
     found = []
     for key, words in {
         "requests_per_s": "requests per second",

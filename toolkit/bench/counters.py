@@ -51,7 +51,7 @@ class Quantile(NamedTuple):
 
 @dataclass(frozen=True)
 class Histogram:
-    """Observations in buckets.
+    """A histogram holds observations counted in buckets.
 
     Attributes:
         bounds: upper bounds of the buckets, rising, the last one infinite.
@@ -65,12 +65,12 @@ class Histogram:
 
     @property
     def count(self) -> float:
-        """Number of observations."""
+        """Count the observations."""
         return sum(self.counts)
 
     @property
     def mean(self) -> float | None:
-        """Exact, as the sum is kept beside the buckets; None without observations."""
+        """Give the exact mean, as the sum is kept beside the buckets; None without observations."""
         return self.total / self.count if self.count else None
 
     def __add__(self, other: Histogram) -> Histogram:
@@ -78,7 +78,7 @@ class Histogram:
         return Histogram(self.bounds, counts, self.total + other.total)
 
     def quantile(self, share: float) -> Quantile | None:
-        """Linear interpolation in the bucket that holds the quantile, as Prometheus does it.
+        """Interpolate linearly in the bucket that holds the quantile, as Prometheus does.
 
         This is as coarse as the buckets: nothing is known about where in its bucket the quantile
         lies. vLLM's have bounds at 10, 25, 50, 75 and 100 ms for tokens (all below 10 ms is one
@@ -104,7 +104,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Growth:
-    """What happened on one server between two times.
+    """The growth says what happened on one server between two times.
 
     Attributes:
         seconds: between them.
@@ -117,13 +117,13 @@ class Growth:
     histograms: Mapping[str, Histogram]
 
     def finished(self) -> float:
-        """Requests that ended, for whatever reason."""
+        """Count the requests that ended, for whatever reason."""
         return sum(n for (name, _), n in self.counters.items() if name == FINISHED)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A server's counters at one time, every label set (engine, model) a series of its own."""
+    """A snapshot holds a server's counters at one time, a series for each set of labels."""
 
     seconds: float
     series: Mapping[Series, float]
@@ -161,7 +161,7 @@ class Snapshot:
         return cls(seconds, series, {name: _bounds(name, series) for name in HISTOGRAMS}, started)
 
     def growth_since(self, before: Snapshot) -> Growth:
-        """Differences of all counters, summed over engines and models.
+        """Subtract all earlier counters; engines and models are summed.
 
         Raises:
             RestartError: the server was started anew in between.

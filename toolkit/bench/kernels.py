@@ -61,7 +61,7 @@ OVERHEAD_SHAPE, OVERHEAD_FORMATS = (16, 32), ("dense/dense", "dense/dense/int8")
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured.
+    """The settings say what is measured.
 
     Attributes:
         shapes: [out, in] of the weights.
@@ -147,7 +147,7 @@ def bench_kernels(settings: Settings, progress: Progress = no_progress) -> Recor
 
 @dataclass
 class _Bench:
-    """One run: what is asked, and what has been found so far."""
+    """A run holds what is asked and what has been found so far."""
 
     settings: Settings
     wanted: Sequence[tuple[Asked, str]]
@@ -188,7 +188,7 @@ class _Bench:
                 self._row(linear.name, size, "prepare_gb_s", "GB/s", [speed])
 
     def _case(self, linears: Sequence[Linear], shape: Shape, tokens: int, memory: Tensor) -> None:
-        """Interleaved rounds of all linears; those that the machine disturbed are left out."""
+        """Run rounds of all linears and add rows; disturbed rounds are left out."""
         load = name_of(shape, tokens)
         x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(1)).bfloat16()
         times, heard = _rounds(linears, x, self.settings.rounds, self.clock, memory)
@@ -268,7 +268,7 @@ def _warm_up(linear: Linear, x: Tensor, clock: Clock) -> int:
 
 
 def _read_limit(memory: Tensor, clock: Clock) -> float:
-    """Bytes per second that the threads read together; by the same clock as the linears."""
+    """Measure the bytes per second that all threads read, by the clock of the linears."""
     seconds = []
     for _ in range(READS):
         began = clock()
@@ -278,7 +278,7 @@ def _read_limit(memory: Tensor, clock: Clock) -> float:
 
 
 def _linears_wanted(settings: Settings) -> list[tuple[Asked, str]]:
-    """Formats and backends without repetitions, dense controls included, all of them checked."""
+    """List formats and backends once each, dense controls included, and check them."""
     cores = machine()["cores"]
     if settings.threads > cores:
         raise UsageError(f"{settings.threads} threads: this process may use {cores} cores.")
@@ -309,7 +309,7 @@ def _check_memory(settings: Settings, linears: int, cold: int) -> None:
 def _build(
     shape: Shape, wanted: Sequence[tuple[Asked, str]], operators: Any, cold: int, clock: Clock
 ) -> list[Linear]:
-    """Every linear of one random weight."""
+    """Make every linear of one random weight."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul_(0.02)
     linears = [torch_linear(weight, cold)]
     if operators is not None:
@@ -319,7 +319,7 @@ def _build(
 
 @contextmanager
 def _threads_and_isa(settings: Settings) -> Iterator[None]:
-    """Set both, and set them back."""
+    """Set threads and instruction set for the block, and set them back."""
     threads, isa = torch.get_num_threads(), native.instruction_set()
     try:
         native.use_instruction_set(settings.isa or isa)
@@ -334,7 +334,7 @@ def _threads_and_isa(settings: Settings) -> Iterator[None]:
 
 
 def _facts(clock: Clock, cold: int) -> dict[str, Any]:
-    """What decides about speed, besides the provenance."""
+    """Collect what decides about speed besides the provenance."""
     huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     return {
         "instruction_set": native.instruction_set(),
@@ -351,7 +351,7 @@ def _facts(clock: Clock, cold: int) -> dict[str, Any]:
 
 
 def _cpu_model() -> str:
-    """Family and model number: what virtual machines call their CPU says little."""
+    """Find family and model number: what virtual machines call their CPU says little."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     found = {

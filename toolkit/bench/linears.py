@@ -34,7 +34,7 @@ CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 @dataclass
 class Linear:
-    """One way to multiply by one weight.
+    """A linear is one way to multiply by one weight.
 
     Attributes:
         name: unique in a case: a format's spec as it was asked for, or a baseline's name.
@@ -59,7 +59,7 @@ class Linear:
         self._next = cycle(self.copies)
 
     def time(self, x: Tensor, calls: int, clock: Clock) -> list[float]:
-        """Seconds of each of so many calls, each with the next copy."""
+        """Time so many calls, each with the next copy; gives the seconds of each."""
         seconds = []
         for _ in range(calls):
             call = next(self._next)
@@ -71,7 +71,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Asked:
-    """A format as the user wrote it; the group size may be left to the shape.
+    """The user's words for a format; the group size may be left to the shape.
 
     Attributes:
         text: `FORMAT/PATTERN` or `FORMAT/PATTERN/VALUES`, such as "nm/2:4/int8:auto".
@@ -92,16 +92,16 @@ class Asked:
 
     @property
     def values(self) -> str:
-        """The value type: float, int8, int8:128."""
+        """Read the value type, such as float, int8 or int8:128."""
         return self.text.split("/")[2] if self.text.count("/") == 2 else "float"
 
     @property
     def control(self) -> Asked:
-        """The dense format with the same values."""
+        """Name the dense format with the same values."""
         return Asked("dense/dense" + ("" if self.values == "float" else f"/{self.values}"))
 
     def settle(self, columns: int) -> Format:
-        """The format for a weight with so many columns.
+        """Settle the group size for a weight with so many columns.
 
         Raises:
             UsageError: there is no such format, or it cannot have so many columns.
@@ -129,7 +129,7 @@ def check(asked: Asked, shape: Shape, backend: str) -> None:
 
 
 def packed_linear(asked: Asked, backend: str, weight: Tensor, cold: int, clock: Clock) -> Linear:
-    """A weight in one of gblm's formats, on one backend.
+    """Make the linear of a weight in one of gblm's formats, on one backend.
 
     Args:
         asked: the format.
@@ -159,7 +159,7 @@ def packed_linear(asked: Asked, backend: str, weight: Tensor, cold: int, clock: 
 
 
 def torch_linear(weight: Tensor, cold: int) -> Linear:
-    """PyTorch's own bfloat16 linear."""
+    """Make PyTorch's own bfloat16 linear."""
     dense = weight.bfloat16()
     copies = [dense.clone() for _ in range(num_copies(dense.nbytes, cold))]
     calls: list[Call] = [partial(torch.nn.functional.linear, weight=copy) for copy in copies]
@@ -167,12 +167,12 @@ def torch_linear(weight: Tensor, cold: int) -> Linear:
 
 
 def label(asked: Asked, backend: str) -> str:
-    """The name of a packed linear; the backend stands in it when it is not `cpu`."""
+    """Name a packed linear; the backend is part of the name when it is not `cpu`."""
     return asked.text if backend == "cpu" else f"{asked.text} on {backend}"
 
 
 def sparse_weight(fmt: Format, weight: Tensor) -> SparseWeight:
-    """A weight that follows the format; only its first rows are pruned, the others repeat them."""
+    """Prune a weight to the format; only its first rows are pruned, the others repeat them."""
     rows = weight.shape[0]
     drawn = weight[:DRAWN_ROWS]
     mask = fmt.pattern.keep(drawn.abs(), "row")
@@ -185,12 +185,12 @@ def sparse_weight(fmt: Format, weight: Tensor) -> SparseWeight:
 
 
 def num_copies(size: int, cold: int) -> int:
-    """How many copies of so many bytes are at least `cold` bytes, and at least two; 1 for 0."""
+    """Count the copies of `size` bytes that fill `cold` bytes: at least two, one if cold is 0."""
     return max(2, -(-cold // size)) if cold else 1
 
 
 def last_level_cache() -> int:
-    """Bytes of the largest cache that one core sees; 32 MiB where the system does not say."""
+    """Find the bytes of the largest cache of a core; 32 MiB where the system does not say."""
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     found = [file.read_text().strip() for file in CACHES.glob("index*/size")]
     sizes = [int(text[:-1]) * units[text[-1]] for text in found if text[-1:] in units]
@@ -198,7 +198,7 @@ def last_level_cache() -> int:
 
 
 def _copy(prepared: Sequence[Tensor], backend: Backend) -> list[Tensor]:
-    """Other memory, of the kind that the backend itself takes."""
+    """Copy tensors to memory of the kind that the backend itself takes."""
     if backend.name != "cpu":
         return [tensor.clone() for tensor in prepared]
     return [native.allocate(panels.numel()).copy_(panels) for panels in prepared]

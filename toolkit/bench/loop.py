@@ -33,7 +33,7 @@ BATCHED = "vllm-offline"
 
 
 class LoopSide(Side):
-    """A model in transformers, ONNX Runtime, llama.cpp, or in vLLM without its server."""
+    """A side that runs in transformers, ONNX Runtime, llama.cpp, or vLLM without its server."""
 
     def check(self) -> None:
         """Refuse loads that need a server, or several requests at once."""
@@ -65,7 +65,11 @@ class LoopSide(Side):
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream,
                 start_new_session=True, env=child_environment(),
             )  # fmt: skip
-        self._load_seconds = float(self._answer()["load_s"])
+        try:
+            self._load_seconds = float(self._answer()["load_s"])
+        except BaseException:
+            self.stop()
+            raise
 
     def load(self, load: Load) -> Seen:
         """Have the process run a warm-up request and the load."""
@@ -97,7 +101,7 @@ class LoopSide(Side):
 
     @property
     def process(self) -> psutil.Process:
-        """The process."""
+        """Find the process that runs the loop."""
         return psutil.Process(self._process.pid)
 
     def facts(self) -> dict[str, Any]:
@@ -105,7 +109,7 @@ class LoopSide(Side):
         return super().facts() | {"threads": self.setup.threads}
 
     def _answer(self) -> dict[str, Any]:
-        """The next line of the process that is for us; engines print, too."""
+        """Wait for the next answer of the process; engines print other lines, too."""
         if self._process.stdout is None:
             raise RuntimeError("the loop has no standard output")
         for line in self._process.stdout:
@@ -120,11 +124,11 @@ class LoopSide(Side):
 
 
 class Engine(Protocol):
-    """What runs inside the process."""
+    """An engine is what runs inside the process."""
 
     @property
     def vocabulary(self) -> int:
-        """Number of tokens that the model knows."""
+        """Count the tokens that the model knows."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], output_len: int, concurrency: int
@@ -138,7 +142,7 @@ class Decoder(ABC):
     @property
     @abstractmethod
     def vocabulary(self) -> int:
-        """Number of tokens that the model knows."""
+        """Count the tokens that the model knows."""
 
     @abstractmethod
     def reset(self) -> None:

@@ -13,7 +13,7 @@ from gblm.bench.loop import Decoder, serve
 
 
 class HfDecoder(Decoder):
-    """Batch 1 with the model's own cache, in the checkpoint's dtype, on CPU."""
+    """This decoder runs batch 1 with the model's own cache, in the checkpoint's dtype, on CPU."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         if settings["threads"] is not None:
@@ -23,7 +23,7 @@ class HfDecoder(Decoder):
 
     @property
     def vocabulary(self) -> int:
-        """Number of tokens that the model knows."""
+        """Count the tokens that the model knows."""
         return int(self._model.config.vocab_size)
 
     def reset(self) -> None:

@@ -14,7 +14,7 @@ from gblm.errors import MachineError
 
 
 class LlamaDecoder(Decoder):
-    """One sequence."""
+    """This decoder runs one sequence."""
 
     def __init__(self, file: Path, settings: dict[str, Any]) -> None:
         try:
@@ -31,7 +31,7 @@ class LlamaDecoder(Decoder):
 
     @property
     def vocabulary(self) -> int:
-        """Number of tokens that the model knows."""
+        """Count the tokens that the model knows."""
         return int(self._llama.n_vocab())
 
     def reset(self) -> None:

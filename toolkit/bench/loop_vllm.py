@@ -18,7 +18,7 @@ from gblm.kernels import BACKEND_VARIABLE
 
 
 class VllmEngine:
-    """vLLM's engine, without a prefix cache; on CPU bound to the first cores."""
+    """This engine is vLLM's, without a prefix cache; on CPU it is bound to the first cores."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -41,7 +41,7 @@ class VllmEngine:
 
     @property
     def vocabulary(self) -> int:
-        """Number of tokens that the model knows."""
+        """Count the tokens that the model knows."""
         return int(self._engine.model_config.get_vocab_size())
 
     def generate(

@@ -29,7 +29,7 @@ HEAT = ("cpu_throttles", "gpu_throttle_s")
 
 @dataclass(frozen=True)
 class Limits:
-    """How much noise a round may have.
+    """The limits say how much noise a round may have.
 
     Attributes:
         steal: share of the machine's CPU time that a hypervisor may take.
@@ -160,7 +160,7 @@ def own_seconds(processes: Sequence[psutil.Process]) -> float:
 
 
 def _heat(cpus: Path) -> tuple[dict[str, int], dict[str, int]]:
-    """Counters of throttling: of each CPU, and microseconds of each GPU."""
+    """Read the counters of throttling: of each CPU, and microseconds of each GPU."""
     found = {}
     for path in sorted(cpus.glob("cpu[0-9]*/thermal_throttle/*_throttle_count")):
         with contextlib.suppress(OSError, ValueError):
@@ -180,5 +180,5 @@ def _heat(cpus: Path) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def _growth(before: Mapping[str, int], after: Mapping[str, int]) -> int | None:
-    """The most that one counter grew; one that is not in both readings tells nothing."""
+    """Find the most that a counter grew; one that is not in both readings tells nothing."""
     return max((after[name] - before[name] for name in before if name in after), default=None)

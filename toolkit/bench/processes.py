@@ -72,7 +72,7 @@ def memory_metrics(pid: int) -> dict[str, float]:
 
 
 def given_back(pid: int) -> int:
-    """Bytes that a process held at its peak more than now; 0 once it has ended."""
+    """Find how many bytes more than now a process held at its peak; 0 once it has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -90,7 +90,7 @@ def last_error(log: Path, start: int) -> str:
 
 
 def size_of(log: Path) -> int:
-    """Bytes that a log holds so far."""
+    """Count the bytes that a log holds so far."""
     return log.stat().st_size if log.exists() else 0
 
 

@@ -25,7 +25,7 @@ UNITS = {
 
 @dataclass(frozen=True)
 class Load:
-    """What a side is asked to do in a round.
+    """A load is what a side is asked to do in a round.
 
     Attributes:
         num_prompts: requests.
@@ -43,7 +43,7 @@ class Load:
 
     @property
     def words(self) -> str:
-        """The load as records name it."""
+        """Name the load as records do."""
         width = "no limit" if self.concurrency is None else str(self.concurrency)
         rate = "" if self.request_rate is None else f", {self.request_rate:g} requests/s"
         return (
@@ -54,7 +54,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Request:
-    """One request that succeeded; all times in seconds.
+    """A request that succeeded; all times are in seconds.
 
     Attributes:
         start: when it was sent, on the clock of its load.
@@ -74,7 +74,7 @@ class Request:
 
     @property
     def tpot(self) -> float | None:
-        """Seconds per token after the first one; None for one token or an unknown TTFT."""
+        """Give the seconds per token after the first; None for one token or an unknown TTFT."""
         if self.ttft is None or self.output_len < 2:
             return None
         return (self.latency - self.ttft) / (self.output_len - 1)
@@ -82,7 +82,7 @@ class Request:
 
 @dataclass
 class Seen:
-    """What one side did under one load.
+    """This is what one side did under one load.
 
     Attributes:
         requests: those that succeeded, in the order of the prompts.
@@ -127,7 +127,7 @@ def metrics_of(seen: Seen) -> dict[str, float]:
 
 
 def unit_of(metric: str) -> str:
-    """The unit of a metric, with or without its quantile."""
+    """Find the unit of a metric, with or without its quantile."""
     name, _, last = metric.rpartition("_")
     return UNITS[name if last in QUANTILES else metric]
 

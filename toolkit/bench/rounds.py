@@ -30,7 +30,7 @@ Round = dict[str, Seen]
 
 @dataclass(frozen=True)
 class Plan:
-    """How sides are compared.
+    """The plan says how sides are compared.
 
     Attributes:
         rounds: how often each load is put on every side.
@@ -218,7 +218,7 @@ def caveats(
 
 
 def _flaws(load: Load, rounds: Sequence[Round]) -> dict[str, list[str]]:
-    """Sentences against each side's work; what differs between sides counts against all."""
+    """Collect what speaks against each side's work; what differs between sides counts for all."""
     found: dict[str, list[str]] = {}
     for number, one in enumerate(rounds):
         alike = check_alike(one)

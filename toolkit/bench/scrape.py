@@ -20,7 +20,7 @@ MAX_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class Target:
-    """Where one server's metrics are.
+    """A target says where one server's metrics are.
 
     Attributes:
         name: of the server in messages: A or B.
@@ -53,7 +53,7 @@ class Target:
         return cls(name, f"{parts.scheme}://{parts.netloc}{path}/metrics", key)
 
     def fetch(self, seconds: float = SECONDS) -> str:
-        """The text of the metrics now.
+        """Fetch the text of the metrics.
 
         Args:
             seconds: for everything from connecting to the last byte.

@@ -59,7 +59,7 @@ class RunningServer:
     log_start: int
 
     def backends(self) -> dict[str, int]:
-        """How many linears run on each backend, from the plugin's log line; {} if it is dense."""
+        """Count the linears on each backend by the plugin's log line; {} if the model is dense."""
         text = self.log.read_bytes()[self.log_start :].decode("utf-8", errors="replace")
         found = re.findall(r"gblm: (\d+) linears run on backend (\w+)", text)
         return {backend: int(count) for count, backend in found}
@@ -143,7 +143,7 @@ class ServerSide(Side):
 
     @property
     def process(self) -> psutil.Process:
-        """The server's parent process."""
+        """Find the server's parent process."""
         return psutil.Process(self._server.process.pid)
 
     def facts(self) -> dict[str, Any]:
@@ -151,7 +151,7 @@ class ServerSide(Side):
         return super().facts() | {"linears_by_backend": self._backends}
 
     def _options(self) -> tuple[str, ...]:
-        """The user's, and no prefix cache: with one, repeated prompts cost next to nothing."""
+        """Switch the prefix cache off unless the user sets it: it would spare repeated prompts."""
         given = self.setup.options
         if any(option.partition("=")[0] in CACHE_OPTIONS for option in given):
             return given
@@ -248,7 +248,7 @@ def counters(server: RunningServer) -> dict[str, float]:
 
 
 def _fingerprint(folder: Path, load: Load, seed: int) -> str:
-    """The prompts follow from lengths, seed and tokenizer; vLLM does not write them down."""
+    """Hash what the prompts follow from, as vLLM does not write them down."""
     digest = hashlib.sha256(repr((load.num_prompts, load.prompt_len, seed)).encode())
     for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
         path = folder / name

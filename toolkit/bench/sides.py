@@ -34,7 +34,7 @@ TENSOR_FILES = ("*.safetensors", "*.onnx", "*.data")
 
 @dataclass(frozen=True)
 class Setup:
-    """What all sides of a comparison share.
+    """The setup is what all sides of a comparison share.
 
     Attributes:
         loads: that they will be put under.
@@ -56,7 +56,7 @@ class Setup:
 
 
 class Side(ABC):
-    """One model in one engine. The name is that of its rows; the path a folder or a GGUF file."""
+    """A side is a model in an engine; its name is that of its rows, its path a folder or GGUF."""
 
     def __init__(self, name: str, engine: str, path: Path, setup: Setup) -> None:
         self.name, self.engine, self.path, self.setup = name, engine, path, setup
@@ -86,23 +86,23 @@ class Side(ABC):
 
     @abstractmethod
     def stop(self) -> None:
-        """End the engine's processes; without effect if it does not run."""
+        """End the engine's processes."""
 
     @property
     @abstractmethod
     def process(self) -> psutil.Process:
-        """The engine's process, or the first of them, while it runs."""
+        """Find the engine's process, or the first of them, while it runs."""
 
     @property
     def backend(self) -> str | None:
-        """The backend that is asked for, where the model is packed; dense ones have none."""
+        """Give the backend that is asked for, where the model is packed; dense ones have none."""
         if self.path.is_file() or quant_method(read_config(self.path)) != QUANT_METHOD:
             return None
         return self.setup.backend
 
     @property
     def measures(self) -> tuple[str, ...]:
-        """Paths of the repository whose code decides this side's figures."""
+        """List the paths of the repository whose code decides this side's figures."""
         return ("toolkit/kernels", *ENGINES[self.engine][1])
 
     def facts(self) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class Side(ABC):
         return found
 
     def _bytes(self) -> int:
-        """All files that hold tensors."""
+        """Add up all files that hold tensors."""
         if self.path.is_file():
             return self.path.stat().st_size
         files = {file for ending in TENSOR_FILES for file in self.path.glob(ending)}

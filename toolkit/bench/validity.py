@@ -55,7 +55,7 @@ def _lengths(load: Load, requests: Sequence[Request]) -> Iterable[str]:
 
 
 def _rate(load: Load, seen: Seen) -> Iterable[str]:
-    """Neither may the generator be late, nor the server fall behind."""
+    """Check that the generator was not late and the server did not fall behind."""
     rate, requests = load.request_rate, seen.requests
     if rate is None or len(requests) < 2:
         return
@@ -96,7 +96,7 @@ def _server(seen: Seen) -> Iterable[str]:
 
 
 def _different(what: str, values: Mapping[str, Any]) -> list[str]:
-    """A sentence on the first side and one that differs; sides that do not tell do not count."""
+    """Name the first side and one that differs; sides that do not tell do not count."""
     told = [(side, value) for side, value in values.items() if value]
     for side, value in told[1:]:
         if value != told[0][1]:

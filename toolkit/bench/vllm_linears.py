@@ -22,7 +22,7 @@ PRIMITIVES = 32
 
 
 def vllm_operators() -> Any:
-    """vLLM's module of operators; None, with a log line, when it has no oneDNN linears here."""
+    """Import vLLM's operators; None, with a log line, when it has no oneDNN linears here."""
     if importlib.util.find_spec("vllm") is None:
         return None
     before = dict(os.environ)
@@ -44,7 +44,7 @@ def vllm_operators() -> Any:
 
 
 def vllm_linears(operators: Any, weight: Tensor, cold: int) -> list[Linear]:
-    """Both linears of a weight [out, in] float32."""
+    """Make both linears of a weight [out, in] float32."""
     return [_bf16(operators, weight, cold), _w8a8(operators, weight, cold)]
 
 
@@ -71,7 +71,7 @@ def _w8a8(operators: Any, weight: Tensor, cold: int) -> Linear:
 
 
 def _scaled(operators: Any, handler: Any, weight_scales: Tensor, x: Tensor) -> Tensor:
-    """As vLLM's W8A8 layer calls it: activations are rounded first, one scale per token.
+    """Multiply as vLLM's W8A8 layer does: activations are rounded first, one scale per token.
 
     The handler points to the scales of the weight and does not keep them alive.
     """

@@ -23,7 +23,7 @@ from gblm.record import Record, Verdict
 
 @dataclass(frozen=True)
 class Window:
-    """When the servers are read.
+    """The window says when the servers are read.
 
     Attributes:
         duration: seconds from the first reading to the last.
@@ -35,7 +35,7 @@ class Window:
 
     @property
     def intervals(self) -> int:
-        """How many fit in; the rest of a division is not watched."""
+        """Count the intervals that fit in; what is left over is not watched."""
         return int(self.duration / self.interval + 1e-9)
 
     def check(self) -> None:
@@ -53,7 +53,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Reading:
-    """Both servers at one time."""
+    """A reading holds both servers at one time."""
 
     clock: str
     sides: tuple[Snapshot, Snapshot]
@@ -106,7 +106,7 @@ def watch(a: Target, b: Target, window: Window, progress: Progress = no_progress
 def _readings(
     a: Target, b: Target, window: Window, problems: list[str], progress: Progress
 ) -> list[Reading]:
-    """All readings that succeeded; the first must."""
+    """Collect all readings that succeed; the first must."""
     readings: list[Reading] = []
     step = progress("readings", window.intervals + 1)
     with ThreadPoolExecutor(2) as pool:
@@ -145,7 +145,7 @@ def _read(target: Target) -> Snapshot | GblmError:
 
 
 def _intervals(readings: list[Reading], problems: list[str]) -> list[tuple[Growth, Growth] | None]:
-    """Growth of both between neighbouring readings; None where one restarted, with a sentence."""
+    """Subtract neighbouring readings; None where a server restarted, which is a problem."""
     found: list[tuple[Growth, Growth] | None] = []
     for before, after in itertools.pairwise(readings):
         growth: list[Growth] = []

@@ -180,7 +180,7 @@ def print_record(record: Record) -> None:
 
 
 def _cells(record: Record, name: str, load: str, ratios: list[str]) -> list[str]:
-    """One linear; its speed-up is the other's time over its own."""
+    """Format one linear; its speed-up is the other's time over its own."""
     control = record.sides[name]["control"]
     others = [control if key == "dense" else key for key in ratios]
     found = [

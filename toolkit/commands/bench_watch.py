@@ -79,7 +79,7 @@ def print_record(record: Record) -> None:
 
 
 def _cell(record: Record, side: str, metric: str) -> str:
-    """A figure, with its bucket if it is a quantile."""
+    """Format a figure, with its bucket if it is a quantile."""
     from gblm.bench.compare import LOAD
 
     row = record.row(side, LOAD, metric)
