@@ -58,10 +58,10 @@ def test_rounds_of_slow_memory_are_left_out_and_with_most_of_them_the_case(
     found = measured_with(monkeypatch, [{"read_limit_gb_s": read} for read in (20.0, 10.0, 20.0)])
     (row,) = [row for row in found.rows if (row.side, row.metric) == ("torch_bf16", "us")]
     assert row.rounds == (4e6, 2e6)
-    assert "round 2 is left out: 4x8, 1 token: memory was read at 10.0 GB/s" in found.notes[0]
+    assert "round 2 is left out: 4x8, 1 tokens: memory was read at 10.0 GB/s" in found.notes[0]
     lost = measured_with(monkeypatch, [{"read_limit_gb_s": read} for read in (20.0, 10.0, 10.0)])
     assert lost.rows == []
-    assert lost.reasons[0].startswith("only 1 of 3 rounds were quiet; 4x8, 1 token: memory")
+    assert lost.reasons[0].startswith("only 1 of 3 rounds were quiet; 4x8, 1 tokens: memory")
 
 
 def test_every_call_takes_the_next_copy() -> None:
@@ -144,7 +144,7 @@ def test_the_table_names_every_linear(gblm: Run) -> None:
     done = gblm("bench", "kernels", "--shapes", "16x32", "--tokens", 1, "--rounds", 1, "--no-vllm",
                 "--formats", "nm/2:4", "--isa", "portable", *ANY_NOISE)  # fmt: skip
     assert done.code == 0, done
-    assert "16x32, 1 token" in done.out
+    assert "16x32, 1 tokens" in done.out
     assert "x dense control" in done.out
     assert "portable" in done.out
 

@@ -234,8 +234,7 @@ class _Bench:
 def name_of(shape: Shape, tokens: int | None = None) -> str:
     """Name a shape, or a shape and a number of tokens, as the loads of the record do."""
     size = f"{shape[0]}x{shape[1]}"
-    plural = "" if tokens == 1 else "s"
-    return size if tokens is None else f"{size}, {tokens} token{plural}"
+    return size if tokens is None else f"{size}, {tokens} tokens"
 
 
 def _rounds(
