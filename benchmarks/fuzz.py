@@ -45,7 +45,7 @@ from gblm.errors import GblmError, InputError
 from gblm.prune import prune
 from gblm.recipe import Recipe
 
-PATTERNS, KINDS = ("2:4", "1:4", "0.5", "1x4@0.5", "dense"), ("float", "int8", "int4")
+PATTERNS, KINDS = ("2:4", "1:4", "0.5", "dense"), ("float", "int8", "int4")
 CASE_SECONDS = 60
 # Address space that a case may take beyond what the process has; the folders hold some 100 KB.
 MORE_BYTES = 1 << 30

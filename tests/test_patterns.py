@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gblm.errors import PatternError
-from gblm.patterns import NM, Block, Scope, Unstructured, keep_highest, parse
+from gblm.patterns import NM, Unstructured, keep_highest, parse
 
 HALVED = NM(8, 16)
 
@@ -33,25 +33,7 @@ def keep_highest_by_sort(score: torch.Tensor, num_pruned: int) -> torch.Tensor:
     return mask
 
 
-def keep_blocks_by_loop(pattern: Block, score: torch.Tensor, scope: Scope) -> torch.Tensor:
-    """Oracle: list the tiles that compete, sort them by (sum, place), drop the first."""
-    height, width = pattern.block_rows, pattern.block_cols
-    tops, lefts = range(0, score.shape[0], height), range(0, score.shape[1], width)
-    tiles = [
-        (float(score[top : top + height, left : left + width].sum()), top, left)
-        for top in tops
-        for left in lefts
-    ]
-    contests = [[t for t in tiles if t[1] == top] for top in tops] if scope == "row" else [tiles]
-    mask = torch.ones_like(score, dtype=torch.bool)
-    for contest in contests:
-        for _, top, left in sorted(contest)[: int(len(contest) * pattern.sparsity)]:
-            mask[top : top + height, left : left + width] = False
-    return mask
-
-
-TEXTS = ["2:4", "4:8", "8:16", "1:4", "3:4", "1:3", "0.5", "0.7", "0", "0.00001", "0.1234567",
-         "16x16@0.5", "1x8@0.75", "1024x1@0", "4x4@0.00001"]  # fmt: skip
+TEXTS = ["2:4", "4:8", "8:16", "1:4", "3:4", "1:3", "0.5", "0.7", "0", "0.00001", "0.1234567"]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -61,28 +43,12 @@ def test_parse_round_trips(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["4:2", "0:4", "4:4", "2:65", "1.5", "x", "", "2:4:8", "-0.5", "1", "1x1@0.5", "0x4@0.5",
-     "4x1025@0.5", "16x16@1", "16x16@", "16x16@-0.5", "16x16@0.99999999999999999999", "16@0.5",
-     "16x16x16@0.5", "2:4@0.5"],
+    ["4:2", "0:4", "4:4", "2:65", "1.5", "x", "", "2:4:8", "-0.5", "1", "16x16@0.5", "16@0.5",
+     "0.99999999999999999999", "2:4@0.5", "unstructured"],
 )  # fmt: skip
 def test_parse_refuses_nonsense(text: str) -> None:
     with pytest.raises(PatternError):
         parse(text)
-
-
-def test_parse_refuses_a_contradicting_sparsity() -> None:
-    assert parse("unstructured", 0.6) == Unstructured(0.6)
-    with pytest.raises(PatternError, match="leave --sparsity out"):
-        parse("2:4", 0.7)
-    with pytest.raises(PatternError, match="leave --sparsity out"):
-        parse("16x16@0.5", 0.7)
-
-
-def test_blocks_take_the_sparsity_from_beside_or_half() -> None:
-    assert parse("16x8") == Block(0.5, 16, 8)
-    assert parse("16x8", 0.7) == parse("16x8@.7") == parse("16x8@0.7", 0.7) == Block(0.7, 16, 8)
-    with pytest.raises(PatternError, match="outside 0 ≤ sparsity < 1"):
-        parse("16x16", 1.0)
 
 
 @settings(max_examples=40, deadline=None)
@@ -210,39 +176,6 @@ def test_keep_highest_of_long_rows_equals_a_stable_sort() -> None:
         assert torch.equal(keep_highest(rows, 3500), want)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    block=st.sampled_from([(1, 2), (2, 1), (2, 3), (4, 4)]),
-    tiles=st.tuples(st.integers(1, 4), st.integers(1, 5)),
-    sparsity=st.sampled_from([0.0, 0.3, 0.5, 0.9]),
-    scope=st.sampled_from(["row", "matrix"]),
-    levels=st.integers(1, 4),
-    seed=st.integers(0, 10_000),
-)
-def test_block_drops_the_tiles_with_the_lowest_sums(
-    block: tuple[int, int],
-    tiles: tuple[int, int],
-    sparsity: float,
-    scope: Scope,
-    levels: int,
-    seed: int,
-) -> None:
-    pattern = Block(sparsity, *block)
-    shape = (block[0] * tiles[0], block[1] * tiles[1])
-    score = torch.randint(levels, shape, generator=torch.Generator().manual_seed(seed)).float()
-    mask = pattern.keep(score, scope)
-    assert torch.equal(mask, keep_blocks_by_loop(pattern, score, scope))
-    pattern.check_mask("w", mask)
-
-
-def test_block_sums_narrow_scores_in_float32() -> None:
-    score = torch.full((32, 64), 1.0, dtype=torch.bfloat16)
-    score[:, 32:] += 2**-7
-    mask = Block(0.5, 32, 32).keep(score, "row")
-    assert mask[:, 32:].all()
-    assert not mask[:, :32].any()
-
-
 def test_row_scope_and_matrix_scope_differ() -> None:
     score = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     assert Unstructured(0.5).keep(score, "matrix").tolist() == [[False, False], [True, True]]
@@ -280,20 +213,6 @@ def test_narrower_masks_are_masks_of_8_16(narrow: NM) -> None:
     HALVED.check_mask("w", narrow.keep(score, "row"))
 
 
-def test_check_mask_names_the_first_broken_block() -> None:
-    mask = torch.ones(8, 16, dtype=torch.bool)
-    mask[4:8, 8:12] = False
-    Block(0.5, 4, 4).check_mask("layer.q", mask)
-    mask[5, 13] = False
-    message = r"layer\.q: rows 4\.\.7, columns 12\.\.15 keep 15 of 16 weights; 4x4@0\.5 keeps"
-    with pytest.raises(PatternError, match=message):
-        Block(0.5, 4, 4).check_mask("layer.q", mask)
-
-
 def test_indivisible_sides_name_the_tensor() -> None:
-    with pytest.raises(PatternError, match=r"q_proj: 10 columns .* blocks of 4 .*--ignore"):
-        Block(0.5, 4, 4).check_shape("q_proj", (8, 10))
-    with pytest.raises(PatternError, match=r"q_proj: 10 rows .* blocks of 4"):
-        Block(0.5, 4, 4).check_mask("q_proj", torch.ones(10, 8, dtype=torch.bool))
     with pytest.raises(PatternError, match=r"q_proj: 10 columns .* groups of 4"):
         NM(2, 4).check_shape("q_proj", (4, 10))

@@ -48,7 +48,7 @@ def working_bytes(facts: dict[str, Any]) -> int:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("pattern", ["2:4", "0.5", "8x8@0.5"])
+@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
 def test_no_weight_is_read_and_no_layer_run(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, method: str, pattern: str
 ) -> None:
@@ -151,7 +151,7 @@ def test_a_gpu_that_is_not_there_can_be_planned_for(
     assert facts["gpu_bytes"] > 0
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "5:12", "0.5", "16x16@0.5", "100x9@0.5", "1x1024@0.5"])
+@pytest.mark.parametrize("pattern", ["2:4", "5:12", "0.5"])
 def test_every_pattern_can_be_probed(pattern: str) -> None:
     shape = strip_shape(parse(pattern), 128)
     format_for(parse(pattern)).check_shape("probe", shape)

@@ -38,7 +38,7 @@ def recipe(tiny: Path, text_file: Path) -> Recipe:
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "gradient", "gblm"])
-@pytest.mark.parametrize("pattern", ["2:4", "4:8", "8:16", "1:4", "0.5", "0.7", "8x8@0.5"])
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "8:16", "1:4", "0.5", "0.7"])
 def test_packed_weights_are_the_source_weights_where_kept(
     tiny: Path, pack_tiny: Callable[..., Path], method: str, pattern: str
 ) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor
 from gblm.errors import PatternError
 
 Scope = Literal["row", "matrix"]
-MAX_BLOCK = 1024
 # By N:M, the most weights that each half of a group may keep.
 HALVES = {(8, 16): 5}
 
@@ -71,17 +70,6 @@ def keep_highest(score: Tensor, num_pruned: int) -> Tensor:
     return keep
 
 
-def _check_sparsity(sparsity: float) -> None:
-    if not 0.0 <= sparsity < 1.0:
-        raise PatternError(f"sparsity {sparsity:g} is outside 0 ≤ sparsity < 1.")
-
-
-def _decimal(sparsity: float) -> str:
-    """The shortest decimal that reads back as the same number, never with an exponent."""
-    text = format(Decimal(repr(sparsity)), "f")
-    return text.rstrip("0").rstrip(".") if "." in text else text
-
-
 @dataclass(frozen=True)
 class Unstructured:
     """Any position; floor(sparsity · n) weights go, counted per row or per matrix."""
@@ -89,10 +77,13 @@ class Unstructured:
     sparsity: float
 
     def __post_init__(self) -> None:
-        _check_sparsity(self.sparsity)
+        if not 0.0 <= self.sparsity < 1.0:
+            raise PatternError(f"sparsity {self.sparsity:g} is outside 0 ≤ sparsity < 1.")
 
     def __str__(self) -> str:
-        return _decimal(self.sparsity)
+        # The shortest decimal that reads back as the same number, never with an exponent.
+        text = format(Decimal(repr(self.sparsity)), "f")
+        return text.rstrip("0").rstrip(".") if "." in text else text
 
     def keep(self, score: Tensor, scope: Scope) -> Tensor:
         """See Pattern.keep; the count that goes is exact also when scores tie."""
@@ -245,100 +236,19 @@ class NM:
             )
 
 
-@dataclass(frozen=True)
-class Block:
-    """Whole tiles of `block_rows` outputs × `block_cols` inputs stay or go.
-
-    floor(sparsity · n) of n tiles go, counted per row of tiles or per matrix.
-    """
-
-    sparsity: float
-    block_rows: int
-    block_cols: int
-
-    def __post_init__(self) -> None:
-        _check_sparsity(self.sparsity)
-        sides = (self.block_rows, self.block_cols)
-        if not 1 <= min(sides) <= max(sides) <= MAX_BLOCK or sides == (1, 1):
-            raise PatternError(
-                f"pattern {self}: a block has 1 to {MAX_BLOCK} rows and columns, and more than one "
-                "weight."
-            )
-
-    def __str__(self) -> str:
-        return f"{self.block_rows}x{self.block_cols}@{_decimal(self.sparsity)}"
-
-    def keep(self, score: Tensor, scope: Scope) -> Tensor:
-        """See Pattern.keep; a tile's score is the sum over its weights, in float32."""
-        tiles = self._tiles(score).sum(dim=(1, 3), dtype=torch.float32)
-        flat = tiles if scope == "row" else tiles.reshape(1, -1)
-        keep = keep_highest(flat, int(flat.shape[1] * self.sparsity)).reshape(tiles.shape)
-        size = (-1, self.block_rows, -1, self.block_cols)
-        return keep[:, None, :, None].expand(size).reshape(score.shape)
-
-    def check_shape(self, name: str, shape: tuple[int, int]) -> None:
-        """Rows and columns must be multiples of the block's."""
-        sides = (self.block_rows, self.block_cols)
-        for what, length, block in zip(("rows", "columns"), shape, sides, strict=True):
-            if length % block:
-                raise PatternError(
-                    f"{name}: {length} {what} do not divide into blocks of {block} "
-                    f"(pattern {self}). Choose another pattern or leave it dense with --ignore."
-                )
-
-    def check_mask(self, name: str, mask: Tensor) -> None:
-        """Every tile must be kept whole or dropped whole; kept zeros count as kept.
-
-        A mask read off a weight's non-zeros may therefore fail for a tile that holds a zero.
-        """
-        self.check_shape(name, (mask.shape[0], mask.shape[1]))
-        counts = self._tiles(mask).sum(dim=(1, 3), dtype=torch.int32)
-        size = self.block_rows * self.block_cols
-        broken = ((counts > 0) & (counts < size)).nonzero()
-        if not len(broken):
-            return
-        row, col = (int(i) for i in broken[0])
-        top, left = row * self.block_rows, col * self.block_cols
-        raise PatternError(
-            f"{name}: rows {top}..{top + self.block_rows - 1}, "
-            f"columns {left}..{left + self.block_cols - 1} keep {int(counts[row, col])} of {size} "
-            f"weights; {self} keeps all or none. Re-run `gblm prune --pattern {self}`."
-        )
-
-    def _tiles(self, matrix: Tensor) -> Tensor:
-        """[out, in] as [tile rows, block_rows, tile columns, block_cols]."""
-        return matrix.reshape(
-            matrix.shape[0] // self.block_rows, self.block_rows, -1, self.block_cols
-        )
-
-
-def parse(text: str, sparsity: float | None = None) -> Pattern:
-    """Read a pattern: "2:4", "0.5", "16x16@0.5" (rows x columns of a block @ sparsity), "dense".
-
-    "unstructured" and "16x16" take `sparsity`, 0.5 if it is None.
+def parse(text: str) -> Pattern:
+    """Read a pattern: "2:4" (N of M), "0.5" (a sparsity) or "dense".
 
     Raises:
-        PatternError: the text is none of these, or contradicts `sparsity`.
+        PatternError: the text is none of these.
     """
     if match := re.fullmatch(r"([0-9]{1,2}):([0-9]{1,2})", text):
-        pattern: Pattern = NM(int(match[1]), int(match[2]))
-    elif text == "dense":
-        pattern = Dense()
-    elif text == "unstructured":
-        pattern = Unstructured(0.5 if sparsity is None else sparsity)
-    elif re.fullmatch(r"0?\.[0-9]+|0", text):
-        pattern = Unstructured(float(text))
-    elif match := re.fullmatch(r"([0-9]{1,4})x([0-9]{1,4})(?:@(0?\.[0-9]+|0))?", text):
-        share = match[3] or (0.5 if sparsity is None else sparsity)
-        pattern = Block(float(share), int(match[1]), int(match[2]))
-    else:
-        raise PatternError(
-            f"pattern {text!r} is unknown: give N:M (2:4 keeps 2 of 4), a sparsity such as 0.5, "
-            "a block such as 16x16@0.5, `unstructured` with --sparsity, or dense."
-        )
-    if sparsity is not None and abs(pattern.sparsity - sparsity) > 1e-9:
-        raise PatternError(
-            f"pattern {text} has sparsity {pattern.sparsity:g}, but {sparsity:g} was asked for: "
-            "leave --sparsity out."
-        )
-    return pattern
+        return NM(int(match[1]), int(match[2]))
+    if text == "dense":
+        return Dense()
+    if re.fullmatch(r"0?\.[0-9]+|0", text):
+        return Unstructured(float(text))
+    raise PatternError(
+        f"pattern {text!r} is unknown: give N:M (2:4 keeps 2 of 4), a sparsity such as 0.5, or "
+        "dense."
+    )

@@ -42,12 +42,9 @@ class Steps:
             ranks: processes that share the samples.
 
         Raises:
-            UsageError: the method cannot follow a pattern, refit has nothing to do, or a rank is
-                left without a sample.
+            UsageError: refit has nothing to do, or a rank is left without a sample.
         """
         patterns = patterns_of(choices)
-        for pattern in patterns:
-            self.pipeline.check_pattern(pattern)
         if self.pipeline.refit is not None and all(isinstance(p, Dense) for p in patterns):
             raise UsageError(
                 "refit moves what pruning leaves, and the pattern dense prunes nothing."

@@ -35,14 +35,13 @@ def error(pruned: SparseWeight, weight: torch.Tensor, hessian: torch.Tensor) -> 
     return float((difference @ hessian.double() * difference).sum())
 
 
-@pytest.mark.parametrize("pattern", ["0.5", "0.8", "2:4", "4:8", "8:16", "8x8@0.5"])
+@pytest.mark.parametrize("pattern", ["0.5", "0.8", "2:4", "4:8", "8:16"])
 def test_output_error_is_below_that_of_other_masks(pattern: str) -> None:
     weight, hessian = problem()
     ours = error(prune("alps", weight, hessian, pattern), weight, hessian)
     magnitude = prune("magnitude", weight, hessian, pattern)
     refitted = error(Refit().apply(weight, magnitude, hessian), weight, hessian)
     assert ours < 0.8 * refitted
-    # Of tiles there are so few that both choose nearly the same.
     assert ours < 1.01 * error(prune("sparsegpt", weight, hessian, pattern), weight, hessian)
 
 
@@ -59,7 +58,7 @@ def test_little_is_left_to_refit() -> None:
     assert error(again, weight, hessian) > 0.98 * error(pruned, weight, hessian)
 
 
-@pytest.mark.parametrize("pattern", ["0.5", "2:4", "8x8@0.5"])
+@pytest.mark.parametrize("pattern", ["0.5", "2:4"])
 def test_uncorrelated_inputs_come_near_the_optimum(pattern: str) -> None:
     weight, _ = problem()
     norms = torch.linspace(0.5, 2, 96)

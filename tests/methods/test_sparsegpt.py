@@ -7,10 +7,10 @@ import logging
 import pytest
 import torch
 
-from gblm.errors import InputError, UsageError
+from gblm.errors import InputError
 from gblm.methods import make_method
 from gblm.methods.sparsegpt import _rule
-from gblm.patterns import NM, Block, Pattern, Unstructured, parse
+from gblm.patterns import NM, Pattern, Unstructured, parse
 from gblm.weights import SparseWeight
 
 
@@ -39,11 +39,6 @@ def published_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
 
 def choice(score: torch.Tensor, pattern: Pattern, start: int, stop: int) -> torch.Tensor:
     """Oracle: what goes of a block of columns, with exact cumulative budgets."""
-    if isinstance(pattern, Block):
-        high, wide = pattern.block_rows, pattern.block_cols
-        tiles = score.unfold(0, high, high).unfold(1, wide, wide).sum(dim=(2, 3))
-        drop = choice(tiles, Unstructured(pattern.sparsity), start // wide, stop // wide)
-        return drop.repeat_interleave(high, 0).repeat_interleave(wide, 1)
     rows = score.shape[0]
     budget = int(rows * stop * pattern.sparsity) - int(rows * start * pattern.sparsity)
     drop = torch.zeros(score.numel(), dtype=torch.bool)
@@ -96,11 +91,6 @@ def test_unstructured_equals_the_plain_algorithm(shape: tuple[int, int], sparsit
         ("2:5", 500, 125),
         ("7:24", 120, 120),
         ("30:64", 320, 128),
-        ("4x8@0.4", 304, 128),
-        ("8x5@0.5", 500, 125),
-        ("8x1@0.3", 301, 128),
-        ("1x16@0.7", 288, 128),
-        ("24x128@0.5", 512, 128),
     ],
 )
 def test_structured_equals_the_plain_algorithm(pattern: str, cols: int, block: int) -> None:
@@ -112,7 +102,7 @@ def test_structured_equals_the_plain_algorithm(pattern: str, cols: int, block: i
     torch.testing.assert_close(pruned.weight, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("pattern", ["0.5", "2:4", "3:6", "8:16", "8x8@0.5"])
+@pytest.mark.parametrize("pattern", ["0.5", "2:4", "3:6", "8:16"])
 @pytest.mark.parametrize("block_size", [1, 4, 8, 10, 33, 1000])
 def test_every_block_size_works(pattern: str, block_size: int) -> None:
     weight, _, hessian = problem(16, 48)
@@ -229,14 +219,9 @@ def test_a_hopeless_hessian_is_refused(hessian: torch.Tensor) -> None:
         make_method("sparsegpt", {}).prepare({"hessian": hessian}, "q_proj")
 
 
-def test_an_unknown_pattern_is_refused() -> None:
-    with pytest.raises(UsageError, match="cannot follow the pattern"):
-        make_method("sparsegpt", {}).check_pattern(object())
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("pattern", ["0.5", "2:4", "16x16@0.5"])
+@pytest.mark.parametrize("pattern", ["0.5", "2:4"])
 def test_cuda_equals_cpu(pattern: str) -> None:
     weight, _, hessian = problem(64, 320)
     cpu = prune(weight, hessian, parse(pattern))

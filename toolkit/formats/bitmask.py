@@ -12,7 +12,7 @@ from gblm.errors import CheckpointError
 from gblm.formats.base import Format, Parts, Shape, TensorSpec
 from gblm.formats.bits import pack_bits, row_counts
 from gblm.formats.nibbles import byte_offsets, pack_ragged, unpack_ragged
-from gblm.patterns import Block, Pattern, Unstructured
+from gblm.patterns import Pattern, Unstructured
 
 
 class BitmaskFormat(Format):
@@ -27,7 +27,7 @@ class BitmaskFormat(Format):
     @classmethod
     def holds(cls, pattern: Pattern) -> bool:
         """See Format.holds: any position."""
-        return isinstance(pattern, Unstructured | Block)
+        return isinstance(pattern, Unstructured)
 
     def values_shape(self, shape: Shape) -> tuple[int, ...]:
         """See Format.values_shape."""

@@ -8,8 +8,7 @@ input serves every ρ. An unstructured budget is that of the matrix, as in the p
 
 Deviations from the published code (https://github.com/mazumder-lab/ALPS): the result starts from
 D, not from a projection of B; the decomposition is float32; ρ is lowered, with a restart, while
-few weights enter or leave the support at first, but not below 1e-4. Blocks go or stay by the sum
-of squares of their weights, which is the exact projection, too.
+few weights enter or leave the support at first, but not below 1e-4.
 """
 
 from __future__ import annotations

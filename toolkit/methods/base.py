@@ -35,9 +35,6 @@ class Method(ABC):
     scope: ClassVar[Scope] = "row"
     """Who competes for the budget of an unstructured pattern."""
 
-    def check_pattern(self, pattern: Pattern) -> None:  # noqa: B027
-        """Raise UsageError when the method cannot follow this pattern."""
-
     def prepare(self, stats: Stats, name: str = "") -> Stats:
         """Derive what several linears with the same input share; called once per input.
 

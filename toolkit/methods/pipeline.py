@@ -56,11 +56,6 @@ class Pipeline:
         reads = "grad_norm" in self.method.needs
         return getattr(self.method, "gradient_norm", "l2") if reads else None
 
-    def check_pattern(self, pattern: Pattern) -> None:
-        """Raise UsageError when the method cannot follow this pattern."""
-        if not isinstance(pattern, Dense):
-            self.method.check_pattern(pattern)
-
     def prepare(self, stats: Stats, name: str = "") -> Stats:
         """Derive what several linears with the same input share; see `Method.prepare`.
 

@@ -22,7 +22,7 @@ from gblm.errors import UsageError
 from gblm.methods.base import Method, Stats
 from gblm.methods.obs import prepare_obs
 from gblm.methods.sweep import LEAF, Choose, Grid, Level, Sweep, nest
-from gblm.patterns import NM, Block, Pattern, Scope, Unstructured, keep_highest
+from gblm.patterns import NM, Pattern, Scope, keep_highest
 from gblm.values import ValueType
 from gblm.weights import SparseWeight
 
@@ -34,8 +34,8 @@ class SparseGPT(Method):
     Attributes:
         damping: fraction of H's mean diagonal that is added to the diagonal. Where that leaves H
             not positive definite it is raised tenfold, up to 1.
-        block_size: columns whose weights compete for the budget of an unstructured or block
-            pattern; lowered to a multiple of the pattern's width. N:M does not depend on it.
+        block_size: columns whose weights compete for the budget of an unstructured
+            pattern. N:M does not depend on it.
     """
 
     scope: ClassVar[Scope] = "matrix"
@@ -56,11 +56,6 @@ class SparseGPT(Method):
         if self.block_size < 1:
             raise UsageError(f"block_size {self.block_size!r} must be at least 1.")
 
-    def check_pattern(self, pattern: Pattern) -> None:
-        """See Method.check_pattern; the choice within a block must be known for each pattern."""
-        if not isinstance(pattern, Unstructured | NM | Block):
-            raise UsageError(f"sparsegpt cannot follow the pattern {pattern}: use another method.")
-
     def prepare(self, stats: Stats, name: str = "") -> Stats:
         """See prepare_obs, which says what is returned and raised."""
         return prepare_obs(stats, self.damping, name)
@@ -76,7 +71,6 @@ class SparseGPT(Method):
             pattern: which positions may stay. N:M is chosen per group, from the weights as updated
                 so far; other patterns per block of columns, over all rows.
         """
-        self.check_pattern(pattern)
         columns, rule = weight.shape[1], _rule(pattern, weight.device)
         sweep = Sweep(weight, stats, rounds=rule.rounds)
         sweep.run(0, columns, _plan(pattern, rule, self.block_size, columns))
@@ -110,7 +104,6 @@ class SparseGPT(Method):
             InputError: a weight is NaN or Inf, or becomes so.
             PatternError: `in` does not divide into groups.
         """
-        self.check_pattern(pattern)
         columns, rule = weight.shape[1], _rule(pattern, weight.device)
         values.check_columns(name, columns)
         grid = Grid(values.group(columns), values.limit)
@@ -147,15 +140,14 @@ def _rule(pattern: Pattern, device: torch.device) -> _Rule:
             )
         wide: Choose = partial(_lowest_of_groups, pattern)
         return _Rule(size, choose, wide, num_pruned if size <= LEAF else None)
-    tile = (pattern.block_rows, pattern.block_cols) if isinstance(pattern, Block) else (1, 1)
-    choose = partial(_lowest_of_block, pattern.sparsity, tile)
-    return _Rule(tile[1], choose, choose)
+    choose = partial(_lowest_of_block, pattern.sparsity)
+    return _Rule(1, choose, choose)
 
 
 def _plan(
     pattern: Pattern, rule: _Rule, block_size: int, columns: int, group: int = 0
 ) -> list[Level]:
-    """Nest the ranges so that none cuts a group or tile in two.
+    """Nest the ranges so that none cuts a group in two.
 
     Args:
         pattern: what `rule` is of.
@@ -205,17 +197,9 @@ def _lowest_of_groups(pattern: NM, score: Tensor, start: int, stop: int) -> Tens
     return ~pattern.keep(score.t(), "row").t()
 
 
-def _lowest_of_block(
-    sparsity: float, tile: tuple[int, int], score: Tensor, start: int, stop: int
-) -> Tensor:
-    """The tiles [rows, columns] with the lowest summed scores; a weight alone is a tile too."""
-    across, down = (stop - start) // tile[1], score.shape[1] // tile[0]
-    if tile == (1, 1):
-        sums = score
-    else:
-        sums = score.reshape(across, tile[1], down, tile[0]).sum(dim=(1, 3))
+def _lowest_of_block(sparsity: float, score: Tensor, start: int, stop: int) -> Tensor:
+    """The lowest scores of a block of columns."""
     # Differences of rounded totals add up to the rounded total of the whole matrix.
-    done = start // tile[1]
-    num_pruned = int(down * (done + across) * sparsity) - int(down * done * sparsity)
-    drop = ~keep_highest(sums.reshape(1, -1), num_pruned).reshape(across, 1, down, 1)
-    return drop.expand(-1, tile[1], -1, tile[0]).reshape(score.shape)
+    rows = score.shape[1]
+    num_pruned = int(rows * stop * sparsity) - int(rows * start * sparsity)
+    return ~keep_highest(score.reshape(1, -1), num_pruned).reshape(score.shape)

@@ -13,7 +13,7 @@ from torch.nn.functional import linear, silu
 
 from gblm.calibrate.trainable import trainable
 from gblm.choices import Choice
-from gblm.patterns import NM, Block, Pattern, Unstructured
+from gblm.patterns import NM, Pattern, Unstructured
 from gblm.plan.setting import Setting
 from gblm.structure import structure
 from gblm.values import FLOAT, ROW, ValueType
@@ -152,12 +152,8 @@ def _a_step(setting: Setting, pruned: SparseWeight) -> Callable[[], object]:
 
 def strip_shape(pattern: Pattern, columns: int) -> tuple[int, int]:
     """A weight's shape [out, in] near PROBE_ROWS and `columns` that the pattern divides."""
-    tall, wide = 1, 8
-    if isinstance(pattern, NM):
-        wide = math.lcm(wide, pattern.group_m)
-    elif isinstance(pattern, Block):
-        tall, wide = pattern.block_rows, math.lcm(wide, pattern.block_cols)
-    return max(PROBE_ROWS // tall, 1) * tall, max(columns // wide, 1) * wide
+    wide = math.lcm(8, pattern.group_m) if isinstance(pattern, NM) else 8
+    return PROBE_ROWS, max(columns // wide, 1) * wide
 
 
 def _seconds(action: Callable[[], object], device: torch.device) -> float:

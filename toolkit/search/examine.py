@@ -142,7 +142,7 @@ def examine(recipe: Recipe, space: Space, progress: Progress = no_progress) -> E
         linears = linears_of(reader, chosen, pipeline.method.scope)
         check_packable(reader, {own.name: Choice(Dense()) for own in linears})
         values, left_out = _values(space, linears)
-        patterns, more = _patterns(space, linears, pipeline)
+        patterns, more = _patterns(space, linears)
         curves, facts = _pass(recipe, pipeline, layers, values, patterns, progress)
         head = output_head(layers.model, recipe.head, reader)
         pruned = sum(reader.num_bytes(f"{linear.name}.weight") for linear in linears)
@@ -207,15 +207,12 @@ def _values(
     return found, notes
 
 
-def _patterns(
-    space: Space, linears: tuple[LinearSpec, ...], pipeline: Pipeline
-) -> tuple[tuple[NM, ...], list[str]]:
+def _patterns(space: Space, linears: tuple[LinearSpec, ...]) -> tuple[tuple[NM, ...], list[str]]:
     """Give the N:M patterns that every linear can have; the others get a note."""
     found, notes = [], []
     for pattern in map(parse, (text for text in space.patterns if text != "unstructured")):
         if not isinstance(pattern, NM):
             raise UsageError(f"pattern {pattern}: a search takes unstructured and N:M patterns.")
-        pipeline.check_pattern(pattern)
         try:
             for linear in linears:
                 pattern.check_shape(linear.name, linear.shape)
