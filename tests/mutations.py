@@ -208,19 +208,19 @@ LIST: dict[str, list[tuple[str, str, str]]] = {
     ],
     "evaluate/test_gates.py": [
         ("gate-nan", "(math.isnan(pair[1]), sign * pair[1])", "sign * pair[1]"),
-        ("gate-op", 'value <= gate.bound if kind.op == "<=" else',
-         'value < gate.bound if kind.op == "<=" else'),
+        ("gate-op", "value <= gate.bound if at_most else", "value < gate.bound if at_most else"),
         ("gate-points", "100 * (value - dense)", "(value - dense)"),
-        ("gate-kl", 'partial = gate.name == "kl" and "kl_over" in drift', "partial = False"),
-        ("gate-worst", 'sign = 1 if kind.op == "<=" else -1', "sign = 1"),
+        ("gate-worst", "sign = 1 if at_most else -1", "sign = 1"),
+        ("gate-invalid", "if not speed.verdict.valid:", "if False:"),
     ],
-    "evaluate/test_perplexity.py evaluate/test_engines.py evaluate/test_side_by_side.py": [
+    "evaluate/test_perplexity.py evaluate/test_engines.py": [
         ("ppl-mean", "return of_loss(-float(logprobs.double().mean()))",
          "return of_loss(-float(logprobs.double().median()))"),
         ("drift-sign", "(model.logprobs - dense.logprobs)[counted].abs()",
          "(model.logprobs - dense.logprobs)[counted]"),
         ("kl-direction", "(theirs.exp() * (theirs - ours)).sum(-1).cpu()",
          "(ours.exp() * (ours - theirs)).sum(-1).cpu()"),
+        ("kl-partial", '"_at_least" if self.of_likeliest else ""', '""'),
     ],
     "bench/test_validity.py bench/test_noise.py": [
         ("failed-requests", "if seen.failed or done != asked.num_prompts:", "if seen.failed:"),

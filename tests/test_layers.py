@@ -73,7 +73,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "errors", "folder", "formats", "kernels", "network", "packed", "patterns",
         "progress", "provenance", "record", "values", "weights",
     },
-    "report": {"__init__", "checkpoint", "errors", "folder", "formats", "kernels", "record"},
+    "report": {"__init__", "checkpoint", "errors", "folder", "formats", "record"},
     "doctor": {"formats", "kernels", "patterns", "provenance", "values", "weights"},
     "export": {
         "bench", "checkpoint", "choices", "errors", "evaluate", "folder", "formats", "kernels",

@@ -171,6 +171,34 @@ def test_drift_is_that_of_a_loop() -> None:
     assert found["top1"] == pytest.approx(same / 11)
 
 
+def test_kl_over_the_likeliest_tokens_is_a_lower_bound_and_called_so() -> None:
+    generator = torch.Generator().manual_seed(1)
+    window = torch.randint(7, (12,), generator=generator)
+    ours, theirs = torch.randn(2, 12, 7, generator=generator)
+    full, dense = Scores.of(ours, window), Scores.of(theirs, window)
+    assert full.full is not None
+    assert dense.full is not None
+    logprobs, tokens = full.full.topk(3)
+    best = [dict(zip(t, v, strict=True))
+            for t, v in zip(tokens.tolist(), logprobs.tolist(), strict=True)]  # fmt: skip
+    drift, whole = Drift(), Drift()
+    drift.add(Scores.likeliest(full.logprobs.tolist(), best), dense, slice(0, None))
+    whole.add(full, dense, slice(0, None))
+    kls = []
+    for q, p in zip(full.full.double().exp(), dense.full.double().exp(), strict=True):
+        top = q.argsort(descending=True)[:3]
+        parts = [(p[t], q[t]) for t in top] + [(1 - p[top].sum(), 1 - q[top].sum())]
+        kls.append(sum(float(a * (a / b).log()) for a, b in parts))
+    found = drift.summary()
+    assert found["kl_mean_at_least"] == pytest.approx(sum(kls) / 11, rel=1e-4)
+    assert found["kl_mean_at_least"] < whole.summary()["kl_mean"]
+    assert found["top1"] == whole.summary()["top1"]
+    assert "kl_mean" not in found
+    few = [{999: -0.1}] * 11
+    with pytest.raises(InputError, match="a token 999 and the baseline 7 tokens"):
+        drift.add(Scores.likeliest(full.logprobs.tolist(), few), dense, slice(0, None))
+
+
 def test_drift_refuses_another_vocabulary() -> None:
     window = torch.tensor([0, 1, 2])
     ours, theirs = (Scores.of(torch.zeros(3, size), window) for size in (5, 6))

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from gblm.record import Record
 from gblm.report import charts
-from gblm.report.folders import PackedFacts
+from gblm.report.folders import Folder
 from gblm.report.tables import label
 
 # More lines than this are no chart; the table has them.
@@ -113,30 +113,29 @@ def _over_loads(
     }
 
 
-def sparsities(folders: Sequence[PackedFacts]) -> Iterator[Figure]:
+def sparsities(folders: Sequence[Folder]) -> Iterator[Figure]:
     """Sparsity over projections and decoder layers, all folders on one scale."""
-    every = [linear.sparsity for folder in folders for linear in folder.linears]
+    every = [share for folder in folders for share in folder.sparsity.values()]
     for folder in folders:
-        found = {(linear.part, linear.layer): linear.sparsity for linear in folder.linears}
-        parts = list(dict.fromkeys(part for part, _ in found))
-        depth = sorted({layer for _, layer in found})
-        values = [[found.get((part, layer), math.nan) for layer in depth] for part in parts]
-        names = [part.rpartition(".")[2] for part in parts]
-        title = f"Sparsity, {folder.name}"
-        picture = charts.heat(title, names, list(map(str, depth)), values, (min(every), max(every)))
-        yield Figure(title, picture, "share of the weights that is not stored")
+        parts = list(dict.fromkeys(part for part, _ in folder.sparsity))
+        depth = sorted({layer for _, layer in folder.sparsity})
+        if parts:
+            values = [[folder.sparsity.get((part, n), math.nan) for n in depth] for part in parts]
+            names = [part.rpartition(".")[2] for part in parts]
+            title, limits = f"Sparsity, {folder.name}", (min(every), max(every))
+            picture = charts.heat(title, names, list(map(str, depth)), values, limits)
+            yield Figure(title, picture, "share of the weights that is not stored")
 
 
-def masks(folders: Sequence[PackedFacts]) -> Iterator[Figure]:
+def masks(folders: Sequence[Folder]) -> Iterator[Figure]:
     """Linear by linear, each folder's mask on one scale."""
-    for name in dict.fromkeys(name for folder in folders for name in folder.masks):
-        own = {folder.name: folder.masks[name] for folder in folders if name in folder.masks}
+    for place in dict.fromkeys(place for folder in folders for place in folder.masks):
+        own = {folder.name: folder.masks[place] for folder in folders if place in folder.masks}
         cells = torch.cat([charts.downsample(mask).flatten() for mask in own.values()])
         # All but the rarest cells.
         low, high = (float(torch.quantile(cells, share)) for share in (0.02, 0.98))
         limits = (low, high) if high > low else (0.0, 1.0)
-        layer, _, part = name.partition(".")
-        for folder, mask in own.items():
-            title = f"Layer {layer}, {part}, {folder}"
+        for name, mask in own.items():
+            title = f"Layer {place[1]}, {place[0]}, {name}"
             scale = f"white {limits[0]:.0%} kept or less, blue {limits[1]:.0%} or more"
             yield Figure(title, charts.mask_picture(f"Mask: {title}", mask, limits), scale)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from gblm.record import Record
 from gblm.report.sources import Sources
-from gblm.report.tables import Table, folder_table, record_tables
+from gblm.report.tables import Table, record_tables
 
 # What a model card shows of a model.
 INDEXED = ("perplexity", "acc", "acc_norm", "exact_match", "word_perplexity")
@@ -31,8 +31,8 @@ def markdown(sources: Sources, title: str) -> str:
     for file, record in sources.records:
         lines += [f"## {escape(record.kind)}: {escape(file)}", ""]
         lines += [line for table in record_tables(record) for line in show(table)]
-    for table in (*map(folder_table, sources.folders), *sources.exports):
-        lines += show(table)
+    for folder in sources.folders:
+        lines += show(folder.table)
     lines += ["## How to repeat it", ""]
     # An indented block, which no recorded command can close.
     lines += [*(f"    {' '.join(command.split())}" for command in sources.commands), ""]

@@ -9,7 +9,7 @@ from jinja2 import Environment, StrictUndefined
 from gblm import __version__
 from gblm.report import figures
 from gblm.report.sources import Sources
-from gblm.report.tables import folder_table, record_tables
+from gblm.report.tables import record_tables
 
 
 def html(sources: Sources, title: str) -> str:
@@ -33,7 +33,7 @@ def html(sources: Sources, title: str) -> str:
             (f"{record.kind}: {file}", list(figures.of_record(record)), list(record_tables(record)))
             for file, record in sources.records
         ],
-        folders=[folder_table(folder) for folder in sources.folders],
+        folders=[folder.table for folder in sources.folders],
         sparsities=list(figures.sparsities(sources.folders)),
         masks=list(figures.masks(sources.folders)),
         environments=list(sources.environments()),

@@ -1,4 +1,4 @@
-"""The files and folders that a report is made of: read, told apart, refused."""
+"""The files and folders that a report is made of."""
 
 from __future__ import annotations
 
@@ -7,27 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gblm.errors import InputError
-from gblm.folder import read_json_object
 from gblm.record import Record
-from gblm.report.folders import PackedFacts, read_folder
-from gblm.report.tables import Table, named
-
-ONNX_REPORT = "onnx_report.json"
+from gblm.report.folders import Folder, read_folder
+from gblm.report.tables import Table, said
 
 
 @dataclass
 class Sources:
-    """Everything that a report shows.
-
-    Attributes:
-        records: each with the name of its file.
-        folders: packed ones.
-        exports: a table of each folder that `gblm export onnx` wrote.
-    """
+    """Everything that a report shows; each record with the name of its file."""
 
     records: list[tuple[str, Record]] = field(default_factory=list)
-    folders: list[PackedFacts] = field(default_factory=list)
-    exports: list[Table] = field(default_factory=list)
+    folders: list[Folder] = field(default_factory=list)
 
     @property
     def invalid(self) -> list[str]:
@@ -48,11 +38,7 @@ class Sources:
     def commands(self) -> list[str]:
         """What repeats it, each once."""
         found = [record.command for _, record in self.records]
-        found += [
-            f"gblm prune MODEL --recipe {folder.name}/recipe.json --output {folder.name}"
-            for folder in self.folders
-            if folder.method
-        ]
+        found += [folder.command for folder in self.folders if folder.command]
         return list(dict.fromkeys(found))
 
     def environments(self) -> Iterator[Table]:
@@ -60,9 +46,8 @@ class Sources:
         alike: dict[tuple[tuple[str, str], ...], list[str]] = {}
         for file, record in self.records:
             # The time differs in each and says nothing of the machine.
-            known = [(key, _said(value)) for key, value in record.provenance.items()
-                     if key != "created"]  # fmt: skip
-            alike.setdefault(tuple(known), []).append(file)
+            known = {key: said(v) for key, v in record.provenance.items() if key != "created"}
+            alike.setdefault(tuple(known.items()), []).append(file)
         for rows, files in alike.items():
             yield Table(", ".join(files), "", ("", ""), rows)
 
@@ -79,35 +64,14 @@ def read_sources(paths: Sequence[Path], layers: Sequence[int]) -> Sources:
     """
     found = Sources()
     for path in paths:
-        if (path / ONNX_REPORT).is_file():
-            found.exports.append(_export(path))
-        elif path.is_dir():
-            folder = read_folder(path, layers)
-            if any(folder.name == other.name for other in found.folders):
-                raise InputError(
-                    f"{path}: two folders are called {folder.name!r}; rename one of them, as names "
-                    "join quality and speed."
-                )
-            found.folders.append(folder)
-        else:
+        if not path.is_dir():
             found.records.append((path.name, Record.read(path)))
+            continue
+        folder = read_folder(path, layers)
+        if any(folder.name == other.name for other in found.folders):
+            raise InputError(
+                f"{path}: two folders are called {folder.name!r}; rename one of them, as names "
+                "join quality and speed."
+            )
+        found.folders.append(folder)
     return found
-
-
-def _export(folder: Path) -> Table:
-    """What the report of an export says of it, and whether it was validated."""
-    report = read_json_object(folder / ONNX_REPORT)
-    checked = report.get("validation")
-    outcome = "not validated"
-    if isinstance(checked, dict):
-        outcome = "passed" if checked.get("passed") is True else "FAILED"
-    known = ("source", "target", "precision", "sparse", "bytes_total")
-    rows = [(key.replace("_", " "), _said(report[key])) for key in known if key in report]
-    return named(folder.resolve().name, (*rows, ("validation", outcome)))
-
-
-def _said(value: object) -> str:
-    """A value of JSON in words."""
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_said(inner)}" for key, inner in value.items())
-    return str(value)

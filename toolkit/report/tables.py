@@ -7,9 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from gblm.record import Record
-from gblm.report.folders import LinearFacts, PackedFacts
-
-Cells = tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -26,30 +23,25 @@ class Table:
     title: str
     note: str
     header: tuple[str, ...]
-    rows: Cells
-
-
-def named(title: str, rows: Cells) -> Table:
-    """Make a table of names and what they stand for."""
-    return Table(title, "", ("", ""), rows)
+    rows: tuple[tuple[str, ...], ...]
 
 
 def record_tables(record: Record) -> Iterator[Table]:
     """Show every figure of a record: a table of its sides, then its rows."""
     keys = tuple(dict.fromkeys(key for facts in record.sides.values() for key in facts))
     if keys:
-        rows = tuple((side, *(_fact(facts.get(key)) for key in keys))
+        rows = tuple((side, *(said(facts.get(key)) for key in keys))
                      for side, facts in record.sides.items())  # fmt: skip
         yield Table("What was measured", "", ("", *(key.replace("_", " ") for key in keys)), rows)
     if len(record.metrics) == 1:
         (metric,) = record.metrics
         lines = [(load, load, metric) for load in record.loads]
         yield _figures(record, label(record, metric), "", lines)
-    else:
-        for load in record.loads:
-            found = dict.fromkeys(row.metric for row in record.rows if row.load == load)
-            lines = [(label(record, metric), load, metric) for metric in found]
-            yield _figures(record, load.partition(",")[0], load, lines)
+        return
+    for load in record.loads:
+        found = dict.fromkeys(row.metric for row in record.rows if row.load == load)
+        lines = [(label(record, metric), load, metric) for metric in found]
+        yield _figures(record, load.partition(",")[0], load, lines)
 
 
 def _figures(record: Record, title: str, load: str, lines: Sequence[tuple[str, str, str]]) -> Table:
@@ -67,45 +59,17 @@ def cell(record: Record, side: str, load: str, metric: str) -> str:
     row = record.row(side, load, metric)
     if row is None:
         return "–"
-    said = "not finite" if row.value is None else number(row.value, 4)
+    text = "not finite" if row.value is None else number(row.value, 4)
     if row.interval is not None:
-        said += f" [{number(row.interval[0], 4)}, {number(row.interval[1], 4)}]"
+        text += f" [{number(row.interval[0], 4)}, {number(row.interval[1], 4)}]"
     ratio = record.ratio(side, load, metric)
-    return said if ratio is None or side == record.baseline else f"{said} ({number(ratio.median)})"
+    return text if ratio is None or side == record.baseline else f"{text} ({number(ratio.median)})"
 
 
 def label(record: Record, metric: str) -> str:
     """Write a metric with its unit."""
     unit = next((row.unit for row in record.rows if row.metric == metric), "")
     return f"{metric}, {unit}" if unit else metric
-
-
-def folder_table(folder: PackedFacts) -> Table:
-    """Show linears of one kind and treatment in one row each."""
-    groups: dict[tuple[str, str, str, str], list[LinearFacts]] = {}
-    for linear in folder.linears:
-        key = (linear.part, linear.pattern, linear.values, linear.backend)
-        groups.setdefault(key, []).append(linear)
-    rows = tuple(
-        (part, spans([one.layer for one in own]), pattern, values,
-         number(sum(one.sparsity for one in own) / len(own)),
-         number(sum(one.bits for one in own) / len(own)), backend)
-        for (part, pattern, values, backend), own in groups.items()
-    )  # fmt: skip
-    header = ("linear", "layers", "pattern", "values", "sparsity", "bits per weight",
-              "backend on CPU")  # fmt: skip
-    return Table(folder.name, folder.line, header, rows)
-
-
-def spans(numbers: Sequence[int]) -> str:
-    """Write 1, 2, 3, 7 as "1–3, 7"."""
-    found: list[list[int]] = []
-    for n in sorted(numbers):
-        if found and n == found[-1][1] + 1:
-            found[-1][1] = n
-        else:
-            found.append([n, n])
-    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in found)
 
 
 def number(value: float, count: int = 3) -> str:
@@ -121,9 +85,10 @@ def number(value: float, count: int = 3) -> str:
     return f"{value:.{count}g}"
 
 
-def _fact(value: object) -> str:
+def said(value: object) -> str:
+    """Write a value of JSON in words."""
     if value is None:
         return "–"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    return str(value) if isinstance(value, int) else number(value, 4)
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {said(inner)}" for key, inner in value.items())
+    return number(value, 4) if isinstance(value, float) else str(value)
