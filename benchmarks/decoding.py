@@ -34,7 +34,7 @@ from pages import made_by
 from gblm.bench.noise import Limits, measured, reasons
 from gblm.checkpoint.inspect import inspect
 from gblm.fetch import fetch
-from gblm.folder import quant_method, read_config
+from gblm.model.folder import ModelFolder, quant_method, read_config
 from gblm.provenance import provenance
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -220,7 +220,7 @@ def bits_per_weight(folder: Path) -> float:
         return vllm_rivals.BITS[folder.name.rpartition("-")[2]]
     if method is None:
         return 16.0  # the model itself
-    groups = inspect(folder)["groups"]
+    groups = inspect(ModelFolder.open(folder))["groups"]
     return 8 * sum(g["bytes"] for g in groups) / sum(g["weights"] for g in groups)
 
 

@@ -16,7 +16,6 @@ other records, such as those of another machine. Writes benchmarks/results/front
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import math
 import os
@@ -26,7 +25,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -42,16 +41,16 @@ from gblm.errors import InputError
 from gblm.evaluate.perplexity import perplexity
 from gblm.fetch import fetch
 from gblm.methods.base import Stats
-from gblm.methods.pipeline import Pipeline
-from gblm.model import load_tokenizer
+from gblm.methods.pipeline import Pipeline, make_pipeline
+from gblm.model.loading import load_tokenizer
 from gblm.packed import is_packed, load_any
 from gblm.patterns import Pattern, parse
 from gblm.provenance import provenance
+from gblm.prune import prune
 from gblm.recipe import Recipe
 from gblm.search.budget import parse_budget
 from gblm.search.candidates import Question, answer
 from gblm.search.examine import Space
-from gblm.steps import Steps, steps_of
 from gblm.values import ValueType
 from gblm.weights import SparseWeight
 
@@ -100,19 +99,16 @@ class NarrowPipeline(Pipeline):
 
 def prune_case(case: Case, recipe: Recipe, output: Path) -> dict[str, float]:
     """Make the packed folder: CPU and wall seconds of prune(), bits per pruned weight, zeros."""
-    pruning = importlib.import_module("gblm.prune")
 
-    def narrow(recipe: Recipe) -> Steps:
-        steps = steps_of(recipe)
-        found = steps.pipeline
-        pipeline = NarrowPipeline(found.method, found.refit, found.rounding, case.narrow)
-        return replace(steps, pipeline=pipeline)
+    def narrow(*asked: Any) -> Pipeline:
+        found = make_pipeline(*asked)
+        return NarrowPipeline(found.method, found.refit, found.rounding, case.narrow)
 
     cpu, wall = time.process_time(), time.monotonic()
     if case.budget:
         recipe = spread(recipe, case.budget)
-    with mock.patch.object(pruning, "steps_of", narrow if case.narrow else steps_of):
-        report = pruning.prune(recipe, output)
+    with mock.patch("gblm.prune.job.make_pipeline", narrow if case.narrow else make_pipeline):
+        report = prune(recipe, output)
     return {
         "cpu_seconds": round(time.process_time() - cpu, 1),
         "seconds": round(time.monotonic() - wall, 1),

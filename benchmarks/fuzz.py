@@ -39,9 +39,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import logging as transformers_logging
 
 import gblm.packed
-from gblm.checkpoint.packed_folder import MANIFEST_FILE, PackedReader
 from gblm.checkpoint.verify import verify
 from gblm.errors import GblmError, InputError
+from gblm.model.folder import ModelFolder
+from gblm.model.packed_reader import MANIFEST_FILE, PackedReader
 from gblm.prune import prune
 from gblm.recipe import Recipe
 
@@ -119,8 +120,9 @@ def run_case(good: Files, rng: random.Random, folder: Path) -> tuple[str, str]:
     damage = mutate(rng, files)
     careful = rng.random() < 0.7
     write(folder, rehashed(files) if careful else files)
-    refusal = attempt(lambda: gblm.packed.check_loadable(folder))  # both roads begin so
-    not_verified = refusal or attempt(lambda: verify(folder))
+    # Both roads begin so.
+    refusal = attempt(lambda: gblm.packed.check_loadable(ModelFolder.open(folder)))
+    not_verified = refusal or attempt(lambda: verify(ModelFolder.open(folder)))
     refusal = refusal or attempt(lambda: check_loaded(folder))
     if refusal:
         # transformers wants things besides, such as an index's metadata.
@@ -156,7 +158,7 @@ def attempt(action: Callable[[], object]) -> str:
 def check_loaded(folder: Path) -> None:
     """Load the model and hold every weight against a plain reading of the files."""
     model = gblm.packed.load(folder)
-    with PackedReader(folder) as packed, torch.inference_mode():
+    with PackedReader(ModelFolder.open(folder)) as packed, torch.inference_mode():
         for name, linear in packed.linears.items():
             module = model.get_submodule(name)
             weight = plain_weight(linear.fmt, packed.parts(name), linear.shape)
@@ -236,7 +238,7 @@ def run(cases: int, first: int, seed: int) -> dict[str, Any]:
         folder = Path(work) / "case"
         for good in goods:
             write(folder, good)
-            verify(folder)
+            verify(ModelFolder.open(folder))
             check_loaded(folder)
         used = psutil.Process().memory_info().vms
         resource.setrlimit(resource.RLIMIT_AS, (used + MORE_BYTES, resource.RLIM_INFINITY))

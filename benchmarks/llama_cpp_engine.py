@@ -32,8 +32,9 @@ def make_gguf(model: Path, kind: str, target: Path) -> Path:
     import gguf
     import torch
 
-    from gblm.checkpoint.reader import Reader
     from gblm.export.onnx_model.export import with_rope_theta
+    from gblm.model.folder import ModelFolder
+    from gblm.model.reader import Reader
 
     config = json.loads((model / "config.json").read_text())
     writer = gguf.GGUFWriter(target, "llama")
@@ -48,7 +49,7 @@ def make_gguf(model: Path, kind: str, target: Path) -> Path:
     writer.add_rope_freq_base(with_rope_theta(config)["rope_theta"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("none")
-    with Reader(model) as reader:
+    with Reader(ModelFolder.open(model)) as reader:
         for name in reader.headers:
             tensor = reader.tensor(name).to(torch.float32).numpy()
             if heads := config[HEADS[part]] if (part := name.split(".")[-2]) in HEADS else 0:

@@ -26,6 +26,7 @@ from pages import made_by
 
 from gblm.checkpoint.inspect import inspect
 from gblm.export.dense import export_dense
+from gblm.model.folder import ModelFolder
 from gblm.provenance import provenance
 from gblm.prune import prune
 from gblm.recipe import Recipe
@@ -44,7 +45,7 @@ def folders(root: Path) -> None:
         model=str(shape_folder(root, SHAPE)), method="magnitude", pattern="2:4", calibration=None
     )
     prune(recipe, root / "packed")
-    export_dense(root / "packed", root / "dense")
+    export_dense(ModelFolder.open(root / "packed"), root / "dense")
 
 
 def load(folder: str) -> None:
@@ -131,8 +132,8 @@ def main() -> None:
     record: dict[str, Any] = {
         "kind": "load memory", "command": made_by(),
         "provenance": provenance(), "shape": SHAPE, "pattern": "2:4",
-        "dense_bytes": inspect(chosen.folder / "dense")["bytes"],
-        "packed_bytes": inspect(chosen.folder / "packed")["bytes"],
+        "dense_bytes": inspect(ModelFolder.open(chosen.folder / "dense"))["bytes"],
+        "packed_bytes": inspect(ModelFolder.open(chosen.folder / "packed"))["bytes"],
         "largest_linear_bytes": 2 * LARGEST,
         "rows": rows,
     }  # fmt: skip

@@ -31,7 +31,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from gblm.fetch import fetch
-from gblm.model import skeleton
+from gblm.model.folder import ModelFolder
+from gblm.model.loading import skeleton
 from gblm.provenance import provenance
 
 RECORD = Path(__file__).resolve().parent / "results" / "memory.json"
@@ -73,7 +74,7 @@ def shape_folder(root: Path, size: str) -> Path:
 def write_shards(folder: Path) -> Iterator[tuple[str, str]]:
     """Draw and write shard after shard; yield each tensor's name and file."""
     shards: dict[str, dict[str, torch.Size]] = {}
-    for name, parameter in skeleton(folder, 10**6).named_parameters():
+    for name, parameter in skeleton(ModelFolder.open(folder), 10**6).named_parameters():
         parts = name.split(".")
         shard = parts[2] if parts[1] == "layers" else "frame"
         shards.setdefault(shard, {})[name] = parameter.shape

@@ -24,6 +24,7 @@ from typing import Any
 from pages import made_by
 
 from gblm.export.dense import export_dense
+from gblm.model.folder import ModelFolder
 from gblm.provenance import provenance
 from gblm.prune import prune
 from gblm.recipe import Recipe
@@ -180,7 +181,7 @@ def folders(root: Path, model: str, kv_heads: int) -> Path:
         recipe = Recipe(model=str(place / "model"), method="magnitude", pattern=pattern,
                         values=values, calibration=None)  # fmt: skip
         prune(recipe, place / "packed")
-        export_dense(place / "packed", place / "dense")
+        export_dense(ModelFolder.open(place / "packed"), place / "dense")
         write_adapter(place / "packed", place / "adapter")
         shutil.rmtree(place / "model")
     return place

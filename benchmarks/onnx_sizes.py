@@ -18,7 +18,7 @@ from onnx_speed import CASES
 from pages import RESULTS, made_by, origin, table
 
 from gblm.fetch import fetch
-from gblm.folder import read_config
+from gblm.model.folder import read_config
 from gblm.provenance import provenance
 
 RECORD = RESULTS / "onnx-sizes.json"

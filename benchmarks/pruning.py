@@ -28,8 +28,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gblm import data
-from gblm.checkpoint.packed_folder import PackedReader
 from gblm.fetch import fetch
+from gblm.model.folder import ModelFolder
+from gblm.model.packed_reader import PackedReader
 from gblm.patterns import parse
 from gblm.provenance import provenance
 from gblm.prune import prune
@@ -103,7 +104,7 @@ def measure(side: str, method: str, pattern: str) -> dict[str, float]:
 def different_bits(model: Any, output: Path) -> dict[str, float]:
     """Share of mask bits in which a packed folder differs from a pruned model."""
     layers: dict[str, list[Tensor]] = {}
-    with PackedReader(output) as packed:
+    with PackedReader(ModelFolder.open(output)) as packed:
         for name, linear in linears(model.model.layers).items():
             ours = packed.linears[f"model.layers.{name}"]
             kept = ours.fmt.expand(packed.parts(ours.name)) != 0

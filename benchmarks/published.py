@@ -25,10 +25,11 @@ from pages import made_by
 from safetensors.torch import load_file, save_file
 
 from gblm import data
-from gblm.checkpoint.packed_folder import PackedReader
 from gblm.evaluate.perplexity import perplexity
 from gblm.fetch import fetch
-from gblm.model import load_tokenizer
+from gblm.model.folder import ModelFolder
+from gblm.model.loading import load_tokenizer
+from gblm.model.packed_reader import PackedReader
 from gblm.packed import load
 from gblm.provenance import provenance
 from gblm.prune import prune
@@ -73,7 +74,7 @@ def different_bits(packed_folder: Path, masks_file: Path) -> dict[int, float]:
     """Share of mask bits that differ from the reference, by decoder layer."""
     masks = np.load(masks_file)
     different: dict[int, list[int]] = {}
-    with PackedReader(packed_folder) as packed:
+    with PackedReader(ModelFolder.open(packed_folder)) as packed:
         for key in (key for key in masks if not key.endswith(".shape")):
             shape = tuple(masks[f"{key}.shape"])
             want = np.unpackbits(masks[key])[: shape[0] * shape[1]].reshape(shape).astype(bool)

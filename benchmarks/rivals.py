@@ -25,7 +25,7 @@ from pages import RESULTS, made_by
 
 from gblm.evaluate.perplexity import Protocol
 from gblm.fetch import fetch
-from gblm.model import load_tokenizer
+from gblm.model.loading import load_tokenizer
 from gblm.provenance import provenance
 from gblm.record import Record
 

@@ -32,7 +32,7 @@ from soak_watch import watched
 
 from gblm.bench.server import RunningServer, running_server
 from gblm.fetch import fetch
-from gblm.folder import resolve
+from gblm.model.folder import resolve
 from gblm.provenance import provenance
 from gblm.prune import prune
 from gblm.recipe import Recipe

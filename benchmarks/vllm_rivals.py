@@ -29,7 +29,8 @@ def make_folder(model: Path, kind: str, target: Path) -> Path:
     """
     from safetensors.torch import save_file
 
-    from gblm.checkpoint.reader import Reader
+    from gblm.model.folder import ModelFolder
+    from gblm.model.reader import Reader
 
     target.mkdir(parents=True)
     for path in model.iterdir():
@@ -39,7 +40,7 @@ def make_folder(model: Path, kind: str, target: Path) -> Path:
     config["quantization_config"] = quantization(kind)
     (target / "config.json").write_text(json.dumps(config, indent=2))
     tensors: dict[str, Tensor] = {}
-    with Reader(model) as reader:
+    with Reader(ModelFolder.open(model)) as reader:
         for name in reader.headers:
             tensor = reader.tensor(name).clone()
             if name.endswith("_proj.weight"):

@@ -7,19 +7,15 @@ from typing import Any
 
 import torch
 
-from gblm.checkpoint.packed_folder import PackedReader
-from gblm.checkpoint.writer import (
-    ShardWriter,
-    check_output,
-    copy_side_files,
-    new_folder,
-    write_json,
-)
+from gblm.checkpoint.write import ShardWriter, check_output, copy_side_files, new_folder
+from gblm.files import write_json
+from gblm.model.folder import ModelFolder
+from gblm.model.packed_reader import PackedReader
 from gblm.progress import Progress, no_progress
 
 
 def export_dense(
-    source: Path,
+    source: ModelFolder,
     output: Path,
     overwrite: bool = False,
     progress: Progress = no_progress,
@@ -41,7 +37,7 @@ def export_dense(
     with PackedReader(source) as packed:
         dense = sum(shape[0] * shape[1] * 4 for shape in (x.shape for x in packed.linears.values()))
         need = dense + sum(map(packed.num_bytes, packed.dense_names()))
-        check_output(output, overwrite, need, source)
+        check_output(output, overwrite, need, source.path)
     with PackedReader(source) as packed, new_folder(output, overwrite) as folder:
         shards = ShardWriter(folder)
         step = progress("unpacking", len(packed.linears))
@@ -53,8 +49,8 @@ def export_dense(
         for name in packed.dense_names():
             shards.add(name, packed.tensor(name))
         shards.finish()
-        copy_side_files(source, folder)
-        config = {k: v for k, v in packed.config.items() if k != "quantization_config"}
+        copy_side_files(source.path, folder)
+        config = {k: v for k, v in source.config.items() if k != "quantization_config"}
         if dtype is not None:
             config = {k: v for k, v in config.items() if k != "torch_dtype"}
             config["dtype"] = str(dtype).removeprefix("torch.")

@@ -10,34 +10,32 @@ these files. Never prunes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gblm.checkpoint.packer import Packing, Piece, check_packable, check_room, write_packed
-from gblm.choices import Choice
+from gblm.checkpoint.pack import Packing, Piece, check_packable, check_room, write_packed
 from gblm.errors import CheckpointError, InputError, UsageError
 from gblm.export.legacy_bitmask import TWO_OF_FOUR
 from gblm.export.legacy_codes import ROUNDED, ROUNDING
 from gblm.export.legacy_marlin import MARLIN
 from gblm.export.legacy_reader import LegacyReader
 from gblm.export.pack import MIN_SPARSITY, find_pattern
-from gblm.folder import quant_method, read_config, resolve
-from gblm.formats.manifest import QUANT_METHOD
-from gblm.layers import StreamedLayers
-from gblm.model import head_dim, prunable
+from gblm.model.folder import ModelFolder
+from gblm.model.layers import StreamedLayers
+from gblm.model.linears import prunable
 from gblm.patterns import NM, Pattern
 from gblm.progress import Progress, no_progress
+from gblm.recipe import Choice
 
 logger = logging.getLogger(__name__)
 
 
 def export_legacy(
-    source: str | Path,
+    source: str | Path | ModelFolder,
     output: Path,
     overwrite: bool = False,
     progress: Progress = no_progress,
@@ -64,16 +62,14 @@ def export_legacy(
         InputError: there is nothing to pack, or fp8 codes have no exact values.
         UsageError: there is nothing to convert, or nothing to round.
     """
-    folder = resolve(source)
-    if quant_method(read_config(folder)) == QUANT_METHOD:
+    folder = ModelFolder.open(source)
+    if folder.kind == "packed":
         raise UsageError(f"{folder} is packed by gblm already: there is nothing to convert.")
-    open_folder = partial(LegacyReader, rounds=rounds)
-    with open_folder(folder) as reader:
+    with LegacyReader(folder, rounds=rounds) as reader:
         rounded = _rounded(reader) if rounds else {}
-        model = StreamedLayers(reader).model
+        layers = StreamedLayers(reader)
         check_room(reader, output, overwrite)
-        every = tuple(prunable(model))
-        names = packable(reader, every)
+        names = packable(reader, tuple(prunable(layers.model)))
         pattern = _pattern(reader, names)
         choices = {name: Choice(pattern, reader.values(name)) for name in names}
         check_packable(reader, choices)
@@ -81,12 +77,9 @@ def export_legacy(
             "model": str(folder), "method": "pack", "pattern": str(pattern),
             "options": {"legacy": reader.legacy.layout, **rounded},
         }  # fmt: skip
-        packing = Packing(
-            folder, choices, every, recipe, notes={}, keeps_values=False, head_dim=head_dim(model),
-            open=open_folder,
-        )  # fmt: skip
-        step = progress("converting", len(names))
-        return write_packed(packing, _pieces(packing, reader, step), output, overwrite) | rounded
+        packing = Packing(layers, recipe, keeps_values=False)
+        pieces = _pieces(packing, reader, choices, progress("converting", len(names)))
+        return write_packed(packing, pieces, output, overwrite) | rounded
 
 
 def packable(reader: LegacyReader, linears: tuple[str, ...]) -> list[str]:
@@ -137,10 +130,15 @@ def _pattern(reader: LegacyReader, names: list[str]) -> Pattern:
     return found
 
 
-def _pieces(packing: Packing, reader: LegacyReader, step: Callable[[], None]) -> Iterator[Piece]:
-    for name, choice in packing.choices.items():
+def _pieces(
+    packing: Packing,
+    reader: LegacyReader,
+    choices: Mapping[str, Choice],
+    step: Callable[[], None],
+) -> Iterator[Piece]:
+    for name, choice in choices.items():
         weight = reader.weight(name)
-        tensors, rows = packing.pack(reader, {name: weight})
+        tensors, rows = packing.pack(name, weight, choice.fmt)
         parts = {part: tensors[f"{name}.{part}"] for part in choice.fmt.parts}
         choice.fmt.validate(name, parts, (weight.mask.shape[0], weight.mask.shape[1]))
         unpacked = reader.unpacked(name) + 0.0  # packing writes −0.0 as +0.0

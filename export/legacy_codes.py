@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gblm.checkpoint.reader import Header
 from gblm.errors import CheckpointError, InputError
 from gblm.formats import VALUE_DTYPES
+from gblm.model.reader import Header
 from gblm.values import FLOAT, GROUP_SIZES, ROW, SCALE_DTYPE, ValueType
 from gblm.weights import SparseWeight
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from gblm.errors import CheckpointError
 from gblm.export.legacy_marlin import MARLIN
-from gblm.folder import LEGACY_FORMATS, LEGACY_METHOD, quant_method
+from gblm.model.folder import LEGACY_FORMATS, LEGACY_METHOD, quant_method
 
 # How codes may be stored beneath a sparse layout.
 CODE_FORMATS = ("int-quantized", "float-quantized", "naive-quantized")

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from gblm.checkpoint.reader import Header, Reader
 from gblm.errors import CheckpointError
 from gblm.export.legacy_bitmask import PARTS, BitmaskTensor
 from gblm.export.legacy_codes import FP8, Scaling
 from gblm.export.legacy_config import LegacyConfig
 from gblm.export.legacy_marlin import MARLIN, MarlinTensor
-from gblm.folder import read_config
 from gblm.formats import VALUE_DTYPES
+from gblm.model.folder import ModelFolder
+from gblm.model.reader import Header, Reader
 from gblm.values import FLOAT, ValueType
 from gblm.weights import SparseWeight
 
@@ -40,7 +39,7 @@ class LegacyReader(Reader):
         unused: stored tensors that quantise activations.
     """
 
-    def __init__(self, folder: Path, rounds: bool = False) -> None:
+    def __init__(self, folder: ModelFolder, rounds: bool = False) -> None:
         """Read config.json, the headers and the parts `shape`, and hold them against each other.
 
         Args:
@@ -50,7 +49,7 @@ class LegacyReader(Reader):
         Raises:
             CheckpointError: not of compressed-tensors, damaged, or no format that can be read.
         """
-        self.legacy = LegacyConfig.of(folder, read_config(folder))
+        self.legacy = LegacyConfig.of(folder.path, folder.config)
         super().__init__(folder)
         self.packed = {tensor.name: tensor for tensor in self._find()}
         if self.legacy.layout != "dense" and not self.packed:

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gblm.checkpoint.packer import Packing, check_packable, check_room, write_packed
-from gblm.checkpoint.reader import Reader
-from gblm.choices import Choice
+from gblm.checkpoint.head import output_head
+from gblm.checkpoint.pack import Packing, check_packable, check_room, write_packed
 from gblm.errors import InputError, PatternError
-from gblm.folder import resolve
-from gblm.layers import StreamedLayers
-from gblm.model import head_dim, output_head, prunable, refuse_packed
+from gblm.model.folder import ModelFolder
+from gblm.model.layers import stream
+from gblm.model.linears import prunable
+from gblm.model.reader import Reader
 from gblm.patterns import NM, Dense, Pattern, Unstructured, parse
 from gblm.progress import Progress, no_progress
+from gblm.recipe import Choice
 from gblm.values import parse_values, quantize
 from gblm.weights import SparseWeight
 
@@ -32,7 +33,7 @@ MIN_SPARSITY = 1 / 16  # below this the bitmask of a bf16 weight outweighs what 
 
 
 def export_pack(
-    source: str | Path,
+    source: str | Path | ModelFolder,
     output: Path,
     pattern: str | None = None,
     ignore: tuple[str, ...] = (),
@@ -61,13 +62,11 @@ def export_pack(
             do not divide into groups.
         InputError: the model has too few zeros for packing to save anything.
     """
-    folder, kind = resolve(source), parse_values(values)
-    refuse_packed(folder)
-    with Reader(folder) as reader:
-        model = StreamedLayers(reader).model
-        packed_head = output_head(model, head, reader)
+    kind = parse_values(values)
+    with stream(ModelFolder.open(source)) as layers:
+        reader, packed_head = layers.reader, output_head(layers, head)
         check_room(reader, output, overwrite, packed_head.num_bytes if packed_head else 0)
-        linears, every = prunable(model, ignore=ignore), tuple(prunable(model))
+        linears = prunable(layers.model, ignore=ignore)
         chosen = parse(pattern) if pattern else _worthwhile(reader, linears)
         choices = {
             name: Choice(chosen, kind.resolve(name, linear.in_features))
@@ -79,11 +78,12 @@ def export_pack(
             recipe["values"] = values
         if packed_head is not None:
             recipe["head"] = head
-        packing = Packing(
-            folder, choices, every, recipe, notes={}, head_dim=head_dim(model), head=packed_head
-        )
+        packing = Packing(layers, recipe, head=packed_head)
         step = progress("packing", len(linears))
-        pieces = (packing.pack(reader, weight) for weight in _weights(choices, reader, step))
+        pieces = (
+            packing.pack(name, weight, choices[name].fmt)
+            for name, weight in _weights(choices, reader, step)
+        )
         return write_packed(packing, pieces, output, overwrite)
 
 
@@ -126,13 +126,13 @@ def _follows(pattern: NM, name: str, mask: Tensor) -> bool:
 
 def _weights(
     choices: Mapping[str, Choice], reader: Reader, step: Callable[[], None]
-) -> Iterator[dict[str, SparseWeight]]:
+) -> Iterator[tuple[str, SparseWeight]]:
     for name, choice in choices.items():
         weight = reader.tensor(f"{name}.weight")
         keeps_zeros = isinstance(choice.pattern, Dense)
         mask = torch.ones_like(weight, dtype=torch.bool) if keeps_zeros else weight != 0
         floats = choice.values.is_float
         cut = SparseWeight.cut(weight, mask)
-        yield {name: cut if floats else quantize(weight, mask, choice.values, name)}
+        yield name, cut if floats else quantize(weight, mask, choice.values, name)
         reader.release()
         step()

@@ -19,21 +19,20 @@ from typing import Any
 
 from gblm import __version__
 from gblm.cache import cache_folder
-from gblm.checkpoint.reader import Reader
-from gblm.checkpoint.writer import SIDE_FILES, folder_bytes, folder_sha256
+from gblm.checkpoint.write import SIDE_FILES, folder_bytes, folder_sha256
 from gblm.errors import MachineError, UsageError
 from gblm.export.legacy import export_legacy
 from gblm.export.legacy_reader import LegacyReader
 from gblm.export.pack import export_pack
-from gblm.folder import legacy_format, model_name, read_config, resolve
-from gblm.model import refuse_packed
+from gblm.methods.pipeline import make_pipeline
+from gblm.model.folder import ModelFolder, legacy_format, model_name
+from gblm.model.reader import Reader
 from gblm.patterns import parse
 from gblm.progress import Progress, no_progress
 from gblm.provenance import versions
 from gblm.prune import prune
 from gblm.recipe import Recipe
 from gblm.serve.vllm_cli import check_version
-from gblm.steps import steps_of
 
 logger = logging.getLogger(__name__)
 
@@ -57,24 +56,24 @@ def folder_to_serve(
             vLLM that would refuse the result. The cache then holds nothing new.
     """
     recipe = None if pruning is None else recipe_of(model, pruning)
-    source = resolve(model)
+    source = ModelFolder.open(model)
     if recipe is not None:
-        refuse_packed(source)
+        source.check_dense()
         facts = recipe.model_dump(mode="json", exclude={"model"})
         title = f"{recipe.method}-{recipe.pattern}"
         return _made(model, source, title, facts, lambda out: prune(recipe, out, progress))
-    if is_legacy(read_config(source)):
+    if is_legacy(source.config):
         facts = {"rounds": must_round(source)}
         return _made(
             model, source, "converted", facts,
             lambda out: export_legacy(source, out, progress=progress, **facts),
         )  # fmt: skip
     if pack:
-        refuse_packed(source)
+        source.check_dense()
         return _made(
             model, source, "packed", {}, lambda out: export_pack(source, out, progress=progress)
         )
-    return source
+    return source.path
 
 
 def recipe_of(model: str | Path, words: str) -> Recipe:
@@ -89,7 +88,7 @@ def recipe_of(model: str | Path, words: str) -> Recipe:
         raise UsageError(f'--prune {words!r}: give a method and a pattern, such as "gblm 2:4".')
     method, pattern = parts
     recipe = Recipe(model=str(model), method=method, pattern=str(parse(pattern)))
-    steps_of(recipe)
+    make_pipeline(recipe.method, recipe.options, None, recipe.rounding)
     return recipe
 
 
@@ -104,14 +103,18 @@ def is_legacy(config: dict[str, Any]) -> bool:
     )
 
 
-def must_round(source: Path) -> bool:
+def must_round(source: ModelFolder) -> bool:
     """Tell whether there are fp8 codes, which become bfloat16."""
     with LegacyReader(source) as reader:
         return reader.has_fp8
 
 
 def _made(
-    model: str | Path, source: Path, title: str, facts: dict[str, Any], make: Callable[[Path], Any]
+    model: str | Path,
+    source: ModelFolder,
+    title: str,
+    facts: dict[str, Any],
+    make: Callable[[Path], Any],
 ) -> Path:
     """Find the folder in the cache, or make it if no earlier start has."""
     check_version()  # making takes long: what would be refused afterwards is refused now
@@ -126,11 +129,13 @@ def _made(
     return folder
 
 
-def _place(title: str, facts: dict[str, Any], source: Path) -> Path:
+def _place(title: str, facts: dict[str, Any], source: ModelFolder) -> Path:
     """Name a folder of the cache; the name changes with whatever could change its content."""
-    side = {file.name for pattern in SIDE_FILES for file in source.glob(pattern) if file.is_file()}
+    side = {
+        file.name for pattern in SIDE_FILES for file in source.path.glob(pattern) if file.is_file()
+    }
     with Reader(source) as reader:
-        content = folder_sha256(source, {"config.json", *reader.files, *side})
+        content = folder_sha256(source.path, {"config.json", *reader.files, *side})
     used = {"gblm": __version__} | {name: versions()[name] for name in ("torch", "transformers")}
     everything = {"title": title, "facts": facts, "model": content, "versions": used}
     digest = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]

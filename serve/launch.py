@@ -13,11 +13,11 @@ from pathlib import Path
 
 import psutil
 
-from gblm.checkpoint.reader import Reader
 from gblm.errors import InputError, MachineError, UsageError
 from gblm.export.pack import MIN_SPARSITY
-from gblm.folder import quant_method, read_config
 from gblm.kernels import BACKEND_VARIABLE, BACKENDS
+from gblm.model.folder import ModelFolder
+from gblm.model.reader import Reader
 from gblm.network import KEY_VARIABLE, read_key
 from gblm.packed import check_loadable, is_packed
 from gblm.serve.access import (
@@ -133,9 +133,10 @@ def check(server: Server) -> None:
         MachineError: vLLM is untested with packed weights.
         InputError: the folder is not servable, or the backend does not apply.
     """
-    if is_packed(server.folder):
+    folder = ModelFolder.open(server.folder)
+    if folder.kind == "packed":
         check_version()
-        check_loadable(server.folder)
+        check_loadable(folder)
         return
     if server.backend is not None:
         raise InputError(
@@ -143,9 +144,8 @@ def check(server: Server) -> None:
             "zeros of a dense one first."
         )
     # vLLM would open a pickle, or follow a shard name out of the folder
-    with Reader(server.folder) as reader:
-        is_plain = quant_method(read_config(server.folder)) is None
-        if is_plain and (share := sampled_zeros(reader)) >= MIN_SPARSITY:
+    with Reader(folder) as reader:
+        if folder.kind == "dense" and (share := sampled_zeros(reader)) >= MIN_SPARSITY:
             logger.info(
                 "about %.0f %% of the weights are zero: --pack serves it packed", 100 * share
             )

@@ -24,14 +24,15 @@ def killed_run(recipe: dict[str, Any], output: Path, step: int) -> int:
 
 
 def _run(recipe: dict[str, Any], output: Path, step: int) -> None:
-    from gblm.checkpoint import durable, writer
+    from gblm import files
+    from gblm.checkpoint import write
     from gblm.prune import prune
     from gblm.recipe import Recipe
 
     left = [step]
     for name in ("fsync", "replace", "rename"):
         setattr(os, name, dying(left, getattr(os, name), lambda *args: None))
-    for module in (durable, writer):
+    for module in (files, write):
         module.save_file = dying(left, module.save_file, _half_a_file)
     prune(Recipe.from_dict(recipe), output)
 

@@ -28,6 +28,7 @@ from gblm.kernels import BACKENDS
 from gblm.kernels.reference import Reference
 from gblm.methods import METHODS, ScoredMethod, Stats
 from gblm.methods.base import Method
+from gblm.model.folder import ModelFolder
 from gblm.packed import load
 from gblm.patterns import NM, Pattern
 from gblm.prune import prune
@@ -109,10 +110,10 @@ def test_a_model_goes_all_the_way_with_new_entries(
         values="int6:64", calibration=None,
     )  # fmt: skip
     prune(recipe, tmp_path / "out")
-    assert verify(tmp_path / "out")["ok"]
-    (group,) = inspect(tmp_path / "out")["groups"]
+    assert verify(ModelFolder.open(tmp_path / "out"))["ok"]
+    (group,) = inspect(ModelFolder.open(tmp_path / "out"))["groups"]
     assert (group["format"], group["dtype"]) == ("holes", "int6:64")
-    export_dense(tmp_path / "out", tmp_path / "dense")
+    export_dense(ModelFolder.open(tmp_path / "out"), tmp_path / "dense")
     calls = Slow.calls
     ids = torch.arange(24).reshape(2, 12)
     with torch.no_grad():

@@ -12,17 +12,18 @@ from conftest import save_byte_tokenizer
 
 from gblm import data, packed
 from gblm.calibrate.gradients import Gradients, gradient_norms
-from gblm.calibrate.walk import Walk
-from gblm.choices import Choice
+from gblm.calibrate.walk import Walk, walk
 from gblm.errors import InputError
-from gblm.layers import Layers
-from gblm.loop import Loop, prune_layers
 from gblm.methods import make_method
 from gblm.methods.pipeline import Pipeline
-from gblm.model import load, load_tokenizer, prunable
+from gblm.model.layers import Layers
+from gblm.model.linears import prunable
+from gblm.model.loading import load, load_tokenizer
 from gblm.patterns import parse
 from gblm.prune import prune
-from gblm.recipe import Calibration, Recipe
+from gblm.prune.job import Job
+from gblm.prune.layer import prune_layer
+from gblm.recipe import Calibration, Choice, Recipe
 
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0,
@@ -86,9 +87,9 @@ def pruned_in_memory(recipe: Recipe) -> torch.nn.Module:
             }  # fmt: skip
     how = Walk(frozenset({"act_norm", "hessian"}) & method.needs)
     choices = dict.fromkeys(names, Choice(parse(recipe.pattern)))
-    loop = Loop(Pipeline(method), choices, how, more=norms.__getitem__)
-    for _ in prune_layers(layers, list(windows.split(1)), loop):
-        pass
+    job = Job(recipe, layers, choices, Pipeline(method))
+    for layer in walk(layers, list(windows.split(1)), how):
+        prune_layer(job, layer, norms.__getitem__)
     return model
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from gblm import data, fetch
 from gblm.errors import MachineError
-from gblm.model import load_tokenizer
+from gblm.model.loading import load_tokenizer
 
 TEXT = "The capital of France is Paris. The capital of Italy is Rome. The capital of Spain is"
 

@@ -13,9 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gblm import data
-from gblm.checkpoint.packed_folder import PackedReader
-from gblm.checkpoint.reader import Reader
-from gblm.model import load_tokenizer
+from gblm.model.folder import ModelFolder
+from gblm.model.loading import load_tokenizer
+from gblm.model.packed_reader import PackedReader
+from gblm.model.reader import Reader
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 # Half of what later layers differ by where calibration sees dense layers: 3 and 6 % of the bits.
@@ -120,7 +121,10 @@ def test_magnitude_keeps_as_much_weight_as_the_published_code(
 ) -> None:
     """Ties decide 15 % of the 2:4 groups of this model; the kept sum of |w| does not see them."""
     masks = np.load(pruned.masks)
-    with PackedReader(pruned.folder) as packed, Reader(smollm2) as dense:
+    with (
+        PackedReader(ModelFolder.open(pruned.folder)) as packed,
+        Reader(ModelFolder.open(smollm2)) as dense,
+    ):
         for key in (k for k in masks if not k.endswith(".shape")):
             shape = tuple(masks[f"{key}.shape"])
             keep = np.unpackbits(masks[key])[: shape[0] * shape[1]].reshape(shape).astype(bool)

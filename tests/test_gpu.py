@@ -17,11 +17,12 @@ import torch
 from gpu_cases import product, weight_of
 from torch import Tensor
 
-from gblm.checkpoint.packed_folder import PackedReader
 from gblm.formats import Format, Shape, from_spec
 from gblm.kernels import BACKENDS, Backend, linear
 from gblm.kernels.few_tokens import FewTokens
-from gblm.layers import stream
+from gblm.model.folder import ModelFolder
+from gblm.model.layers import stream
+from gblm.model.packed_reader import PackedReader
 from gblm.prune import prune
 from gblm.recipe import Calibration, Recipe
 from gblm.weights import SparseWeight
@@ -166,7 +167,7 @@ def recipe(tiny: Path, text: Path, device: str, **more: Any) -> Recipe:
 def different_bits(first: Path, second: Path) -> float:
     """The share of the masks' bits in which two packed folders differ."""
     wrong = total = 0
-    with PackedReader(first) as a, PackedReader(second) as b:
+    with PackedReader(ModelFolder.open(first)) as a, PackedReader(ModelFolder.open(second)) as b:
         for name, one in a.linears.items():
             mask = one.fmt.unpack(a.parts(name)).mask
             wrong += int((mask != one.fmt.unpack(b.parts(name)).mask).sum())
@@ -177,7 +178,7 @@ def different_bits(first: Path, second: Path) -> float:
 def largest_difference(first: Path, second: Path) -> float:
     """Of two packed folders' weights, relative in the norm of a linear; the largest of all."""
     found = []
-    with PackedReader(first) as a, PackedReader(second) as b:
+    with PackedReader(ModelFolder.open(first)) as a, PackedReader(ModelFolder.open(second)) as b:
         for name, one in a.linears.items():
             left, right = (one.fmt.unpack(side.parts(name)).weight.double() for side in (a, b))
             found.append(float((left - right).norm() / left.norm()))
@@ -216,7 +217,7 @@ def test_steps_after_the_mask_give_the_weights_of_the_cpu(
 
 
 def test_layers_are_read_ahead_and_dropped(tiny: Path) -> None:
-    with stream(tiny, device="cuda") as layers:
+    with stream(ModelFolder.open(tiny), device="cuda") as layers:
         with layers.open(0) as module:
             assert all(p.is_cuda for p in module.parameters())
             assert layers._ahead is not None

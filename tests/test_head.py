@@ -16,14 +16,15 @@ from test_families import save_family
 import gblm.packed
 from gblm.checkpoint import head as head_module
 from gblm.checkpoint.inspect import inspect
-from gblm.checkpoint.packed_folder import PackedReader
-from gblm.checkpoint.reader import Reader
 from gblm.checkpoint.verify import verify
-from gblm.checkpoint.writer import sha256
+from gblm.checkpoint.write import sha256
 from gblm.errors import CheckpointError, PatternError
 from gblm.export.dense import export_dense
 from gblm.export.pack import export_pack
-from gblm.model import load
+from gblm.model.folder import ModelFolder
+from gblm.model.loading import load
+from gblm.model.packed_reader import PackedReader
+from gblm.model.reader import Reader
 from gblm.prune import prune
 from gblm.recipe import Recipe
 from gblm.values import parse_values, quantize
@@ -50,8 +51,8 @@ def test_logits_equal_the_dense_export(
     pack_tiny: Pack, tmp_path: Path, tied: bool, head: str
 ) -> None:
     folder = pack_tiny(head=head, tied=tied)
-    export_dense(folder, tmp_path / "dense")
-    verify(folder, against=tmp_path / "dense")
+    export_dense(ModelFolder.open(folder), tmp_path / "dense")
+    verify(ModelFolder.open(folder), against=ModelFolder.open(tmp_path / "dense"))
     want = logits(load(tmp_path / "dense"))
     for backend in ("reference", "dense"):
         model = gblm.packed.load(folder, backend)
@@ -66,7 +67,10 @@ def test_head_is_the_rounded_source_and_the_embeddings_stay(
     pack_tiny: Pack, tiny: Path, tiny_untied: Path, tied: bool
 ) -> None:
     source = tiny if tied else tiny_untied
-    with PackedReader(pack_tiny(head="int8", tied=tied)) as packed, Reader(source) as dense:
+    with (
+        PackedReader(ModelFolder.open(pack_tiny(head="int8", tied=tied))) as packed,
+        Reader(ModelFolder.open(source)) as dense,
+    ):
         linear = packed.linears["lm_head"]
         assert linear.fmt.spec == "dense/dense/int8:64"
         weight = dense.tensor(EMBEDDINGS if tied else "lm_head.weight")
@@ -88,10 +92,13 @@ def test_dense_export_is_untied_and_holds_what_the_codes_stand_for(
     pack_tiny: Pack, tmp_path: Path
 ) -> None:
     folder = pack_tiny(head="int4")
-    export_dense(folder, tmp_path / "dense")
+    export_dense(ModelFolder.open(folder), tmp_path / "dense")
     config = json.loads((tmp_path / "dense/config.json").read_text())
     assert config["tie_word_embeddings"] is False
-    with PackedReader(folder) as packed, Reader(tmp_path / "dense") as dense:
+    with (
+        PackedReader(ModelFolder.open(folder)) as packed,
+        Reader(ModelFolder.open(tmp_path / "dense")) as dense,
+    ):
         assert torch.equal(dense.tensor("lm_head.weight"), packed.weight("lm_head"))
         assert not torch.equal(dense.tensor("lm_head.weight"), dense.tensor(EMBEDDINGS))
 
@@ -106,7 +113,7 @@ def test_head_is_reported_apart_from_the_pruned_linears(pack_tiny: Pack, pattern
     assert (head["name"], head["tied"], head["bits_per_weight"]) == ("lm_head", True, 8.25)
     assert report.pop("bytes_packed") - plain.pop("bytes_packed") == head["bytes_packed"]
     assert report == plain
-    facts, before = inspect(folder), inspect(without)
+    facts, before = inspect(ModelFolder.open(folder)), inspect(ModelFolder.open(without))
     assert facts["groups"] == before["groups"]
     assert (facts["head"]["bits_per_weight"], facts["head"]["weights"]) == (8.25, 258 * 64)
     assert facts["bytes"] - before["bytes"] == head["bytes_packed"]
@@ -121,7 +128,7 @@ def test_a_head_that_stays_floating_is_not_mentioned(pack_tiny: Pack, tiny: Path
     assert "lm_head" not in (folder / "config.json").read_text()
     assert '"head"' not in (folder / "sparsity_report.json").read_text()
     assert "output head" not in (folder / "README.md").read_text()
-    assert "head" not in inspect(folder)
+    assert "head" not in inspect(ModelFolder.open(folder))
     tied = [json.loads((f / "config.json").read_text())["tie_word_embeddings"]
             for f in (folder, tiny)]  # fmt: skip
     assert tied == [True, True]
@@ -142,7 +149,7 @@ def test_packing_a_dense_folder_makes_the_same_head(
 ) -> None:
     source = tiny if tied else tiny_untied
     report = export_pack(source, tmp_path / "out", pattern="dense", values="int8", head="int8")
-    verify(tmp_path / "out")
+    verify(ModelFolder.open(tmp_path / "out"))
     assert report["head"]["tied"] is tied
     assert json.loads((tmp_path / "out/recipe.json").read_text())["head"] == "int8"
     ours = pack_tiny("magnitude", "dense", "int8", "int8", tied)
@@ -155,7 +162,7 @@ def test_packing_a_dense_folder_makes_the_same_head(
 def test_embeddings_are_scaled_as_before(family: str, tmp_path: Path) -> None:
     source = save_family(family, tmp_path / "model")
     prune(magnitude(source, head="int8"), tmp_path / "out")
-    export_dense(tmp_path / "out", tmp_path / "dense")
+    export_dense(ModelFolder.open(tmp_path / "out"), tmp_path / "dense")
     got = logits(gblm.packed.load(tmp_path / "out", "reference"))
     assert torch.equal(got, logits(load(tmp_path / "dense")))
     prune(magnitude(source), tmp_path / "plain")
@@ -190,7 +197,7 @@ def test_damaged_head_does_not_pass(
 
     rewrite(folder, change)
     with pytest.raises(CheckpointError, match=match):
-        verify(folder)
+        verify(ModelFolder.open(folder))
     if value is not None:
         with pytest.raises(CheckpointError, match=match):
             gblm.packed.load(folder)
@@ -200,7 +207,7 @@ def test_missing_head_is_found(pack_tiny: Pack, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(pack_tiny(head="int8"), tmp_path / "out"))
     rewrite(folder, lambda t: [t.pop(f"lm_head.{part}") for part in ("values", "scales")])
     with pytest.raises(CheckpointError, match="lm_head: reported, but not stored"):
-        verify(folder)
+        verify(ModelFolder.open(folder))
     with pytest.raises(CheckpointError, match="the packed weight of lm_head is missing"):
         gblm.packed.load(folder)
 

@@ -13,21 +13,22 @@ from safetensors.torch import load_file, save_file
 
 import gblm.packed
 from gblm.checkpoint.inspect import inspect
-from gblm.checkpoint.packed_folder import PackedReader
-from gblm.checkpoint.reader import Reader
 from gblm.checkpoint.verify import verify
-from gblm.choices import Choice
 from gblm.errors import CheckpointError, InputError, PatternError
 from gblm.export.dense import export_dense
 from gblm.export.pack import export_pack
-from gblm.layers import Layers
-from gblm.loop import Loop, prune_layers
 from gblm.methods import make_method
 from gblm.methods.pipeline import Pipeline
-from gblm.model import load
+from gblm.model.folder import ModelFolder
+from gblm.model.layers import Layers
+from gblm.model.loading import load
+from gblm.model.packed_reader import PackedReader
+from gblm.model.reader import Reader
 from gblm.patterns import parse
 from gblm.prune import prune
-from gblm.recipe import Recipe
+from gblm.prune.job import Job
+from gblm.prune.layer import prune_layer
+from gblm.recipe import Choice, Recipe
 from gblm.values import parse_values, quantize
 
 Pack = Callable[..., Path]
@@ -41,8 +42,8 @@ def test_packed_model_equals_its_dense_export(
     pack_tiny: Pack, tmp_path: Path, pattern: str, values: str
 ) -> None:
     folder = pack_tiny("wanda", pattern, values)
-    export_dense(folder, tmp_path / "dense")
-    assert verify(folder, against=tmp_path / "dense")["ok"]
+    export_dense(ModelFolder.open(folder), tmp_path / "dense")
+    assert verify(ModelFolder.open(folder), against=ModelFolder.open(tmp_path / "dense"))["ok"]
     ids = torch.arange(24).reshape(2, 12)
     with torch.no_grad():
         want = load(tmp_path / "dense")(input_ids=ids).logits
@@ -54,7 +55,7 @@ def test_packed_model_equals_its_dense_export(
 def test_codes_and_scales_are_never_cast(pack_tiny: Pack, pattern: str, values: str) -> None:
     folder = pack_tiny("wanda", pattern, values)
     model = gblm.packed.load(folder, "reference", dtype=torch.float32)
-    with PackedReader(folder) as packed:
+    with PackedReader(ModelFolder.open(folder)) as packed:
         for name, linear in packed.linears.items():
             module = model.get_submodule(name)
             stored = packed.parts(name)
@@ -69,7 +70,10 @@ def test_codes_and_scales_are_never_cast(pack_tiny: Pack, pattern: str, values: 
 def test_codes_are_those_of_the_kept_source_weights(
     tiny: Path, pack_tiny: Pack, pattern: str, values: str
 ) -> None:
-    with PackedReader(pack_tiny("magnitude", pattern, values)) as packed, Reader(tiny) as dense:
+    with (
+        PackedReader(ModelFolder.open(pack_tiny("magnitude", pattern, values))) as packed,
+        Reader(ModelFolder.open(tiny)) as dense,
+    ):
         for name, linear in packed.linears.items():
             found = linear.fmt.unpack(packed.parts(name))
             want = quantize(dense.tensor(f"{name}.weight"), found.mask, linear.fmt.values)
@@ -80,13 +84,13 @@ def test_codes_are_those_of_the_kept_source_weights(
 def test_later_layers_see_what_the_codes_stand_for(tiny: Path) -> None:
     layers = Layers(load(tiny))
     names = frozenset(n for n, _ in layers.model.named_modules() if n.endswith("up_proj"))
-    from gblm.calibrate.walk import Walk
+    from gblm.calibrate.walk import Walk, walk
 
     pipeline, values = Pipeline(make_method("magnitude", {})), parse_values("int4:32")
     choices = dict.fromkeys(sorted(names), Choice(parse("2:4"), values))
-    loop = Loop(pipeline, choices, Walk(frozenset()))
-    for pruned in prune_layers(layers, [torch.arange(8).reshape(1, 8)], loop):
-        for name, weight in pruned.weights.items():
+    job = Job(None, layers, choices, pipeline)
+    for layer in walk(layers, [torch.arange(8).reshape(1, 8)], Walk(frozenset())):
+        for name, weight in prune_layer(job, layer).weights.items():
             assert weight.codes is not None
             assert torch.equal(layers.model.get_submodule(name).weight, weight.weight)
 
@@ -121,7 +125,7 @@ def test_bits_per_weight_count_masks_codes_and_scales(
     report = json.loads((folder / "sparsity_report.json").read_text())
     assert report["bits_per_weight"] == bits
     assert {row["values"] for row in report["tensors"]} == {values}
-    (group,) = inspect(folder)["groups"]
+    (group,) = inspect(ModelFolder.open(folder))["groups"]
     assert (group["bits_per_weight"], group["dtype"]) == (bits, values)
     assert (
         f"{bits:.2f} bits per weight including the mask, codes"
@@ -131,16 +135,19 @@ def test_bits_per_weight_count_masks_codes_and_scales(
 
 @pytest.mark.parametrize("values", ["int4:32"])
 def test_inspect_counts_kept_codes_of_padded_rows(pack_tiny: Pack, values: str) -> None:
-    (group,) = inspect(pack_tiny("magnitude", "0.7", values))["groups"]
+    (group,) = inspect(ModelFolder.open(pack_tiny("magnitude", "0.7", values)))["groups"]
     assert group["sparsity"] == pytest.approx(0.7, abs=1e-3)
 
 
 @pytest.mark.parametrize("values", ["int8", "int4"])
 def test_any_dense_folder_packs_as_dense(tiny: Path, tmp_path: Path, values: str) -> None:
     report = export_pack(tiny, tmp_path / "out", pattern="dense", values=values)
-    verify(tmp_path / "out")
+    verify(ModelFolder.open(tmp_path / "out"))
     assert report["linears"] == 14
-    with PackedReader(tmp_path / "out") as packed, Reader(tiny) as dense:
+    with (
+        PackedReader(ModelFolder.open(tmp_path / "out")) as packed,
+        Reader(ModelFolder.open(tiny)) as dense,
+    ):
         for name, linear in packed.linears.items():
             assert linear.fmt.name == "dense"
             found, source = linear.fmt.unpack(packed.parts(name)), dense.tensor(f"{name}.weight")
@@ -150,13 +157,13 @@ def test_any_dense_folder_packs_as_dense(tiny: Path, tmp_path: Path, values: str
 
 def test_dense_float_packing_keeps_every_bit(tiny: Path, tmp_path: Path) -> None:
     export_pack(tiny, tmp_path / "out", pattern="dense")
-    verify(tmp_path / "out", against=tiny)
+    verify(ModelFolder.open(tmp_path / "out"), against=ModelFolder.open(tiny))
 
 
 def test_zeros_made_elsewhere_pack_as_codes(pack_tiny: Pack, tmp_path: Path) -> None:
-    export_dense(pack_tiny("magnitude", "2:4"), tmp_path / "dense")
+    export_dense(ModelFolder.open(pack_tiny("magnitude", "2:4")), tmp_path / "dense")
     export_pack(tmp_path / "dense", tmp_path / "again", values="int8:64")
-    verify(tmp_path / "again")
+    verify(ModelFolder.open(tmp_path / "again"))
     ours, again = pack_tiny("magnitude", "2:4", "int8:64"), tmp_path / "again"
     first, second = (load_file(folder / "model.safetensors") for folder in (ours, again))
     assert first.keys() == second.keys()
@@ -171,7 +178,7 @@ def test_weights_without_whole_groups_are_refused_before_anything_runs(
     with pytest.raises(PatternError, match=r"down_proj: 72 columns .*Choose int8:row"):
         prune(recipe, tmp_path / "out")
     prune(recipe.model_copy(update={"values": "int8:row"}), tmp_path / "out")
-    verify(tmp_path / "out")
+    verify(ModelFolder.open(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(

@@ -11,15 +11,16 @@ import torch
 from conftest import save_tiny_model
 from safetensors.torch import load_file, save_file
 
-from gblm.checkpoint.reader import Reader
 from gblm.errors import CheckpointError
-from gblm.layers import StreamedLayers, stream
-from gblm.model import load
+from gblm.model.folder import ModelFolder
+from gblm.model.layers import StreamedLayers, stream
+from gblm.model.loading import load
+from gblm.model.reader import Reader
 
 
 def test_open_layers_hold_the_checkpoints_weights_and_closed_ones_nothing(tiny: Path) -> None:
     want = load(tiny).state_dict()
-    with stream(tiny) as layers:
+    with stream(ModelFolder.open(tiny)) as layers:
         for index in range(len(layers)):
             with layers.open(index) as module:
                 for name, tensor in module.state_dict().items():
@@ -29,7 +30,7 @@ def test_open_layers_hold_the_checkpoints_weights_and_closed_ones_nothing(tiny: 
 
 def test_changes_to_an_open_layer_do_not_reach_the_file(tiny: Path) -> None:
     before = (tiny / "model.safetensors").read_bytes()
-    with stream(tiny) as layers:
+    with stream(ModelFolder.open(tiny)) as layers:
         with layers.open(0) as module, torch.no_grad():
             module.self_attn.q_proj.weight.zero_()
         with layers.open(0) as module:
@@ -39,7 +40,7 @@ def test_changes_to_an_open_layer_do_not_reach_the_file(tiny: Path) -> None:
 
 def test_the_frame_equals_the_models_and_ties_the_head(tiny: Path) -> None:
     model = load(tiny)
-    with stream(tiny) as layers:
+    with stream(ModelFolder.open(tiny)) as layers:
         layers.load_frame(head=True)
         assert layers.model.lm_head.weight is layers.model.model.embed_tokens.weight
         assert torch.equal(layers.model.model.norm.weight, model.model.norm.weight)
@@ -50,7 +51,7 @@ def test_the_frame_equals_the_models_and_ties_the_head(tiny: Path) -> None:
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0], [0, 1, 2, 3, 3, 2, 1, 0], [2, 0, 3]])
 def test_reading_ahead_gives_the_same_layers(order: list[int], tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "m", num_hidden_layers=4)
-    with Reader(folder) as reader, ThreadPoolExecutor(1) as pool:
+    with Reader(ModelFolder.open(folder)) as reader, ThreadPoolExecutor(1) as pool:
         plain, ahead = StreamedLayers(reader), StreamedLayers(reader)
         ahead._pool = pool
         for index in order:
@@ -62,7 +63,7 @@ def test_reading_ahead_gives_the_same_layers(order: list[int], tmp_path: Path) -
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0]])
 def test_reading_ahead_guesses_the_next_layer(order: list[int], tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "m", num_hidden_layers=4)
-    with Reader(folder) as reader, ThreadPoolExecutor(1) as pool:
+    with Reader(ModelFolder.open(folder)) as reader, ThreadPoolExecutor(1) as pool:
         layers = StreamedLayers(reader)
         layers._pool = pool
         layers._last = order[0] + (order[0] - order[1])
@@ -79,12 +80,12 @@ def test_a_checkpoint_that_does_not_fit_its_config_is_refused(tmp_path: Path) ->
     lacking = {n: t for n, t in tensors.items() if "layers.1.mlp.up_proj" not in n}
     save_file(lacking, folder / "model.safetensors", {"format": "pt"})
     missing = pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight is missing")
-    with missing, stream(folder):
+    with missing, stream(ModelFolder.open(folder)):
         pass
     tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(2, 2)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     misshapen = pytest.raises(CheckpointError, match=r"is stored as \[2, 2\], but config\.json")
-    with misshapen, stream(folder):
+    with misshapen, stream(ModelFolder.open(folder)):
         pass
 
 
@@ -94,7 +95,7 @@ def test_memory_of_the_file_is_let_go(tmp_path: Path) -> None:
 
     folder = save_tiny_model(tmp_path / "m", num_hidden_layers=8, hidden_size=512, head_dim=128)
     layer = (folder / "model.safetensors").stat().st_size / 8
-    with stream(folder) as layers:
+    with stream(ModelFolder.open(folder)) as layers:
         with layers.open(0):
             start = psutil.Process().memory_info().rss
         for index in range(len(layers)):
@@ -108,5 +109,5 @@ def test_absurd_sizes_are_refused_before_allocation(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 2**40}))
     absurd = pytest.raises(CheckpointError, match=r"but config\.json makes it")
-    with absurd, stream(folder):
+    with absurd, stream(ModelFolder.open(folder)):
         pass

@@ -14,18 +14,19 @@ from test_resume import cut_off
 
 import gblm.packed
 from gblm.checkpoint.inspect import inspect
-from gblm.checkpoint.packed_folder import PackedReader
-from gblm.checkpoint.reader import Reader
 from gblm.checkpoint.verify import verify
-from gblm.choices import choose
 from gblm.errors import InputError, PatternError, UsageError
 from gblm.export.dense import export_dense
 from gblm.formats.manifest import MAX_GROUPS, Manifest
-from gblm.layers import StreamedLayers
-from gblm.model import load, prunable
+from gblm.model.folder import ModelFolder
+from gblm.model.layers import StreamedLayers
+from gblm.model.linears import prunable
+from gblm.model.loading import load
+from gblm.model.packed_reader import PackedReader
+from gblm.model.reader import Reader
 from gblm.plan import plan
 from gblm.prune import prune
-from gblm.recipe import Calibration, LayerChoice, Recipe
+from gblm.recipe import Calibration, LayerChoice, Recipe, choose
 from gblm.values import quantize
 
 ATTENTION = LayerChoice(targets=("q_proj", "k_proj", "v_proj"), pattern="2:4", values="float")
@@ -70,7 +71,7 @@ def spec_of(group: dict[str, Any]) -> str:
 
 
 def test_each_linear_is_stored_as_chosen(folder: Path, tiny: Path) -> None:
-    with PackedReader(folder) as packed, Reader(tiny) as dense:
+    with PackedReader(ModelFolder.open(folder)) as packed, Reader(ModelFolder.open(tiny)) as dense:
         assert len(packed.linears) == 14
         for name, linear in packed.linears.items():
             assert linear.fmt.spec == WANTED[name.rpartition(".")[2]]
@@ -85,8 +86,8 @@ def test_each_linear_is_stored_as_chosen(folder: Path, tiny: Path) -> None:
 
 
 def test_logits_are_those_of_the_dense_export(folder: Path, tmp_path: Path) -> None:
-    export_dense(folder, tmp_path / "dense")
-    assert verify(folder, against=tmp_path / "dense")["ok"]
+    export_dense(ModelFolder.open(folder), tmp_path / "dense")
+    assert verify(ModelFolder.open(folder), against=ModelFolder.open(tmp_path / "dense"))["ok"]
     ids = torch.arange(24).reshape(2, 12)
     with torch.no_grad():
         want = load(tmp_path / "dense")(input_ids=ids).logits
@@ -98,7 +99,11 @@ def test_logits_are_those_of_the_dense_export(folder: Path, tmp_path: Path) -> N
 
 def test_bits_are_counted_by_group(folder: Path, recipe: Recipe) -> None:
     report = json.loads((folder / "sparsity_report.json").read_text())
-    for groups in (report["groups"], inspect(folder)["groups"], plan(recipe)["groups"]):
+    for groups in (
+        report["groups"],
+        inspect(ModelFolder.open(folder))["groups"],
+        plan(recipe)["groups"],
+    ):
         found = {spec_of(group): group for group in groups}
         assert found.keys() == BITS.keys()
         for spec, bits in BITS.items():
@@ -127,8 +132,8 @@ def test_the_manifest_has_a_group_for_each_way(folder: Path) -> None:
 def test_layers_may_differ_as_well(recipe: Recipe, tmp_path: Path) -> None:
     first = {"targets": ["layers.0.*"], "pattern": "0.25", "values": "float"}
     prune(with_layers(recipe, first), tmp_path / "out")
-    verify(tmp_path / "out")
-    with PackedReader(tmp_path / "out") as packed:
+    verify(ModelFolder.open(tmp_path / "out"))
+    with PackedReader(ModelFolder.open(tmp_path / "out")) as packed:
         for name, linear in packed.linears.items():
             want = "bitmask/0.25" if ".0." in name else "bitmask/0.5/int4:"
             assert linear.fmt.spec.startswith(want)
@@ -165,7 +170,7 @@ def test_the_first_choice_that_matches_decides(recipe: Recipe) -> None:
 
 
 def chosen(recipe: Recipe) -> Any:
-    with Reader(Path(recipe.model)) as reader:
+    with Reader(ModelFolder.open(Path(recipe.model))) as reader:
         return choose(recipe, prunable(StreamedLayers(reader).model, (), recipe.ignore))
 
 

@@ -7,32 +7,34 @@ import pytest
 import torch
 from conftest import save_tiny_model
 
-from gblm import folder, model
 from gblm.errors import InputError, MachineError, UsageError
+from gblm.model.folder import resolve
+from gblm.model.linears import prunable
+from gblm.model.loading import check_device, load
 
 
 def test_every_linear_of_the_decoder_layers_is_prunable(tiny: Path) -> None:
-    names = list(model.prunable(model.load(tiny)))
+    names = list(prunable(load(tiny)))
     assert len(names) == 14
     assert names[0] == "model.layers.0.self_attn.q_proj"
     assert not any("lm_head" in name or "embed" in name for name in names)
 
 
 def test_targets_choose_and_ignore_wins(tiny: Path) -> None:
-    loaded = model.load(tiny)
-    mlp = model.prunable(loaded, targets=("*.mlp.*",), ignore=("down_proj",))
+    loaded = load(tiny)
+    mlp = prunable(loaded, targets=("*.mlp.*",), ignore=("down_proj",))
     assert {name.rpartition(".")[2] for name in mlp} == {"gate_proj", "up_proj"}
 
 
 @pytest.mark.parametrize("field", ["targets", "ignore"])
 def test_a_glob_that_matches_nothing_is_an_error(tiny: Path, field: str) -> None:
     with pytest.raises(UsageError, match=f"--{field} 'nope' matches no linear"):
-        model.prunable(model.load(tiny), **{field: ("nope",)})
+        prunable(load(tiny), **{field: ("nope",)})
 
 
 def test_ignoring_everything_is_an_error(tiny: Path) -> None:
     with pytest.raises(UsageError, match="leave no linear"):
-        model.prunable(model.load(tiny), ignore=("*",))
+        prunable(load(tiny), ignore=("*",))
 
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3", "gemma2"])
@@ -44,7 +46,7 @@ def test_other_families_need_no_code(kind: str, tmp_path: Path) -> None:
         num_key_value_heads=1, head_dim=16, vocab_size=64,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    assert len(model.prunable(model.load(tmp_path))) == 14
+    assert len(prunable(load(tmp_path))) == 14
 
 
 def test_a_model_without_decoder_layers_is_refused(tmp_path: Path) -> None:
@@ -55,7 +57,7 @@ def test_a_model_without_decoder_layers_is_refused(tmp_path: Path) -> None:
         tmp_path
     )
     with pytest.raises(InputError, match="GPT2LMHeadModel has no decoder layers"):
-        model.prunable(model.load(tmp_path))
+        prunable(load(tmp_path))
 
 
 def test_code_of_a_checkpoint_is_never_run(tmp_path: Path) -> None:
@@ -65,7 +67,7 @@ def test_code_of_a_checkpoint_is_never_run(tmp_path: Path) -> None:
     (tmp_path / "m/config.json").write_text(json.dumps(config))
     (tmp_path / "m/evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(InputError, match="never executes code"):
-        model.load(tmp_path / "m")
+        load(tmp_path / "m")
     assert not (tmp_path / "ran").exists()
 
 
@@ -75,26 +77,26 @@ def test_pickles_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "m/model.safetensors").unlink()
     torch.save({}, tmp_path / "m" / name)
     with pytest.raises(InputError, match=f"{name}, a pickle"):
-        model.load(tmp_path / "m")
+        load(tmp_path / "m")
 
 
 def test_folders_that_are_no_model(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"config\.json is missing"):
-        model.load(tmp_path)
+        load(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read as JSON"):
-        model.load(tmp_path)
+        load(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match="holds no"):
-        model.load(tmp_path)
+        load(tmp_path)
 
 
 def test_unknown_model_names_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InputError, match="no such folder"):
-        folder.resolve("./missing")
+        resolve("./missing")
     with pytest.raises(InputError, match="gblm fetch smollm2"):
-        folder.resolve("nobody/nothing")
+        resolve("nobody/nothing")
 
 
 def test_hub_ids_are_taken_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,14 +108,14 @@ def test_hub_ids_are_taken_from_the_cache(tmp_path: Path, monkeypatch: pytest.Mo
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     (snapshot / "config.json").write_text("{}")
-    assert folder.resolve("somebody/tiny") == snapshot
+    assert resolve("somebody/tiny") == snapshot
 
 
 def test_devices_are_checked() -> None:
     with pytest.raises(UsageError):
-        model.check_device("warp")
+        check_device("warp")
     with pytest.raises(UsageError):
-        model.check_device("meta")
+        check_device("meta")
     if not torch.cuda.is_available():
         with pytest.raises(MachineError, match="no CUDA device"):
-            model.check_device("cuda")
+            check_device("cuda")

@@ -15,16 +15,16 @@ from conftest import Outcome, save_tiny_model
 from safetensors.torch import load_file
 from test_resume import cut_off
 
-from gblm.checkpoint.reader import Reader
-from gblm.choices import Choice
 from gblm.errors import GblmError, UsageError
 from gblm.formats import format_for
 from gblm.methods import METHODS
+from gblm.model.folder import ModelFolder
+from gblm.model.reader import Reader
 from gblm.patterns import parse
 from gblm.plan import plan
 from gblm.plan.rates import Rates, strip_shape
 from gblm.prune import Output, prune
-from gblm.recipe import Calibration, Recipe
+from gblm.recipe import Calibration, Choice, Recipe
 
 Run = Callable[..., Outcome]
 TEXT = Calibration(num_samples=4, seq_len=32)
@@ -136,7 +136,7 @@ def test_codes_take_memory_and_save_disk(tiny: Path, method: str) -> None:
 
 
 def test_gradient_norms_take_four_bytes_per_weight(tiny: Path) -> None:
-    with Reader(tiny) as reader:
+    with Reader(ModelFolder.open(tiny)) as reader:
         names = [name for name in reader if "proj" in name]
         weights = sum(reader.num_bytes(name) // 2 for name in names)
     assert predict(tiny)["disk"]["gradient_norms_bytes"] == 4 * weights

@@ -17,16 +17,18 @@ import pytest
 import torch
 from conftest import Outcome, save_tiny_model
 
-from gblm.checkpoint import writer
-from gblm.checkpoint.packed_folder import PackedReader
-from gblm.checkpoint.reader import Reader
-from gblm.choices import Choice
+from gblm.checkpoint import write
 from gblm.errors import InputError, MachineError, PatternError, UsageError
-from gblm.layers import Layers
-from gblm.loop import Loop, prune_layers
-from gblm.model import load, prunable
+from gblm.model.folder import ModelFolder
+from gblm.model.layers import Layers
+from gblm.model.linears import prunable
+from gblm.model.loading import load
+from gblm.model.packed_reader import PackedReader
+from gblm.model.reader import Reader
 from gblm.prune import Output, prune
-from gblm.recipe import Calibration, Recipe
+from gblm.prune.job import Job
+from gblm.prune.layer import prune_layer
+from gblm.recipe import Calibration, Choice, Recipe
 
 Run = Callable[..., Outcome]
 
@@ -42,7 +44,10 @@ def recipe(tiny: Path, text_file: Path) -> Recipe:
 def test_packed_weights_are_the_source_weights_where_kept(
     tiny: Path, pack_tiny: Callable[..., Path], method: str, pattern: str
 ) -> None:
-    with PackedReader(pack_tiny(method, pattern)) as packed, Reader(tiny) as dense:
+    with (
+        PackedReader(ModelFolder.open(pack_tiny(method, pattern))) as packed,
+        Reader(ModelFolder.open(tiny)) as dense,
+    ):
         assert len(packed.linears) == 14
         for name, linear in packed.linears.items():
             weight = linear.fmt.unpack(packed.parts(name))
@@ -89,13 +94,13 @@ def test_magnitude_needs_no_text(recipe: Recipe, tmp_path: Path) -> None:
 
 def test_ignored_linears_stay_dense(recipe: Recipe, tmp_path: Path) -> None:
     prune(recipe.model_copy(update={"ignore": ("*.0.mlp.down_proj",)}), tmp_path / "out")
-    with PackedReader(tmp_path / "out") as packed:
+    with PackedReader(ModelFolder.open(tmp_path / "out")) as packed:
         assert "model.layers.0.mlp.down_proj.weight" in packed.dense_names()
         assert "model.layers.1.mlp.down_proj" in packed.linears
 
 
 def test_a_model_in_memory_is_changed_in_place(tiny: Path) -> None:
-    from gblm.calibrate.walk import Walk
+    from gblm.calibrate.walk import Walk, walk
     from gblm.methods import make_method
     from gblm.methods.pipeline import Pipeline
     from gblm.patterns import NM
@@ -103,10 +108,11 @@ def test_a_model_in_memory_is_changed_in_place(tiny: Path) -> None:
     model = load(tiny)
     linears = prunable(model)
     choices = dict.fromkeys(linears, Choice(NM(2, 4)))
-    loop = Loop(Pipeline(make_method("magnitude", {})), choices, Walk(frozenset()))
+    layers = Layers(model)
+    job = Job(None, layers, choices, Pipeline(make_method("magnitude", {})))
     done = 0
-    for pruned in prune_layers(Layers(model), [], loop):
-        for name, weight in pruned.weights.items():
+    for layer in walk(layers, [], Walk(frozenset())):
+        for name, weight in prune_layer(job, layer).weights.items():
             assert torch.equal(linears[name].weight, weight.weight)
             assert float((linears[name].weight == 0).float().mean()) == 0.5
             done += 1
@@ -116,12 +122,12 @@ def test_a_model_in_memory_is_changed_in_place(tiny: Path) -> None:
 def test_large_models_are_split_into_shards(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer.ShardWriter.__init__, "__defaults__", (20_000,))
+    monkeypatch.setattr(write.ShardWriter.__init__, "__defaults__", (20_000,))
     prune(recipe, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
     from gblm.checkpoint.verify import verify
 
-    assert verify(tmp_path / "out")["ok"]
+    assert verify(ModelFolder.open(tmp_path / "out"))["ok"]
 
 
 def test_existing_output_is_kept_unless_overwritten(recipe: Recipe, tmp_path: Path) -> None:
@@ -168,7 +174,10 @@ def test_stored_values_do_not_depend_on_the_computations_dtype(
     source = save_tiny_model(tmp_path / "m", dtype="float32")
     update = {"model": str(source), "dtype": dtype, "method": "magnitude"}
     prune(recipe.model_copy(update=update), tmp_path / "out")
-    with PackedReader(tmp_path / "out") as packed, Reader(source) as dense:
+    with (
+        PackedReader(ModelFolder.open(tmp_path / "out")) as packed,
+        Reader(ModelFolder.open(source)) as dense,
+    ):
         for name, linear in packed.linears.items():
             weight = linear.fmt.unpack(packed.parts(name))
             want = dense.tensor(f"{name}.weight")
@@ -218,7 +227,7 @@ def test_activations_that_overflow_are_named(recipe: Recipe, tmp_path: Path, met
 def test_too_little_disk_space_is_found_before_any_work(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: type("U", (), {"free": 10})())
+    monkeypatch.setattr(write.shutil, "disk_usage", lambda path: type("U", (), {"free": 10})())
     with pytest.raises(MachineError, match="GB free"):
         prune(recipe, tmp_path / "out")
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from gblm import data
-from gblm.checkpoint.packed_folder import PackedReader
-from gblm.model import load, load_tokenizer
+from gblm.model.folder import ModelFolder
+from gblm.model.loading import load, load_tokenizer
+from gblm.model.packed_reader import PackedReader
 from gblm.patterns import parse
 from gblm.prune import prune
 from gblm.recipe import Calibration, Recipe
@@ -56,7 +57,7 @@ def test_run_equals_the_published_algorithm(
     found = gradients(model, windows, norm) if norm else {}
     plain.plain_prune(model, windows, method, parse(pattern), found)
     wrong = total = pruned_more = 0
-    with PackedReader(tmp_path / "out") as packed:
+    with PackedReader(ModelFolder.open(tmp_path / "out")) as packed:
         for name, linear in packed.linears.items():
             kept = linear.fmt.expand(packed.parts(name)) != 0
             theirs = model.get_submodule(name).weight != 0

@@ -15,10 +15,11 @@ import torch
 from conftest import Outcome, content
 from safetensors.torch import load_file
 
-from gblm.checkpoint.packed_folder import PackedReader
+from gblm.calibrate.ranks import Ranks
+from gblm.model.folder import ModelFolder
+from gblm.model.packed_reader import PackedReader
 from gblm.packed import load_any
 from gblm.prune import prune
-from gblm.ranks import Ranks
 from gblm.recipe import Calibration, Recipe
 
 Launch = Callable[..., subprocess.Popen[str]]
@@ -62,7 +63,10 @@ def finished(job: subprocess.Popen[str]) -> str:
 
 def assert_same_masks(one: Path, many: Path, flips: float = 0.0) -> None:
     """Up to `flips` of a linear's mask may differ; values are compared where no bit does."""
-    with PackedReader(one) as first, PackedReader(many) as second:
+    with (
+        PackedReader(ModelFolder.open(one)) as first,
+        PackedReader(ModelFolder.open(many)) as second,
+    ):
         for name, linear in first.linears.items():
             a, b = (linear.fmt.unpack(reader.parts(name)) for reader in (first, second))
             differing = float((a.mask != b.mask).float().mean())
@@ -141,7 +145,10 @@ def test_training_takes_the_steps_of_a_single_process(
     assert gblm(*one).code == 0
     finished(torchrun(2, *many))
     source = load_file(tiny / "model.safetensors")
-    with PackedReader(tmp_path / "one") as first, PackedReader(tmp_path / "many") as second:
+    with (
+        PackedReader(ModelFolder.open(tmp_path / "one")) as first,
+        PackedReader(ModelFolder.open(tmp_path / "many")) as second,
+    ):
         for name, linear in first.linears.items():
             a, b = (linear.fmt.unpack(r.parts(name), torch.float32) for r in (first, second))
             assert torch.equal(a.mask, b.mask), name

@@ -13,10 +13,9 @@ from conftest import content
 from killing import killed_run
 from safetensors.torch import load_file
 
-from gblm.checkpoint import work as work_module
-from gblm.checkpoint.work import open_work, work_path
 from gblm.errors import InputError, MachineError
-from gblm.prune import Output, prune
+from gblm.prune import Output, prune, resume
+from gblm.prune.resume import open_work, work_path
 from gblm.recipe import Calibration, Recipe
 
 MANY_STEPS = 80
@@ -30,15 +29,15 @@ def recipe(tiny: Path, text_file: Path) -> Recipe:
 
 def cut_off(recipe: Recipe, output: Path, monkeypatch: pytest.MonkeyPatch, after: int = 1) -> None:
     """Run until `after` layers are finished, then fail."""
-    real = work_module.WorkFolder.add
+    real = resume.WorkFolder.add
 
-    def add(self: work_module.WorkFolder, *args: object) -> None:
+    def add(self: resume.WorkFolder, *args: object) -> None:
         if len(self.finished) == after:
             raise KeyboardInterrupt
         real(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(work_module.WorkFolder, "add", add)
+        patch.setattr(resume.WorkFolder, "add", add)
         with pytest.raises(KeyboardInterrupt):
             prune(recipe, output)
 
@@ -157,7 +156,7 @@ def test_a_run_that_was_cut_off_after_publishing_is_cleaned_up(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(work_module, "_remove", lambda path: None)
+        patch.setattr(resume, "_remove", lambda path: None)
         prune(recipe, tmp_path / "out")
     assert work_path(tmp_path / "out").exists()
     with pytest.raises(InputError, match="exists"):
@@ -172,7 +171,9 @@ def test_finished_layers_outlive_a_refused_repetition(
     prune(recipe, tmp_path / "out")
     other = recipe.model_copy(update={"pattern": "2:4"})
     with monkeypatch.context() as patch:
-        patch.setattr("gblm.prune.write_packed", lambda *args: (_ for _ in ()).throw(OSError("x")))
+        patch.setattr(
+            "gblm.prune.run.write_packed", lambda *args: (_ for _ in ()).throw(OSError("x"))
+        )
         with pytest.raises(OSError, match="x"):
             prune(other, Output(tmp_path / "out", overwrite=True))
     with pytest.raises(InputError, match="exists"):

@@ -15,22 +15,22 @@ import torch
 from conftest import Outcome, save_tiny_model
 
 from gblm.calibrate.gradients import Gradients, gradient_norms, output_gradients
-from gblm.checkpoint.reader import Reader
-from gblm.choices import FUSED, Choice, choose
 from gblm.cli import cli
 from gblm.errors import InputError, UsageError
 from gblm.evaluate.perplexity import Protocol
 from gblm.evaluate.run import Evaluation, run_evaluation
-from gblm.folder import read_json_object
+from gblm.files import read_json
 from gblm.formats import format_for
 from gblm.formats.size import is_exact, most_bytes
-from gblm.layers import Layers, StreamedLayers
 from gblm.methods.obs import prepare_obs
 from gblm.methods.sparsegpt import SparseGPT
-from gblm.model import load, prunable
+from gblm.model.layers import Layers
+from gblm.model.linears import prunable
+from gblm.model.loading import load
 from gblm.patterns import NM, Dense, Scope, Unstructured, parse
 from gblm.prune import prune
-from gblm.recipe import Calibration, Recipe, Refitting
+from gblm.prune.job import open_job
+from gblm.recipe import FUSED, Calibration, Choice, Recipe, Refitting
 from gblm.record import Record, Row
 from gblm.search import run as running
 from gblm.search.allocate import LinearSpec, family, measured, total_bytes, uniform
@@ -39,7 +39,6 @@ from gblm.search.candidates import STEPS, Question, allocations, answer, recipe_
 from gblm.search.examine import Examined, Space, examine
 from gblm.search.run import METRIC, UNPRUNED, Measuring, best, is_measured, ranked, search, slug
 from gblm.search.sensitivity import GRID, SHARE, Curve, Judgement, column_costs, curve
-from gblm.steps import steps_of
 from gblm.values import FLOAT, parse_values
 from gblm.weights import SparseWeight
 
@@ -342,15 +341,13 @@ def test_every_candidate_holds_its_budget_and_becomes_a_recipe(
     found = allocations(model, limit)
     assert list(found)[:2] == ["int8 dense", "int4 dense"]
     assert "mixed measured" in found
-    with Reader(Path(base.model)) as reader:
-        linears = prunable(StreamedLayers(reader).model)
     refit = base.model_copy(update={"refit": Refitting()})
     for name, allocation in found.items():
         assert "dense" in name or total_bytes(model.linears, allocation) <= limit, name
         recipe = recipe_for(refit, model, allocation)
         again = Recipe.from_dict(json.loads(json.dumps(recipe.to_dict())))
-        assert choose(again, linears) == allocation
-        steps_of(again).check(allocation, ranks=1)
+        with open_job(again) as job:
+            assert job.choices == allocation
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
@@ -519,7 +516,7 @@ def test_every_measured_figure_is_that_of_the_folder(question: Question, how: Me
         again = run_evaluation(Evaluation(str(folder), (how.protocol,), without_baseline=True))
         assert record.value(name, load, METRIC) == pytest.approx(again.rows[0].value)
     for name in ranked(record):
-        report = read_json_object(models[name] / "sparsity_report.json")
+        report = read_json(models[name] / "sparsity_report.json")
         assert record.sides[name]["bytes"] == report["bytes_packed"]
         assert record.sides[name]["bytes"] <= record.sides[name]["predicted"]["bytes"]
 

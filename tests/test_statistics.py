@@ -127,7 +127,9 @@ def test_statistics_are_whole_after_a_resumed_run(
     prune(recipe, Output(tmp_path / "one", save_stats=tmp_path / "stats-one"))
     broken = Output(tmp_path / "two", save_stats=tmp_path / "stats-two")
     with monkeypatch.context() as patch:
-        patch.setattr("gblm.prune.write_packed", lambda *args: (_ for _ in ()).throw(OSError("x")))
+        patch.setattr(
+            "gblm.prune.run.write_packed", lambda *args: (_ for _ in ()).throw(OSError("x"))
+        )
         with pytest.raises(OSError, match="x"):
             prune(recipe, broken)
     assert (tmp_path / "stats-two/stats.json").exists()

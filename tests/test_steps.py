@@ -17,7 +17,8 @@ from test_resume import cut_off
 
 from gblm.checkpoint.verify import verify
 from gblm.errors import UsageError
-from gblm.model import load_tokenizer
+from gblm.model.folder import ModelFolder
+from gblm.model.loading import load_tokenizer
 from gblm.packed import load as load_packed
 from gblm.packed import load_any
 from gblm.prune import Output, prune
@@ -180,7 +181,7 @@ def test_trained_biases_are_stored_and_ignored_linears_stay(
         assert not torch.equal(stored[name], dense[name])
     name = "model.layers.1.mlp.down_proj.weight"
     assert torch.equal(stored[name], dense[name])
-    verify(tmp_path / "out")
+    verify(ModelFolder.open(tmp_path / "out"))
 
 
 def test_gptq_is_rounding_with_the_dense_pattern(

@@ -56,6 +56,7 @@ def test_entry_points_are_there() -> None:
 def test_prune_and_load(tmp_path: Path) -> None:
     import gblm.packed
     from gblm.checkpoint.verify import verify
+    from gblm.model.folder import ModelFolder
     from gblm.prune import prune
     from gblm.recipe import Calibration, Recipe
 
@@ -63,6 +64,6 @@ def test_prune_and_load(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
     calibration = Calibration(source=str(tmp_path / "text.txt"), num_samples=2, seq_len=16)
     prune(Recipe(model=str(model), calibration=calibration), tmp_path / "out")
-    assert verify(tmp_path / "out")["ok"]
+    assert verify(ModelFolder.open(tmp_path / "out"))["ok"]
     loaded = gblm.packed.load(tmp_path / "out")
     assert loaded(input_ids=torch.arange(4).reshape(1, 4)).logits.isfinite().all()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gblm.cache import cache_folder
-from gblm.checkpoint.writer import check_output, new_folder
+from gblm.checkpoint.write import check_output, new_folder
 from gblm.errors import MachineError, UsageError
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,9 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gblm import kernels, packed
-from gblm.checkpoint.packed_folder import PackedReader
 from gblm.formats.manifest import QUANT_METHOD, VERSION
+from gblm.model.folder import ModelFolder
+from gblm.model.packed_reader import PackedReader
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -60,7 +61,7 @@ class GblmQuantizer(HfQuantizer):
     ) -> None:
         if not checkpoint_files:
             raise ValueError("gblm: packed weights load from safetensors files only.")
-        with PackedReader(Path(checkpoint_files[0]).parent) as reader:
+        with PackedReader(ModelFolder.open(Path(checkpoint_files[0]).parent)) as reader:
             packed.check_complete(model, reader)
             for name, linear in reader.linears.items():
                 module = packed.check_linear(model, linear)

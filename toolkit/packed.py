@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from gblm import kernels
-from gblm.checkpoint.packed_folder import PackedLinear, PackedReader
 from gblm.errors import CheckpointError, GblmError, InputError
-from gblm.folder import quant_method, read_config, resolve
 from gblm.formats import VALUE_DTYPES, Format, Shape
-from gblm.formats.manifest import QUANT_METHOD
 from gblm.kernels import Backend
-from gblm.model import check_device, skeleton
+from gblm.model import loading
+from gblm.model.folder import ModelFolder
+from gblm.model.loading import check_device, skeleton
+from gblm.model.packed_reader import PackedLinear, PackedReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,7 +108,7 @@ class SparseLinear(nn.Module):
 
 
 def load(
-    folder: str | Path,
+    folder: str | Path | ModelFolder,
     backend: str | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
@@ -126,8 +126,9 @@ def load(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    path, target = resolve(folder), check_device(device)
-    check_loadable(path)
+    source, target = ModelFolder.open(folder), check_device(device)
+    check_loadable(source)
+    path = source.path
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
         config.quantization_config |= {"backend": backend, "device": str(target)}
@@ -146,7 +147,7 @@ def load(
     return model.to(target).eval()
 
 
-def check_loadable(folder: Path) -> None:
+def check_loadable(folder: ModelFolder) -> None:
     """Hold the packed weights against the model that config.json describes, before loading.
 
     Costs headers and a model without memory; a config that claims absurd sizes is refused here.
@@ -225,27 +226,25 @@ def _check_dense(model: nn.Module, reader: PackedReader) -> None:
             raise CheckpointError(f"{name}: stored as {dtype}; floating point is needed.")
 
 
-def is_packed(folder: Path) -> bool:
+def is_packed(folder: str | Path) -> bool:
     """Whether a model folder holds our packed weights."""
-    return quant_method(read_config(folder)) == QUANT_METHOD
+    return ModelFolder.open(folder).kind == "packed"
 
 
 def load_any(
-    folder: str | Path,
+    folder: str | Path | ModelFolder,
     backend: str | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> nn.Module:
     """Load a packed or a dense folder, whichever it is."""
-    from gblm import model
-
-    path = resolve(folder)
-    if is_packed(path):
-        loaded: nn.Module = load(path, backend, dtype, device)
+    source = ModelFolder.open(folder)
+    if source.kind == "packed":
+        loaded: nn.Module = load(source, backend, dtype, device)
         return loaded
     if backend is not None:
         raise InputError(f"{folder} is dense: --backend applies to packed folders only.")
-    return model.load(path, dtype, device)
+    return loading.load(source, dtype, device)
 
 
 # Last, because it needs SparseLinear: the registration with transformers.

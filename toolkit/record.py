@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from gblm.errors import DAMAGE, InputError, damage
-from gblm.folder import read_json_object
+from gblm.files import read_json
 from gblm.provenance import provenance
 
 CONFIDENCE = 0.95
@@ -131,7 +131,7 @@ class Record:
         Raises:
             InputError: the file is missing, or holds no such record.
         """
-        found = read_json_object(path)
+        found = read_json(path)
         try:
             return _parse(found)
         except DAMAGE as error:

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gblm.checkpoint.writer import write_json
 from gblm.errors import InputError
 from gblm.export.onnx_model.runtime import CONFIG_FILE, MODEL_FILE
 from gblm.export.onnx_model.storage import DATA_FILE
+from gblm.files import write_json
 
 BUILDER = "onnxruntime_genai.models.builder"
 OPSET = 20

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gblm.errors import CheckpointError, UsageError
 from gblm.export.onnx_model.runtime import CONFIG_FILE, CPU, open_session
-from gblm.folder import read_json_object
+from gblm.files import read_json
 
 TOKEN_INPUTS = {"input_ids", "attention_mask", "position_ids"}
 CAPACITY = 2048
@@ -53,7 +53,7 @@ class OrtDecoder:
             raise CheckpointError(
                 f"{folder}: the graph is no decoder as gblm or optimum exports it ({odd})."
             )
-        about = read_json_object(folder / CONFIG_FILE)
+        about = read_json(folder / CONFIG_FILE)
         decoder = about["model"]["decoder"]
         self._heads, self._head_size = decoder["num_key_value_heads"], decoder["head_size"]
         shared = about["search"]["past_present_share_buffer"]

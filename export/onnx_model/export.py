@@ -12,11 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gblm import model as dense_model
 from gblm import packed
-from gblm.checkpoint.packed_folder import PackedReader
-from gblm.checkpoint.reader import Reader
-from gblm.checkpoint.writer import check_output, copy_side_files, new_folder, write_json
+from gblm.checkpoint.write import check_output, copy_side_files, new_folder
 from gblm.errors import GateError, InputError, MachineError, UsageError
 from gblm.export.dense import export_dense
 from gblm.export.onnx_model.build import build, build_portable
@@ -33,7 +30,11 @@ from gblm.export.onnx_model.runtime import (
 )
 from gblm.export.onnx_model.storage import DATA_FILE, count_zeros
 from gblm.export.onnx_model.validate import TOLERANCES, Tolerance, validate
-from gblm.folder import read_config, read_json_object, resolve
+from gblm.files import read_json, write_json
+from gblm.model import loading
+from gblm.model.folder import ModelFolder, read_config
+from gblm.model.packed_reader import PackedReader
+from gblm.model.reader import Reader
 from gblm.progress import Progress, no_progress
 from gblm.provenance import provenance
 
@@ -124,8 +125,8 @@ def export_onnx(
     wanted = wanted or Wanted()
     precision = check_target(wanted.target, wanted.precision, wanted.sparse)
     check_installation("onnx", *_makers(wanted.target))
-    folder = resolve(source)
-    is_packed = packed.is_packed(folder)
+    opened = ModelFolder.open(source)
+    folder, is_packed = opened.path, opened.kind == "packed"
     if wanted.sparse:
         _check_sparse(folder, is_packed)
     if wanted.validate and wanted.target == "cuda" and not torch.cuda.is_available():
@@ -133,7 +134,7 @@ def export_onnx(
             "--target cuda: there is no CUDA device here to validate the export on; --validate 0 "
             "writes it unproven."
         )
-    check_output(output, overwrite, _needed_bytes(folder, is_packed), folder)
+    check_output(output, overwrite, _needed_bytes(opened, is_packed), folder)
     step = progress("exporting", 2 + bool(wanted.validate))
     with new_folder(output, overwrite) as made:
         replaced = _make(folder, is_packed, made, wanted, precision)
@@ -209,7 +210,7 @@ def _check_sparse(folder: Path, is_packed: bool) -> None:
     library()
 
 
-def _needed_bytes(folder: Path, is_packed: bool) -> int:
+def _needed_bytes(folder: ModelFolder, is_packed: bool) -> int:
     """Count the bytes of the graph in float32 and of the unpacked copy that it is made from."""
     with PackedReader(folder) if is_packed else Reader(folder) as reader:
         if isinstance(reader, PackedReader):
@@ -230,9 +231,9 @@ def _make(
         work, dense = Path(name), folder
         if is_packed:
             dense = work / "dense"
-            export_dense(folder, dense, dtype=torch.float32)
+            export_dense(ModelFolder.open(folder), dense, dtype=torch.float32)
         if target.builder is None:
-            build_portable(dense_model.load(dense, dtype=torch.float32), made)
+            build_portable(loading.load(dense, dtype=torch.float32), made)
             return []
         if not wanted.sparse:
             build(dense, made, precision, target.builder)
@@ -251,7 +252,7 @@ def _original(folder: Path, is_packed: bool) -> nn.Module:
     if is_packed:
         model: nn.Module = packed.load(folder, backend="dense", dtype=torch.float32)
         return model
-    return dense_model.load(folder, dtype=torch.float32)
+    return loading.load(folder, dtype=torch.float32)
 
 
 def _complete(source: Path, folder: Path, sparse: bool) -> None:
@@ -259,7 +260,7 @@ def _complete(source: Path, folder: Path, sparse: bool) -> None:
     copy_side_files(source, folder)
     config = {key: v for key, v in read_config(source).items() if key != "quantization_config"}
     write_json(folder / "config.json", with_rope_theta(config))
-    about = read_json_object(folder / CONFIG_FILE)
+    about = read_json(folder / CONFIG_FILE)
     decoder = about["model"]["decoder"]
     _settle_head_size(folder / MODEL_FILE, decoder["head_size"])
     if sparse:

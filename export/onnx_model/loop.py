@@ -12,7 +12,8 @@ from gblm.bench.loop import Decoder, serve
 from gblm.errors import InputError
 from gblm.export.onnx_model.decoder import OrtDecoder
 from gblm.export.onnx_model.runtime import REPORT_FILE
-from gblm.folder import read_config, read_json_object
+from gblm.files import read_json
+from gblm.model.folder import read_config
 
 
 class OrtLoop(Decoder):
@@ -20,7 +21,7 @@ class OrtLoop(Decoder):
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         report = folder / REPORT_FILE
-        if report.is_file() and read_json_object(report).get("target") == "cuda":
+        if report.is_file() and read_json(report).get("target") == "cuda":
             raise InputError(
                 f"{folder} was exported for CUDA, and this times ONNX Runtime on CPU: export it "
                 "with --target cpu."

@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gblm.checkpoint.packed_folder import PackedReader
 from gblm.errors import CheckpointError, InputError
 from gblm.export.onnx_model.rotary import Formula, find_formula
 from gblm.export.onnx_model.runtime import DOMAIN, DOMAIN_VERSION, MODEL_FILE
 from gblm.export.onnx_model.storage import DATA_FILE, DataFile, StoredGraph
 from gblm.formats import Format, Shape, format_for, join_formats
 from gblm.kernels import BACKENDS
+from gblm.model.folder import ModelFolder
+from gblm.model.packed_reader import PackedReader
 from gblm.patterns import Dense
 from gblm.weights import SparseWeight
 
@@ -74,7 +75,10 @@ def pack_graph(built: Path, packed: Path, output: Path) -> list[Replaced]:
     graph = StoredGraph(built)
     if any(entry.domain == DOMAIN for entry in graph.model.opset_import):
         raise CheckpointError(f"{built}: the graph is rewritten already.")
-    with PackedReader(packed) as reader, (output / DATA_FILE).open("wb") as stream:
+    with (
+        PackedReader(ModelFolder.open(packed)) as reader,
+        (output / DATA_FILE).open("wb") as stream,
+    ):
         rewriter = _Rewriter(graph, reader, DataFile(stream))
         nodes = [made for node in graph.model.graph.node for made in rewriter.rewrite(node)]
         rewriter.check_complete()

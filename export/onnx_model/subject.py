@@ -9,7 +9,7 @@ from torch import Tensor
 from gblm.errors import UsageError
 from gblm.evaluate.subjects import ONNX_REPORT, Scores, Subject
 from gblm.export.onnx_model.decoder import OrtDecoder
-from gblm.folder import read_json_object
+from gblm.files import read_json
 
 
 class OnnxSubject(Subject):
@@ -43,7 +43,7 @@ class OnnxSubject(Subject):
 def _refuse_bfloat16(folder: Path, dtype: str) -> None:
     """Say what ONNX Runtime's own words on a missing MatMul do not."""
     report = folder / ONNX_REPORT
-    precision = read_json_object(report).get("precision") if report.is_file() else None
+    precision = read_json(report).get("precision") if report.is_file() else None
     if "bfloat16" in (dtype, {"bf16": "bfloat16"}.get(str(precision))):
         raise UsageError(
             f"{folder}: --engine onnx runs on CPU, where ONNX Runtime has no MatMul for bfloat16: "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gblm.export.onnx_model.decoder import OrtDecoder, greedy
-from gblm.folder import read_config
+from gblm.model.folder import read_config
 
 PROMPT = (
     "The steam engine changed how people worked and lived. Before it, most goods were made by "
@@ -133,7 +133,7 @@ def _one_by_one(decoder: OrtDecoder, prompt: Tensor, tokens: list[int]) -> Tenso
 def prompt_tokens(source: Path, model: nn.Module) -> Tensor:
     """Give [tokens] int64 of an English text; random ones for a folder without tokenizer."""
     if (source / "tokenizer.json").exists() or (source / "tokenizer.model").exists():
-        from gblm.model import load_tokenizer
+        from gblm.model.loading import load_tokenizer
 
         ids: Tensor = load_tokenizer(source)(PROMPT, return_tensors="pt")["input_ids"][0]
         return ids

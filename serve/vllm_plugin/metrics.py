@@ -20,13 +20,13 @@ from prometheus_client.metrics_core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 import gblm
-from gblm.checkpoint.durable import write_object
 from gblm.checkpoint.inspect import inspect
-from gblm.checkpoint.packed_folder import MANIFEST_FILE
-from gblm.checkpoint.writer import sha256
+from gblm.checkpoint.write import sha256
 from gblm.errors import GblmError
-from gblm.folder import read_json_object
+from gblm.files import read_json, write_json
 from gblm.kernels import BACKENDS
+from gblm.model.folder import ModelFolder
+from gblm.model.packed_reader import MANIFEST_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Reports(Collector):
             for path in Path(folder.name).glob("*.json"):
                 stamp = path.stat().st_mtime_ns
                 if self._known.get(path, (None,))[0] != stamp:
-                    self._known[path] = (stamp, read_json_object(path))
+                    self._known[path] = (stamp, read_json(path))
         return families(report for _, report in self._known.values())
 
 
@@ -90,12 +90,12 @@ def report(folder: Path | None, backends: Mapping[str, int]) -> None:
     except Exception as error:  # of the hub's client, too: none of them may end a server
         logger.warning("gblm: /metrics cannot describe the checkpoint: %s", error)
     try:
-        write_object(folder / f"{os.getpid()}.json", found)
+        write_json(folder / f"{os.getpid()}.json", found)
     except GblmError as error:
         logger.warning("gblm: /metrics does not count this worker: %s", error)
         return
     if MULTIPROCESS_VARIABLE in os.environ:
-        publish(families(map(read_json_object, folder.glob("*.json"))))
+        publish(families(map(read_json, folder.glob("*.json"))))
 
 
 def local_folder(model: str, revision: str | None, cache_dir: str | None) -> Path:
@@ -111,7 +111,7 @@ def local_folder(model: str, revision: str | None, cache_dir: str | None) -> Pat
 
 def checkpoint_facts(folder: Path) -> Report:
     """Look up what `gblm inspect` says of a packed folder, and hash its list of hashes."""
-    facts = inspect(folder)
+    facts = inspect(ModelFolder.open(folder))
     parts = [("linears", group) for group in facts["groups"]]
     parts += [("head", facts["head"])] if "head" in facts else []
     manifest = folder / MANIFEST_FILE

@@ -15,8 +15,9 @@ import torch
 from frontier_cases import CASES
 from frontier_record import Key
 
-from gblm.checkpoint.packed_folder import PackedReader
 from gblm.errors import InputError
+from gblm.model.folder import ModelFolder
+from gblm.model.packed_reader import PackedReader
 from gblm.provenance import provenance
 
 
@@ -226,7 +227,7 @@ def test_narrow_codes_stay_within_their_limit(
         update={"calibration": recipe.calibration.model_copy(update={"seq_len": 16})}
     )
     done = frontier.prune_case(case, recipe, tmp_path / "out")
-    with PackedReader(tmp_path / "out") as packed:
+    with PackedReader(ModelFolder.open(tmp_path / "out")) as packed:
         codes = [packed.linears[n].fmt.kept(packed.parts(n)) for n in packed.linears]
         scales = {packed.linears[n].fmt.values.group_size for n in packed.linears}
     assert max(int(c.abs().max()) for c in codes) == limit

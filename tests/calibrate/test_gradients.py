@@ -8,8 +8,9 @@ import torch
 from gblm.calibrate.gradients import Gradients
 from gblm.calibrate.gradients import gradient_norms as norms_by_layer
 from gblm.errors import InputError, UsageError
-from gblm.layers import Layers
-from gblm.model import load, prunable
+from gblm.model.layers import Layers
+from gblm.model.linears import prunable
+from gblm.model.loading import load
 
 
 def gradient_norms(

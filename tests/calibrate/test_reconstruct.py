@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from gblm.calibrate.activations import Activations
+from gblm.calibrate.ranks import ALONE, Ranks
 from gblm.calibrate.reconstruct import Training, reconstruct
 from gblm.calibrate.trainable import trainable
 from gblm.calibrate.walk import DecoderLayer, Walk, walk
 from gblm.errors import InputError
-from gblm.layers import Layers
-from gblm.model import load
+from gblm.model.layers import Layers
+from gblm.model.loading import load
 from gblm.patterns import NM
-from gblm.ranks import ALONE, Ranks
 from gblm.values import parse_values, quantize
 from gblm.weights import SparseWeight
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ from gblm.calibrate.stats import STATS
 from gblm.calibrate.walk import DecoderLayer, Walk
 from gblm.calibrate.walk import walk as walk_layers
 from gblm.errors import InputError
-from gblm.layers import Layers
-from gblm.model import load
+from gblm.model.layers import Layers
+from gblm.model.loading import load
 
 NEEDS = frozenset({"act_norm"})
 
@@ -59,7 +60,7 @@ def test_walk_without_changes_sees_the_whole_models_activations(
     want = inputs_by_hooks(model, batches)
     seen = 0
     for layer in walk(model, batches, NEEDS):
-        for local, stats in layer.stats.items():
+        for local, stats in layer.observe().items():
             torch.testing.assert_close(stats["act_norm"], want[f"{layer.name}.{local}"])
             seen += 1
     assert seen == len(want) == 14
@@ -68,10 +69,12 @@ def test_walk_without_changes_sees_the_whole_models_activations(
 def test_walk_propagates_the_changed_weights(
     model: torch.nn.Module, batches: list[torch.Tensor]
 ) -> None:
-    dense = [layer.stats["self_attn.q_proj"]["act_norm"] for layer in walk(model, batches, NEEDS)]
+    dense = [
+        layer.observe()["self_attn.q_proj"]["act_norm"] for layer in walk(model, batches, NEEDS)
+    ]
     changed = []
     for layer in walk(model, batches, NEEDS):
-        changed.append(layer.stats["self_attn.q_proj"]["act_norm"])
+        changed.append(layer.observe()["self_attn.q_proj"]["act_norm"])
         with torch.no_grad():
             layer.linears["mlp.down_proj"].weight.mul_(0)
     assert torch.equal(changed[0], dense[0])
@@ -87,7 +90,7 @@ def test_dense_prefix_sees_the_unchanged_model(
 ) -> None:
     want = inputs_by_hooks(model, batches)
     for layer in walk(model, batches, NEEDS, prefix="dense"):
-        for local, stats in layer.stats.items():
+        for local, stats in layer.observe().items():
             torch.testing.assert_close(stats["act_norm"], want[f"{layer.name}.{local}"])
         with torch.no_grad():
             layer.linears["mlp.down_proj"].weight.mul_(0)
@@ -96,10 +99,10 @@ def test_dense_prefix_sees_the_unchanged_model(
 def test_activations_on_disk_are_the_same(
     model: torch.nn.Module, batches: list[torch.Tensor], tmp_path: Path
 ) -> None:
-    memory = [layer.stats for layer in walk(model, batches, NEEDS)]
+    memory = [layer.observe() for layer in walk(model, batches, NEEDS)]
     disk = []
     for layer in walk(model, batches, NEEDS, scratch=tmp_path / "s"):
-        disk.append(layer.stats)
+        disk.append(layer.observe())
         assert len(list((tmp_path / "s").iterdir())) == 3
     for a, b in zip(memory, disk, strict=True):
         assert all(torch.equal(a[n]["act_norm"], b[n]["act_norm"]) for n in a)
@@ -109,19 +112,18 @@ def test_activations_on_disk_are_the_same(
 def test_layers_before_first_are_run_but_not_observed(
     model: torch.nn.Module, batches: list[torch.Tensor]
 ) -> None:
-    want = [layer.stats for layer in walk(model, batches, NEEDS)]
-    got = [layer.stats for layer in walk(model, batches, NEEDS, first=1)]
-    assert got[0] == {}
-    assert torch.equal(
-        got[1]["self_attn.q_proj"]["act_norm"], want[1]["self_attn.q_proj"]["act_norm"]
-    )
+    want = [layer.observe() for layer in walk(model, batches, NEEDS)]
+    for layer in walk(model, batches, NEEDS, first=1):
+        if layer.index == 1:
+            got = layer.observe()
+    assert torch.equal(got["self_attn.q_proj"]["act_norm"], want[1]["self_attn.q_proj"]["act_norm"])
 
 
 def test_every_linear_sees_every_batch(model: torch.nn.Module, batches: list[torch.Tensor]) -> None:
     """The last linear of a layer is not computed while observing; its input must still count."""
     want = inputs_by_hooks(model, batches)
     for layer in walk(model, batches, NEEDS):
-        got = layer.stats["mlp.down_proj"]["act_norm"]
+        got = layer.observe()["mlp.down_proj"]["act_norm"]
         torch.testing.assert_close(got, want[f"{layer.name}.mlp.down_proj"])
 
 
@@ -132,13 +134,15 @@ def test_sequential_order_sees_what_was_pruned_before_in_the_same_layer(
     seen: dict[str, torch.Tensor] = {}
     norms = inputs_by_hooks(model, batches)
 
-    def halve(layer: DecoderLayer, local: str) -> None:
-        seen[f"{layer.name}.{local}"] = layer.stats[local]["act_norm"]
+    def halve(layer: DecoderLayer, local: str, stats: dict[str, torch.Tensor]) -> None:
+        seen[f"{layer.name}.{local}"] = stats["act_norm"]
         layer.linears[local].weight.mul_(0.5)
 
-    joined = [torch.cat(batches)]
-    layers = list(walk(model, joined, NEEDS, order="sequential", at_linear=halve))
-    assert list(seen) == [f"{layer.name}.{local}" for layer in layers for local in layer.linears]
+    names = []
+    for layer in walk(model, [torch.cat(batches)], NEEDS, order="sequential"):
+        layer.visit(partial(halve, layer))
+        names += [f"{layer.name}.{local}" for local in layer.linears]
+    assert list(seen) == names
     first = "model.layers.0.self_attn."
     torch.testing.assert_close(seen[first + "q_proj"], norms[first + "q_proj"])
     # Values are halved before o_proj sees them; scores are quartered, so only about so.
@@ -151,8 +155,8 @@ def test_sequential_order_sees_what_was_pruned_before_in_the_same_layer(
 def test_batch_size_only_changes_rounding(
     model: torch.nn.Module, batches: list[torch.Tensor]
 ) -> None:
-    one = [layer.stats for layer in walk(model, batches, NEEDS)]
-    joined = [layer.stats for layer in walk(model, [torch.cat(batches)], NEEDS)]
+    one = [layer.observe() for layer in walk(model, batches, NEEDS)]
+    joined = [layer.observe() for layer in walk(model, [torch.cat(batches)], NEEDS)]
     for a, b in zip(one, joined, strict=True):
         for name in a:
             torch.testing.assert_close(a[name]["act_norm"], b[name]["act_norm"])
@@ -161,7 +165,7 @@ def test_batch_size_only_changes_rounding(
 def test_shared_inputs_share_one_statistic(
     model: torch.nn.Module, batches: list[torch.Tensor]
 ) -> None:
-    stats = next(iter(walk(model, batches, NEEDS))).stats
+    stats = next(iter(walk(model, batches, NEEDS))).observe()
     assert torch.equal(stats["self_attn.q_proj"]["act_norm"], stats["self_attn.v_proj"]["act_norm"])
     assert stats["mlp.down_proj"]["act_norm"].shape == (128,)
 
@@ -171,11 +175,11 @@ def test_ranks_join_statistics_in_one_order(
     model: torch.nn.Module, batches: list[torch.Tensor], order: str
 ) -> None:
     """A set of names has another order in every process, in which ranks would wait for another."""
-    needs = frozenset(STATS)
+    needs, seen = frozenset(STATS), []
     how = Walk(needs, order=order)
     for layer in walk_layers(Layers(model), [torch.cat(batches)], how):
-        for own in layer.stats.values():
-            assert list(own) == sorted(needs)
+        layer.visit(lambda local, own: seen.append(list(own)))
+    assert seen == [sorted(needs)] * 14
 
 
 def test_walk_without_needs_runs_no_forward_pass(model: torch.nn.Module) -> None:
@@ -184,10 +188,11 @@ def test_walk_without_needs_runs_no_forward_pass(model: torch.nn.Module) -> None
 
 
 def test_walk_leaves_no_hooks_behind(model: torch.nn.Module, batches: list[torch.Tensor]) -> None:
-    for _ in walk(model, batches, NEEDS):
+    for layer in walk(model, batches, NEEDS):
+        layer.observe()
         break
-    for _ in walk(model, batches, NEEDS):
-        pass
+    for layer in walk(model, batches, NEEDS):
+        layer.observe()
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert not any("forward" in vars(module) for module in model.modules())
 
@@ -197,5 +202,6 @@ def test_infinite_activations_name_the_linear(
 ) -> None:
     with torch.no_grad():
         model.get_submodule("model.layers.0.mlp.up_proj").weight[0, 0] = float("inf")
+    first = next(walk(model, batches, NEEDS))
     with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.down_proj"):
-        list(walk(model, batches, NEEDS))
+        first.observe()

@@ -13,9 +13,10 @@ from conftest import Outcome
 from damage import DAMAGES, UP, rehash
 
 from gblm import kernels
-from gblm.checkpoint.packed_folder import PackedReader
 from gblm.checkpoint.verify import verify
 from gblm.errors import InputError
+from gblm.model.folder import ModelFolder
+from gblm.model.packed_reader import PackedReader
 from gblm.packed import check_loadable, load
 
 Pack = Callable[..., Path]
@@ -65,7 +66,7 @@ def through_vllm(folder: Path) -> None:
     fields = json.loads((folder / "config.json").read_text())["quantization_config"]
     fmt = SparseConfig.from_config(fields).manifest.format_of(UP)
     assert fmt is not None
-    with PackedReader(folder) as packed:
+    with PackedReader(ModelFolder.open(folder)) as packed:
         (rows, columns), parts = packed.linears[UP].shape, packed.parts(UP)
     method, layer = SparseLinearMethod(fmt, UP, lambda *choice: None), torch.nn.Module()
     method.create_weights(
@@ -91,7 +92,11 @@ def test_damage_is_refused_by_load(damaged: tuple[Path, str], ran: Watched) -> N
 
 def test_damage_is_refused_by_verify(damaged: tuple[Path, str], ran: Watched) -> None:
     folder, match = damaged
-    refused(lambda: (check_loadable(folder), verify(folder)), match, ran)
+    refused(
+        lambda: (check_loadable(ModelFolder.open(folder)), verify(ModelFolder.open(folder))),
+        match,
+        ran,
+    )
 
 
 def test_the_command_verify_holds_the_folder_against_its_config(
@@ -99,7 +104,7 @@ def test_the_command_verify_holds_the_folder_against_its_config(
 ) -> None:
     DAMAGES["missing norm"][1](packed)
     rehash(packed)
-    verify(packed)
+    verify(ModelFolder.open(packed))
     done = gblm("verify", packed)
     assert done.code == 4
     assert "model.norm.weight is missing" in done.err
@@ -121,7 +126,7 @@ def test_intact_folders_pass_all_roads(
     folder = pack_tiny("wanda", *base)
     load(folder)
     assert "prepare" in ran
-    verify(folder)
+    verify(ModelFolder.open(folder))
     ran.clear()
     through_vllm(folder)
     assert ran == ["prepare"]

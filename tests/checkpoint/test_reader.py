@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gblm.checkpoint.reader import Reader
 from gblm.errors import CheckpointError, InputError, MachineError
+from gblm.model.folder import ModelFolder
+from gblm.model.reader import Reader
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def with_header(path: Path, header: dict[str, object], data: bytes) -> None:
 
 
 def test_headers_are_known_before_data_is_read(folder: Path) -> None:
-    with Reader(folder) as reader:
+    with Reader(ModelFolder(folder, {})) as reader:
         assert reader.headers == {"a": ((4, 4), torch.float32), "b": ((2,), torch.float32)}
         assert reader.num_bytes("a") == 64
         assert torch.equal(reader.tensor("a"), torch.ones(4, 4))
@@ -43,7 +44,7 @@ def test_headers_are_known_before_data_is_read(folder: Path) -> None:
 
 def test_shards_are_read_through_the_index(folder: Path) -> None:
     shard(folder, {"a": "part.safetensors", "b": "part.safetensors"})
-    with Reader(folder) as reader:
+    with Reader(ModelFolder(folder, {})) as reader:
         assert sorted(reader) == ["a", "b"]
 
 
@@ -52,7 +53,7 @@ def test_truncated_file(folder: Path, cut: int) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(CheckpointError, match="no intact safetensors file"):
-        Reader(folder)
+        Reader(ModelFolder(folder, {}))
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,7 @@ def test_truncated_file(folder: Path, cut: int) -> None:
 def test_header_that_claims_what_is_not_there(tmp_path: Path, header: dict[str, object]) -> None:
     with_header(tmp_path / "model.safetensors", header, b"\0" * 4)
     with pytest.raises(CheckpointError):
-        Reader(tmp_path)
+        Reader(ModelFolder(tmp_path, {}))
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_header_that_claims_what_is_not_there(tmp_path: Path, header: dict[str, 
 def test_shard_names_cannot_leave_the_folder(folder: Path, name: str) -> None:
     shard(folder, {"a": name})
     with pytest.raises(CheckpointError, match="leads out of the folder"):
-        Reader(folder)
+        Reader(ModelFolder(folder, {}))
 
 
 def test_links_cannot_leave_the_folder(
@@ -88,7 +89,7 @@ def test_links_cannot_leave_the_folder(
     (folder / "model.safetensors").rename(outside)
     (folder / "model.safetensors").symlink_to(outside)
     with pytest.raises(CheckpointError, match="link that leads out"):
-        Reader(folder)
+        Reader(ModelFolder(folder, {}))
 
 
 def test_links_of_a_hub_snapshot_are_followed(tmp_path: Path) -> None:
@@ -96,7 +97,7 @@ def test_links_of_a_hub_snapshot_are_followed(tmp_path: Path) -> None:
     (tmp_path / "snapshots/abc").mkdir(parents=True)
     save_file({"a": torch.ones(1)}, tmp_path / "blobs/1234")
     (tmp_path / "snapshots/abc/model.safetensors").symlink_to("../../blobs/1234")
-    with Reader(tmp_path / "snapshots/abc") as reader:
+    with Reader(ModelFolder(tmp_path / "snapshots/abc", {})) as reader:
         assert list(reader) == ["a"]
 
 
@@ -106,15 +107,15 @@ def test_links_of_a_hub_snapshot_are_followed(tmp_path: Path) -> None:
 def test_index_that_does_not_fit(folder: Path, weight_map: object) -> None:
     shard(folder, weight_map)
     with pytest.raises(CheckpointError):
-        Reader(folder)
+        Reader(ModelFolder(folder, {}))
 
 
 def test_folder_without_safetensors(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no"):
-        Reader(tmp_path)
+        Reader(ModelFolder(tmp_path, {}))
     (tmp_path / "odd-name.safetensors").touch()
     with pytest.raises(CheckpointError, match="neither"):
-        Reader(tmp_path)
+        Reader(ModelFolder(tmp_path, {}))
 
 
 def test_a_file_too_large_to_map_is_the_machine_s_fault(tmp_path: Path) -> None:
@@ -129,4 +130,4 @@ def test_a_file_too_large_to_map_is_the_machine_s_fault(tmp_path: Path) -> None:
     except OSError:
         pytest.skip("the file system takes no file of 8 TiB")
     with pytest.raises(MachineError, match=r"cannot be mapped into memory .* in smaller shards"):
-        Reader(tmp_path)
+        Reader(ModelFolder(tmp_path, {}))

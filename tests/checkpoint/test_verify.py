@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 
 import gblm.packed
 from gblm.checkpoint.inspect import inspect
-from gblm.checkpoint.packed_folder import PackedReader
 from gblm.checkpoint.verify import verify
-from gblm.checkpoint.writer import sha256
+from gblm.checkpoint.write import sha256
 from gblm.errors import CheckpointError, InputError
 from gblm.export.dense import export_dense
+from gblm.model.folder import ModelFolder
+from gblm.model.packed_reader import PackedReader
 
 Pack = Callable[..., Path]
 UP = "model.layers.0.mlp.up_proj"
@@ -38,15 +39,15 @@ def test_intact_folder_passes_and_equals_its_dense_export(
     pack_tiny: Pack, tmp_path: Path, pattern: str
 ) -> None:
     folder = pack_tiny("wanda", pattern)
-    export_dense(folder, tmp_path / "dense")
-    facts = verify(folder, tmp_path / "dense")
+    export_dense(ModelFolder.open(folder), tmp_path / "dense")
+    facts = verify(ModelFolder.open(folder), ModelFolder.open(tmp_path / "dense"))
     assert facts["ok"]
     assert facts["linears"] == 14
 
 
 def test_other_dense_weights_do_not_pass(pack_tiny: Pack, tiny: Path) -> None:
     with pytest.raises(CheckpointError, match="is not the one in"):
-        verify(pack_tiny(), tiny)
+        verify(ModelFolder.open(pack_tiny()), ModelFolder.open(tiny))
 
 
 @pytest.mark.parametrize(
@@ -58,20 +59,20 @@ def test_one_changed_byte_is_found(packed: Path, name: str) -> None:
     data[-2] ^= 1
     path.write_bytes(bytes(data))
     with pytest.raises(InputError, match=name):
-        verify(packed)
+        verify(ModelFolder.open(packed))
 
 
 def test_missing_and_added_files_are_found(packed: Path) -> None:
     (packed / "extra.bin").touch()
     with pytest.raises(CheckpointError, match="does not stand in MANIFEST"):
-        verify(packed)
+        verify(ModelFolder.open(packed))
     (packed / "extra.bin").rename(packed / "extra.safetensors")
     with pytest.raises(CheckpointError, match="belongs to no index"):
-        PackedReader(packed)
+        PackedReader(ModelFolder.open(packed))
     (packed / "extra.safetensors").unlink()
     (packed / "README.md").unlink()
     with pytest.raises(CheckpointError, match=r"README\.md is missing"):
-        verify(packed)
+        verify(ModelFolder.open(packed))
 
 
 def test_group_with_three_weights_is_found(packed: Path) -> None:
@@ -80,7 +81,7 @@ def test_group_with_three_weights_is_found(packed: Path) -> None:
 
     rewrite(packed, change)
     with pytest.raises(CheckpointError, match=rf"{UP}\.bitmask: row 3"):
-        verify(packed)
+        verify(ModelFolder.open(packed))
 
 
 def test_negative_zero_in_a_file_is_found(packed: Path) -> None:
@@ -89,7 +90,7 @@ def test_negative_zero_in_a_file_is_found(packed: Path) -> None:
 
     rewrite(packed, change)
     with pytest.raises(CheckpointError, match="gives other bytes"):
-        verify(packed)
+        verify(ModelFolder.open(packed))
 
 
 def test_report_that_tells_another_story_is_found(packed: Path) -> None:
@@ -98,13 +99,13 @@ def test_report_that_tells_another_story_is_found(packed: Path) -> None:
 
     rewrite(packed, change)
     with pytest.raises(CheckpointError, match=r"sparsity_report\.json does not describe"):
-        verify(packed)
+        verify(ModelFolder.open(packed))
 
 
 def test_missing_weight_is_found(packed: Path) -> None:
     rewrite(packed, lambda t: [t.pop(f"{UP}.{part}") for part in ("values", "bitmask")])
     with pytest.raises(CheckpointError, match=f"{UP}: reported, but not stored"):
-        verify(packed)
+        verify(ModelFolder.open(packed))
     with pytest.raises(CheckpointError, match=f"the packed weight of {UP} is missing"):
         gblm.packed.load(packed)
 
@@ -112,14 +113,14 @@ def test_missing_weight_is_found(packed: Path) -> None:
 def test_parts_of_many_dimensions_are_refused(packed: Path) -> None:
     rewrite(packed, lambda t: t.update({f"{UP}.bitmask": torch.zeros(2, 2, 2)}))
     with pytest.raises(CheckpointError, match="is impossible"):
-        PackedReader(packed)
+        PackedReader(ModelFolder.open(packed))
 
 
 @pytest.mark.parametrize("part", ["values", "bitmask"])
 def test_missing_part_is_found_in_the_headers(packed: Path, part: str) -> None:
     rewrite(packed, lambda tensors: tensors.pop(f"{UP}.{part}"))
     with pytest.raises(CheckpointError):
-        verify(packed)
+        verify(ModelFolder.open(packed))
 
 
 @pytest.mark.parametrize("shape", [(2**10, 16), (64, 8), (128, 17), (128, 0)])
@@ -128,7 +129,7 @@ def test_part_of_an_impossible_shape_is_found_in_the_headers(
 ) -> None:
     rewrite(packed, lambda t: t.update({f"{UP}.bitmask": torch.zeros(shape, dtype=torch.uint8)}))
     with pytest.raises(CheckpointError, match=UP):
-        PackedReader(packed)
+        PackedReader(ModelFolder.open(packed))
 
 
 def test_manifest_file_names_cannot_leave_the_folder(packed: Path) -> None:
@@ -136,20 +137,20 @@ def test_manifest_file_names_cannot_leave_the_folder(packed: Path) -> None:
     manifest["files"]["../../x"] = {"sha256": "", "size": 0}
     (packed / "MANIFEST.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="leads out"):
-        verify(packed)
+        verify(ModelFolder.open(packed))
 
 
 def test_a_weight_stored_twice_is_refused(packed: Path) -> None:
     rewrite(packed, lambda t: t.update({f"{UP}.weight": torch.zeros(128, 64)}))
     with pytest.raises(CheckpointError, match="stored dense, but the manifest says nm"):
-        PackedReader(packed)
+        PackedReader(ModelFolder.open(packed))
 
 
 @pytest.mark.parametrize(
     ("pattern", "bits"), [("2:4", 9.0), ("4:8", 9.0), ("8:16", 9.0), ("1:4", 5.0)]
 )
 def test_inspect_counts_bits_with_the_mask(pack_tiny: Pack, pattern: str, bits: float) -> None:
-    facts = inspect(pack_tiny("magnitude", pattern))
+    facts = inspect(ModelFolder.open(pack_tiny("magnitude", pattern)))
     assert facts["kind"] == "packed"
     (group,) = facts["groups"]
     assert (group["pattern"], group["bits_per_weight"], group["linears"]) == (pattern, bits, 14)
@@ -157,8 +158,8 @@ def test_inspect_counts_bits_with_the_mask(pack_tiny: Pack, pattern: str, bits: 
 
 
 def test_inspect_counts_zeros_of_a_dense_folder(pack_tiny: Pack, tmp_path: Path) -> None:
-    export_dense(pack_tiny(), tmp_path / "dense")
-    facts = inspect(tmp_path / "dense")
+    export_dense(ModelFolder.open(pack_tiny()), tmp_path / "dense")
+    facts = inspect(ModelFolder.open(tmp_path / "dense"))
     assert (facts["kind"], facts["sparsity"]) == ("dense", 0.5)
 
 
@@ -167,4 +168,4 @@ def test_foreign_quantisation_is_refused(packed: Path) -> None:
     config["quantization_config"] = {"quant_method": "awq"}
     (packed / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="'awq', which gblm cannot read"):
-        inspect(packed)
+        inspect(ModelFolder.open(packed))

@@ -19,7 +19,7 @@ from gblm.evaluate.drift import Drift
 from gblm.evaluate.perplexity import Protocol, measure, perplexity
 from gblm.evaluate.run import known_baseline
 from gblm.evaluate.subjects import Scores, Subject, TorchSubject, open_subject
-from gblm.model import load_tokenizer
+from gblm.model.loading import load_tokenizer
 
 Pack = Callable[..., Path]
 # float32 on both sides; only the order of sums differs.

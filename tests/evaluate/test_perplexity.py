@@ -11,7 +11,7 @@ import torch
 from gblm.errors import UsageError
 from gblm.evaluate.perplexity import Protocol, perplexity
 from gblm.evaluate.run import Evaluation, run_evaluation
-from gblm.model import load, load_tokenizer
+from gblm.model.loading import load, load_tokenizer
 from gblm.packed import load_any
 
 

@@ -21,7 +21,7 @@ from gblm.evaluate.gates import judge, parse_gate
 from gblm.evaluate.perplexity import Protocol
 from gblm.evaluate.run import Evaluation, run_evaluation
 from gblm.evaluate.subjects import Subject, open_subject
-from gblm.model import load_tokenizer
+from gblm.model.loading import load_tokenizer
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 pytest.importorskip("tenacity", reason="the harness's client needs lm-eval[api]")

@@ -12,7 +12,7 @@ from gblm.errors import InputError, UsageError
 from gblm.evaluate.run import Evaluation, run_evaluation
 from gblm.evaluate.subjects import open_subject
 from gblm.evaluate.tasks import PAPERS, Tasks, run_tasks, task_names
-from gblm.model import load_tokenizer
+from gblm.model.loading import load_tokenizer
 from gblm.record import Record
 
 TASKS = Path(__file__).parent / "tasks"

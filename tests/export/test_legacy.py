@@ -25,16 +25,19 @@ from gblm.checkpoint.verify import verify
 from gblm.errors import CheckpointError, InputError, UsageError
 from gblm.export.dense import export_dense
 from gblm.export.legacy import export_legacy
+from gblm.model.folder import ModelFolder
 
 
 @pytest.mark.parametrize("fixture", TRUTH)
 def test_old_files_become_ours_bit_for_bit(fixture: str, tmp_path: Path) -> None:
     report = export_legacy(FIXTURES / fixture, tmp_path / "ours")
-    verify(tmp_path / "ours")
-    export_dense(tmp_path / "ours", tmp_path / "dense")
+    verify(ModelFolder.open(tmp_path / "ours"))
+    export_dense(ModelFolder.open(tmp_path / "ours"), tmp_path / "dense")
     assert same_bits(load_file(tmp_path / "dense/model.safetensors"), truth(fixture))
     assert report["linears"] == 7
-    assert [g["format"] for g in inspect(tmp_path / "ours")["groups"]] == [TRUTH[fixture][1]]
+    assert [g["format"] for g in inspect(ModelFolder.open(tmp_path / "ours"))["groups"]] == [
+        TRUTH[fixture][1]
+    ]
 
 
 def test_both_generations_of_tensor_names_give_the_same_folder(tmp_path: Path) -> None:

@@ -28,15 +28,16 @@ from gblm.checkpoint.verify import verify
 from gblm.errors import InputError, UsageError
 from gblm.export.dense import export_dense
 from gblm.export.legacy import export_legacy
+from gblm.model.folder import ModelFolder
 
 
 @pytest.mark.parametrize("fixture", ["24-int8-channel", "24-int8-group"])
 def test_int8_codes_and_scales_become_ours_and_back(fixture: str, tmp_path: Path) -> None:
     export_legacy(FIXTURES / fixture, tmp_path / "ours")
-    verify(tmp_path / "ours")
+    verify(ModelFolder.open(tmp_path / "ours"))
     kind = "int8:row" if fixture == "24-int8-channel" else "int8:32"
-    assert [g["dtype"] for g in inspect(tmp_path / "ours")["groups"]] == [kind]
-    export_dense(tmp_path / "ours", tmp_path / "dense")
+    assert [g["dtype"] for g in inspect(ModelFolder.open(tmp_path / "ours"))["groups"]] == [kind]
+    export_dense(ModelFolder.open(tmp_path / "ours"), tmp_path / "dense")
     dense, unpacked = (
         load_file(f)
         for f in (tmp_path / "dense/model.safetensors", FIXTURES / f"{fixture}.safetensors")
@@ -50,7 +51,7 @@ def test_the_least_code_stays_itself(tmp_path: Path) -> None:
 
     folder = altered(tmp_path, "24-int8-channel", change)
     export_legacy(folder, tmp_path / "ours")
-    verify(tmp_path / "ours")
+    verify(ModelFolder.open(tmp_path / "ours"))
     assert load_file(tmp_path / "ours/model.safetensors")[f"{UP}.values"][0, 0] == -128
 
 
@@ -77,7 +78,7 @@ def test_fp8_becomes_the_floats_that_it_stands_for(kind: str, tmp_path: Path) ->
     strategy = settings(strategy="tensor") if kind == "tensor" else None
     folder = altered(tmp_path, "24-fp8", single if kind == "tensor" else power, strategy)
     export_legacy(folder, tmp_path / "ours")
-    verify(tmp_path / "ours")
+    verify(ModelFolder.open(tmp_path / "ours"))
     theirs, ours = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "ours"))
     for name in [n.removesuffix(".compressed") for n in theirs if n.endswith(".compressed")]:
         exact = theirs[f"{name}.compressed"].double() * 0.0078125
@@ -123,7 +124,7 @@ def test_fp8_is_rounded_once_when_asked(
     assert "rounded once to bfloat16 (relative error at most 2^-8" in caplog.text
     recipe = json.loads((tmp_path / "ours/recipe.json").read_text())
     assert recipe["options"] == {"legacy": "sparse-24-bitmask", "rounded": "bfloat16"}
-    verify(tmp_path / "ours")
+    verify(ModelFolder.open(tmp_path / "ours"))
     theirs, ours = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "ours"))
     for name in [n.removesuffix(".compressed") for n in theirs if n.endswith(".compressed")]:
         exact = theirs[f"{name}.compressed"].double() * theirs[f"{name}.weight_scale"].double()
@@ -210,6 +211,6 @@ def test_one_scale_for_a_whole_tensor_is_that_of_every_row(tmp_path: Path) -> No
 
     folder = altered(tmp_path, "24-int8-channel", change, settings(strategy="tensor"))
     export_legacy(folder, tmp_path / "ours")
-    verify(tmp_path / "ours")
+    verify(ModelFolder.open(tmp_path / "ours"))
     ours = load_file(tmp_path / "ours/model.safetensors")
     assert ours[f"{UP}.scales"].tolist() == [[0.0078125]] * 64

@@ -21,6 +21,7 @@ from gblm.errors import CheckpointError, InputError
 from gblm.export.legacy import export_legacy
 from gblm.export.legacy_bitmask import PARTS, BitmaskTensor
 from gblm.export.legacy_reader import LegacyReader
+from gblm.model.folder import ModelFolder
 
 
 def flip(tensor: Tensor) -> Tensor:
@@ -122,7 +123,7 @@ def test_a_damaged_header_is_never_a_crash(seed: int, tmp_path: Path) -> None:
         data[place] = draw.integers(256)
     path.write_bytes(bytes(data[: len(data) if seed % 5 else draw.integers(len(data))]))
     try:
-        with LegacyReader(folder) as reader:
+        with LegacyReader(ModelFolder.open(folder)) as reader:
             for name in reader:
                 assert tuple(reader.tensor(name).shape) == reader.headers[name][0]
     except InputError:

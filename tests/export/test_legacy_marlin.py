@@ -17,10 +17,11 @@ from legacy_cases import (
 )
 from torch import Tensor
 
-from gblm.checkpoint.packed_folder import PackedReader
 from gblm.checkpoint.verify import verify
 from gblm.errors import CheckpointError, InputError
 from gblm.export.legacy import export_legacy
+from gblm.model.folder import ModelFolder
+from gblm.model.packed_reader import PackedReader
 
 
 @pytest.mark.parametrize(
@@ -30,9 +31,9 @@ def test_marlin_is_taken_apart_into_the_codes_it_was_made_from(
     fixture: str, tmp_path: Path
 ) -> None:
     export_legacy(FIXTURES / fixture, tmp_path / "ours")
-    verify(tmp_path / "ours")
+    verify(ModelFolder.open(tmp_path / "ours"))
     codes_and_scales = json.loads((FIXTURES / f"{fixture}.json").read_text())
-    with PackedReader(tmp_path / "ours") as ours:
+    with PackedReader(ModelFolder.open(tmp_path / "ours")) as ours:
         assert ours.linears.keys() == codes_and_scales.keys()
         kinds = {linear.fmt.spec for linear in ours.linears.values()}
         for name, (codes, scales) in codes_and_scales.items():
@@ -52,7 +53,7 @@ def test_scales_of_the_old_library_itself_give_the_least_codes(
     """Of 448 rows many have such a code, which has no opposite, and all of them are kept."""
     export_legacy(FIXTURES / f"marlin-int{bits}-own", tmp_path / "ours")
     found = 0
-    with PackedReader(tmp_path / "ours") as ours:
+    with PackedReader(ModelFolder.open(tmp_path / "ours")) as ours:
         for name, linear in ours.linears.items():
             codes = linear.fmt.unpack(ours.parts(name)).codes
             assert codes is not None

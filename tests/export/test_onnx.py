@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import save_tiny_model
 
-from gblm.checkpoint.packed_folder import PackedReader
 from gblm.commands.export import ONNX_PRECISIONS, ONNX_TARGETS
 from gblm.errors import (
     CheckpointError,
@@ -31,6 +30,8 @@ from gblm.export.onnx_model.export import (
     with_rope_theta,
 )
 from gblm.export.onnx_model.runtime import REPORT_FILE
+from gblm.model.folder import ModelFolder
+from gblm.model.packed_reader import PackedReader
 
 pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
 
@@ -81,7 +82,7 @@ def test_packed_weights_stay_packed_and_compute_the_same(
     graph = StoredGraph(tmp_path / "out").model.graph
     assert not [node for node in graph.node if node.op_type in ("MatMul", "Sigmoid")]
     assert sum(node.op_type == "GatedLinear" for node in graph.node) == 2
-    with PackedReader(source) as reader:
+    with PackedReader(ModelFolder.open(source)) as reader:
         zeros = {name: int((reader.weight(name) == 0).sum()) for name in reader.linears}
     weights = {row["name"]: row for row in report["weights"]}
     for row in report["linears"]:

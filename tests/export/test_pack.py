@@ -14,6 +14,7 @@ from gblm.checkpoint.verify import verify
 from gblm.errors import CheckpointError, InputError, PatternError
 from gblm.export.dense import export_dense
 from gblm.export.pack import export_pack, find_pattern
+from gblm.model.folder import ModelFolder
 from gblm.patterns import Unstructured
 
 Pack = Callable[..., Path]
@@ -24,12 +25,12 @@ def test_packing_a_dense_export_gives_the_packed_weights_back(
     pack_tiny: Pack, tmp_path: Path, pattern: str
 ) -> None:
     folder = pack_tiny("magnitude", pattern)
-    export_dense(folder, tmp_path / "dense")
+    export_dense(ModelFolder.open(folder), tmp_path / "dense")
     export_pack(tmp_path / "dense", tmp_path / "again")
-    found = inspect(tmp_path / "again")["groups"][0]
-    assert found["format"] == inspect(folder)["groups"][0]["format"]
+    found = inspect(ModelFolder.open(tmp_path / "again"))["groups"][0]
+    assert found["format"] == inspect(ModelFolder.open(folder))["groups"][0]["format"]
     assert found["format"] != "nm" or found["pattern"] == pattern
-    verify(tmp_path / "again", against=tmp_path / "dense")
+    verify(ModelFolder.open(tmp_path / "again"), against=ModelFolder.open(tmp_path / "dense"))
     ours, again = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "again"))
     assert ours.keys() == again.keys()
     assert all(ours[name].equal(again[name]) for name in ours)
@@ -44,12 +45,12 @@ def test_masks_older_than_the_rule_of_8_16_become_any_masks(
     rehash(old)
     for action in (verify, inspect):
         with pytest.raises(CheckpointError, match=match):
-            action(old)
-    export_dense(old, tmp_path / "dense")
+            action(ModelFolder.open(old))
+    export_dense(ModelFolder.open(old), tmp_path / "dense")
     with pytest.raises(PatternError, match=r"hold 6 non-zeros; 8:16 .* `--pattern 0\.5`"):
         export_pack(tmp_path / "dense", tmp_path / "again", pattern="8:16")
     export_pack(tmp_path / "dense", tmp_path / "again", pattern="0.5")
-    verify(tmp_path / "again", against=tmp_path / "dense")
+    verify(ModelFolder.open(tmp_path / "again"), against=ModelFolder.open(tmp_path / "dense"))
 
 
 def test_packing_never_prunes(tiny: Path, tmp_path: Path) -> None:
@@ -63,7 +64,7 @@ def test_packing_never_prunes(tiny: Path, tmp_path: Path) -> None:
 def test_dense_export_is_an_ordinary_folder(pack_tiny: Pack, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    export_dense(pack_tiny(), tmp_path / "dense")
+    export_dense(ModelFolder.open(pack_tiny()), tmp_path / "dense")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert not hasattr(model.config, "quantization_config")
     assert AutoTokenizer.from_pretrained(tmp_path / "dense")("a")["input_ids"]
@@ -72,7 +73,7 @@ def test_dense_export_is_an_ordinary_folder(pack_tiny: Pack, tmp_path: Path) -> 
 
 def test_dense_export_refuses_a_dense_folder(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no packed weights"):
-        export_dense(tiny, tmp_path / "out")
+        export_dense(ModelFolder.open(tiny), tmp_path / "out")
 
 
 def test_masks_with_far_more_zeros_than_a_pattern_asks_for_are_stored_as_any_mask() -> None:

@@ -19,13 +19,14 @@ from legacy_cases import FIXTURES, altered, drop, put
 
 import gblm.serve.cached as cached
 from gblm.checkpoint.verify import verify
-from gblm.checkpoint.writer import folder_bytes
+from gblm.checkpoint.write import folder_bytes
 from gblm.commands import prune as prune_command
 from gblm.errors import GblmError, InputError, MachineError, PatternError, UsageError
 from gblm.export.dense import export_dense
 from gblm.export.legacy import export_legacy
 from gblm.export.pack import export_pack
 from gblm.formats.manifest import Manifest
+from gblm.model.folder import ModelFolder
 from gblm.prune import prune
 from gblm.recipe import Recipe
 from gblm.serve.cached import folder_to_serve, is_legacy, must_round, recipe_of
@@ -54,7 +55,7 @@ def test_the_second_start_uses_what_the_first_made(
     folder = folder_to_serve(tiny, "magnitude 2:4")
     assert folder.parent == cache
     assert "magnitude" in folder.name
-    verify(folder)
+    verify(ModelFolder.open(folder))
     prune(Recipe(model=str(tiny), method="magnitude", calibration=None), tmp_path / "same")
     assert content(folder) == content(tmp_path / "same")
 
@@ -99,7 +100,7 @@ def test_a_run_that_fails_leaves_nothing_to_serve(
         with pytest.raises(Exception, match="No space left"):
             folder_to_serve(tiny, "magnitude 2:4")
     assert made(cache) == []
-    verify(folder_to_serve(tiny, "magnitude 2:4"))
+    verify(ModelFolder.open(folder_to_serve(tiny, "magnitude 2:4")))
 
 
 def test_a_packed_or_dense_folder_is_served_from_where_it_is(
@@ -118,7 +119,7 @@ def test_a_folder_of_compressed_tensors_is_converted(
     folder = folder_to_serve(FIXTURES / fixture)
     export_legacy(FIXTURES / fixture, tmp_path / "same", rounds=fixture == "24-fp8")
     assert content(folder) == content(tmp_path / "same")
-    verify(folder)
+    verify(ModelFolder.open(folder))
     size = f"{folder_bytes(folder) / 1e6:.1f} MB"
     assert f"serving from {folder}, {size}" in caplog.text
     before = folder.stat().st_ino
@@ -130,7 +131,7 @@ def test_zeros_of_a_dense_folder_are_packed_when_the_user_asks(
     pack_tiny: Pack, cache: Path, tmp_path: Path
 ) -> None:
     zeros = tmp_path / "zeros"
-    export_dense(pack_tiny(), zeros)
+    export_dense(ModelFolder.open(pack_tiny()), zeros)
     assert folder_to_serve(zeros) == zeros
     folder = folder_to_serve(zeros, pack=True)
     export_pack(zeros, tmp_path / "same")
@@ -142,7 +143,7 @@ def test_zeros_of_a_dense_folder_are_packed_when_the_user_asks(
 def test_without_room_nothing_is_begun(
     pack_tiny: Pack, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    export_dense(pack_tiny(), tmp_path / "zeros")
+    export_dense(ModelFolder.open(pack_tiny()), tmp_path / "zeros")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     for model, asked in (
         (FIXTURES / "bitmask", {}),

@@ -10,6 +10,7 @@ import pytest
 
 from gblm.errors import CheckpointError, InputError, UsageError
 from gblm.export.dense import export_dense
+from gblm.model.folder import ModelFolder
 from gblm.serve import launch
 from gblm.serve.launch import (
     Server,
@@ -109,7 +110,7 @@ def test_zeros_of_a_dense_folder_are_told(
     pack_tiny: Pack, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "gblm")
-    export_dense(pack_tiny(), tmp_path / "zeros")
+    export_dense(ModelFolder.open(pack_tiny()), tmp_path / "zeros")
     check(Server(tiny))
     assert "--pack" not in caplog.text
     check(Server(tmp_path / "zeros"))

@@ -14,6 +14,7 @@ import pytest
 
 from gblm.checkpoint.inspect import inspect
 from gblm.kernels import BACKENDS
+from gblm.model.folder import ModelFolder
 
 metrics = pytest.importorskip(
     "gblm.serve.vllm_plugin.metrics", reason="prometheus_client is not installed"
@@ -75,7 +76,7 @@ def test_reports_are_read_as_they_come_and_kept() -> None:
 
 def test_facts_are_those_of_inspect(pack_tiny: Callable[..., Path]) -> None:
     folder = pack_tiny(pattern="0.5", values="int4", head="int8", tied=False)
-    facts = inspect(folder)
+    facts = inspect(ModelFolder.open(folder))
     found = metrics.checkpoint_facts(folder)
     expected = [("linears", group) for group in facts["groups"]] + [("head", facts["head"])]
     assert [

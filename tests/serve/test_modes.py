@@ -15,6 +15,7 @@ from vllm_modes import MODES, engine, is_in_force, write_adapter
 from vllm_run import Answer, answers, farthest, is_same, skip_without
 
 from gblm.export.dense import export_dense
+from gblm.model.folder import ModelFolder
 
 pytestmark = pytest.mark.vllm
 Pack = Callable[..., Path]
@@ -34,7 +35,7 @@ def test_answers_in_every_mode_are_those_of_the_dense_model(
     places = {mode: tmp_path / str(number) for number, mode in enumerate(CASES)}
     for mode, (pattern, values, _) in CASES.items():
         packed = shutil.copytree(pack_tiny("wanda", pattern, values), places[mode] / "packed")
-        export_dense(Path(packed), places[mode] / "dense")
+        export_dense(ModelFolder.open(Path(packed)), places[mode] / "dense")
         write_adapter(Path(packed), places[mode] / "adapter")
     want, _ = serve(places, "dense", None)
     got, log = serve(places, "packed", "dense")

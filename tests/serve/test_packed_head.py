@@ -15,6 +15,7 @@ from gblm.errors import CheckpointError
 from gblm.export.dense import export_dense
 from gblm.formats import Format, from_spec
 from gblm.formats.manifest import Group, Manifest
+from gblm.model.folder import ModelFolder
 from gblm.values import quantize
 from gblm.weights import SparseWeight
 
@@ -31,7 +32,7 @@ def test_tokens_are_those_of_the_dense_export(
     pack_tiny: Pack, tmp_path: Path, head: str, tied: bool, eager: bool
 ) -> None:
     folder = pack_tiny(head=head, tied=tied)
-    export_dense(folder, tmp_path / "dense")
+    export_dense(ModelFolder.open(folder), tmp_path / "dense")
     want, log = generate(tmp_path / "dense", enforce_eager=eager)
     assert len(want) == 8, log
     rows, log = generate(folder, "dense", enforce_eager=eager)

@@ -15,6 +15,7 @@ from vllm_modes import EAGER, PIPELINE, engine, tensor_parallel
 from vllm_run import answers, farthest, is_same, skip_without
 
 from gblm.export.dense import export_dense
+from gblm.model.folder import ModelFolder
 from gblm.prune import prune
 from gblm.recipe import Recipe
 
@@ -36,7 +37,7 @@ def pack(root: Path, pattern: str, values: str, kv_heads: int = 2, fused: bool =
     recipe = Recipe(model=str(root / "model"), method="magnitude", pattern=pattern, values=values,
                     calibration=None)  # fmt: skip
     prune(recipe, root / "packed")
-    export_dense(root / "packed", root / "dense")
+    export_dense(ModelFolder.open(root / "packed"), root / "dense")
     return root / "packed"
 
 

@@ -21,6 +21,7 @@ from gblm.bench.server import free_port
 from gblm.evaluate.perplexity import Protocol
 from gblm.evaluate.run import Evaluation, run_evaluation
 from gblm.export.dense import export_dense
+from gblm.model.folder import ModelFolder
 from gblm.network import is_loopback
 from gblm.prune import prune
 from gblm.recipe import Recipe
@@ -188,7 +189,7 @@ def test_a_model_that_is_fused_on_disk_answers_as_its_dense_self(
     recipe = Recipe(model=str(source), method="magnitude", pattern="0.5", values="int4:32",
                     calibration=None)  # fmt: skip
     prune(recipe, tmp_path / "packed")
-    export_dense(tmp_path / "packed", tmp_path / "dense")
+    export_dense(ModelFolder.open(tmp_path / "packed"), tmp_path / "dense")
     answers = []
     for name in ("packed", "dense"):
         with served(tmp_path / name, tmp_path / "log") as (url, _, log):

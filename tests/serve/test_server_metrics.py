@@ -23,6 +23,7 @@ import gblm
 from gblm.bench.server import free_port
 from gblm.checkpoint.inspect import inspect
 from gblm.kernels import BACKENDS
+from gblm.model.folder import ModelFolder
 
 pytestmark = pytest.mark.vllm
 PROMETHEUS = shutil.which("prometheus")
@@ -56,7 +57,7 @@ def test_metrics_say_what_is_served(
     server: tuple, pack_tiny: Callable[..., Path], best_backend: str
 ) -> None:
     folder = pack_tiny()
-    (group,) = inspect(folder)["groups"]
+    (group,) = inspect(ModelFolder.open(folder))["groups"]
     how = ("tiny", "linears", group["format"], group["pattern"], group["dtype"])
     manifest = hashlib.sha256((folder / "MANIFEST.json").read_bytes()).hexdigest()
     running = dict.fromkeys(BACKENDS, 0) | {best_backend: 8}

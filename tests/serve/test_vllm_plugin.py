@@ -14,6 +14,7 @@ from vllm_run import drift, generate, generate_each, skip_without
 
 from gblm.errors import UsageError
 from gblm.export.dense import export_dense
+from gblm.model.folder import ModelFolder
 from gblm.serve.cached import folder_to_serve
 
 pytestmark = pytest.mark.vllm
@@ -37,7 +38,7 @@ def dense_tokens(
     def get(pattern: str, values: str, eager: bool) -> list[dict]:
         if (pattern, values, eager) not in known:
             folder = tmp_path_factory.mktemp("dense") / "dense"
-            export_dense(pack_tiny("wanda", pattern, values), folder)
+            export_dense(ModelFolder.open(pack_tiny("wanda", pattern, values)), folder)
             rows, log = generate(folder, enforce_eager=eager)
             assert len(rows) == 8, log
             known[pattern, values, eager] = rows
@@ -86,7 +87,7 @@ def test_linears_left_dense_are_served_beside_packed_ones(tiny: Path, tmp_path: 
 
     recipe = Recipe(model=str(tiny), method="magnitude", calibration=None, ignore=("down_proj",))
     prune(recipe, tmp_path / "out")
-    export_dense(tmp_path / "out", tmp_path / "dense")
+    export_dense(ModelFolder.open(tmp_path / "out"), tmp_path / "dense")
     got, log = generate(tmp_path / "out", "dense", **EAGER)
     want, _ = generate(tmp_path / "dense", **EAGER)
     assert tokens(got) == tokens(want), log
@@ -107,7 +108,7 @@ def test_models_that_are_fused_on_disk_are_cut_into_their_pieces(
     recipe = Recipe(model=source, method="magnitude", pattern=pattern, values=values,
                     calibration=None)  # fmt: skip
     prune(recipe, tmp_path / "out")
-    export_dense(tmp_path / "out", tmp_path / "dense")
+    export_dense(ModelFolder.open(tmp_path / "out"), tmp_path / "dense")
     skip_without("cpu")
     folders = ((tmp_path / "dense", None), (tmp_path / "out", "dense"), (tmp_path / "out", "cpu"))
     (want, expanded, kernel), log = generate_each([(*one, EAGER) for one in folders])
@@ -123,7 +124,7 @@ def test_converted_checkpoints_are_served_as_the_dense_model(
 ) -> None:
     monkeypatch.setenv("GBLM_CACHE", str(tmp_path / "cache"))
     folder = folder_to_serve(FIXTURES / "served" / fixture)
-    export_dense(folder, tmp_path / "dense")
+    export_dense(ModelFolder.open(folder), tmp_path / "dense")
     options = {**EAGER, "max_model_len": 64, "skip_tokenizer_init": True}
     jobs = ((tmp_path / "dense", None), (folder, "dense"))
     (want, expanded), log = generate_each([(*job, options) for job in jobs])
@@ -175,7 +176,7 @@ def test_smollm2_expanded_equals_its_dense_self(
 
     recipe = Recipe(model=str(smollm2), method="magnitude", pattern=pattern, calibration=None)
     prune(recipe, tmp_path / "out")
-    export_dense(tmp_path / "out", tmp_path / "dense")
+    export_dense(ModelFolder.open(tmp_path / "out"), tmp_path / "dense")
     got, log = generate(tmp_path / "out", "dense", **EAGER)
     want, _ = generate(tmp_path / "dense", **EAGER)
     assert len(got) == 8, log

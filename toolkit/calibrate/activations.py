@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from gblm.checkpoint.durable import write_scratch
+from gblm.files import write_scratch
 
 # The rest is for the layer, its statistics and the method.
 MEMORY_SHARE = 0.25

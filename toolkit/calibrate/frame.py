@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gblm.errors import InputError
-from gblm.layers import Layers
+from gblm.model.layers import Layers
 
 Stub = Callable[..., Tensor]
 

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from gblm.calibrate.activations import Activations, fits
 from gblm.calibrate.folding import L1, L2, OUTPUT, folding
 from gblm.calibrate.frame import Call, capture, loss
+from gblm.calibrate.ranks import ALONE, Ranks
 from gblm.errors import InputError, UsageError
-from gblm.layers import Layers
-from gblm.model import linears
-from gblm.ranks import ALONE, Ranks
+from gblm.model.layers import Layers
+from gblm.model.linears import linears
 
 NORMS = (L1, L2)
 # float16 gradients are kept near this size: in the middle of the exponents float16 has.
@@ -38,7 +38,6 @@ class Gradients:
         norm: over samples; l1: Σ|g|, l2: √Σ g²; "output": see `output_gradients`.
         names: full names of the linears to differentiate.
         scratch: folder for the layers' inputs; None keeps them in memory.
-        ranks: the processes that share the samples.
         resident: hold all layers and their sums at once; not for float16, whose gradients need
             a scale for each layer.
         on_step: called as often as `num_steps` says, for a progress bar.
@@ -47,7 +46,6 @@ class Gradients:
     norm: str
     names: frozenset[str]
     scratch: Path | None = None
-    ranks: Ranks = ALONE
     resident: bool = False
     on_step: Callable[[], None] = lambda: None
 
@@ -57,7 +55,7 @@ class Gradients:
 
 
 def gradient_norms(
-    layers: Layers, samples: Sequence[Tensor], how: Gradients
+    layers: Layers, samples: Sequence[Tensor], how: Gradients, ranks: Ranks = ALONE
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Norms over the samples, decoder layer by decoder layer, the last layer first.
 
@@ -65,6 +63,7 @@ def gradient_norms(
         layers: of a causal language model; the weights are not changed.
         samples: this rank's token ids, each [tokens] int64. A sample is one calibration sequence.
         how: see Gradients.
+        ranks: the processes that share the samples.
 
     Yields:
         Index of the decoder layer; [out, in] float32 by full name, summed over all ranks.
@@ -77,7 +76,7 @@ def gradient_norms(
     by_layer = _resident(layers, rows, how) if how.resident else _streamed(layers, rows, how)
     for index, sums in by_layer:
         for total in sums.values():
-            how.ranks.sum_(total)
+            ranks.sum_(total)
         yield index, {name: _finish(name, total, how) for name, total in sums.items()}
 
 

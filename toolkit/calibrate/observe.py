@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gblm.calibrate.ranks import Ranks
 from gblm.calibrate.stats import Stat, accumulators
 from gblm.errors import InputError
-from gblm.model import linears
-from gblm.ranks import Ranks
+from gblm.model.linears import linears
 
 
 class Enough(Exception):

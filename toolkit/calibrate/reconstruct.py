@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from gblm.calibrate.ranks import Ranks
 from gblm.calibrate.streams import Streams
 from gblm.calibrate.trainable import Trainable, trainable
 from gblm.errors import InputError
-from gblm.ranks import Ranks
 from gblm.weights import SparseWeight
 
 BETAS = (0.9, 0.95)

@@ -17,9 +17,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gblm.checkpoint.durable import flush, flush_folder, write_object, write_tensors
 from gblm.errors import InputError, MachineError, UsageError
-from gblm.folder import read_json_object
+from gblm.files import flush, flush_folder, read_json, write_json, write_tensors
 
 FACTS = "stats.json"
 VERSION = 1
@@ -78,7 +77,7 @@ class StatsFolder:
 
     def finish(self, facts: dict[str, Any]) -> None:
         """Say what was collected; the folder is complete from now on."""
-        write_object(self.path / FACTS, {"version": VERSION, **facts})
+        write_json(self.path / FACTS, {"version": VERSION, **facts})
 
     def publish(self, target: Path) -> None:
         """Move the folder, on another disk or not; it appears under its new name complete."""
@@ -107,7 +106,7 @@ class StatsFolder:
             raise InputError(
                 f"{self.path} holds no statistics: {FACTS} is missing. Make them with --save-stats."
             )
-        facts = read_json_object(self.path / FACTS)
+        facts = read_json(self.path / FACTS)
         if facts.get("version") != VERSION:
             raise InputError(
                 f"{self.path}: statistics of version {facts.get('version')!r}; this gblm reads "

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gblm.calibrate.activations import Activations
 from gblm.calibrate.frame import Call, capture
-from gblm.layers import Layers
+from gblm.model.layers import Layers
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ one sees the activations of the pruned prefix (Wanda, SparseGPT and GBLM all cal
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,33 +16,13 @@ from torch import Tensor, nn
 from gblm.calibrate.activations import Activations
 from gblm.calibrate.frame import Call, capture
 from gblm.calibrate.observe import Enough, Observer, before_each_linear, join_values
-from gblm.calibrate.stats import Stat, accumulators
+from gblm.calibrate.ranks import ALONE, Ranks
+from gblm.calibrate.stats import accumulators
 from gblm.calibrate.streams import DenseStream, Streams
-from gblm.layers import Layers
-from gblm.model import linears
-from gblm.ranks import ALONE, Ranks
+from gblm.model.layers import Layers
+from gblm.model.linears import linears
 
-
-@dataclass(frozen=True)
-class DecoderLayer:
-    """One decoder layer on the compute device.
-
-    Attributes:
-        index: position in the model.
-        name: full name, such as "model.layers.7".
-        linears: by local name, such as "self_attn.q_proj".
-        stats: the statistics asked for, by local name of the linear; linears with the same input
-            share one dict. Empty for layers that were not observed.
-        module: the layer itself.
-        streams: its samples, when the walk keeps the dense stream.
-    """
-
-    index: int
-    name: str
-    linears: dict[str, nn.Linear]
-    module: nn.Module
-    stats: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    streams: Streams | None = None
+See = Callable[[str, dict[str, Tensor] | None], None]
 
 
 @dataclass(frozen=True)
@@ -55,12 +35,9 @@ class Walk:
         prefix: "pruned": a layer sees the activations of the changed layers before it, as the
             papers do; "dense": those of the unchanged model, which saves one pass of two.
         scratch: folder for activations; None keeps them in memory.
-        ranks: the processes that share the batches.
         order: "layer": all linears of a decoder layer are observed before any is changed, as the
             papers do, in two passes; "sequential": in one pass, each linear is observed and may be
             changed just before it runs. All samples must be in one batch then.
-        at_linear: called in the sequential order with the layer and the local name of the linear
-            that is about to run; its statistics are in the layer's.
         keep_dense: also run the unchanged model, and give each layer its inputs and the outputs
             that the dense layer would have; costs a pass, and with "sequential" two.
     """
@@ -69,25 +46,26 @@ class Walk:
     first: int = 0
     prefix: str = "pruned"
     scratch: Path | None = None
-    ranks: Ranks = ALONE
     order: str = "layer"
-    at_linear: Callable[[DecoderLayer, str], None] = lambda layer, local: None
     keep_dense: bool = False
 
 
 @torch.no_grad()
-def walk(layers: Layers, batches: Sequence[Tensor], how: Walk) -> Iterator[DecoderLayer]:
-    """Yield every decoder layer with statistics taken while its weights are still unchanged.
+def walk(
+    layers: Layers, batches: Sequence[Tensor], how: Walk, ranks: Ranks = ALONE
+) -> Iterator[DecoderLayer]:
+    """Yield every decoder layer, to be observed and changed before the next one is asked for.
 
     Args:
         layers: of a causal language model.
         batches: this rank's token ids, each [samples, tokens] int64, on any device.
         how: see Walk.
+        ranks: the processes that share the batches.
 
     Raises:
         InputError: an activation is not finite.
     """
-    hidden, calls = Activations(how.scratch), []
+    hidden, calls = Activations(how.scratch), list[Call]()
     if how.needs or how.keep_dense:
         layers.load_frame(head=False)
         for states, call in capture(layers, batches):
@@ -96,86 +74,134 @@ def walk(layers: Layers, batches: Sequence[Tensor], how: Walk) -> Iterator[Decod
     dense = DenseStream(layers, batches, hidden, how.scratch) if how.keep_dense else None
     for index in range(len(layers)):
         with layers.open(index) as module:
-            running = _Running(module, index, hidden, calls, layers.device)
-            streams = dense.advance(module, index, calls, hidden) if dense is not None else None
-            layer = DecoderLayer(
-                index, layers.name(index), linears(module), module, streams=streams
-            )
-            passed = bool(calls) and _before_changes(running, layer, how)
+            layer = DecoderLayer(layers, index, module, _Samples(hidden, calls), how, ranks)
+            if dense is not None:
+                layer.streams = dense.advance(module, index, calls, hidden)
+            if index < how.first and how.prefix == "dense":
+                layer.run()
             yield layer
-            if calls and index + 1 < len(layers) and not passed:
-                running.propagate()
+            if index + 1 < len(layers) and not layer.passed:
+                layer.run()
     hidden.clear()
     if dense is not None:
         dense.clear()
 
 
-def _before_changes(running: _Running, layer: DecoderLayer, how: Walk) -> bool:
-    """Observe a layer; True if the activations have passed through it already."""
-    dense = how.prefix == "dense"
-    if layer.index < how.first:
-        if dense:
-            running.propagate()
-        return dense
-    if not how.needs:
-        return False
-    if how.order == "sequential":
-        _on_the_way(running, layer, how)
-        return not how.keep_dense
-    # Not kept in a variable here: the loop body drops large statistics early.
-    layer.stats.update(join_values(layer.name, running.observe(how.needs, dense), how.ranks))
-    return dense
-
-
 @dataclass(frozen=True)
-class _Running:
-    """A decoder layer and the activations that are about to pass through it."""
+class _Samples:
+    """What enters a decoder layer, and how it is called, by batch."""
 
-    module: nn.Module
-    index: int
     hidden: Activations
     calls: list[Call]
-    device: torch.device
 
-    def propagate(self, keep: bool = True) -> None:
-        """Run the layer; with `keep` its outputs replace the activations."""
-        for batch, call in enumerate(self.calls):
-            outputs = call.run(self.module, self.index, self.hidden.get(batch, self.device))
-            if keep:
-                self.hidden[batch] = outputs
 
-    def observe(self, needs: frozenset[str], keep_outputs: bool) -> dict[str, dict[str, Stat]]:
-        """Statistics of every linear's input; with `keep_outputs` also propagate."""
-        observer = Observer(set(linears(self.module)), needs)
+class DecoderLayer:
+    """One decoder layer on the compute device, whose weights may be changed.
+
+    Attributes:
+        index: position in the model.
+        name: full name, such as "model.layers.7".
+        module: the layer itself.
+        linears: by local name, such as "self_attn.q_proj".
+        streams: its samples, when the walk keeps the dense stream.
+        passed: whether the samples have passed through it already, for good.
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        index: int,
+        module: nn.Module,
+        samples: _Samples,
+        how: Walk,
+        ranks: Ranks,
+    ) -> None:
+        self.index, self.name, self.module = index, layers.name(index), module
+        self.linears = linears(module)
+        self.streams: Streams | None = None
+        self.passed = not samples.calls
+        self._device, self._samples, self._how, self._ranks = layers.device, samples, how, ranks
+
+    @torch.no_grad()
+    def visit(self, see: See) -> None:
+        """Show every linear once with the statistics of its input, before its weight changes.
+
+        In the order "layer" all of them are observed first. In the order "sequential" each is shown
+        just before it runs, so it has seen what `see` made of those before it.
+
+        Args:
+            see: called with a local name and statistics by name; linears that are handed the same
+                tensor share one dict. None where nothing was asked for, and for a linear that never
+                ran.
+        """
+        shown: set[str] = set()
+        stats: dict[str, dict[str, Tensor]] = {}
+        if self._how.order == "sequential" and self._how.needs:
+            shown = self._show_on_the_way(see)
+        else:
+            stats = self.observe()
+        for local in self.linears:
+            if local not in shown:
+                # pop(): whoever sees large statistics may drop them early.
+                see(local, stats.pop(local, None))
+
+    @torch.no_grad()
+    def observe(self) -> dict[str, dict[str, Tensor]]:
+        """Run the samples through the layer for the statistics of its linears' inputs.
+
+        Returns:
+            Statistics by name, by local name of the linear; those that are handed the same tensor
+            share one dict. Linears that never ran are left out.
+        """
+        if not self._how.needs:
+            return {}
+        observer = Observer(set(self.linears), self._how.needs)
+        keeps_outputs = self._how.prefix == "dense"
         with before_each_linear(self.module, observer.see):
-            for batch, call in enumerate(self.calls):
-                states = self.hidden.get(batch, self.device)
-                observer.begin(stop_early=not keep_outputs)
+            for batch, call in enumerate(self._samples.calls):
+                observer.begin(stop_early=not keeps_outputs)
                 try:
-                    out = call.run(self.module, self.index, states)
+                    out = call.run(self.module, self.index, self._states(batch))
                 except Enough:
                     continue
-                if keep_outputs:
-                    self.hidden[batch] = out
-        return observer.stats
+                if keeps_outputs:
+                    self._samples.hidden[batch] = out
+        self.passed = self.passed or keeps_outputs
+        return join_values(self.name, observer.stats, self._ranks)
 
+    @torch.no_grad()
+    def run(self, keep: bool = True) -> None:
+        """Run the layer on its samples; with `keep` its outputs enter the next layer."""
+        for batch, call in enumerate(self._samples.calls):
+            outputs = call.run(self.module, self.index, self._states(batch))
+            if keep:
+                self._samples.hidden[batch] = outputs
+        self.passed = self.passed or keep
 
-def _on_the_way(running: _Running, layer: DecoderLayer, how: Walk) -> None:
-    """Run a layer once; each linear is shown, with statistics of its input, before it runs."""
-    last: list[Tensor] = []
-    shared: dict[str, Tensor] = {}
+    def _show_on_the_way(self, see: See) -> set[str]:
+        """Run the layer once and show each linear before it runs; returns those that ran."""
+        last: list[Tensor] = []
+        shared: dict[str, Tensor] = {}
+        shown: set[str] = set()
 
-    def see(local: str, inputs: Tensor) -> None:
-        nonlocal shared
-        if not last or last[0] is not inputs:
-            stats = accumulators(how.needs)
-            for stat in stats.values():
-                stat.update(inputs)
-            shared = join_values(layer.name, {local: stats}, how.ranks)[local]
-            last[:] = [inputs]
-        layer.stats[local] = shared
-        how.at_linear(layer, local)
+        def before(local: str, inputs: Tensor) -> None:
+            nonlocal shared
+            if local in shown:
+                return
+            if not last or last[0] is not inputs:
+                stats = accumulators(self._how.needs)
+                for stat in stats.values():
+                    stat.update(inputs)
+                shared = join_values(self.name, {local: stats}, self._ranks)[local]
+                last[:] = [inputs]
+            shown.add(local)
+            see(local, shared)
 
-    with before_each_linear(running.module, see):
-        # Whoever keeps the dense stream goes on changing the layer, and needs its inputs for that.
-        running.propagate(keep=not how.keep_dense)
+        with before_each_linear(self.module, before):
+            # Whoever keeps the dense stream goes on changing the layer, and needs its inputs.
+            self.run(keep=not self._how.keep_dense)
+        return shown
+
+    def _states(self, batch: int) -> Tensor:
+        """Hidden states [samples, tokens, hidden] that enter the layer."""
+        return self._samples.hidden.get(batch, self._device)

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gblm.checkpoint.reader import Reader
 from gblm.checkpoint.report import weight_row
-from gblm.errors import CheckpointError, PatternError
+from gblm.errors import CheckpointError, InputError, PatternError
 from gblm.formats import Format, Shape, TensorSpec, format_for
 from gblm.formats.manifest import Group
+from gblm.model.layers import StreamedLayers
+from gblm.model.reader import Reader
 from gblm.patterns import Dense
 from gblm.values import parse_values, quantize
 
@@ -79,12 +80,12 @@ class Head:
 
     @property
     def weights(self) -> int:
-        """How many."""
+        """How many weights it has."""
         return self.shape[0] * self.shape[1]
 
     @property
     def num_bytes(self) -> int:
-        """Packed."""
+        """Its size when it is packed."""
         return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in self._layout().values())
 
     @property
@@ -134,6 +135,32 @@ class Head:
         weight, step = reader.tensor(self.source), max(1, CHUNK_WEIGHTS // self.shape[1])
         for start in range(0, self.shape[0], step):
             yield start, weight[start : start + step]
+
+
+def output_head(layers: StreamedLayers, values: str) -> Head | None:
+    """The output head as it is to be packed; None if it stays floating.
+
+    Args:
+        layers: of the dense model.
+        values: "float", "int8" or "int4".
+
+    Raises:
+        InputError: the head is no nn.Linear.
+        GblmError: see `Head.of`.
+    """
+    if values == "float":
+        return None
+    model, reader = layers.model, layers.reader
+    module = model.get_output_embeddings()
+    name = next((name for name, part in model.named_modules() if part is module), "")
+    if not isinstance(module, nn.Linear) or not name:
+        raise InputError(
+            f"{type(model).__name__} has no output head that is an nn.Linear: --head float."
+        )
+    weight = f"{name}.weight"
+    # As in transformers: a head that is stored counts, whatever config.json says of tying.
+    source = weight if weight in reader else model.all_tied_weights_keys.get(weight, weight)
+    return Head.of(reader, name, source, values)
 
 
 def untied(config: dict[str, Any]) -> dict[str, Any]:

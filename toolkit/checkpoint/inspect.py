@@ -6,19 +6,17 @@ Of data it reads the zeros of dense folders and the masks of patterns with a rul
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
-from gblm.checkpoint.packed_folder import PackedLinear, PackedReader
-from gblm.checkpoint.reader import Reader
 from gblm.errors import CheckpointError
-from gblm.folder import legacy_sentence, quant_method, read_config
-from gblm.formats.manifest import QUANT_METHOD
+from gblm.model.folder import ModelFolder
+from gblm.model.packed_reader import PackedLinear, PackedReader
+from gblm.model.reader import Reader
 
 COUNTS = ("linears", "weights", "kept", "bytes", "bytes_dense")
 
 
-def inspect(folder: Path) -> dict[str, Any]:
+def inspect(folder: ModelFolder) -> dict[str, Any]:
     """Facts of a packed or dense model folder.
 
     Packed: groups of linears with pattern, bits per weight including mask, codes and scales; the
@@ -28,21 +26,18 @@ def inspect(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the folder is not readable, or a mask of 8:16 breaks its rule.
     """
-    config = read_config(folder)
-    method = quant_method(config)
-    if method == QUANT_METHOD:
+    folder.check_current()
+    if folder.kind == "packed":
         with PackedReader(folder) as packed:
             facts = _packed(packed)
-    elif method is None:
+    elif folder.kind == "dense":
         with Reader(folder) as dense:
             facts = _dense(dense)
-    elif sentence := legacy_sentence(folder, config):
-        raise CheckpointError(sentence)
     else:
         raise CheckpointError(
-            f"{folder}: weights are stored as {method!r}, which gblm cannot read."
+            f"{folder}: weights are stored as {folder.quant_method!r}, which gblm cannot read."
         )
-    return {"folder": str(folder), "architecture": config.get("model_type"), **facts}
+    return {"folder": str(folder), "architecture": folder.config.get("model_type"), **facts}
 
 
 def _packed(packed: PackedReader) -> dict[str, Any]:

@@ -7,18 +7,19 @@ from typing import Any
 
 import torch
 
-from gblm.checkpoint.packed_folder import MANIFEST_FILE, REPORT_FILE, PackedReader
-from gblm.checkpoint.reader import Reader
-from gblm.checkpoint.writer import sha256
+from gblm.checkpoint.write import sha256
 from gblm.errors import CheckpointError
-from gblm.folder import inside, read_json_object
+from gblm.files import read_json
+from gblm.model.folder import ModelFolder, inside
+from gblm.model.packed_reader import MANIFEST_FILE, REPORT_FILE, PackedReader
+from gblm.model.reader import Reader
 from gblm.progress import Progress, no_progress
 
 CHUNK_WEIGHTS = 1 << 22
 
 
 def verify(
-    folder: Path, against: Path | None = None, progress: Progress = no_progress
+    folder: ModelFolder, against: ModelFolder | None = None, progress: Progress = no_progress
 ) -> dict[str, Any]:
     """Re-open a packed folder and check everything that can be checked.
 
@@ -35,8 +36,8 @@ def verify(
         PatternError: a weight breaks its pattern.
     """
     with PackedReader(folder) as packed:
-        files = _check_hashes(folder)
-        rows = _report_rows(folder / REPORT_FILE)
+        files = _check_hashes(folder.path)
+        rows = _report_rows(folder.path / REPORT_FILE)
         if missing := rows.keys() - packed.linears.keys():
             raise CheckpointError(f"{sorted(missing)[0]}: reported, but not stored.")
         step = progress("verifying", len(packed.linears))
@@ -58,7 +59,7 @@ def verify(
 
 
 def _check_hashes(folder: Path) -> int:
-    listed = read_json_object(folder / MANIFEST_FILE).get("files")
+    listed = read_json(folder / MANIFEST_FILE).get("files")
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{folder / MANIFEST_FILE} lists no files.")
     for name, facts in listed.items():
@@ -94,7 +95,7 @@ def _check_round_trip(
         raise CheckpointError(f"{name}: {REPORT_FILE} does not describe the stored weight.")
 
 
-def _compare(packed: PackedReader, against: Path) -> None:
+def _compare(packed: PackedReader, against: ModelFolder) -> None:
     with Reader(against) as dense:
         wanted = {f"{name}.weight" for name in packed.linears} | {*packed.dense_names()}
         if missing := wanted ^ {*dense}:
@@ -117,7 +118,7 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _report_rows(path: Path) -> dict[str, dict[str, Any]]:
     """The rows of sparsity_report.json by name of the weight, that of the output head included."""
-    report = read_json_object(path)
+    report = read_json(path)
     rows = report.get("tensors")
     if isinstance(rows, list) and "head" in report:
         rows = [*rows, report["head"]]

@@ -110,7 +110,7 @@ def command(
     status 5: a gate failed.
     """
     from gblm.evaluate.gates import check_gates, judge, parse_gate
-    from gblm.folder import model_name
+    from gblm.model.folder import model_name
     from gblm.record import Record
 
     parsed = [parse_gate(gate) for gate in gates]

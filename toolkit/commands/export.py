@@ -44,9 +44,9 @@ def dense(ctx: click.Context, source: str, output: Path, overwrite: bool) -> Non
     """Unpack the packed folder SOURCE into an ordinary HF folder with zeros."""
     with progress_bars(ctx) as progress:
         from gblm.export.dense import export_dense
-        from gblm.folder import resolve
+        from gblm.model.folder import ModelFolder
 
-        result = export_dense(resolve(source), output, overwrite, progress)
+        result = export_dense(ModelFolder.open(source), output, overwrite, progress)
     emit(ctx, result, lambda: click.echo(
         f"{output}: {result['linears']} linears unpacked, "
         f"{megabytes(result['bytes_packed'])} packed -> {megabytes(result['bytes_dense'])} dense"
@@ -165,11 +165,10 @@ def onnx(ctx: click.Context, /, source: str, output: Path, overwrite: bool, **wa
 
 def _add_command(output: Path) -> None:
     """Put this call into the report of the export that it made."""
-    from gblm.checkpoint.durable import write_object
-    from gblm.folder import read_json_object
+    from gblm.files import read_json, write_json
 
     path = output / "onnx_report.json"
-    write_object(path, {"command": command_line(sys.argv[1:]), **read_json_object(path)})
+    write_json(path, {"command": command_line(sys.argv[1:]), **read_json(path)})
 
 
 def _onnx_line(output: Path, report: dict[str, Any]) -> str:

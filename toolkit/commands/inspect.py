@@ -15,9 +15,9 @@ from gblm.commands.common import Command, emit, megabytes, table
 def command(ctx: click.Context, folder: str) -> None:
     """Show what is in FOLDER: pattern, bits per weight including the mask, size against dense."""
     from gblm.checkpoint.inspect import inspect
-    from gblm.folder import resolve
+    from gblm.model.folder import ModelFolder
 
-    facts = inspect(resolve(folder))
+    facts = inspect(ModelFolder.open(folder))
     emit(ctx, facts, lambda: _print(facts))
 
 

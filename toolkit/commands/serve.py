@@ -69,7 +69,7 @@ def command(
 ) -> None:
     """Serve FOLDER (or a hub id) with vLLM's OpenAI server; options behind -- go to vLLM."""
     from gblm.errors import UsageError
-    from gblm.folder import model_name
+    from gblm.model.folder import model_name
     from gblm.serve.cached import folder_to_serve
     from gblm.serve.launch import Server, check_options, serve
 

@@ -15,12 +15,12 @@ def command(ctx: click.Context, folder: str, against: str | None) -> None:
     """Re-open the packed FOLDER: hashes, headers, masks, pattern, exact unpacking, config.json."""
     with progress_bars(ctx) as progress:
         from gblm.checkpoint.verify import verify
-        from gblm.folder import resolve
+        from gblm.model.folder import ModelFolder
         from gblm.packed import check_loadable
 
-        path = resolve(folder)
-        check_loadable(path)
-        facts = verify(path, resolve(against) if against else None, progress)
+        opened = ModelFolder.open(folder)
+        check_loadable(opened)
+        facts = verify(opened, ModelFolder.open(against) if against else None, progress)
     compared = f", equal to {against}" if against else ""
     emit(ctx, facts, lambda: click.echo(
         f"{folder}: ok, {facts['files']} files, {facts['linears']} packed weights, "

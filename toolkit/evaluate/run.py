@@ -21,8 +21,9 @@ from gblm.evaluate.subjects import (
     open_subject,
 )
 from gblm.evaluate.tasks import Tasks, check_tasks, require_harness, run_tasks
-from gblm.folder import model_name, quant_method, read_config, read_json_object, resolve
-from gblm.model import load_tokenizer
+from gblm.files import read_json
+from gblm.model.folder import ModelFolder, model_name, quant_method, read_config, resolve
+from gblm.model.loading import load_tokenizer
 from gblm.progress import Progress, no_progress
 from gblm.record import Record, Verdict
 
@@ -207,7 +208,7 @@ def known_baseline(folder: Path) -> tuple[Path | None, str]:
         file, key = folder / RECIPE, "model"
     else:
         return None, "MODEL is a dense folder, which names no model it was made from"
-    named = read_json_object(file).get(key) if file.is_file() else None
+    named = read_json(file).get(key) if file.is_file() else None
     if not isinstance(named, str):
         return None, f"{file.name} names no source model; give --baseline"
     for place in (Path(named).expanduser(), folder.parent / named):
@@ -237,7 +238,7 @@ def size_facts(folder: Path) -> dict[str, Any]:
     method = quant_method(read_config(folder))
     if method is not None and not packed.is_packed(folder):
         return {"bytes": _total(folder, "*.safetensors"), "values": method}
-    facts = inspect(folder)
+    facts = inspect(ModelFolder.open(folder))
     if facts["kind"] == "dense":
         return {"bytes": facts["bytes"], "sparsity": facts["sparsity"], "values": "dense"}
     groups: Sequence[Mapping[str, Any]] = facts["groups"]

@@ -9,21 +9,20 @@ import torch
 
 from gblm.calibrate.activations import fits
 from gblm.calibrate.gradients import resident_fits
+from gblm.calibrate.ranks import Ranks
 from gblm.calibrate.saved import StatsFolder
 from gblm.calibrate.stats import STATS
-from gblm.checkpoint.reader import Reader
 from gblm.errors import MachineError
-from gblm.folder import resolve
 from gblm.methods import METHODS
-from gblm.model import check_device, refuse_packed
+from gblm.model.loading import check_device
 from gblm.plan.disk import occupy
 from gblm.plan.memory import peaks
 from gblm.plan.rates import probe
 from gblm.plan.seconds import spend
 from gblm.plan.setting import Setting
 from gblm.plan.shapes import Shapes, read_shapes
+from gblm.prune.job import Job, open_job
 from gblm.recipe import Recipe
-from gblm.steps import Steps, steps_of
 
 
 def plan(recipe: Recipe, ranks: int = 1) -> dict[str, Any]:
@@ -47,25 +46,25 @@ def plan(recipe: Recipe, ranks: int = 1) -> dict[str, Any]:
         GblmError: whatever `prune` would refuse before it computes, apart from the text, the
             output, and what only the weights themselves can show.
     """
-    steps = steps_of(recipe)
     device = _device(recipe.device)
-    with Reader(resolve(recipe.model)) as reader:
-        refuse_packed(reader.folder)
-        shapes = read_shapes(recipe, reader, steps, ranks)
-    needs, calibration = steps.pipeline.needs, steps.calibration
+    with open_job(recipe.model_copy(update={"device": "cpu"}), Ranks(size=ranks)) as job:
+        shapes = read_shapes(job)
+    pipeline, training, calibration = job.pipeline, job.training, job.recipe.calibration
+    needs = pipeline.needs
     if needs and recipe.stats is not None:
-        norm, names = steps.pipeline.gradient_norm, frozenset(shapes.names)
+        norm, names = pipeline.gradient_norm, frozenset(shapes.names)
         StatsFolder(Path(recipe.stats)).check(None, len(shapes.layers), names, needs, norm)
     # Ranks are taken to share this machine's memory.
     inputs, host = ranks * shapes.hidden_states(shapes.samples), torch.device("cpu")
-    streams = inputs * (1 if steps.training is None else 2)
+    streams = inputs * (1 if training is None else 2)
     setting = Setting(
         shapes=shapes,
-        steps=steps,
-        name=next(name for name, kind in METHODS.items() if type(steps.pipeline.method) is kind),
+        pipeline=pipeline,
+        training=training,
+        name=next(name for name, kind in METHODS.items() if type(pipeline.method) is kind),
         collects=needs if calibration is not None else frozenset(),
         reads=needs if recipe.stats is not None else frozenset(),
-        passes=_passes(steps),
+        passes=_passes(job),
         sequential=calibration is not None and calibration.order == "sequential",
         in_memory=(fits(streams, host), fits(inputs * (len(shapes.layers) + 2), host)),
         resident=device is not None and _resident(shapes, device, ranks),
@@ -82,13 +81,13 @@ def _device(name: str) -> torch.device | None:
         return None
 
 
-def _passes(steps: Steps) -> int:
+def _passes(job: Job) -> int:
     """How often the text runs through each layer while it is pruned, training apart."""
-    calibration = steps.calibration
+    calibration = job.recipe.calibration
     if calibration is None:
         return 0
-    observing = int(not steps.pipeline.needs.isdisjoint(STATS))
-    if steps.training is not None:
+    observing = int(not job.pipeline.needs.isdisjoint(STATS))
+    if job.training is not None:
         return observing + 2  # through the dense layer, and through the one that was trained
     twice = calibration.prefix == "pruned" and calibration.order == "layer"
     return 2 * observing if twice else observing

@@ -54,7 +54,7 @@ def occupy(setting: Setting) -> Disk:
     tensors = shapes.tensors + parts - len(pruned) + 2 * heads
     records = REPORT * (len(pruned) + heads) + HEADER * tensors + RECORDS
     exact = shapes.dtype.itemsize if shapes.dtype != shapes.stored_dtype else 0
-    if not setting.steps.keeps_values:
+    if not (setting.pipeline.keeps_values and setting.training is None):
         # Updated values are kept as they were before rounding, for a resumed run.
         layers += _kept_floats(shapes) * exact
     if setting.training is not None:

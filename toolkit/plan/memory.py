@@ -1,6 +1,6 @@
 """Peak memory of a run: what is alive at each of its moments, in the order of the moments.
 
-The moments follow gblm.prune, gblm.loop, gblm.calibrate and the methods; where one of them comes to
+The moments follow gblm.prune, gblm.calibrate and the methods; where one of them comes to
 hold more or less, a term changes here.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from gblm.checkpoint.writer import SHARD_BYTES
+from gblm.checkpoint.write import SHARD_BYTES
 from gblm.plan import terms
 from gblm.plan.setting import Setting
 from gblm.plan.shapes import Linear

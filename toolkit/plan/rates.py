@@ -12,9 +12,9 @@ import torch
 from torch.nn.functional import linear, silu
 
 from gblm.calibrate.trainable import trainable
-from gblm.choices import Choice
 from gblm.patterns import NM, Pattern, Unstructured
 from gblm.plan.setting import Setting
+from gblm.recipe import Choice
 from gblm.structure import structure
 from gblm.values import FLOAT, ROW, ValueType
 from gblm.weights import SparseWeight

@@ -8,7 +8,6 @@ from gblm.calibrate.reconstruct import Training
 from gblm.methods import Method
 from gblm.methods.pipeline import Pipeline
 from gblm.plan.shapes import Shapes
-from gblm.steps import Steps
 
 
 @dataclass(frozen=True)
@@ -17,7 +16,8 @@ class Setting:
 
     Attributes:
         shapes: of the model and the text.
-        steps: what happens to each linear and decoder layer.
+        pipeline: what happens to each linear.
+        training: how decoder layers are trained, if they are.
         name: of the method that is asked, by which its costs are known.
         collects: statistics that the run takes on text.
         reads: statistics that another run saved.
@@ -29,7 +29,8 @@ class Setting:
     """
 
     shapes: Shapes
-    steps: Steps
+    pipeline: Pipeline
+    training: Training | None
     name: str
     collects: frozenset[str]
     reads: frozenset[str]
@@ -40,19 +41,9 @@ class Setting:
     device: str
 
     @property
-    def pipeline(self) -> Pipeline:
-        """What happens to each linear."""
-        return self.steps.pipeline
-
-    @property
     def method(self) -> Method:
         """How weights are judged."""
         return self.pipeline.method
-
-    @property
-    def training(self) -> Training | None:
-        """How decoder layers are trained, if they are."""
-        return self.steps.training
 
     @property
     def observes(self) -> bool:

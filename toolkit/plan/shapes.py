@@ -10,15 +10,13 @@ from typing import Any
 import torch
 
 from gblm.checkpoint.head import Head
-from gblm.checkpoint.packer import check_packable
-from gblm.checkpoint.reader import Reader
-from gblm.checkpoint.writer import NOT_COPIED, SIDE_FILES
-from gblm.choices import FUSED, Choice, choose
+from gblm.checkpoint.write import NOT_COPIED, SIDE_FILES
 from gblm.formats import Format
-from gblm.layers import StreamedLayers
-from gblm.model import hidden_size, linears, output_head, prunable
-from gblm.recipe import Recipe
-from gblm.steps import Steps
+from gblm.model.layers import StreamedLayers
+from gblm.model.linears import hidden_size, linears
+from gblm.model.reader import Reader
+from gblm.prune.job import Job
+from gblm.recipe import FUSED, Choice
 
 # Linears that are handed the same tensor as another one, by the last part of their name.
 SAME_INPUT = {part: parts[0] for parts in FUSED for part in parts}
@@ -155,27 +153,18 @@ class Shapes:
         return sequences * self.seq_len * self.hidden * self.dtype.itemsize
 
 
-def read_shapes(recipe: Recipe, reader: Reader, steps: Steps, ranks: int) -> Shapes:
+def read_shapes(job: Job) -> Shapes:
     """Read headers and config.json, and lay out what the recipe does with them.
 
     Args:
-        recipe: of the run.
-        reader: the open checkpoint.
-        steps: made from it.
-        ranks: the processes that share the samples.
-
-    Raises:
-        GblmError: whatever `prune` would refuse before it computes.
+        job: opened and checked.
     """
-    dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    model = StreamedLayers(reader, dtype)
-    choices = choose(recipe, prunable(model.model, recipe.targets, recipe.ignore))
-    steps.check(choices, ranks)
-    check_packable(reader, choices)
+    model, choices, ranks = job.layers, job.choices, job.ranks.size
+    reader = model.reader
     layers = tuple(_layer(model, i, reader, choices) for i in range(len(model)))
     frame, head = _outside(model)
     text: Any = model.model.config
-    samples, batch, calibration = 0, 1, steps.calibration
+    samples, batch, calibration = 0, 1, job.recipe.calibration
     if calibration is not None:
         batch = min(calibration.batch_size, calibration.num_samples)
         if calibration.order == "sequential":
@@ -190,7 +179,7 @@ def read_shapes(recipe: Recipe, reader: Reader, steps: Steps, ranks: int) -> Sha
         stored_dtype=reader.headers[f"{next(iter(choices))}.weight"][1],
         frame=frame,
         head=head,
-        packed_head=output_head(model.model, recipe.head, reader),
+        packed_head=job.head,
         stored=sum(map(reader.num_bytes, reader)),
         side_files=_side_files(reader),
         tensors=len(reader.headers),
@@ -239,5 +228,5 @@ def _outside(model: StreamedLayers) -> tuple[int, int]:
 
 
 def _side_files(reader: Reader) -> int:
-    found = {file for glob in SIDE_FILES for file in reader.folder.glob(glob)}
+    found = {file for glob in SIDE_FILES for file in reader.folder.path.glob(glob)}
     return sum(file.stat().st_size for file in found if file.name not in NOT_COPIED)

@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from gblm.checkpoint.inspect import inspect
-from gblm.checkpoint.packed_folder import RECIPE_FILE, PackedReader
 from gblm.errors import InputError
-from gblm.folder import quant_method, read_config, read_json_object
-from gblm.formats.manifest import QUANT_METHOD
+from gblm.files import read_json
+from gblm.model.folder import ModelFolder
+from gblm.model.packed_reader import RECIPE_FILE, PackedReader
 from gblm.report.tables import Table, said
 
 ONNX_REPORT = "onnx_report.json"
@@ -53,14 +53,15 @@ def read_folder(folder: Path, layers: Sequence[int]) -> Folder:
     """
     if (folder / ONNX_REPORT).is_file():
         return _exported(folder)
-    if quant_method(read_config(folder)) != QUANT_METHOD:
+    opened = ModelFolder.open(folder)
+    if opened.kind != "packed":
         raise InputError(
             f"{folder}: is no packed folder, so there are no masks to show; give folders that "
             "`gblm prune` or `gblm export pack` wrote, and record files."
         )
     sparsity: dict[tuple[str, int], float] = {}
     masks: dict[tuple[str, int], Tensor] = {}
-    with PackedReader(folder) as packed:
+    with PackedReader(opened) as packed:
         for linear in packed.linears.values():
             place = _place(linear.name)
             if place is None:
@@ -80,9 +81,9 @@ def read_folder(folder: Path, layers: Sequence[int]) -> Folder:
             f"{folder}: there is no packed linear in layer {missing[0]}; --layer takes {choices}."
         )
     name, recipe = folder.resolve().name, folder / RECIPE_FILE
-    made = read_json_object(recipe) if recipe.exists() else {}
+    made = read_json(recipe) if recipe.exists() else {}
     command = f"gblm prune MODEL --recipe {name}/{RECIPE_FILE} --output {name}" if made else None
-    table = _table(name, inspect(folder), made.get("method"))
+    table = _table(name, inspect(opened), made.get("method"))
     return Folder(name, table, command, sparsity, masks)
 
 
@@ -99,7 +100,7 @@ def _table(name: str, facts: dict[str, Any], method: object) -> Table:
 
 def _exported(folder: Path) -> Folder:
     """What the report of an export says of it, and whether it was validated."""
-    report = read_json_object(folder / ONNX_REPORT)
+    report = read_json(folder / ONNX_REPORT)
     rows = [(key.replace("_", " "), said(report[key])) for key in EXPORTED if key in report]
     checked = report.get("validation")
     outcome = "not validated"

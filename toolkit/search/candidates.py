@@ -7,12 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gblm.choices import Choice
 from gblm.errors import UsageError
 from gblm.formats.manifest import group_targets
 from gblm.patterns import NM, Dense, Unstructured
 from gblm.progress import Progress, no_progress
-from gblm.recipe import LayerChoice, Recipe
+from gblm.recipe import Choice, LayerChoice, Recipe
 from gblm.search.allocate import (
     MAX_SPARSITY,
     Allocation,

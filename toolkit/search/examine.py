@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from gblm import data
-from gblm.checkpoint.packer import check_packable
-from gblm.checkpoint.reader import Reader
-from gblm.choices import Choice
+from gblm.checkpoint.head import output_head
+from gblm.checkpoint.pack import check_packable
 from gblm.errors import PatternError, UsageError
-from gblm.folder import resolve
-from gblm.layers import StreamedLayers
 from gblm.methods.pipeline import Pipeline, make_pipeline
-from gblm.model import load_tokenizer, output_head, prunable, refuse_packed
+from gblm.model.folder import ModelFolder
+from gblm.model.layers import StreamedLayers, stream
+from gblm.model.linears import prunable
+from gblm.model.loading import load_tokenizer
 from gblm.patterns import NM, Dense, Unstructured, parse
 from gblm.progress import Progress, no_progress
-from gblm.recipe import Recipe
+from gblm.recipe import Choice, Recipe
 from gblm.search.allocate import LinearSpec, linears_of
 from gblm.search.sensitivity import Curve, Judgement, measure
 from gblm.values import ValueType, parse_values
@@ -134,17 +134,16 @@ def examine(recipe: Recipe, space: Space, progress: Progress = no_progress) -> E
     """
     refit = recipe.refit.model_dump() if recipe.refit is not None else None
     pipeline = make_pipeline(recipe.method, recipe.options, refit, recipe.rounding)
-    with Reader(resolve(recipe.model)) as reader:
-        refuse_packed(reader.folder)
-        dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-        layers = StreamedLayers(reader, dtype, recipe.device)
+    dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    with stream(ModelFolder.open(recipe.model), dtype, recipe.device) as layers:
+        reader = layers.reader
         chosen = prunable(layers.model, recipe.targets, recipe.ignore)
         linears = linears_of(reader, chosen, pipeline.method.scope)
         check_packable(reader, {own.name: Choice(Dense()) for own in linears})
         values, left_out = _values(space, linears)
         patterns, more = _patterns(space, linears)
         curves, facts = _pass(recipe, pipeline, layers, values, patterns, progress)
-        head = output_head(layers.model, recipe.head, reader)
+        head = output_head(layers, recipe.head)
         pruned = sum(reader.num_bytes(f"{linear.name}.weight") for linear in linears)
         every = sum(map(reader.num_bytes, reader)) + (head.added_bytes if head else 0)
         specs = {parse_values(spec).kind: spec for spec in space.values}
@@ -223,7 +222,7 @@ def _patterns(space: Space, linears: tuple[LinearSpec, ...]) -> tuple[tuple[NM, 
     return tuple(found), notes
 
 
-def _windows(recipe: Recipe, folder: Path) -> Tensor:
+def _windows(recipe: Recipe, folder: ModelFolder) -> Tensor:
     """Draw the token ids of the cheap pass, from the beginning of the recipe's own random draw."""
     text = recipe.calibration
     if text is None:

@@ -15,14 +15,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gblm.checkpoint.durable import write_object
-from gblm.checkpoint.packed_folder import RECIPE_FILE
-from gblm.checkpoint.reader import Reader
-from gblm.checkpoint.writer import folder_sha256
+from gblm.checkpoint.write import folder_sha256
 from gblm.errors import InputError, MachineError
 from gblm.evaluate.perplexity import Protocol
 from gblm.evaluate.run import Evaluation, run_evaluation
-from gblm.folder import read_json_object, resolve
+from gblm.files import read_json, write_json
+from gblm.model.folder import ModelFolder
+from gblm.model.packed_reader import RECIPE_FILE
+from gblm.model.reader import Reader
 from gblm.progress import Progress, no_progress
 from gblm.provenance import provenance
 from gblm.prune import Output, prune
@@ -148,8 +148,8 @@ def _open(question: Question, how: Measuring, progress: Progress) -> Record:
 
 def _inputs(question: Question, how: Measuring) -> dict[str, Any]:
     """Give what must be the same for a search to go on, as JSON gives it back."""
-    with Reader(resolve(question.recipe.model)) as reader:
-        sha256 = folder_sha256(reader.folder, {"config.json", *reader.files})
+    with Reader(ModelFolder.open(question.recipe.model)) as reader:
+        sha256 = folder_sha256(reader.folder.path, {"config.json", *reader.files})
     return {
         "model_sha256": sha256,
         "recipe": question.recipe.to_dict(),
@@ -176,7 +176,7 @@ def _make(folder: Path, facts: Mapping[str, Any], progress: Progress) -> dict[st
     else:
         logger.info("%s: %s", folder.name, facts["what"])
         prune(recipe, Output(folder), progress)
-    report = read_json_object(folder / "sparsity_report.json")
+    report = read_json(folder / "sparsity_report.json")
     return {
         "bytes": report["bytes_packed"],
         "bits_per_weight": report["bits_per_weight"],
@@ -195,7 +195,7 @@ def _save(how: Measuring, record: Record, row: Row, facts: Mapping[str, Any]) ->
     """Add a measured side, and write the record so that no kill can damage it."""
     sides = {**record.sides, row.side: {**record.sides[row.side], **facts}}
     record = replace(record, sides=sides, rows=(*record.rows, row))
-    write_object(how.folder / STATE, record.as_json())
+    write_json(how.folder / STATE, record.as_json())
     return record
 
 

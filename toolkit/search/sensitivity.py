@@ -19,13 +19,13 @@ from gblm.calibrate.activations import place
 from gblm.calibrate.folding import OUTPUT
 from gblm.calibrate.gradients import Gradients, num_steps, output_gradients, resident_fits
 from gblm.calibrate.walk import DecoderLayer, Walk, walk
-from gblm.choices import Choice
 from gblm.errors import InputError
-from gblm.layers import Layers
 from gblm.methods.refit import damped
-from gblm.model import hidden_size
+from gblm.model.layers import Layers
+from gblm.model.linears import hidden_size
 from gblm.patterns import NM, Dense, Unstructured
 from gblm.progress import Progress, no_progress
+from gblm.recipe import Choice
 from gblm.values import ValueType, quantize
 
 DAMPING = 0.01
@@ -116,7 +116,6 @@ def measure(
     way = Walk(needs=frozenset({"hessian"}), prefix="dense", scratch=place(scratch, size))
     for layer in walk(layers, windows.split(1), way):
         curves |= dict(_curves(layer, outputs, judgement))
-        layer.stats.clear()
         step()
     return curves
 
@@ -154,15 +153,16 @@ def _curves(
 ) -> Iterator[tuple[str, Curve]]:
     """Judge the linears of one decoder layer; those with the same input share a factorisation."""
     known: dict[int, dict[bool, Tensor]] = {}
+    stats = layer.observe()
     for local, linear in layer.linears.items():
         name = f"{layer.name}.{local}"
         if name not in judgement.values:
             continue
-        if local not in layer.stats:
+        if local not in stats:
             raise InputError(
                 f"{name} was never used on the calibration text; leave it dense: --ignore."
             )
-        hessian = layer.stats[local]["hessian"]
+        hessian = stats[local]["hessian"]
         costs = known.setdefault(id(hessian), {})
         obs = judgement.rounding == "obs"
         for way in {judgement.makes_up, obs} - costs.keys():

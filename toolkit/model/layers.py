@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gblm.checkpoint.reader import Reader
 from gblm.errors import CheckpointError
-from gblm.model import check_device, decoder_layers, linears, prunable, skeleton
+from gblm.model.folder import ModelFolder
+from gblm.model.linears import decoder_layers, linears, prunable
+from gblm.model.loading import check_device, skeleton
+from gblm.model.reader import Reader
 
 META = torch.device("meta")
 
@@ -148,9 +149,15 @@ class StreamedLayers(Layers):
 
 @contextmanager
 def stream(
-    folder: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    folder: ModelFolder, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> Iterator[StreamedLayers]:
-    """Open a dense model folder for streaming; see StreamedLayers."""
+    """Open a dense model for streaming; see StreamedLayers.
+
+    Raises:
+        InputError: the weights are packed or quantised.
+        CheckpointError: a weight is missing or has another shape.
+    """
+    folder.check_dense()
     with Reader(folder) as reader:
         yield StreamedLayers(reader, dtype, device)
 

@@ -1,9 +1,9 @@
-"""Make a packed model folder from a dense one and its pruned weights. Never prunes."""
+"""Make a packed model folder from a dense model and its pruned weights. Never prunes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +11,24 @@ from torch import Tensor
 
 from gblm.checkpoint.card import model_card
 from gblm.checkpoint.head import Head, untied
-from gblm.checkpoint.packed_folder import MANIFEST_FILE, RECIPE_FILE, REPORT_FILE
-from gblm.checkpoint.reader import Reader
 from gblm.checkpoint.report import summary, weight_row
-from gblm.checkpoint.writer import (
+from gblm.checkpoint.write import (
     ShardWriter,
     check_output,
     copy_side_files,
     file_hashes,
     new_folder,
-    write_json,
 )
-from gblm.choices import Choice
 from gblm.errors import CheckpointError, InputError
-from gblm.folder import read_config
+from gblm.files import write_json
 from gblm.formats import Format, Parts
 from gblm.formats.manifest import Group, Manifest, group_targets
+from gblm.model.layers import StreamedLayers
+from gblm.model.linears import head_dim, prunable
+from gblm.model.packed_reader import MANIFEST_FILE, RECIPE_FILE, REPORT_FILE
+from gblm.model.reader import Reader
 from gblm.provenance import provenance
+from gblm.recipe import Choice
 from gblm.structure import heads_of, structure
 from gblm.weights import SparseWeight
 
@@ -41,53 +42,45 @@ class Packing:
     """What a packed folder is made from, besides the pruned weights themselves.
 
     Attributes:
-        source: the dense model's folder.
-        choices: what each pruned linear was pruned and rounded to, by full name.
-        linears: every linear of the decoder layers, pruned or not.
+        source: the dense model.
         recipe: for recipe.json.
         notes: further facts for MANIFEST.json, such as the calibration tokens' hash.
         keeps_values: kept weights are the source's own, bit for bit, until they are rounded to
             codes; False for methods that update them.
-        head_dim: rows or columns per attention head, for the report.
         head: the output head, when it is stored as codes.
-        open: gives the reader of `source`.
     """
 
-    source: Path
-    choices: Mapping[str, Choice]
-    linears: tuple[str, ...]
+    source: StreamedLayers
     recipe: dict[str, Any]
-    notes: dict[str, Any]
+    notes: dict[str, Any] = field(default_factory=dict)
     keeps_values: bool = True
-    head_dim: int | None = None
     head: Head | None = None
-    open: Callable[[Path], Reader] = Reader
 
-    def pack(self, reader: Reader, weights: Mapping[str, SparseWeight]) -> Piece:
-        """Pack linears by full name, in the dtype of the source checkpoint or as codes.
+    def pack(self, name: str, weight: SparseWeight, fmt: Format) -> Piece:
+        """Pack one linear, in the dtype of the source checkpoint or as codes.
 
         Args:
-            reader: of `source`.
-            weights: the pruned weights, with codes where their values are integers.
+            name: its full name.
+            weight: the pruned weight, with codes where its values are integers.
+            fmt: the format that stores it.
+
+        Raises:
+            InputError: a weight is NaN or Inf.
         """
-        tensors: dict[str, Tensor] = {}
-        rows = []
-        for name, weight in weights.items():
-            fmt = self.choices[name].fmt
-            if self.keeps_values and fmt.values.is_float:
-                # The computation's dtype may be narrower than the checkpoint's.
-                stored = SparseWeight.cut(reader.tensor(f"{name}.weight"), weight.mask.cpu())
-            else:
-                stored = weight.to(reader.headers[f"{name}.weight"][1])
-            if not bool(stored.weight.isfinite().all()):
-                raise InputError(
-                    f"{name}.weight holds NaN or Inf, which readers refuse: repair the model, or "
-                    "leave it dense with --ignore."
-                )
-            parts = fmt.pack(name, stored)
-            tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-            rows.append(_report_row(name, stored, parts, fmt, self.head_dim))
-        return tensors, rows
+        reader = self.source.reader
+        if self.keeps_values and fmt.values.is_float:
+            # The computation's dtype may be narrower than the checkpoint's.
+            stored = SparseWeight.cut(reader.tensor(f"{name}.weight"), weight.mask.cpu())
+        else:
+            stored = weight.to(reader.headers[f"{name}.weight"][1])
+        if not bool(stored.weight.isfinite().all()):
+            raise InputError(
+                f"{name}.weight holds NaN or Inf, which readers refuse: repair the model, or "
+                "leave it dense with --ignore."
+            )
+        parts = fmt.pack(name, stored)
+        row = _report_row(name, stored, parts, fmt, head_dim(self.source.model))
+        return {f"{name}.{part}": tensor for part, tensor in parts.items()}, [row]
 
 
 def check_packable(reader: Reader, choices: Mapping[str, Choice]) -> None:
@@ -116,7 +109,7 @@ def check_room(reader: Reader, output: Path, overwrite: bool, extra: int = 0) ->
         extra: bytes that are needed besides.
     """
     need = int(1.1 * sum(map(reader.num_bytes, reader))) + (16 << 20)
-    check_output(output, overwrite, need + extra, reader.folder)
+    check_output(output, overwrite, need + extra, reader.folder.path)
 
 
 def write_packed(
@@ -139,7 +132,8 @@ def write_packed(
         The sparsity report, as in sparsity_report.json.
     """
     rows: list[dict[str, Any]] = []
-    with packing.open(packing.source) as reader, new_folder(output, overwrite, within) as folder:
+    reader = packing.source.reader
+    with new_folder(output, overwrite, within) as folder:
         shards, done = ShardWriter(folder), set[str]()
         for tensors, own_rows in pieces:
             rows += own_rows
@@ -175,10 +169,10 @@ def _manifest(packing: Packing, rows: list[dict[str, Any]]) -> Manifest:
     for row in sorted(rows, key=lambda row: str(row["name"])):
         way = (row["format"], row["pattern"], row.get("values", "float"))
         stored.setdefault(way, []).append(row["name"])
+    every = tuple(prunable(packing.source.model))
     groups = (
         Group(
-            format=name, pattern=pattern, values=values,
-            targets=group_targets(names, packing.linears),
+            format=name, pattern=pattern, values=values, targets=group_targets(names, every)
         )
         for (name, pattern, values), names in stored.items()
     )  # fmt: skip
@@ -188,8 +182,9 @@ def _manifest(packing: Packing, rows: list[dict[str, Any]]) -> Manifest:
 def _write_side_files(
     packing: Packing, folder: Path, manifest: Manifest, report: dict[str, Any]
 ) -> None:
-    copy_side_files(packing.source, folder)
-    config = read_config(packing.source) | {"quantization_config": manifest.to_config()}
+    source = packing.source.reader.folder
+    copy_side_files(source.path, folder)
+    config = source.config | {"quantization_config": manifest.to_config()}
     write_json(folder / "config.json", untied(config) if packing.head else config)
     write_json(folder / RECIPE_FILE, packing.recipe)
     write_json(folder / REPORT_FILE, report)
@@ -199,9 +194,9 @@ def _write_side_files(
 
 
 def _report_row(
-    name: str, weight: SparseWeight, parts: Parts, fmt: Format, head_dim: int | None
+    name: str, weight: SparseWeight, parts: Parts, fmt: Format, head_size: int | None
 ) -> dict[str, Any]:
     shape = (weight.mask.shape[0], weight.mask.shape[1])
-    heads_on = heads_of(name) if head_dim else None
+    heads_on = heads_of(name) if head_size else None
     row = weight_row(name, fmt, shape, weight.weight.dtype, int(weight.is_zero.sum()), parts)
-    return row | {"structure": structure(weight.mask, head_dim, heads_on)}
+    return row | {"structure": structure(weight.mask, head_size, heads_on)}

@@ -18,7 +18,8 @@ from torch import Tensor
 from typing_extensions import Self
 
 from gblm.errors import CheckpointError, MachineError
-from gblm.folder import check_weights, inside, read_json_object
+from gblm.files import read_json
+from gblm.model.folder import ModelFolder, check_weights
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -41,28 +42,29 @@ class Reader:
         unlisted: tensors in a shard that the index does not promise there, and are not read.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: ModelFolder) -> None:
         """Open the shards and read their headers.
 
         Raises:
             CheckpointError: a file is missing, truncated, malformed or outside the folder.
             MachineError: a file is larger than this machine lets a process map.
         """
-        check_weights(folder)
+        check_weights(folder.path)
         self.folder = folder
         self.headers: dict[str, Header] = {}
         self.files: set[str] = set()
         self.unlisted: list[str] = []
         self._handles: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
-        shards = _shards(folder)
+        shards = _shards(folder.path)
         self.files = {*shards} if SINGLE in shards else {*shards, INDEX}
         for file, expected in shards.items():
             handle = self._open(file)
             names = set(handle.keys())
             if expected is not None and (missing := expected - names):
                 raise CheckpointError(
-                    f"{folder / file}: {sorted(missing)[0]} is missing, though {INDEX} promises it."
+                    f"{folder.path / file}: {sorted(missing)[0]} is missing, though {INDEX} "
+                    "promises it."
                 )
             self.unlisted += sorted(names - (names if expected is None else expected))
             for name in sorted(names if expected is None else expected):
@@ -105,7 +107,7 @@ class Reader:
         Raises:
             CheckpointError: there is one.
         """
-        for path in self.folder.glob("*.safetensors*"):
+        for path in self.folder.path.glob("*.safetensors*"):
             if path.name not in self.files:
                 raise CheckpointError(f"{path} belongs to no index; remove it.")
 
@@ -124,7 +126,7 @@ class Reader:
     def _open(self, file: str) -> Any:
         if file in self._handles:
             return self._handles[file]
-        path = inside(self.folder, file)
+        path = self.folder.file(file)
         if path.exists() and not path.is_file():
             raise CheckpointError(f"{path} is no ordinary file.")
         try:
@@ -145,7 +147,7 @@ class Reader:
         part = handle.get_slice(name)
         dtype = str(part.get_dtype())
         if dtype not in DTYPES:
-            raise CheckpointError(f"{self.folder / file}: {name} has unknown dtype {dtype}.")
+            raise CheckpointError(f"{self.folder.path / file}: {name} has unknown dtype {dtype}.")
         return tuple(part.get_shape()), DTYPES[dtype]
 
 
@@ -156,7 +158,7 @@ def _shards(folder: Path) -> dict[str, set[str] | None]:
     index = folder / INDEX
     if not index.exists():
         raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}.")
-    found = read_json_object(index)
+    found = read_json(index)
     weight_map = found.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} is no safetensors index: it has no weight_map.")

@@ -1,4 +1,7 @@
-"""Files that are there completely or not at all, also after a power cut."""
+"""Files: JSON that is read with care, and writes that are there completely or not at all.
+
+A file written here is also whole after a power cut.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,24 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gblm.errors import MachineError
+from gblm.errors import InputError, MachineError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read one JSON object from a file.
+
+    Raises:
+        InputError: the file is missing, unreadable, or holds something else, or a key twice.
+    """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} cannot be read as JSON: it is no ordinary file.")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} must hold one JSON object.")
+    return value
 
 
 def write_tensors(
@@ -39,14 +59,22 @@ def write_scratch(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise MachineError(f"{path} cannot be written: {error}") from error
 
 
-def write_object(path: Path, value: Any) -> None:
-    """The same for one JSON value."""
+def write_json(path: Path, value: Any) -> None:
+    """Write one JSON value, readable and with a final newline, in the same way.
+
+    Raises:
+        MachineError: the disk is full or refuses the write.
+    """
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """The same for any content."""
+    """Write any content in the same way.
+
+    Raises:
+        MachineError: the disk is full or refuses the write.
+    """
     _publish(path, lambda temporary: temporary.write_bytes(content))
 
 
@@ -91,3 +119,13 @@ def _publish(path: Path, write: Callable[[Path], Any]) -> None:
     except (SafetensorError, OSError) as error:
         temporary.unlink(missing_ok=True)
         raise MachineError(f"writing {path} failed: {error}.") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys differ: of two readers one may take the first value, one the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [key for key, _ in pairs]
+        twice = next(key for key in names if names.count(key) > 1)
+        raise ValueError(f"the key {twice[:80]!r} stands there twice")
+    return found

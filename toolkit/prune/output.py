@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gblm.checkpoint.packer import check_room
-from gblm.checkpoint.work import is_complete, remove_leftovers, work_path
-from gblm.checkpoint.writer import check_output, folder_bytes
-from gblm.choices import Choice
+from gblm.checkpoint.pack import check_room
+from gblm.checkpoint.write import check_output, folder_bytes
 from gblm.errors import InputError, UsageError
-from gblm.layers import StreamedLayers
-from gblm.model import output_head
-from gblm.recipe import Recipe
-from gblm.steps import Steps
+from gblm.prune.job import Job
+from gblm.prune.resume import is_complete, remove_leftovers, work_path
 
 
 @dataclass(frozen=True)
@@ -34,45 +29,40 @@ class Output:
     resume: bool = True
     save_stats: Path | None = None
 
-    def check(
-        self, recipe: Recipe, steps: Steps, source: StreamedLayers, choices: Mapping[str, Choice]
-    ) -> None:
-        """The outputs are free, and the disk holds finished layers besides the folder itself.
-
-        Args:
-            recipe: of the run.
-            steps: made from it.
-            source: the dense model.
-            choices: what each linear is pruned to.
+    def check(self, job: Job) -> None:
+        """Refuse what is in the way, and a disk that cannot hold finished layers and the folder.
 
         Raises:
             GblmError: an output is not free, the disk has no room, or the head cannot be packed.
         """
         remove_leftovers(self.folder)
-        self._check_save_stats(recipe, steps)
-        reader = source.reader
-        head = output_head(source.model, recipe.head, reader)
+        self._check_save_stats(job)
+        reader, head = job.layers.reader, job.head
         if head is not None:
             head.check(reader)
-        sizes = {name: math.prod(reader.headers[f"{name}.weight"][0]) for name in choices}
-        layers = int(1.1 * sum(reader.num_bytes(f"{name}.weight") for name in choices))
-        # Updated values are kept unrounded as well; codes are exact.
-        floats = sum(sizes[name] for name, choice in choices.items() if choice.values.is_float)
-        exact = 0 if steps.keeps_values else 4 * floats
-        collects = "grad_norm" in steps.pipeline.needs and recipe.stats is None
-        gradients = 4 * sum(sizes.values()) if collects else 0
-        saved = gradients if self.save_stats is not None else 0
-        there = folder_bytes(work_path(self.folder))
-        extra = layers + exact + gradients + saved + (head.num_bytes if head else 0) - there
+        extra = self.extra_bytes(job) - folder_bytes(work_path(self.folder))
         check_room(reader, self.folder, self.overwrite, extra)
 
-    def _check_save_stats(self, recipe: Recipe, steps: Steps) -> None:
+    def extra_bytes(self, job: Job) -> int:
+        """What lies on disk at the end of a run besides the folder itself, at most."""
+        reader = job.layers.reader
+        sizes = {name: math.prod(reader.headers[f"{name}.weight"][0]) for name in job.choices}
+        layers = int(1.1 * sum(reader.num_bytes(f"{name}.weight") for name in job.choices))
+        # Updated values are kept unrounded as well; codes are exact.
+        floats = sum(sizes[name] for name, choice in job.choices.items() if choice.values.is_float)
+        exact = 0 if job.keeps_values else 4 * floats
+        collects = "grad_norm" in job.pipeline.needs and job.recipe.stats is None
+        gradients = 4 * sum(sizes.values()) if collects else 0
+        saved = gradients if self.save_stats is not None else 0
+        return layers + exact + gradients + saved + (job.head.num_bytes if job.head else 0)
+
+    def _check_save_stats(self, job: Job) -> None:
         target = self.save_stats
         if target is None:
             return
-        if not steps.pipeline.needs:
+        if not job.pipeline.needs:
             raise UsageError("--save-stats: this method collects no statistics.")
-        if recipe.stats is not None:
+        if job.recipe.stats is not None:
             raise UsageError("--save-stats does not go with --stats: nothing new is collected.")
         folder, place = self.folder.resolve(), target.resolve()
         if place.is_relative_to(folder) or folder.is_relative_to(place):

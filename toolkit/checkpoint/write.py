@@ -6,7 +6,6 @@ A killed or failed run leaves nothing under the final name.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -19,10 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gblm.checkpoint.durable import flush, flush_folder
-from gblm.checkpoint.reader import INDEX, SINGLE
 from gblm.errors import InputError, MachineError
-from gblm.folder import inside
+from gblm.files import flush, flush_folder, write_json
+from gblm.model.folder import inside
+from gblm.model.reader import INDEX, SINGLE
 
 # A shard is held in memory until it is written.
 SHARD_BYTES = 2 * 10**9
@@ -146,11 +145,6 @@ def copy_side_files(source: Path, folder: Path) -> None:
         for file in sorted(source.glob(pattern)):
             if file.is_file() and file.name not in NOT_COPIED:
                 shutil.copyfile(inside(source, file.name), folder / file.name)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Readable JSON with a final newline."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def file_hashes(folder: Path) -> dict[str, dict[str, Any]]:

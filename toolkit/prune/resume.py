@@ -21,10 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gblm.checkpoint.durable import append_line, write_bytes, write_object, write_tensors
-from gblm.checkpoint.writer import sha256
+from gblm.checkpoint.write import sha256
 from gblm.errors import InputError, MachineError
-from gblm.folder import read_json_object
+from gblm.files import append_line, read_json, write_bytes, write_json, write_tensors
 
 logger = logging.getLogger(__name__)
 JOURNAL, RUN, COMPLETE, EXACT = "journal.jsonl", "run.json", "complete.json", "exact:"
@@ -68,7 +67,7 @@ class WorkFolder:
 
     def mark_complete(self, output: Path) -> None:
         """Note that nothing but publishing is left, and what stands in the output's place now."""
-        write_object(self.path / COMPLETE, {"replaces": _identity(output)})
+        write_json(self.path / COMPLETE, {"replaces": _identity(output)})
 
     def add(
         self,
@@ -95,9 +94,9 @@ class WorkFolder:
             shutil.rmtree(stale)
         if not (self.path / JOURNAL).exists() and not self.has_gradients:
             _empty(self.path)
-            write_object(self.path / RUN, fingerprint)
+            write_json(self.path / RUN, fingerprint)
             return
-        _check_same(read_json_object(self.path / RUN), fingerprint, self.path)
+        _check_same(read_json(self.path / RUN), fingerprint, self.path)
         intact = list(self._intact())
         kept = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line, _ in intact).encode()
         journal = self.path / JOURNAL
@@ -138,7 +137,7 @@ def remove_leftovers(output: Path) -> None:
     path = work_path(output)
     if not is_complete(output) or not output.exists():
         return
-    if read_json_object(path / COMPLETE).get("replaces") != _identity(output):
+    if read_json(path / COMPLETE).get("replaces") != _identity(output):
         lock = _lock(path)
         _remove(path)
         lock.close()

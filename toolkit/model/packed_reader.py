@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from gblm.checkpoint.reader import Header, Reader
 from gblm.errors import CheckpointError
-from gblm.folder import legacy_sentence, read_config
 from gblm.formats import VALUE_DTYPES, Format, Shape
 from gblm.formats.manifest import Manifest
+from gblm.model.folder import ModelFolder
+from gblm.model.reader import Header, Reader
 
 MANIFEST_FILE = "MANIFEST.json"
 RECIPE_FILE = "recipe.json"
@@ -36,16 +35,14 @@ class PackedLinear:
 class PackedReader(Reader):
     """A packed model folder: the manifest, the packed linears, the dense rest."""
 
-    def __init__(self, folder: Path) -> None:
-        """Read config.json and the headers, and check one against the other.
+    def __init__(self, folder: ModelFolder) -> None:
+        """Read the manifest and the headers, and check one against the other.
 
         Raises:
             CheckpointError: no manifest of ours, or parts are missing or misshapen.
         """
-        self.config = read_config(folder)
-        if sentence := legacy_sentence(folder, self.config):
-            raise CheckpointError(sentence)
-        self.manifest = Manifest.from_config(self.config.get("quantization_config"))
+        folder.check_current()
+        self.manifest = Manifest.from_config(folder.config.get("quantization_config"))
         super().__init__(folder)
         self.refuse_unlisted()
         if self.unlisted:
@@ -60,7 +57,8 @@ class PackedReader(Reader):
     @property
     def dtype(self) -> torch.dtype:
         """What codes are expanded to: the dtype that config.json names, or bfloat16."""
-        named = f"torch.{self.config.get('dtype', self.config.get('torch_dtype'))}"
+        config = self.folder.config
+        named = f"torch.{config.get('dtype', config.get('torch_dtype'))}"
         return next((dtype for dtype in VALUE_DTYPES if str(dtype) == named), torch.bfloat16)
 
     def weight(self, name: str) -> torch.Tensor:

@@ -1,22 +1,105 @@
-"""A model folder before anything in it is believed: where it is, its JSON, its file names.
+"""ModelFolder: a model folder that has been found, whose config.json has been read and believed.
 
-Code that a checkpoint brings along is never run, pickle files are never opened.
+Whoever is given a path or a hub id opens it here once, and hands on what was opened. Code that a
+checkpoint brings along is never run, pickle files are never opened.
 """
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gblm.errors import CheckpointError, InputError
+from gblm.files import read_json
 
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja", "LICENSE*"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+PACKED_METHOD = "gblm"
 # How compressed-tensors wrote sparse weights until it dropped them. The list is closed: elsewhere a
 # format's name was looked up as code (transformers#46342).
 LEGACY_METHOD = "compressed-tensors"
 LEGACY_FORMATS = ("sparse-24-bitmask", "sparse-bitmask", "marlin-24", "dense")
+
+# "dense": weights as transformers stores them. "packed": ours. "legacy": a sparse format that
+# compressed-tensors wrote. "quantised": anything else that config.json declares.
+Kind = Literal["dense", "packed", "legacy", "quantised"]
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model folder and what its config.json says; as text it is its path."""
+
+    path: Path
+    config: dict[str, Any]
+
+    @classmethod
+    def open(cls, model: str | Path | ModelFolder, revision: str | None = None) -> ModelFolder:
+        """Find a model and read its config.json.
+
+        Args:
+            model: a local folder, a hub id that is then downloaded, or what was opened before.
+            revision: branch, tag or commit of the hub id.
+
+        Raises:
+            InputError: there is no such model, or its config.json is unreadable or would run code.
+        """
+        if isinstance(model, ModelFolder):
+            return model
+        path = resolve(model, revision)
+        return cls(path, read_config(path))
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        """What to call the model."""
+        return self.path.resolve().name
+
+    @property
+    def quant_method(self) -> str | None:
+        """How config.json says the weights are stored; None where it declares nothing."""
+        return quant_method(self.config)
+
+    @property
+    def legacy_format(self) -> str | None:
+        """The sparse format that compressed-tensors wrote the weights in, or None."""
+        return legacy_format(self.config)
+
+    @property
+    def kind(self) -> Kind:
+        """How the weights are stored, which decides who can read them."""
+        if self.quant_method is None:
+            return "dense"
+        if self.quant_method == PACKED_METHOD:
+            return "packed"
+        return "legacy" if self.legacy_format else "quantised"
+
+    def check_dense(self) -> None:
+        """Raise InputError with a way out when the weights are stored packed or quantised."""
+        self.check_current()
+        if self.kind != "dense":
+            packed = self.kind == "packed"
+            way_out = "it is packed already" if packed else "start from the dense model"
+            raise InputError(f"{self}: the weights are stored as `{self.quant_method}`; {way_out}.")
+
+    def check_current(self) -> None:
+        """Raise CheckpointError when only `gblm export legacy` can read the weights."""
+        if self.kind == "legacy":
+            raise CheckpointError(
+                f"{self}: compressed-tensors wrote the weights as `{self.legacy_format}`, which "
+                "current software no longer reads; convert them first: "
+                f"`gblm export legacy {self} --output OUT`."
+            )
+
+    def file(self, name: str) -> Path:
+        """A file of the folder, or of the blob store that a hub snapshot links to.
+
+        Raises:
+            CheckpointError: the name or a link leads elsewhere.
+        """
+        return inside(self.path, name)
 
 
 def resolve(model: str | Path, revision: str | None = None) -> Path:
@@ -52,39 +135,12 @@ def model_name(model: str | Path) -> str:
     return (path.resolve() if path.is_dir() else path).name
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """One JSON object from a file.
-
-    Raises:
-        InputError: the file is missing, unreadable, or holds something else, or a key twice.
-    """
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path} cannot be read as JSON: it is no ordinary file.")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} must hold one JSON object.")
-    return value
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys differ: of two readers one may take the first value, one the last."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [key for key, _ in pairs]
-        twice = next(key for key in names if names.count(key) > 1)
-        raise ValueError(f"the key {twice[:80]!r} stands there twice")
-    return found
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder, refused when it would run code or is not JSON."""
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder} is no model folder: config.json is missing.")
-    config = read_json_object(path)
+    config = read_json(path)
     if "auto_map" in config:
         raise InputError(
             f"{path} names Python code to run (auto_map); gblm never executes code from a "
@@ -116,17 +172,6 @@ def legacy_format(config: dict[str, Any]) -> str | None:
     if name == "dense" and fields.get("config_groups"):
         return None
     return name if isinstance(name, str) and name in LEGACY_FORMATS else None
-
-
-def legacy_sentence(folder: Path, config: dict[str, Any]) -> str | None:
-    """What to do with a folder of `legacy_format`; None if it is none."""
-    name = legacy_format(config)
-    if name is None:
-        return None
-    return (
-        f"{folder}: compressed-tensors wrote the weights as `{name}`, which current software no "
-        f"longer reads; convert them first: `gblm export legacy {folder} --output OUT`."
-    )
 
 
 def check_weights(folder: Path) -> None:

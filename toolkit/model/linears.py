@@ -1,0 +1,106 @@
+"""The decoder layers of a causal language model, and which of their linears can be pruned.
+
+Nothing here is per model: decoder layers are found by type and count, linears by `nn.Linear`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from gblm.errors import InputError, UsageError
+from gblm.recipe import matches
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The decoder layers and their name, such as "model.layers".
+
+    Raises:
+        InputError: no list of `num_hidden_layers` modules that hold an nn.Linear.
+    """
+    config: Any = model.config
+    count = getattr(config.get_text_config(), "num_hidden_layers", None)
+    for name, module in model.named_modules():
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module) == count
+            and any(isinstance(part, nn.Linear) for part in module.modules())
+        ):
+            return name, module
+    raise InputError(
+        f"{type(model).__name__} has no decoder layers with nn.Linear weights: "
+        "gblm prunes LLaMA-like causal language models."
+    )
+
+
+def hidden_size(model: nn.Module) -> int:
+    """Width of the hidden states."""
+    config: Any = model.config
+    return int(config.get_text_config().hidden_size)
+
+
+def head_dim(model: nn.Module) -> int | None:
+    """Rows of a query projection per attention head; None when config.json does not tell."""
+    config: Any = model.config
+    text = config.get_text_config()
+    if found := getattr(text, "head_dim", None):
+        return int(found)
+    heads = getattr(text, "num_attention_heads", None)
+    return int(text.hidden_size) // int(heads) if heads else None
+
+
+def linears(layer: nn.Module) -> dict[str, nn.Linear]:
+    """Every nn.Linear of a decoder layer by its local name, such as "self_attn.q_proj"."""
+    return {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
+
+
+def prunable(
+    model: nn.Module, targets: tuple[str, ...] = (), ignore: tuple[str, ...] = ()
+) -> dict[str, nn.Linear]:
+    """The linears to prune by full name.
+
+    Args:
+        model: a causal language model.
+        targets: glob patterns that choose names; all if empty.
+        ignore: glob patterns that leave names out; wins over `targets`.
+
+    Raises:
+        UsageError: a pattern matches no linear, or none is left.
+    """
+    names = dict(_named_linears(model))
+    for flag, globs in (("--targets", targets), ("--ignore", ignore)):
+        for glob in globs:
+            if not any(matches(name, (glob,)) for name in names):
+                raise UsageError(
+                    f"{flag} {glob!r} matches no linear; the first one is {next(iter(names))}."
+                )
+    chosen = {
+        name: linear
+        for name, linear in names.items()
+        if (not targets or matches(name, targets)) and not matches(name, ignore)
+    }
+    if not chosen:
+        raise UsageError("--targets and --ignore leave no linear to prune.")
+    return chosen
+
+
+def _named_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    prefix, layers = decoder_layers(model)
+    for index, layer in enumerate(layers):
+        found = linears(layer)
+        _refuse_other_matrices(f"{prefix}.{index}", layer, found)
+        for name, linear in found.items():
+            yield f"{prefix}.{index}.{name}", linear
+
+
+def _refuse_other_matrices(prefix: str, layer: nn.Module, found: dict[str, nn.Linear]) -> None:
+    """Mixture-of-experts weights that are no nn.Linear would stay dense without a word."""
+    known = {f"{name}.weight" for name in found}
+    for name, parameter in layer.named_parameters():
+        if parameter.ndim > 1 and name not in known:
+            raise InputError(
+                f"{prefix}.{name} {list(parameter.shape)} is no weight of an nn.Linear (fused "
+                "mixture-of-experts weights are not): gblm does not prune this architecture."
+            )

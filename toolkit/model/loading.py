@@ -1,0 +1,116 @@
+"""What transformers makes of a model folder: the model, a weightless one, the tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gblm.errors import CheckpointError, InputError, MachineError, UsageError
+from gblm.model.folder import ModelFolder
+from gblm.model.reader import Reader
+
+
+def load(
+    model: str | Path | ModelFolder,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> nn.Module:
+    """Load a dense model for inference.
+
+    Args:
+        model: an HF folder with safetensors, or a hub id.
+        dtype: of the weights in memory; None keeps the checkpoint's.
+        device: where to put the model.
+
+    Raises:
+        InputError: the folder is not a dense causal language model that transformers knows.
+    """
+    from transformers import AutoModelForCausalLM
+
+    target, folder = check_device(device), ModelFolder.open(model)
+    folder.check_dense()
+    with Reader(folder):
+        pass  # transformers joins shard names unchecked and lets truncated files through
+    try:
+        loaded: nn.Module = AutoModelForCausalLM.from_pretrained(
+            folder.path,
+            dtype=dtype or "auto",
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except Exception as error:
+        raise InputError(f"{folder} could not be loaded by transformers: {error}") from error
+    return loaded.to(target).eval()
+
+
+def skeleton(folder: ModelFolder, num_tensors: int, buffers: bool = False) -> nn.Module:
+    """The model of config.json without memory for its weights.
+
+    Args:
+        folder: an HF folder, dense or packed.
+        num_tensors: how many tensors its files hold; a config that claims more decoder layers than
+            that is refused before they are built.
+        buffers: compute the buffers, such as rotary frequencies. Weights are then allocated for a
+            moment each, so sizes must have been held against the files before.
+
+    Raises:
+        CheckpointError: config.json describes no model that can be built.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(
+            folder.path, trust_remote_code=False, local_files_only=True
+        )
+        claimed = config.get_text_config().num_hidden_layers
+        if 0 < claimed <= num_tensors:
+            with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
+                model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return model
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder}: config.json describes no model that can be built: {error}"
+        ) from error
+    raise CheckpointError(
+        f"{folder}: config.json claims {claimed} decoder layers; the files hold {num_tensors} "
+        "tensors in all."
+    )
+
+
+def load_tokenizer(model: str | Path | ModelFolder) -> Any:
+    """The tokenizer of a model folder or hub id."""
+    from transformers import AutoTokenizer
+
+    folder = ModelFolder.open(model)
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder.path, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:
+        raise InputError(f"{folder}: the tokenizer could not be loaded: {error}") from error
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """A torch device that is there.
+
+    Raises:
+        UsageError: not a device name.
+        MachineError: this machine has no such device.
+    """
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"device {device!r} is unknown: use cpu, cuda or cuda:N.") from error
+    if found.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {device!r} is not supported: use cpu, cuda or cuda:N.")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise MachineError(
+            f"device {device} was asked for, but torch sees {torch.cuda.device_count()} CUDA "
+            "devices here, numbered from 0; there is no CUDA device of that number."
+        )
+    return found

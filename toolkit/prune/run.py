@@ -1,0 +1,201 @@
+"""One pruning run: from a recipe to a packed folder; restartable, on one process or many."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gblm import __version__
+from gblm.calibrate.ranks import rank_device, ranks_from_environment
+from gblm.calibrate.saved import StatsFolder
+from gblm.calibrate.walk import DecoderLayer, walk
+from gblm.checkpoint.pack import Packing, write_packed
+from gblm.model.loading import check_device
+from gblm.progress import Progress, no_progress
+from gblm.provenance import versions
+from gblm.prune.job import Job, open_job
+from gblm.prune.layer import Pruned, prune_layer
+from gblm.prune.output import Output
+from gblm.prune.resume import WorkFolder, open_work, work_path
+from gblm.prune.statistics import facts, how_to_walk, make_gradients, stored
+from gblm.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+
+def prune(
+    recipe: Recipe, output: Output | str | Path, progress: Progress = no_progress
+) -> dict[str, Any]:
+    """Prune a model and write it as a packed folder.
+
+    Everything that can be refused is refused before the first forward pass. Under torchrun all
+    ranks call this; rank 0 writes.
+
+    Args:
+        recipe: all inputs of the run.
+        output: the folder to make, or more about it.
+        progress: for progress bars.
+
+    Returns:
+        The sparsity report of the folder, with "output" and "seconds" added; empty on other ranks.
+
+    Raises:
+        GblmError: see the error classes; nothing is left under the output's name.
+    """
+    began = time.monotonic()
+    target = output if isinstance(output, Output) else Output(Path(output))
+    device = rank_device(recipe.device)
+    check_device(device)
+    with ranks_from_environment(device) as ranks, open_job(recipe, ranks) as job:
+        if ranks.leads:
+            target.check(job)
+        report = _Run.of(job, target).execute(progress)
+    if not ranks.leads:
+        return {}
+    logger.info(
+        "wrote %s: %.1f MB packed, %.1f MB dense",
+        target.folder,
+        report["bytes_packed"] / 1e6,
+        report["bytes_dense"] / 1e6,
+    )
+    return report | {"output": str(target.folder), "seconds": round(time.monotonic() - began, 1)}
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A checked job, where it writes, and how it is packed."""
+
+    job: Job
+    output: Output
+    packing: Packing
+
+    @classmethod
+    def of(cls, job: Job, output: Output) -> _Run:
+        """Read the text and the model's files, as far as they tell one run from another."""
+        notes = {"calibration_sha256": job.calibration_sha256, "model_sha256": job.model_sha256}
+        packing = Packing(job.layers, job.recipe.to_dict(), notes, job.keeps_values, job.head)
+        return cls(job, output, packing)
+
+    def execute(self, progress: Progress) -> dict[str, Any]:
+        """Gradients when the method needs them, then the decoder layers, then the folder."""
+        job = self.job
+        with self._work() as work, self._scratch() as scratch:
+            first = job.ranks.agree(len(work.finished) if work else 0)
+            gradients = StatsFolder(work_path(self.output.folder) / "gradients")
+            if first < len(job.layers):
+                self._gradients(gradients, scratch, progress)
+                step = progress("pruning", len(job.layers) - first)
+                how = how_to_walk(job, scratch, first)
+                for layer in walk(job.layers, job.batches(), how, job.ranks):
+                    if layer.index < first:
+                        self._restore(layer, work)
+                    else:
+                        self._prune(layer, gradients, work)
+                        step()
+            return self._publish(work) if work is not None else {}
+
+    def _gradients(self, folder: StatsFolder, scratch: Path, progress: Progress) -> None:
+        """Take gradient norms unless they are saved, or an earlier run has finished them."""
+        if "grad_norm" not in self.job.pipeline.needs or self.job.saved is not None:
+            return
+        if not self.job.ranks.agree(int(folder.complete)):
+            make_gradients(self.job, folder, scratch, progress)
+
+    def _prune(self, layer: DecoderLayer, gradients: StatsFolder, work: WorkFolder | None) -> None:
+        """Prune a decoder layer; rank 0 makes it durable."""
+        save = StatsFolder(work.path / "stats").write if work and self.output.save_stats else None
+        pruned = prune_layer(self.job, layer, stored(self.job, gradients), save)
+        if work is None:
+            return
+        reader = self.job.layers.reader
+        tensors = {n: t.to(reader.headers[n][1]) for n, t in pruned.others.items()}
+        rows: list[dict[str, Any]] = []
+        for name, weight in pruned.weights.items():
+            parts, own_rows = self.packing.pack(name, weight, self.job.choices[name].fmt)
+            tensors |= parts
+            rows += own_rows
+        work.add(tensors, rows, self._exact_values(pruned))
+        reader.release()
+
+    def _exact_values(self, pruned: Pruned) -> dict[str, Tensor]:
+        """What a resumed run needs besides what is packed, to go on with the very same bits."""
+        headers = self.job.layers.reader.headers
+
+        def narrowed(name: str, tensor: Tensor) -> bool:
+            return tensor.dtype != headers[name][1]
+
+        others = {name: t for name, t in pruned.others.items() if narrowed(name, t)}
+        if self.job.keeps_values:
+            return others
+        return others | {
+            f"{name}.values": self.job.choices[name].fmt.pack(name, weight)["values"]
+            for name, weight in pruned.weights.items()
+            if weight.codes is None and narrowed(f"{name}.weight", weight.weight)
+        }
+
+    @torch.no_grad()
+    def _restore(self, layer: DecoderLayer, work: WorkFolder | None) -> None:
+        """Give every rank's layer the weights that an earlier run found for it."""
+        if work is not None:
+            finished = work.finished[layer.index]
+            tensors = finished.packed() | finished.exact_values()
+            for local, linear in layer.linears.items():
+                name = f"{layer.name}.{local}"
+                if f"{name}.values" in tensors:
+                    fmt = self.job.choices[name].fmt
+                    parts = {part: tensors[f"{name}.{part}"] for part in fmt.parts}
+                    linear.weight.copy_(fmt.expand(parts, linear.weight.dtype))
+            for local, parameter in layer.module.named_parameters():
+                if (trained := tensors.get(f"{layer.name}.{local}")) is not None:
+                    parameter.copy_(trained)
+        # Norms and biases, too: they may have been trained.
+        for parameter in layer.module.parameters():
+            self.job.ranks.broadcast_(parameter.data)
+
+    def _publish(self, work: WorkFolder) -> dict[str, Any]:
+        target = self.output
+        work.mark_complete(target.folder)
+        stats = StatsFolder(work.path / "stats")
+        # Gone already when an earlier run was cut off after it.
+        if target.save_stats is not None and stats.path.exists():
+            stats.finish(facts(self.job, self.job.pipeline.needs))
+            stats.publish(target.save_stats.resolve())
+        pieces = ((layer.packed(), layer.rows) for layer in work.finished)
+        return write_packed(self.packing, pieces, target.folder, target.overwrite, work.path)
+
+    @contextmanager
+    def _work(self) -> Iterator[WorkFolder | None]:
+        """The work folder, on rank 0."""
+        if not self.job.ranks.leads:
+            yield None
+            return
+        saved = self.job.saved
+        fingerprint = {
+            **{f"recipe.{key}": value for key, value in self.packing.recipe.items()},
+            **self.packing.notes,
+            "save_stats": self.output.save_stats is not None,
+            "statistics": saved.facts() if saved else None,
+            "ranks": self.job.ranks.size,
+            "versions": {"gblm": __version__}
+            | {key: versions()[key] for key in ("torch", "transformers")},
+        }
+        with open_work(self.output.folder, fingerprint, self.output.resume) as work:
+            yield work
+
+    @contextmanager
+    def _scratch(self) -> Iterator[Path]:
+        """This rank's own folder for activations; made when it is written to."""
+        folder = work_path(self.output.folder) / f"scratch-{self.job.ranks.rank}"
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
