@@ -1,10 +1,8 @@
 """Convert checkpoints that compressed-tensors wrote into packed folders of ours, bit for bit.
 
-Of fp8 codes the products with their scales are stored as floats: exactly, or rounded to bfloat16 by
-who asks for it.
-
-It dropped its sparse formats, and vLLM and transformers dropped them with it, so nothing else reads
-these files. Never prunes.
+Only fp8 codes become something else: their products with the scales, rounded once to bfloat16. The
+library dropped its sparse formats, and vLLM and transformers dropped them with it, so nothing else
+reads these files. Never prunes.
 """
 
 from __future__ import annotations
@@ -19,10 +17,8 @@ from torch import Tensor
 
 from gblm.checkpoint.pack import Packing, Piece, check_packable, check_room, write_packed
 from gblm.errors import CheckpointError, InputError, UsageError
-from gblm.export.legacy_bitmask import TWO_OF_FOUR
-from gblm.export.legacy_codes import ROUNDED, ROUNDING
-from gblm.export.legacy_marlin import MARLIN
-from gblm.export.legacy_reader import LegacyReader
+from gblm.export.legacy_folder import LegacyReader
+from gblm.export.legacy_layouts import MARLIN, ROUNDING, TWO_OF_FOUR
 from gblm.export.pack import MIN_SPARSITY, find_pattern
 from gblm.model.folder import ModelFolder
 from gblm.model.layers import StreamedLayers
@@ -39,7 +35,6 @@ def export_legacy(
     output: Path,
     overwrite: bool = False,
     progress: Progress = no_progress,
-    rounds: bool = False,
 ) -> dict[str, Any]:
     """Convert a folder of compressed-tensors; one linear at a time is in memory.
 
@@ -51,22 +46,22 @@ def export_legacy(
         output: the folder to make.
         overwrite: replace an existing folder.
         progress: for a progress bar.
-        rounds: store fp8 codes times scales as bfloat16, rounded where they have no exact value;
-            else the products must be exact.
 
     Returns:
-        The sparsity report; with `rounds` it says what was rounded to.
+        The sparsity report; "rounded" in it tells that there were fp8 codes.
 
     Raises:
         CheckpointError: the folder is damaged, or of a format that is not converted.
-        InputError: there is nothing to pack, or fp8 codes have no exact values.
-        UsageError: there is nothing to convert, or nothing to round.
+        InputError: there is nothing to pack.
+        UsageError: there is nothing to convert.
     """
     folder = ModelFolder.open(source)
     if folder.kind == "packed":
         raise UsageError(f"{folder} is packed by gblm already: there is nothing to convert.")
-    with LegacyReader(folder, rounds=rounds) as reader:
-        rounded = _rounded(reader) if rounds else {}
+    with LegacyReader(folder) as reader:
+        rounded = {"rounded": "bfloat16"} if reader.has_fp8 else {}
+        if rounded:
+            logger.warning("%s: %s.", folder, ROUNDING)
         layers = StreamedLayers(reader)
         check_room(reader, output, overwrite)
         names = packable(reader, tuple(prunable(layers.model)))
@@ -106,14 +101,6 @@ def packable(reader: LegacyReader, linears: tuple[str, ...]) -> list[str]:
     if not names:
         raise InputError(f"{reader.folder}: no linear of a decoder layer can be stored packed.")
     return names
-
-
-def _rounded(reader: LegacyReader) -> dict[str, Any]:
-    """What the report says of the rounding; and the log."""
-    if not reader.has_fp8:
-        raise UsageError(f"--round is for fp8 codes; {reader.folder} has none and is exact.")
-    logger.warning("%s: %s.", reader.folder, ROUNDING)
-    return {"rounded": str(ROUNDED).removeprefix("torch.")}
 
 
 def _pattern(reader: LegacyReader, names: list[str]) -> Pattern:

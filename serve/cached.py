@@ -22,7 +22,6 @@ from gblm.cache import cache_folder
 from gblm.checkpoint.write import SIDE_FILES, folder_bytes, folder_sha256
 from gblm.errors import MachineError, UsageError
 from gblm.export.legacy import export_legacy
-from gblm.export.legacy_reader import LegacyReader
 from gblm.export.pack import export_pack
 from gblm.methods.pipeline import make_pipeline
 from gblm.model.folder import ModelFolder, legacy_format, model_name
@@ -63,11 +62,9 @@ def folder_to_serve(
         title = f"{recipe.method}-{recipe.pattern}"
         return _made(model, source, title, facts, lambda out: prune(recipe, out, progress))
     if is_legacy(source.config):
-        facts = {"rounds": must_round(source)}
         return _made(
-            model, source, "converted", facts,
-            lambda out: export_legacy(source, out, progress=progress, **facts),
-        )  # fmt: skip
+            model, source, "converted", {}, lambda out: export_legacy(source, out, False, progress)
+        )
     if pack:
         source.check_dense()
         return _made(
@@ -101,12 +98,6 @@ def is_legacy(config: dict[str, Any]) -> bool:
     return name is not None and (
         name != "dense" or bool(config["quantization_config"]["sparsity_config"].get("targets"))
     )
-
-
-def must_round(source: ModelFolder) -> bool:
-    """Tell whether there are fp8 codes, which become bfloat16."""
-    with LegacyReader(source) as reader:
-        return reader.has_fp8
 
 
 def _made(

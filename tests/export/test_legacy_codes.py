@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from gblm.checkpoint.inspect import inspect
 from gblm.checkpoint.verify import verify
-from gblm.errors import InputError, UsageError
+from gblm.errors import InputError
 from gblm.export.dense import export_dense
 from gblm.export.legacy import export_legacy
 from gblm.model.folder import ModelFolder
@@ -86,32 +86,17 @@ def test_fp8_becomes_the_floats_that_it_stands_for(kind: str, tmp_path: Path) ->
         assert ours[f"{name}.bitmask"].equal(theirs[f"{name}.bitmask"])
 
 
-def test_fp8_with_finer_scales_is_refused_unless_its_products_are_exact(tmp_path: Path) -> None:
-    # Of scales with more bits than bfloat16 the products with most codes have too many.
-    folder = altered(tmp_path, "24-fp8", every_scale(lambda t: (t.float() * 1.003).half()))
-    with pytest.raises(InputError, match="fp8 codes times their scales do not fit float16"):
-        export_legacy(folder, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    (tmp_path / "wide").mkdir()
-    fine = 1 + 2.0**-12
-    wide = altered(tmp_path / "wide", "24-fp8", every_scale(lambda t: torch.full(t.shape, fine)))
-    export_legacy(wide, tmp_path / "ours")
-    theirs = load_file(wide / "model.safetensors")
-    values = load_file(tmp_path / "ours/model.safetensors")[f"{UP}.values"]
-    assert values.equal(theirs[f"{UP}.compressed"].float() * fine + 0.0)
-
-
 @pytest.mark.parametrize("byte", [0x7F, 0xFF])
 def test_fp8_codes_of_nan_are_refused(byte: int, tmp_path: Path) -> None:
     def change(tensors: Tensors) -> None:
         tensors[f"{UP}.compressed"].view(torch.uint8)[0, 0] = byte
 
     with pytest.raises(InputError, match=r"up_proj\.weight holds NaN"):
-        export_legacy(altered(tmp_path, "24-fp8", change), tmp_path / "out", rounds=True)
+        export_legacy(altered(tmp_path, "24-fp8", change), tmp_path / "out")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_fp8_is_rounded_once_when_asked(
+def test_fp8_is_rounded_once(
     dtype: torch.dtype, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = altered(
@@ -119,7 +104,7 @@ def test_fp8_is_rounded_once_when_asked(
         lambda t: t.update({n: (x.float() * 1.003).to(dtype) for n, x in t.items()
                             if n.endswith("weight_scale")}),
     )  # fmt: skip
-    report = export_legacy(folder, tmp_path / "ours", rounds=True)
+    report = export_legacy(folder, tmp_path / "ours")
     assert report["rounded"] == "bfloat16"
     assert "rounded once to bfloat16 (relative error at most 2^-8" in caplog.text
     recipe = json.loads((tmp_path / "ours/recipe.json").read_text())
@@ -134,18 +119,8 @@ def test_fp8_is_rounded_once_when_asked(
         assert ours[f"{name}.bitmask"].equal(theirs[f"{name}.bitmask"])
 
 
-def test_there_is_nothing_else_to_round(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="has none and is exact"):
-        export_legacy(FIXTURES / "24-int8-channel", tmp_path / "out", rounds=True)
-
-
-def test_the_command_rounds_and_says_so(gblm: Callable[..., Outcome], tmp_path: Path) -> None:
-    folder = altered(tmp_path, "24-fp8", every_scale(lambda t: (t.float() * 1.003).half()))
-    words = ("export", "legacy", folder, "--output", tmp_path / "out")
-    done = gblm(*words)
-    assert done.code == 4, done
-    assert "or let --round change them" in done.err
-    done = gblm(*words, "--round")
+def test_the_command_says_that_it_rounds(gblm: Callable[..., Outcome], tmp_path: Path) -> None:
+    done = gblm("export", "legacy", FIXTURES / "24-fp8", "--output", tmp_path / "out")
     assert done.code == 0, done
     assert "fp8 codes × scales rounded once to bfloat16" in done.out
 

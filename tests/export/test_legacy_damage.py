@@ -19,8 +19,8 @@ from torch import Tensor
 
 from gblm.errors import CheckpointError, InputError
 from gblm.export.legacy import export_legacy
-from gblm.export.legacy_bitmask import PARTS, BitmaskTensor
-from gblm.export.legacy_reader import LegacyReader
+from gblm.export.legacy_folder import LegacyReader
+from gblm.export.legacy_layouts import PARTS, BitmaskTensor
 from gblm.model.folder import ModelFolder
 
 

@@ -29,7 +29,7 @@ from gblm.formats.manifest import Manifest
 from gblm.model.folder import ModelFolder
 from gblm.prune import prune
 from gblm.recipe import Recipe
-from gblm.serve.cached import folder_to_serve, is_legacy, must_round, recipe_of
+from gblm.serve.cached import folder_to_serve, is_legacy, recipe_of
 
 Run = Callable[..., Outcome]
 Pack = Callable[..., Path]
@@ -117,7 +117,7 @@ def test_a_folder_of_compressed_tensors_is_converted(
 ) -> None:
     caplog.set_level("INFO", "gblm")
     folder = folder_to_serve(FIXTURES / fixture)
-    export_legacy(FIXTURES / fixture, tmp_path / "same", rounds=fixture == "24-fp8")
+    export_legacy(FIXTURES / fixture, tmp_path / "same")
     assert content(folder) == content(tmp_path / "same")
     verify(ModelFolder.open(folder))
     size = f"{folder_bytes(folder) / 1e6:.1f} MB"
@@ -170,7 +170,7 @@ def test_two_servers_at_once_make_it_once(cache: Path) -> None:
         "from gblm.serve.cached import folder_to_serve\n"
         "print(folder_to_serve(sys.argv[1]))"
     )
-    place = cached._place("bitmask-converted", {"rounds": False}, FIXTURES / "bitmask")
+    place = cached._place("bitmask-converted", {}, FIXTURES / "bitmask")
     cache.mkdir(parents=True)
     words = [sys.executable, "-c", code, str(FIXTURES / "bitmask")]
     with (cache / f".{place.name}.lock").open("w") as lock:
@@ -207,8 +207,6 @@ def test_what_cannot_be_converted_cannot_be_served(
 
 
 def test_fp8_is_rounded() -> None:
-    assert must_round(FIXTURES / "24-fp8")
-    assert not must_round(FIXTURES / "24-int8-group")
     config = json.loads((folder_to_serve(FIXTURES / "24-fp8") / "config.json").read_text())
     groups = Manifest.from_config(config["quantization_config"]).groups
     assert {group.values for group in groups} == {"float"}

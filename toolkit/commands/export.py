@@ -93,21 +93,17 @@ def pack(
 
 @command.command("legacy", cls=Command)
 @output_options
-@click.option(
-    "--round", "rounds", is_flag=True,
-    help="Store fp8 codes times scales as bfloat16, rounded once where they have no exact value.",
-)  # fmt: skip
 @click.pass_context
-def legacy(ctx: click.Context, source: str, output: Path, overwrite: bool, rounds: bool) -> None:
+def legacy(ctx: click.Context, source: str, output: Path, overwrite: bool) -> None:
     """Convert SOURCE, a sparse checkpoint of compressed-tensors, bit for bit."""
     with progress_bars(ctx) as progress:
         from gblm.export.legacy import export_legacy
 
-        result = export_legacy(source, output, overwrite, progress, rounds)
+        result = export_legacy(source, output, overwrite, progress)
     facts = {key: value for key, value in result.items() if key != "tensors"}
     emit(ctx, facts | {"output": str(output)}, lambda: click.echo(
         f"{output}: {result['linears']} linears converted, {megabytes(result['bytes_packed'])}"
-        f"{'; fp8 codes × scales rounded once to bfloat16' if rounds else ''}"
+        f"{'; fp8 codes × scales rounded once to bfloat16' if 'rounded' in result else ''}"
     ))  # fmt: skip
 
 

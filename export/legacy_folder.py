@@ -1,30 +1,74 @@
-"""A folder of compressed-tensors read as the dense model that it stands for, tensor by tensor."""
+"""A folder of compressed-tensors read as the dense model that it stands for, tensor by tensor.
+
+What its config.json says is held against closed lists, or refused; nothing is looked up or run by
+it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from gblm.errors import CheckpointError
-from gblm.export.legacy_bitmask import PARTS, BitmaskTensor
-from gblm.export.legacy_codes import FP8, Scaling
-from gblm.export.legacy_config import LegacyConfig
-from gblm.export.legacy_marlin import MARLIN, MarlinTensor
+from gblm.export.legacy_layouts import FP8, MARLIN, PARTS, BitmaskTensor, MarlinTensor, Scaling
 from gblm.formats import VALUE_DTYPES
-from gblm.model.folder import ModelFolder
+from gblm.model.folder import LEGACY_FORMATS, LEGACY_METHOD, ModelFolder, quant_method
 from gblm.model.reader import Header, Reader
 from gblm.values import FLOAT, ValueType
 from gblm.weights import SparseWeight
 
+# How codes may be stored beneath a sparse layout.
+CODE_FORMATS = ("int-quantized", "float-quantized", "naive-quantized")
 SCALE = "weight_scale"
 # Tensors that quantise activations; ours stay floating.
 ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
 FOREIGN = ("compressed", "bitmask", "row_offsets", "weight_packed", "scale_packed")
 REFUSED = {"weight_zero_point": "asymmetric codes", "weight_g_idx": "codes in another column order"}
 PackedTensor = BitmaskTensor | MarlinTensor
+
+
+@dataclass(frozen=True)
+class LegacyConfig:
+    """How a folder's weights are stored.
+
+    Attributes:
+        layout: a name of LEGACY_FORMATS.
+        scalings: how scales may lie: "tensor", "channel", or columns that share a scale; empty for
+            floating values.
+        activations: whether activations were meant to be quantised, too.
+    """
+
+    layout: str
+    scalings: frozenset[str | int] = frozenset()
+    activations: bool = False
+
+    @classmethod
+    def of(cls, folder: Path, config: dict[str, Any]) -> LegacyConfig:
+        """Read the "quantization_config" of a config.json.
+
+        Raises:
+            CheckpointError: not of compressed-tensors, or a format that is not converted.
+        """
+        if quant_method(config) != LEGACY_METHOD:
+            raise CheckpointError(
+                f"{folder}: packed neither by gblm nor by compressed-tensors; a dense model is "
+                "packed with `gblm export pack`."
+            )
+        fields = config["quantization_config"]
+        layout = _layout(folder, fields)
+        groups = fields.get("config_groups")
+        if not groups and layout != MARLIN:
+            return cls(layout)
+        _check_codes(folder, layout, fields)
+        activations = any(group.get("input_activations") for group in groups.values())
+        bits = (4, 8) if layout == MARLIN else (8,)
+        scalings = (_scaling(folder, group.get("weights"), bits) for group in groups.values())
+        return cls(layout, frozenset(scalings), activations)
 
 
 class LegacyReader(Reader):
@@ -39,12 +83,11 @@ class LegacyReader(Reader):
         unused: stored tensors that quantise activations.
     """
 
-    def __init__(self, folder: ModelFolder, rounds: bool = False) -> None:
+    def __init__(self, folder: ModelFolder) -> None:
         """Read config.json, the headers and the parts `shape`, and hold them against each other.
 
         Args:
             folder: with a sparse format of compressed-tensors.
-            rounds: round the products of fp8 codes and scales instead of refusing them.
 
         Raises:
             CheckpointError: not of compressed-tensors, damaged, or no format that can be read.
@@ -56,9 +99,7 @@ class LegacyReader(Reader):
             raise CheckpointError(
                 f"{folder}: config.json says {self.legacy.layout}, but no tensor is stored so."
             )
-        self.scalings = {
-            name: replace(scaling, rounds=rounds) for name, scaling in self._find_scalings()
-        }
+        self.scalings = dict(self._find_scalings())
         self.owners = {
             f"{t.prefix}.{part}": t.name for t in self.packed.values() for part in t.parts
         }
@@ -86,16 +127,6 @@ class LegacyReader(Reader):
     def has_fp8(self) -> bool:
         """Whether there are fp8 codes."""
         return any(scaling.codes == FP8 for scaling in self.scalings.values())
-
-    def check_scales(self) -> None:
-        """Read all scales, and refuse those that no weight can be made of; reads no codes.
-
-        Raises:
-            CheckpointError: one is not positive.
-            InputError: one does not fit.
-        """
-        for name, scaling in self.scalings.items():
-            scaling.check(self._scales(name), self.packed[name].shape[0])
 
     def unpacked(self, module: str) -> Tensor:
         """A linear's weight as floats; see `Scaling.unpacked`."""
@@ -209,3 +240,59 @@ class LegacyReader(Reader):
 
 def _scale_name(name: str) -> str:
     return f"{name.removesuffix('weight')}{SCALE}"
+
+
+def _refuse(folder: Path, why: str) -> NoReturn:
+    raise CheckpointError(f"{folder}: {why}")
+
+
+def _layout(folder: Path, fields: dict[str, Any]) -> str:
+    if fields.get("format") == MARLIN:
+        return MARLIN
+    sparse = fields.get("sparsity_config")
+    if not isinstance(sparse, dict):
+        _refuse(folder, "config.json has no sparsity_config: nothing in it is stored sparse.")
+    name = sparse.get("format")
+    if not isinstance(name, str) or name not in LEGACY_FORMATS:
+        known = ", ".join(LEGACY_FORMATS)
+        _refuse(folder, f"sparsity format {str(name)[:40]!r} is unknown; known are {known}.")
+    return name
+
+
+def _check_codes(folder: Path, layout: str, fields: dict[str, Any]) -> None:
+    """Codes beneath a sparse layout, and nothing else that is quantised."""
+    groups, name = fields.get("config_groups"), fields.get("format")
+    if layout == "dense":
+        _refuse(folder, "quantised weights that are stored dense are no sparse checkpoint.")
+    if layout != MARLIN and name not in CODE_FORMATS:
+        known = ", ".join(CODE_FORMATS)
+        _refuse(folder, f"codes stored as {str(name)[:40]!r} are not converted; {known} are.")
+    if fields.get("kv_cache_scheme"):
+        _refuse(folder, "a quantised KV cache is not converted; its scales would be lost.")
+    if not isinstance(groups, dict) or not all(isinstance(g, dict) for g in groups.values()):
+        _refuse(folder, "config_groups are no groups of settings.")
+
+
+def _scaling(folder: Path, weights: Any, bits: tuple[int, ...]) -> str | int:
+    """How a group of linears has its scales; refuses all that codes and scales do not tell."""
+    if not isinstance(weights, dict):
+        _refuse(folder, "config_groups have no settings for weights.")
+    off = (None, False)
+    wanted: dict[str, tuple[object, ...]] = {
+        "num_bits": bits, "type": ("int", "float"), "symmetric": (True,),
+        "actorder": off, "dynamic": off,
+    }  # fmt: skip
+    for key, values in wanted.items():
+        if weights.get(key) not in values:
+            _refuse(
+                folder,
+                f"weights with {key} {str(weights.get(key))[:40]!r} are not converted; symmetric "
+                "int8 or fp8 codes in column order are, and int4 ones in marlin-24.",
+            )
+    strategy, size = weights.get("strategy"), weights.get("group_size")
+    if strategy == "group" and isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    if strategy not in ("tensor", "channel"):
+        found = str(strategy)[:40]
+        _refuse(folder, f"scales by {found!r} are not converted; tensor, channel and group are.")
+    return str(strategy)
