@@ -27,9 +27,9 @@ from pages import RESULTS, ROOT, made_by
 from torch import Tensor
 
 from gblm.bench.linears import Asked, last_level_cache, num_copies, sparse_weight
-from gblm.formats import Format
 from gblm.kernels import BACKENDS, native
 from gblm.provenance import provenance
+from gblm.sparse.formats import Format
 
 RECORD = RESULTS / "compilers.json"
 FORMATS = ("dense/dense", "bitmask/0.5", "nm/2:4", "bitmask/0.8", "dense/dense/int8:128",

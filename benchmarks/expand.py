@@ -17,11 +17,11 @@ import torch
 from pages import made_by
 from torch import Tensor
 
-from gblm.formats import make_format
-from gblm.formats.bits import expand_bits, unpack_bits
 from gblm.kernels import reference
 from gblm.provenance import provenance
-from gblm.weights import SparseWeight
+from gblm.sparse.formats import make_format
+from gblm.sparse.formats.bits import expand_bits, unpack_bits
+from gblm.sparse.weights import SparseWeight
 
 RECORD = Path(__file__).resolve().parent / "results" / "expand.json"
 CHUNKS = (1 << 15, 1 << 18, 1 << 30)

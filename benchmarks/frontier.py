@@ -44,15 +44,15 @@ from gblm.methods.base import Stats
 from gblm.methods.pipeline import Pipeline, make_pipeline
 from gblm.model.loading import load_tokenizer
 from gblm.packed import is_packed, load_any
-from gblm.patterns import Pattern, parse
 from gblm.provenance import provenance
 from gblm.prune import prune
 from gblm.recipe import Recipe
 from gblm.search.budget import parse_budget
 from gblm.search.candidates import Question, answer
 from gblm.search.examine import Space
-from gblm.values import ValueType
-from gblm.weights import SparseWeight
+from gblm.sparse.patterns import Pattern, parse
+from gblm.sparse.values import ValueType
+from gblm.sparse.weights import SparseWeight
 
 NAMED_SET = "wikitext2"
 OTHER = "pydoc"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gblm.patterns import NM, Pattern
+from gblm.sparse.patterns import NM, Pattern
 
 SCALE, BLOCK, DAMP = 100, 128, 0.01  # of GBLM's gradients; of SparseGPT
 

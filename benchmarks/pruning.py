@@ -31,10 +31,10 @@ from gblm import data
 from gblm.fetch import fetch
 from gblm.model.folder import ModelFolder
 from gblm.model.packed_reader import PackedReader
-from gblm.patterns import parse
 from gblm.provenance import provenance
 from gblm.prune import prune
 from gblm.recipe import Calibration, Recipe
+from gblm.sparse.patterns import parse
 
 RECORD = Path(__file__).resolve().parent / "results" / "pruning-speed.json"
 METHODS, SIDES = ("wanda", "sparsegpt", "gblm"), ("plain", "ours", "sequential")

@@ -105,8 +105,8 @@ def milliseconds_of_calls() -> float:
     import torch
 
     from gblm.bench.linears import sparse_weight
-    from gblm.formats import from_spec
     from gblm.kernels import BACKENDS
+    from gblm.sparse.formats import from_spec
 
     hidden, wide, layers, _, _ = SHAPES[SHAPE]
     fmt, total = from_spec("dense/dense/int4:128"), 0.0

@@ -23,9 +23,9 @@ from gblm.export.pack import MIN_SPARSITY, find_pattern
 from gblm.model.folder import ModelFolder
 from gblm.model.layers import StreamedLayers
 from gblm.model.linears import prunable
-from gblm.patterns import NM, Pattern
 from gblm.progress import Progress, no_progress
 from gblm.recipe import Choice
+from gblm.sparse.patterns import NM, Pattern
 
 logger = logging.getLogger(__name__)
 

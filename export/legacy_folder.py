@@ -16,11 +16,11 @@ from torch import Tensor
 
 from gblm.errors import CheckpointError
 from gblm.export.legacy_layouts import FP8, MARLIN, PARTS, BitmaskTensor, MarlinTensor, Scaling
-from gblm.formats import VALUE_DTYPES
 from gblm.model.folder import LEGACY_FORMATS, LEGACY_METHOD, ModelFolder, quant_method
 from gblm.model.reader import Header, Reader
-from gblm.values import FLOAT, ValueType
-from gblm.weights import SparseWeight
+from gblm.sparse.formats import VALUE_DTYPES
+from gblm.sparse.values import FLOAT, ValueType
+from gblm.sparse.weights import SparseWeight
 
 # How codes may be stored beneath a sparse layout.
 CODE_FORMATS = ("int-quantized", "float-quantized", "naive-quantized")

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from gblm.errors import CheckpointError, InputError
-from gblm.formats import VALUE_DTYPES, Headers
 from gblm.model.reader import Header
-from gblm.values import FLOAT, GROUP_SIZES, ROW, SCALE_DTYPE, ValueType
-from gblm.weights import SparseWeight
+from gblm.sparse.formats import VALUE_DTYPES, Headers
+from gblm.sparse.values import FLOAT, GROUP_SIZES, ROW, SCALE_DTYPE, ValueType
+from gblm.sparse.weights import SparseWeight
 
 TWO_OF_FOUR, ANY_MASK = "sparse-24-bitmask", "sparse-bitmask"
 PARTS: dict[str, tuple[str, ...]] = {

@@ -19,11 +19,11 @@ from gblm.model.folder import ModelFolder
 from gblm.model.layers import stream
 from gblm.model.linears import prunable
 from gblm.model.reader import Reader
-from gblm.patterns import NM, Dense, Pattern, Unstructured, parse
 from gblm.progress import Progress, no_progress
 from gblm.recipe import Choice
-from gblm.values import parse_values, quantize
-from gblm.weights import SparseWeight
+from gblm.sparse.patterns import NM, Dense, Pattern, Unstructured, parse
+from gblm.sparse.values import parse_values, quantize
+from gblm.sparse.weights import SparseWeight
 
 # Tried in this order: the first that every weight follows stores the most.
 KNOWN_PATTERNS = (NM(1, 4), NM(2, 8), NM(2, 4), NM(4, 8), NM(8, 16))
@@ -51,7 +51,7 @@ def export_pack(
         ignore: glob patterns of module names that stay dense.
         overwrite: replace an existing folder.
         progress: for a progress bar.
-        values: how they are stored, as `gblm.values.parse_values` reads it.
+        values: how they are stored, as `gblm.sparse.values.parse_values` reads it.
         head: how the output head is stored: "float", "int8" or "int4"; see Recipe.
 
     Returns:

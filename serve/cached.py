@@ -26,12 +26,12 @@ from gblm.export.pack import export_pack
 from gblm.methods.pipeline import make_pipeline
 from gblm.model.folder import ModelFolder, legacy_format, model_name
 from gblm.model.reader import Reader
-from gblm.patterns import parse
 from gblm.progress import Progress, no_progress
 from gblm.provenance import versions
 from gblm.prune import prune
 from gblm.recipe import Recipe
 from gblm.serve.vllm_cli import check_version
+from gblm.sparse.patterns import parse
 
 logger = logging.getLogger(__name__)
 

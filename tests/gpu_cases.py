@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from gblm.formats import Format
-from gblm.values import quantize
-from gblm.weights import SparseWeight
+from gblm.sparse.formats import Format
+from gblm.sparse.values import quantize
+from gblm.sparse.weights import SparseWeight
 
 
 def weight_of(fmt: Format, shape: tuple[int, int], dtype: torch.dtype) -> SparseWeight:

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
-from gblm.formats import Format, Shape
 from gblm.kernels import Backend
 from gblm.kernels.cuda.delta import Delta
 from gblm.kernels.cuda.device import Device, Driver
 from gblm.kernels.cuda.mma_sp import SparseTensorCore
 from gblm.kernels.cuda.nvrtc import Variant
+from gblm.sparse.formats import Format, Shape
 
 HERE = Path(__file__).parent / "kernels" / "gpu"
 KERNELS = {"mma_sp": ("repack", "mma_sp", "expand"), "delta": ("delta", "scatter")}

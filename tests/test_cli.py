@@ -147,7 +147,7 @@ def test_usage_errors_are_json_too(gblm: Run) -> None:
 
 def test_the_help_names_every_method_and_kind_of_value(gblm: Run) -> None:
     from gblm.methods import METHODS
-    from gblm.values import KINDS
+    from gblm.sparse.values import KINDS
 
     text = " ".join(gblm("prune", "--help").out.split())
     assert ", ".join(METHODS) in text

@@ -21,19 +21,19 @@ from gblm.commands.recipe_options import method_flags
 from gblm.evaluate.perplexity import Protocol
 from gblm.evaluate.run import Evaluation, run_evaluation
 from gblm.export.dense import export_dense
-from gblm.formats import FORMATS, Format, Parts, Shape, TensorSpec
-from gblm.formats.bits import pack_bits
-from gblm.formats.dense import DenseFormat
 from gblm.kernels import BACKENDS
 from gblm.kernels.reference import Reference
 from gblm.methods import METHODS, ScoredMethod, Stats
 from gblm.methods.base import Method
 from gblm.model.folder import ModelFolder
 from gblm.packed import load
-from gblm.patterns import NM, Pattern
 from gblm.prune import prune
 from gblm.recipe import Recipe
-from gblm.values import KINDS, Kind
+from gblm.sparse.formats import FORMATS, Format, Parts, Shape, TensorSpec
+from gblm.sparse.formats.bits import pack_bits
+from gblm.sparse.formats.dense import DenseFormat
+from gblm.sparse.patterns import NM, Pattern
+from gblm.sparse.values import KINDS, Kind
 
 
 @dataclass(frozen=True)

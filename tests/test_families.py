@@ -19,11 +19,11 @@ from gblm.methods.pipeline import Pipeline
 from gblm.model.layers import Layers
 from gblm.model.linears import prunable
 from gblm.model.loading import load, load_tokenizer
-from gblm.patterns import parse
 from gblm.prune import prune
 from gblm.prune.job import Job
 from gblm.prune.layer import prune_layer
 from gblm.recipe import Calibration, Choice, Recipe
+from gblm.sparse.patterns import parse
 
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0,

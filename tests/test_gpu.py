@@ -17,7 +17,6 @@ import torch
 from gpu_cases import product, weight_of
 from torch import Tensor
 
-from gblm.formats import Format, Shape, from_spec
 from gblm.kernels import BACKENDS, Backend, linear
 from gblm.kernels.few_tokens import FewTokens
 from gblm.model.folder import ModelFolder
@@ -25,7 +24,8 @@ from gblm.model.layers import stream
 from gblm.model.packed_reader import PackedReader
 from gblm.prune import prune
 from gblm.recipe import Calibration, Recipe
-from gblm.weights import SparseWeight
+from gblm.sparse.formats import Format, Shape, from_spec
+from gblm.sparse.weights import SparseWeight
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")

@@ -27,7 +27,7 @@ from gblm.model.packed_reader import PackedReader
 from gblm.model.reader import Reader
 from gblm.prune import prune
 from gblm.recipe import Recipe
-from gblm.values import parse_values, quantize
+from gblm.sparse.values import parse_values, quantize
 
 Pack = Callable[..., Path]
 Run = Callable[..., Outcome]

@@ -24,12 +24,12 @@ from gblm.model.layers import Layers
 from gblm.model.loading import load
 from gblm.model.packed_reader import PackedReader
 from gblm.model.reader import Reader
-from gblm.patterns import parse
 from gblm.prune import prune
 from gblm.prune.job import Job
 from gblm.prune.layer import prune_layer
 from gblm.recipe import Choice, Recipe
-from gblm.values import parse_values, quantize
+from gblm.sparse.patterns import parse
+from gblm.sparse.values import parse_values, quantize
 
 Pack = Callable[..., Path]
 Run = Callable[..., Outcome]

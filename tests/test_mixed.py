@@ -17,7 +17,6 @@ from gblm.checkpoint.inspect import inspect
 from gblm.checkpoint.verify import verify
 from gblm.errors import InputError, PatternError, UsageError
 from gblm.export.dense import export_dense
-from gblm.formats.manifest import MAX_GROUPS, Manifest
 from gblm.model.folder import ModelFolder
 from gblm.model.layers import StreamedLayers
 from gblm.model.linears import prunable
@@ -27,7 +26,8 @@ from gblm.model.reader import Reader
 from gblm.plan import plan
 from gblm.prune import prune
 from gblm.recipe import Calibration, LayerChoice, Recipe, choose
-from gblm.values import quantize
+from gblm.sparse.formats.manifest import MAX_GROUPS, Manifest
+from gblm.sparse.values import quantize
 
 ATTENTION = LayerChoice(targets=("q_proj", "k_proj", "v_proj"), pattern="2:4", values="float")
 MLP = LayerChoice(targets=("gate_proj", "up_proj"), pattern="dense", values="int8")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gblm.errors import PatternError
-from gblm.patterns import NM, Unstructured, keep_highest, parse
+from gblm.sparse.patterns import NM, Unstructured, keep_highest, parse
 
 HALVED = NM(8, 16)
 

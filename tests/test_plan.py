@@ -16,15 +16,15 @@ from safetensors.torch import load_file
 from test_resume import cut_off
 
 from gblm.errors import GblmError, UsageError
-from gblm.formats import format_for
 from gblm.methods import METHODS
 from gblm.model.folder import ModelFolder
 from gblm.model.reader import Reader
-from gblm.patterns import parse
 from gblm.plan import plan
 from gblm.plan.rates import Rates, strip_shape
 from gblm.prune import Output, prune
 from gblm.recipe import Calibration, Choice, Recipe
+from gblm.sparse.formats import format_for
+from gblm.sparse.patterns import parse
 
 Run = Callable[..., Outcome]
 TEXT = Calibration(num_samples=4, seq_len=32)

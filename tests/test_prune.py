@@ -103,7 +103,7 @@ def test_a_model_in_memory_is_changed_in_place(tiny: Path) -> None:
     from gblm.calibrate.walk import Walk, walk
     from gblm.methods import make_method
     from gblm.methods.pipeline import Pipeline
-    from gblm.patterns import NM
+    from gblm.sparse.patterns import NM
 
     model = load(tiny)
     linears = prunable(model)

@@ -18,9 +18,9 @@ from gblm import data
 from gblm.model.folder import ModelFolder
 from gblm.model.loading import load, load_tokenizer
 from gblm.model.packed_reader import PackedReader
-from gblm.patterns import parse
 from gblm.prune import prune
 from gblm.recipe import Calibration, Recipe
+from gblm.sparse.patterns import parse
 
 
 def gradients(model: Any, windows: Tensor, norm: str) -> dict[str, Tensor]:

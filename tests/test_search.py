@@ -20,14 +20,11 @@ from gblm.errors import InputError, UsageError
 from gblm.evaluate.perplexity import Protocol
 from gblm.evaluate.run import Evaluation, run_evaluation
 from gblm.files import read_json
-from gblm.formats import format_for
-from gblm.formats.size import is_exact, most_bytes
 from gblm.methods.obs import prepare_obs
 from gblm.methods.sparsegpt import SparseGPT
 from gblm.model.layers import Layers
 from gblm.model.linears import prunable
 from gblm.model.loading import load
-from gblm.patterns import NM, Dense, Scope, Unstructured, parse
 from gblm.prune import prune
 from gblm.prune.job import open_job
 from gblm.recipe import FUSED, Calibration, Choice, Recipe, Refitting
@@ -39,8 +36,11 @@ from gblm.search.candidates import STEPS, Question, allocations, answer, recipe_
 from gblm.search.examine import Examined, Space, examine
 from gblm.search.run import METRIC, UNPRUNED, Measuring, best, is_measured, ranked, search, slug
 from gblm.search.sensitivity import GRID, SHARE, Curve, Judgement, column_costs, curve
-from gblm.values import FLOAT, parse_values
-from gblm.weights import SparseWeight
+from gblm.sparse.formats import format_for
+from gblm.sparse.formats.size import is_exact, most_bytes
+from gblm.sparse.patterns import NM, Dense, Scope, Unstructured, parse
+from gblm.sparse.values import FLOAT, parse_values
+from gblm.sparse.weights import SparseWeight
 
 Run = Callable[..., Outcome]
 INT4 = parse_values("int4:64")

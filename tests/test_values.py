@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gblm import values as module
 from gblm.errors import InputError, PatternError
-from gblm.values import AUTO, FLOAT, ROW, ValueType, mse_scales, parse_values, quantize
-from gblm.weights import SparseWeight, dequantize
+from gblm.sparse import values as module
+from gblm.sparse.values import AUTO, FLOAT, ROW, ValueType, mse_scales, parse_values, quantize
+from gblm.sparse.weights import SparseWeight, dequantize
 
 INT8 = ValueType("int8", ROW)
 

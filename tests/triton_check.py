@@ -14,9 +14,9 @@ import pytest
 import torch
 from gpu_cases import product, weight_of
 
-from gblm.formats import Format, make_format
 from gblm.kernels.triton.backend import Triton
-from gblm.weights import SparseWeight
+from gblm.sparse.formats import Format, make_format
+from gblm.sparse.weights import SparseWeight
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     raise RuntimeError("set TRITON_INTERPRET=1 before Triton is imported.")

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from gblm.formats import Format
-from gblm.values import quantize
-from gblm.weights import SparseWeight
+from gblm.sparse.formats import Format
+from gblm.sparse.values import quantize
+from gblm.sparse.weights import SparseWeight
 
 RANKS = 2
 SHAPE = (16, 256)

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from gblm.formats import format_for
 from gblm.kernels import BACKENDS, linear
-from gblm.patterns import NM, Dense, Pattern, Unstructured
 from gblm.provenance import provenance
-from gblm.values import FLOAT, KINDS, ValueType, quantize
-from gblm.weights import SparseWeight
+from gblm.sparse.formats import format_for
+from gblm.sparse.patterns import NM, Dense, Pattern, Unstructured
+from gblm.sparse.values import FLOAT, KINDS, ValueType, quantize
+from gblm.sparse.weights import SparseWeight
 
 PLUGIN_GROUP = "vllm.general_plugins"
 # Of the relative error; the first dtype that a backend takes is tested.

@@ -11,9 +11,9 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gblm import kernels, packed
-from gblm.formats.manifest import QUANT_METHOD, VERSION
 from gblm.model.folder import ModelFolder
 from gblm.model.packed_reader import PackedReader
+from gblm.sparse.formats.manifest import QUANT_METHOD, VERSION
 
 
 @register_quantization_config(QUANT_METHOD)

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from gblm import kernels
 from gblm.errors import CheckpointError, GblmError, InputError
-from gblm.formats import VALUE_DTYPES, Format, Shape
 from gblm.kernels import Backend
 from gblm.model import loading
 from gblm.model.folder import ModelFolder
 from gblm.model.loading import check_device, skeleton
 from gblm.model.packed_reader import PackedLinear, PackedReader
+from gblm.sparse.formats import VALUE_DTYPES, Format, Shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

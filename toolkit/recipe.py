@@ -16,10 +16,10 @@ from torch import nn
 
 from gblm.errors import UsageError
 from gblm.files import read_json
-from gblm.formats import Format, format_for, join_formats
-from gblm.formats.manifest import MAX_GROUPS
-from gblm.patterns import Pattern, parse
-from gblm.values import FLOAT, ValueType, parse_values
+from gblm.sparse.formats import Format, format_for, join_formats
+from gblm.sparse.formats.manifest import MAX_GROUPS
+from gblm.sparse.patterns import Pattern, parse
+from gblm.sparse.values import FLOAT, ValueType, parse_values
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 HeadValues = Literal["float", "int8", "int4"]
@@ -124,10 +124,10 @@ class Recipe(BaseModel):
     Attributes:
         model: a local HF folder or a hub id.
         method: a name of `gblm.methods.METHODS`.
-        pattern: "2:4", "0.5", …; see `gblm.patterns.parse`.
+        pattern: "2:4", "0.5", …; see `gblm.sparse.patterns.parse`.
         values: of the packed weights: "float", the checkpoint's own dtype; "int8", "int4", rounded
             to codes with a scale per group of columns: "int8:128", "int4:row"; see
-            `gblm.values.parse_values`.
+            `gblm.sparse.values.parse_values`.
         layers: exceptions to `pattern` and `values`; the first that matches a linear decides.
         head: of the output head: "float", as it is; "int8", "int4", rounded to codes. Of a head
             that is tied to the embeddings a rounded copy is stored, and the embeddings stay.

@@ -23,12 +23,12 @@ from gblm.errors import CheckpointError, InputError
 from gblm.export.onnx_model.rotary import Formula, find_formula
 from gblm.export.onnx_model.runtime import DOMAIN, DOMAIN_VERSION, MODEL_FILE
 from gblm.export.onnx_model.storage import DATA_FILE, DataFile, StoredGraph
-from gblm.formats import Format, Shape, format_for, join_formats
 from gblm.kernels import BACKENDS
 from gblm.model.folder import ModelFolder
 from gblm.model.packed_reader import PackedReader
-from gblm.patterns import Dense
-from gblm.weights import SparseWeight
+from gblm.sparse.formats import Format, Shape, format_for, join_formats
+from gblm.sparse.patterns import Dense
+from gblm.sparse.weights import SparseWeight
 
 LAYER_WEIGHT = re.compile(r"model\.layers\.(\d+)\.(attn|mlp)\.(\w+)\.MatMul\.weight")
 HEAD_WEIGHT = "lm_head.MatMul.weight"

@@ -21,13 +21,13 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 from gblm import kernels
 from gblm.errors import CheckpointError, UsageError
-from gblm.formats import Format, join_formats
-from gblm.formats.manifest import QUANT_METHOD, Manifest
 from gblm.kernels import Backend
 from gblm.serve.vllm_cli import check_version
 from gblm.serve.vllm_plugin import metrics
 from gblm.serve.vllm_plugin.head import EmbeddingMethod, HeadMethod, PackedHeadMethod
 from gblm.serve.vllm_plugin.linear import DenseLinearMethod, SparseLinearMethod
+from gblm.sparse.formats import Format, join_formats
+from gblm.sparse.formats.manifest import QUANT_METHOD, Manifest
 
 logger = logging.getLogger(__name__)
 

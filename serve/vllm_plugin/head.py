@@ -16,9 +16,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 from gblm import kernels
 from gblm.errors import CheckpointError
-from gblm.formats import Shape, from_spec
 from gblm.kernels import Backend
 from gblm.serve.vllm_plugin.linear import SparseLinearMethod, refuse_unloaded
+from gblm.sparse.formats import Shape, from_spec
 
 DENSE = from_spec("dense/dense")
 

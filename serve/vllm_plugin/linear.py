@@ -22,11 +22,11 @@ from vllm.model_executor.parameter import (
 
 from gblm import kernels
 from gblm.errors import CheckpointError, PatternError
-from gblm.formats import Format, Shape, TensorSpec
-from gblm.formats.rectangle import RectangleFormat
 from gblm.kernels import Backend
 from gblm.serve.vllm_plugin.ragged import Pieces, RaggedParameter, give_back_memory
-from gblm.values import ROW
+from gblm.sparse.formats import Format, Shape, TensorSpec
+from gblm.sparse.formats.rectangle import RectangleFormat
+from gblm.sparse.values import ROW
 
 # −128; twice −8: codes, but no row of a real weight holds nothing else.
 NO_CODE = {torch.int8: -0x80, torch.uint8: 0x88}

@@ -18,8 +18,8 @@ from torch import Tensor
 from vllm.model_executor.parameter import BasevLLMParameter
 
 from gblm.errors import CheckpointError
-from gblm.formats import Format
-from gblm.weights import SparseWeight
+from gblm.sparse.formats import Format
+from gblm.sparse.weights import SparseWeight
 
 Cut = Literal["rows", "columns"]
 BLOCK_WEIGHTS = 1 << 20

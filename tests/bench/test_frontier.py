@@ -76,9 +76,9 @@ def test_labels_and_recipes_are_distinct() -> None:
 @pytest.mark.parametrize("name", [name for name in CASES if re.search(r"-[23]\.\d", name)])
 def test_sparsities_keep_the_budget_that_their_name_says(name: str) -> None:
     """Bits as the formats lay them out, on SmolLM2's shapes."""
-    from gblm.formats import format_for
-    from gblm.patterns import parse
-    from gblm.values import parse_values
+    from gblm.sparse.formats import format_for
+    from gblm.sparse.patterns import parse
+    from gblm.sparse.values import parse_values
 
     recipe, budget = CASES[name].recipe, float(name.split("-")[1])
     pattern, size, count = parse(recipe["pattern"]), 0.0, 0

@@ -15,9 +15,9 @@ from gblm.calibrate.walk import DecoderLayer, Walk, walk
 from gblm.errors import InputError
 from gblm.model.layers import Layers
 from gblm.model.loading import load
-from gblm.patterns import NM
-from gblm.values import parse_values, quantize
-from gblm.weights import SparseWeight
+from gblm.sparse.patterns import NM
+from gblm.sparse.values import parse_values, quantize
+from gblm.sparse.weights import SparseWeight
 
 HOW = Training(epochs=4, learning_rate=2e-3, batch_size=2)
 

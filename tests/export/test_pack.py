@@ -15,7 +15,7 @@ from gblm.errors import CheckpointError, InputError, PatternError
 from gblm.export.dense import export_dense
 from gblm.export.pack import export_pack, find_pattern
 from gblm.model.folder import ModelFolder
-from gblm.patterns import Unstructured
+from gblm.sparse.patterns import Unstructured
 
 Pack = Callable[..., Path]
 

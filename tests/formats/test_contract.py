@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from pairs import pairwise
 
 from gblm.errors import CheckpointError, PatternError
-from gblm.formats import FORMATS, Format, format_for, from_spec, make_format
-from gblm.formats.bits import pack_bits, unpack_bits
-from gblm.patterns import parse
-from gblm.values import ValueType, parse_values, quantize
-from gblm.weights import SparseWeight
+from gblm.sparse.formats import FORMATS, Format, format_for, from_spec, make_format
+from gblm.sparse.formats.bits import pack_bits, unpack_bits
+from gblm.sparse.patterns import parse
+from gblm.sparse.values import ValueType, parse_values, quantize
+from gblm.sparse.weights import SparseWeight
 
 CASES = [("nm", "2:4"), ("nm", "4:8"), ("nm", "8:16"), ("nm", "1:4"), ("nm", "3:4"),
          ("bitmask", "0.5"), ("bitmask", "0.9"), ("bitmask", "0"),

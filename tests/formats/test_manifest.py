@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from gblm.errors import CheckpointError
-from gblm.formats.manifest import Group, Manifest, group_targets
+from gblm.sparse.formats.manifest import Group, Manifest, group_targets
 
 GOOD: dict[str, Any] = {
     "quant_method": "gblm",

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from gblm.errors import CheckpointError
-from gblm.formats import Format, make_format
-from gblm.values import quantize
-from gblm.weights import SparseWeight
+from gblm.sparse.formats import Format, make_format
+from gblm.sparse.values import quantize
+from gblm.sparse.weights import SparseWeight
 
 SHAPE = (4, 16)
 FORMATS = [("nm", "2:4"), ("bitmask", "0.5"), ("dense", "dense")]

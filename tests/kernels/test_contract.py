@@ -11,11 +11,11 @@ import torch
 from pairs import pairwise
 
 from gblm.errors import PatternError, UsageError
-from gblm.formats import Format, format_for, make_format
 from gblm.kernels import BACKENDS, Backend, linear, native, select
-from gblm.patterns import parse
-from gblm.values import parse_values, quantize
-from gblm.weights import SparseWeight
+from gblm.sparse.formats import Format, format_for, make_format
+from gblm.sparse.patterns import parse
+from gblm.sparse.values import parse_values, quantize
+from gblm.sparse.weights import SparseWeight
 
 PATTERNS = ["2:4", "4:8", "8:16", "1:4", "0.5", "0.9", "dense"]
 VALUES = ["float", "int8:row", "int4:row", "int8:64", "int4:64"]

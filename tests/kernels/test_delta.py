@@ -8,9 +8,9 @@ import pytest
 import torch
 from gpu_emulated import EmulatedDevice, emulated, missing
 
-from gblm.formats import make_format
 from gblm.kernels.cuda.delta import Delta, pack_deltas, padded_columns, tokens_at_once
-from gblm.values import quantize
+from gblm.sparse.formats import make_format
+from gblm.sparse.values import quantize
 
 needs_compiler = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 BF16, FP16 = torch.bfloat16, torch.float16

@@ -10,8 +10,8 @@ import torch
 from gpu_emulated import emulated_backends, missing
 from torch import Tensor
 
-from gblm.formats import Format, Shape
 from gblm.kernels import BACKENDS, Backend
+from gblm.sparse.formats import Format, Shape
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 CASES = [case for case in wanted.GPU_CASES if case[0] in ("mma_sp", "delta") and case[2][0] < 512]

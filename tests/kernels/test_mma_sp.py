@@ -10,9 +10,9 @@ from gpu_cases import product, weight_of
 from gpu_emulated import EmulatedDevice, emulated, missing
 
 from gblm.errors import MachineError
-from gblm.formats import make_format
 from gblm.kernels.cuda.mma_sp import PLACES, SparseTensorCore, pack_tiles, token_blocks
-from gblm.weights import SparseWeight
+from gblm.sparse.formats import make_format
+from gblm.sparse.weights import SparseWeight
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 BF16, FP16 = torch.bfloat16, torch.float16

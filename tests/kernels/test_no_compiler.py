@@ -18,14 +18,14 @@ pytestmark = pytest.mark.slow
 
 CHECK = """
 import torch
-from gblm.formats import make_format
+from gblm.sparse.formats import make_format
 from gblm.kernels import linear, native, select
 
 print(native.refusal())
 fmt, weight = make_format("nm", "2:4"), torch.tensor([[1.0, 0, 2, 0, 0, 3, 0, 4]]).bfloat16()
 backend, reasons = select(fmt, (1, 8), torch.bfloat16, torch.device("cpu"))
 print(backend.name, reasons)
-from gblm.weights import SparseWeight
+from gblm.sparse.weights import SparseWeight
 parts = fmt.pack("w", SparseWeight.from_zeros(weight))
 prepared = backend.prepare(fmt, parts, (1, 8))
 print(linear(torch.ones(1, 8).bfloat16(), prepared, (1, 8), fmt, backend).item())

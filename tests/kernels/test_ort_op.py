@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from gblm.formats import format_for
 from gblm.kernels import native
 from gblm.kernels.cpu import Cpu
-from gblm.patterns import parse
-from gblm.values import parse_values, quantize
-from gblm.weights import SparseWeight
+from gblm.sparse.formats import format_for
+from gblm.sparse.patterns import parse
+from gblm.sparse.values import parse_values, quantize
+from gblm.sparse.weights import SparseWeight
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")

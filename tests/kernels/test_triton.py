@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from gblm.formats import make_format
 from gblm.kernels import BACKENDS
 from gblm.kernels.triton import backend as module
 from gblm.kernels.triton.backend import (
@@ -24,8 +23,9 @@ from gblm.kernels.triton.backend import (
     package_refusal,
     sized,
 )
-from gblm.values import GROUP_SIZES, quantize
-from gblm.weights import SparseWeight
+from gblm.sparse.formats import make_format
+from gblm.sparse.values import GROUP_SIZES, quantize
+from gblm.sparse.weights import SparseWeight
 
 CHECK = Path(__file__).parent.parent / "triton_check.py"
 BF16, FP16 = torch.bfloat16, torch.float16

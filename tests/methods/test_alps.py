@@ -8,8 +8,8 @@ import torch
 from gblm.errors import InputError
 from gblm.methods import make_method
 from gblm.methods.refit import Refit
-from gblm.patterns import parse
-from gblm.weights import SparseWeight
+from gblm.sparse.patterns import parse
+from gblm.sparse.weights import SparseWeight
 
 
 def problem(rows: int = 48, cols: int = 96) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,8 +11,8 @@ import torch
 from gblm.errors import UsageError
 from gblm.methods import METHODS, ScoredMethod, flags, make_method
 from gblm.methods.pipeline import make_pipeline
-from gblm.patterns import NM, Pattern, parse
-from gblm.values import Rounding, parse_values
+from gblm.sparse.patterns import NM, Pattern, parse
+from gblm.sparse.values import Rounding, parse_values
 
 PATTERNS = ["0.5", "0.7", "2:4", "4:8", "8:16", "1:4"]
 OPTIONS = [(name, f.name) for name, m in METHODS.items() for f in dataclasses.fields(m)]

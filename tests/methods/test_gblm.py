@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gblm.methods import make_method
-from gblm.patterns import parse
+from gblm.sparse.patterns import parse
 
 PATTERNS = ["0.5", "0.7", "2:4", "4:8", "8:16", "1:4"]
 NORMS = ["l1", "l2"]

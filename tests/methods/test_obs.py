@@ -8,9 +8,9 @@ import torch
 from gblm.errors import InputError, PatternError, UsageError
 from gblm.methods.obs import prepare_obs, round_obs
 from gblm.methods.sparsegpt import SparseGPT
-from gblm.patterns import NM, Dense, parse
-from gblm.values import ROW, SHRINK, ValueType, quantize
-from gblm.weights import SparseWeight, dequantize
+from gblm.sparse.patterns import NM, Dense, parse
+from gblm.sparse.values import ROW, SHRINK, ValueType, quantize
+from gblm.sparse.weights import SparseWeight, dequantize
 
 DAMPING = 0.01
 

@@ -8,8 +8,8 @@ import torch
 from gblm.errors import UsageError
 from gblm.methods import make_method
 from gblm.methods.refit import Refit, damped
-from gblm.patterns import parse
-from gblm.weights import SparseWeight
+from gblm.sparse.patterns import parse
+from gblm.sparse.weights import SparseWeight
 
 
 def problem(rows: int, cols: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

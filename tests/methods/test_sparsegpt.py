@@ -10,8 +10,8 @@ import torch
 from gblm.errors import InputError
 from gblm.methods import make_method
 from gblm.methods.sparsegpt import _rule
-from gblm.patterns import NM, Pattern, Unstructured, parse
-from gblm.weights import SparseWeight
+from gblm.sparse.patterns import NM, Pattern, Unstructured, parse
+from gblm.sparse.weights import SparseWeight
 
 
 def prune(

@@ -25,11 +25,11 @@ from gblm.errors import GblmError, InputError, MachineError, PatternError, Usage
 from gblm.export.dense import export_dense
 from gblm.export.legacy import export_legacy
 from gblm.export.pack import export_pack
-from gblm.formats.manifest import Manifest
 from gblm.model.folder import ModelFolder
 from gblm.prune import prune
 from gblm.recipe import Recipe
 from gblm.serve.cached import folder_to_serve, is_legacy, recipe_of
+from gblm.sparse.formats.manifest import Manifest
 
 Run = Callable[..., Outcome]
 Pack = Callable[..., Path]

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from vllm_linear import RANKS, SHAPE, create, weight_for
 
 from gblm.errors import CheckpointError
-from gblm.formats import Format, from_spec
 from gblm.serve.launch import LOADER_CONFIG
+from gblm.sparse.formats import Format, from_spec
 
 pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm")

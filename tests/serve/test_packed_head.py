@@ -13,11 +13,11 @@ from vllm_run import drift, generate, skip_without
 
 from gblm.errors import CheckpointError
 from gblm.export.dense import export_dense
-from gblm.formats import Format, from_spec
-from gblm.formats.manifest import Group, Manifest
 from gblm.model.folder import ModelFolder
-from gblm.values import quantize
-from gblm.weights import SparseWeight
+from gblm.sparse.formats import Format, from_spec
+from gblm.sparse.formats.manifest import Group, Manifest
+from gblm.sparse.values import quantize
+from gblm.sparse.weights import SparseWeight
 
 pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm")

@@ -7,8 +7,8 @@ import torch
 from vllm_linear import RANKS, SHAPE, create, fused_linear, weight_for
 
 from gblm.errors import CheckpointError
-from gblm.formats import Format, from_spec
-from gblm.weights import SparseWeight
+from gblm.sparse.formats import Format, from_spec
+from gblm.sparse.weights import SparseWeight
 
 pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm")
@@ -106,8 +106,8 @@ def load(layer: torch.nn.Module, tensors: dict[str, torch.Tensor], *shard: objec
 
 @pytest.mark.parametrize("values", ["float", "int4:64"])
 def test_fused_rows_may_differ_in_sparsity(values: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gblm.formats.manifest import Group, Manifest
     from gblm.serve.vllm_plugin.config import SparseConfig
+    from gblm.sparse.formats.manifest import Group, Manifest
 
     patterns = {"gate_proj": "0.3", "up_proj": "0.7"}
     groups = (
@@ -131,8 +131,8 @@ def test_fused_rows_may_differ_in_sparsity(values: str, monkeypatch: pytest.Monk
 
 
 def test_fused_rows_of_two_formats_are_refused() -> None:
-    from gblm.formats.manifest import Group, Manifest
     from gblm.serve.vllm_plugin.config import SparseConfig
+    from gblm.sparse.formats.manifest import Group, Manifest
 
     groups = (Group(format="nm", pattern="2:4", targets=("m.gate_proj",)),
               Group(format="bitmask", pattern="0.5", targets=("m.up_proj",)))  # fmt: skip

@@ -24,11 +24,11 @@ from torch.nn import functional
 from gblm.bench.kernels import Settings
 from gblm.bench.linears import Asked, num_copies, sparse_weight
 from gblm.errors import GblmError, MachineError, UsageError
-from gblm.formats import Shape
 from gblm.kernels import BACKENDS, Backend
 from gblm.progress import Progress, no_progress
 from gblm.provenance import provenance
 from gblm.record import Record, Row, Verdict
+from gblm.sparse.formats import Shape
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

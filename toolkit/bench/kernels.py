@@ -33,11 +33,11 @@ from gblm.bench.linears import (
 )
 from gblm.bench.vllm_linears import vllm_linears, vllm_operators
 from gblm.errors import MachineError, UsageError
-from gblm.formats import Shape
 from gblm.kernels import native
 from gblm.progress import Progress, no_progress
 from gblm.provenance import machine, provenance
 from gblm.record import Record, Row, Verdict
+from gblm.sparse.formats import Shape
 
 # [out, in] of the linears of one decoder layer, without repetitions.
 SHAPE_SETS: dict[str, tuple[Shape, ...]] = {
@@ -140,7 +140,7 @@ def bench_kernels(settings: Settings, progress: Progress = no_progress) -> Recor
         rows=tuple(bench.rows),
         baseline="torch_bf16",
         verdict=Verdict(not reasons, reasons, tuple(bench.notes + noise.unchecked(bench.heard))),
-        measures=("toolkit/kernels", "toolkit/formats", "toolkit/bench/linears.py"),
+        measures=("toolkit/kernels", "toolkit/sparse/formats", "toolkit/bench/linears.py"),
         provenance=origin | {"settings": asdict(settings), **facts},
     )
 

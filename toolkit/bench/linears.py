@@ -18,11 +18,11 @@ from torch import Tensor
 
 from gblm import kernels
 from gblm.errors import GblmError, UsageError
-from gblm.formats import Format, Shape, make_format
 from gblm.kernels import BACKENDS, Backend, native
-from gblm.patterns import parse
-from gblm.values import parse_values, quantize
-from gblm.weights import SparseWeight
+from gblm.sparse.formats import Format, Shape, make_format
+from gblm.sparse.patterns import parse
+from gblm.sparse.values import parse_values, quantize
+from gblm.sparse.weights import SparseWeight
 
 Call = Callable[[Tensor], Tensor]
 Clock = Callable[[], float]

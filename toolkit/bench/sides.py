@@ -12,8 +12,8 @@ import psutil
 
 from gblm.bench.requests import Load, Seen
 from gblm.errors import InputError, UsageError
-from gblm.formats.manifest import QUANT_METHOD
 from gblm.model.folder import model_name, quant_method, read_config, resolve
+from gblm.sparse.formats.manifest import QUANT_METHOD
 
 # Engine → the module that runs its loop in a process of its own, and the paths of the repository
 # whose code decides its figures. vLLM's server has no loop.

@@ -25,7 +25,7 @@ from gblm.calibrate.ranks import Ranks
 from gblm.calibrate.streams import Streams
 from gblm.calibrate.trainable import Trainable, trainable
 from gblm.errors import InputError
-from gblm.weights import SparseWeight
+from gblm.sparse.weights import SparseWeight
 
 BETAS = (0.9, 0.95)
 SEED = 0

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from gblm.weights import SparseWeight
+from gblm.sparse.weights import SparseWeight
 
 # Scales move by factors, not by differences: theirs is a unit of its own.
 SCALE_RATE = 2.0

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from gblm.checkpoint.report import weight_row
 from gblm.errors import CheckpointError, InputError, PatternError
-from gblm.formats import Format, Shape, TensorSpec, format_for
-from gblm.formats.manifest import Group
 from gblm.model.layers import StreamedLayers
 from gblm.model.reader import Reader
-from gblm.patterns import Dense
-from gblm.values import parse_values, quantize
+from gblm.sparse.formats import Format, Shape, TensorSpec, format_for
+from gblm.sparse.formats.manifest import Group
+from gblm.sparse.patterns import Dense
+from gblm.sparse.values import parse_values, quantize
 
 # A head has up to a billion weights: it is rounded some rows at a time.
 CHUNK_WEIGHTS = 1 << 22

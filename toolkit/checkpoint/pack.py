@@ -21,16 +21,16 @@ from gblm.checkpoint.write import (
 )
 from gblm.errors import CheckpointError, InputError
 from gblm.files import write_json
-from gblm.formats import Format, Parts
-from gblm.formats.manifest import Group, Manifest, group_targets
 from gblm.model.layers import StreamedLayers
 from gblm.model.linears import head_dim, prunable
 from gblm.model.packed_reader import MANIFEST_FILE, RECIPE_FILE, REPORT_FILE
 from gblm.model.reader import Reader
 from gblm.provenance import provenance
 from gblm.recipe import Choice
+from gblm.sparse.formats import Format, Parts
+from gblm.sparse.formats.manifest import Group, Manifest, group_targets
+from gblm.sparse.weights import SparseWeight
 from gblm.structure import heads_of, structure
-from gblm.weights import SparseWeight
 
 # Packed tensors by full name, and their linears' rows of the sparsity report. Other tensors among
 # them take the place of the source's.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gblm.formats import Format, Parts, Shape
+from gblm.sparse.formats import Format, Parts, Shape
 
 # What one line of text has room for.
 MAX_NAMED = 4

@@ -82,7 +82,7 @@ def _methods() -> Iterable[str]:
 
 
 def _kinds() -> Iterable[str]:
-    from gblm.values import KINDS
+    from gblm.sparse.values import KINDS
 
     return (f"{name} ({kind.about})" for name, kind in KINDS.items())
 
@@ -265,8 +265,8 @@ def _fields(
 ) -> dict[str, Any]:
     """The options as the fields of a Recipe."""
     from gblm.methods import flags
-    from gblm.patterns import parse
-    from gblm.values import parse_values
+    from gblm.sparse.patterns import parse
+    from gblm.sparse.values import parse_values
 
     if not model:
         raise click.UsageError("Missing argument 'MODEL'.")

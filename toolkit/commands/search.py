@@ -134,7 +134,7 @@ def _question(
     from gblm.search.budget import parse_budget
     from gblm.search.candidates import Question
     from gblm.search.examine import Space
-    from gblm.values import parse_values
+    from gblm.sparse.values import parse_values
 
     amount = parse_budget(budget)
     if given["stats"] is not None:
@@ -154,8 +154,8 @@ def _question(
 
 def _patterns(ctx: click.Context, given: Mapping[str, Any]) -> tuple[str, ...]:
     """Give the patterns that may be used: all of them, or the one that --pattern names."""
-    from gblm.patterns import NM, parse
     from gblm.search.examine import Space
+    from gblm.sparse.patterns import NM, parse
 
     text = given["pattern"]
     if not _is_given(ctx, "pattern"):

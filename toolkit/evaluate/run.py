@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 RECIPE = "recipe.json"
 MEASURES = (
-    "toolkit/evaluate", "toolkit/data.py", "toolkit/packed.py", "toolkit/formats",
+    "toolkit/evaluate", "toolkit/data.py", "toolkit/packed.py", "toolkit/sparse/formats",
     "toolkit/kernels", "export/onnx_model/decoder.py", "serve/vllm_plugin",
 )  # fmt: skip
 

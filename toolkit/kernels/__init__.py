@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from gblm.errors import UsageError
-from gblm.formats import Format, Shape, from_spec
 from gblm.kernels.base import Backend
 from gblm.kernels.cpu import Cpu
 from gblm.kernels.cuda.delta import Delta
@@ -23,6 +22,7 @@ from gblm.kernels.cuda.mma_sp import SparseTensorCore
 from gblm.kernels.dense import Dense
 from gblm.kernels.reference import Reference
 from gblm.kernels.triton.backend import Triton
+from gblm.sparse.formats import Format, Shape, from_spec
 
 __all__ = ["BACKENDS", "Backend", "linear", "log_choice", "requested_backend", "select"]
 

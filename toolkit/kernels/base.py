@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gblm.formats import Format, Parts, Shape
+from gblm.sparse.formats import Format, Parts, Shape
 
 
 class Backend(ABC):

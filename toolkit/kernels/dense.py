@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gblm.formats import Format, Parts, Shape
 from gblm.kernels.base import Backend
+from gblm.sparse.formats import Format, Parts, Shape
 
 
 class Dense(Backend):

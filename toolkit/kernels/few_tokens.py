@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gblm.formats import Format, Shape
 from gblm.kernels.base import Backend
+from gblm.sparse.formats import Format, Shape
 
 DTYPES = (torch.bfloat16, torch.float16)
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from gblm.errors import InputError, UsageError
 from gblm.methods.base import Method, Stats
 from gblm.methods.refit import Refit, damped
-from gblm.patterns import Pattern, Scope
-from gblm.weights import SparseWeight
+from gblm.sparse.patterns import Pattern, Scope
+from gblm.sparse.weights import SparseWeight
 
 # The paper's schedule: ρ at first and at most, iterations between two looks at the support.
 RHO, MAX_RHO, LOOK = 0.1, 1e6, 3

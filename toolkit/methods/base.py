@@ -14,9 +14,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from gblm.patterns import Pattern, Scope
-from gblm.values import ValueType
-from gblm.weights import SparseWeight
+from gblm.sparse.patterns import Pattern, Scope
+from gblm.sparse.values import ValueType
+from gblm.sparse.weights import SparseWeight
 
 # Statistics of one linear by name, float32: "act_norm" [in], "hessian" [in, in], "grad_norm"
 # [out, in] with the "num_samples" [] that it sums over.

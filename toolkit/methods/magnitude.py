@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from gblm.methods.base import ScoredMethod, Stats
-from gblm.patterns import Scope
+from gblm.sparse.patterns import Scope
 
 
 @dataclass(frozen=True)

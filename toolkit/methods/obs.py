@@ -17,8 +17,8 @@ from gblm.errors import InputError
 from gblm.methods.base import Stats
 from gblm.methods.refit import damped
 from gblm.methods.sweep import BLOCK, LEAF, Grid, Sweep, nest
-from gblm.values import ValueType
-from gblm.weights import SparseWeight
+from gblm.sparse.values import ValueType
+from gblm.sparse.weights import SparseWeight
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from gblm.methods import make_method
 from gblm.methods.base import Method, ScoredMethod, Stats
 from gblm.methods.obs import prepare_obs, round_obs
 from gblm.methods.refit import Refit
-from gblm.patterns import Dense, Pattern
-from gblm.values import Rounding, ValueType, quantize
-from gblm.weights import SparseWeight
+from gblm.sparse.patterns import Dense, Pattern
+from gblm.sparse.values import Rounding, ValueType, quantize
+from gblm.sparse.weights import SparseWeight
 
 DAMPING = 0.01
 
@@ -31,8 +31,9 @@ class Pipeline:
     Attributes:
         method: chooses the mask; with the pattern "dense" nothing is chosen.
         refit: moves the kept weights to the least squares; None leaves them as the method does.
-        rounding: how kept weights become codes, where values are integers; see `gblm.values`. With
-            "obs" and a dense pattern it is GPTQ; without `refit`, SparseGPT rounds while it prunes.
+        rounding: how kept weights become codes, where values are integers; see
+            `gblm.sparse.values`. With "obs" and a dense pattern it is GPTQ; without `refit`,
+            SparseGPT rounds while it prunes.
     """
 
     method: Method

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gblm.errors import UsageError
-from gblm.weights import SparseWeight
+from gblm.sparse.weights import SparseWeight
 
 # A row is done when its residual, squared in the preconditioner's norm, fell to this share.
 CONVERGED = 1e-12

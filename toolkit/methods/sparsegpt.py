@@ -22,9 +22,9 @@ from gblm.errors import UsageError
 from gblm.methods.base import Method, Stats
 from gblm.methods.obs import prepare_obs
 from gblm.methods.sweep import LEAF, Choose, Grid, Level, Sweep, nest
-from gblm.patterns import NM, Pattern, Scope, keep_highest
-from gblm.values import ValueType
-from gblm.weights import SparseWeight
+from gblm.sparse.patterns import NM, Pattern, Scope, keep_highest
+from gblm.sparse.values import ValueType
+from gblm.sparse.weights import SparseWeight
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from gblm.errors import InputError
 from gblm.methods.base import Stats
-from gblm.values import ValueType, checked_codes, mse_scales, to_codes_
-from gblm.weights import SparseWeight
+from gblm.sparse.values import ValueType, checked_codes, mse_scales, to_codes_
+from gblm.sparse.weights import SparseWeight
 
 # Columns that are worked through one by one before one product settles the next ones.
 LEAF = 16

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from gblm.errors import CheckpointError
-from gblm.formats import VALUE_DTYPES, Format, Shape
-from gblm.formats.manifest import Manifest
 from gblm.model.folder import ModelFolder
 from gblm.model.reader import Header, Reader
+from gblm.sparse.formats import VALUE_DTYPES, Format, Shape
+from gblm.sparse.formats.manifest import Manifest
 
 MANIFEST_FILE = "MANIFEST.json"
 RECIPE_FILE = "recipe.json"

@@ -12,12 +12,12 @@ import torch
 from torch.nn.functional import linear, silu
 
 from gblm.calibrate.trainable import trainable
-from gblm.patterns import NM, Pattern, Unstructured
 from gblm.plan.setting import Setting
 from gblm.recipe import Choice
+from gblm.sparse.patterns import NM, Pattern, Unstructured
+from gblm.sparse.values import FLOAT, ROW, ValueType
+from gblm.sparse.weights import SparseWeight
 from gblm.structure import structure
-from gblm.values import FLOAT, ROW, ValueType
-from gblm.weights import SparseWeight
 
 PROBE_SECONDS = 0.25
 # Matrices of the probes are no larger, so that one product stays well below the limit.

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 
-from gblm.patterns import Dense
 from gblm.plan.disk import Disk
 from gblm.plan.rates import Rates, probed
 from gblm.plan.setting import Setting
 from gblm.plan.shapes import Layer, Linear
 from gblm.plan.terms import BACKWARD, FORWARD
+from gblm.sparse.patterns import Dense
 
 # Python, torch and transformers; the skeleton of the model.
 START_SECONDS = 8.0

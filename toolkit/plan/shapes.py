@@ -11,12 +11,12 @@ import torch
 
 from gblm.checkpoint.head import Head
 from gblm.checkpoint.write import NOT_COPIED, SIDE_FILES
-from gblm.formats import Format
 from gblm.model.layers import StreamedLayers
 from gblm.model.linears import hidden_size, linears
 from gblm.model.reader import Reader
 from gblm.prune.job import Job
 from gblm.recipe import FUSED, Choice
+from gblm.sparse.formats import Format
 
 # Linears that are handed the same tensor as another one, by the last part of their name.
 SAME_INPUT = {part: parts[0] for parts in FUSED for part in parts}

@@ -1,6 +1,6 @@
 """Terms: what a run holds in memory, each as bytes from shapes.
 
-The numbers per weight, token and logit follow gblm.calibrate, the methods and gblm.formats; where
+The numbers per weight, token and logit follow gblm.calibrate, the methods and the formats; where
 one of them comes to hold more or less, a number changes here.
 """
 
@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import psutil
 
-from gblm.patterns import NM, Dense, Pattern
 from gblm.plan.setting import Setting
 from gblm.plan.shapes import Layer, Linear
+from gblm.sparse.patterns import NM, Dense, Pattern
 
 # Tokenizer, its library and the text; torch's own buffers and generated kernels.
 TEXT, KERNELS = 70 << 20, 24 << 20

@@ -27,8 +27,8 @@ from gblm.model.folder import ModelFolder
 from gblm.model.layers import StreamedLayers, stream
 from gblm.model.linears import hidden_size, prunable
 from gblm.model.loading import load_tokenizer
-from gblm.patterns import Dense, parse
 from gblm.recipe import Calibration, Choice, Recipe, choose
+from gblm.sparse.patterns import Dense, parse
 
 logger = logging.getLogger(__name__)
 

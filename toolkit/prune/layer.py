@@ -14,8 +14,8 @@ from gblm.calibrate.saved import LayerStats
 from gblm.calibrate.walk import DecoderLayer
 from gblm.errors import InputError
 from gblm.prune.job import Job
-from gblm.values import SCALE_DTYPE
-from gblm.weights import SparseWeight
+from gblm.sparse.values import SCALE_DTYPE
+from gblm.sparse.weights import SparseWeight
 
 logger = logging.getLogger(__name__)
 

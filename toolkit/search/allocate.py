@@ -14,11 +14,11 @@ from math import prod
 import torch
 from torch import nn
 
-from gblm.formats import Shape
-from gblm.formats.size import most_bytes
 from gblm.model.reader import Reader
-from gblm.patterns import Scope, Unstructured
 from gblm.recipe import FUSED, Choice
+from gblm.sparse.formats import Shape
+from gblm.sparse.formats.size import most_bytes
+from gblm.sparse.patterns import Scope, Unstructured
 
 MAX_SPARSITY = 0.9
 STEPS_TO_ONE = 1000

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gblm.errors import UsageError
-from gblm.formats.manifest import group_targets
-from gblm.patterns import NM, Dense, Unstructured
 from gblm.progress import Progress, no_progress
 from gblm.recipe import Choice, LayerChoice, Recipe
 from gblm.search.allocate import (
@@ -22,6 +20,8 @@ from gblm.search.allocate import (
 )
 from gblm.search.budget import Budget
 from gblm.search.examine import Examined, Space, examine
+from gblm.sparse.formats.manifest import group_targets
+from gblm.sparse.patterns import NM, Dense, Unstructured
 
 # Sparsities that a measured allocation chooses among: few groups, and no worse than all.
 STEPS = tuple(round(0.05 * step, 2) for step in range(4, 18))

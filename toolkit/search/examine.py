@@ -23,12 +23,12 @@ from gblm.model.folder import ModelFolder
 from gblm.model.layers import StreamedLayers, stream
 from gblm.model.linears import prunable
 from gblm.model.loading import load_tokenizer
-from gblm.patterns import NM, Dense, Unstructured, parse
 from gblm.progress import Progress, no_progress
 from gblm.recipe import Choice, Recipe
 from gblm.search.allocate import LinearSpec, linears_of
 from gblm.search.sensitivity import Curve, Judgement, measure
-from gblm.values import ValueType, parse_values
+from gblm.sparse.patterns import NM, Dense, Unstructured, parse
+from gblm.sparse.values import ValueType, parse_values
 
 # Text of the cheap pass: more of it moves the curves by less than they are off anyway.
 SAMPLES, SEQ_LEN = 16, 256

@@ -23,10 +23,10 @@ from gblm.errors import InputError
 from gblm.methods.refit import damped
 from gblm.model.layers import Layers
 from gblm.model.linears import hidden_size
-from gblm.patterns import NM, Dense, Unstructured
 from gblm.progress import Progress, no_progress
 from gblm.recipe import Choice
-from gblm.values import ValueType, quantize
+from gblm.sparse.patterns import NM, Dense, Unstructured
+from gblm.sparse.values import ValueType, quantize
 
 DAMPING = 0.01
 # Sparsities at which a curve is known; between them it is a straight line.

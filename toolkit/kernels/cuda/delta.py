@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from gblm.formats import Format, Parts, Shape
 from gblm.kernels.cuda import device as cuda
 from gblm.kernels.cuda.device import THREADS, Device, device_of
 from gblm.kernels.cuda.nvrtc import Variant
 from gblm.kernels.few_tokens import FewTokens, aligned, weight_refusal
+from gblm.sparse.formats import Format, Parts, Shape
 
 RUNS, WORD, LONGEST = 32, 8, 16
 # Columns are stored, plus one, in 16 bits.

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gblm.formats import Format, Parts, Shape
 from gblm.kernels.cuda import device as cuda
 from gblm.kernels.cuda.device import THREADS, Device, device_of
 from gblm.kernels.cuda.nvrtc import Variant
 from gblm.kernels.few_tokens import FewTokens, dtype_refusal
+from gblm.sparse.formats import Format, Parts, Shape
 
 ROWS, STEP = 16, 64
 # Mask of four columns → places of its two kept ones, first | second << 2; others are no 2:4.

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gblm.formats import Format, Parts, Shape
-from gblm.formats.bits import unpack_bits
-from gblm.formats.nibbles import byte_offsets
 from gblm.kernels.cuda.device import OLDEST
 from gblm.kernels.few_tokens import FewTokens, weight_refusal
+from gblm.sparse.formats import Format, Parts, Shape
+from gblm.sparse.formats.bits import unpack_bits
+from gblm.sparse.formats.nibbles import byte_offsets
 
 OLDEST_TRITON = (3, 6)
 WORD = 32

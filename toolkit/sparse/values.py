@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gblm.errors import InputError, PatternError
-from gblm.weights import SparseWeight
+from gblm.sparse.weights import SparseWeight
 
 # nearest: codes reach the largest weight. mse: scale of the least squared error. obs: the columns
 # to the right make up for the error, too (gblm.methods.obs).

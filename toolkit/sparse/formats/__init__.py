@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from gblm.errors import CheckpointError, PatternError
-from gblm.formats.base import VALUE_DTYPES, Format, Headers, Parts, Shape, TensorSpec
-from gblm.formats.bitmask import BitmaskFormat
-from gblm.formats.dense import DenseFormat
-from gblm.formats.nm import NMFormat
-from gblm.patterns import Pattern, Unstructured, parse
-from gblm.values import AUTO, FLOAT, ValueType, parse_values
+from gblm.sparse.formats.base import VALUE_DTYPES, Format, Headers, Parts, Shape, TensorSpec
+from gblm.sparse.formats.bitmask import BitmaskFormat
+from gblm.sparse.formats.dense import DenseFormat
+from gblm.sparse.formats.nm import NMFormat
+from gblm.sparse.patterns import Pattern, Unstructured, parse
+from gblm.sparse.values import AUTO, FLOAT, ValueType, parse_values
 
 __all__ = [
     "FORMATS",

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from gblm.errors import CheckpointError
-from gblm.formats.base import Format, Parts, Shape, TensorSpec
-from gblm.formats.bits import pack_bits, row_counts
-from gblm.formats.nibbles import byte_offsets, pack_ragged, unpack_ragged
-from gblm.patterns import Pattern, Unstructured
+from gblm.sparse.formats.base import Format, Parts, Shape, TensorSpec
+from gblm.sparse.formats.bits import pack_bits, row_counts
+from gblm.sparse.formats.nibbles import byte_offsets, pack_ragged, unpack_ragged
+from gblm.sparse.patterns import Pattern, Unstructured
 
 
 class BitmaskFormat(Format):

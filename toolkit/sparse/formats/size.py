@@ -6,9 +6,9 @@ from math import prod
 
 import torch
 
-from gblm.formats import Shape, format_for
-from gblm.patterns import Pattern, Scope, Unstructured
-from gblm.values import ValueType
+from gblm.sparse.formats import Shape, format_for
+from gblm.sparse.patterns import Pattern, Scope, Unstructured
+from gblm.sparse.values import ValueType
 
 
 def most_bytes(

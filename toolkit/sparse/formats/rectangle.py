@@ -6,8 +6,8 @@ from abc import abstractmethod
 
 from torch import Tensor
 
-from gblm.formats.base import Format, Parts, Shape
-from gblm.formats.nibbles import pack_nibbles, unpack_nibbles
+from gblm.sparse.formats.base import Format, Parts, Shape
+from gblm.sparse.formats.nibbles import pack_nibbles, unpack_nibbles
 
 
 class RectangleFormat(Format):

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gblm.errors import CheckpointError
-from gblm.formats import Format, make_format
+from gblm.sparse.formats import Format, make_format
 
 QUANT_METHOD = "gblm"
 VERSION = 1
@@ -28,8 +28,8 @@ class Group(BaseModel):
 
     Attributes:
         format: a name of FORMATS.
-        pattern: as `gblm.patterns.parse` reads it.
-        values: as `gblm.values.parse_values` reads it; not written when it is "float".
+        pattern: as `gblm.sparse.patterns.parse` reads it.
+        values: as `gblm.sparse.values.parse_values` reads it; not written when it is "float".
         targets: module names; `*` matches any run of characters.
     """
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from gblm.errors import CheckpointError
-from gblm.formats.base import Headers, Parts, Shape, TensorSpec
-from gblm.formats.rectangle import RectangleFormat
-from gblm.patterns import Dense, Pattern
+from gblm.sparse.formats.base import Headers, Parts, Shape, TensorSpec
+from gblm.sparse.formats.rectangle import RectangleFormat
+from gblm.sparse.patterns import Dense, Pattern
 
 
 class DenseFormat(RectangleFormat):

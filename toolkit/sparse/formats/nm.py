@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from gblm.errors import CheckpointError
-from gblm.formats.base import Parts, Shape, TensorSpec
-from gblm.formats.bits import pack_bits
-from gblm.formats.rectangle import RectangleFormat
-from gblm.patterns import NM, Pattern, first_crowded
+from gblm.sparse.formats.base import Parts, Shape, TensorSpec
+from gblm.sparse.formats.bits import pack_bits
+from gblm.sparse.formats.rectangle import RectangleFormat
+from gblm.sparse.patterns import NM, Pattern, first_crowded
 
 
 class NMFormat(RectangleFormat):

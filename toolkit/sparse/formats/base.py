@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from gblm.errors import CheckpointError, PatternError
-from gblm.formats.bits import expand_bits, unpack_bits
-from gblm.patterns import Pattern
-from gblm.values import AUTO, FLOAT, SCALE_DTYPE, ValueType
-from gblm.weights import SparseWeight, dequantize
+from gblm.sparse.formats.bits import expand_bits, unpack_bits
+from gblm.sparse.patterns import Pattern
+from gblm.sparse.values import AUTO, FLOAT, SCALE_DTYPE, ValueType
+from gblm.sparse.weights import SparseWeight, dequantize
 
 Parts = Mapping[str, Tensor]
 Headers = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
