@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import command_line
@@ -78,30 +81,53 @@ def save_byte_tokenizer(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+Once = Callable[[str, Callable[[Path], object]], Path]
 
 
 @pytest.fixture(scope="session")
-def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT * 40)
-    return path
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Make a folder once for all workers of pytest-xdist: one builds it, the others wait for it."""
+    root = tmp_path_factory.getbasetemp()
+    # The temporary folders of the workers lie beside each other.
+    root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "once"
+    root.mkdir(exist_ok=True)
+
+    def make(name: str, build: Callable[[Path], object]) -> Path:
+        folder = root / name
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                unfinished = root / f"{name}.unfinished"
+                shutil.rmtree(unfinished, ignore_errors=True)
+                build(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")
-def tiny_untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "untied"
-    return save_tiny_model(folder, tie_word_embeddings=False)
+def tiny(once: Once) -> Path:
+    return once("tiny", save_tiny_model)
 
 
 @pytest.fixture(scope="session")
-def pack_tiny(
-    tiny: Path, tiny_untied: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Path]:
+def text_file(once: Once) -> Path:
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "text.txt").write_text(TEXT * 40)
+
+    return once("text", write) / "text.txt"
+
+
+@pytest.fixture(scope="session")
+def tiny_untied(once: Once) -> Path:
+    return once("untied", partial(save_tiny_model, tie_word_embeddings=False))
+
+
+@pytest.fixture(scope="session")
+def pack_tiny(tiny: Path, tiny_untied: Path, text_file: Path, once: Once) -> Callable[..., Path]:
     """Prune the tiny model once per set of arguments and give the packed folder."""
-    made: dict[tuple[object, ...], Path] = {}
 
     def pack(
         method: str = "wanda", pattern: str = "2:4", values: str = "float", head: str = "float",
@@ -110,17 +136,13 @@ def pack_tiny(
         from gblm.prune import prune
         from gblm.recipe import Calibration, Recipe
 
-        asked = (method, pattern, values, head, tied)
-        if asked not in made:
-            folder = tmp_path_factory.mktemp("packed") / "out"
-            calibration = Calibration(source=str(text_file), num_samples=4, seq_len=32)
-            recipe = Recipe(
-                model=str(tiny if tied else tiny_untied), method=method, pattern=pattern,
-                values=values, head=head, calibration=calibration,
-            )  # fmt: skip
-            prune(recipe, folder)
-            made[asked] = folder
-        return made[asked]
+        calibration = Calibration(source=str(text_file), num_samples=4, seq_len=32)
+        recipe = Recipe(
+            model=str(tiny if tied else tiny_untied), method=method, pattern=pattern,
+            values=values, head=head, calibration=calibration,
+        )  # fmt: skip
+        words = (method, pattern, values, head, "tied" if tied else "untied")
+        return once("-".join(words).replace(":", "-"), partial(prune, recipe))
 
     return pack
 
@@ -136,8 +158,6 @@ def best_backend() -> str:
 @pytest.fixture
 def packed(pack_tiny: Callable[..., Path], tmp_path: Path) -> Path:
     """A private copy of the packed tiny model, to be damaged."""
-    import shutil
-
     return Path(shutil.copytree(pack_tiny(), tmp_path / "packed"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import numpy as np
 import published
 import pytest
 import torch
+from conftest import Once
 from transformers import AutoModelForCausalLM
 
 from gblm import data
@@ -42,15 +44,9 @@ class Pruned(NamedTuple):
 
 # A parameter of a module's fixture: tests of one folder follow each other.
 @pytest.fixture(scope="module")
-def pruned(
-    request: pytest.FixtureRequest,
-    smollm2: Path,
-    shared: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Pruned:
+def pruned(request: pytest.FixtureRequest, smollm2: Path, shared: Path, once: Once) -> Pruned:
     method, pattern, name = request.param
-    folder = tmp_path_factory.mktemp("golden") / "out"
-    published.prune_as_published(smollm2, shared, method, pattern, folder)
+    folder = once(name, partial(published.prune_as_published, smollm2, shared, method, pattern))
     result = json.loads((shared / "golden/golden.json").read_text())["results"][name]
     masks = shared / f"golden/{name}.npz"
     return Pruned(method, pattern, masks, result["ppl_bf16_16x512"], folder)

@@ -232,17 +232,13 @@ def test_too_little_disk_space_is_found_before_any_work(
         prune(recipe, tmp_path / "out")
 
 
-@pytest.mark.parametrize(("file_bytes", "layers_kept"), [(10_000, 0), (60_000, 2)])
-def test_a_disk_that_fills_up_leaves_finished_layers_only(
-    tmp_path: Path, tiny: Path, gblm: Run, file_bytes: int, layers_kept: int
-) -> None:
+def prune_on_a_full_disk(arguments: list[object], file_bytes: int) -> str:
     """RLIMIT_FSIZE makes the kernel refuse the write of a file, as a full disk does."""
 
     def limit() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
 
-    arguments = ["prune", tiny, "--method", "magnitude", "--output", tmp_path / "out"]
     done = subprocess.run(
         [sys.executable, "-m", "gblm", *map(str, arguments)],
         capture_output=True, text=True, preexec_fn=limit, check=False,
@@ -250,10 +246,20 @@ def test_a_disk_that_fills_up_leaves_finished_layers_only(
     assert done.returncode == 3, done.stderr
     assert "writing" in done.stderr
     assert "failed" in done.stderr
-    if not layers_kept:
-        assert not list(tmp_path.iterdir())
-        return
-    assert f"{layers_kept} finished decoder layers are kept" in done.stderr
+    return done.stderr
+
+
+def test_a_disk_that_is_full_at_once_leaves_nothing(tmp_path: Path, tiny: Path) -> None:
+    prune_on_a_full_disk(["prune", tiny, "--method", "magnitude", "--output", tmp_path / "out"],
+                         10_000)  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_leaves_finished_layers_only(
+    tmp_path: Path, tiny: Path, gblm: Run
+) -> None:
+    arguments = ["prune", tiny, "--method", "magnitude", "--output", tmp_path / "out"]
+    assert "2 finished decoder layers are kept" in prune_on_a_full_disk(arguments, 60_000)
     assert [p.name for p in tmp_path.iterdir()] == [".out.work"]
     assert gblm(*arguments).code == 0
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
