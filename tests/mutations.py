@@ -208,14 +208,16 @@ LIST: dict[str, list[tuple[str, str, str]]] = {
     ],
     "evaluate/test_gates.py": [
         ("gate-nan", "(math.isnan(pair[1]), sign * pair[1])", "sign * pair[1]"),
-        ("gate-op", "value <= gate.bound if at_most else", "value < gate.bound if at_most else"),
+        ("gate-op", "passed = value <= gate.bound if at_most",
+         "passed = value < gate.bound if at_most"),
         ("gate-points", "100 * (value - dense)", "(value - dense)"),
+        ("gate-speed", "1 / ratio.median", "ratio.median"),
         ("gate-worst", "sign = 1 if at_most else -1", "sign = 1"),
-        ("gate-invalid", "if not speed.verdict.valid:", "if False:"),
     ],
-    "evaluate/test_perplexity.py evaluate/test_engines.py": [
+    "evaluate/test_perplexity.py evaluate/test_engines.py evaluate/test_eval.py": [
         ("ppl-mean", "return of_loss(-float(logprobs.double().mean()))",
          "return of_loss(-float(logprobs.double().median()))"),
+        ("kl-partial", '"_at_least" if self.of_likeliest else ""', '""'),
         ("drift-sign", "(model.logprobs - dense.logprobs)[counted].abs()",
          "(model.logprobs - dense.logprobs)[counted]"),
         ("kl-direction", "(theirs.exp() * (theirs - ours)).sum(-1).cpu()",

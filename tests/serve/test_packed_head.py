@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from vllm_run import drift, generate, skip_without
+from vllm_run import drift, generate, generate_each, skip_without
 
 from gblm.errors import CheckpointError
 from gblm.export.dense import export_dense
@@ -29,27 +29,26 @@ VOCABULARY, HIDDEN, PADDED = 258, 64, 320
 @pytest.mark.parametrize(("head", "tied", "eager"),
                          [("int8", True, True), ("int4", False, False)])  # fmt: skip
 def test_tokens_are_those_of_the_dense_export(
-    pack_tiny: Pack, tmp_path: Path, head: str, tied: bool, eager: bool
+    pack_tiny: Pack, tmp_path: Path, best_backend: str, head: str, tied: bool, eager: bool
 ) -> None:
     folder = pack_tiny(head=head, tied=tied)
     export_dense(ModelFolder.open(folder), tmp_path / "dense")
-    want, log = generate(tmp_path / "dense", enforce_eager=eager)
+    packed = sorted({"reference", best_backend})
+    jobs = [(tmp_path / "dense", None), (folder, "dense"), *((folder, name) for name in packed)]
+    (want, expanded, *rows), log = generate_each([(*job, {"enforce_eager": eager}) for job in jobs])
     assert len(want) == 8, log
-    rows, log = generate(folder, "dense", enforce_eager=eager)
-    assert rows == want, log
+    assert expanded == want, log
     assert "9 linears run on backend dense (expanded at load)" in log
-    for backend in ("reference", "cpu"):
-        skip_without(backend)
-        rows, log = generate(folder, backend, enforce_eager=eager)
+    for backend, found in zip(packed, rows, strict=True):
         assert f"9 linears run on backend {backend} (packed in memory)" in log
-        assert drift(rows, want) < 0.3
+        assert drift(found, want) < 0.3
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_floating_head_differs_by_rounding_only(pack_tiny: Pack, tied: bool) -> None:
     skip_without("cpu")
-    want, _ = generate(pack_tiny(tied=tied), "dense", **EAGER)
-    rows, log = generate(pack_tiny(tied=tied), "cpu", **EAGER)
+    jobs = [(pack_tiny(tied=tied), backend, EAGER) for backend in ("dense", "cpu")]
+    (want, rows), log = generate_each(jobs)
     assert "8 linears run on backend cpu" in log
     assert drift(rows, want) < 0.1
 

@@ -28,57 +28,27 @@ def tokens(rows: list[dict]) -> list[list[int]]:
     return [row["tokens"] for row in rows]
 
 
-@pytest.fixture(scope="module")
-def dense_tokens(
-    pack_tiny: Pack, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, str, bool], list[dict]]:
-    """Tokens of the dense export, once per pattern, value type and mode."""
-    known: dict[tuple[str, str, bool], list[dict]] = {}
-
-    def get(pattern: str, values: str, eager: bool) -> list[dict]:
-        if (pattern, values, eager) not in known:
-            folder = tmp_path_factory.mktemp("dense") / "dense"
-            export_dense(ModelFolder.open(pack_tiny("wanda", pattern, values)), folder)
-            rows, log = generate(folder, enforce_eager=eager)
-            assert len(rows) == 8, log
-            known[pattern, values, eager] = rows
-        return known[pattern, values, eager]
-
-    return get
-
-
 @pytest.mark.parametrize(("pattern", "values", "eager"), CASES)
-def test_expanded_tokens_and_logprobs_equal_the_dense_model(
-    pack_tiny: Pack, dense_tokens: Callable, pattern: str, values: str, eager: bool
+def test_packed_models_answer_as_their_dense_selves(
+    pack_tiny: Pack, tmp_path: Path, best_backend: str, pattern: str, values: str, eager: bool
 ) -> None:
-    rows, log = generate(pack_tiny("wanda", pattern, values), "dense", enforce_eager=eager)
-    assert rows == dense_tokens(pattern, values, eager), log
+    """Expanded with the same tokens and log-probs; packed in memory but for rounding."""
+    folder = pack_tiny("wanda", pattern, values)
+    export_dense(ModelFolder.open(folder), tmp_path / "dense")
+    # The reference is slow and simple, and asked for once; so is the choice without a name.
+    packed = [best_backend, *({"float": [None], "int8": ["reference"]}.get(values, []))]
+    jobs = [(tmp_path / "dense", None), (folder, "dense"), *((folder, name) for name in packed)]
+    (want, expanded, *rows), log = generate_each([(*job, {"enforce_eager": eager}) for job in jobs])
+    assert len(want) == 8, log
+    assert expanded == want, log
     # q/k/v and gate/up are fused: four linears in each of the two layers.
-    assert "8 linears run on backend dense (expanded at load)" in log
-
-
-# Every start of vLLM takes a quarter of a minute: reference, slow and simple, is served once.
-@pytest.mark.parametrize(
-    ("pattern", "values", "eager", "backend"),
-    [*((*case, "cpu") for case in CASES), (*CASES[3], "reference")],
-)
-def test_packed_in_memory_differs_by_rounding_only(
-    pack_tiny: Pack, dense_tokens: Callable, pattern: str, values: str, eager: bool, backend: str
-) -> None:
-    skip_without(backend)
-    rows, log = generate(pack_tiny("wanda", pattern, values), backend, enforce_eager=eager)
-    assert f"8 linears run on backend {backend} (packed in memory)" in log
-    # cpu rounds activations to int8 where it meets codes.
-    bound = 0.1 if backend == "reference" or values == "float" else 0.3
-    assert drift(rows, dense_tokens(pattern, values, eager)) < bound
-
-
-def test_best_backend_serves_when_none_is_asked_for(
-    pack_tiny: Pack, dense_tokens: Callable, best_backend: str
-) -> None:
-    rows, log = generate(pack_tiny("wanda", "2:4", "float"), **EAGER)
-    assert f"8 linears run on backend {best_backend} (packed in memory)" in log
-    assert drift(rows, dense_tokens("2:4", "float", True)) < 0.1
+    assert log.count("8 linears run on backend dense (expanded at load)") == 1
+    for name, found in zip(packed, rows, strict=True):
+        chosen = name or best_backend
+        said = f"8 linears run on backend {chosen} (packed in memory)"
+        assert log.count(said) == sum((one or best_backend) == chosen for one in packed)
+        # cpu rounds activations to int8 where it meets codes.
+        assert drift(found, want) < (0.1 if chosen == "reference" or values == "float" else 0.3)
 
 
 def test_linears_left_dense_are_served_beside_packed_ones(tiny: Path, tmp_path: Path) -> None:
@@ -87,9 +57,10 @@ def test_linears_left_dense_are_served_beside_packed_ones(tiny: Path, tmp_path: 
 
     recipe = Recipe(model=str(tiny), method="magnitude", calibration=None, ignore=("down_proj",))
     prune(recipe, tmp_path / "out")
-    export_dense(ModelFolder.open(tmp_path / "out"), tmp_path / "dense")
-    got, log = generate(tmp_path / "out", "dense", **EAGER)
-    want, _ = generate(tmp_path / "dense", **EAGER)
+    export_dense(tmp_path / "out", tmp_path / "dense")
+    jobs = ((tmp_path / "out", "dense"), (tmp_path / "dense", None))
+    (got, want), log = generate_each([(*job, EAGER) for job in jobs])
+    assert len(got) == 8, log
     assert tokens(got) == tokens(want), log
     assert "6 linears run on backend dense" in log
 
@@ -150,13 +121,13 @@ def test_half_of_a_fused_layer_cannot_be_packed(tiny: Path, tmp_path: Path) -> N
     assert "vLLM fuses q_proj, k_proj, v_proj, but they are stored in different formats" in log
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
-def test_incomplete_checkpoint_is_refused(pack_tiny: Pack, tmp_path: Path, pattern: str) -> None:
+# Every part of every format: test_complete.py, without an engine.
+def test_incomplete_checkpoint_is_refused(pack_tiny: Pack, tmp_path: Path) -> None:
     import shutil
 
     from safetensors.torch import load_file, save_file
 
-    folder = Path(shutil.copytree(pack_tiny("wanda", pattern), tmp_path / "out"))
+    folder = Path(shutil.copytree(pack_tiny("wanda", "0.5"), tmp_path / "out"))
     weights = load_file(folder / "model.safetensors")
     for part in ("values", "bitmask", "row_offsets"):
         weights.pop(f"model.layers.1.self_attn.k_proj.{part}", None)
@@ -176,17 +147,18 @@ def test_smollm2_expanded_equals_its_dense_self(
 
     recipe = Recipe(model=str(smollm2), method="magnitude", pattern=pattern, calibration=None)
     prune(recipe, tmp_path / "out")
-    export_dense(ModelFolder.open(tmp_path / "out"), tmp_path / "dense")
-    got, log = generate(tmp_path / "out", "dense", **EAGER)
-    want, _ = generate(tmp_path / "dense", **EAGER)
+    export_dense(tmp_path / "out", tmp_path / "dense")
+    jobs = ((tmp_path / "out", "dense"), (tmp_path / "dense", None))
+    (got, want), log = generate_each([(*job, EAGER) for job in jobs])
     assert len(got) == 8, log
     assert got == want
 
 
 def test_served_dtype_may_differ_from_the_stored_one(pack_tiny: Pack) -> None:
-    for values in ("float", "int8"):
-        rows, log = generate(pack_tiny("wanda", "0.5", values), dtype="float32", **EAGER)
-        assert len(rows) == 8, log
+    settings = {"dtype": "float32", **EAGER}
+    folders = [pack_tiny("wanda", "0.5", values) for values in ("float", "int8")]
+    found, log = generate_each([(folder, None, settings) for folder in folders])
+    assert [len(rows) for rows in found] == [8, 8], log
 
 
 def test_plugin_registers_once_and_cheaply() -> None:
