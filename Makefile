@@ -154,7 +154,7 @@ bench: dev ## the recorded benchmark of the README
 	$(BIN)/python benchmarks/record.py
 
 soak: dev ## half an hour of load, faults and damaged folders: docs/reliability.md
-	$(BIN)/python benchmarks/soak.py && $(BIN)/python benchmarks/tables.py
+	PYTHONPATH=benchmarks $(BIN)/python tests/soak/soak.py && $(BIN)/python benchmarks/tables.py
 
 image: ## build the serving image (needs Docker)
 	docker build --tag gblm .

@@ -37,7 +37,7 @@ def origin(record: dict[str, Any], *packages: str) -> str:
     )
 
 
-def made_by() -> str:
+def made_by(folder: str = "benchmarks") -> str:
     """The call of this script in words, for its record; of absolute paths the last part."""
-    words = [f"benchmarks/{Path(sys.argv[0]).name}", *map(without_folders, sys.argv[1:])]
+    words = [f"{folder}/{Path(sys.argv[0]).name}", *map(without_folders, sys.argv[1:])]
     return shlex.join(["python", *words])

@@ -32,12 +32,12 @@ SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("vllm") and importlib.util.find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed")
+        pytest.skip("vLLM is not installed: make dev installs it")
     if item.get_closest_marker("gpu"):
         import torch
 
         if not torch.cuda.is_available():
-            pytest.skip("no CUDA device")
+            pytest.skip("no CUDA device: make test-gpu runs this where there is one")
 
 
 def save_tiny_model(folder: Path, dtype: str = "bfloat16", **config: object) -> Path:

@@ -97,8 +97,8 @@ def test_files_of_every_kind_are_read(tmp_path: Path) -> None:
     assert data.read_documents(str(tmp_path / "b.jsonl"), "held-out") == ["one", "two"]
     (tmp_path / "d.jsonl").write_text('{"text": "a\u2028b"}\n', encoding="utf-8")
     assert data.read_documents(str(tmp_path / "d.jsonl"), "held-out") == ["a\u2028b"]
-    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow: make dev installs it")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow: make dev installs it")
     parquet.write_table(pyarrow.table({"text": ["x", "y"]}), tmp_path / "c.parquet")
     assert data.read_documents(str(tmp_path / "c.parquet"), "calibration") == ["x", "y"]
 
@@ -135,7 +135,7 @@ def test_missing_files_and_unknown_names_are_told_apart() -> None:
 def test_named_set_without_network_points_to_the_offline_default(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    datasets = pytest.importorskip("datasets", reason="datasets: make dev installs it")
 
     def unreachable(*args: object, **kwargs: object) -> None:
         raise ConnectionError("no network")

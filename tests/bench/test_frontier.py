@@ -199,7 +199,7 @@ def test_perplexities_of_different_texts_are_not_mixed(record: Path) -> None:
 
 
 def test_the_figure_is_the_same_each_time(record: Path, tmp_path: Path) -> None:
-    figure = pytest.importorskip("frontier_figure", reason="matplotlib is not installed")
+    figure = pytest.importorskip("frontier_figure", reason="matplotlib: make dev installs it")
     for name in ("a.svg", "b.svg"):
         figure.draw(frontier_record.read(record), tmp_path / name)
     text = (tmp_path / "a.svg").read_text()
@@ -210,7 +210,7 @@ def test_the_figure_is_the_same_each_time(record: Path, tmp_path: Path) -> None:
 
 
 def test_the_front_is_what_nothing_else_beats() -> None:
-    figure = pytest.importorskip("frontier_figure", reason="matplotlib is not installed")
+    figure = pytest.importorskip("frontier_figure", reason="matplotlib: make dev installs it")
     points = [(9, 40), (8, 28), (4, 32), (4, 35), (3, 50), (16, 27)]
     assert figure.pareto(points) == [(3, 50), (4, 32), (8, 28), (16, 27)]
 

@@ -37,7 +37,7 @@ def logprobs(subject: Subject, windows: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def exported(pack_tiny: Pack, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai: make dev installs it")
     from gblm.export.onnx_model.export import Wanted, export_onnx
 
     folder = tmp_path_factory.mktemp("onnx") / "out"

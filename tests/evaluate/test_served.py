@@ -23,7 +23,7 @@ from gblm.evaluate.run import Evaluation, run_evaluation
 from gblm.evaluate.subjects import Subject, open_subject
 from gblm.model.loading import load_tokenizer
 
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness: make dev installs it")
 pytest.importorskip("tenacity", reason="the harness's client needs lm-eval[api]")
 
 

@@ -22,7 +22,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 @pytest.fixture(scope="module")
 def task_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """One folder for all tests: the harness reads its list of tasks once for each."""
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness: make dev installs it")
     folder = tmp_path_factory.mktemp("lm-eval") / "tasks"
     folder.mkdir()
     text = (TASKS / "tiny_choice.yaml").read_text()
@@ -44,7 +44,7 @@ def test_names_of_the_papers() -> None:
 def test_every_engine_gives_the_same_scores(
     task_path: Path, tiny: Path, pack_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
-    pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai: make dev installs it")
     from gblm.evaluate.harness import SubjectLM
     from gblm.export.onnx_model.export import Wanted, export_onnx
 
@@ -80,8 +80,8 @@ def test_the_harness_loads_exports_by_itself(
     sparse: bool, pack_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Its onnxruntime-genai backend; and onnxruntime, which loads no library of operators."""
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
-    pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness: make dev installs it")
+    pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai: make dev installs it")
     from lm_eval.models.onnxruntime_genai import ONNXRuntimeGenAILM
     from lm_eval.models.onnxruntime_ort import ONNXRuntimeLM
 

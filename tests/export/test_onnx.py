@@ -33,7 +33,7 @@ from gblm.export.onnx_model.runtime import REPORT_FILE
 from gblm.model.folder import ModelFolder
 from gblm.model.packed_reader import PackedReader
 
-pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai: make dev installs it")
 
 from gblm.export.onnx_model.decoder import OrtDecoder, greedy
 from gblm.export.onnx_model.rewrite import pack_graph

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import Outcome
 
-pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai: make dev installs it")
 
 from gblm.export.onnx_model.export import Wanted, export_onnx
 from gblm.export.onnx_model.runtime import REPORT_FILE

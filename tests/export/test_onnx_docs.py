@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai: make dev installs it")
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/onnx.md").read_text()
 HEADERS = ("/usr/include/onnxruntime", os.environ.get("ONNXRUNTIME_INCLUDE_DIR", ""))

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-onnx = pytest.importorskip("onnx", reason="onnx is not installed")
-onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+onnx = pytest.importorskip("onnx", reason="onnx: make dev installs it")
+onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime: make dev installs it")
 
 from gblm.export.onnx_model.rotary import find_formula, frequencies  # noqa: E402
 from gblm.export.onnx_model.storage import StoredGraph  # noqa: E402

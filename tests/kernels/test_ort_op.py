@@ -19,8 +19,8 @@ from gblm.sparse.patterns import parse
 from gblm.sparse.values import parse_values, quantize
 from gblm.sparse.weights import SparseWeight
 
-onnx = pytest.importorskip("onnx", reason="onnx is not installed")
-onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+onnx = pytest.importorskip("onnx", reason="onnx: make dev installs it")
+onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime: make dev installs it")
 pytestmark = pytest.mark.skipif(native.refusal() is not None, reason=str(native.refusal()))
 
 ROOT = Path(__file__).resolve().parents[2]

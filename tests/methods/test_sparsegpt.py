@@ -220,7 +220,6 @@ def test_a_hopeless_hessian_is_refused(hessian: torch.Tensor) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("pattern", ["0.5", "2:4"])
 def test_cuda_equals_cpu(pattern: str) -> None:
     weight, _, hessian = problem(64, 320)

@@ -19,7 +19,7 @@ from gblm.report.page import html
 from gblm.report.sources import read_sources
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium: .ci/run installs it")
 # Only in the test's copy: the page itself has no script.
 PROBE = """<script>
 addEventListener("load", () => {

@@ -17,7 +17,8 @@ from gblm.kernels import BACKENDS
 from gblm.model.folder import ModelFolder
 
 metrics = pytest.importorskip(
-    "gblm.serve.vllm_plugin.metrics", reason="prometheus_client is not installed"
+    "gblm.serve.vllm_plugin.metrics",
+    reason="prometheus_client: make dev installs it",
 )
 
 

@@ -20,7 +20,7 @@ from gblm.bench.server import free_port
 NGINX = shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
 CONF = Path(__file__).parents[2] / "deploy" / "nginx.conf"
 PARTS = (b"one\n\n", b"two\n\n", b"end\n\n")
-pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
+pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx: .ci/run installs it")
 
 
 class Upstream(ThreadingHTTPServer):

@@ -45,7 +45,7 @@ def tokens_before(server: tuple) -> list[int]:
 
 @pytest.fixture
 def client(server: tuple) -> object:
-    openai = pytest.importorskip("openai", reason="the openai client is not installed")
+    openai = pytest.importorskip("openai", reason="the openai client: make dev installs it")
     return openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", timeout=60)
 
 

@@ -49,7 +49,7 @@ def server(
 
 @pytest.fixture
 def client(server: tuple) -> object:
-    openai = pytest.importorskip("openai", reason="the openai client is not installed")
+    openai = pytest.importorskip("openai", reason="the openai client: make dev installs it")
     return openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", timeout=60)
 
 
@@ -93,7 +93,7 @@ def test_queries_of_dashboard_and_alerts_name_what_there_is(server: tuple, clien
     assert read - {name for name, _, _ in samples(scraped(server[0]))} == {"up"}
 
 
-@pytest.mark.skipif(PROMETHEUS is None, reason="Prometheus (Debian's package) is not installed")
+@pytest.mark.skipif(PROMETHEUS is None, reason="no Prometheus: .ci/run installs it")
 def test_prometheus_scrapes_the_server_and_answers_the_dashboard(
     server: tuple, client: object, tmp_path: Path
 ) -> None:

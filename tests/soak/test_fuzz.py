@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-FUZZ = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "fuzz.py"
+FUZZ = Path(__file__).resolve().parent / "fuzz.py"
 CASES = 400
 
 

@@ -1,6 +1,6 @@
 """A long soak of `gblm serve`, faults of every kind, and damaged folders by the thousand.
 
-    python benchmarks/soak.py [--minutes 15] [--cases 10000] [--steps serving endings fuzz watch]
+    python tests/soak/soak.py [--minutes 15] [--cases 10000] [--steps serving endings fuzz watch]
 
 Serves SmolLM2, pruned to 2:4 and packed, in bf16. Each step puts its result, with where and when it
 was measured, into benchmarks/results/soak.json as soon as it is known; the exit code is 1 when one
@@ -37,8 +37,8 @@ from gblm.provenance import provenance
 from gblm.prune import prune
 from gblm.recipe import Recipe
 
-ROOT = Path(__file__).resolve().parent
-RECORD = ROOT / "results" / "soak.json"
+HERE = Path(__file__).resolve().parent
+RECORD = HERE.parents[1] / "benchmarks" / "results" / "soak.json"
 CONTEXT, NAME = 1024, "model"
 OPTIONS = ("--enforce-eager", "--max-model-len", str(CONTEXT))
 SHUTDOWN_SECONDS, RED_SECONDS = 30, 10.0
@@ -196,7 +196,7 @@ def fuzz(soak: Soak) -> Iterator[tuple[str, dict[str, Any]]]:
 def _fuzz(first: int, cases: int) -> dict[str, Any]:
     words = ["--first", str(first), "--cases", str(cases)]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "fuzz.py"), *words],
+        [sys.executable, str(HERE / "fuzz.py"), *words],
         check=False, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     crashed = {"found": [f"cases from {first}: ended with code {done.returncode}"]}
@@ -219,7 +219,7 @@ def save(name: str, result: dict[str, Any], origin: dict[str, Any]) -> None:
     steps[name] = result
     record = {
         "kind": "soak",
-        "command": made_by(),
+        "command": made_by("tests/soak"),
         "provenance": origin,
         "threads": THREADS,
         "steps": steps,

@@ -1,6 +1,6 @@
 """Thousands of damaged packed folders: each is refused in one sentence or loads what it says.
 
-    python benchmarks/fuzz.py [--cases 10000] [--first 0] [--seed 0]
+    python tests/soak/fuzz.py [--cases 10000] [--first 0] [--seed 0]
 
 No engine is started. Every case is one mutation of a folder of a format and value type, given to
 `gblm.packed.load` and `gblm verify`'s function. A loaded model's weights must be those that a plain
@@ -33,7 +33,7 @@ from typing import Any
 
 import psutil
 import torch
-from mutations import Files, mutate
+from random_damage import Files, mutate
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import logging as transformers_logging
@@ -244,7 +244,7 @@ def run(cases: int, first: int, seed: int) -> dict[str, Any]:
         resource.setrlimit(resource.RLIMIT_AS, (used + MORE_BYTES, resource.RLIM_INFINITY))
         for number in range(first, first + cases):
             faulthandler.dump_traceback_later(CASE_SECONDS, exit=True)
-            rng = random.Random(f"{seed} {number}")  # noqa: S311 (no secret)
+            rng = random.Random(f"{seed} {number}")
             try:
                 damage, end = run_case(rng.choice(goods), rng, folder)
             except Exception as error:
