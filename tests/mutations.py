@@ -215,6 +215,7 @@ LIST: dict[str, list[tuple[str, str, str]]] = {
         ("gate-speed", 'yield f"{wanted}, {load}", 1 / ratio.median',
          'yield f"{wanted}, {load}", ratio.median'),
         ("gate-worst", "sign = 1 if at_most else -1", "sign = 1"),
+        ("gate-invalid", "if not speed.verdict.valid:", "if False:"),
     ],
     "evaluate/test_perplexity.py evaluate/test_engines.py evaluate/test_eval.py": [
         ("ppl-mean", "return of_loss(-float(logprobs.double().mean()))",

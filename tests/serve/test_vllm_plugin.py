@@ -57,7 +57,7 @@ def test_linears_left_dense_are_served_beside_packed_ones(tiny: Path, tmp_path: 
 
     recipe = Recipe(model=str(tiny), method="magnitude", calibration=None, ignore=("down_proj",))
     prune(recipe, tmp_path / "out")
-    export_dense(tmp_path / "out", tmp_path / "dense")
+    export_dense(ModelFolder.open(tmp_path / "out"), tmp_path / "dense")
     jobs = ((tmp_path / "out", "dense"), (tmp_path / "dense", None))
     (got, want), log = generate_each([(*job, EAGER) for job in jobs])
     assert len(got) == 8, log
@@ -147,7 +147,7 @@ def test_smollm2_expanded_equals_its_dense_self(
 
     recipe = Recipe(model=str(smollm2), method="magnitude", pattern=pattern, calibration=None)
     prune(recipe, tmp_path / "out")
-    export_dense(tmp_path / "out", tmp_path / "dense")
+    export_dense(ModelFolder.open(tmp_path / "out"), tmp_path / "dense")
     jobs = ((tmp_path / "out", "dense"), (tmp_path / "dense", None))
     (got, want), log = generate_each([(*job, EAGER) for job in jobs])
     assert len(got) == 8, log
