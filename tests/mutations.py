@@ -225,7 +225,6 @@ LIST: dict[str, list[tuple[str, str, str]]] = {
          "(model.logprobs - dense.logprobs)[counted]"),
         ("kl-direction", "(theirs.exp() * (theirs - ours)).sum(-1).cpu()",
          "(ours.exp() * (ours - theirs)).sum(-1).cpu()"),
-        ("kl-partial", '"_at_least" if self.of_likeliest else ""', '""'),
     ],
     "bench/test_validity.py bench/test_noise.py": [
         ("failed-requests", "if seen.failed or done != load.num_prompts:", "if seen.failed:"),
