@@ -438,15 +438,13 @@ def test_a_predicted_recipe_is_one_that_prune_takes(
     [
         (["--budget", "3.5"], "budget '3.5' is unknown"),
         (["--budget", "3bits", "--pattern", "0.5"], "which decides the sparsity"),
-        (["--budget", "3bits", "--sparsity", "0.5"], "--sparsity does not go with"),
-        (["--budget", "3bits", "--stats", "s"], "--stats does not go with"),
         (["--budget", "3bits", "--method", "wunda"], "choose from magnitude"),
         (["--budget", "3bits", "--limit", "2"], "--limit does not go with --no-measure"),
         (["--budget", "3bits", "--measure"], "Missing option '--output'"),
     ],
 )
 def test_mistakes(tiny: Path, text_file: Path, words: list[str], sentence: str) -> None:
-    text = [] if "--stats" in words else ["--calibration", str(text_file), "--seq-len", "16"]
+    text = ["--calibration", str(text_file), "--seq-len", "16"]
     with pytest.raises((click.UsageError, UsageError), match=sentence):
         cli.main(
             ["search", str(tiny), "--no-measure", *words, *text], standalone_mode=False, obj={}

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 CALIBRATION_OPTIONS = (
     "calibration", "num_samples", "seq_len", "seed", "bos", "prefix", "order",
 )  # fmt: skip
+# Options that are fields of a recipe as they are.
+PLAIN = (
+    "model", "method", "rounding", "head", "stats", "targets", "ignore", "dtype", "device",
+)  # fmt: skip
 # What each preset sets; the steps follow docs/methods.md.
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {
@@ -123,7 +127,8 @@ step_options = options(
         help="Train each pruned decoder layer towards the dense one, so many times over the text.",
     ),
 )
-recipe_options = options(
+# What a search takes; a recipe has the rest.
+search_options = options(
     click.option(
         "--preset",
         type=click.Choice(sorted(PRESETS)),
@@ -145,8 +150,6 @@ recipe_options = options(
         help="2:4, 4:8, 8:16, any N:M (N kept of M), a sparsity such as 0.5, dense.",
     ),
     values_option,
-    step_options,
-    head_option,
     click.option(
         "--calibration",
         default="pydoc",
@@ -168,6 +171,21 @@ recipe_options = options(
         show_default=True,
         help="Begin windows with what the tokenizer puts before a prompt; the papers leave it out.",
     ),
+    device_option,
+    click.option("--targets", multiple=True, help="Glob of module names to prune; repeatable."),
+    click.option(
+        "--ignore", multiple=True, help="Glob of module names to leave dense; repeatable."
+    ),
+    click.option(
+        "--recipe",
+        type=click.Path(path_type=Path),
+        help="A recipe.json; replaces all options that are part of it.",
+    ),
+)
+recipe_options = options(
+    search_options,
+    step_options,
+    head_option,
     click.option(
         "--prefix",
         type=click.Choice(["pruned", "dense"]),
@@ -188,16 +206,6 @@ recipe_options = options(
         help="Use statistics that --save-stats wrote; no calibration pass.",
     ),
     dtype_option,
-    device_option,
-    click.option("--targets", multiple=True, help="Glob of module names to prune; repeatable."),
-    click.option(
-        "--ignore", multiple=True, help="Glob of module names to leave dense; repeatable."
-    ),
-    click.option(
-        "--recipe",
-        type=click.Path(path_type=Path),
-        help="A recipe.json; replaces all options that are part of it.",
-    ),
 )
 
 
@@ -209,12 +217,12 @@ def read_recipe(
     Args:
         ctx: of the command.
         recipe: the file to take instead of options.
-        given: values of `recipe_options`, and "model".
+        given: values of `recipe_options` or `search_options`, and "model".
         own: options of the command itself, which go with a file, too.
     """
     from gblm.recipe import Recipe
 
-    if given["stats"] is not None:
+    if given.get("stats") is not None:
         _refuse_given(ctx, CALIBRATION_OPTIONS, "does not go with --stats")
     if recipe is None:
         return Recipe.from_dict(_fields(**_with_preset(ctx, **given)))
@@ -240,51 +248,30 @@ def _with_preset(ctx: click.Context, preset: str | None, **given: Any) -> dict[s
     own = PRESETS.get(preset or "", {})
     if given["values"] == "float":
         own = {name: value for name, value in own.items() if name != "rounding"}
-    if given["stats"] is not None and preset:
+    if given.get("stats") is not None and preset:
         raise click.UsageError("--preset does not go with --stats: it calibrates its own way.")
     source = ctx.get_parameter_source
     return given | {n: v for n, v in own.items() if source(n) != ParameterSource.COMMANDLINE}
 
 
-def _fields(
-    model: str | None,
-    method: str,
-    pattern: str,
-    values: str,
-    rounding: str,
-    refit: bool,
-    reconstruct: int,
-    head: str,
-    targets: tuple[str, ...],
-    ignore: tuple[str, ...],
-    dtype: str,
-    device: str,
-    stats: str | None,
-    calibration: str,
-    **rest: Any,
-) -> dict[str, Any]:
-    """The options as the fields of a Recipe."""
+def _fields(**given: Any) -> dict[str, Any]:
+    """Turn the options that a command has into fields of a Recipe; the others keep its defaults."""
     from gblm.methods import flags
     from gblm.sparse.patterns import parse
     from gblm.sparse.values import parse_values
 
-    if not model:
+    if not given["model"]:
         raise click.UsageError("Missing argument 'MODEL'.")
-    options = {flag.name: rest.pop(flag.name) for flag in flags()}
-    return {
-        "model": model,
-        "method": method,
-        "pattern": str(parse(pattern)),
-        "values": str(parse_values(values)),
-        "rounding": rounding,
-        "refit": {} if refit else None,
-        "reconstruct": {"epochs": reconstruct} if reconstruct else None,
-        "head": head,
-        "options": {key: value for key, value in options.items() if value is not None},
-        "calibration": {"source": calibration, **rest},
-        "stats": stats,
-        "targets": targets,
-        "ignore": ignore,
-        "dtype": dtype,
-        "device": device,
+    fields = {name: given[name] for name in PLAIN if name in given}
+    text = {name: given[name] for name in CALIBRATION_OPTIONS[1:] if name in given}
+    own = {flag.name: given.get(flag.name) for flag in flags()}
+    if given.get("refit"):
+        fields["refit"] = {}
+    if given.get("reconstruct"):
+        fields["reconstruct"] = {"epochs": given["reconstruct"]}
+    return fields | {
+        "pattern": str(parse(given["pattern"])),
+        "values": str(parse_values(given["values"])),
+        "options": {name: value for name, value in own.items() if value is not None},
+        "calibration": {"source": given["calibration"], **text},
     }

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gblm.commands.common import emit, progress_bars, table
-from gblm.commands.recipe_options import RecipeCommand, read_recipe, recipe_options
+from gblm.commands.common import Command, emit, progress_bars, table
+from gblm.commands.recipe_options import read_recipe, search_options
 
 if TYPE_CHECKING:
     from gblm.search.candidates import Question
@@ -21,7 +21,7 @@ OWN = frozenset({"budget", "measure", "write", *MEASURE})
 PRESET, ROUNDING = "fast", "obs"
 
 
-@click.command("search", cls=RecipeCommand)
+@click.command("search", cls=Command)
 @click.argument("model", required=False)
 @click.option(
     "--budget",
@@ -62,7 +62,7 @@ PRESET, ROUNDING = "fast", "obs"
 @click.option(
     "--max-windows", type=click.IntRange(1), default=32, show_default=True, help="Of that text."
 )
-@recipe_options
+@search_options
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -130,15 +130,13 @@ def _measure(
 def _question(
     ctx: click.Context, budget: str, recipe: Path | None, given: dict[str, Any]
 ) -> Question:
-    """Give what the command line asks, with `given` as the values of `recipe_options`."""
+    """Give what the command line asks, with `given` as the values of `search_options`."""
     from gblm.search.budget import parse_budget
     from gblm.search.candidates import Question
     from gblm.search.examine import Space
     from gblm.sparse.values import parse_values
 
     amount = parse_budget(budget)
-    if given["stats"] is not None:
-        raise click.UsageError("--stats does not go with a budget: it takes gradients of its own.")
     if recipe is not None:
         return Question(read_recipe(ctx, recipe, given, OWN), amount)
     values = (str(parse_values(given["values"])),) if _is_given(ctx, "values") else Space.values
@@ -147,7 +145,7 @@ def _question(
     fields = given | {"values": "int8", "pattern": "dense"}
     if not (_is_given(ctx, "preset") or _is_given(ctx, "method")):
         fields["preset"] = PRESET
-    if fields["preset"] is None and not _is_given(ctx, "rounding"):
+    if fields["preset"] is None:
         fields["rounding"] = ROUNDING
     return Question(read_recipe(ctx, None, fields, OWN), amount, space)
 
