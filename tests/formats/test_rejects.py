@@ -62,6 +62,15 @@ def test_missing_misshapen_or_mistyped_parts(name: str, pattern: str, values: st
         refuse(fmt, parts, r"w\.|dtype")
 
 
+@pytest.mark.parametrize(("name", "pattern"), FORMATS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_floats_that_are_no_numbers(name: str, pattern: str, bad: float) -> None:
+    fmt = make_format(name, pattern)
+    parts = good(fmt)
+    parts["values"].view(-1)[1] = bad
+    refuse(fmt, parts, r"w\.values: holds NaN or Inf")
+
+
 def test_integer_values_are_refused() -> None:
     fmt = make_format("nm", "2:4")
     refuse(fmt, good(fmt) | {"values": torch.zeros(4, 8, dtype=torch.int8)}, "floating point")

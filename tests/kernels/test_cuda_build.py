@@ -20,6 +20,7 @@ pytestmark = [
 SMALL = Variant("delta", (("BF16", 1), ("TOKENS", 1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS, ids=str)
 @pytest.mark.parametrize(
     ("variant", "limits"), VARIANTS.items(), ids=lambda v: getattr(v, "label", "")

@@ -32,6 +32,7 @@ BF16, FP16 = torch.bfloat16, torch.float16
 NO_TRITON = package_refusal()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
 def test_every_kernel_in_the_interpreter() -> None:
     # In a process of its own: Triton reads the variable when it is imported.

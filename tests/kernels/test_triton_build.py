@@ -13,6 +13,8 @@ if package_refusal() is not None:
 
 from triton_code import LIMITS, TARGETS, Case, amd_loop, compile_shares, found
 
+pytestmark = pytest.mark.slow
+
 # Each for two of the four targets.
 BUILDS = [(one, name) for index, one in enumerate(LIMITS) for name in list(TARGETS)[index % 2 :: 2]]
 
