@@ -15,7 +15,8 @@ import torch
 from conftest import Outcome, content
 from safetensors.torch import load_file
 
-from gblm.calibrate.ranks import Ranks
+from gblm.calibrate.ranks import Ranks, rank_device
+from gblm.errors import UsageError
 from gblm.model.folder import ModelFolder
 from gblm.model.packed_reader import PackedReader
 from gblm.packed import load_any
@@ -79,9 +80,9 @@ def assert_same_masks(one: Path, many: Path, flips: float = 0.0) -> None:
     ("method", "size", "order", "flips"),
     [
         ("gblm", 2, "layer", 0.0),
-        ("wanda", 3, "sequential", 0.0),
+        pytest.param("wanda", 3, "sequential", 0.0, marks=pytest.mark.slow),
         # One tie that falls otherwise moves all weights behind it, which makes new ties.
-        ("sparsegpt", 3, "layer", 0.001),
+        pytest.param("sparsegpt", 3, "layer", 0.001, marks=pytest.mark.slow),
     ],
 )
 def test_masks_equal_the_single_process_ones(
@@ -107,6 +108,7 @@ def test_masks_equal_the_single_process_ones(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["many", "one"]
 
 
+@pytest.mark.slow
 def test_gradients_streamed_layer_by_layer_give_the_single_process_masks(
     gblm: Callable[..., Outcome], torchrun: Launch, tiny: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -126,6 +128,7 @@ def steps(values: str, order: str) -> list[object]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("order", "values"), [("layer", "int4"), ("sequential", "float")])
 def test_training_takes_the_steps_of_a_single_process(
     gblm: Callable[..., Outcome],
@@ -158,6 +161,7 @@ def test_training_takes_the_steps_of_a_single_process(
             assert float(moved) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["layer", "sequential"])
 def test_all_steps_of_several_ranks_end_as_close_to_the_dense_model(
     torchrun: Launch, tiny: Path, text_file: Path, tmp_path: Path, order: str
@@ -182,6 +186,7 @@ def test_all_steps_of_several_ranks_end_as_close_to_the_dense_model(
     assert float(many) == pytest.approx(float(one), rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "more"),
     [
@@ -210,6 +215,7 @@ def test_a_killed_job_goes_on_where_it_was_and_ends_in_the_same_bytes(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_ends_the_job(
     torchrun: Launch, tiny: Path, text_file: Path, tmp_path: Path, victim: int
@@ -245,3 +251,12 @@ def test_samples_are_dealt_out_without_loss() -> None:
     items = list(range(7))
     dealt = [Ranks(rank, 3).share(items) for rank in range(3)]
     assert sorted(item for part in dealt for item in part) == items
+
+
+def test_each_rank_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert [rank_device(name) for name in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda", "cuda:1"]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert [rank_device(name) for name in ("cpu", "cuda")] == ["cpu", "cuda:2"]
+    with pytest.raises(UsageError, match=r"cuda:1 under torchrun: say cuda"):
+        rank_device("cuda:1")

@@ -42,6 +42,7 @@ def cut_off(recipe: Recipe, output: Path, monkeypatch: pytest.MonkeyPatch, after
             prune(recipe, output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "dtype"), [("gblm", "auto"), ("sparsegpt", "float32")])
 @pytest.mark.timeout(600)
 def test_killed_at_any_step_it_ends_in_the_same_bytes(
@@ -87,6 +88,7 @@ def test_finished_layers_are_not_made_again(
     assert not work_path(tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [{"order": "sequential"}, {"prefix": "dense"}])
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_other_ways_to_calibrate_go_on_as_well(
@@ -196,6 +198,7 @@ def test_a_run_that_fails_before_the_first_layer_leaves_nothing(tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", ["int8", "int4:32"])
 @pytest.mark.parametrize(("method", "dtype"), [("gblm", "auto"), ("sparsegpt", "float32")])
 def test_codes_go_on_in_the_same_bytes(
@@ -210,6 +213,7 @@ def test_codes_go_on_in_the_same_bytes(
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_packed_heads_go_on_in_the_same_bytes(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

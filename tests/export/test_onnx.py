@@ -57,6 +57,7 @@ def damaged(sparse: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sparse, tmp_path / "damaged"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pattern", "values", "head", "tied"),
     [
@@ -92,6 +93,7 @@ def test_packed_weights_stay_packed_and_compute_the_same(
             assert found == sum(zeros[name] for name in packed)
 
 
+@pytest.mark.slow
 def test_dense_graph_keeps_the_zeros(pack_tiny: Pack, tmp_path: Path) -> None:
     report = export_onnx(pack_tiny(), tmp_path / "out", Wanted(validate=16))
     assert report["validation"]["equal_greedy_tokens"] == 16
@@ -100,6 +102,7 @@ def test_dense_graph_keeps_the_zeros(pack_tiny: Pack, tmp_path: Path) -> None:
     assert all(row["sparsity"] == 0.5 for row in layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_own_integers_of_onnx_runtime(tiny: Path, tmp_path: Path, precision: str) -> None:
     report = export_onnx(tiny, tmp_path / "out", Wanted(precision=precision, validate=16))
@@ -107,6 +110,7 @@ def test_own_integers_of_onnx_runtime(tiny: Path, tmp_path: Path, precision: str
     assert report["validation"]["top1_agreement"] > 0.3
 
 
+@pytest.mark.slow
 def test_portable_graph_has_standard_operators_alone(pack_tiny: Pack, tmp_path: Path) -> None:
     source = pack_tiny("magnitude", "0.5", "int8")
     report = export_onnx(source, tmp_path / "out", Wanted("portable", validate=16))
@@ -119,6 +123,7 @@ def test_portable_graph_has_standard_operators_alone(pack_tiny: Pack, tmp_path: 
     assert [node.name for node in graph.graph.output][:2] == ["logits", "present.0.key"]
 
 
+@pytest.mark.slow
 def test_cuda_graph_is_written_unproven_when_asked(pack_tiny: Pack, tmp_path: Path) -> None:
     report = export_onnx(pack_tiny(), tmp_path / "out", Wanted("cuda", validate=0))
     assert (report["target"], report["precision"]) == ("cuda", "fp16")
@@ -193,6 +198,7 @@ def test_rotary_base_is_written_in_both_spellings() -> None:
     assert old["rope_parameters"] == {"rope_type": "default", "rope_theta": 100000.0}
 
 
+@pytest.mark.slow
 def test_linears_that_stay_dense_are_taken_as_bfloat16(
     tiny: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -207,6 +213,7 @@ def test_linears_that_stay_dense_are_taken_as_bfloat16(
     assert specs["q_proj"] == "bitmask/0.5"
 
 
+@pytest.mark.slow
 def test_attention_biases_survive(tmp_path: Path) -> None:
     from gblm.prune import prune
     from gblm.recipe import Recipe

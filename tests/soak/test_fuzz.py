@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 FUZZ = Path(__file__).resolve().parent / "fuzz.py"
 CASES = 400
 
 
+@pytest.mark.slow
 def test_damaged_folders_are_refused_or_load_as_stored() -> None:
     words = [sys.executable, str(FUZZ), "--cases", str(CASES), "--seed", "1"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
