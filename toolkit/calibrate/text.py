@@ -1,0 +1,89 @@
+"""The text of a run: windows drawn from one source or several, each with its share.
+
+A mix is written as "pydoc", "a.txt,b.jsonl" or "pydoc:1,self:2"; `self` is what the dense model
+writes itself, see `gblm.calibrate.own_text`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gblm import data
+from gblm.calibrate.own_text import own_text
+from gblm.errors import UsageError
+
+SELF = "self"
+
+
+def parse_mix(text: str) -> dict[str, float]:
+    """Return the share of each source of a mix; shares add up to 1.
+
+    Raises:
+        UsageError: a share is no positive number, or a source is named twice.
+    """
+    if Path(text).is_file():
+        return {text: 1.0}
+    shares: dict[str, float] = {}
+    for one in text.split(","):
+        source, _, share = one.rpartition(":")
+        try:
+            number = float(share) if source else 1.0
+        except ValueError:
+            source, number = "", 1.0
+        source = source or one
+        if number <= 0 or source in shares or not source:
+            raise UsageError(
+                f"text {text!r}: write sources as 'pydoc' or with shares, 'pydoc:1,self:2', each once."
+            )
+        shares[source] = number
+    total = sum(shares.values())
+    return {source: number / total for source, number in shares.items()}
+
+
+def draw(
+    mix: str, folder: Path, tokenizer: Any, num_samples: int, seq_len: int, seed: int, bos: bool
+) -> Tensor:
+    """Draw the windows of a run.
+
+    Args:
+        mix: see `parse_mix`.
+        folder: of the dense model, which writes the source `self`.
+        tokenizer: of the model.
+        num_samples: how many windows are drawn, over all sources.
+        seq_len: tokens per window.
+        seed: of the draw.
+        bos: windows begin with what the tokenizer puts before a prompt.
+
+    Returns:
+        [num_samples, seq_len] int64, source after source; every source has at least one window.
+
+    Raises:
+        GblmError: a source cannot be read, or is too short; there are more sources than windows.
+    """
+    shares = parse_mix(mix)
+    if len(shares) > num_samples:
+        raise UsageError(f"text {mix!r}: {num_samples} windows cannot come from {len(shares)} sources.")
+    found, left, rest = [], num_samples, 1.0
+    for number, (source, share) in enumerate(shares.items()):
+        others = len(shares) - number - 1
+        count = left if not others else min(left - others, max(1, round(left * share / rest)))
+        left, rest = left - count, rest - share
+        found.append(_one(source, folder, tokenizer, count, seq_len, seed, bos))
+    return torch.cat(found)
+
+
+def _one(
+    source: str, folder: Path, tokenizer: Any, count: int, seq_len: int, seed: int, bos: bool
+) -> Tensor:
+    if source != SELF:
+        documents = data.read_documents(source, "calibration")
+        return data.calibration_windows(documents, tokenizer, count, seq_len, seed, bos)
+    first = data.start_tokens(tokenizer) if bos else []
+    length = seq_len - len(first)
+    ids = torch.tensor(own_text(folder, tokenizer, count * length, seed)[: count * length])
+    start = torch.tensor(first, dtype=torch.int64).expand(count, -1)
+    return torch.cat([start, ids.view(count, length)], dim=1)

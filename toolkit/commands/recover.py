@@ -1,0 +1,76 @@
+"""`gblm recover PACKED --output OUT`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gblm.commands.common import Command, device_option, emit, overwrite_option, progress_bars, table
+from gblm.recipe import RECOVERY_TEXT
+
+HEADER = ("text", "KL, nats", "same top-1", "perplexity", "dense")
+
+
+@click.command("recover", cls=Command)
+@click.argument("packed")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to make.")
+@click.option("--baseline", help="The dense model. Default: the one that recipe.json names.")
+@click.option("--tokens", type=click.IntRange(1), default=65536, show_default=True, help="To train on.")
+@click.option(
+    "--text", default=RECOVERY_TEXT, show_default=True,
+    help="Sources and their shares: files, pydoc, wikitext2, c4, and self, what the dense model "
+    "writes.",
+)
+@click.option(
+    "--held-out", multiple=True, default=("pydoc",), show_default=True,
+    help="Text to measure KL on, before and after; again for each domain.",
+)
+@click.option(
+    "--train", type=click.Choice(["weights", "scales"]), default="weights", show_default=True,
+    help="All kept values, or norms and scales only, at almost no memory.",
+)
+@click.option("--learning-rate", type=float, help="Default: 3e-4 for weights, 2e-3 for scales.")
+@click.option("--seq-len", type=click.IntRange(2), default=256, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--bos/--no-bos", default=True, show_default=True, help="Begin windows as prompts do.")
+@device_option
+@overwrite_option
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where it was.")
+@click.pass_context
+def command(
+    ctx: click.Context, /, packed: str, output: Path, baseline: str | None, device: str,
+    overwrite: bool, resume: bool, **given: Any,
+) -> None:  # fmt: skip
+    """Train the packed folder PACKED towards its dense model; masks stay, no labels are used.
+
+    The loss is the KL divergence of the whole next-token distribution. What it won is told on text
+    that it was not trained on; if it won nothing, the folder keeps the weights as they were.
+    """
+    with progress_bars(ctx) as progress:
+        from gblm.recipe import Recovering
+        from gblm.recover.run import recover
+
+        how = Recovering(**given)
+        report = recover(
+            packed, output, how, baseline, device=device, overwrite=overwrite, resume=resume,
+            progress=progress,
+        )  # fmt: skip
+    if report:
+        emit(ctx, report, lambda: _show(report))
+
+
+def _show(report: dict[str, Any]) -> None:
+    rows = []
+    for name, after in report["after"].items():
+        before = report["before"][name]
+        rows.append([
+            name,
+            *(f"{before[key]:.3f} → {after[key]:.3f}" for key in ("kl", "top1", "perplexity")),
+            f"{after['perplexity_dense']:.3f}",
+        ])  # fmt: skip
+    table(HEADER, rows)
+    kept = "" if report["kept"] else " (KL did not fall: the weights are those it started from)"
+    click.echo(f"{report['output']}: {report['tokens']} tokens, {report['seconds']:.0f} s{kept}")

@@ -1,0 +1,1 @@
+"""Recover: distil a packed model from its dense self, with frozen masks and no labels."""

@@ -1,0 +1,382 @@
+"""One recovery: from a packed folder and its dense model to a packed folder that predicts better."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from gblm import data
+from gblm.calibrate.ranks import Ranks, rank_device, ranks_from_environment
+from gblm.calibrate.text import draw
+from gblm.checkpoint.card import model_card
+from gblm.checkpoint.report import summary, weight_row
+from gblm.checkpoint.write import (
+    ShardWriter,
+    check_output,
+    copy_side_files,
+    file_hashes,
+    folder_bytes,
+    folder_sha256,
+    new_folder,
+)
+from gblm.errors import CheckpointError, InputError, MachineError, UsageError
+from gblm.files import read_json, write_json
+from gblm.model.folder import ModelFolder
+from gblm.model.loading import check_device, load, load_tokenizer
+from gblm.model.packed_reader import MANIFEST_FILE, RECIPE_FILE, REPORT_FILE, PackedReader
+from gblm.model.reader import Reader
+from gblm.progress import Progress, no_progress
+from gblm.provenance import provenance
+from gblm.prune.resume import open_work, remove_leftovers, work_path
+from gblm.recipe import Recovering
+from gblm.recover.parts import Part, SparsePart, Vector, sparse_part
+from gblm.recover.teacher import Head, Hidden, compare
+from gblm.recover.train import STATE, Schedule, Trainer
+
+logger = logging.getLogger(__name__)
+HELD_OUT_WINDOWS = 16
+TRAINING = "training"
+# What a training step of one token holds, in activations of the width of the model: those that
+# autograd keeps of a decoder layer (16), in 2 bytes each.
+KEPT_PER_LAYER = 32
+
+
+@dataclass(frozen=True)
+class Task:
+    """A recovery whose inputs have been opened and checked, but nothing computed yet."""
+
+    packed: PackedReader
+    dense: ModelFolder
+    how: Recovering
+    device: str
+    ranks: Ranks
+
+    @property
+    def head_name(self) -> str | None:
+        """The packed output head, which is frozen like the dense model's; None if it is none."""
+        return next((n for n in self.packed.linears if n.rpartition(".")[2] == "lm_head"), None)
+
+    @property
+    def trained(self) -> list[str]:
+        """The packed linears that are trained."""
+        return [name for name in self.packed.linears if name != self.head_name]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Facts that must be equal for an unfinished run to go on."""
+        return {
+            "recover": self.how.model_dump(mode="json"),
+            "packed_sha256": folder_sha256(self.packed.folder.path, {*self.packed.files}),
+            "dense": str(self.dense),
+            "threads": torch.get_num_threads(),
+            "ranks": self.ranks.size,
+        }
+
+
+def recover(
+    packed: str | Path,
+    output: str | Path,
+    how: Recovering,
+    dense: str | Path | None = None,
+    *,
+    device: str = "cpu",
+    overwrite: bool = False,
+    resume: bool = True,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Train a packed model towards its dense self and write it packed, with the same masks.
+
+    Under torchrun all ranks call this and share each batch; rank 0 writes.
+
+    Args:
+        packed: a packed folder, as `gblm prune` writes it.
+        output: the folder to make.
+        how: what is trained, on which text, for how long.
+        dense: the dense model; the one that recipe.json names if None.
+        device: a torch device.
+        overwrite: replace an existing folder.
+        resume: go on after the last saved step of the same command.
+        progress: for progress bars.
+
+    Returns:
+        "before" and "after", by text: see `gblm.recover.teacher.compare`; "kept", whether the
+        folder holds the trained weights or, because KL did not fall, those it started from;
+        "tokens", "seconds", "output". Empty on other ranks than 0.
+
+    Raises:
+        GblmError: an input is refused, or training diverges; nothing is left under the output's
+            name.
+    """
+    began, target = time.monotonic(), Path(output)
+    device = rank_device(device)
+    check_device(device)
+    source = ModelFolder.open(packed)
+    with ranks_from_environment(device) as ranks, PackedReader(source) as reader:
+        task = Task(reader, _dense_folder(source, dense), how, device, ranks)
+        _check(task, target, overwrite)
+        with open_work(target, task.fingerprint(), resume) as work:
+            found = _Run(task, work.path, progress).execute()
+            report = _write(task, found, target, overwrite) if ranks.leads else {}
+    return report | {"seconds": round(time.monotonic() - began, 1)} if report else {}
+
+
+@dataclass
+class _Found:
+    """What training left."""
+
+    parts: Mapping[str, Part]
+    before: dict[str, dict[str, float]]
+    after: dict[str, dict[str, float]]
+    tokens_sha256: str
+    tokens: int
+
+    @property
+    def better(self) -> bool:
+        """Whether the mean KL over the held-out texts fell."""
+        return _mean_kl(self.after) < _mean_kl(self.before)
+
+
+class _Run:
+    """The dense model once through all texts, then the pruned one in its place."""
+
+    def __init__(self, task: Task, work: Path, progress: Progress) -> None:
+        self.task, self.work, self.progress = task, work, progress
+        self.tokenizer = load_tokenizer(task.dense)
+
+    def execute(self) -> _Found:
+        """Take the teacher's states, then train, measuring before and after."""
+        task, how = self.task, self.task.how
+        texts = self._texts()
+        model: Any = load(task.dense, _dtype(how, task.packed), task.device)
+        dense_head = Head(model)
+        dense_head.check(model, texts[TRAINING])
+        hidden = self._teach(model, texts)
+        parts = become(model, task)
+        schedule = Schedule(how.rate, how.batch_size, how.seed)
+        trainer = Trainer(model, parts, schedule, task.ranks)
+        held_out = [name for name in texts if name != TRAINING]
+
+        def measured() -> dict[str, dict[str, float]]:
+            return {
+                name: compare(model, texts[name], hidden[name], trainer.head, dense_head)
+                for name in held_out
+            }
+
+        before, windows = measured(), texts[TRAINING]
+        told = self._told(len(schedule.batches(len(windows))), windows.shape[1])
+        trainer.run(windows, hidden[TRAINING], dense_head, self.work, told)
+        return _Found(parts, before, measured(), data.fingerprint(windows), windows.numel())
+
+    def _texts(self) -> dict[str, Tensor]:
+        """Token ids of the training windows and of each held-out text."""
+        how, folder, tokenizer = self.task.how, self.task.dense, self.tokenizer
+        count = max(how.batch_size, how.tokens // how.seq_len)
+        found = {
+            TRAINING: draw(how.text, folder.path, tokenizer, count, how.seq_len, how.seed, how.bos),
+        }
+        for source in how.held_out:
+            documents = data.read_documents(source, "held-out")
+            found[Path(source).name] = data.evaluation_windows(
+                documents, tokenizer, how.seq_len, HELD_OUT_WINDOWS, bos=how.bos
+            )
+        return found
+
+    def _teach(self, model: Any, texts: Mapping[str, Tensor]) -> dict[str, Hidden]:
+        found = {name: Hidden(self.work / f"teacher-{name}") for name in texts}
+        step = self.progress("the dense model reads", sum(map(len, texts.values())))
+        for name, windows in texts.items():
+            found[name].folder.mkdir(exist_ok=True)
+            if self.task.ranks.leads:
+                found[name].fill(model, windows, step)
+        self.task.ranks.agree(0)  # the others wait for the files
+        return found
+
+    def _told(self, steps: int, seq_len: int) -> Callable[[int, float], None]:
+        step = self.progress("recovering", steps)
+        began, first, logged, losses = time.monotonic(), 0, 0.0, []
+
+        def told(number: int, loss: float) -> None:
+            nonlocal first, logged
+            step()
+            losses.append(loss)
+            first = first or number - 1
+            spent = time.monotonic() - began
+            if spent - logged < 15 and number < steps:
+                return
+            logged = spent
+            rate = (number - first) * self.task.how.batch_size * seq_len / spent
+            left = (steps - number) * spent / (number - first)
+            recent = losses[-8:]
+            logger.info(
+                "step %d of %d: KL %.3f nats, %.0f tokens/s, %.0f s left",
+                number, steps, sum(recent) / len(recent), rate, left,
+            )  # fmt: skip
+
+        return told
+
+
+def become(model: Any, task: Task) -> dict[str, Part]:
+    """Turn the loaded dense model into the pruned one and return the parts that train it.
+
+    The dense model is no longer there afterwards, but for its embeddings and its head.
+    """
+    parts: dict[str, Part] = {}
+    packed, device = task.packed, task.device
+    for name in task.trained:
+        weight = packed.linears[name].fmt.unpack(packed.parts(name)).to(packed.dtype, device)
+        part = sparse_part(weight, task.how.train)
+        parts[f"{name}.weight"] = part
+        model.get_parameter(f"{name}.weight").data.copy_(part.give())
+    if task.head_name is not None:
+        head = model.get_output_embeddings()
+        weight = packed.weight(task.head_name).to(device, head.weight.dtype)
+        head.weight = nn.Parameter(weight, requires_grad=False)
+    for name in packed.dense_names():
+        tensor = model.get_parameter(name)
+        tensor.data.copy_(packed.tensor(name))
+        if tensor.ndim == 1:
+            parts[name] = Vector(tensor)
+    return parts
+
+
+def _dense_folder(packed: ModelFolder, given: str | Path | None) -> ModelFolder:
+    recipe = read_json(packed.path / RECIPE_FILE) if (packed.path / RECIPE_FILE).exists() else {}
+    if recipe.get("recover"):
+        raise InputError(f"{packed} was recovered already: start from the folder it was made from.")
+    named = given or recipe.get("model")
+    if named is None:
+        raise UsageError(f"{packed} names no dense model: give --baseline.")
+    return ModelFolder.open(str(named))
+
+
+def _check(task: Task, output: Path, overwrite: bool) -> None:
+    """Refuse a teacher that does not match, and a disk or memory that is too small."""
+    packed = task.packed
+    remove_leftovers(output)
+    task.dense.check_dense()
+    with Reader(task.dense) as dense:
+        wanted = {f"{name}.weight": linear.shape for name, linear in packed.linears.items()}
+        wanted |= {name: packed.headers[name][0] for name in packed.dense_names()}
+        for name, shape in wanted.items():
+            found = dense.headers[name][0] if name in dense else None
+            if found != tuple(shape) and not (name == f"{task.head_name}.weight" and found is None):
+                raise InputError(
+                    f"{task.dense} is not the dense model of {packed.folder}: its {name} is "
+                    f"{'missing' if found is None else list(found)}, not {list(shape)}."
+                )
+        dense_bytes = sum(map(dense.num_bytes, dense))
+    need = _needs(task, dense_bytes)
+    free = psutil.virtual_memory().available
+    logger.info(
+        "recovery needs up to %.1f GB of memory and %.1f GB of disk",
+        need.memory / 1e9, need.disk / 1e9,
+    )  # fmt: skip
+    if task.device == "cpu" and need.memory > free:
+        raise MachineError(
+            f"recovery needs about {need.memory / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are "
+            "free: take --train scales, a smaller --batch-size or a shorter --seq-len."
+        )
+    check_output(output, overwrite, need.disk - folder_bytes(work_path(output)), packed.folder.path)
+
+
+@dataclass(frozen=True)
+class _Needs:
+    memory: int
+    disk: int
+
+
+def _needs(task: Task, dense_bytes: int) -> _Needs:
+    """Upper bounds in bytes: the model, parts with two moments, activations; teacher and state."""
+    packed, how = task.packed, task.how
+    config = packed.folder.config
+    text = config.get("text_config", config)
+    width, layers = int(text["hidden_size"]), int(text["num_hidden_layers"])
+    sizes = [math.prod(packed.linears[name].shape) for name in task.trained]
+    kept = sum(
+        math.prod(packed.headers[f"{name}.values"][0]) * (1 + packed.linears[name].fmt.values.in_nibbles)
+        for name in task.trained
+    )
+    state = 12 * kept if how.train == "weights" else 12 * sum(int(2 * s**0.5) for s in sizes) * 8
+    # A mask in bytes stays beside every part; one weight at a time is scattered and has a gradient.
+    beside = sum(sizes) + 16 * max(sizes) + (4 * sum(sizes) if how.train == "scales" else 0)
+    tokens = how.batch_size * how.seq_len
+    activations = tokens * width * layers * KEPT_PER_LAYER + 16 * (1 << 24)
+    held = HELD_OUT_WINDOWS * len(how.held_out) * how.seq_len
+    teacher = 4 * (how.tokens + held) * width
+    return _Needs(dense_bytes + state + beside + activations, teacher + 2 * state + dense_bytes)
+
+
+def _dtype(how: Recovering, packed: PackedReader) -> torch.dtype:
+    return packed.dtype if how.dtype == "auto" else getattr(torch, how.dtype)
+
+
+def _mean_kl(texts: Mapping[str, Mapping[str, float]]) -> float:
+    return sum(text["kl"] for text in texts.values()) / len(texts)
+
+
+def _write(task: Task, found: _Found, output: Path, overwrite: bool) -> dict[str, Any]:
+    """Write the packed folder: trained weights if they are better, else the start's."""
+    packed, parts = task.packed, found.parts if found.better else {}
+    source = packed.folder.path
+    old = read_json(source / REPORT_FILE)
+    rows = {row["name"]: row for row in old["tensors"]}
+    if not found.better:
+        logger.warning("KL to the dense model did not fall: the folder keeps the weights as they were")
+    with new_folder(output, overwrite) as folder:
+        shards = ShardWriter(folder)
+        for name, tensors, row in _pieces(task, parts, rows):
+            rows[name] = row
+            for tensor_name, tensor in tensors.items():
+                shards.add(tensor_name, tensor)
+        for name in packed.dense_names():
+            part, tensor = parts.get(name), packed.tensor(name)
+            shards.add(name, tensor if part is None else part.give().to("cpu", tensor.dtype))
+        if task.head_name is not None:
+            for local, tensor in packed.parts(task.head_name).items():
+                shards.add(f"{task.head_name}.{local}", tensor)
+        shards.finish()
+        copy_side_files(source, folder)
+        write_json(folder / "config.json", packed.folder.config)
+        recipe = read_json(source / RECIPE_FILE) | {"recover": task.how.model_dump(mode="json")}
+        write_json(folder / RECIPE_FILE, recipe)
+        report = summary(
+            list(rows.values()), old.get("head"), old["bytes_dense"], shards.total_bytes
+        )
+        result = {
+            "before": found.before, "after": found.after, "kept": found.better,
+            "tokens": found.tokens, "tokens_sha256": found.tokens_sha256,
+        }  # fmt: skip
+        write_json(folder / REPORT_FILE, report | {"recover": result})
+        (folder / "README.md").write_text(model_card(recipe, report), encoding="utf-8")
+        facts = read_json(source / MANIFEST_FILE) | {"provenance": provenance()}
+        write_json(folder / MANIFEST_FILE, facts | {"files": file_hashes(folder)})
+    return result | {"output": str(output)}
+
+
+def _pieces(
+    task: Task, parts: Mapping[str, Part], rows: Mapping[str, dict[str, Any]]
+) -> Iterable[tuple[str, dict[str, Tensor], dict[str, Any]]]:
+    """Each pruned linear's packed tensors by full name, and its row of the sparsity report."""
+    for name in task.trained:
+        linear, part = task.packed.linears[name], parts.get(f"{name}.weight")
+        if not isinstance(part, SparsePart):
+            tensors, row = task.packed.parts(name), rows[name]
+        else:
+            stored = linear.headers["values"][1]
+            dtype = stored if linear.fmt.values.is_float else task.packed.dtype
+            weight = part.result(dtype).to(dtype)
+            if not bool(weight.weight.isfinite().all()):
+                raise CheckpointError(f"{name}: training left NaN or Inf; lower --learning-rate.")
+            tensors = linear.fmt.pack(name, weight)
+            zeros = int(weight.is_zero.sum())
+            row = weight_row(name, linear.fmt, linear.shape, dtype, zeros, tensors)
+            row |= {"structure": rows[name]["structure"]}
+        yield name, {f"{name}.{local}": tensor for local, tensor in tensors.items()}, row

@@ -1,0 +1,203 @@
+"""The training loop of recovery: AdamW within the backward pass, resumed to the same bytes.
+
+Each tensor is stepped as soon as its gradient is complete, and the gradient is freed: gradients of
+two tensors never exist at once. (So gradients are neither clipped by their common norm nor
+accumulated.) Windows are taken once, in an order that follows from the seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from gblm.checkpoint.durable import write_tensors
+from gblm.errors import InputError
+from gblm.ranks import Ranks
+from gblm.recover.parts import Part
+from gblm.recover.teacher import Head, Hidden, divergence, last_hidden
+
+logger = logging.getLogger(__name__)
+BETAS, EPS = (0.9, 0.95), 1e-8
+WARM_UP = 0.05
+SAVE_SECONDS = 120.0
+STATE = "state.safetensors"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How far and how fast parts are trained.
+
+    Attributes:
+        learning_rate: of AdamW, without weight decay, after a linear warm-up over 5 % of the steps;
+            from there it follows a cosine to zero.
+        batch_size: windows per step, over all ranks.
+        seed: of the order of the windows.
+    """
+
+    learning_rate: float
+    batch_size: int = 4
+    seed: int = 0
+
+    def rate(self, step: int, total: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        warm = max(2, round(WARM_UP * total))
+        if step < warm:
+            return self.learning_rate * (step + 1) / (warm + 1)
+        done = (step - warm) / max(1, total - warm)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+    def batches(self, num_windows: int) -> list[Tensor]:
+        """Return the indices of each step's windows; those that fill no whole batch are left out."""
+        order = torch.randperm(num_windows, generator=torch.Generator().manual_seed(self.seed))
+        whole = num_windows - num_windows % self.batch_size
+        return list(order[:whole].split(self.batch_size))
+
+
+class Trainer:
+    """A model whose parts are trained towards the hidden states of its dense self."""
+
+    def __init__(self, model: Any, parts: Mapping[str, Part], how: Schedule, ranks: Ranks) -> None:
+        """Freeze the model but for the tensors that have parts.
+
+        Args:
+            model: a transformers model in the dtype of the computation.
+            parts: by full name of the tensor.
+            how: see Schedule.
+            ranks: the processes that share each batch.
+        """
+        self.model, self.parts, self.how, self.ranks = model, parts, how, ranks
+        self.head = Head(model)
+        self.steps_done = 0
+        self._rate = 0.0
+        self._adam = {name: _adam(part) for name, part in parts.items()}
+        model.requires_grad_(False)
+        for name in parts:
+            tensor = model.get_parameter(name)
+            tensor.requires_grad_(True)
+            tensor.register_post_accumulate_grad_hook(self._stepper(name))
+
+    def run(
+        self,
+        windows: Tensor,
+        hidden: Hidden,
+        dense_head: Head,
+        work: Path,
+        told: Callable[[int, float], None],
+    ) -> None:
+        """Train on all windows once, from the last saved step on.
+
+        Args:
+            windows: token ids [num_windows, seq_len] int64.
+            hidden: the dense model's last hidden states of them.
+            dense_head: of the dense model.
+            work: folder of the state, which is saved every two minutes.
+            told: called after each step with its number, from 1, and its loss in nats.
+
+        Raises:
+            InputError: the loss is not finite; the last saved state is kept.
+            MachineError: the disk is full.
+        """
+        batches = self.how.batches(len(windows))
+        self._load(work, _fingerprint(windows))
+        saved = time.monotonic()
+        for step in range(self.steps_done, len(batches)):
+            self._rate = self.how.rate(step, len(batches))
+            loss = self._step(windows, hidden, dense_head, batches[step])
+            if not math.isfinite(loss):
+                raise InputError(
+                    f"recovery diverged at step {step + 1} (loss {loss}): lower --learning-rate."
+                )
+            self.steps_done = step + 1
+            told(self.steps_done, loss)
+            if time.monotonic() - saved > SAVE_SECONDS:
+                self._save(work, _fingerprint(windows))
+                saved = time.monotonic()
+
+    def _step(self, windows: Tensor, hidden: Hidden, dense_head: Head, picks: Tensor) -> float:
+        """Take one step and return the loss before it, the mean over the batch."""
+        own = torch.tensor(self.ranks.share(picks.tolist()))
+        device = self.head.weight.device
+        ours = last_hidden(self.model, windows[own].to(device))
+        theirs = hidden.read(own).to(device, ours.dtype)
+        flat, dense = ours[:, :-1].flatten(0, 1), theirs[:, :-1].flatten(0, 1)
+        loss, gradient = divergence(flat, dense, self.head, dense_head)
+        mean = torch.tensor(loss)
+        self.ranks.average_(mean)
+        if math.isfinite(float(mean)):
+            flat.backward(gradient)
+        return float(mean)
+
+    def _stepper(self, name: str) -> Callable[[Tensor], None]:
+        """Return the hook that steps a part once its tensor's gradient is complete."""
+        part, adam = self.parts[name], self._adam[name]
+
+        @torch.no_grad()
+        def step(tensor: Tensor) -> None:
+            if tensor.grad is None:
+                return
+            part.take(tensor.grad)
+            tensor.grad = None
+            for (parameter, factor), group in zip(part.parameters, adam.param_groups, strict=True):
+                if parameter.grad is not None:
+                    self.ranks.average_(parameter.grad)
+                group["lr"] = self._rate * factor
+            adam.step()
+            adam.zero_grad()
+            tensor.copy_(part.give())
+
+        return step
+
+    def _save(self, work: Path, text: str) -> None:
+        if not self.ranks.leads:
+            return
+        tensors = {}
+        for name, part in self.parts.items():
+            state = self._adam[name].state
+            for index, (parameter, _) in enumerate(part.parameters):
+                kept = {"value": parameter.detach(), **state[parameter]} if parameter in state else {}
+                tensors |= {f"{name}:{index}:{key}": value for key, value in kept.items()}
+        facts = {"step": str(self.steps_done), "text": text}
+        write_tensors(work / STATE, tensors, facts)
+
+    def _load(self, work: Path, text: str) -> None:
+        path = work / STATE
+        if not path.exists():
+            return
+        with safe_open(path, framework="pt") as file:
+            facts = file.metadata()
+        if facts["text"] != text:
+            raise InputError(f"{path} was trained on other text; remove {work} to start anew.")
+        self.steps_done = int(facts["step"])
+        logger.info("going on after step %d", self.steps_done)
+        for key, tensor in load_file(path).items():
+            name, index, what = key.rsplit(":", 2)
+            parameter = self.parts[name].parameters[int(index)][0]
+            if what == "value":
+                parameter.data.copy_(tensor)
+            else:
+                moved = tensor if what == "step" else tensor.to(parameter.device)
+                self._adam[name].state[parameter][what] = moved
+        with torch.no_grad():
+            for name, part in self.parts.items():
+                self.model.get_parameter(name).copy_(part.give())
+
+
+def _adam(part: Part) -> torch.optim.AdamW:
+    groups = [{"params": [parameter]} for parameter, _ in part.parameters]
+    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPS, weight_decay=0.0)
+
+
+def _fingerprint(windows: Tensor) -> str:
+    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()
