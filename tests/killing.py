@@ -37,6 +37,32 @@ def _run(recipe: dict[str, Any], output: Path, step: int) -> None:
     prune(Recipe.from_dict(recipe), output)
 
 
+def killed_recovery(start: Path, output: Path, how: dict[str, Any], step: int) -> int | None:
+    """Exit code of a recovery that is killed at a training step; its state is saved at each."""
+    child = CONTEXT.Process(target=_recover, args=(start, output, how, step))
+    child.start()
+    child.join(timeout=120)
+    code = child.exitcode
+    child.kill()
+    return code
+
+
+def _recover(start: Path, output: Path, how: dict[str, Any], step: int) -> None:
+    from gblm.recipe import Recovering
+    from gblm.recover import run, train
+
+    real = train.Trainer._step
+
+    def step_or_die(self: train.Trainer, *args: Any) -> float:
+        if self.steps_done == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, *args)
+
+    train.SAVE_SECONDS = 0.0
+    train.Trainer._step = step_or_die  # type: ignore[method-assign]
+    run.recover(start, output, Recovering.model_validate(how))
+
+
 def dying(left: list[int], real: Callable[..., Any], last: Callable[..., None]) -> Any:
     """`real`, until the call at which `left` runs out: that one is `last`, and then SIGKILL."""
 

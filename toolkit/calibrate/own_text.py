@@ -1,4 +1,4 @@
-"""Own text: what the dense model itself writes, as text to calibrate and recover on without a data set.
+"""Own text: what the dense model itself writes, to calibrate and recover on without a data set.
 
 Half of it are chats, whose questions the model invents, too; half runs freely from the start of a
 text. A model without a chat template writes the second kind only. The text depends on the model and

@@ -37,7 +37,7 @@ def parse_mix(text: str) -> dict[str, float]:
         source = source or one
         if number <= 0 or source in shares or not source:
             raise UsageError(
-                f"text {text!r}: write sources as 'pydoc' or with shares, 'pydoc:1,self:2', each once."
+                f"text {text!r}: write sources as 'pydoc', or as 'pydoc:1,self:2', each once."
             )
         shares[source] = number
     total = sum(shares.values())
@@ -66,7 +66,9 @@ def draw(
     """
     shares = parse_mix(mix)
     if len(shares) > num_samples:
-        raise UsageError(f"text {mix!r}: {num_samples} windows cannot come from {len(shares)} sources.")
+        raise UsageError(
+            f"text {mix!r}: {num_samples} windows cannot come from {len(shares)} sources."
+        )
     found, left, rest = [], num_samples, 1.0
     for number, (source, share) in enumerate(shares.items()):
         others = len(shares) - number - 1

@@ -7,7 +7,14 @@ from typing import Any
 
 import click
 
-from gblm.commands.common import Command, device_option, emit, overwrite_option, progress_bars, table
+from gblm.commands.common import (
+    Command,
+    device_option,
+    emit,
+    overwrite_option,
+    progress_bars,
+    table,
+)
 from gblm.recipe import RECOVERY_TEXT
 
 HEADER = ("text", "KL, nats", "same top-1", "perplexity", "dense")
@@ -17,25 +24,37 @@ HEADER = ("text", "KL, nats", "same top-1", "perplexity", "dense")
 @click.argument("packed")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to make.")
 @click.option("--baseline", help="The dense model. Default: the one that recipe.json names.")
-@click.option("--tokens", type=click.IntRange(1), default=65536, show_default=True, help="To train on.")
 @click.option(
-    "--text", default=RECOVERY_TEXT, show_default=True,
+    "--tokens", type=click.IntRange(1), default=65536, show_default=True, help="To train on."
+)
+@click.option(
+    "--text",
+    default=RECOVERY_TEXT,
+    show_default=True,
     help="Sources and their shares: files, pydoc, wikitext2, c4, and self, what the dense model "
     "writes.",
 )
 @click.option(
-    "--held-out", multiple=True, default=("pydoc",), show_default=True,
+    "--held-out",
+    multiple=True,
+    default=("pydoc",),
+    show_default=True,
     help="Text to measure KL on, before and after; again for each domain.",
 )
 @click.option(
-    "--train", type=click.Choice(["weights", "scales"]), default="weights", show_default=True,
+    "--train",
+    type=click.Choice(["weights", "scales"]),
+    default="weights",
+    show_default=True,
     help="All kept values, or norms and scales only, at almost no memory.",
 )
 @click.option("--learning-rate", type=float, help="Default: 3e-4 for weights, 2e-3 for scales.")
 @click.option("--seq-len", type=click.IntRange(2), default=256, show_default=True)
 @click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--bos/--no-bos", default=True, show_default=True, help="Begin windows as prompts do.")
+@click.option(
+    "--bos/--no-bos", default=True, show_default=True, help="Begin windows as prompts do."
+)
 @device_option
 @overwrite_option
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where it was.")

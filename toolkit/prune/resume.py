@@ -27,6 +27,8 @@ from gblm.files import append_line, read_json, write_bytes, write_json, write_te
 
 logger = logging.getLogger(__name__)
 JOURNAL, RUN, COMPLETE, EXACT = "journal.jsonl", "run.json", "complete.json", "exact:"
+# Of `gblm recover`: parameters with their moments, and what the dense model made of the text.
+STATE, TEACHER = "state.safetensors", "teacher-*"
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,21 @@ class WorkFolder:
         """Whether the gradient norms of all layers are there."""
         return (self.path / "gradients" / "stats.json").exists()
 
+    @property
+    def has_training(self) -> bool:
+        """Whether a recovery left a state, or hidden states of the dense model."""
+        return (self.path / STATE).exists() or any(self.path.glob(TEACHER))
+
+    @property
+    def kept(self) -> str:
+        """What a later run goes on from, in words; empty if there is nothing."""
+        if self.has_training:
+            return "the state of training is"
+        if not self.finished and not self.has_gradients:
+            return ""
+        gradients = " and the gradients" if self.has_gradients else ""
+        return f"{len(self.finished)} finished decoder layers{gradients} are"
+
     def mark_complete(self, output: Path) -> None:
         """Note that nothing but publishing is left, and what stands in the output's place now."""
         write_json(self.path / COMPLETE, {"replaces": _identity(output)})
@@ -92,7 +109,8 @@ class WorkFolder:
         """
         for stale in (*self.path.glob("scratch-*"), *self.path.glob(".*.partial-*")):
             shutil.rmtree(stale)
-        if not (self.path / JOURNAL).exists() and not self.has_gradients:
+        started = (self.path / JOURNAL).exists() or self.has_gradients or self.has_training
+        if not started:
             _empty(self.path)
             write_json(self.path / RUN, fingerprint)
             return
@@ -174,12 +192,10 @@ def open_work(output: Path, fingerprint: dict[str, Any], resume: bool) -> Iterat
         try:
             yield work
         except BaseException:
-            if work.finished or work.has_gradients:
+            if work.kept:
                 logger.warning(
-                    "%d finished decoder layers%s are kept in %s: the same command goes on from "
-                    "there, --no-resume starts anew.",
-                    len(work.finished),
-                    " and the gradients" if work.has_gradients else "",
+                    "%s kept in %s: the same command goes on from there, --no-resume starts anew.",
+                    work.kept,
                     path,
                 )
             else:

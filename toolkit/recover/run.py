@@ -1,4 +1,4 @@
-"""One recovery: from a packed folder and its dense model to a packed folder that predicts better."""
+"""One recovery: from a packed folder and its dense model to a better packed folder."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from gblm.prune.resume import open_work, remove_leftovers, work_path
 from gblm.recipe import Recovering
 from gblm.recover.parts import Part, SparsePart, Vector, sparse_part
 from gblm.recover.teacher import Head, Hidden, compare
-from gblm.recover.train import STATE, Schedule, Trainer
+from gblm.recover.train import Schedule, Trainer
 
 logger = logging.getLogger(__name__)
 HELD_OUT_WINDOWS = 16
@@ -237,8 +237,8 @@ def become(model: Any, task: Task) -> dict[str, Part]:
         model.get_parameter(f"{name}.weight").data.copy_(part.give())
     if task.head_name is not None:
         head = model.get_output_embeddings()
-        weight = packed.weight(task.head_name).to(device, head.weight.dtype)
-        head.weight = nn.Parameter(weight, requires_grad=False)
+        frozen = packed.weight(task.head_name).to(device, head.weight.dtype)
+        head.weight = nn.Parameter(frozen, requires_grad=False)
     for name in packed.dense_names():
         tensor = model.get_parameter(name)
         tensor.data.copy_(packed.tensor(name))
@@ -263,6 +263,7 @@ def _check(task: Task, output: Path, overwrite: bool) -> None:
     remove_leftovers(output)
     task.dense.check_dense()
     with Reader(task.dense) as dense:
+        wanted: dict[str, tuple[int, ...]]
         wanted = {f"{name}.weight": linear.shape for name, linear in packed.linears.items()}
         wanted |= {name: packed.headers[name][0] for name in packed.dense_names()}
         for name, shape in wanted.items():
@@ -281,8 +282,8 @@ def _check(task: Task, output: Path, overwrite: bool) -> None:
     )  # fmt: skip
     if task.device == "cpu" and need.memory > free:
         raise MachineError(
-            f"recovery needs about {need.memory / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are "
-            "free: take --train scales, a smaller --batch-size or a shorter --seq-len."
+            f"recovery needs about {need.memory / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB "
+            "are free: take --train scales, a smaller --batch-size or a shorter --seq-len."
         )
     check_output(output, overwrite, need.disk - folder_bytes(work_path(output)), packed.folder.path)
 
@@ -301,7 +302,8 @@ def _needs(task: Task, dense_bytes: int) -> _Needs:
     width, layers = int(text["hidden_size"]), int(text["num_hidden_layers"])
     sizes = [math.prod(packed.linears[name].shape) for name in task.trained]
     kept = sum(
-        math.prod(packed.headers[f"{name}.values"][0]) * (1 + packed.linears[name].fmt.values.in_nibbles)
+        math.prod(packed.headers[f"{name}.values"][0])
+        * (1 + packed.linears[name].fmt.values.in_nibbles)
         for name in task.trained
     )
     state = 12 * kept if how.train == "weights" else 12 * sum(int(2 * s**0.5) for s in sizes) * 8
@@ -329,7 +331,9 @@ def _write(task: Task, found: _Found, output: Path, overwrite: bool) -> dict[str
     old = read_json(source / REPORT_FILE)
     rows = {row["name"]: row for row in old["tensors"]}
     if not found.better:
-        logger.warning("KL to the dense model did not fall: the folder keeps the weights as they were")
+        logger.warning(
+            "KL to the dense model did not fall: the folder keeps the weights as they were"
+        )
     with new_folder(output, overwrite) as folder:
         shards = ShardWriter(folder)
         for name, tensors, row in _pieces(task, parts, rows):

@@ -1,4 +1,4 @@
-"""The teacher: what the dense model predicts, kept as its last hidden states, and the loss towards it.
+"""The teacher: what the dense model predicts, and the loss towards it.
 
 A token's last hidden state takes as many bytes as the model is wide, and with the output head it
 gives the whole distribution exactly; logits would take as many as there are tokens. So the dense
@@ -16,8 +16,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from gblm.checkpoint.durable import write_tensors
 from gblm.errors import InputError
+from gblm.files import write_tensors
 
 # Logits that are formed at a time, about 64 MB in float32.
 LOGITS = 1 << 24

@@ -8,7 +8,6 @@ accumulated.) Windows are taken once, in an order that follows from the seed.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import time
@@ -20,11 +19,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from gblm.checkpoint.durable import write_tensors
+from gblm.calibrate.ranks import Ranks
 from gblm.errors import InputError
-from gblm.ranks import Ranks
+from gblm.files import write_tensors
+from gblm.prune.resume import STATE
 from gblm.recover.parts import Part
 from gblm.recover.teacher import Head, Hidden, divergence, last_hidden
 
@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 BETAS, EPS = (0.9, 0.95), 1e-8
 WARM_UP = 0.05
 SAVE_SECONDS = 120.0
-STATE = "state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Schedule:
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
     def batches(self, num_windows: int) -> list[Tensor]:
-        """Return the indices of each step's windows; those that fill no whole batch are left out."""
+        """Return the indices of each step's windows; what fills no whole batch is left out."""
         order = torch.randperm(num_windows, generator=torch.Generator().manual_seed(self.seed))
         whole = num_windows - num_windows % self.batch_size
         return list(order[:whole].split(self.batch_size))
@@ -162,11 +161,13 @@ class Trainer:
     def _save(self, work: Path, text: str) -> None:
         if not self.ranks.leads:
             return
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, part in self.parts.items():
             state = self._adam[name].state
             for index, (parameter, _) in enumerate(part.parameters):
-                kept = {"value": parameter.detach(), **state[parameter]} if parameter in state else {}
+                kept = (
+                    {"value": parameter.detach(), **state[parameter]} if parameter in state else {}
+                )
                 tensors |= {f"{name}:{index}:{key}": value for key, value in kept.items()}
         facts = {"step": str(self.steps_done), "text": text}
         write_tensors(work / STATE, tensors, facts)
