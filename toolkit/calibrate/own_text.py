@@ -26,7 +26,8 @@ from gblm.files import write_json
 
 logger = logging.getLogger(__name__)
 LENGTH = 512
-BATCH = 32
+# Sequences that are written at a time; transformers holds the caches of a few only.
+MOST, BATCH = 256, 32
 MARK = "\ue000"
 
 
@@ -71,7 +72,7 @@ def _write(sample: Sampler, tokenizer: Any, num_tokens: int, seed: int) -> list[
     found: list[int] = []
     while len(found) < num_tokens:
         rest = -(-(num_tokens - len(found)) // (LENGTH * (1 + chats)))
-        count = min(BATCH, rest)
+        count = min(MOST, rest)
         found += [token for row in _free(sample, tokenizer, count, seed) for token in row]
         if chats:
             found += [token for row in _chats(sample, tokenizer, count, seed + 1) for token in row]
@@ -150,6 +151,12 @@ class _Transformers:
 
     def __call__(self, prompts: Sequence[Sequence[int]], seed: int, ends: bool) -> list[list[int]]:
         """See Sampler."""
+        rows: list[list[int]] = []
+        for at in range(0, len(prompts), BATCH):
+            rows += self._batch(prompts[at : at + BATCH], seed + at, ends)
+        return rows
+
+    def _batch(self, prompts: Sequence[Sequence[int]], seed: int, ends: bool) -> list[list[int]]:
         longest = max(map(len, prompts))
         pads = [longest - len(prompt) for prompt in prompts]
         ids = torch.tensor([[0] * pad + list(p) for pad, p in zip(pads, prompts, strict=True)])
