@@ -23,15 +23,12 @@ def main() -> None:
     length = max(map(len, work["prompts"])) + work["length"]
     llm = LLM(
         model, max_model_len=length, enforce_eager=True, distributed_executor_backend="uni",
-        max_num_seqs=len(work["prompts"]),
+        max_num_seqs=len(work["prompts"]), seed=work["seed"],
     )  # fmt: skip
-    how = [
-        SamplingParams(
-            temperature=1.0, max_tokens=work["length"], seed=work["seed"] * 100_003 + row,
-            ignore_eos=not work["ends"], detokenize=False,
-        )
-        for row in range(len(work["prompts"]))
-    ]  # fmt: skip
+    # Seeds of single requests would make vLLM sample them one by one.
+    how = SamplingParams(
+        temperature=1.0, max_tokens=work["length"], ignore_eos=not work["ends"], detokenize=False
+    )
     prompts = [{"prompt_token_ids": prompt} for prompt in work["prompts"]]
     found = llm.generate(prompts, how, use_tqdm=False)
     rows = [list(one.outputs[0].token_ids) for one in found]

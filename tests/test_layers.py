@@ -30,7 +30,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipe": {"errors", "files", "sparse"},
     "doctor": {"kernels", "provenance", "sparse"},
     "model": {"errors", "files", "recipe", "sparse"},
-    "calibrate": {"errors", "files", "model", "sparse"},
+    "calibrate": {"cache", "data", "errors", "files", "model", "sparse"},
+    "recover": {
+        "calibrate", "checkpoint", "data", "errors", "files", "model", "progress", "provenance",
+        "prune", "recipe", "sparse",
+    },
     "checkpoint": {
         "errors", "files", "model", "progress", "provenance", "recipe", "sparse", "structure",
     },
@@ -69,7 +73,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "commands": {
         "bench", "checkpoint", "doctor", "errors", "evaluate", "export", "fetch", "files",
         "methods", "model", "network", "packed", "plan", "provenance", "prune", "recipe", "record",
-        "report", "search", "serve", "sparse",
+        "recover", "report", "search", "serve", "sparse",
     },
     "cli": {"__init__", "commands"},
     "__main__": {"cli"},
@@ -80,6 +84,7 @@ ONLY_IN = {
     "vllm": (
         "gblm.serve.vllm_plugin",
         "gblm.serve.vllm_cli",
+        "gblm.serve.sample",
         "gblm.bench.vllm_linears",
         "gblm.bench.loop_vllm",
     ),

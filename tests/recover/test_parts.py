@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gblm.recover.parts import Codes, FloatScales, KeptFloats, SparsePart, sparse_part
-from gblm.weights import SparseWeight
+from gblm.sparse.weights import SparseWeight
 
 OUT, IN, GROUP = 8, 32, 8
 

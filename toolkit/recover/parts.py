@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from gblm.weights import SparseWeight
+from gblm.sparse.weights import SparseWeight
 
 Train = Literal["scales", "weights"]
 # Scales move by factors, not by differences, so their learning rate has a unit of its own.
