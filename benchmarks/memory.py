@@ -1,4 +1,4 @@
-"""What `gblm plan` predicts against what `gblm prune` then shows, for three sizes of model.
+"""What `gblm prune --dry-run` says against what the run then shows, for three sizes of model.
 
     python benchmarks/memory.py [--sizes smollm2 tinyllama llama2] [--methods …] [--append]
         [--folder DIR] [--keep]
@@ -111,15 +111,16 @@ def measure(root: Path, size: str, method: str) -> dict[str, Any]:
         str(model), "--method", method, "--pattern", "2:4", "--calibration", "pydoc",
         "--num-samples", str(samples), "--seq-len", str(tokens), "--json",
     ]  # fmt: skip
-    plan = gblm("plan", *words)
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(dir=root, prefix="run-") as folder:
-        report, measured = watch(Path(folder), "prune", *words, "--output", f"{folder}/out")
+        words += ["--output", f"{folder}/out"]
+        said = gblm("prune", *words, "--dry-run")
+        report, measured = watch(Path(folder), "prune", *words)
     predicted = {
-        "peak_rss_bytes": plan["ram_bytes"],
-        "disk_peak_bytes": plan["disk"]["peak_bytes"],
-        "output_bytes": plan["disk"]["output_bytes"],
-        "seconds": plan["seconds"],
+        "peak_rss_bytes": said["memory_bytes"],
+        "disk_peak_bytes": said["disk_bytes"],
+        "output_bytes": said["bytes_packed"],
+        "seconds": said["seconds"],
     }
     ratio = {key: round(measured[key] / value, 3) for key, value in predicted.items()}
     return {
@@ -133,7 +134,7 @@ def measure(root: Path, size: str, method: str) -> dict[str, Any]:
         "bits_per_weight": report["bits_per_weight"],
         "load_average_at_start": round(load, 1),
         "provenance": provenance(),
-        "plan": plan,
+        "dry_run": said,
     }
 
 

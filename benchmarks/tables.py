@@ -60,7 +60,7 @@ def blocks() -> list[tuple[Path, str, str]]:
         (ROOT / "README.md", "results", f"{quality(METHODS)}\n\n{serving()}"),
         (methods, "frontier-all", frontier_all()),
         (methods, "published", published()),
-        (methods, "plan", plan()),
+        (methods, "runs", runs()),
         (methods, "budget", budget()),
         (methods, "speed", speed()),
         (methods, "quality", quality((*METHODS, *MORE))),
@@ -219,8 +219,8 @@ def speed() -> str:
     )
 
 
-def plan() -> str:
-    """What `gblm plan` predicted and what the run then took."""
+def runs() -> str:
+    """What runs took."""
     record = read("memory")
     cells = []
     for run in record["rows"]:
@@ -228,13 +228,9 @@ def plan() -> str:
         for key, unit, digits in (
             ("peak_rss_bytes", 1e9, 2), ("disk_peak_bytes", 1e9, 2), ("seconds", 1, 0),
         ):  # fmt: skip
-            predicted, measured = run["predicted"][key] / unit, run["measured"][key] / unit
-            ratio = predicted / measured
-            cell.append(f"{predicted:.{digits}f} / {measured:.{digits}f} ({ratio:.2f})")
+            cell.append(f"{run['measured'][key] / unit:.{digits}f}")
         cells.append([*cell, f"{run['load_average_at_start']:.1f}"])
-    header = [
-        "predicted / measured (ratio)", "peak RAM, GB", "peak disk, GB", "seconds", "load before",
-    ]  # fmt: skip
+    header = ["2:4", "peak RAM, GB", "peak disk, GB", "seconds", "load before"]
     return (
         f"{table(header, cells)}\n\nThe load average at the start tells how many other processes "
         f"shared the {record['provenance']['machine']['cores']} cores. Each row's commit stands in "

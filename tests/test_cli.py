@@ -41,7 +41,7 @@ def test_help_lists_every_command(gblm: Run) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "sentence"),
     [
-        (["prone"], 2, "Commands: prune, plan, eval"),
+        (["prone"], 2, "Commands: prune, eval"),
         (["prune", "MODEL"], 2, "Missing option '--output'"),
         (["prune", "--output", "o"], 2, "Missing argument 'MODEL'"),
         (["prune", "MODEL", "--output", "o", "--method", "wunda"], 2, "choose from magnitude"),
@@ -57,8 +57,14 @@ def test_help_lists_every_command(gblm: Run) -> None:
             "--seed does not go",
         ),
         (["prune", "MODEL", "--output", "o", "--stats", "s"], 4, "stats.json is missing"),
-        (["plan", "MODEL", "--pattern", "2:5"], 4, "q_proj: 64 columns"),
-        (["plan", "MODEL", "--stats", "s"], 4, "stats.json is missing"),
+        (
+            4,
+            "q_proj: 64 columns",
+        ),
+        (
+            4,
+            "stats.json is missing",
+        ),
         (["search", "MODEL", "--budget", "3.5", "--no-measure"], 2, "give bits per pruned weight"),
         (["search", "MODEL", "--budget", "3bits"], 2, "Missing option '--output'"),
         (["prune", "MODEL", "--output", "o", "--ignore", "zzz"], 2, "matches no linear"),

@@ -57,10 +57,6 @@ MAY_IMPORT: dict[str, set[str]] = {
         "bench", "checkpoint", "errors", "evaluate", "files", "kernels", "model", "packed",
         "progress", "provenance", "recipe", "sparse",
     },
-    "plan": {
-        "calibrate", "checkpoint", "errors", "methods", "model", "prune", "recipe", "sparse",
-        "structure",
-    },
     "search": {
         "calibrate", "checkpoint", "data", "errors", "evaluate", "files", "methods", "model",
         "progress", "provenance", "prune", "recipe", "record", "sparse",
@@ -72,7 +68,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "commands": {
         "bench", "checkpoint", "doctor", "errors", "evaluate", "export", "fetch", "files",
-        "methods", "model", "network", "packed", "plan", "provenance", "prune", "recipe", "record",
+        "methods", "model", "network", "packed", "provenance", "prune", "recipe", "record",
         "recover", "report", "search", "serve", "sparse",
     },
     "cli": {"__init__", "commands"},

@@ -19,7 +19,6 @@ from gblm import __version__
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "prune": ("gblm.commands.prune", "Prune a model and write it packed."),
-    "plan": ("gblm.commands.plan", "Predict a pruning run's memory, disk and time."),
     "eval": ("gblm.commands.eval", "Quality on texts and tasks, beside the dense model; gates."),
     "compare": ("gblm.commands.compare", "Two model folders side by side."),
     "search": ("gblm.commands.search", "Make and measure the best ways to hold a budget."),

@@ -13,10 +13,11 @@ from gblm.commands.common import (
     megabytes,
     overwrite_option,
     progress_bars,
+    table,
 )
 from gblm.commands.recipe_options import RecipeCommand, read_recipe, recipe_options
 
-OWN = frozenset({"output", "overwrite", "resume", "save_stats"})
+OWN = frozenset({"output", "overwrite", "resume", "save_stats", "dry_run"})
 
 
 @click.command("prune", cls=RecipeCommand)
@@ -33,6 +34,11 @@ OWN = frozenset({"output", "overwrite", "resume", "save_stats"})
     show_default=True,
     help="Go on after the finished layers of the same command.",
 )
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Check everything, try one decoder layer, and tell size, memory and time; write nothing.",
+)
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -41,6 +47,7 @@ def command(
     overwrite: bool,
     resume: bool,
     save_stats: Path | None,
+    dry_run: bool,
     recipe: Path | None,
     **given: Any,
 ) -> None:
@@ -52,9 +59,13 @@ def command(
     with progress_bars(ctx) as progress:
         from gblm.checkpoint.report import in_words
         from gblm.prune import Output, prune
+        from gblm.prune.dry_run import dry_run as foresee
 
         chosen = read_recipe(ctx, recipe, given, OWN)
-        report = prune(chosen, Output(output, overwrite, resume, save_stats), progress)
+        target = Output(output, overwrite, resume, save_stats)
+        report = (foresee if dry_run else prune)(chosen, target, progress)
+    if dry_run:
+        return emit(ctx, report, lambda: _print_dry_run(report))
     if not report:
         return  # rank 0 tells
 
@@ -74,3 +85,29 @@ def command(
         )
 
     emit(ctx, {key: value for key, value in report.items() if key != "tensors"}, text)
+
+
+def _print_dry_run(facts: dict[str, Any]) -> None:
+    rows = [
+        [
+            row["pattern"],
+            row["values"],
+            str(row["linears"]),
+            f"{row['weights']:,}",
+            f"{row['bits_per_weight']:.2f}",
+        ]
+        for row in facts["groups"]
+    ]
+    table(["pattern", "values", "linears", "weights", "bits/weight"], rows)
+    size = "exactly" if facts["exact"] else "at most"
+    click.echo(
+        f"packed: {size} {megabytes(facts['bytes_packed'])} of {megabytes(facts['bytes_dense'])} "
+        f"dense, {facts['bits_per_weight']:.2f} bits per pruned weight; head {facts['head']}"
+    )
+    card = f", {megabytes(facts['gpu_bytes'])} on the GPU" if facts["gpu_bytes"] else ""
+    click.echo(
+        f"while it runs, at most: {megabytes(facts['memory_bytes'])} of memory{card}, "
+        f"{megabytes(facts['disk_bytes'])} of disk"
+    )
+    click.echo(f"time: about {facts['seconds']:.0f} s, by one decoder layer on this machine")
+    click.echo("dry run: nothing was written.")

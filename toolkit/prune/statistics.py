@@ -53,7 +53,7 @@ def make_gradients(job: Job, folder: StatsFolder, scratch: Path, progress: Progr
         return
     ranks, layers = job.ranks, job.layers
     samples = ranks.share(list(job.windows))
-    resident = ranks.agree(int(_resident(job))) == 1
+    resident = ranks.agree(int(all_layers_fit(job))) == 1
     how = Gradients(
         norm=job.pipeline.gradient_norm or "l2",
         names=frozenset(job.choices),
@@ -100,7 +100,7 @@ def facts(job: Job, needs: frozenset[str]) -> dict[str, Any]:
     }
 
 
-def _resident(job: Job) -> bool:
+def all_layers_fit(job: Job) -> bool:
     """Whether there is room for all layers, and a sum per weight, at once."""
     model, prefix = job.layers.model, job.layers.prefix
     count = sum(p.numel() for n, p in model.named_parameters() if n.startswith(prefix))
