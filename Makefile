@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CHECK := build/check
 CSRC := toolkit/kernels/csrc
 
-.PHONY: help dev lint types check unit mutations sanitize arm64 dist wheel vllm-cuda onnx-gpu test test-gpu sanitize-gpu demo bench soak image clean
+.PHONY: help dev lint types check unit mutations sanitize arm64 dist wheel vllm-cuda onnx-gpu test test-gpu sanitize-gpu demo tables soak image clean
 
 help:
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -150,8 +150,8 @@ sanitize-gpu: build/gpu/gblm ## optional: NVIDIA's compute-sanitizer over a prod
 demo: dev ## prune, pack, serve and compare a real model
 	$(BIN)/python benchmarks/demo.py
 
-bench: dev ## the recorded benchmark of the README
-	$(BIN)/python benchmarks/record.py
+tables: dev ## the tables of README.md and docs/, from the records alone
+	$(BIN)/python benchmarks/tables.py
 
 soak: dev ## half an hour of load, faults and damaged folders: docs/reliability.md
 	PYTHONPATH=benchmarks $(BIN)/python tests/soak/soak.py && $(BIN)/python benchmarks/tables.py

@@ -16,8 +16,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import older
-
 from gblm.record import Record
 
 RUN = Path("runs/demo")
@@ -28,6 +26,11 @@ CALIBRATION = "--calibration pydoc --num-samples 16 --seq-len 256 --seed 0 --dty
 WINDOWS = "--text pydoc --seq-len 512 --max-windows 16 --dtype bfloat16"
 LOAD = "--num-prompts 3 --prompt-len 32 --output-len 16 --rounds 2"
 VLLM = "--enforce-eager --max-model-len 1024"
+METRICS = {
+    "decode_tok_s": "decode (tok/s per stream)", "ttft_ms_p50": "TTFT (ms)",
+    "tpot_ms_p50": "TPOT (ms)", "output_tok_s": "throughput (tok/s)",
+    "memory_mb": "server memory (MB)",
+}  # fmt: skip
 
 
 def main() -> None:
@@ -42,7 +45,7 @@ def main() -> None:
     gblm(f"inspect {PACKED}")
     gblm(f"verify {PACKED}")
     gblm(f"eval {PACKED} --baseline {MODEL} {WINDOWS} --backend dense --output {EVAL}")
-    gblm(f"bench {MODEL} {PACKED} {LOAD} --output {BENCH} "
+    gblm(f"bench {MODEL.name}={MODEL} {PACKED.name}={PACKED} {LOAD} --output {BENCH} "
          f"--log {RUN}/servers.log -- {VLLM}")  # fmt: skip
     summary = summarise()
     SUMMARY.write_text(json.dumps(summary, indent=2) + "\n")
@@ -59,54 +62,46 @@ def gblm(arguments: str) -> None:
 
 
 def summarise() -> dict[str, Any]:
-    """The figures of the run, read from the records the commands wrote."""
+    """Read the figures of the run from the records that the commands wrote."""
     recipe = json.loads((PACKED / "recipe.json").read_text())
     report = json.loads((PACKED / "sparsity_report.json").read_text())
-    quality, record = Record.read(EVAL), Record.read(BENCH)
-    bench = older.serving(record)
+    quality, bench = Record.read(EVAL), Record.read(BENCH)
     pruned, dense = (row for row in quality.rows if row.metric == "perplexity")
-    speed = {
-        f"{metric}_{name}": round(bench["summary"][metric][side], 3)
-        for metric in ("decode_tok_s", "ttft_ms", "tpot_ms", "throughput_tok_s", "memory_mb")
-        for name, side in (("dense", "baseline"), ("packed", "model"))
-    }
     return {
         "model": "SmolLM2-135M-Instruct",
         "method": recipe["method"],
         "pattern": recipe["pattern"],
         "sparsity": report["sparsity"],
-        "ppl_dense": round(dense.value, 3),
-        "ppl_pruned": round(pruned.value, 3),
+        "ppl_dense": dense.value,
+        "ppl_pruned": pruned.value,
         "ppl_protocol": pruned.load,
         "bytes_dense": report["bytes_dense"],
         "bytes_packed": report["bytes_packed"],
-        **speed,
-        "backend": bench["backend_used"],
-        "provenance": dict(record.provenance),
+        **{
+            f"{metric}_{name}": bench.value(side, bench.loads[0], metric)
+            for metric in METRICS
+            for name, side in (("dense", MODEL.name), ("packed", PACKED.name))
+        },
+        "provenance": dict(bench.provenance),
     }
 
 
 def print_table(summary: dict[str, Any]) -> None:
-    """Dense and packed side by side."""
+    """Print dense and packed side by side."""
     rows = [
         ("weights on disk (MB)", summary["bytes_dense"] / 1e6, summary["bytes_packed"] / 1e6),
         ("perplexity", summary["ppl_dense"], summary["ppl_pruned"]),
-        *(
-            (label, summary[f"{key}_dense"], summary[f"{key}_packed"])
-            for key, label in (
-                ("decode_tok_s", "decode (tok/s per stream)"),
-                ("ttft_ms", "TTFT (ms)"),
-                ("tpot_ms", "TPOT (ms)"),
-                ("throughput_tok_s", "throughput (tok/s)"),
-                ("memory_mb", "server memory (MB)"),
-            )
-        ),
-    ]
+        *((label, summary[f"{key}_dense"], summary[f"{key}_packed"])
+          for key, label in METRICS.items()),
+    ]  # fmt: skip
     title = f"{summary['model']}, {summary['method']} {summary['pattern']}"
     print(f"\n{title:44}{'dense':>10}{'packed':>10}{'ratio':>8}")
     for label, dense, packed in rows:
-        print(f"{label:44}{dense:>10.1f}{packed:>10.1f}{packed / dense:>8.2f}")
-    print(f"perplexity: {summary['ppl_protocol']}; packed backend: {summary['backend']}")
+        if dense is None or packed is None:  # no figure that stands
+            print(f"{label:44}{'–':>10}{'–':>10}{'–':>8}")
+        else:
+            print(f"{label:44}{dense:>10.1f}{packed:>10.1f}{packed / dense:>8.2f}")
+    print(f"perplexity: {summary['ppl_protocol']}")
 
 
 if __name__ == "__main__":

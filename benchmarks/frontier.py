@@ -1,16 +1,15 @@
 """Quality per byte of SmolLM2-135M: every case of frontier_cases.py, dense and sparse alike.
 
     python benchmarks/frontier.py --wikitext FOLDER [--cases NAME …] [--samples 16 64]
-        [--seeds 0 1 2] [--jobs 1] [--device cpu] [--full] [--model FOLDER] [--output FILE]
-    python benchmarks/frontier.py --merge FILE …
+        [--seeds 0 1 2] [--jobs 1] [--full] [--model FOLDER] [--output FILE]
 
 FOLDER holds WikiText-2 as `valid` and `test`, .txt or .parquet; without it, the named set
 `wikitext2` is taken, whose calibration text is the training split. Calibration: SAMPLES × 256
 tokens of valid, order sequential, float32. Perplexity of the packed model, loaded again, float32:
 windows of 512 tokens without overlap, the first 8 ("8w") and 16 ("16w") of test, the first 8 of the
 held-out pydoc text, and with --full all of test. Every run is a fresh process with one thread; runs
-that the record holds are skipped, so a benchmark that was stopped goes on. --merge adds the runs of
-other records, such as those of another machine. Writes benchmarks/results/frontier.json.
+that the record holds are skipped, so a benchmark that was stopped goes on, on another machine if
+you like. Writes benchmarks/results/frontier.json.
 """
 
 from __future__ import annotations
@@ -19,21 +18,22 @@ import argparse
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
+import pages
 import torch
-from frontier_cases import CASES, NARROW, SAMPLES, Case
-from frontier_record import RECORD, WINDOW, Key, add, is_there, read
-from pages import made_by
+from frontier_cases import CASES, NARROW, SAMPLES, SEQ_LEN, Case
 from transformers.utils.logging import disable_progress_bar
 
 from gblm import data
@@ -54,17 +54,59 @@ from gblm.sparse.patterns import Pattern, parse
 from gblm.sparse.values import ValueType
 from gblm.sparse.weights import SparseWeight
 
-NAMED_SET = "wikitext2"
-OTHER = "pydoc"
+RECORD = pages.RESULTS / "frontier.json"
+NAMED_SET, OTHER = "wikitext2", "pydoc"
+WINDOW = 512
+PROTOCOLS = {"8w": "WikiText-2, 8w", "16w": "16w", "pydoc 8w": "pydoc, 8w", "full": "all of test"}
+Run = dict[str, Any]
+
+
+class Key(NamedTuple):
+    """A key is what makes a run one of its kind; 0 samples: the case needs no calibration."""
+
+    case: str
+    samples: int
+    seed: int
+
+
+def key_of(run: Run) -> Key:
+    """Give the key of a run of the record."""
+    return Key(run["case"], run["samples"], run["seed"])
+
+
+def is_there(record: dict[str, Any], key: Key, full: bool) -> bool:
+    """Tell whether the record holds this run, made as the case now says."""
+    case = CASES[key.case]
+    return any(
+        key_of(run) == key
+        and (run["recipe"], run["narrow"]) == (case.recipe, case.narrow)
+        and (not full or "full" in run["perplexity"])
+        for run in record["runs"]
+    )
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a record; it is a new one if there is none."""
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+    protocol = f"windows of {WINDOW} tokens, no overlap, no special tokens, float32"
+    return {"kind": "frontier", "model": "smollm2", "protocol": protocol, "runs": []}
+
+
+def add(path: Path, run: Run) -> None:
+    """Put a run into the record, in the place of an older one of the same key."""
+    record, order = read(path), list(CASES)
+    runs = {key_of(known): known for known in (*record["runs"], run)}
+    record["runs"] = sorted(
+        runs.values(), key=lambda run: (order.index(run["case"]), run["samples"], run["seed"])
+    )
+    pages.write(path, record)
 
 
 @dataclass(frozen=True)
 class NarrowValues(ValueType):
-    """int4 whose codes stop early.
-
-    Attributes:
-        largest: the largest code.
-    """
+    """These values are int4 whose codes stop at the largest one early."""
 
     largest: int = 7
 
@@ -76,11 +118,7 @@ class NarrowValues(ValueType):
 
 @dataclass(frozen=True)
 class NarrowPipeline(Pipeline):
-    """A pipeline that rounds to fewer codes than its value type has.
-
-    Attributes:
-        bits: a key of NARROW.
-    """
+    """This pipeline rounds to fewer codes than its value type has; `bits` is a key of NARROW."""
 
     bits: int = 3
 
@@ -98,7 +136,7 @@ class NarrowPipeline(Pipeline):
 
 
 def prune_case(case: Case, recipe: Recipe, output: Path) -> dict[str, float]:
-    """Make the packed folder: CPU and wall seconds of prune(), bits per pruned weight, zeros."""
+    """Make the packed folder; gives CPU and wall seconds, bits per pruned weight and zeros."""
 
     def narrow(*asked: Any) -> Pipeline:
         found = make_pipeline(*asked)
@@ -106,7 +144,7 @@ def prune_case(case: Case, recipe: Recipe, output: Path) -> dict[str, float]:
 
     cpu, wall = time.process_time(), time.monotonic()
     if case.budget:
-        recipe = spread(recipe, case.budget)
+        recipe = spread_out(recipe, case.budget)
     with mock.patch("gblm.prune.job.make_pipeline", narrow if case.narrow else make_pipeline):
         report = prune(recipe, output)
     return {
@@ -117,8 +155,8 @@ def prune_case(case: Case, recipe: Recipe, output: Path) -> dict[str, float]:
     }
 
 
-def spread(recipe: Recipe, budget: str) -> Recipe:
-    """The recipe that spreads a budget over the linears, unstructured, its values as they are."""
+def spread_out(recipe: Recipe, budget: str) -> Recipe:
+    """Spread a recipe's budget over the linears, unstructured, its values as they are."""
     space = Space((recipe.values,), ("unstructured",))
     rows = answer(Question(recipe, parse_budget(budget), space))["rows"]
     kind = recipe.values.partition(":")[0]
@@ -127,16 +165,16 @@ def spread(recipe: Recipe, budget: str) -> Recipe:
 
 
 def counted_bits(case: Case, stored: float) -> float:
-    """Bits per pruned weight, if narrow codes were stored as densely as int4 ones are."""
+    """Count the bits per pruned weight, if narrow codes were stored as densely as int4 ones are."""
     if not case.narrow:
         return stored
     return stored - (4 - case.narrow) * (1 - parse(case.recipe["pattern"]).sparsity)
 
 
-def perplexities(folder: Path, text: str, device: str, full: bool) -> dict[str, Any]:
-    """Perplexities of a model folder, packed or dense, by protocol; and hashes of the tokens."""
+def perplexities(folder: Path, text: str, full: bool) -> dict[str, Any]:
+    """Give perplexities of a packed or dense folder by protocol, and hashes of the tokens."""
     tokenizer = load_tokenizer(folder)
-    model = load_any(folder, "dense" if is_packed(folder) else None, torch.float32, device)
+    model = load_any(folder, "dense" if is_packed(folder) else None, torch.float32)
     count = None if full else 16
     wiki = data.evaluation_windows(data.read_documents(text, "held-out"), tokenizer, WINDOW, count)
     other = data.evaluation_windows(data.read_documents(OTHER, "held-out"), tokenizer, WINDOW, 8)
@@ -151,12 +189,12 @@ def perplexities(folder: Path, text: str, device: str, full: bool) -> dict[str, 
 
 
 def mean_perplexity(losses: list[float]) -> float:
-    """exp of the mean loss of windows."""
+    """Take exp of the mean loss of windows."""
     return math.exp(sum(losses) / len(losses))
 
 
 def text_file(folder: Path | None, split: str) -> str:
-    """The source of WikiText-2 "valid" or "test": a file of the folder, else the named set.
+    """Find the source of WikiText-2 "valid" or "test": a file of the folder, else the named set.
 
     Raises:
         InputError: the folder has no such file.
@@ -172,8 +210,8 @@ def text_file(folder: Path | None, split: str) -> str:
     return str(found[0])
 
 
-def measure(key: Key, given: argparse.Namespace) -> dict[str, Any]:
-    """One run in this process, as the record holds it."""
+def measure(key: Key, given: argparse.Namespace) -> Run:
+    """Make one run in this process, as the record holds it."""
     case = CASES[key.case]
     model = given.model or fetch("smollm2")
     source, text = text_file(given.wikitext, "valid"), text_file(given.wikitext, "test")
@@ -181,16 +219,16 @@ def measure(key: Key, given: argparse.Namespace) -> dict[str, Any]:
         folder, done = model, {"bits_per_weight": 16, "sparsity": 0}
         if case.recipe:
             folder = Path(work) / "packed"
-            recipe = case.build(str(model), source, key.samples or 1, key.seed, given.device)
+            recipe = case.build(str(model), source, key.samples or 1, key.seed)
             done = prune_case(case, recipe, folder)
-        done |= perplexities(folder, text, given.device, given.full)
+        done |= perplexities(folder, text, given.full)
     return {**key._asdict(), "recipe": case.recipe, "narrow": case.narrow, **done,
-            "calibration_text": Path(source).name, "device": given.device,
-            "command": made_by(), "provenance": provenance()}  # fmt: skip
+            "calibration_text": Path(source).name,
+            "command": pages.made_by(), "provenance": provenance()}  # fmt: skip
 
 
 def keys(given: argparse.Namespace) -> list[Key]:
-    """All runs that are wanted; cases without calibration come once."""
+    """List all runs that are wanted; cases without calibration come once."""
     wanted = {}
     for name in given.cases:
         for samples in given.samples if CASES[name].calibrated else (0,):
@@ -199,8 +237,8 @@ def keys(given: argparse.Namespace) -> list[Key]:
     return list(wanted)
 
 
-def child(key: Key, arguments: list[str]) -> dict[str, Any]:
-    """One run in a fresh process.
+def child(key: Key, arguments: list[str]) -> Run:
+    """Make one run in a fresh process.
 
     Raises:
         CalledProcessError: it failed; its messages went to stderr.
@@ -228,13 +266,85 @@ def run_all(wanted: list[Key], jobs: int, output: Path, arguments: list[str]) ->
             print(*key, "FAILED", flush=True)
             return
         with lock:
-            add(output, [found])
+            add(output, found)
         figures = {name: round(value, 2) for name, value in found["perplexity"].items()}
         print(*key, found["bits_per_weight"], figures, found.get("cpu_seconds"), flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(run, wanted))
     return failed
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table is a case at one calibration size (0 without), one run per seed."""
+
+    name: str
+    samples: int
+    runs: tuple[Run, ...]
+
+    @property
+    def bits(self) -> float:
+        """Average the bits per pruned weight over seeds."""
+        return statistics.mean(run["bits_per_weight"] for run in self.runs)
+
+    def cells(self, protocols: Iterable[str]) -> list[str]:
+        """Print the row."""
+        calibrated = [str(self.samples), str(len(self.runs))] if self.samples else ["–", "–"]
+        found = [run["cpu_seconds"] / 60 for run in self.runs if "cpu_seconds" in run]
+        return [
+            CASES[self.name].label,
+            f"{self.bits:.2f}",
+            *calibrated,
+            *(figure([r["perplexity"][p] for r in self.runs if p in r["perplexity"]])
+              for p in protocols),
+            f"{statistics.mean(found):.1f}" if found else "–",
+        ]  # fmt: skip
+
+
+def figure(values: list[float]) -> str:
+    """Print a mean and the standard deviation over seeds, if there are several."""
+    if not values:
+        return "–"
+    mean = statistics.mean(values)
+    if len(values) == 1:
+        return pages.perplexity(mean)
+    deviation = statistics.stdev(values)
+    return f"{pages.perplexity(mean)} ± {deviation:.{1 if mean < 1000 else 0}f}"
+
+
+def rows_of(record: dict[str, Any]) -> list[Row]:
+    """Sort the runs of a record by case and calibration size, most bits first.
+
+    Raises:
+        ValueError: perplexities are of different texts.
+    """
+    if len({str(run["tokens_sha256"]) for run in record["runs"]}) > 1:
+        raise ValueError("the runs of frontier.json were measured on different texts.")
+    alike: dict[tuple[str, int], list[Run]] = {}
+    for run in record["runs"]:
+        alike.setdefault(key_of(run)[:2], []).append(run)
+    rows = [Row(name, samples, tuple(runs)) for (name, samples), runs in alike.items()]
+    return sorted(rows, key=lambda row: -round(row.bits, 2))
+
+
+def table(path: Path = RECORD) -> str:
+    """Give every case at every calibration size; protocols that no run has are left out."""
+    rows = rows_of(read(path))
+    runs = [run for row in rows for run in row.runs]
+    protocols = [p for p in PROTOCOLS if any(p in run["perplexity"] for run in runs)]
+    header = ["SmolLM2-135M", "bits/weight", "samples", "seeds",
+              *(PROTOCOLS[protocol] for protocol in protocols), "CPU minutes"]  # fmt: skip
+    texts = sorted({run["calibration_text"] for run in runs if run["samples"]})
+    return (
+        f"{pages.table(header, [row.cells(protocols) for row in rows])}\n\nPerplexity, float32, of "
+        f"windows of {WINDOW} tokens: 8w and 16w are the first 8 and 16 of WikiText-2 test; pydoc "
+        f"is another domain. Calibration: samples × {SEQ_LEN} tokens of {' or '.join(texts)}; mean "
+        "± standard deviation over the seeds. Bits of a pruned weight count masks, row offsets and "
+        "scales (of 96 or 128 columns each, in sparse int4 rows of 192, unless the row says "
+        "otherwise). CPU minutes are those of `gblm prune`, one thread. "
+        f"{pages.origins(runs, 'torch', 'transformers')}"
+    )
 
 
 def main() -> None:
@@ -246,10 +356,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--wikitext", type=Path)
     parser.add_argument("--model", type=Path, help="SmolLM2-135M as a folder, if not fetched")
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--full", action="store_true", help="all of the test text, too")
     parser.add_argument("--output", type=Path, default=RECORD)
-    parser.add_argument("--merge", nargs="+", type=Path)
     parser.add_argument("--one", nargs=3, metavar=("CASE", "SAMPLES", "SEED"))
     given = parser.parse_args()
     if given.one:
@@ -259,14 +367,11 @@ def main() -> None:
         disable_progress_bar()
         print(json.dumps(measure(Key(name, int(samples), int(seed)), given)))
         return
-    if given.merge:
-        add(given.output, [run for path in given.merge for run in read(path)["runs"]])
-        return
     text_file(given.wikitext, "test")
     record = read(given.output)
     missing = [key for key in keys(given) if not is_there(record, key, given.full)]
     print(f"{len(missing)} runs", flush=True)
-    arguments = ["--device", given.device]
+    arguments = []
     for flag in ("wikitext", "model"):
         if path := getattr(given, flag):
             arguments += [f"--{flag}", str(path)]

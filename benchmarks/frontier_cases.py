@@ -22,10 +22,10 @@ NARROW = {3: 3, 2: 1}
 
 @dataclass(frozen=True)
 class Case:
-    """One way to make the model smaller.
+    """A case is one way to make the model smaller.
 
     Attributes:
-        label: in tables and the figure.
+        label: its name in tables.
         recipe: fields of Recipe that are not the default ones; empty leaves the model as it is.
         narrow: bits of a code that is stored as int4 but counted, and limited, like this; see
             NARROW. 0 for what the recipe says.
@@ -40,23 +40,16 @@ class Case:
 
     @property
     def calibrated(self) -> bool:
-        """Whether the result depends on calibration text."""
+        """Tell whether the result depends on calibration text."""
         data_free = self.recipe.get("method") == "magnitude" and "reconstruct" not in self.recipe
         return bool(self.recipe) and (not data_free or self.recipe.get("rounding") == "obs")
 
-    @property
-    def sparse(self) -> bool:
-        """Whether weights are pruned."""
-        return bool(self.recipe) and self.recipe["pattern"] != "dense"
-
-    def build(self, model: str, source: str, samples: int, seed: int, device: str) -> Recipe:
-        """The whole recipe of one run."""
+    def build(self, model: str, source: str, samples: int, seed: int) -> Recipe:
+        """Make the whole recipe of one run."""
         calibration = {"source": source, "num_samples": samples, "seq_len": SEQ_LEN, "seed": seed,
                        "order": "sequential"}  # fmt: skip
         own = {"calibration": calibration if self.calibrated else None}
-        return Recipe.from_dict(
-            {"model": model, "dtype": "float32", "device": device, **own, **self.recipe}
-        )
+        return Recipe.from_dict({"model": model, "dtype": "float32", **own, **self.recipe})
 
 
 def _dense(values: str, **steps: Any) -> dict[str, Any]:
@@ -69,7 +62,6 @@ def _sparse(method: str, pattern: str, values: str = "float", **steps: Any) -> d
 
 
 OBS: dict[str, Any] = {"rounding": "obs"}
-REFIT: dict[str, Any] = {"refit": {}}
 REC: dict[str, Any] = {"reconstruct": {"epochs": 2}}
 
 CASES = {
@@ -78,65 +70,23 @@ CASES = {
     "int8": Case("int8", _dense("int8")),
     "int4-rtn": Case("int4, to the nearest", _dense("int4")),
     "int4-gptq": Case("int4, GPTQ", _dense("int4", **OBS)),
-    "int4-gptq-rec": Case("int4, GPTQ + reconstruct", _dense("int4", **OBS, **REC)),
-    "int4-g64-gptq": Case("int4 g64, GPTQ", _dense("int4:64", **OBS)),
     "int3-gptq": Case("int3, GPTQ", _dense("int4", **OBS), 3),
     "int3-gptq-rec": Case("int3, GPTQ + reconstruct", _dense("int4", **OBS, **REC), 3),
-    "int3-row-rec": Case("int3 row, GPTQ + reconstruct", _dense("int4:row", **OBS, **REC), 3),
     "int2-gptq": Case("int2, GPTQ", _dense("int4", **OBS), 2),
     "int2-g32-rec": Case("int2 g32, GPTQ + reconstruct", _dense("int4:32", **OBS, **REC), 2),
-    # bf16, 2:4 and 50 %.
-    "wanda-24": Case("2:4, Wanda", _sparse("wanda", "2:4")),
-    "gblm-24": Case("2:4, GBLM", _sparse("gblm", "2:4")),
     "sparsegpt-24": Case("2:4, SparseGPT", _sparse("sparsegpt", "2:4")),
-    "sparsegpt-24-refit": Case("2:4, SparseGPT + refit", _sparse("sparsegpt", "2:4", **REFIT)),
-    "sparsegpt-24-rec": Case("2:4, SparseGPT + reconstruct", _sparse("sparsegpt", "2:4", **REC)),
-    "sparsegpt-24-refit-rec": Case(
-        "2:4, SparseGPT + refit + reconstruct", _sparse("sparsegpt", "2:4", **REFIT, **REC)
-    ),
-    "alps-24": Case("2:4, ALPS", _sparse("alps", "2:4")),
     "alps-24-rec": Case("2:4, ALPS + reconstruct", _sparse("alps", "2:4", **REC)),
     "alps-24-rec4": Case(
         "2:4, ALPS + reconstruct 4", _sparse("alps", "2:4", reconstruct={"epochs": 4})
     ),
-    "sparsegpt-50": Case("50 %, SparseGPT", _sparse("sparsegpt", "0.5")),
-    "sparsegpt-50-rec": Case("50 %, SparseGPT + reconstruct", _sparse("sparsegpt", "0.5", **REC)),
-    # Sparse and four bits.
-    "int4-50": Case("int4 50 %, joint", _sparse("sparsegpt", "0.5", "int4")),
-    "int4-50-rec": Case(
-        "int4 50 %, joint + reconstruct", _sparse("sparsegpt", "0.5", "int4", **REC)
-    ),
-    "int4-24": Case("int4 2:4, joint", _sparse("sparsegpt", "2:4", "int4")),
-    "int4-24-rec": Case(
-        "int4 2:4, joint + reconstruct", _sparse("sparsegpt", "2:4", "int4", **REC)
-    ),
-    "int4-24-row-rec": Case(
-        "int4 row 2:4, joint + reconstruct", _sparse("sparsegpt", "2:4", "int4:row", **REC)
-    ),
-    # At most 3.1 bits.
-    "int4-3.1": Case("int4 52.1 %, joint", _sparse("sparsegpt", "0.521", "int4:192")),
     "int4-3.1-rec": Case(
         "int4 52.1 %, joint + reconstruct", _sparse("sparsegpt", "0.521", "int4:192", **REC)
-    ),
-    "int4-3.1-spread": Case(
-        "int4 spread to 3.1 bits, joint",
-        _sparse("sparsegpt", "0.521", "int4:192"),
-        budget="3.1bits",
     ),
     "int4-3.1-spread-rec": Case(
         "int4 spread to 3.1 bits, joint + reconstruct",
         _sparse("sparsegpt", "0.521", "int4:192", **REC),
         budget="3.1bits",
     ),
-    "int4-3.1-row-rec": Case(
-        "int4 row 50.6 %, joint + reconstruct", _sparse("sparsegpt", "0.506", "int4:row", **REC)
-    ),
-    "int4-3.1-alps": Case("int4 52.1 %, ALPS", _sparse("alps", "0.521", "int4:192")),
-    "int4-3.1-alps-rec": Case(
-        "int4 52.1 %, ALPS + reconstruct", _sparse("alps", "0.521", "int4:192", **REC)
-    ),
-    # At most 2.6 bits.
-    "int4-2.6": Case("int4 64.6 %, joint", _sparse("sparsegpt", "0.646", "int4:192")),
     "int4-2.6-rec": Case(
         "int4 64.6 %, joint + reconstruct", _sparse("sparsegpt", "0.646", "int4:192", **REC)
     ),
@@ -144,11 +94,5 @@ CASES = {
         "int4 spread to 2.6 bits, joint + reconstruct",
         _sparse("sparsegpt", "0.646", "int4:192", **REC),
         budget="2.6bits",
-    ),
-    "int4-2.6-row-rec": Case(
-        "int4 row 63.1 %, joint + reconstruct", _sparse("sparsegpt", "0.631", "int4:row", **REC)
-    ),
-    "int4-2.6-alps-rec": Case(
-        "int4 64.6 %, ALPS + reconstruct", _sparse("alps", "0.646", "int4:192", **REC)
     ),
 }

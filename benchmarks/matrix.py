@@ -1,7 +1,6 @@
 """Every method × pattern × value type on a real model: perplexity, size, cost.
 
     python benchmarks/matrix.py [--model smollm2|gemma3-270m] [--methods NAME …] [--patterns P …]
-        [--output FILE]
 
 Only commands of gblm are used, those of the README. A method that only chooses a mask prunes once
 per pattern; its zeros are then packed again with rounded values (`gblm export pack`). Methods that
@@ -22,14 +21,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pages import RESULTS
+import pages
 
 from gblm.cli import cli
 from gblm.fetch import fetch
 from gblm.provenance import provenance
 from gblm.record import Record
 
-MODELS = {"smollm2": "SmolLM2-135M", "gemma3-270m": "Gemma 3 270M"}
+MODELS = ("smollm2", "gemma3-270m")
 MASKS = ("magnitude", "gradient", "wanda", "gblm")
 UPDATES = ("sparsegpt", "alps")
 METHODS = (*MASKS, *UPDATES)
@@ -41,30 +40,32 @@ CALIBRATION = (
     "--calibration pydoc --num-samples 16 --seq-len 256 --seed 0 --dtype float32 --order sequential"
 )
 TEXT = "--text pydoc --seq-len 512 --max-windows 8 --dtype bfloat16 --no-baseline"
+SHORT = {"float": "bf16", "int8": "int8", "int4": "int4"}
 Cell = dict[str, Any]
+Cells = dict[tuple[str, str, str], Cell]
 
 
 def families(methods: tuple[str, ...], patterns: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Method and pattern of each process; the dense model and its roundings come first."""
+    """Give method and pattern of each process; the dense model and its roundings come first."""
     masked = [(method, pattern) for pattern in patterns for method in methods]
     return [("none", "dense"), *((name, "dense") for name in ROUNDINGS), *masked]
 
 
 def cells_of(method: str, pattern: str) -> list[tuple[str, str, str]]:
-    """Method, pattern and values of what one process measures."""
+    """Give method, pattern and values of what one process measures."""
     values = {"none": VALUES[:1], "nearest": VALUES[1:], "gptq": VALUES[1:]}.get(method, VALUES)
     return [(method, pattern, kind) for kind in values]
 
 
 class Family:
-    """Makes the folders of a method and a pattern, and measures them."""
+    """A family makes the folders of a method and a pattern, and measures them."""
 
     def __init__(self, name: str, root: Path, method: str, pattern: str) -> None:
         self.name, self.model, self.root = name, fetch(name), root
         self.method, self.pattern = method, pattern
 
-    def cells(self) -> list[Cell]:
-        """One for each value type."""
+    def measure(self) -> list[Cell]:
+        """Make a cell for each value type."""
         return [self._cell(kind) for _, _, kind in cells_of(self.method, self.pattern)]
 
     def _cell(self, values: str) -> Cell:
@@ -87,7 +88,7 @@ class Family:
         return cell
 
     def _make(self, values: str) -> tuple[Path, str]:
-        """The packed folder, and the command that a reader would give."""
+        """Make the packed folder; gives the command that a reader would give, too."""
         folder = self.root / values
         if self.method == "none":
             return self.model, ""
@@ -107,7 +108,7 @@ class Family:
         return folder, f"gblm prune {self.name} {options}"
 
     def _round(self, values: str, folder: Path) -> str:
-        """The same zeros with rounded values."""
+        """Pack the same zeros with rounded values."""
         dense = self.root / "zeros"
         if not dense.exists():
             gblm(f"export dense {self.root / 'float'} --output {dense}")
@@ -117,35 +118,78 @@ class Family:
 
 
 def gblm(arguments: str) -> None:
-    """One command of gblm, in this process."""
+    """Run a command of gblm in this process, whose CPU time is counted."""
     cli(["--quiet", "--no-progress", *arguments.split()], standalone_mode=False)
 
 
 def record_of(model: str) -> Path:
-    """The file that holds the cells of a model."""
-    return RESULTS / f"matrix-{model}.json"
+    """Name the file that holds the cells of a model."""
+    return pages.RESULTS / f"matrix-{model}.json"
 
 
 def read(model: str) -> dict[str, Any]:
     """Read a model's record; it is a new one if there is none."""
     if record_of(model).exists():
-        found: dict[str, Any] = json.loads(record_of(model).read_text())
-        return found
+        return pages.read(f"matrix-{model}")
     return {"kind": "matrix", "model": model, "calibration": CALIBRATION, "cells": []}
 
 
 def add(model: str, cells: list[Cell]) -> None:
-    """Put cells into a model's record, whole or not at all."""
-    path, record = record_of(model), read(model)
+    """Put cells into a model's record."""
+    record = read(model)
     record["cells"] += cells
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=2) + "\n")
-    partial.replace(path)
+    pages.write(record_of(model), record)
 
 
-def known(model: str) -> set[tuple[str, str, str]]:
-    """The cells that a model's record holds."""
-    return {(cell["method"], cell["pattern"], cell["values"]) for cell in read(model)["cells"]}
+def cells_of_record(model: str) -> Cells:
+    """Give the cells that a model's record holds, by method, pattern and values."""
+    return {(c["method"], c["pattern"], c["values"]): c for c in read(model)["cells"]}
+
+
+def table() -> str:
+    """Give perplexity of every method, pattern and value type, a table for each real model."""
+    return "\n\n".join(_table(model, cells_of_record(model)) for model in MODELS)
+
+
+def _table(model: str, cells: Cells) -> str:
+    dense = cells["none", "dense", "float"]
+    rows = [["dense", "–", pages.perplexity(dense["perplexity"]), "–", "–", "–"]]
+    for name, label in (("nearest", "rounded to the nearest"), ("gptq", "rounded by GPTQ")):
+        rows.append(["dense", label, "–", *_perplexities(cells, name, "dense")[1:], "–"])
+    patterns = dict.fromkeys(pattern for _, pattern, _ in cells if pattern != "dense")
+    for pattern in sorted(patterns, key=PATTERNS.index):
+        for method in (m for m in METHODS if (m, pattern, "float") in cells):
+            seconds = cells[method, pattern, "float"]["cpu_seconds"]
+            rows.append([pattern, method, *_perplexities(cells, method, pattern), f"{seconds:.0f}"])
+    masks = [method for method in MASKS if any(key[0] == method for key in cells)]
+    header = [pages.MODELS[model], "method", *SHORT.values(), "CPU seconds"]
+    return (
+        f"{pages.table(header, rows)}\n\nPerplexity: {dense['protocol']}; lower is better. "
+        "Calibration: 16 × 256 tokens of the other part of that text, `--order sequential`, one "
+        f"seed. After a mask of {', '.join(masks)} values are rounded to the nearest; "
+        "sparsegpt and alps round jointly (`--rounding obs`). CPU seconds: pruning to bf16 with "
+        f"one thread, writing included. {pages.origins(cells.values(), 'torch')}"
+    )
+
+
+def _perplexities(cells: Cells, method: str, pattern: str) -> list[str]:
+    found = (cells.get((method, pattern, kind)) for kind in VALUES)
+    return [pages.perplexity(cell["perplexity"]) if cell else "–" for cell in found]
+
+
+def sizes() -> str:
+    """Give bits per weight and file size of SmolLM2, which no method changes."""
+    cells, rows = cells_of_record("smollm2"), []
+    for pattern in ("dense", *PATTERNS):
+        method = "nearest" if pattern == "dense" else "magnitude"
+        row = [pattern]
+        for kind in SHORT:
+            # The dense model itself is not packed.
+            cell = cells.get((method, pattern, kind), {"bits_per_weight": 16.0})
+            size = cell.get("bytes_packed", cells["magnitude", "2:4", "float"]["bytes_dense"])
+            row.append(f"{cell['bits_per_weight']:.2f} · {size / 1e6:.0f}")
+        rows.append(row)
+    return pages.table(["bits per pruned weight · MB of tensors", *SHORT.values()], rows)
 
 
 def main() -> None:
@@ -158,10 +202,10 @@ def main() -> None:
     given = parser.parse_args()
     if given.one:
         with tempfile.TemporaryDirectory() as root:
-            print(json.dumps(Family(given.model, Path(root), *given.one).cells()))
+            print(json.dumps(Family(given.model, Path(root), *given.one).measure()))
         return
     for family in families(tuple(given.methods), tuple(given.patterns)):
-        if known(given.model).issuperset(cells_of(*family)):
+        if cells_of_record(given.model).keys() >= set(cells_of(*family)):
             continue
         print(*family, flush=True)
         done = subprocess.run(

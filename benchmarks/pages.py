@@ -1,10 +1,13 @@
-"""What benchmarks and the generators of tables share: places, tables, where a record comes from."""
+"""What the scripts share: records, tables of Markdown, origins, and gblm's commands."""
 
 from __future__ import annotations
 
 import json
 import shlex
+import statistics
+import subprocess
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +15,49 @@ from gblm.record import without_folders
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+# How tables call the models.
+MODELS = {
+    "smollm2": "SmolLM2-135M", "gemma3-270m": "Gemma 3 270M", "tinyllama": "1.1B LLaMA shape",
+    "llama2": "LLaMA-2-7B shape",
+}  # fmt: skip
 
 
 def read(name: str) -> dict[str, Any]:
-    """One record."""
+    """Read a record."""
     record: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
     return record
 
 
+def write(path: Path, record: dict[str, Any]) -> None:
+    """Write a record, whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Lay out a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def origin(record: dict[str, Any], *packages: str) -> str:
-    """Machine, versions and commit of a record."""
+def counted(number: int, what: str) -> str:
+    """Say how many things there are: "1 token", "2 tokens"."""
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
+def perplexity(value: float) -> str:
+    """Print a perplexity with the digits that mean something."""
+    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Give the median, the smallest and the largest of some values."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def origin(record: Mapping[str, Any], *packages: str) -> str:
+    """Name the machine, the versions and the commit of a record."""
     found = record["provenance"]
     commit, _, dirty = found["commit"].partition("-")
     versions = ", ".join(f"{p} {found['packages'][p]}" for p in packages)
@@ -37,7 +67,21 @@ def origin(record: dict[str, Any], *packages: str) -> str:
     )
 
 
+def origins(records: Iterable[Mapping[str, Any]], *packages: str) -> str:
+    """Name machines and versions of several records once each, with all commits."""
+    found: dict[str, dict[str, None]] = {}
+    for record in records:
+        where, _, commit = origin(record, *packages).partition("; commit ")
+        found.setdefault(where, {})[commit.rstrip(".")] = None
+    return " ".join(f"{where}; commit {', '.join(commits)}." for where, commits in found.items())
+
+
 def made_by(folder: str = "benchmarks") -> str:
-    """The call of this script in words, for its record; of absolute paths the last part."""
+    """Write down the call of this script for its record; of absolute paths only the last part."""
     words = [f"{folder}/{Path(sys.argv[0]).name}", *map(without_folders, sys.argv[1:])]
     return shlex.join(["python", *words])
+
+
+def gblm(line: str) -> None:
+    """Run a command of gblm in a process of its own."""
+    subprocess.run([sys.executable, "-m", "gblm", *shlex.split(line)], check=True)

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pages
 import torch
-from pages import made_by
 from safetensors.torch import load_file, save_file
 
 from gblm import data
@@ -35,9 +35,8 @@ from gblm.provenance import provenance
 from gblm.prune import prune
 from gblm.recipe import Calibration, Recipe
 
-RESULTS = Path(__file__).resolve().parent / "results"
-RECORD = RESULTS / "published-code.json"
-ROUNDING = RESULTS / "published-rounding.json"
+RECORD = pages.RESULTS / "published-code.json"
+ROUNDING = pages.RESULTS / "published-rounding.json"
 # Standard deviation of what weights are multiplied by: a few units in float32's last place.
 ROUNDING_NOISE = 1e-6
 # Method, pattern, name of the reference run.
@@ -93,7 +92,7 @@ def perplexity_as_published(packed_folder: Path, reference: Path) -> float:
     return perplexity(load(packed_folder, "dense", torch.bfloat16), windows)
 
 
-def rounding(reference: Path, seeds: int) -> dict[str, Any]:
+def measure_rounding(reference: Path, seeds: int) -> dict[str, Any]:
     """Perplexities of SparseGPT, of models that differ by rounding alone."""
     runs = {}
     for method, pattern, name in (run for run in RUNS if run[0] == "sparsegpt"):
@@ -127,7 +126,7 @@ def _rounded_otherwise(model: Path, seed: int, output: Path) -> None:
         save_file(changed, file, metadata={"format": "pt"})
 
 
-def comparison(reference: Path) -> list[dict[str, Any]]:
+def measure(reference: Path) -> list[dict[str, Any]]:
     """A row for each run of the published code."""
     published = json.loads((reference / "golden/golden.json").read_text())["results"]
     rows: list[dict[str, Any]] = []
@@ -147,6 +146,44 @@ def comparison(reference: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def table() -> str:
+    """Put masks and perplexities beside those of the published code."""
+    record = pages.read("published-code")
+    cells = []
+    for run in record["runs"]:
+        different = ", ".join(f"{share:.2%}" for share in run["different_bits"].values())
+        theirs = run["perplexity_published_code"]
+        cells.append([
+            f"{run['method']} {run['pattern']}", different, f"{theirs:.2f}",
+            f"{run['perplexity']:.2f}", f"{run['perplexity'] / theirs - 1:+.1%}",
+        ])  # fmt: skip
+    header = [
+        "", "different mask bits in layers 0, 15, 29", "perplexity, published code", "ours",
+        "difference",
+    ]  # fmt: skip
+    return (
+        f"{pages.table(header, cells)}\n\n{pages.origin(record, 'torch', 'transformers')}\n\n"
+        f"{_rounding()}"
+    )
+
+
+def _rounding() -> str:
+    """Say what one run of SparseGPT is worth."""
+    record = pages.read("published-rounding")
+    runs = [
+        f"{name.removeprefix('sparsegpt_').replace('_', ':')}: {run['mean']:.2f} ± "
+        f"{run['relative_deviation']:.1%} ({min(run['perplexities']):.2f}–"
+        f"{max(run['perplexities']):.2f})"
+        for name, run in record["runs"].items()
+    ]
+    count = len(record["runs"]["sparsegpt_2_4"]["perplexities"])
+    return (
+        f"SparseGPT amplifies rounding. Perplexity of {count} runs, weights times "
+        f"1 + {record['noise']:g} · N(0, 1), mean ± standard deviation and range: "
+        f"{'; '.join(runs)}. Record `published-rounding.json`: {pages.origin(record, 'torch')}"
+    )
+
+
 def main() -> None:
     """Run what is asked for and write its record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -154,12 +191,12 @@ def main() -> None:
     parser.add_argument("--rounding", type=int, default=0, metavar="N")
     chosen = parser.parse_args()
     if chosen.rounding:
-        runs: Any = rounding(chosen.reference, chosen.rounding)
+        runs: Any = measure_rounding(chosen.reference, chosen.rounding)
         record, file = {"kind": "published code, rounding", "noise": ROUNDING_NOISE}, ROUNDING
     else:
-        runs, record, file = comparison(chosen.reference), {"kind": "published code"}, RECORD
-    record |= {"command": made_by(), "provenance": provenance(), "runs": runs}
-    file.write_text(json.dumps(record, indent=2) + "\n")
+        runs, record, file = measure(chosen.reference), {"kind": "published code"}, RECORD
+    record |= {"command": pages.made_by(), "provenance": provenance(), "runs": runs}
+    pages.write(file, record)
 
 
 if __name__ == "__main__":

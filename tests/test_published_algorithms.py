@@ -1,4 +1,4 @@
-"""Whole runs against the papers' algorithms written plainly (benchmarks/plain.py).
+"""Whole runs against the papers' algorithms written plainly (plain.py).
 
 Where ../shared has masks of the published code itself, test_golden.py compares with those; this
 covers other patterns, sparsities and norms, on the tiny model.

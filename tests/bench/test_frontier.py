@@ -8,14 +8,12 @@ from typing import Any
 
 import frontier
 import frontier_cases
-import frontier_record
-import frontier_tables
 import pytest
 import torch
 from frontier_cases import CASES
-from frontier_record import Key
 
 from gblm.errors import InputError
+from gblm.methods.pipeline import make_pipeline
 from gblm.model.folder import ModelFolder
 from gblm.model.packed_reader import PackedReader
 from gblm.provenance import provenance
@@ -29,7 +27,7 @@ def run(name: str, samples: int, seed: int, perplexity: float, **more: Any) -> d
         "narrow": case.narrow, "cpu_seconds": 60.0 + 60 * seed, "bits_per_weight": bits,
         "perplexity": {"8w": perplexity, "16w": perplexity + 1, "pydoc 8w": perplexity / 2},
         "tokens_sha256": {"wikitext": "1", "pydoc": "2"}, "calibration_text": "valid.txt",
-        "device": "cpu", "provenance": provenance(), **more,
+        "provenance": provenance(), **more,
     }  # fmt: skip
 
 
@@ -47,7 +45,8 @@ def made_up() -> list[dict[str, Any]]:
 @pytest.fixture
 def record(tmp_path: Path) -> Path:
     path = tmp_path / "frontier.json"
-    frontier_record.add(path, made_up())
+    for each in made_up():
+        frontier.add(path, each)
     return path
 
 
@@ -55,9 +54,10 @@ def record(tmp_path: Path) -> Path:
 def test_every_case_is_a_recipe(name: str) -> None:
     case = CASES[name]
     assert case.recipe
-    recipe = case.build("model", "valid.txt", 16, 3, "cpu")
+    recipe = case.build("model", "valid.txt", 16, 3)
     assert recipe.dtype == "float32"
-    frontier.steps_of(recipe)
+    assert recipe.refit is None
+    make_pipeline(recipe.method, recipe.options, None, recipe.rounding)
     assert (recipe.calibration is None) == (name in ("int8", "int4-rtn"))
     if recipe.calibration is not None:
         assert (recipe.calibration.num_samples, recipe.calibration.seed) == (16, 3)
@@ -105,11 +105,11 @@ def test_runs_that_are_there_are_skipped(
     (text_file.parent / "test.txt").write_text(text_file.read_text())
     older = run("alps-24-rec", 64, 0, 43.0)
     older["recipe"]["reconstruct"] = {"epochs": 1}
-    frontier_record.add(record, [older])
+    frontier.add(record, older)
     started = []
 
-    def child(key: Key, arguments: list[str]) -> dict[str, Any]:
-        started.append((*key, *arguments[:2]))
+    def child(key: frontier.Key, arguments: list[str]) -> dict[str, Any]:
+        started.append((*key, arguments[0]))
         return run(*key, 40.0)
 
     monkeypatch.setattr(frontier, "child", child)
@@ -119,41 +119,29 @@ def test_runs_that_are_there_are_skipped(
     monkeypatch.setattr("sys.argv", command)
     frontier.main()
     wanted = [("sparsegpt-24", 64, 3), ("alps-24-rec", 64, 0), ("alps-24-rec", 64, 3)]
-    assert started == [(*key, "--device", "cpu") for key in wanted]
+    assert started == [(*key, "--wikitext") for key in wanted]
     frontier.main()
     assert len(started) == 3
     runs = json.loads(record.read_text())["runs"]
     assert len(runs) == len(made_up()) + 2
-    assert [r["perplexity"]["8w"] for r in runs if frontier_record.key_of(r) in wanted] == [40] * 3
+    assert [r["perplexity"]["8w"] for r in runs if frontier.key_of(r) in wanted] == [40] * 3
 
 
 def test_a_run_without_the_full_text_is_not_enough_for_one_with_it(record: Path) -> None:
-    found, key = frontier_record.read(record), Key("int8", 0, 0)
-    assert frontier_record.is_there(found, key, full=False)
-    assert not frontier_record.is_there(found, key, full=True)
+    found, key = frontier.read(record), frontier.Key("int8", 0, 0)
+    assert frontier.is_there(found, key, full=False)
+    assert not frontier.is_there(found, key, full=True)
 
 
 def test_failures_do_not_stop_the_others(
     record: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    keys = [Key("int8", 0, 0)]
+    keys = [frontier.Key("int8", 0, 0)]
     before = record.read_text()
     failed = frontier.run_all(keys, 1, record, ["--model", str(tmp_path / "nowhere")])
     assert failed == keys
     assert "int8 0 0 FAILED" in capfd.readouterr().out
     assert record.read_text() == before
-
-
-def test_merging_adds_the_runs_of_another_machine(
-    record: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    other = tmp_path / "other.json"
-    frontier_record.add(other, [run("int8", 0, 0, 28.0), run("wanda-24", 16, 0, 115.0)])
-    monkeypatch.setattr("sys.argv", ["frontier.py", "--output", str(record), "--merge", str(other)])
-    frontier.main()
-    runs = {frontier_record.key_of(r): r for r in frontier_record.read(record)["runs"]}
-    assert len(runs) == len(made_up()) + 1
-    assert runs["int8", 0, 0]["perplexity"]["8w"] == 28.0
 
 
 def test_missing_text_is_named(tmp_path: Path) -> None:
@@ -163,56 +151,19 @@ def test_missing_text_is_named(tmp_path: Path) -> None:
 
 
 def test_table_has_means_spreads_and_minutes(record: Path) -> None:
-    text = frontier_tables.frontier(record)
+    text = frontier.table(record)
     assert "| 2:4, SparseGPT | 9.00 | 64 | 3 | 57.0 ± 1.0 | 58.0 ± 1.0 | 28.5 ± 0.5 | 2.0 |" in text
     assert "| int8 | 8.22 | – | – | 27.6 | 28.6 | 13.8 | 1.0 |" in text
-    assert "60.2" not in text
-    assert "64 × 256 tokens of valid.txt; mean ± standard deviation over 1 to 3 seeds" in text
-    every = frontier_tables.frontier_all(record)
-    assert "| 2:4, SparseGPT | 9.00 | 16 | 1 | 60.2 | 61.2 | 30.1 | 1.0 |" in every
-    assert "| int2, GPTQ | 2.25 | 64 | 1 | 8000 |" in every
-    assert re.search(r"over 1 to 3 seeds\. .*; commit [0-9a-f]{12}", every)
-
-
-def test_without_a_record_there_is_nothing_to_show(tmp_path: Path) -> None:
-    for make in (frontier_tables.frontier, frontier_tables.frontier_all):
-        assert make(tmp_path / "none.json") == "Nothing has been recorded yet."
-
-
-def test_rows_without_calibration_do_not_speak_of_it(tmp_path: Path) -> None:
-    frontier_record.add(tmp_path / "one.json", [run("int8", 0, 0, 27.6)])
-    text = frontier_tables.frontier_all(tmp_path / "one.json")
-    assert "| int8 | 8.22 | – | – | 27.6 |" in text
-    assert "Calibration" not in text
-
-
-def test_runs_on_another_device_have_no_cpu_minutes(record: Path) -> None:
-    frontier_record.add(record, [run("alps-24-rec", 64, 0, 43.0, device="cuda")])
-    text = frontier_tables.frontier(record)
-    assert "| 2:4, ALPS + reconstruct | 9.00 | 64 | 1 | 43.0 | 44.0 | 21.5 | – |" in text
+    assert "| 2:4, SparseGPT | 9.00 | 16 | 1 | 60.2 | 61.2 | 30.1 | 1.0 |" in text
+    assert "| int2, GPTQ | 2.25 | 64 | 1 | 8000 |" in text
+    assert "× 256 tokens of valid.txt; mean ± standard deviation over the seeds" in text
+    assert re.search(r"; commit [0-9a-f]{12}", text)
 
 
 def test_perplexities_of_different_texts_are_not_mixed(record: Path) -> None:
-    frontier_record.add(record, [run("wanda-24", 16, 0, 1.0, tokens_sha256={"wikitext": "3"})])
+    frontier.add(record, run("int4-gptq", 16, 0, 1.0, tokens_sha256={"wikitext": "3"}))
     with pytest.raises(ValueError, match="different texts"):
-        frontier_tables.frontier_all(record)
-
-
-def test_the_figure_is_the_same_each_time(record: Path, tmp_path: Path) -> None:
-    figure = pytest.importorskip("frontier_figure", reason="matplotlib: make dev installs it")
-    for name in ("a.svg", "b.svg"):
-        figure.draw(frontier_record.read(record), tmp_path / name)
-    text = (tmp_path / "a.svg").read_text()
-    assert text == (tmp_path / "b.svg").read_text()
-    assert "dc:date" not in text
-    assert "int2, GPTQ (8000)" in text
-    assert text.count(">int8<") == 1
-
-
-def test_the_front_is_what_nothing_else_beats() -> None:
-    figure = pytest.importorskip("frontier_figure", reason="matplotlib: make dev installs it")
-    points = [(9, 40), (8, 28), (4, 32), (4, 35), (3, 50), (16, 27)]
-    assert figure.pareto(points) == [(3, 50), (4, 32), (8, 28), (16, 27)]
+        frontier.table(record)
 
 
 @pytest.mark.parametrize(("name", "limit"), [("int3-gptq-rec", 3), ("int2-gptq", 1)])
@@ -220,7 +171,7 @@ def test_narrow_codes_stay_within_their_limit(
     tiny: Path, text_file: Path, tmp_path: Path, name: str, limit: int
 ) -> None:
     case = CASES[name]
-    recipe = case.build(str(tiny), str(text_file), 2, 0, "cpu")
+    recipe = case.build(str(tiny), str(text_file), 2, 0)
     recipe = recipe.model_copy(
         update={"calibration": recipe.calibration.model_copy(update={"seq_len": 16})}
     )
@@ -243,8 +194,8 @@ def test_a_run_measures_all_protocols(
         (tmp_path / f"{split}.txt").write_text("Sphinx of black quartz, judge my vow! " * 20)
     monkeypatch.setattr(frontier, "WINDOW", 16)
     monkeypatch.setattr(frontier_cases, "SEQ_LEN", 16)
-    given = Namespace(model=tiny, wikitext=tmp_path, device="cpu", full=True)
-    found = frontier.measure(Key("sparsegpt-24", 2, 1), given)
+    given = Namespace(model=tiny, wikitext=tmp_path, full=True)
+    found = frontier.measure(frontier.Key("sparsegpt-24", 2, 1), given)
     assert list(found["perplexity"]) == ["8w", "16w", "pydoc 8w", "full"]
     assert all(value > 1 for value in found["perplexity"].values())
     assert found["full_windows"] == 760 // 16

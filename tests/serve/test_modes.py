@@ -1,6 +1,6 @@
 """The modes of vLLM that need one process: packed models against their dense-with-zeros selves.
 
-All value types in all modes: benchmarks/modes.py. Compiled engines: test_vllm_plugin.py.
+Compiled engines: test_vllm_plugin.py.
 """
 
 from __future__ import annotations

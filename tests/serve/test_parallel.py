@@ -1,7 +1,4 @@
-"""Several workers of vLLM: tensor and pipeline parallel, Ray; packed models against dense ones.
-
-All value types over two and four ranks: benchmarks/modes.py.
-"""
+"""Several workers of vLLM: tensor and pipeline parallel, Ray; packed models against dense ones."""
 
 from __future__ import annotations
 
@@ -84,7 +81,7 @@ def test_two_pipeline_stages_answer_as_those_of_the_dense_model(tmp_path: Path) 
 
 def test_ray_is_refused_by_vllm_for_cpu_whatever_the_model(tmp_path: Path) -> None:
     if importlib.util.find_spec("ray") is None:
-        pytest.skip("ray is not installed; benchmarks/modes.py was run with it")
+        pytest.skip("ray is not installed")
     save_tiny_model(tmp_path / "model")
     settings = EAGER | {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
     rows, log = answers([engine({"settings": settings}, tmp_path / "model")])

@@ -11,7 +11,7 @@ from torch.nn import functional
 from gblm.kernels.base import Backend
 from gblm.sparse.formats import Format, Parts, Shape
 
-# Bounds the scratch memory; smaller pieces cost more calls (benchmarks/results/expand.json).
+# Bounds the scratch memory; smaller pieces cost more calls (docs/log.md).
 CHUNK_WEIGHTS = 1 << 18
 
 

@@ -1,7 +1,7 @@
 """The papers' pruning algorithms written plainly: whole model in memory, one step after another.
 
 Structure and cost are those of the published code of Wanda, SparseGPT and GBLM-Pruner, less its
-checks, files and printing. The yardstick of benchmarks/pruning.py and of tests; not for use.
+checks, files and printing. The yardstick of test_published_algorithms.py; not for use.
 """
 
 from __future__ import annotations

@@ -1,16 +1,12 @@
-"""llama.cpp as a rival: a GGUF file of the same model, an engine for speed, a score for quality.
+"""llama.cpp as a rival: a GGUF file of the same model, and a score for quality.
 
-As a module (needs `gguf`): make_gguf. As a script, run by a Python that has llama-cpp-python built
-for this machine (CMAKE_ARGS=-DGGML_NATIVE=ON): `FILE THREADS` answers one line of standard input
-after the other, as the engines of decoding.py do; `FILE THREADS score` reads windows of token ids
-as JSON and prints the mean loss.
+make_gguf needs `gguf`; mean_loss needs llama-cpp-python, built for this machine
+(CMAKE_ARGS=-DGGML_NATIVE=ON).
 """
 
 from __future__ import annotations
 
 import json
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -79,42 +75,13 @@ def gguf_name(name: str) -> str:
     return f"blk.{index}.{PARTS[part]}.weight"
 
 
-def serve_work(path: str, threads: int) -> None:
-    """Answer lines "SEQUENCES PROMPT TOKENS"; one sequence at a time only."""
+def mean_loss(path: Path, windows: list[list[int]], threads: int = 2) -> float:
+    """Give the mean cross-entropy of windows of token ids, in nats a token."""
     import llama_cpp
     import numpy as np
 
     llm = llama_cpp.Llama(
-        path, n_ctx=1024, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False
-    )
-    for line in sys.stdin:
-        answer: dict[str, Any] = {}
-        if len(line.split()) == 3:
-            sequences, prompt, tokens = map(int, line.split())
-            if sequences > 1:
-                print("ANSWER {}", flush=True)
-                continue
-            llm.reset()
-            began = time.perf_counter()
-            llm.eval([(7 * j) % 250 for j in range(prompt)])
-            rest = time.perf_counter() - began
-            if tokens:
-                began = time.perf_counter()
-                for _ in range(tokens):
-                    llm.eval([int(np.argmax(llm.scores[llm.n_tokens - 1][:250]))])
-                rest = time.perf_counter() - began
-            answer = {"seconds": rest, "per_second": (tokens or prompt) / rest}
-        print("ANSWER " + json.dumps(answer), flush=True)
-
-
-def score(path: str, threads: int) -> None:
-    """Print {"loss": mean cross-entropy} of the windows on standard input."""
-    import llama_cpp
-    import numpy as np
-
-    windows = json.load(sys.stdin)
-    llm = llama_cpp.Llama(
-        path, n_ctx=len(windows[0]), n_batch=512, n_threads=threads, n_threads_batch=threads,
+        str(path), n_ctx=len(windows[0]), n_batch=512, n_threads=threads, n_threads_batch=threads,
         logits_all=True, verbose=False,
     )  # fmt: skip
     losses = []
@@ -125,9 +92,4 @@ def score(path: str, threads: int) -> None:
         top = logits.max(axis=1, keepdims=True)
         total = top[:, 0] + np.log(np.exp(logits - top).sum(axis=1))
         losses.append(float((total - logits[np.arange(len(logits)), window[1:]]).mean()))
-    print(json.dumps({"loss": sum(losses) / len(losses)}))
-
-
-if __name__ == "__main__":
-    file, count, *action = sys.argv[1:]
-    (score if action == ["score"] else serve_work)(file, int(count))
+    return sum(losses) / len(losses)

@@ -1,0 +1,92 @@
+"""LLaMA shapes with random weights, and folders of gblm that several benchmarks make of a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from pages import gblm
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from gblm.fetch import fetch
+from gblm.model.folder import ModelFolder
+from gblm.model.loading import skeleton
+
+# Hidden, intermediate, layers, heads, heads of keys and values.
+SHAPES = {
+    "tinyllama": (2048, 5632, 22, 32, 4),
+    "llama2": (4096, 11008, 32, 32, 32),
+}
+VOCAB, SCALE = 32000, 0.02
+BOS, EOS = "<s>", "</s>"
+
+
+def model_folder(root: Path, name: str) -> Path:
+    """Give the dense model of a name: the real SmolLM2, or a shape that is made once."""
+    return fetch(name) if name == "smollm2" else shape_folder(root, name)
+
+
+def make_packed(model: Path, pattern: str, values: str, head: str, folder: Path) -> None:
+    """Pack a model, its zeros chosen by magnitude: speed and size do not depend on the method."""
+    command = "export pack" if pattern == "dense" else "prune"
+    method = "" if pattern == "dense" else "--method magnitude "
+    gblm(
+        f"{command} '{model}' {method}--pattern {pattern} --values {values} --head {head} "
+        f"--output '{folder}'"
+    )
+
+
+def shape_folder(root: Path, size: str) -> Path:
+    """Make a LLaMA of this shape with random weights, one shard per decoder layer."""
+    folder = root / size
+    if (folder / "model.safetensors.index.json").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    hidden, wide, layers, heads, kv_heads = SHAPES[size]
+    LlamaConfig(
+        hidden_size=hidden, intermediate_size=wide, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=VOCAB,
+        max_position_embeddings=4096, tie_word_embeddings=False, bos_token_id=256,
+        eos_token_id=257, architectures=["LlamaForCausalLM"], dtype="bfloat16",
+    ).save_pretrained(folder)  # fmt: skip
+    save_byte_tokenizer(folder)
+    weight_map = dict(write_shards(folder))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def write_shards(folder: Path) -> Iterator[tuple[str, str]]:
+    """Draw and write shard after shard; yield each tensor's name and file."""
+    shards: dict[str, dict[str, torch.Size]] = {}
+    for name, parameter in skeleton(ModelFolder.open(folder), 10**6).named_parameters():
+        parts = name.split(".")
+        shard = parts[2] if parts[1] == "layers" else "frame"
+        shards.setdefault(shard, {})[name] = parameter.shape
+    for seed, (shard, shapes) in enumerate(shards.items()):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {
+            name: (torch.randn(shape, generator=generator) * SCALE).bfloat16()
+            if len(shape) > 1
+            else torch.ones(shape, dtype=torch.bfloat16)
+            for name, shape in shapes.items()
+        }
+        file = f"model-{shard}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        yield from ((name, file) for name in tensors)
+
+
+def save_byte_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of 256 bytes, BOS 256 and EOS 257."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([BOS, EOS])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=EOS
+    ).save_pretrained(folder)
