@@ -1,4 +1,4 @@
-"""The whole road on a real model: fetch, prune, inspect, verify, evaluate, serve, compare.
+"""The whole road on a real model: fetch, prune, inspect, evaluate, serve, compare.
 
 Run by `make demo`; every step is a `gblm` command that is printed before it runs.
 Ends in a table and in runs/demo/summary.json.
@@ -42,8 +42,7 @@ def main() -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     gblm(f"fetch smollm2 --output {MODEL}")
     gblm(f"prune {MODEL} --method gblm --pattern 2:4 {CALIBRATION} --output {PACKED}")
-    gblm(f"inspect {PACKED}")
-    gblm(f"verify {PACKED}")
+    gblm(f"inspect {PACKED} --verify")
     gblm(f"eval {PACKED} --baseline {MODEL} {WINDOWS} --backend dense --output {EVAL}")
     gblm(f"bench {MODEL.name}={MODEL} {PACKED.name}={PACKED} {LOAD} --output {BENCH} "
          f"--log {RUN}/servers.log -- {VLLM}")  # fmt: skip

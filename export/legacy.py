@@ -12,9 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from gblm.checkpoint.pack import Packing, Piece, check_packable, check_room, write_packed
 from gblm.errors import CheckpointError, InputError, UsageError
 from gblm.export.legacy_folder import LegacyReader
@@ -26,6 +23,7 @@ from gblm.model.linears import prunable
 from gblm.progress import Progress, no_progress
 from gblm.recipe import Choice
 from gblm.sparse.patterns import NM, Pattern
+from gblm.sparse.weights import same_bits
 
 logger = logging.getLogger(__name__)
 
@@ -129,14 +127,8 @@ def _pieces(
         parts = {part: tensors[f"{name}.{part}"] for part in choice.fmt.parts}
         choice.fmt.validate(name, parts, (weight.mask.shape[0], weight.mask.shape[1]))
         unpacked = reader.unpacked(name) + 0.0  # packing writes −0.0 as +0.0
-        if not _same_bits(choice.fmt.expand(parts, unpacked.dtype), unpacked):
+        if not same_bits(choice.fmt.expand(parts, unpacked.dtype), unpacked):
             raise CheckpointError(f"{name}: the packed weight is not the one in the file.")
         yield tensors, rows
         reader.release()
         step()
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two weights are equal in dtype, shape and every bit, NaN included."""
-    same = a.dtype == b.dtype and a.shape == b.shape
-    return same and torch.equal(a.view(torch.uint8), b.contiguous().view(torch.uint8))

@@ -19,7 +19,7 @@ from typing import Any
 
 from gblm import __version__
 from gblm.cache import cache_folder
-from gblm.checkpoint.write import SIDE_FILES, folder_bytes, folder_sha256
+from gblm.checkpoint.write import SIDE_FILES, folder_bytes
 from gblm.errors import MachineError, UsageError
 from gblm.export.legacy import export_legacy
 from gblm.export.pack import export_pack
@@ -126,7 +126,7 @@ def _place(title: str, facts: dict[str, Any], source: ModelFolder) -> Path:
         file.name for pattern in SIDE_FILES for file in source.path.glob(pattern) if file.is_file()
     }
     with Reader(source) as reader:
-        content = folder_sha256(source.path, {"config.json", *reader.files, *side})
+        content = reader.sha256(side)
     used = {"gblm": __version__} | {name: versions()[name] for name in ("torch", "transformers")}
     everything = {"title": title, "facts": facts, "model": content, "versions": used}
     digest = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]

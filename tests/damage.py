@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from gblm.checkpoint.write import sha256
+from gblm.files import sha256
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 UP = "model.layers.0.mlp.up_proj"

@@ -159,7 +159,7 @@ LIST: dict[str, list[tuple[str, str, str]]] = {
     "checkpoint/test_verify.py": [
         ("verify-hash", 'if not isinstance(facts, dict) or sha256(path) != facts.get("sha256"):',
          "if not isinstance(facts, dict):"),
-        ("verify-against", 'if not _same_bits(weight, dense.tensor(f"{name}.weight") + 0.0):',
+        ("verify-against", 'if not same_bits(weight, dense.tensor(f"{name}.weight") + 0.0):',
          "if False:"),
     ],
     "kernels/test_contract.py": [

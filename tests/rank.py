@@ -12,10 +12,10 @@ def killed_after_one_layer() -> None:
     """Rank 0 is killed when the second layer's line is halfway in the journal."""
     from killing import dying
 
-    from gblm.checkpoint import work
+    from gblm.prune import resume
 
     if os.environ["RANK"] == "0":
-        work.append_line = dying([2], work.append_line, _half_a_line)
+        resume.append_line = dying([2], resume.append_line, _half_a_line)
 
 
 def short_of_memory() -> None:

@@ -76,7 +76,7 @@ def test_help_lists_every_command(gblm: Run) -> None:
         (["prune", "MODEL", "--output", "o", "--device", "warp"], 2, "use cpu, cuda"),
         (["eval", "./nowhere"], 4, "no such folder"),
         (["inspect", "."], 4, "config.json is missing"),
-        (["verify", "MODEL"], 4, "no packed weights"),
+        (["inspect", "MODEL", "--verify"], 4, "no packed weights"),
         (["export", "dense", "MODEL", "--output", "o"], 4, "no packed weights"),
         (["export", "pack", "MODEL", "--output", "o"], 4, "packing would make it larger"),
         (["fetch", "gpt5"], 2, "choose from smollm2"),
@@ -105,9 +105,9 @@ def test_whole_road_in_json(gblm: Run, tiny: Path, text_file: Path, tmp_path: Pa
     assert json.loads(pruned.out)["linears"] == 14
     for words in (
         ["inspect", "out"],
-        ["verify", "out"],
+        ["inspect", "out", "--verify"],
         ["export", "dense", "out", "--output", "dense"],
-        ["verify", "out", "--against", "dense"],
+        ["inspect", "out", "dense", "--verify"],
         ["export", "pack", "dense", "--output", "packed"],
         [
             "eval",

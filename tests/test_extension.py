@@ -15,8 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gblm.checkpoint.inspect import inspect
-from gblm.checkpoint.verify import verify
+from gblm.checkpoint.inspect import inspect, verify
 from gblm.commands.recipe_options import method_flags
 from gblm.evaluate.perplexity import Protocol
 from gblm.evaluate.run import Evaluation, run_evaluation

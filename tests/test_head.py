@@ -15,12 +15,11 @@ from test_families import save_family
 
 import gblm.packed
 from gblm.checkpoint import head as head_module
-from gblm.checkpoint.inspect import inspect
-from gblm.checkpoint.verify import verify
-from gblm.checkpoint.write import sha256
+from gblm.checkpoint.inspect import inspect, verify
 from gblm.errors import CheckpointError, PatternError
 from gblm.export.dense import export_dense
 from gblm.export.pack import export_pack
+from gblm.files import sha256
 from gblm.model.folder import ModelFolder
 from gblm.model.loading import load
 from gblm.model.packed_reader import PackedReader
@@ -250,7 +249,7 @@ def test_head_on_the_command_line(gblm: Run, tiny: Path, tmp_path: Path) -> None
     assert json.loads((out / "recipe.json").read_text())["head"] == "int8"
     rows = [line.split() for line in gblm("inspect", out).out.splitlines()]
     assert ["dense", "dense", "int8:64", "lm_head", "16,512", "0.0%", "8.25"] in rows
-    assert gblm("verify", out).code == 0
+    assert gblm("inspect", out, "--verify").code == 0
     packed = tmp_path / "packed"
     done = gblm("export", "pack", tiny, "--pattern", "dense", "--head", "int4", "--output", packed)
     assert done.code == 0, done

@@ -12,8 +12,7 @@ from conftest import Outcome, save_tiny_model
 from safetensors.torch import load_file, save_file
 
 import gblm.packed
-from gblm.checkpoint.inspect import inspect
-from gblm.checkpoint.verify import verify
+from gblm.checkpoint.inspect import inspect, verify
 from gblm.errors import CheckpointError, InputError, PatternError
 from gblm.export.dense import export_dense
 from gblm.export.pack import export_pack
@@ -234,7 +233,7 @@ def test_values_on_the_command_line(gblm: Run, tiny: Path, tmp_path: Path) -> No
         "export", "pack", tiny, "--pattern", "dense", "--values", "int4", "--output", packed
     )
     assert done.code == 0, done
-    assert gblm("verify", packed).code == 0
+    assert gblm("inspect", packed, "--verify").code == 0
     done = gblm("prune", tiny, "--values", "int5", "--output", tmp_path / "no")
     assert done.code == 4
     assert "give float, or one of int8, int4" in done.err

@@ -18,53 +18,50 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cache": set(),
     "errors": set(),
     "progress": set(),
-    "structure": set(),
-    "sparse": {"errors"},
     "data": {"errors"},
     "files": {"errors"},
     "network": {"errors"},
     "provenance": {"__init__"},
-    "methods": {"errors", "sparse"},
-    "record": {"errors", "files", "provenance"},
+    "sparse": {"errors"},
     "kernels": {"cache", "errors", "sparse"},
+    "methods": {"errors", "sparse"},
     "recipe": {"errors", "files", "sparse"},
+    "record": {"errors", "files", "provenance"},
     "doctor": {"kernels", "provenance", "sparse"},
     "model": {"errors", "files", "recipe", "sparse"},
     "calibrate": {"cache", "data", "errors", "files", "model", "sparse"},
-    "recover": {
-        "calibrate", "checkpoint", "data", "errors", "files", "model", "progress", "provenance",
-        "prune", "recipe", "sparse",
-    },
-    "checkpoint": {
-        "errors", "files", "model", "progress", "provenance", "recipe", "sparse", "structure",
-    },
-    "packed": {"errors", "hf", "kernels", "model", "sparse"},
+    "checkpoint": {"errors", "files", "model", "progress", "provenance", "recipe", "sparse"},
+    "packed": {"errors", "kernels", "model", "sparse"},
     "bench": {
-        "errors", "kernels", "model", "network", "packed", "progress", "provenance", "record",
-        "sparse",
+        "errors", "kernels", "model", "network", "packed", "progress", "provenance",
+        "record", "sparse",
     },
     "evaluate": {
-        "checkpoint", "data", "errors", "files", "model", "network", "packed", "progress", "record",
+        "checkpoint", "data", "errors", "files", "model", "network", "packed", "progress",
+        "record",
     },
     "fetch": {"cache", "checkpoint", "errors"},
-    "hf": {"kernels", "model", "packed", "sparse"},
     "prune": {
-        "__init__", "calibrate", "checkpoint", "data", "errors", "files", "methods", "model",
-        "progress", "provenance", "recipe", "sparse",
+        "__init__", "calibrate", "checkpoint", "data", "errors", "files", "methods",
+        "model", "progress", "provenance", "recipe", "sparse",
     },
-    "report": {"__init__", "checkpoint", "errors", "files", "model", "record", "sparse"},
+    "report": {"__init__", "checkpoint", "errors", "files", "model", "record"},
     "export": {
         "bench", "checkpoint", "errors", "evaluate", "files", "kernels", "model", "packed",
         "progress", "provenance", "recipe", "sparse",
     },
+    "recover": {
+        "calibrate", "checkpoint", "data", "errors", "files", "model", "progress",
+        "provenance", "prune", "recipe", "sparse",
+    },
     "search": {
-        "calibrate", "checkpoint", "data", "errors", "evaluate", "files", "methods", "model",
-        "progress", "provenance", "prune", "recipe", "record", "sparse",
+        "calibrate", "checkpoint", "data", "errors", "evaluate", "files", "methods",
+        "model", "progress", "provenance", "prune", "recipe", "record", "sparse",
     },
     "serve": {
-        "__init__", "cache", "checkpoint", "errors", "evaluate", "export", "files", "kernels",
-        "methods", "model", "network", "packed", "progress", "provenance", "prune", "recipe",
-        "sparse",
+        "__init__", "cache", "checkpoint", "errors", "evaluate", "export", "files",
+        "kernels", "methods", "model", "network", "packed", "progress", "provenance",
+        "prune", "recipe", "sparse",
     },
     "commands": {
         "bench", "checkpoint", "doctor", "errors", "evaluate", "export", "fetch", "files",
@@ -164,7 +161,7 @@ def test_core_imports_without_any_optional_package() -> None:
         "import gblm.prune, gblm.packed, gblm.evaluate.perplexity, gblm.export.pack, gblm.doctor\n"
         "import gblm.serve.launch, gblm.bench.rounds, gblm.bench.server, gblm.bench.kernels\n"
         "import gblm.search.run\n"
-        "import gblm.evaluate.run, gblm.evaluate.gates, gblm.evaluate.side_by_side"
+        "import gblm.evaluate.run, gblm.evaluate.gates"
     )
     done = subprocess.run(
         [sys.executable, "-c", check], capture_output=True, text=True, check=False

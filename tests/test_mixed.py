@@ -13,8 +13,7 @@ from conftest import Outcome, content
 from test_resume import cut_off
 
 import gblm.packed
-from gblm.checkpoint.inspect import inspect
-from gblm.checkpoint.verify import verify
+from gblm.checkpoint.inspect import inspect, verify
 from gblm.errors import InputError, PatternError, UsageError
 from gblm.export.dense import export_dense
 from gblm.model.folder import ModelFolder

@@ -125,7 +125,7 @@ def test_large_models_are_split_into_shards(
     monkeypatch.setattr(write.ShardWriter.__init__, "__defaults__", (20_000,))
     prune(recipe, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
-    from gblm.checkpoint.verify import verify
+    from gblm.checkpoint.inspect import verify
 
     assert verify(ModelFolder.open(tmp_path / "out"))["ok"]
 

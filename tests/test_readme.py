@@ -59,7 +59,7 @@ def test_the_tours_commands_run_on_a_tiny_model(
         assert done.code == 0, (line, done)
         ran.append(words[0])
     assert ran == [
-        "prune", "prune", "inspect", "verify", "eval", "prune", "prune", "search", "search",
+        "prune", "prune", "inspect", "inspect", "eval", "prune", "prune", "search", "search",
         "report", "export", "export", "export", "doctor",
     ]  # fmt: skip
 

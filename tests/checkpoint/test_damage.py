@@ -13,7 +13,7 @@ from conftest import Outcome
 from damage import DAMAGES, UP, rehash
 
 from gblm import kernels
-from gblm.checkpoint.verify import verify
+from gblm.checkpoint.inspect import verify
 from gblm.errors import InputError
 from gblm.model.folder import ModelFolder
 from gblm.model.packed_reader import PackedReader
@@ -105,7 +105,7 @@ def test_the_command_verify_holds_the_folder_against_its_config(
     DAMAGES["missing norm"][1](packed)
     rehash(packed)
     verify(ModelFolder.open(packed))
-    done = gblm("verify", packed)
+    done = gblm("inspect", packed, "--verify")
     assert done.code == 4
     assert "model.norm.weight is missing" in done.err
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Outcome
 from safetensors.torch import load_file, save_file
 
 import gblm.packed
-from gblm.checkpoint.inspect import inspect
-from gblm.checkpoint.verify import verify
-from gblm.checkpoint.write import sha256
+from gblm.checkpoint.inspect import inspect, side_by_side, verify
 from gblm.errors import CheckpointError, InputError
 from gblm.export.dense import export_dense
+from gblm.files import sha256
 from gblm.model.folder import ModelFolder
 from gblm.model.packed_reader import PackedReader
 
@@ -169,3 +169,24 @@ def test_foreign_quantisation_is_refused(packed: Path) -> None:
     (packed / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="'awq', which gblm cannot read"):
         inspect(ModelFolder.open(packed))
+
+
+def test_two_folders_stand_side_by_side(
+    tiny: Path, pack_tiny: Pack, gblm: Callable[..., Outcome]
+) -> None:
+    found = side_by_side(ModelFolder.open(tiny), ModelFolder.open(pack_tiny()))
+    rows = {row["what"]: row for row in found["rows"]}
+    assert (rows["sparsity"]["a"], rows["sparsity"]["b"]) == (0.0, 0.5)
+    assert rows["bytes"]["ratio"] < 1
+    assert rows["values"]["b"] == "2:4 bfloat16"
+    shown = gblm("inspect", tiny, pack_tiny())
+    assert shown.code == 0
+    assert "second / first" in shown.out
+
+
+def test_verified_against_another_folder_the_first_difference_is_named(
+    tiny: Path, pack_tiny: Pack, gblm: Callable[..., Outcome]
+) -> None:
+    done = gblm("inspect", pack_tiny(), tiny, "--verify")
+    assert done.code == 4
+    assert "the packed weight is not the one in" in done.err

@@ -1,4 +1,4 @@
-"""`gblm eval`: the baseline beside the model, contradictions refused; folders side by side."""
+"""`gblm eval`: the baseline beside the model, contradictions refused."""
 
 from __future__ import annotations
 
@@ -10,16 +10,8 @@ import pytest
 from conftest import Outcome
 
 from gblm.evaluate.run import size_facts
-from gblm.evaluate.side_by_side import compare
 
 Run = Callable[..., Outcome]
-
-
-def test_folders_side_by_side(tiny: Path, pack_tiny: Callable[..., Path]) -> None:
-    rows = {row["what"]: row for row in compare(tiny, pack_tiny())["rows"]}
-    assert (rows["sparsity"]["a"], rows["sparsity"]["b"]) == (0.0, 0.5)
-    assert rows["bytes"]["ratio"] < 1
-    assert rows["values"]["b"] == "2:4 bfloat16"
 
 
 def test_the_baseline_comes_from_the_recipe_and_stands_beside(

@@ -23,8 +23,7 @@ from legacy_cases import (
 )
 from safetensors.torch import load_file
 
-from gblm.checkpoint.inspect import inspect
-from gblm.checkpoint.verify import verify
+from gblm.checkpoint.inspect import inspect, verify
 from gblm.errors import InputError
 from gblm.export.dense import export_dense
 from gblm.export.legacy import export_legacy

@@ -17,7 +17,7 @@ from legacy_cases import (
 )
 from torch import Tensor
 
-from gblm.checkpoint.verify import verify
+from gblm.checkpoint.inspect import verify
 from gblm.errors import CheckpointError, InputError
 from gblm.export.legacy import export_legacy
 from gblm.model.folder import ModelFolder

@@ -9,8 +9,7 @@ import torch
 from damage import DAMAGES, rehash
 from safetensors.torch import load_file
 
-from gblm.checkpoint.inspect import inspect
-from gblm.checkpoint.verify import verify
+from gblm.checkpoint.inspect import inspect, verify
 from gblm.errors import CheckpointError, InputError, PatternError
 from gblm.export.dense import export_dense
 from gblm.export.pack import export_pack, find_pattern

@@ -13,7 +13,7 @@ from conftest import Outcome, content, save_tiny_model
 from killing import killed_recovery
 
 from gblm.calibrate import text
-from gblm.checkpoint.verify import verify
+from gblm.checkpoint.inspect import verify
 from gblm.errors import InputError, MachineError, UsageError
 from gblm.model.folder import ModelFolder
 from gblm.model.loading import load

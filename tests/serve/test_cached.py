@@ -18,7 +18,7 @@ from conftest import Outcome, content
 from legacy_cases import FIXTURES, altered, drop, put
 
 import gblm.serve.cached as cached
-from gblm.checkpoint.verify import verify
+from gblm.checkpoint.inspect import verify
 from gblm.checkpoint.write import folder_bytes
 from gblm.commands import prune as prune_command
 from gblm.errors import GblmError, InputError, MachineError, PatternError, UsageError

@@ -3,9 +3,10 @@
     python tests/soak/fuzz.py [--cases 10000] [--first 0] [--seed 0]
 
 No engine is started. Every case is one mutation of a folder of a format and value type, given to
-`gblm.packed.load` and `gblm verify`'s function. A loaded model's weights must be those that a plain
-loop reads from the files, and its linears must multiply with exactly them. Anything else is found:
-another exception, memory beyond the bound, and, which ends the run, a crash or more than a minute.
+`gblm.packed.load` and the check of `gblm inspect --verify`. A loaded model's weights must be those
+that a plain loop reads from the files, and its linears must multiply with exactly them. Anything
+else is found: another exception, memory beyond the bound, and, which ends the run, a crash or more
+than a minute.
 Prints one JSON object of counts; the exit code is 1 when something was found. A case depends on
 seed and number alone: --first repeats it.
 """
@@ -39,7 +40,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import logging as transformers_logging
 
 import gblm.packed
-from gblm.checkpoint.verify import verify
+from gblm.checkpoint.inspect import verify
 from gblm.errors import GblmError, InputError
 from gblm.model.folder import ModelFolder
 from gblm.model.packed_reader import MANIFEST_FILE, PackedReader

@@ -9,23 +9,24 @@ has room for all layers, that second run is saved: each sample goes up and down 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gblm.calibrate.activations import Activations, fits
-from gblm.calibrate.folding import L1, L2, OUTPUT, folding
 from gblm.calibrate.frame import Call, capture, loss
 from gblm.calibrate.ranks import ALONE, Ranks
 from gblm.errors import InputError, UsageError
 from gblm.model.layers import Layers
 from gblm.model.linears import linears
 
-NORMS = (L1, L2)
+# Of a weight's gradients: Σ|g|, Σ g²; of the gradients of a linear's outputs: Σ over tokens of g².
+L1, L2, OUTPUT = "l1", "l2", "output"
 # float16 gradients are kept near this size: in the middle of the exponents float16 has.
 HALF_TARGET = 2.0**6
 
@@ -35,7 +36,9 @@ class Gradients:
     """How to take gradient norms.
 
     Attributes:
-        norm: over samples; l1: Σ|g|, l2: √Σ g²; "output": see `output_gradients`.
+        norm: over samples, of a weight's gradients: "l1": Σ|g|, "l2": √Σ g². With "output" it is
+            that of the linear's outputs, Σ over samples and tokens of (∂L/∂y)², and no gradient of
+            a weight is taken.
         names: full names of the linears to differentiate.
         scratch: folder for the layers' inputs; None keeps them in memory.
         resident: hold all layers and their sums at once; not for float16, whose gradients need
@@ -50,7 +53,7 @@ class Gradients:
     on_step: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
-        if self.norm not in (*NORMS, OUTPUT):
+        if self.norm not in (L1, L2, OUTPUT):
             raise UsageError(f"gradient norm {self.norm!r} is unknown: use l1 or l2.")
 
 
@@ -66,7 +69,8 @@ def gradient_norms(
         ranks: the processes that share the samples.
 
     Yields:
-        Index of the decoder layer; [out, in] float32 by full name, summed over all ranks.
+        Index of the decoder layer; float32 by full name, summed over all ranks: [out, in], with the
+        norm "output" [out].
 
     Raises:
         InputError: a loss or gradient is not finite.
@@ -78,28 +82,6 @@ def gradient_norms(
         for total in sums.values():
             ranks.sum_(total)
         yield index, {name: _finish(name, total, how) for name, total in sums.items()}
-
-
-def output_gradients(
-    layers: Layers, samples: Sequence[Tensor], how: Gradients
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """How much the loss depends on each output of a linear; no gradient of a weight is taken.
-
-    Args:
-        layers: of a causal language model; the weights are not changed.
-        samples: this rank's token ids, each [tokens] int64.
-        how: with the norm "output".
-
-    Yields:
-        As `gradient_norms`, but [out] float32: Σ over samples and tokens of (∂L/∂y)², with L the
-        mean next-token cross-entropy of the sample.
-
-    Raises:
-        InputError: a loss or gradient is not finite.
-    """
-    if how.norm != OUTPUT:
-        raise UsageError(f"output gradients have the norm {OUTPUT}, not {how.norm}.")
-    yield from gradient_norms(layers, samples, how)
 
 
 def resident_fits(parameters: int, weights: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -270,3 +252,85 @@ def _finish(name: str, total: Tensor, how: Gradients) -> Tensor:
     if not bool(total.isfinite().all()):
         raise InputError(f"{name}: its gradient is not finite. Run with --dtype float32.")
     return total.sqrt_() if how.norm == L2 else total
+
+
+@dataclass
+class Fold:
+    """Sums by full name; `scale` is what the current gradients are multiplied by."""
+
+    sums: dict[str, Tensor]
+    scale: float = 1.0
+
+    def true(self, gradient: Tensor) -> Tensor:
+        """A gradient in float32, without the scale."""
+        return gradient.float() if self.scale == 1.0 else gradient.float() / self.scale
+
+
+@contextmanager
+def folding(linears: Mapping[str, nn.Linear], norm: str) -> Iterator[Fold]:
+    """Fold the gradients of linears while the block runs.
+
+    Args:
+        linears: by full name.
+        norm: L1 and L2 make sums [out, in] of the weights' gradients, OUTPUT sums [out].
+    """
+    with _outputs(linears) if norm == OUTPUT else _weights(linears, norm) as fold:
+        yield fold
+
+
+@contextmanager
+def _weights(linears: Mapping[str, nn.Linear], norm: str) -> Iterator[Fold]:
+    weights = {name: linear.weight for name, linear in linears.items()}
+    fold = Fold({n: torch.zeros_like(w, dtype=torch.float32) for n, w in weights.items()})
+
+    def hook(name: str) -> Callable[[Tensor], None]:
+        def accumulate(weight: Tensor) -> None:
+            if weight.grad is None:
+                return
+            gradient = fold.true(weight.grad)
+            weight.grad = None
+            if norm == L1:
+                fold.sums[name] += gradient.abs_()
+            else:
+                fold.sums[name].addcmul_(gradient, gradient)
+
+        return accumulate
+
+    handles = []
+    for name, weight in weights.items():
+        weight.requires_grad_(True)
+        handles.append(weight.register_post_accumulate_grad_hook(hook(name)))
+    try:
+        yield fold
+    finally:
+        for handle in handles:
+            handle.remove()
+        for weight in weights.values():
+            weight.requires_grad_(False)
+
+
+@contextmanager
+def _outputs(linears: Mapping[str, nn.Linear]) -> Iterator[Fold]:
+    """The inputs of the linears must require a gradient: their weights do not."""
+    fold = Fold({
+        name: torch.zeros(linear.out_features, device=linear.weight.device)
+        for name, linear in linears.items()
+    })  # fmt: skip
+
+    def after(name: str) -> Any:
+        def add(gradient: Tensor) -> None:
+            by_token = fold.true(gradient).reshape(-1, gradient.shape[-1])
+            fold.sums[name] += torch.linalg.vector_norm(by_token, dim=0).square_()
+
+        def watch(module: nn.Module, args: Any, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(add)
+
+        return watch
+
+    handles = [linear.register_forward_hook(after(name)) for name, linear in linears.items()]
+    try:
+        yield fold
+    finally:
+        for handle in handles:
+            handle.remove()

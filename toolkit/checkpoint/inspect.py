@@ -1,18 +1,26 @@
-"""Describe a model folder from its headers: what is packed, in how many bits, against dense.
+"""What a model folder holds, how two of them differ, and whether a packed one is intact.
 
-Of data it reads the zeros of dense folders and the masks of patterns with a rule of their own.
+To describe a folder its headers are read, the zeros of a dense one and the masks of patterns with a
+rule of their own; to verify it, everything is.
 """
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
-from gblm.errors import CheckpointError
-from gblm.model.folder import ModelFolder
-from gblm.model.packed_reader import PackedLinear, PackedReader
-from gblm.model.reader import Reader
+import torch
 
+from gblm.errors import CheckpointError
+from gblm.files import read_json, sha256
+from gblm.model.folder import ModelFolder
+from gblm.model.packed_reader import MANIFEST_FILE, REPORT_FILE, PackedLinear, PackedReader
+from gblm.model.reader import Reader
+from gblm.progress import Progress, no_progress
+from gblm.sparse.weights import same_bits
+
+CHUNK_WEIGHTS = 1 << 22
 COUNTS = ("linears", "weights", "kept", "bytes", "bytes_dense")
 
 
@@ -38,6 +46,86 @@ def inspect(folder: ModelFolder) -> dict[str, Any]:
             f"{folder}: weights are stored as {folder.quant_method!r}, which gblm cannot read."
         )
     return {"folder": str(folder), "architecture": folder.config.get("model_type"), **facts}
+
+
+def sizes(folder: ModelFolder) -> dict[str, Any]:
+    """What folders of any kind can be compared by.
+
+    Returns:
+        "bytes" of the weights and "values"; where gblm reads them, "sparsity" of the pruned
+        linears, and of packed ones "bits_per_weight".
+    """
+    if folder.kind in ("legacy", "quantised"):
+        files = (file.stat().st_size for file in folder.path.glob("*.safetensors"))
+        return {"bytes": sum(files), "values": folder.quant_method}
+    facts = inspect(folder)
+    if facts["kind"] == "dense":
+        return {"bytes": facts["bytes"], "sparsity": facts["sparsity"], "values": "dense"}
+    groups = facts["groups"]
+    weights = sum(group["weights"] for group in groups)
+    return {
+        "bytes": facts["bytes"],
+        "sparsity": round(1 - sum(group["kept"] for group in groups) / weights, 6),
+        "values": ", ".join(f"{group['pattern']} {group['dtype']}" for group in groups),
+        "bits_per_weight": round(8 * sum(group["bytes"] for group in groups) / weights, 4),
+    }
+
+
+def side_by_side(a: ModelFolder, b: ModelFolder) -> dict[str, Any]:
+    """Compare two model folders by their sizes.
+
+    Returns:
+        "a" and "b", and "rows": each with "what", "a", "b" and, for numbers, "ratio" b/a.
+    """
+    first, second = sizes(a), sizes(b)
+    rows: list[dict[str, Any]] = []
+    for what in dict.fromkeys([*first, *second]):
+        values = first.get(what), second.get(what)
+        row = {"what": what, "a": values[0], "b": values[1]}
+        if all(isinstance(value, int | float) for value in values) and values[0]:
+            row["ratio"] = values[1] / values[0]
+        rows.append(row)
+    return {"a": str(a), "b": str(b), "rows": rows}
+
+
+def verify(
+    folder: ModelFolder, against: ModelFolder | None = None, progress: Progress = no_progress
+) -> dict[str, Any]:
+    """Re-open a packed folder and check everything that can be checked.
+
+    Args:
+        folder: a packed model folder.
+        against: a dense model folder whose tensors must equal the unpacked ones, zeros included.
+        progress: for a progress bar.
+
+    Returns:
+        Counts of what was checked.
+
+    Raises:
+        CheckpointError: the first thing that is wrong.
+        PatternError: a weight breaks its pattern.
+    """
+    with PackedReader(folder) as packed:
+        files = _check_hashes(folder)
+        rows = _report_rows(folder.path / REPORT_FILE)
+        if missing := rows.keys() - packed.linears.keys():
+            raise CheckpointError(f"{sorted(missing)[0]}: reported, but not stored.")
+        step = progress("verifying", len(packed.linears))
+        for name, linear in packed.linears.items():
+            parts = packed.parts(name)
+            linear.fmt.validate(name, parts, linear.shape)
+            _check_round_trip(packed, name, parts, rows.get(name, {}))
+            step()
+        if against is not None:
+            _compare(packed, against)
+        return {
+            "folder": str(folder),
+            "files": files,
+            "linears": len(packed.linears),
+            "dense_tensors": len(packed.dense_names()),
+            "compared_with": None if against is None else str(against),
+            "ok": True,
+        }
 
 
 def _packed(packed: PackedReader) -> dict[str, Any]:
@@ -126,3 +214,67 @@ def _dense(dense: Reader) -> dict[str, Any]:
         "layer_weights": weights,
         "sparsity": round(zeros / weights, 6) if weights else 0.0,
     }
+
+
+def _check_hashes(folder: ModelFolder) -> int:
+    manifest = folder.path / MANIFEST_FILE
+    listed = read_json(manifest).get("files")
+    if not isinstance(listed, dict) or not listed:
+        raise CheckpointError(f"{manifest} lists no files.")
+    for name, facts in listed.items():
+        path = folder.file(name)
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing, though {MANIFEST_FILE} lists it.")
+        if not isinstance(facts, dict) or sha256(path) != facts.get("sha256"):
+            raise CheckpointError(f"{path} was changed: its sha256 is not the one written down.")
+    for path in folder.path.iterdir():
+        if path.name not in listed and path.name != MANIFEST_FILE:
+            raise CheckpointError(f"{path} does not stand in {MANIFEST_FILE}.")
+    return len(listed)
+
+
+def _check_round_trip(
+    packed: PackedReader, name: str, parts: dict[str, torch.Tensor], row: dict[str, Any]
+) -> None:
+    linear, zeros = packed.linears[name], 0
+    # Packing a whole head at once would take ten times its size.
+    block = getattr(linear.fmt.pattern, "block_rows", 1)
+    step = block * max(1, CHUNK_WEIGHTS // (block * linear.shape[1]))
+    for start in range(0, linear.shape[0], step):
+        own = linear.fmt.rows(parts, start, min(start + step, linear.shape[0]))
+        weight = linear.fmt.unpack(own)
+        again = linear.fmt.pack(name, weight)
+        for part, tensor in own.items():
+            if not same_bits(again[part], tensor):
+                raise CheckpointError(
+                    f"{name}.{part}: packing the unpacked weight gives other bytes."
+                )
+        zeros += int(weight.is_zero.sum())
+    if (row.get("zeros"), row.get("shape")) != (zeros, list(linear.shape)):
+        raise CheckpointError(f"{name}: {REPORT_FILE} does not describe the stored weight.")
+
+
+def _compare(packed: PackedReader, against: ModelFolder) -> None:
+    with Reader(against) as dense:
+        wanted = {f"{name}.weight" for name in packed.linears} | {*packed.dense_names()}
+        if missing := wanted ^ {*dense}:
+            raise CheckpointError(f"{sorted(missing)[0]}: is in one of the two folders only.")
+        for name in packed.linears:
+            weight = packed.weight(name)
+            # + 0.0: packing writes −0.0 as +0.0.
+            if not same_bits(weight, dense.tensor(f"{name}.weight") + 0.0):
+                raise CheckpointError(f"{name}: the packed weight is not the one in {against}.")
+        for name in packed.dense_names():
+            if not same_bits(packed.tensor(name), dense.tensor(name)):
+                raise CheckpointError(f"{name}: is not the tensor in {against}.")
+
+
+def _report_rows(path: Path) -> dict[str, dict[str, Any]]:
+    """The rows of sparsity_report.json by name of the weight, that of the output head included."""
+    report = read_json(path)
+    rows = report.get("tensors")
+    if isinstance(rows, list) and "head" in report:
+        rows = [*rows, report["head"]]
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise CheckpointError(f"{path} has no list of tensors.")
+    return {str(row.get("name")): row for row in rows}

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from gblm.checkpoint.card import model_card
 from gblm.checkpoint.head import Head, untied
-from gblm.checkpoint.report import summary, weight_row
+from gblm.checkpoint.report import model_card, summary, weight_row
+from gblm.checkpoint.structure import heads_of, structure
 from gblm.checkpoint.write import (
     ShardWriter,
     check_output,
@@ -30,7 +30,6 @@ from gblm.recipe import Choice
 from gblm.sparse.formats import Format, Parts
 from gblm.sparse.formats.manifest import Group, Manifest, group_targets
 from gblm.sparse.weights import SparseWeight
-from gblm.structure import heads_of, structure
 
 # Packed tensors by full name, and their linears' rows of the sparsity report. Other tensors among
 # them take the place of the source's.

@@ -5,7 +5,6 @@ A killed or failed run leaves nothing under the final name.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tempfile
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gblm.errors import InputError, MachineError
-from gblm.files import flush, flush_folder, write_json
+from gblm.files import flush, flush_folder, sha256, write_json
 from gblm.model.folder import inside
 from gblm.model.reader import INDEX, SINGLE
 
@@ -156,26 +155,9 @@ def file_hashes(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def sha256(path: Path) -> str:
-    """Hash of a file's content."""
-    with path.open("rb") as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def folder_bytes(folder: Path) -> int:
     """Size of all files below a folder; 0 if there is none."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def folder_sha256(folder: Path, names: set[str]) -> str:
-    """One hash of the named files of a folder and their names."""
-    digest = hashlib.sha256()
-    for name in sorted(names):
-        digest.update(f"{name} {sha256(inside(folder, name))}\n".encode())
-    return digest.hexdigest()
 
 
 def _check_replaceable(output: Path, source: Path | None) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gblm import packed
-from gblm.checkpoint.inspect import inspect
+from gblm.checkpoint.inspect import sizes
 from gblm.errors import UsageError
 from gblm.evaluate.perplexity import Protocol, measure
 from gblm.evaluate.subjects import (
@@ -22,7 +22,7 @@ from gblm.evaluate.subjects import (
 )
 from gblm.evaluate.tasks import Tasks, check_tasks, require_harness, run_tasks
 from gblm.files import read_json
-from gblm.model.folder import ModelFolder, model_name, quant_method, read_config, resolve
+from gblm.model.folder import ModelFolder, model_name, read_config, resolve
 from gblm.model.loading import load_tokenizer
 from gblm.progress import Progress, no_progress
 from gblm.record import Record, Verdict
@@ -227,29 +227,8 @@ def _facts(subject: Subject, folder: Path | None) -> dict[str, Any]:
 
 
 def size_facts(folder: Path) -> dict[str, Any]:
-    """Measure a model folder.
-
-    Returns:
-        "bytes" of its weights and, where the format is known, "sparsity" of the pruned linears,
-        "values" and "bits_per_weight".
-    """
+    """Measure a model folder as `sizes` does; of an ONNX export only the bytes are known."""
     if (folder / ONNX_MODEL).is_file():
-        return {"bytes": _total(folder, f"{ONNX_MODEL}*")}
-    method = quant_method(read_config(folder))
-    if method is not None and not packed.is_packed(folder):
-        return {"bytes": _total(folder, "*.safetensors"), "values": method}
-    facts = inspect(ModelFolder.open(folder))
-    if facts["kind"] == "dense":
-        return {"bytes": facts["bytes"], "sparsity": facts["sparsity"], "values": "dense"}
-    groups: Sequence[Mapping[str, Any]] = facts["groups"]
-    weights = sum(group["weights"] for group in groups)
-    return {
-        "bytes": facts["bytes"],
-        "sparsity": round(1 - sum(group["kept"] for group in groups) / weights, 6),
-        "values": ", ".join(f"{group['pattern']} {group['dtype']}" for group in groups),
-        "bits_per_weight": round(8 * sum(group["bytes"] for group in groups) / weights, 4),
-    }
-
-
-def _total(folder: Path, names: str) -> int:
-    return sum(file.stat().st_size for file in folder.glob(names) if file.is_file())
+        files = folder.glob(f"{ONNX_MODEL}*")
+        return {"bytes": sum(file.stat().st_size for file in files if file.is_file())}
+    return sizes(ModelFolder.open(folder))

@@ -6,8 +6,9 @@ before data, and every defect of a file becomes one sentence.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from gblm.errors import CheckpointError, MachineError
-from gblm.files import read_json
+from gblm.files import read_json, sha256
 from gblm.model.folder import ModelFolder, check_weights
 
 SINGLE = "model.safetensors"
@@ -117,6 +118,17 @@ class Reader:
         The next read maps the file again; tensors read before and not copied keep theirs.
         """
         self._handles.clear()
+
+    def sha256(self, others: Iterable[str] = ()) -> str:
+        """The hash of config.json, the shards and further files of the folder; reads all of them.
+
+        Args:
+            others: names of files that count, too.
+        """
+        digest = hashlib.sha256()
+        for name in sorted({"config.json", *self.files, *others}):
+            digest.update(f"{name} {sha256(self.folder.file(name))}\n".encode())
+        return digest.hexdigest()
 
     def num_bytes(self, name: str) -> int:
         """Size of a tensor's data, from its header."""

@@ -1,6 +1,5 @@
 """Pruning runs: a checked job, the loop over its decoder layers, and the folder it ends in."""
 
-from gblm.prune.output import Output
-from gblm.prune.run import prune
+from gblm.prune.run import Output, prune
 
 __all__ = ["Output", "prune"]

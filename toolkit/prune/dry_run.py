@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from gblm.calibrate.activations import fits
-from gblm.calibrate.folding import folding
 from gblm.calibrate.frame import capture, loss
+from gblm.calibrate.gradients import folding
 from gblm.calibrate.saved import LayerStats, StatsFolder
 from gblm.calibrate.walk import DecoderLayer, walk
 from gblm.checkpoint.pack import Packing
@@ -31,7 +31,7 @@ from gblm.model.linears import hidden_size, linears
 from gblm.progress import Progress, no_progress
 from gblm.prune.job import Job, open_job
 from gblm.prune.layer import prune_layer
-from gblm.prune.output import Output
+from gblm.prune.run import Output
 from gblm.prune.statistics import all_layers_fit, how_to_walk, stored
 from gblm.recipe import Choice, Recipe
 from gblm.sparse.formats.size import is_exact, most_bytes

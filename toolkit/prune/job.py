@@ -18,7 +18,6 @@ from gblm.calibrate.reconstruct import Training
 from gblm.calibrate.saved import StatsFolder
 from gblm.checkpoint.head import Head, output_head
 from gblm.checkpoint.pack import check_packable
-from gblm.checkpoint.write import folder_sha256
 from gblm.errors import UsageError
 from gblm.methods.magnitude import Magnitude
 from gblm.methods.pipeline import Pipeline, make_pipeline
@@ -68,8 +67,7 @@ class Job:
     @cached_property
     def model_sha256(self) -> str:
         """The hash of the model's config.json and weights; reading them all takes a while."""
-        reader = self.layers.reader
-        return folder_sha256(reader.folder.path, {"config.json", *reader.files})
+        return self.layers.reader.sha256()
 
     @cached_property
     def saved(self) -> StatsFolder | None:

@@ -21,9 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gblm.checkpoint.write import sha256
 from gblm.errors import InputError, MachineError
-from gblm.files import append_line, read_json, write_bytes, write_json, write_tensors
+from gblm.files import append_line, read_json, sha256, write_bytes, write_json, write_tensors
 
 logger = logging.getLogger(__name__)
 JOURNAL, RUN, COMPLETE, EXACT = "journal.jsonl", "run.json", "complete.json", "exact:"

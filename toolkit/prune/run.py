@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -18,16 +19,81 @@ from gblm import __version__
 from gblm.calibrate.ranks import rank_device, ranks_from_environment
 from gblm.calibrate.saved import StatsFolder
 from gblm.calibrate.walk import DecoderLayer, walk
-from gblm.checkpoint.pack import Packing, write_packed
+from gblm.checkpoint.pack import Packing, check_room, write_packed
+from gblm.checkpoint.write import check_output, folder_bytes
+from gblm.errors import InputError, UsageError
 from gblm.model.loading import check_device
 from gblm.progress import Progress, no_progress
 from gblm.provenance import versions
 from gblm.prune.job import Job, open_job
 from gblm.prune.layer import Pruned, prune_layer
-from gblm.prune.output import Output
-from gblm.prune.resume import WorkFolder, open_work, work_path
+from gblm.prune.resume import WorkFolder, is_complete, open_work, remove_leftovers, work_path
 from gblm.prune.statistics import facts, how_to_walk, make_gradients, stored
 from gblm.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a run writes, and what it does with what is there.
+
+    Attributes:
+        folder: the packed folder to make; it appears complete or not at all.
+        overwrite: replace an existing folder.
+        resume: go on after the finished layers of an earlier run of the same recipe.
+        save_stats: a folder for the statistics, to be used by other recipes.
+    """
+
+    folder: Path
+    overwrite: bool = False
+    resume: bool = True
+    save_stats: Path | None = None
+
+    def check(self, job: Job) -> None:
+        """Refuse what is in the way, and a disk that cannot hold finished layers and the folder.
+
+        Raises:
+            GblmError: an output is not free, the disk has no room, or the head cannot be packed.
+        """
+        remove_leftovers(self.folder)
+        self._check_save_stats(job)
+        reader, head = job.layers.reader, job.head
+        if head is not None:
+            head.check(reader)
+        extra = self.extra_bytes(job) - folder_bytes(work_path(self.folder))
+        check_room(reader, self.folder, self.overwrite, extra)
+
+    def extra_bytes(self, job: Job) -> int:
+        """What lies on disk at the end of a run besides the folder itself, at most."""
+        reader = job.layers.reader
+        sizes = {name: math.prod(reader.headers[f"{name}.weight"][0]) for name in job.choices}
+        layers = int(1.1 * sum(reader.num_bytes(f"{name}.weight") for name in job.choices))
+        # Updated values are kept unrounded as well; codes are exact.
+        floats = sum(sizes[name] for name, choice in job.choices.items() if choice.values.is_float)
+        exact = 0 if job.keeps_values else 4 * floats
+        collects = "grad_norm" in job.pipeline.needs and job.recipe.stats is None
+        gradients = 4 * sum(sizes.values()) if collects else 0
+        saved = gradients if self.save_stats is not None else 0
+        return layers + exact + gradients + saved + (job.head.num_bytes if job.head else 0)
+
+    def _check_save_stats(self, job: Job) -> None:
+        target = self.save_stats
+        if target is None:
+            return
+        if not job.pipeline.needs:
+            raise UsageError("--save-stats: this method collects no statistics.")
+        if job.recipe.stats is not None:
+            raise UsageError("--save-stats does not go with --stats: nothing new is collected.")
+        folder, place = self.folder.resolve(), target.resolve()
+        if place.is_relative_to(folder) or folder.is_relative_to(place):
+            raise UsageError(
+                f"--save-stats {target} and --output {self.folder} lie in one another."
+            )
+        if is_complete(self.folder) and target.exists():
+            return
+        if target.exists():
+            raise InputError(f"{target} exists; choose another --save-stats, or remove it.")
+        check_output(target, overwrite=False)
+
 
 logger = logging.getLogger(__name__)
 

@@ -17,15 +17,13 @@ from torch import Tensor, nn
 from gblm import data
 from gblm.calibrate.ranks import Ranks, rank_device, ranks_from_environment
 from gblm.calibrate.text import draw
-from gblm.checkpoint.card import model_card
-from gblm.checkpoint.report import summary, weight_row
+from gblm.checkpoint.report import model_card, summary, weight_row
 from gblm.checkpoint.write import (
     ShardWriter,
     check_output,
     copy_side_files,
     file_hashes,
     folder_bytes,
-    folder_sha256,
     new_folder,
 )
 from gblm.errors import CheckpointError, InputError, MachineError, UsageError
@@ -74,7 +72,7 @@ class Task:
         """Facts that must be equal for an unfinished run to go on."""
         return {
             "recover": self.how.model_dump(mode="json"),
-            "packed_sha256": folder_sha256(self.packed.folder.path, {*self.packed.files}),
+            "packed_sha256": self.packed.sha256(),
             "dense": str(self.dense),
             "threads": torch.get_num_threads(),
             "ranks": self.ranks.size,

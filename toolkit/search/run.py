@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gblm.checkpoint.write import folder_sha256
 from gblm.errors import InputError, MachineError
 from gblm.evaluate.perplexity import Protocol
 from gblm.evaluate.run import Evaluation, run_evaluation
@@ -149,7 +148,7 @@ def _open(question: Question, how: Measuring, progress: Progress) -> Record:
 def _inputs(question: Question, how: Measuring) -> dict[str, Any]:
     """Give what must be the same for a search to go on, as JSON gives it back."""
     with Reader(ModelFolder.open(question.recipe.model)) as reader:
-        sha256 = folder_sha256(reader.folder.path, {"config.json", *reader.files})
+        sha256 = reader.sha256()
     return {
         "model_sha256": sha256,
         "recipe": question.recipe.to_dict(),

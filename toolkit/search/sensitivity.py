@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from gblm.calibrate.activations import place
-from gblm.calibrate.folding import OUTPUT
-from gblm.calibrate.gradients import Gradients, num_steps, output_gradients, resident_fits
+from gblm.calibrate.gradients import OUTPUT, Gradients, gradient_norms, num_steps, resident_fits
 from gblm.calibrate.walk import DecoderLayer, Walk, walk
 from gblm.errors import InputError
 from gblm.methods.refit import damped
@@ -110,7 +109,7 @@ def measure(
         OUTPUT, names, place(scratch, size * (len(layers) + 2)), resident=resident, on_step=step
     )
     outputs: dict[str, Tensor] = {}
-    for _, found in output_gradients(layers, list(windows), how):
+    for _, found in gradient_norms(layers, list(windows), how):
         outputs |= {name: total / len(windows) for name, total in found.items()}
     curves: dict[str, Curve] = {}
     way = Walk(needs=frozenset({"hessian"}), prefix="dense", scratch=place(scratch, size))

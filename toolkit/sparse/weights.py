@@ -107,3 +107,10 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     product = groups.mul_(scales.float().unsqueeze(-1)).reshape(codes.shape)
     # A small negative product may round to −0.0.
     return product.to(dtype).add_(0.0)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal in dtype, shape and every bit, NaN included."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
