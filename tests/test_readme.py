@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tables
@@ -20,35 +21,16 @@ def test_tables_are_those_of_the_records(page: Path, name: str, text: str) -> No
     assert f"<!-- {name}: begin -->\n{text}\n<!-- {name}: end -->" in page.read_text()
 
 
-def test_every_file_of_the_tree_exists() -> None:
-    tree = README.split("## The tree")[1].split("```")[1]
-    folder = ""
-    for line in tree.strip().splitlines():
-        names = re.match(r"\s*((?:[\w.]+/?\s{1,2})+)", line)
-        assert names, line
-        if not line.startswith(" "):
-            folder = names[1].split()[0]
-            assert (ROOT / folder).is_dir(), line
-            continue
-        for name in names[1].split():
-            if "." in name or name.endswith("/"):
-                assert (ROOT / folder / name).exists(), f"{folder}{name}"
+def lines(page: str, part: str) -> list[str]:
+    """The gblm commands of a part of a page, comments cut."""
+    text = (ROOT / page).read_text().split(part)[1].split("```")[1]
+    return [line.split("#")[0].strip() for line in text.splitlines() if line.startswith("gblm ")]
 
 
-def commands() -> list[str]:
-    """The gblm commands of the tour, continuation lines joined, comments cut."""
-    blocks = README.split("## Five minutes")[1].split("```")[1::2]
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split("#")[0].strip() for line in lines if line.startswith("gblm ")]
-
-
-def test_the_tours_commands_run_on_a_tiny_model(
-    gblm: Callable[..., Outcome], tiny: Path, tmp_path: Path
-) -> None:
-    """Copied from the page in order; a tiny model stands in for the fetched one."""
-    (tmp_path / "smollm2").symlink_to(tiny)
-    ran = []
-    for line in commands():
+def ran(gblm: Callable[..., Outcome], commands: list[str]) -> list[str]:
+    """Run commands in order; of those that need vLLM or the network only the help is asked for."""
+    names = []
+    for line in commands:
         words = shlex.split(line)[1:]
         if words[0] in ("fetch", "serve", "bench"):
             assert gblm(words[0], "--help").code == 0
@@ -57,11 +39,41 @@ def test_the_tours_commands_run_on_a_tiny_model(
             words += ["--dtype", "float32"]
         done = gblm(*words)
         assert done.code == 0, (line, done)
-        ran.append(words[0])
-    assert ran == [
-        "prune", "prune", "inspect", "inspect", "eval", "prune", "prune", "search", "search",
+        names.append(words[0])
+    return names
+
+
+def test_the_readmes_commands_run_on_a_tiny_model(
+    gblm: Callable[..., Outcome], tiny: Path, tmp_path: Path
+) -> None:
+    """They are copied from the page; a tiny model stands in for the reader's."""
+    (tmp_path / "my-llama").symlink_to(tiny)
+    assert ran(gblm, lines("README.md", "## Four commands")[-4:]) == ["prune", "eval"]
+
+
+def test_the_readmes_python_runs_on_a_tiny_model(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my-llama").symlink_to(tiny)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(README.split("```python")[1].split("```")[0], names)
+    assert names["model"].config.vocab_size == 258
+
+
+def test_the_tours_commands_run_on_a_tiny_model(
+    gblm: Callable[..., Outcome], tiny: Path, tmp_path: Path
+) -> None:
+    """They are copied in order; a tiny model stands in for the fetched one."""
+    (tmp_path / "smollm2").symlink_to(tiny)
+    assert ran(gblm, lines("docs/tour.md", "# Tour")) == [
+        "prune", "prune", "inspect", "inspect", "eval", "recover", "prune", "search", "search",
         "report", "export", "export", "export", "doctor",
     ]  # fmt: skip
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 120
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
