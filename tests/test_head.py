@@ -80,7 +80,7 @@ def test_head_is_the_rounded_source_and_the_embeddings_stay(
         assert torch.equal(found.scales, want.scales)
         assert torch.equal(packed.tensor(EMBEDDINGS), dense.tensor(EMBEDDINGS))
         assert "lm_head.weight" not in packed
-        assert packed.config["tie_word_embeddings"] is False
+        assert packed.folder.config["tie_word_embeddings"] is False
         last = packed.manifest.to_config()["groups"][-1]
         assert last == {
             "format": "dense", "pattern": "dense", "values": "int8:64", "targets": ["lm_head"]
