@@ -296,7 +296,7 @@ def test_weight_that_is_not_the_checkpoints_is_refused(
     other = pack_tiny("magnitude", "2:4")
 
     def build_other(source: Path, output: Path, precision: str, provider: str) -> None:
-        module.export_dense(other, output.parent / "other", dtype=torch.float32)
+        module.export_dense(ModelFolder.open(other), output.parent / "other", dtype=torch.float32)
         genuine(output.parent / "other", output, precision, provider)
 
     genuine = module.build
