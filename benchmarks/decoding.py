@@ -28,7 +28,7 @@ from gblm.bench.requests import Load
 from gblm.bench.rounds import Plan, bench
 from gblm.bench.sides import Setup
 from gblm.checkpoint.inspect import inspect
-from gblm.model.folder import ModelFolder, quant_method, read_config
+from gblm.model.folder import ModelFolder
 from gblm.record import Record, Verdict
 
 SHAPES = ("tinyllama", "smollm2")
@@ -114,7 +114,7 @@ def _bench(
 
 def bits_per_weight(folder: Path) -> float:
     """Count the bits of the decoder layers' linears, as stored."""
-    method = quant_method(read_config(folder))
+    method = ModelFolder.open(folder).quant_method
     if method == "compressed-tensors":
         return vllm_rivals.BITS[folder.name.rpartition("-")[2]]
     if method is None:

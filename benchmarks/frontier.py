@@ -42,8 +42,9 @@ from gblm.evaluate.perplexity import perplexity
 from gblm.fetch import fetch
 from gblm.methods.base import Stats
 from gblm.methods.pipeline import Pipeline, make_pipeline
+from gblm.model.folder import ModelFolder
 from gblm.model.loading import load_tokenizer
-from gblm.packed import is_packed, load_any
+from gblm.packed import load_any
 from gblm.provenance import provenance
 from gblm.prune import prune
 from gblm.recipe import Recipe
@@ -174,7 +175,9 @@ def counted_bits(case: Case, stored: float) -> float:
 def perplexities(folder: Path, text: str, full: bool) -> dict[str, Any]:
     """Give perplexities of a packed or dense folder by protocol, and hashes of the tokens."""
     tokenizer = load_tokenizer(folder)
-    model = load_any(folder, "dense" if is_packed(folder) else None, torch.float32)
+    model = load_any(
+        folder, "dense" if ModelFolder.open(folder).kind == "packed" else None, torch.float32
+    )
     count = None if full else 16
     wiki = data.evaluation_windows(data.read_documents(text, "held-out"), tokenizer, WINDOW, count)
     other = data.evaluation_windows(data.read_documents(OTHER, "held-out"), tokenizer, WINDOW, 8)

@@ -88,7 +88,7 @@ def export_pack(
 
 
 def find_pattern(masks: Iterable[tuple[str, Tensor]]) -> Pattern:
-    """The tightest N:M pattern that every weight follows, else their mean sparsity.
+    """Find the tightest N:M pattern that every weight follows, else their mean sparsity.
 
     Args:
         masks: names and keep masks [out, in] bool of the linears.

@@ -19,7 +19,7 @@ from gblm.kernels import BACKEND_VARIABLE, BACKENDS
 from gblm.model.folder import ModelFolder
 from gblm.model.reader import Reader
 from gblm.network import KEY_VARIABLE, read_key
-from gblm.packed import check_loadable, is_packed
+from gblm.packed import check_loadable
 from gblm.serve.access import (
     api_keys,
     check_address,
@@ -212,7 +212,7 @@ def on_cpu() -> bool:
 
 def loading_options(server: Server) -> list[str]:
     """Let vLLM's default loader notice norms and biases that are missing in the checkpoint."""
-    if "--load-format" in server.options or not is_packed(server.folder):
+    if "--load-format" in server.options or ModelFolder.open(server.folder).kind != "packed":
         return []
     return ["--model-loader-extra-config", json.dumps(LOADER_CONFIG)]
 

@@ -96,7 +96,7 @@ def append_line(path: Path, value: Any) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The hash of a file's content, in hexadecimal digits."""
+    """Hash a file's content; returns hexadecimal digits."""
     with path.open("rb") as stream:
         digest = hashlib.sha256()
         while block := stream.read(1 << 20):
@@ -132,7 +132,7 @@ def _publish(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys differ: of two readers one may take the first value, one the last."""
+    """Refuse a key that stands twice: one reader may take its first value, another its last."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [key for key, _ in pairs]

@@ -102,14 +102,14 @@ class SparseLinear(nn.Module):
         return [getattr(self, f"prepared_{index}") for index in range(self.num_prepared)]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] → [..., out]."""
+        """Multiply x [..., in] with the weight: [..., out]."""
         if self.backend is None:
             raise RuntimeError("SparseLinear was used before its weight was loaded.")
         out = kernels.linear(x, self.prepared, self.shape, self.fmt, self.backend)
         return out if self.bias is None else out + self.bias
 
     def extra_repr(self) -> str:
-        """Shape, format and backend."""
+        """Describe shape, format and backend."""
         name = self.backend.name if self.backend else "not loaded"
         return f"in={self.shape[1]}, out={self.shape[0]}, format={self.fmt.spec}, backend={name}"
 
@@ -171,7 +171,7 @@ def check_loadable(folder: ModelFolder) -> None:
 
 
 def check_complete(model: nn.Module, reader: PackedReader) -> None:
-    """Every linear that the manifest names must be there.
+    """Check that every linear that the manifest names is there.
 
     Raises:
         CheckpointError: the packed weight of a linear is missing.
@@ -183,7 +183,7 @@ def check_complete(model: nn.Module, reader: PackedReader) -> None:
 
 
 def check_linear(model: nn.Module, linear: PackedLinear) -> nn.Linear:
-    """The module a packed weight belongs to.
+    """Find the module that a packed weight belongs to.
 
     Raises:
         CheckpointError: there is no such linear, it has another shape, or it is tied to another.
@@ -208,7 +208,7 @@ def check_linear(model: nn.Module, linear: PackedLinear) -> nn.Linear:
 
 
 def _check_dense(model: nn.Module, reader: PackedReader) -> None:
-    """What is not packed: all there, of the right shapes, floating, and nothing besides."""
+    """Check the tensors that are not packed: all there, of the right shapes, none besides."""
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     packed = {f"{name}.weight" for name in reader.linears}
     for name, _ in model.named_parameters():
@@ -231,11 +231,6 @@ def _check_dense(model: nn.Module, reader: PackedReader) -> None:
             )
         if dtype not in VALUE_DTYPES:
             raise CheckpointError(f"{name}: stored as {dtype}; floating point is needed.")
-
-
-def is_packed(folder: str | Path) -> bool:
-    """Whether a model folder holds our packed weights."""
-    return ModelFolder.open(folder).kind == "packed"
 
 
 def load_any(
@@ -320,10 +315,10 @@ class GblmQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
-        """No: `gblm export dense` writes a packed model out again."""
+        """Returns False: `gblm export dense` writes a packed model out again."""
         return False
 
     @property
     def is_trainable(self) -> bool:
-        """Packed weights are for inference."""
+        """False, for packed weights are for inference."""
         return False

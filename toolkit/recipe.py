@@ -58,7 +58,7 @@ class Calibration(BaseModel):
 
     @property
     def num_batches(self) -> int:
-        """What ranks can share: forward passes; samples, where all of a rank's are one batch."""
+        """The forward passes that ranks can share; samples, where all of a rank's are one batch."""
         if self.order == "sequential":
             return self.num_samples
         return -(-self.num_samples // self.batch_size)
@@ -237,12 +237,12 @@ class Recipe(BaseModel):
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Return plain JSON types."""
         return self.model_dump(mode="json")
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Recipe:
-        """Check and build.
+        """Check the fields and build a recipe.
 
         Raises:
             UsageError: a field is unknown or has a value that is not allowed.
@@ -316,12 +316,12 @@ def choose(recipe: Recipe, linears: Mapping[str, nn.Linear]) -> dict[str, Choice
 
 
 def patterns_of(choices: Mapping[str, Choice]) -> list[Pattern]:
-    """Each pattern once, in order."""
+    """List each pattern once, in order."""
     return list(dict.fromkeys(choice.pattern for choice in choices.values()))
 
 
 def matches(name: str, globs: Iterable[str]) -> bool:
-    """Whether a glob matches the full name of a module, or the end of it after a dot."""
+    """Tell whether a glob matches the full name of a module, or the end of it after a dot."""
     return any(fnmatchcase(name, glob) or fnmatchcase(name, f"*.{glob}") for glob in globs)
 
 
@@ -351,7 +351,7 @@ def _check_fused(choices: Mapping[str, Choice]) -> None:
 
 
 def _check_count(choices: Mapping[str, Choice]) -> None:
-    """The manifest has a group for each, and perhaps one for the head."""
+    """Refuse more ways than the manifest has groups for, one of them for the head."""
     count = len(set(choices.values()))
     if count >= MAX_GROUPS:
         raise UsageError(

@@ -32,7 +32,7 @@ from gblm.export.onnx_model.storage import DATA_FILE, count_zeros
 from gblm.export.onnx_model.validate import TOLERANCES, Tolerance, validate
 from gblm.files import read_json, write_json
 from gblm.model import loading
-from gblm.model.folder import ModelFolder, read_config
+from gblm.model.folder import ModelFolder
 from gblm.model.packed_reader import PackedReader
 from gblm.model.reader import Reader
 from gblm.progress import Progress, no_progress
@@ -125,29 +125,28 @@ def export_onnx(
     wanted = wanted or Wanted()
     precision = check_target(wanted.target, wanted.precision, wanted.sparse)
     check_installation("onnx", *_makers(wanted.target))
-    opened = ModelFolder.open(source)
-    folder, is_packed = opened.path, opened.kind == "packed"
+    folder = ModelFolder.open(source)
     if wanted.sparse:
-        _check_sparse(folder, is_packed)
+        _check_sparse(folder)
     if wanted.validate and wanted.target == "cuda" and not torch.cuda.is_available():
         raise MachineError(
             "--target cuda: there is no CUDA device here to validate the export on; --validate 0 "
             "writes it unproven."
         )
-    check_output(output, overwrite, _needed_bytes(opened, is_packed), folder)
+    check_output(output, overwrite, _needed_bytes(folder), folder.path)
     step = progress("exporting", 2 + bool(wanted.validate))
     with new_folder(output, overwrite) as made:
-        replaced = _make(folder, is_packed, made, wanted, precision)
+        replaced = _make(folder, made, wanted, precision)
         step()
         _complete(folder, made, wanted.sparse)
-        report = _report(folder, made, wanted, precision, replaced)
+        report = _report(folder.path, made, wanted, precision, replaced)
         step()
         if wanted.validate:
-            model = _original(folder, is_packed)
+            model = _original(folder)
             provider = TARGETS[wanted.target].provider
             tolerance = _tolerance(wanted, precision, replaced)
             report["validation"] = validate(
-                model, folder, made, provider, wanted.validate, tolerance
+                model, folder.path, made, provider, wanted.validate, tolerance
             )
             step()
         write_json(made / REPORT_FILE, report)
@@ -201,8 +200,8 @@ def _makers(target: str) -> tuple[str, ...]:
     return () if importlib.util.find_spec("onnxruntime_genai") else ("onnxruntime-genai",)
 
 
-def _check_sparse(folder: Path, is_packed: bool) -> None:
-    if not is_packed:
+def _check_sparse(folder: ModelFolder) -> None:
+    if folder.kind != "packed":
         raise InputError(
             f"{folder} is not packed, so --sparse has nothing to keep: prune it with `gblm prune`, "
             f"or pack zeros that are there with `gblm export pack {folder} --output OUT`."
@@ -210,9 +209,9 @@ def _check_sparse(folder: Path, is_packed: bool) -> None:
     library()
 
 
-def _needed_bytes(folder: ModelFolder, is_packed: bool) -> int:
+def _needed_bytes(folder: ModelFolder) -> int:
     """Count the bytes of the graph in float32 and of the unpacked copy that it is made from."""
-    with PackedReader(folder) if is_packed else Reader(folder) as reader:
+    with PackedReader(folder) if folder.kind == "packed" else Reader(folder) as reader:
         if isinstance(reader, PackedReader):
             weights = sum(
                 rows * columns for rows, columns in (x.shape for x in reader.linears.values())
@@ -222,16 +221,14 @@ def _needed_bytes(folder: ModelFolder, is_packed: bool) -> int:
         return 2 * sum(map(reader.num_bytes, reader))
 
 
-def _make(
-    folder: Path, is_packed: bool, made: Path, wanted: Wanted, precision: str
-) -> list[Replaced]:
+def _make(folder: ModelFolder, made: Path, wanted: Wanted, precision: str) -> list[Replaced]:
     """Write the graph and its data; tell what was replaced in it."""
     target = TARGETS[wanted.target]
     with tempfile.TemporaryDirectory(dir=made.parent, prefix=".onnx-") as name:
-        work, dense = Path(name), folder
-        if is_packed:
+        work, dense = Path(name), folder.path
+        if folder.kind == "packed":
             dense = work / "dense"
-            export_dense(ModelFolder.open(folder), dense, dtype=torch.float32)
+            export_dense(folder, dense, dtype=torch.float32)
         if target.builder is None:
             build_portable(loading.load(dense, dtype=torch.float32), made)
             return []
@@ -247,18 +244,18 @@ def _make(
         return replaced
 
 
-def _original(folder: Path, is_packed: bool) -> nn.Module:
+def _original(folder: ModelFolder) -> nn.Module:
     """Load what an export is held against: the torch model in float32, weights as stored."""
-    if is_packed:
+    if folder.kind == "packed":
         model: nn.Module = packed.load(folder, backend="dense", dtype=torch.float32)
         return model
     return loading.load(folder, dtype=torch.float32)
 
 
-def _complete(source: Path, folder: Path, sparse: bool) -> None:
+def _complete(source: ModelFolder, folder: Path, sparse: bool) -> None:
     """Add what the graph's maker leaves out: tokenizer, config.json, the operator's library."""
-    copy_side_files(source, folder)
-    config = {key: v for key, v in read_config(source).items() if key != "quantization_config"}
+    copy_side_files(source.path, folder)
+    config = {key: v for key, v in source.config.items() if key != "quantization_config"}
     write_json(folder / "config.json", with_rope_theta(config))
     about = read_json(folder / CONFIG_FILE)
     decoder = about["model"]["decoder"]

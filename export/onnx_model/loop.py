@@ -13,7 +13,7 @@ from gblm.errors import InputError
 from gblm.export.onnx_model.decoder import OrtDecoder
 from gblm.export.onnx_model.runtime import REPORT_FILE
 from gblm.files import read_json
-from gblm.model.folder import read_config
+from gblm.model.folder import ModelFolder
 
 
 class OrtLoop(Decoder):
@@ -27,7 +27,7 @@ class OrtLoop(Decoder):
                 "with --target cpu."
             )
         self._decoder = OrtDecoder(folder, threads=settings["threads"])
-        self._vocabulary = int(read_config(folder)["vocab_size"])
+        self._vocabulary = int(ModelFolder.open(folder).config["vocab_size"])
 
     @property
     def vocabulary(self) -> int:

@@ -56,7 +56,7 @@ class Replaced:
     num_bytes: int
 
 
-def pack_graph(built: Path, packed: Path, output: Path) -> list[Replaced]:
+def pack_graph(built: Path, packed: ModelFolder, output: Path) -> list[Replaced]:
     """Write a graph whose linears are packed.
 
     Args:
@@ -76,7 +76,7 @@ def pack_graph(built: Path, packed: Path, output: Path) -> list[Replaced]:
     if any(entry.domain == DOMAIN for entry in graph.model.opset_import):
         raise CheckpointError(f"{built}: the graph is rewritten already.")
     with (
-        PackedReader(ModelFolder.open(packed)) as reader,
+        PackedReader(packed) as reader,
         (output / DATA_FILE).open("wb") as stream,
     ):
         rewriter = _Rewriter(graph, reader, DataFile(stream))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gblm.export.onnx_model.decoder import OrtDecoder, greedy
-from gblm.model.folder import read_config
+from gblm.model.folder import ModelFolder
 
 PROMPT = (
     "The steam engine changed how people worked and lived. Before it, most goods were made by "
@@ -137,7 +137,7 @@ def prompt_tokens(source: Path, model: nn.Module) -> Tensor:
 
         ids: Tensor = load_tokenizer(source)(PROMPT, return_tensors="pt")["input_ids"][0]
         return ids
-    vocabulary = int(read_config(source)["vocab_size"])
+    vocabulary = int(ModelFolder.open(source).config["vocab_size"])
     return torch.randint(vocabulary, (PROMPT_TOKENS,), generator=torch.Generator().manual_seed(0))
 
 

@@ -309,7 +309,7 @@ def test_rewritten_graph_is_not_rewritten_again(
     sparse: Path, pack_tiny: Pack, tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError, match="rewritten already"):
-        pack_graph(sparse, pack_tiny(), tmp_path)
+        pack_graph(sparse, ModelFolder.open(pack_tiny()), tmp_path)
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {

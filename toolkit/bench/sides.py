@@ -12,8 +12,7 @@ import psutil
 
 from gblm.bench.requests import Load, Seen
 from gblm.errors import InputError, UsageError
-from gblm.model.folder import model_name, quant_method, read_config, resolve
-from gblm.sparse.formats.manifest import QUANT_METHOD
+from gblm.model.folder import ModelFolder, model_name, resolve
 
 # Engine → the module that runs its loop in a process of its own, and the paths of the repository
 # whose code decides its figures. vLLM's server has no loop.
@@ -96,7 +95,7 @@ class Side(ABC):
     @property
     def backend(self) -> str | None:
         """Give the backend that is asked for, where the model is packed; dense ones have none."""
-        if self.path.is_file() or quant_method(read_config(self.path)) != QUANT_METHOD:
+        if self.path.is_file() or ModelFolder.open(self.path).kind != "packed":
             return None
         return self.setup.backend
 

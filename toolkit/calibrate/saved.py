@@ -33,7 +33,7 @@ class StatsFolder:
 
     @property
     def complete(self) -> bool:
-        """Whether every layer is there."""
+        """Tells whether every layer is there."""
         return (self.path / FACTS).exists()
 
     def write(self, index: int, stats: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -97,7 +97,7 @@ class StatsFolder:
         shutil.rmtree(self.path)
 
     def facts(self) -> dict[str, Any]:
-        """What was collected.
+        """Return what was collected.
 
         Raises:
             InputError: this is no complete folder of statistics.

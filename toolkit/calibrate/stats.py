@@ -54,7 +54,7 @@ class ActNorm:
         self.num_samples = total
 
     def value(self) -> Tensor:
-        """[in] float32."""
+        """Return [in] float32."""
         return self.mean.sqrt()
 
 
@@ -85,20 +85,20 @@ class Hessian:
         self.num_samples = total
 
     def value(self) -> Tensor:
-        """[in, in] float32, symmetric; `mean` itself, since a copy takes 4·in² bytes."""
+        """Return [in, in] float32, symmetric; `mean` itself, since a copy takes 4·in² bytes."""
         for start, stop in self._strips():
             self.mean[stop:, start:stop] = self.mean[start:stop, stop:].t()
         return self.mean
 
     def _strips(self) -> list[tuple[int, int]]:
-        """Row ranges whose columns from the diagonal on are computed."""
+        """Give the row ranges whose columns from the diagonal on are computed."""
         size = self.mean.shape[0]
         step = -(-size // STRIPS)
         return [(start, min(start + step, size)) for start in range(0, size, step)]
 
 
 def _num_samples(inputs: Tensor) -> int:
-    """The first of [samples, tokens, in]; [tokens, in], as an expert sees it, is one sample."""
+    """Count the samples of [samples, tokens, in]; [tokens, in], as an expert sees it, is one."""
     return 1 if inputs.ndim == 2 else inputs.shape[0]
 
 
@@ -106,5 +106,5 @@ STATS: dict[str, type[Stat]] = {"act_norm": ActNorm, "hessian": Hessian}
 
 
 def accumulators(needs: frozenset[str]) -> dict[str, Stat]:
-    """New statistics by name; in one order in every process, for ranks join them one by one."""
+    """Make new statistics; their order is that of every process, for ranks join them one by one."""
     return {need: STATS[need]() for need in sorted(needs)}

@@ -40,20 +40,20 @@ class Streams:
 
     @property
     def num_samples(self) -> int:
-        """Samples of this rank."""
+        """The number of samples of this rank."""
         return sum(self.sizes)
 
     def batch(self, picks: list[int]) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of some samples, each [samples, tokens, hidden]."""
+        """Return inputs and targets of some samples, each [samples, tokens, hidden]."""
         inputs, targets = zip(*(self._sample(pick) for pick in picks), strict=True)
         return torch.cat(inputs), torch.cat(targets)
 
     def run(self, layer: Any, inputs: Tensor) -> Tensor:
-        """The outputs of a decoder layer [samples, tokens, hidden]."""
+        """Return the outputs of a decoder layer, [samples, tokens, hidden]."""
         return self.call_for(inputs.shape[0]).run(layer, self.index, inputs)
 
     def _sample(self, pick: int) -> tuple[Tensor, Tensor]:
-        """[1, tokens, hidden] each."""
+        """Return input and target of one sample, [1, tokens, hidden] each."""
         for batch, size in enumerate(self.sizes):
             if pick < size:
                 inputs, targets = self.inputs, self.targets

@@ -47,7 +47,7 @@ class Head:
 
     @classmethod
     def of(cls, reader: Reader, name: str, source: str, values: str) -> Head:
-        """Read the headers.
+        """Describe a head from the headers.
 
         Args:
             reader: of the dense model.
@@ -75,7 +75,7 @@ class Head:
 
     @property
     def tied(self) -> bool:
-        """Whether it is a copy of the embeddings, which stay."""
+        """Tells whether it is a copy of the embeddings, which stay."""
         return self.source != f"{self.name}.weight"
 
     @property
@@ -131,14 +131,14 @@ class Head:
         return self.fmt.layout(self.shape)
 
     def _chunks(self, reader: Reader) -> Iterator[tuple[int, Tensor]]:
-        """First row and rows, some at a time."""
+        """Give some rows at a time, and the index of the first."""
         weight, step = reader.tensor(self.source), max(1, CHUNK_WEIGHTS // self.shape[1])
         for start in range(0, self.shape[0], step):
             yield start, weight[start : start + step]
 
 
 def output_head(layers: StreamedLayers, values: str) -> Head | None:
-    """The output head as it is to be packed; None if it stays floating.
+    """Find the output head that is to be packed; None if it stays floating.
 
     Args:
         layers: of the dense model.
@@ -164,7 +164,7 @@ def output_head(layers: StreamedLayers, values: str) -> Head | None:
 
 
 def untied(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json whose output head is not the embeddings."""
+    """Return a config.json whose output head is not the embeddings."""
     changed = config | {"tie_word_embeddings": False}
     if isinstance(text := config.get("text_config"), dict):
         changed["text_config"] = text | {"tie_word_embeddings": False}

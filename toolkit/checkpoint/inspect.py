@@ -25,7 +25,7 @@ COUNTS = ("linears", "weights", "kept", "bytes", "bytes_dense")
 
 
 def inspect(folder: ModelFolder) -> dict[str, Any]:
-    """Facts of a packed or dense model folder.
+    """Describe a packed or dense model folder.
 
     Packed: groups of linears with pattern, bits per weight including mask, codes and scales; the
     output head, if it is packed; size against what `gblm export dense` writes. Dense: sizes, and
@@ -49,7 +49,7 @@ def inspect(folder: ModelFolder) -> dict[str, Any]:
 
 
 def sizes(folder: ModelFolder) -> dict[str, Any]:
-    """What folders of any kind can be compared by.
+    """Measure a folder of any kind, so that two can be compared.
 
     Returns:
         "bytes" of the weights and "values"; where gblm reads them, "sparsity" of the pruned
@@ -159,7 +159,7 @@ def _packed(packed: PackedReader) -> dict[str, Any]:
 
 
 def _check_rule(packed: PackedReader, linear: PackedLinear) -> None:
-    """What is called 8:16 here should be served as 8:16."""
+    """Check that what is called 8:16 can be served as 8:16."""
     if linear.fmt.has_rule:
         bitmask = packed.tensor(f"{linear.name}.bitmask")
         linear.fmt.check_rule(linear.name, {"bitmask": bitmask})
@@ -189,12 +189,12 @@ def _with_shares(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _in_a_layer(name: str) -> bool:
-    """Whether a tensor or module is part of a numbered layer; the output head is not."""
+    """Tell whether a tensor or module is part of a numbered layer; the output head is not."""
     return any(piece.isdigit() for piece in name.split("."))
 
 
 def _kept(packed: PackedReader, linear: PackedLinear) -> int:
-    """How many positions are kept; bytes of 4-bit codes do not tell, because rows are padded."""
+    """Count the kept positions; bytes of 4-bit codes do not tell, because rows are padded."""
     if not linear.fmt.values.in_nibbles:
         return math.prod(linear.headers["values"][0])
     if "row_offsets" in linear.fmt.parts:
@@ -270,7 +270,7 @@ def _compare(packed: PackedReader, against: ModelFolder) -> None:
 
 
 def _report_rows(path: Path) -> dict[str, dict[str, Any]]:
-    """The rows of sparsity_report.json by name of the weight, that of the output head included."""
+    """Read the rows of sparsity_report.json by name of the weight, the output head's included."""
     report = read_json(path)
     rows = report.get("tensors")
     if isinstance(rows, list) and "head" in report:

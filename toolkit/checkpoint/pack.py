@@ -99,7 +99,7 @@ def check_packable(reader: Reader, choices: Mapping[str, Choice]) -> None:
 
 
 def check_room(reader: Reader, output: Path, overwrite: bool, extra: int = 0) -> None:
-    """The output name is free and the disk can hold the packed model at its worst size.
+    """Refuse an output name that is taken, and a disk too small for the packed model at its worst.
 
     Args:
         reader: of the dense model.
@@ -153,7 +153,7 @@ def write_packed(
 
 
 def _add_head(head: Head | None, reader: Reader, shards: ShardWriter) -> dict[str, Any] | None:
-    """The head is made from the source alone, so a resumed run has nothing to keep for it."""
+    """Add the head: it is made from the source alone, so a resumed run keeps nothing for it."""
     if head is None:
         return None
     tensors, row = head.pack(reader)
@@ -163,7 +163,7 @@ def _add_head(head: Head | None, reader: Reader, shards: ShardWriter) -> dict[st
 
 
 def _manifest(packing: Packing, rows: list[dict[str, Any]]) -> Manifest:
-    """A group for each way that linears are stored; and one for the head."""
+    """Make a group for each way that linears are stored, and one for the head."""
     stored: dict[tuple[str, str, str], list[str]] = {}
     for row in sorted(rows, key=lambda row: str(row["name"])):
         way = (row["format"], row["pattern"], row.get("values", "float"))

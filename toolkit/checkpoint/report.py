@@ -20,7 +20,7 @@ MAX_NAMED = 4
 def weight_row(
     name: str, fmt: Format, shape: Shape, dtype: torch.dtype, zeros: int, parts: Parts
 ) -> dict[str, Any]:
-    """One packed weight.
+    """Describe one packed weight.
 
     Args:
         name: of the linear.
@@ -49,7 +49,7 @@ def weight_row(
 def summary(
     rows: list[dict[str, Any]], head: dict[str, Any] | None, dense: int, packed: int
 ) -> dict[str, Any]:
-    """The whole report.
+    """Make the whole report.
 
     Args:
         rows: of the pruned linears.
@@ -72,7 +72,7 @@ def summary(
 
 
 def in_words(report: dict[str, Any]) -> str:
-    """The patterns and value types of a report, such as "2:4, 0.5 int4:128"."""
+    """Say the patterns and value types of a report, such as "2:4, 0.5 int4:128"."""
     ways = [" ".join([g["pattern"], g.get("values", "")]).strip() for g in report["groups"]]
     if len(ways) > MAX_NAMED:
         return f"{len(ways)} patterns and value types"
@@ -80,7 +80,7 @@ def in_words(report: dict[str, Any]) -> str:
 
 
 def _group(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Linears that are stored alike."""
+    """Sum up linears that are stored alike."""
     way = {key: rows[0][key] for key in ("format", "pattern", "values") if key in rows[0]}
     return way | _totals(rows)
 
@@ -135,7 +135,7 @@ Its quality was not measured when this card was written: run `gblm eval . --base
 
 
 def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
-    """Markdown with a metadata header for model hubs."""
+    """Write the model card: Markdown with a metadata header for model hubs."""
     options = _fields(recipe.get("options", {}))
     groups = report["groups"]
     patterns = list(dict.fromkeys(group["pattern"] for group in groups))
@@ -165,7 +165,7 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
 
 
 def _included(kinds: Iterable[str]) -> str:
-    """What the bits per weight count."""
+    """Say what the bits per weight count."""
     return "mask, codes and scales" if set(kinds) else "mask"
 
 
@@ -183,7 +183,7 @@ def _title(patterns: list[str], method: str, values: list[str]) -> str:
 
 
 def _steps(recipe: dict[str, Any]) -> str:
-    """What followed the method, in order."""
+    """Say what followed the method, in order."""
     steps = []
     if refit := recipe.get("refit"):
         steps.append(f"refit ({_fields(refit)})")
@@ -225,6 +225,6 @@ def _calibration(fields: dict[str, Any] | None) -> str:
 
 
 def _public_name(model: str) -> str:
-    """A hub id as it is; of a local path only the last part, which says nothing of the machine."""
+    """Keep a hub id; of a local path keep the last part, which says nothing of the machine."""
     local = Path(model).expanduser().exists() or model.startswith((".", "/", "~"))
     return Path(model).expanduser().resolve().name if local else model

@@ -17,7 +17,7 @@ TILE = 16
 
 
 def heads_of(name: str) -> HeadsOn | None:
-    """Where the attention heads of a linear lie, by its name; None when it has none.
+    """Tell by a linear's name where its attention heads lie; None when it has none.
 
     Args:
         name: local or full, such as "self_attn.q_proj".
@@ -70,13 +70,13 @@ def structure(
 
 
 def _row_counts(padded: Tensor) -> Tensor:
-    """[rows] int64; sums of 16 bytes fit a byte, and adding bytes is what the machine does best."""
+    """Count by row, [rows] int64: sums of 16 bytes fit a byte, and bytes add up fastest."""
     parts = padded.view(torch.uint8).reshape(padded.shape[0], TILE, -1)
     return parts.sum(dim=1, dtype=torch.uint8).sum(dim=1)
 
 
 def _column_counts(padded: Tensor) -> Tensor:
-    """[columns] int64."""
+    """Count by column, [columns] int64."""
     parts = padded.view(torch.uint8).reshape(-1, TILE, padded.shape[1])
     return parts.sum(dim=1, dtype=torch.uint8).sum(dim=0)
 
@@ -95,7 +95,7 @@ def _spread(key: str, counts: Tensor, full: int) -> dict[str, float]:
 
 
 def _live_tiles(padded: Tensor, out_features: int, in_features: int) -> dict[str, float]:
-    """Padding keeps nothing, so only the number of tiles must leave it out."""
+    """Count the tiles that keep something; padding keeps nothing, so only their number is cut."""
     words = padded.view(torch.int64) != 0
     tiles = words.reshape(-1, TILE, words.shape[1] // 2, 2).any(dim=1).any(dim=-1)
     return {

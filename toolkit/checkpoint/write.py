@@ -139,7 +139,7 @@ class ShardWriter:
 
 
 def copy_side_files(source: Path, folder: Path) -> None:
-    """Tokenizer, generation settings and licence go along unchanged."""
+    """Copy tokenizer, generation settings and licence unchanged."""
     for pattern in SIDE_FILES:
         for file in sorted(source.glob(pattern)):
             if file.is_file() and file.name not in NOT_COPIED:
@@ -147,7 +147,7 @@ def copy_side_files(source: Path, folder: Path) -> None:
 
 
 def file_hashes(folder: Path) -> dict[str, dict[str, Any]]:
-    """sha256 and size in bytes of every file in a folder."""
+    """Return sha256 and size in bytes of every file in a folder."""
     return {
         file.name: {"sha256": sha256(file), "size": file.stat().st_size}
         for file in sorted(folder.iterdir())
@@ -156,12 +156,12 @@ def file_hashes(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Size of all files below a folder; 0 if there is none."""
+    """Return the size of all files below a folder; 0 if there is none."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _check_replaceable(output: Path, source: Path | None) -> None:
-    """Deleting the input, the user's own place, or a folder of something else is never meant."""
+    """Refuse to delete the input, the current folder, or a folder of something else."""
     if not output.is_dir():
         raise InputError(f"output {output} is a file, not a folder.")
     for kept in (Path.cwd(), source):
@@ -189,7 +189,7 @@ def _publish(work: Path, output: Path, overwrite: bool) -> None:
 
 
 def _open_modes(folder: Path) -> None:
-    """mkdtemp and safetensors write for the owner alone; a server often runs as somebody else."""
+    """Let others read: mkdtemp and safetensors write for the owner, a server is often another."""
     mask = os.umask(0o022)
     os.umask(mask)
     folder.chmod(0o777 & ~mask)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gblm import packed
 from gblm.checkpoint.inspect import sizes
 from gblm.errors import UsageError
 from gblm.evaluate.perplexity import Protocol, measure
@@ -22,7 +21,7 @@ from gblm.evaluate.subjects import (
 )
 from gblm.evaluate.tasks import Tasks, check_tasks, require_harness, run_tasks
 from gblm.files import read_json
-from gblm.model.folder import ModelFolder, model_name, read_config, resolve
+from gblm.model.folder import ModelFolder, model_name, resolve
 from gblm.model.loading import load_tokenizer
 from gblm.progress import Progress, no_progress
 from gblm.record import Record, Verdict
@@ -95,11 +94,11 @@ def run_evaluation(asked: Evaluation, progress: Progress = no_progress) -> Recor
     path, note = _baseline(asked, folder)
     if asked.needs_baseline and path is None:
         raise UsageError(f"a gate needs the dense model to compare with: {note}.")
-    home = _home(asked, folder, path)
+    home = ModelFolder.open(_home(asked, folder, path))
     if served is not None:
-        served.connect(home)
+        served.connect(home.path)
     tokenizer = load_tokenizer(home)
-    length = int(read_config(home).get("max_position_embeddings", 2048))
+    length = int(home.config.get("max_position_embeddings", 2048))
     _warn_of_long_windows(asked.protocols, length)
     name = served.name if served else model_name(asked.model)
     base = None if path is None else _other_name(model_name(path), name)
@@ -204,7 +203,7 @@ def known_baseline(folder: Path) -> tuple[Path | None, str]:
     """
     if (folder / ONNX_MODEL).is_file():
         file, key = folder / ONNX_REPORT, "source"
-    elif packed.is_packed(folder):
+    elif ModelFolder.open(folder).kind == "packed":
         file, key = folder / RECIPE, "model"
     else:
         return None, "MODEL is a dense folder, which names no model it was made from"
@@ -214,7 +213,8 @@ def known_baseline(folder: Path) -> tuple[Path | None, str]:
     for place in (Path(named).expanduser(), folder.parent / named):
         if (place / "config.json").is_file():
             # An export of a packed folder: on to what that one was made from.
-            if place.resolve() != folder.resolve() and packed.is_packed(place):
+            other = place.resolve() != folder.resolve()
+            if other and ModelFolder.open(place).kind == "packed":
                 return known_baseline(place)
             return place, f"named by {file.name}"
     return None, f"{file.name} names {named}, which is not here; give --baseline"

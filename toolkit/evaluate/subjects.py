@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from gblm import packed
 from gblm.errors import InputError, UsageError
+from gblm.model.folder import ModelFolder
 
 ONNX_MODEL, ONNX_REPORT = "model.onnx", "onnx_report.json"
 # Of the likeliest tokens at each place where an engine does not give all: vLLM's own limit.
@@ -126,7 +127,7 @@ def folder_kind(folder: Path) -> str:
     """Tell which kind a folder is of, which is its own engine too: "onnx", "packed" or "hf"."""
     if (folder / ONNX_MODEL).is_file():
         return "onnx"
-    return "packed" if packed.is_packed(folder) else "hf"
+    return "packed" if ModelFolder.open(folder).kind == "packed" else "hf"
 
 
 def open_subject(

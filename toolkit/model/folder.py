@@ -47,7 +47,7 @@ class ModelFolder:
         if isinstance(model, ModelFolder):
             return model
         path = resolve(model, revision)
-        return cls(path, read_config(path))
+        return cls(path, _read_config(path))
 
     def __str__(self) -> str:
         return str(self.path)
@@ -94,7 +94,7 @@ class ModelFolder:
             )
 
     def file(self, name: str) -> Path:
-        """A file of the folder, or of the blob store that a hub snapshot links to.
+        """Return a file of the folder, or of the blob store that a hub snapshot links to.
 
         Raises:
             CheckpointError: the name or a link leads elsewhere.
@@ -103,7 +103,7 @@ class ModelFolder:
 
 
 def resolve(model: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a model: itself, or a snapshot of a hub id.
+    """Find the local folder of a model: itself, or a snapshot of a hub id.
 
     Args:
         model: a folder or hub id.
@@ -130,13 +130,13 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
 
 
 def model_name(model: str | Path) -> str:
-    """What to call a model: the name of its folder, or the end of its hub id."""
+    """Name a model: by its folder, or by the end of its hub id."""
     path = Path(model).expanduser()
     return (path.resolve() if path.is_dir() else path).name
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder, refused when it would run code or is not JSON."""
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Read config.json; refuse one that would run code or is not JSON."""
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder} is no model folder: config.json is missing.")
@@ -150,7 +150,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def quant_method(config: dict[str, Any]) -> str | None:
-    """How config.json says the weights are stored; None = as they are."""
+    """Return how config.json says the weights are stored; None where it declares nothing."""
     fields = config.get("quantization_config")
     if fields is None:
         return None
@@ -158,7 +158,7 @@ def quant_method(config: dict[str, Any]) -> str | None:
 
 
 def legacy_format(config: dict[str, Any]) -> str | None:
-    """The name in LEGACY_FORMATS of a checkpoint that compressed-tensors wrote; None if it is none.
+    """Return the name in LEGACY_FORMATS of what compressed-tensors wrote; None for all else.
 
     "dense" are plain weights beside a `sparsity_config`, which vLLM refuses all the same.
     """
@@ -188,7 +188,7 @@ def check_weights(folder: Path) -> None:
 
 
 def inside(folder: Path, file: str) -> Path:
-    """A file of the folder, or of the blob store that a hub snapshot links to.
+    """Return a file of the folder, or of the blob store that a hub snapshot links to.
 
     Raises:
         CheckpointError: the name or a link leads elsewhere.

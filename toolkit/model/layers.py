@@ -43,7 +43,7 @@ class Layers:
         return len(self.modules)
 
     def name(self, index: int) -> str:
-        """Full name of a decoder layer."""
+        """Return the full name of a decoder layer."""
         return f"{self.prefix}.{index}"
 
     @contextmanager
@@ -52,7 +52,7 @@ class Layers:
         yield self.modules[index]
 
     def load_frame(self, head: bool) -> None:
-        """Have everything outside the decoder layers in memory; `head`: the output head too."""
+        """Load everything outside the decoder layers; the output head only with `head`."""
 
 
 class StreamedLayers(Layers):
@@ -119,7 +119,7 @@ class StreamedLayers(Layers):
                 _assign(self.model, name, torch.empty_like(parameter, device=META))
 
     def _take(self, index: int) -> dict[str, Tensor]:
-        """The layer's tensors, read ahead or now; starts reading the one that follows."""
+        """Return the layer's tensors, read ahead or now, and start to read the next layer's."""
         if self._pool is None:
             return self._read_layer(index)
         ahead, self._ahead = self._ahead, None

@@ -15,7 +15,7 @@ from gblm.recipe import matches
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The decoder layers and their name, such as "model.layers".
+    """Find the decoder layers and their name, such as "model.layers".
 
     Raises:
         InputError: no list of `num_hidden_layers` modules that hold an nn.Linear.
@@ -36,13 +36,13 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def hidden_size(model: nn.Module) -> int:
-    """Width of the hidden states."""
+    """Return the width of the hidden states."""
     config: Any = model.config
     return int(config.get_text_config().hidden_size)
 
 
 def head_dim(model: nn.Module) -> int | None:
-    """Rows of a query projection per attention head; None when config.json does not tell."""
+    """Return the rows of a query projection per attention head; None if config.json is silent."""
     config: Any = model.config
     text = config.get_text_config()
     if found := getattr(text, "head_dim", None):
@@ -52,14 +52,14 @@ def head_dim(model: nn.Module) -> int | None:
 
 
 def linears(layer: nn.Module) -> dict[str, nn.Linear]:
-    """Every nn.Linear of a decoder layer by its local name, such as "self_attn.q_proj"."""
+    """Return every nn.Linear of a decoder layer by its local name, such as "self_attn.q_proj"."""
     return {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
 
 
 def prunable(
     model: nn.Module, targets: tuple[str, ...] = (), ignore: tuple[str, ...] = ()
 ) -> dict[str, nn.Linear]:
-    """The linears to prune by full name.
+    """Choose the linears to prune, by full name.
 
     Args:
         model: a causal language model.
@@ -96,7 +96,7 @@ def _named_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def _refuse_other_matrices(prefix: str, layer: nn.Module, found: dict[str, nn.Linear]) -> None:
-    """Mixture-of-experts weights that are no nn.Linear would stay dense without a word."""
+    """Refuse mixture-of-experts weights, which are no nn.Linear and would silently stay dense."""
     known = {f"{name}.weight" for name in found}
     for name, parameter in layer.named_parameters():
         if parameter.ndim > 1 and name not in known:

@@ -48,7 +48,7 @@ def load(
 
 
 def skeleton(folder: ModelFolder, num_tensors: int, buffers: bool = False) -> nn.Module:
-    """The model of config.json without memory for its weights.
+    """Build the model of config.json without memory for its weights.
 
     Args:
         folder: an HF folder, dense or packed.
@@ -83,7 +83,7 @@ def skeleton(folder: ModelFolder, num_tensors: int, buffers: bool = False) -> nn
 
 
 def load_tokenizer(model: str | Path | ModelFolder) -> Any:
-    """The tokenizer of a model folder or hub id."""
+    """Load the tokenizer of a model folder or hub id."""
     from transformers import AutoTokenizer
 
     folder = ModelFolder.open(model)
@@ -96,7 +96,7 @@ def load_tokenizer(model: str | Path | ModelFolder) -> Any:
 
 
 def check_device(device: str | torch.device) -> torch.device:
-    """A torch device that is there.
+    """Return the torch device of this name, if it is there.
 
     Raises:
         UsageError: not a device name.

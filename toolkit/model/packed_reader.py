@@ -56,7 +56,7 @@ class PackedReader(Reader):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What codes are expanded to: the dtype that config.json names, or bfloat16."""
+        """The dtype that codes are expanded to: what config.json names, or bfloat16."""
         config = self.folder.config
         named = f"torch.{config.get('dtype', config.get('torch_dtype'))}"
         return next((dtype for dtype in VALUE_DTYPES if str(dtype) == named), torch.bfloat16)
@@ -70,12 +70,12 @@ class PackedReader(Reader):
         return {part: self.tensor(f"{name}.{part}") for part in self.linears[name].headers}
 
     def dense_names(self) -> list[str]:
-        """The tensors that are stored as they are."""
+        """Name the tensors that are stored as they are."""
         packed = {f"{n}.{part}" for n, linear in self.linears.items() for part in linear.headers}
         return [name for name in self if name not in packed]
 
     def _find_linears(self) -> Iterator[PackedLinear]:
-        """Every module that the manifest names, with all of its parts; nothing packed besides."""
+        """Find every module that the manifest names; refuse missing and further packed parts."""
         found: dict[str, dict[str, Header]] = {}
         formats: dict[str, Format] = {}
         for tensor in self:

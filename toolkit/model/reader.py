@@ -103,7 +103,7 @@ class Reader:
         return tensor
 
     def refuse_unlisted(self) -> None:
-        """Hosts load every shard they find, so an unlisted one could replace what was checked.
+        """Refuse shards that no index lists: hosts load every shard they find, these too.
 
         Raises:
             CheckpointError: there is one.
@@ -120,7 +120,7 @@ class Reader:
         self._handles.clear()
 
     def sha256(self, others: Iterable[str] = ()) -> str:
-        """The hash of config.json, the shards and further files of the folder; reads all of them.
+        """Hash config.json, the shards and further files of the folder; all of them are read.
 
         Args:
             others: names of files that count, too.
@@ -131,7 +131,7 @@ class Reader:
         return digest.hexdigest()
 
     def num_bytes(self, name: str) -> int:
-        """Size of a tensor's data, from its header."""
+        """Return the size of a tensor's data, from its header."""
         shape, dtype = self.headers[name]
         return math.prod(shape) * dtype.itemsize
 
@@ -164,7 +164,7 @@ class Reader:
 
 
 def _shards(folder: Path) -> dict[str, set[str] | None]:
-    """Shard file → the tensors the index expects in it (None: whatever it holds)."""
+    """Map each shard to the tensors that the index expects in it; None takes whatever it holds."""
     if (folder / SINGLE).exists():
         return {SINGLE: None}
     index = folder / INDEX

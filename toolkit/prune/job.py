@@ -116,7 +116,7 @@ class Job:
         return data.fingerprint(self.windows) if self.windows is not None else None
 
     def batches(self) -> list[Tensor]:
-        """This rank's token ids, each [samples, tokens] int64."""
+        """Return this rank's token ids, each [samples, tokens] int64."""
         wanted = self.recipe.calibration
         if self.windows is None or wanted is None:
             return []
@@ -126,7 +126,7 @@ class Job:
         return self.ranks.share(self.windows.split(wanted.batch_size))
 
     def activation_bytes(self) -> int:
-        """Size of this rank's samples at the input of one decoder layer."""
+        """Count the bytes of this rank's samples at the input of one decoder layer."""
         tokens = sum(batch.numel() for batch in self.batches())
         return tokens * hidden_size(self.layers.model) * self.layers.dtype.itemsize
 
@@ -155,7 +155,7 @@ def open_job(recipe: Recipe, ranks: Ranks = ALONE) -> Iterator[Job]:
 
 
 def _pipeline(recipe: Recipe) -> Pipeline:
-    """The steps of one linear; where all patterns are dense the method is asked for nothing."""
+    """Build the steps of one linear; where all patterns are dense no method is asked."""
     refit = recipe.refit.model_dump() if recipe.refit is not None else None
     pipeline = make_pipeline(recipe.method, recipe.options, refit, recipe.rounding)
     factored = isinstance(pipeline.method, SparseGPT) and recipe.rounding == "obs"
@@ -170,7 +170,7 @@ def _training(recipe: Recipe) -> Training | None:
 
 
 def _text(recipe: Recipe, pipeline: Pipeline) -> Calibration | None:
-    """The text that is run through the model; None if no step needs any."""
+    """Return the text that is run through the model; None if no step needs any."""
     if recipe.stats is not None or not (pipeline.needs or recipe.reconstruct):
         return None
     if recipe.calibration is None:

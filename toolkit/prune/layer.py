@@ -69,7 +69,7 @@ def prune_layer(
 
 
 def _chosen(job: Job, layer: DecoderLayer) -> list[str]:
-    """The local names of the linears to prune."""
+    """Name the linears to prune, locally."""
     return [local for local in layer.linears if f"{layer.name}.{local}" in job.choices]
 
 
@@ -151,7 +151,7 @@ def _train(
 def _from_rank_0(
     job: Job, layer: DecoderLayer, local: str, own: SparseWeight | None
 ) -> SparseWeight:
-    """A pruned weight on every rank; `linear.weight` is there already."""
+    """Send a pruned weight from rank 0 to every rank; the values in `linear.weight` are there."""
     linear, ranks = layer.linears[local], job.ranks
     mask = linear.weight != 0 if own is None else own.mask
     ranks.broadcast_(mask := mask.to(torch.uint8))

@@ -122,7 +122,7 @@ class WorkFolder:
         self.finished = [layer for _, layer in intact]
 
     def _intact(self) -> Iterator[tuple[dict[str, Any], FinishedLayer]]:
-        """Journalled layers from the first one on, up to the first damage."""
+        """Give the journalled layers from the first one on, up to the first damage."""
         journal = self.path / JOURNAL
         lines = journal.read_bytes().split(b"\n") if journal.exists() else []
         for index, text in enumerate(lines):
@@ -139,13 +139,13 @@ class WorkFolder:
 
 
 def work_path(output: Path) -> Path:
-    """Where the unfinished run of an output lies."""
+    """Return where the unfinished run of an output lies."""
     output = output.resolve()
     return output.parent / f".{output.name}.work"
 
 
 def is_complete(output: Path) -> bool:
-    """Whether an earlier run had only to publish its result."""
+    """Tell whether an earlier run had only to publish its result."""
     return (work_path(output) / COMPLETE).exists()
 
 
@@ -233,7 +233,7 @@ def _lock(path: Path) -> IO[bytes]:
 
 
 def _remove(path: Path) -> None:
-    """The lock goes last: whoever gets a new one must not find what this process deletes."""
+    """Delete the folder, its lock last: whoever gets a new one must not find a half of it."""
     _empty(path)
     shutil.rmtree(path, ignore_errors=True)
 

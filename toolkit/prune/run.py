@@ -63,7 +63,7 @@ class Output:
         check_room(reader, self.folder, self.overwrite, extra)
 
     def extra_bytes(self, job: Job) -> int:
-        """What lies on disk at the end of a run besides the folder itself, at most."""
+        """Bound the bytes that lie on disk at the end of a run besides the folder itself."""
         reader = job.layers.reader
         sizes = {name: math.prod(reader.headers[f"{name}.weight"][0]) for name in job.choices}
         layers = int(1.1 * sum(reader.num_bytes(f"{name}.weight") for name in job.choices))
@@ -152,7 +152,7 @@ class _Run:
         return cls(job, output, packing)
 
     def execute(self, progress: Progress) -> dict[str, Any]:
-        """Gradients when the method needs them, then the decoder layers, then the folder."""
+        """Take gradients if the method needs them, prune the decoder layers, write the folder."""
         job = self.job
         with self._work() as work, self._scratch() as scratch:
             first = job.ranks.agree(len(work.finished) if work else 0)
@@ -193,7 +193,7 @@ class _Run:
         reader.release()
 
     def _exact_values(self, pruned: Pruned) -> dict[str, Tensor]:
-        """What a resumed run needs besides what is packed, to go on with the very same bits."""
+        """Return what a resumed run needs besides the packed parts, to go on with the same bits."""
         headers = self.job.layers.reader.headers
 
         def narrowed(name: str, tensor: Tensor) -> bool:
@@ -240,7 +240,7 @@ class _Run:
 
     @contextmanager
     def _work(self) -> Iterator[WorkFolder | None]:
-        """The work folder, on rank 0."""
+        """Open the work folder, on rank 0."""
         if not self.job.ranks.leads:
             yield None
             return
@@ -259,7 +259,7 @@ class _Run:
 
     @contextmanager
     def _scratch(self) -> Iterator[Path]:
-        """This rank's own folder for activations; made when it is written to."""
+        """Name this rank's own folder for activations, and remove what came to lie in it."""
         folder = work_path(self.output.folder) / f"scratch-{self.job.ranks.rank}"
         try:
             yield folder

@@ -22,7 +22,7 @@ GRADIENTS = frozenset({"grad_norm"})
 
 
 def how_to_walk(job: Job, scratch: Path, first: int) -> Walk:
-    """How the job's text runs through the decoder layers, of which `first` are finished.
+    """Say how the job's text runs through the decoder layers, of which `first` are finished.
 
     Args:
         job: to be run.
@@ -71,7 +71,7 @@ def make_gradients(job: Job, folder: StatsFolder, scratch: Path, progress: Progr
 
 
 def stored(job: Job, gradients: StatsFolder) -> Callable[[int], LayerStats]:
-    """What the walk does not collect itself, by decoder layer.
+    """Return a reader of the statistics that the walk does not collect itself, by decoder layer.
 
     Args:
         job: to be run.
@@ -85,7 +85,7 @@ def stored(job: Job, gradients: StatsFolder) -> Callable[[int], LayerStats]:
 
 
 def facts(job: Job, needs: frozenset[str]) -> dict[str, Any]:
-    """What stats.json says of a job's statistics, of those in `needs`."""
+    """Describe those of a job's statistics that are in `needs`, for stats.json."""
     text = job.recipe.calibration
     pruned = text is None or text.prefix == "pruned"
     return {
@@ -101,7 +101,7 @@ def facts(job: Job, needs: frozenset[str]) -> dict[str, Any]:
 
 
 def all_layers_fit(job: Job) -> bool:
-    """Whether there is room for all layers, and a sum per weight, at once."""
+    """Tell whether there is room for all layers, and a sum per weight, at once."""
     model, prefix = job.layers.model, job.layers.prefix
     count = sum(p.numel() for n, p in model.named_parameters() if n.startswith(prefix))
     weights = sum(model.get_submodule(name).weight.numel() for name in job.choices)
@@ -109,7 +109,7 @@ def all_layers_fit(job: Job) -> bool:
 
 
 def _prefix(recipe: Recipe) -> str:
-    """What the layers in front were made by, in words."""
+    """Say in words how the layers in front of one were made."""
     steps = [name for name in ("refit", "reconstruct") if getattr(recipe, name) is not None]
     return ", ".join([f"{recipe.method} {', '.join(recipe.patterns)}", *steps])
 
