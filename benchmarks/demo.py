@@ -1,4 +1,4 @@
-"""The whole road on a real model: fetch, prune, inspect, evaluate, serve, compare.
+"""The whole road on a real model: fetch, prune, recover, inspect, evaluate, serve, compare.
 
 Run by `make demo`; every step is a `gblm` command that is printed before it runs.
 Ends in a table and in runs/demo/summary.json.
@@ -19,12 +19,13 @@ from typing import Any
 from gblm.record import Record
 
 RUN = Path("runs/demo")
-MODEL, PACKED = RUN / "smollm2", RUN / "smollm2-gblm-2of4"
+MODEL, DENSE = RUN / "smollm2", RUN / "smollm2-int8"
+PRUNED, PACKED = RUN / "smollm2-8of16-pruned", RUN / "smollm2-8of16"
 EVAL, BENCH, SUMMARY = RUN / "eval.json", RUN / "bench.json", RUN / "summary.json"
-# Small on purpose: the defaults of `gblm prune` would take hours on two cores.
-CALIBRATION = "--calibration pydoc --num-samples 16 --seq-len 256 --seed 0 --dtype float32"
+SIDES = {"dense bf16": MODEL, "dense int8": DENSE, "int8 8:16": PACKED}
+# Windows, steps and rounds are few: the whole takes ten minutes on two cores.
 WINDOWS = "--text pydoc --seq-len 512 --max-windows 16 --dtype bfloat16"
-LOAD = "--num-prompts 3 --prompt-len 32 --output-len 16 --rounds 2"
+LOAD = "--num-prompts 3 --prompt-len 32 --output-len 16 --rounds 3"
 VLLM = "--enforce-eager --max-model-len 1024"
 METRICS = {
     "decode_tok_s": "decode (tok/s per stream)", "ttft_ms_p50": "TTFT (ms)",
@@ -41,11 +42,13 @@ def main() -> None:
     # A small cache, so that the servers' memory shows their weights.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     gblm(f"fetch smollm2 --output {MODEL}")
-    gblm(f"prune {MODEL} --method gblm --pattern 2:4 {CALIBRATION} --output {PACKED}")
+    gblm(f"export pack {MODEL} --pattern dense --values int8 --output {DENSE}")
+    gblm(f"prune {MODEL} --preset fast --pattern 8:16 --values int8 --output {PRUNED}")
+    gblm(f"recover {PRUNED} --text pydoc --tokens 32768 --output {PACKED}")
     gblm(f"inspect {PACKED} --verify")
     gblm(f"eval {PACKED} --baseline {MODEL} {WINDOWS} --backend dense --output {EVAL}")
-    gblm(f"bench {MODEL.name}={MODEL} {PACKED.name}={PACKED} {LOAD} --output {BENCH} "
-         f"--log {RUN}/servers.log -- {VLLM}")  # fmt: skip
+    sides = " ".join(f"{folder.name}={folder}" for folder in SIDES.values())
+    gblm(f"bench {sides} {LOAD} --output {BENCH} --log {RUN}/servers.log -- {VLLM}")
     summary = summarise()
     SUMMARY.write_text(json.dumps(summary, indent=2) + "\n")
     print_table(summary)
@@ -64,42 +67,45 @@ def summarise() -> dict[str, Any]:
     """Read the figures of the run from the records that the commands wrote."""
     recipe = json.loads((PACKED / "recipe.json").read_text())
     report = json.loads((PACKED / "sparsity_report.json").read_text())
+    control = json.loads((DENSE / "sparsity_report.json").read_text())
     quality, bench = Record.read(EVAL), Record.read(BENCH)
     pruned, dense = (row for row in quality.rows if row.metric == "perplexity")
+    sizes = (report["bytes_dense"], control["bytes_packed"], report["bytes_packed"])
     return {
         "model": "SmolLM2-135M-Instruct",
         "method": recipe["method"],
         "pattern": recipe["pattern"],
         "sparsity": report["sparsity"],
+        "recovered": report["recover"],
         "ppl_dense": dense.value,
         "ppl_pruned": pruned.value,
         "ppl_protocol": pruned.load,
-        "bytes_dense": report["bytes_dense"],
-        "bytes_packed": report["bytes_packed"],
+        "bytes": dict(zip(SIDES, sizes, strict=True)),
         **{
-            f"{metric}_{name}": bench.value(side, bench.loads[0], metric)
+            metric: {
+                name: bench.value(folder.name, bench.loads[0], metric)
+                for name, folder in SIDES.items()
+            }
             for metric in METRICS
-            for name, side in (("dense", MODEL.name), ("packed", PACKED.name))
         },
         "provenance": dict(bench.provenance),
     }
 
 
 def print_table(summary: dict[str, Any]) -> None:
-    """Print dense and packed side by side."""
+    """Print the dense model, its int8 control and the pruned one side by side."""
+    perplexity = {"dense bf16": summary["ppl_dense"], "int8 8:16": summary["ppl_pruned"]}
+    megabytes = {name: size / 1e6 for name, size in summary["bytes"].items()}
     rows = [
-        ("weights on disk (MB)", summary["bytes_dense"] / 1e6, summary["bytes_packed"] / 1e6),
-        ("perplexity", summary["ppl_dense"], summary["ppl_pruned"]),
-        *((label, summary[f"{key}_dense"], summary[f"{key}_packed"])
-          for key, label in METRICS.items()),
-    ]  # fmt: skip
-    title = f"{summary['model']}, {summary['method']} {summary['pattern']}"
-    print(f"\n{title:44}{'dense':>10}{'packed':>10}{'ratio':>8}")
-    for label, dense, packed in rows:
-        if dense is None or packed is None:  # no figure that stands
-            print(f"{label:44}{'–':>10}{'–':>10}{'–':>8}")
-        else:
-            print(f"{label:44}{dense:>10.1f}{packed:>10.1f}{packed / dense:>8.2f}")
+        ("weights on disk (MB)", megabytes),
+        ("perplexity", perplexity),
+        *((label, summary[metric]) for metric, label in METRICS.items()),
+    ]
+    title = f"{summary['model']}, {summary['method']} {summary['pattern']}, recovered"
+    print(f"\n{title:48}" + "".join(f"{name:>12}" for name in SIDES))
+    for label, values in rows:
+        cells = (values.get(name) for name in SIDES)  # None: no figure that stands
+        print(f"{label:48}" + "".join(f"{'–' if c is None else f'{c:.1f}':>12}" for c in cells))
     print(f"perplexity: {summary['ppl_protocol']}")
 
 
