@@ -249,6 +249,7 @@ def prune_on_a_full_disk(arguments: list[object], file_bytes: int) -> str:
     return done.stderr
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_once_leaves_nothing(tmp_path: Path, tiny: Path) -> None:
     prune_on_a_full_disk(["prune", tiny, "--method", "magnitude", "--output", tmp_path / "out"],
                          10_000)  # fmt: skip
@@ -266,7 +267,12 @@ def test_a_disk_that_fills_up_leaves_finished_layers_only(
 
 
 @pytest.mark.parametrize(
-    ("signal_number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+    ("signal_number", "code"),
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),
+    ],
 )
 def test_a_stopped_run_leaves_no_folder_under_the_final_name(
     tiny: Path, tmp_path: Path, signal_number: signal.Signals, code: int

@@ -237,6 +237,7 @@ def test_a_killed_rank_ends_the_job(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_more_ranks_than_samples_are_refused(
     torchrun: Launch, tiny: Path, text_file: Path, tmp_path: Path
 ) -> None:

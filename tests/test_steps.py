@@ -87,6 +87,7 @@ def test_cut_off_it_ends_in_the_same_bytes(
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_killed_at_some_steps_it_ends_in_the_same_bytes(recipe: Recipe, tmp_path: Path) -> None:
     recipe = with_steps(recipe, method="sparsegpt", values="int4", **STEPS)

@@ -133,6 +133,7 @@ def test_a_run_without_the_full_text_is_not_enough_for_one_with_it(record: Path)
     assert not frontier.is_there(found, key, full=True)
 
 
+@pytest.mark.slow
 def test_failures_do_not_stop_the_others(
     record: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -52,6 +52,7 @@ def host(**backends: Any) -> Gpu:
     return Gpu(torch.device("cpu"), backends, 0, host_timer, {"capability": "9.0"})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
 def test_every_side_on_the_emulated_gpu_has_its_rows(tmp_path: Path) -> None:
     record = bench_gpu(SETTINGS, gpu=host(**emulated_backends()), sizes=TINY)
@@ -208,6 +209,7 @@ def test_the_current_device_has_all_backends_for_gpus(fake_cuda: SimpleNamespace
     assert json.dumps(here.facts)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_device_the_command_refuses_in_one_sentence(
     gblm: Callable[..., Outcome],

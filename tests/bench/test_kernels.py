@@ -113,6 +113,7 @@ def test_vllm_baselines_are_linears() -> None:
         assert (got - want).norm() < 0.02 * want.norm(), linear.name
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_the_command_measures_a_tiny_shape(gblm: Run, tmp_path: Path) -> None:
     done = gblm(

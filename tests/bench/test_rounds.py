@@ -289,6 +289,7 @@ SMALL = ["--num-prompts", 2, "--prompt-len", 8, "--output-len", 4, "--threads", 
          "--output", "r.json"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_models_with_other_vocabularies_are_invalid_and_show_no_figure(
     gblm: Callable[..., Outcome], tiny: Path, tmp_path: Path
 ) -> None:

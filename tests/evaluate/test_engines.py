@@ -57,6 +57,7 @@ def test_hf_scores_are_those_of_plain_log_softmax(tiny: Path, windows: torch.Ten
     torch.testing.assert_close(logprobs(subject, windows).double(), want, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.slow
 def test_packed_and_onnx_agree(
     pack_tiny: Pack, exported: Path, tiny: Path, windows: torch.Tensor
 ) -> None:

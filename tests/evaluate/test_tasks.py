@@ -41,6 +41,7 @@ def test_names_of_the_papers() -> None:
     assert task_names("tiny, boolq,papers") == ("tiny", "boolq", *(p for p in PAPERS[1:]))
 
 
+@pytest.mark.slow
 def test_every_engine_gives_the_same_scores(
     task_path: Path, tiny: Path, pack_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -75,6 +76,7 @@ def test_every_engine_gives_the_same_scores(
     assert one == pytest.approx(other, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparse", [False, True])
 def test_the_harness_loads_exports_by_itself(
     sparse: bool, pack_tiny: Callable[..., Path], tmp_path: Path
@@ -98,6 +100,7 @@ def test_the_harness_loads_exports_by_itself(
         assert got == pytest.approx(want, abs=2e-3)
 
 
+@pytest.mark.slow
 def test_the_command_keeps_stderr_and_protocol_in_the_record(
     gblm: Callable[..., Outcome], task_path: Path, pack_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -224,6 +224,7 @@ def test_attention_biases_survive(tmp_path: Path) -> None:
     assert report["validation"]["equal_greedy_tokens"] == 16
 
 
+@pytest.mark.slow
 def test_float32_checkpoint_is_refused_when_sparse(tmp_path: Path) -> None:
     from gblm.prune import prune
     from gblm.recipe import Recipe
@@ -288,6 +289,7 @@ def test_wrong_export_is_written_but_fails(
     assert report["validation"]["passed"] is False
 
 
+@pytest.mark.slow
 def test_weight_that_is_not_the_checkpoints_is_refused(
     pack_tiny: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

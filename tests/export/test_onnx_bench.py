@@ -33,6 +33,7 @@ def folders(
     return [root / "dense", root / "packed"]
 
 
+@pytest.mark.slow
 def test_exported_folders_are_sides(gblm: Run, folders: list[Path], tmp_path: Path) -> None:
     done = gblm("bench", *folders, *SMALL, "--output", "record.json")
     assert done.code == 0, (done, (tmp_path / "log").read_text()[-2000:])
@@ -49,6 +50,7 @@ def test_exported_folders_are_sides(gblm: Run, folders: list[Path], tmp_path: Pa
     assert "export/onnx_model" in found.measures
 
 
+@pytest.mark.slow
 def test_a_folder_for_cuda_is_refused(gblm: Run, folders: list[Path], tmp_path: Path) -> None:
     moved = Path(shutil.copytree(folders[0], tmp_path / "cuda"))
     report = json.loads((moved / REPORT_FILE).read_text())

@@ -31,6 +31,7 @@ def examples(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1])
 def test_python_examples_run(folder: Path, number: int) -> None:
     code = examples("python")[number]

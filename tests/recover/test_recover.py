@@ -139,6 +139,7 @@ def test_logits_are_formed_a_few_tokens_at_a_time(
     torch.testing.assert_close(parts[1], whole[1], rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", ["float", "int4"])
 def test_killed_it_ends_in_the_same_bytes(
     pack_tiny: Pack, how: Recovering, tmp_path: Path, values: str
