@@ -57,14 +57,6 @@ def test_help_lists_every_command(gblm: Run) -> None:
             "--seed does not go",
         ),
         (["prune", "MODEL", "--output", "o", "--stats", "s"], 4, "stats.json is missing"),
-        (
-            4,
-            "q_proj: 64 columns",
-        ),
-        (
-            4,
-            "stats.json is missing",
-        ),
         (["search", "MODEL", "--budget", "3.5", "--no-measure"], 2, "give bits per pruned weight"),
         (["search", "MODEL", "--budget", "3bits"], 2, "Missing option '--output'"),
         (["prune", "MODEL", "--output", "o", "--ignore", "zzz"], 2, "matches no linear"),
