@@ -19,6 +19,7 @@ def test_the_baseline_comes_from_the_recipe_and_stands_beside(
 ) -> None:
     other = tmp_path / "other.txt"
     other.write_text("Another domain. " * 60)
+    out = pack_tiny().name
     words = ("eval", pack_tiny(), "--text", text_file, "--text", other, "--seq-len", 32,
              "--max-windows", 1, "--dtype", "float32")  # fmt: skip
     done = gblm(*words, "--json")
@@ -26,17 +27,17 @@ def test_the_baseline_comes_from_the_recipe_and_stands_beside(
     found = json.loads(done.out)
     assert found["baseline"] == "tiny"
     assert found["verdict"]["notes"] == ["baseline: tiny (named by recipe.json)"]
-    assert found["sides"]["tiny"]["bytes"] > found["sides"]["out"]["bytes"]
+    assert found["sides"]["tiny"]["bytes"] > found["sides"][out]["bytes"]
     assert {facts["dtype"] for facts in found["sides"].values()} == {"float32"}
     for text in ("text.txt", "other.txt"):
         rows = {(row["side"], row["metric"]): row["value"] for row in found["rows"]
                 if row["load"].startswith(f"{text}, ")}  # fmt: skip
-        assert rows["out", "perplexity"] != rows["tiny", "perplexity"]
-        assert rows["out", "kl_mean"] > 0
+        assert rows[out, "perplexity"] != rows["tiny", "perplexity"]
+        assert rows[out, "kl_mean"] > 0
     shown = gblm(*words)
     assert shown.out.count("protocol: ") == 2
     assert "start tokens of the tokenizer" in shown.out
-    ratio = rows["out", "perplexity"] / rows["tiny", "perplexity"]
+    ratio = rows[out, "perplexity"] / rows["tiny", "perplexity"]
     assert f"{ratio:.3f}" in shown.out
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gblm.errors import InputError, PatternError, UsageError
+from gblm.errors import InputError, PatternError
 from gblm.methods.obs import prepare_obs, round_obs
 from gblm.methods.sparsegpt import SparseGPT
-from gblm.sparse.patterns import NM, Dense, parse
+from gblm.sparse.patterns import NM, parse
 from gblm.sparse.values import ROW, SHRINK, ValueType, quantize
 from gblm.sparse.weights import SparseWeight, dequantize
 
@@ -283,5 +283,3 @@ def test_what_does_not_fit_is_refused() -> None:
         round_obs(large, every, ValueType("int8", 64), stats, "w")
     with pytest.raises(PatternError, match="w: 32 columns do not divide"):
         SparseGPT().prune_quantized(large, stats, NM(2, 4), ValueType("int8", 64), "w")
-    with pytest.raises(UsageError, match="cannot follow the pattern dense"):
-        SparseGPT().prune_quantized(large, stats, Dense(), ValueType("int8", 32), "w")

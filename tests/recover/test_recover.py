@@ -120,7 +120,7 @@ def test_loss_and_gradient_are_those_of_all_logits_at_once(tiny: Path) -> None:
     logp = (hidden.double() @ head.weight.double().T).log_softmax(-1)
     want = (logp.exp() * (logp - logq)).sum(-1).mean()
     want.backward()
-    assert loss == pytest.approx(float(want), rel=1e-5)
+    assert loss == pytest.approx(want.item(), rel=1e-5)
     torch.testing.assert_close(gradient, ours.grad, rtol=1e-4, atol=1e-7)
 
 

@@ -72,7 +72,7 @@ def test_another_recipe_model_or_version_gets_a_folder_of_its_own(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def place(model: Path, words: str = "gblm 2:4") -> Path:
-        return cached._place("title", recipe_of(tiny, words).to_dict(), model)
+        return cached._place("title", recipe_of(tiny, words).to_dict(), ModelFolder.open(model))
 
     other = Path(shutil.copytree(tiny, tmp_path / tiny.name))
     places = [place(tiny), place(tiny, "gblm 0.5")]
@@ -90,13 +90,13 @@ def test_another_recipe_model_or_version_gets_a_folder_of_its_own(
 def test_a_run_that_fails_leaves_nothing_to_serve(
     tiny: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gblm.checkpoint import packer
+    from gblm.checkpoint import pack
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(packer, "_write_side_files", full)
+        patch.setattr(pack, "_write_side_files", full)
         with pytest.raises(Exception, match="No space left"):
             folder_to_serve(tiny, "magnitude 2:4")
     assert made(cache) == []
@@ -170,7 +170,7 @@ def test_two_servers_at_once_make_it_once(cache: Path) -> None:
         "from gblm.serve.cached import folder_to_serve\n"
         "print(folder_to_serve(sys.argv[1]))"
     )
-    place = cached._place("bitmask-converted", {}, FIXTURES / "bitmask")
+    place = cached._place("bitmask-converted", {}, ModelFolder.open(FIXTURES / "bitmask"))
     cache.mkdir(parents=True)
     words = [sys.executable, "-c", code, str(FIXTURES / "bitmask")]
     with (cache / f".{place.name}.lock").open("w") as lock:
