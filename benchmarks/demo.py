@@ -48,18 +48,19 @@ def main() -> None:
     gblm(f"inspect {PACKED} --verify")
     gblm(f"eval {PACKED} --baseline {MODEL} {WINDOWS} --backend dense --output {EVAL}")
     sides = " ".join(f"{folder.name}={folder}" for folder in SIDES.values())
-    gblm(f"bench {sides} {LOAD} --output {BENCH} --log {RUN}/servers.log -- {VLLM}")
+    # On a machine too noisy to measure on, bench ends with 5: the table shows no speed then.
+    gblm(f"bench {sides} {LOAD} --output {BENCH} --log {RUN}/servers.log -- {VLLM}", (0, 5))
     summary = summarise()
     SUMMARY.write_text(json.dumps(summary, indent=2) + "\n")
     print_table(summary)
     print(f"{time.monotonic() - began:.0f} s; record: {SUMMARY}")
 
 
-def gblm(arguments: str) -> None:
+def gblm(arguments: str, allowed: tuple[int, ...] = (0,)) -> None:
     """Print and run one command; stop the demo when it fails."""
     print(f"\n$ gblm {arguments}", flush=True)
     done = subprocess.run([sys.executable, "-m", "gblm", *shlex.split(arguments)], check=False)
-    if done.returncode:
+    if done.returncode not in allowed:
         sys.exit(done.returncode)
 
 
