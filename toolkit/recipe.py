@@ -118,8 +118,8 @@ class Reconstruction(BaseModel):
     batch_size: int = Field(default=4, ge=1)
 
 
-# What `gblm recover` trains on: real text, and twice as much that the dense model writes itself.
-RECOVERY_TEXT = "pydoc:1,self:2"
+# What `gblm recover` trains on: text that is there without a network.
+RECOVERY_TEXT = "pydoc"
 
 
 class Recovering(BaseModel):
