@@ -319,3 +319,17 @@ def test_unknown_recipe_keys_are_refused(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text("[]")
     with pytest.raises(InputError, match="one JSON object"):
         Recipe.from_file(tmp_path / "r.json")
+
+
+def test_updated_weights_are_stored_in_the_checkpoints_dtype(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    prune(recipe.model_copy(update={"method": "sparsegpt", "dtype": "float32"}), tmp_path / "out")
+    with PackedReader(ModelFolder.open(tmp_path / "out")) as packed:
+        dtypes = {linear.headers["values"][1] for linear in packed.linears.values()}
+    assert dtypes == {torch.bfloat16}
+
+
+def test_bits_per_weight_count_values_and_mask(recipe: Recipe, tmp_path: Path) -> None:
+    report = prune(recipe.model_copy(update={"pattern": "2:4"}), tmp_path / "out")
+    assert report["bits_per_weight"] == 9.0  # half of 16 bits, and a bit of mask

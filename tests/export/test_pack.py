@@ -10,10 +10,11 @@ from damage import DAMAGES, rehash
 from safetensors.torch import load_file
 
 from gblm.checkpoint.inspect import inspect, verify
-from gblm.errors import CheckpointError, InputError, PatternError
+from gblm.errors import CheckpointError, InputError, MachineError, PatternError
 from gblm.export.dense import export_dense
 from gblm.export.pack import export_pack, find_pattern
 from gblm.model.folder import ModelFolder
+from gblm.model.loading import load
 from gblm.sparse.patterns import Unstructured
 
 Pack = Callable[..., Path]
@@ -81,3 +82,24 @@ def test_masks_with_far_more_zeros_than_a_pattern_asks_for_are_stored_as_any_mas
     assert isinstance(find_pattern([("q", mask)]), Unstructured)
     mask[:, ::4] = True
     assert str(find_pattern([("q", mask)])) == "1:4"
+
+
+def test_a_weight_that_holds_nan_is_refused(tiny: Path, tmp_path: Path) -> None:
+    model = load(tiny)
+    with torch.no_grad():
+        model.get_submodule("model.layers.0.mlp.up_proj").weight[0, 0] = float("nan")
+    bad = Path(shutil.copytree(tiny, tmp_path / "bad"))
+    model.save_pretrained(bad)
+    with pytest.raises(InputError, match=r"up_proj\.weight holds NaN or Inf, which readers refuse"):
+        export_pack(bad, tmp_path / "out", pattern="dense")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_without_room_for_the_weights_is_said_first(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    # Enough for the files beside the weights, and for nothing else.
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=(16 << 20) + 1000))
+    with pytest.raises(MachineError, match="GB free"):
+        export_pack(tiny, tmp_path / "out", pattern="dense")
