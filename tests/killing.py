@@ -24,7 +24,8 @@ def killed_run(recipe: dict[str, Any], output: Path, step: int) -> int:
 
 
 def _run(recipe: dict[str, Any], output: Path, step: int) -> None:
-    from gblm import files
+    import safetensors.torch
+
     from gblm.checkpoint import write
     from gblm.prune import prune
     from gblm.recipe import Recipe
@@ -32,7 +33,7 @@ def _run(recipe: dict[str, Any], output: Path, step: int) -> None:
     left = [step]
     for name in ("fsync", "replace", "rename"):
         setattr(os, name, dying(left, getattr(os, name), lambda *args: None))
-    for module in (files, write):
+    for module in (safetensors.torch, write):
         module.save_file = dying(left, module.save_file, _half_a_file)
     prune(Recipe.from_dict(recipe), output)
 

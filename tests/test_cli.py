@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -189,6 +190,20 @@ def test_completion_script_names_the_program(gblm: Run, shell: str) -> None:
 def test_completion_answers_without_torch(gblm: Run) -> None:
     done = gblm(_GBLM_COMPLETE="bash_complete", COMP_WORDS="gblm pr", COMP_CWORD="1")
     assert "prune" in done.out
+
+
+def test_no_command_imports_torch_before_it_runs() -> None:
+    """Help, completion and mistakes are answered at once: torch takes a second to import."""
+    code = (
+        "import sys, importlib; from gblm.cli import COMMANDS\n"
+        "for module, _ in COMMANDS.values(): importlib.import_module(module)\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_learning_rate_of_nothing_is_a_usage_error(gblm: Run) -> None:
+    assert gblm("recover", "packed", "--output", "out", "--learning-rate", 0).code == 2
 
 
 def test_progress_bars_stay_away_without_a_terminal(gblm: Run, tiny: Path, text_file: Path) -> None:

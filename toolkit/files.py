@@ -10,13 +10,14 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from gblm.errors import InputError, MachineError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def write_tensors(
         MachineError: the disk is full or refuses the write.
     """
     plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    _publish(path, lambda temporary: save_file(plain, temporary, metadata=metadata))
+    _publish(path, lambda temporary: _save(plain, temporary, metadata))
 
 
 def write_scratch(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -55,7 +56,7 @@ def write_scratch(path: Path, tensors: Mapping[str, Tensor]) -> None:
         MachineError: the disk is full or refuses the write.
     """
     try:
-        save_file(dict(tensors), path)
+        _save(dict(tensors), path)
     except (SafetensorError, OSError) as error:
         raise MachineError(f"{path} cannot be written: {error}") from error
 
@@ -117,6 +118,13 @@ def flush_folder(folder: Path) -> None:
     """Force a folder's files to disk, so that a rename never publishes an empty one."""
     for path in (*folder.iterdir(), folder):
         flush(path)
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    # Every command reads JSON; torch, which takes a second to import, writes tensors only.
+    from safetensors.torch import save_file
+
+    save_file(tensors, path, metadata=metadata)
 
 
 def _publish(path: Path, write: Callable[[Path], Any]) -> None:

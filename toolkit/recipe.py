@@ -31,7 +31,8 @@ class Calibration(BaseModel):
     """The text that statistics and gradients are taken on.
 
     Attributes:
-        source: a .txt, .jsonl or .parquet file, or a named set of `gblm.data.NAMED_SETS`.
+        source: a .txt, .jsonl or .parquet file, a named set of `gblm.data.NAMED_SETS`, or several
+            with shares; see `gblm.calibrate.text.parse_mix`.
         num_samples: number of windows.
         seq_len: tokens per window; never taken from the model's maximum.
         seed: of the window positions.
@@ -118,10 +119,6 @@ class Reconstruction(BaseModel):
     batch_size: int = Field(default=4, ge=1)
 
 
-# What `gblm recover` trains on: text that is there without a network.
-RECOVERY_TEXT = "pydoc"
-
-
 class Recovering(BaseModel):
     """Training the whole pruned model towards the dense one; see `gblm.recover`.
 
@@ -143,7 +140,7 @@ class Recovering(BaseModel):
 
     RATES: ClassVar[dict[str, float]] = {"weights": 3e-4, "scales": 2e-3}
 
-    text: str = RECOVERY_TEXT
+    text: str = "pydoc"
     held_out: tuple[str, ...] = Field(default=("pydoc",), min_length=1)
     tokens: int = Field(default=65536, ge=1)
     seq_len: int = Field(default=256, ge=2)

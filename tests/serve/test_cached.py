@@ -96,7 +96,7 @@ def test_a_run_that_fails_leaves_nothing_to_serve(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pack, "_write_side_files", full)
+        patch.setattr(pack, "write_side_files", full)
         with pytest.raises(Exception, match="No space left"):
             folder_to_serve(tiny, "magnitude 2:4")
     assert made(cache) == []

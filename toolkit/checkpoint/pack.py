@@ -21,6 +21,7 @@ from gblm.checkpoint.write import (
 )
 from gblm.errors import CheckpointError, InputError
 from gblm.files import write_json
+from gblm.model.folder import ModelFolder
 from gblm.model.layers import StreamedLayers
 from gblm.model.linears import head_dim, prunable
 from gblm.model.packed_reader import MANIFEST_FILE, RECIPE_FILE, REPORT_FILE
@@ -148,7 +149,10 @@ def write_packed(
         shards.finish()
         dense = sum(map(reader.num_bytes, reader))
         report = summary(rows, head_row, dense, shards.total_bytes)
-        _write_side_files(packing, folder, _manifest(packing, rows), report)
+        source = reader.folder
+        config = source.config | {"quantization_config": _manifest(packing, rows).to_config()}
+        config = untied(config) if packing.head else config
+        write_side_files(folder, source, config, packing.recipe, report, packing.notes)
     return report
 
 
@@ -178,17 +182,30 @@ def _manifest(packing: Packing, rows: list[dict[str, Any]]) -> Manifest:
     return Manifest(groups=(*groups, *([packing.head.group] if packing.head else [])))
 
 
-def _write_side_files(
-    packing: Packing, folder: Path, manifest: Manifest, report: dict[str, Any]
+def write_side_files(
+    folder: Path,
+    source: ModelFolder,
+    config: dict[str, Any],
+    recipe: dict[str, Any],
+    report: dict[str, Any],
+    notes: dict[str, Any],
 ) -> None:
-    source = packing.source.reader.folder
+    """Write whatever a packed folder holds beside its weights, which must be there already.
+
+    Args:
+        folder: the folder that is being made.
+        source: the folder whose tokenizer and the like go along.
+        config: for config.json.
+        recipe: for recipe.json and the model card.
+        report: for sparsity_report.json and the model card.
+        notes: further facts for MANIFEST.json.
+    """
     copy_side_files(source.path, folder)
-    config = source.config | {"quantization_config": manifest.to_config()}
-    write_json(folder / "config.json", untied(config) if packing.head else config)
-    write_json(folder / RECIPE_FILE, packing.recipe)
+    write_json(folder / "config.json", config)
+    write_json(folder / RECIPE_FILE, recipe)
     write_json(folder / REPORT_FILE, report)
-    (folder / "README.md").write_text(model_card(packing.recipe, report), encoding="utf-8")
-    facts = {"schema": 1, "provenance": provenance(), **packing.notes}
+    (folder / "README.md").write_text(model_card(recipe, report), encoding="utf-8")
+    facts = {"schema": 1, "provenance": provenance(), **notes}
     write_json(folder / MANIFEST_FILE, facts | {"files": file_hashes(folder)})
 
 

@@ -154,7 +154,8 @@ search_options = options(
         "--calibration",
         default="pydoc",
         show_default=True,
-        help="A .txt, .jsonl or .parquet file, or pydoc, wikitext2, c4.",
+        help="A .txt, .jsonl or .parquet file, or pydoc, wikitext2, c4; several with shares: "
+        "pydoc:1,self:2, where self is what the dense model writes.",
     ),
     click.option("--num-samples", type=click.IntRange(1), default=128, show_default=True),
     click.option(

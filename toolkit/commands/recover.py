@@ -15,7 +15,6 @@ from gblm.commands.common import (
     progress_bars,
     table,
 )
-from gblm.recipe import RECOVERY_TEXT
 
 HEADER = ("text", "KL, nats", "same top-1", "perplexity", "dense")
 
@@ -29,7 +28,7 @@ HEADER = ("text", "KL, nats", "same top-1", "perplexity", "dense")
 )
 @click.option(
     "--text",
-    default=RECOVERY_TEXT,
+    default="pydoc",
     show_default=True,
     help="Sources and their shares: files, pydoc, wikitext2, c4, and self, what the dense model "
     "writes.",
@@ -48,7 +47,11 @@ HEADER = ("text", "KL, nats", "same top-1", "perplexity", "dense")
     show_default=True,
     help="All kept values, or norms and scales only, at almost no memory.",
 )
-@click.option("--learning-rate", type=float, help="Default: 3e-4 for weights, 2e-3 for scales.")
+@click.option(
+    "--learning-rate",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Default: 3e-4 for weights, 2e-3 for scales.",
+)
 @click.option("--seq-len", type=click.IntRange(2), default=256, show_default=True)
 @click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)

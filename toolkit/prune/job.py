@@ -16,6 +16,7 @@ from gblm import data
 from gblm.calibrate.ranks import ALONE, Ranks, rank_device
 from gblm.calibrate.reconstruct import Training
 from gblm.calibrate.saved import StatsFolder
+from gblm.calibrate.text import draw
 from gblm.checkpoint.head import Head, output_head
 from gblm.checkpoint.pack import check_packable
 from gblm.errors import UsageError
@@ -97,9 +98,9 @@ class Job:
         wanted = self.recipe.calibration
         if wanted is None:
             return None
-        documents = data.read_documents(wanted.source, "calibration")
-        return data.calibration_windows(
-            documents,
+        return draw(
+            wanted.source,
+            self.folder.path,
             load_tokenizer(self.folder),
             wanted.num_samples,
             wanted.seq_len,

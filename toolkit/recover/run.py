@@ -17,23 +17,27 @@ from torch import Tensor, nn
 from gblm import data
 from gblm.calibrate.ranks import Ranks, rank_device, ranks_from_environment
 from gblm.calibrate.text import draw
-from gblm.checkpoint.report import model_card, summary, weight_row
+from gblm.checkpoint.pack import write_side_files
+from gblm.checkpoint.report import summary, weight_row
 from gblm.checkpoint.write import (
     ShardWriter,
     check_output,
-    copy_side_files,
-    file_hashes,
     folder_bytes,
     new_folder,
 )
 from gblm.errors import CheckpointError, InputError, MachineError, UsageError
-from gblm.files import read_json, write_json
+from gblm.files import read_json
 from gblm.model.folder import ModelFolder
 from gblm.model.loading import check_device, load, load_tokenizer
-from gblm.model.packed_reader import MANIFEST_FILE, RECIPE_FILE, REPORT_FILE, PackedReader
+from gblm.model.packed_reader import (
+    MANIFEST_FILE,
+    RECIPE_FILE,
+    REPORT_FILE,
+    PackedLinear,
+    PackedReader,
+)
 from gblm.model.reader import Reader
 from gblm.progress import Progress, no_progress
-from gblm.provenance import provenance
 from gblm.prune.resume import open_work, remove_leftovers, work_path
 from gblm.recipe import Recovering
 from gblm.recover.parts import Part, SparsePart, Vector, sparse_part
@@ -299,12 +303,7 @@ def _needs(task: Task, dense_bytes: int) -> _Needs:
     text = config.get("text_config", config)
     width, layers = int(text["hidden_size"]), int(text["num_hidden_layers"])
     sizes = [math.prod(packed.linears[name].shape) for name in task.trained]
-    kept = sum(
-        math.prod(packed.headers[f"{name}.values"][0])
-        * (1 + packed.linears[name].fmt.values.in_nibbles)
-        for name in task.trained
-    )
-    state = 12 * kept if how.train == "weights" else 12 * sum(int(2 * s**0.5) for s in sizes) * 8
+    state = 12 * sum(_parameters(packed.linears[name], how.train) for name in task.trained)
     # A mask in bytes stays beside every part; one weight at a time is scattered and has a gradient.
     beside = sum(sizes) + 16 * max(sizes) + (4 * sum(sizes) if how.train == "scales" else 0)
     tokens = how.batch_size * how.seq_len
@@ -312,6 +311,16 @@ def _needs(task: Task, dense_bytes: int) -> _Needs:
     held = HELD_OUT_WINDOWS * len(how.held_out) * how.seq_len
     teacher = 4 * (how.tokens + held) * width
     return _Needs(dense_bytes + state + beside + activations, teacher + 2 * state + dense_bytes)
+
+
+def _parameters(linear: PackedLinear, train: str) -> int:
+    """Count what is trained of a linear, see `gblm.recover.parts`; 4-bit codes at most."""
+    values, scales = linear.headers["values"][0], linear.headers.get("scales")
+    kept = math.prod(values) * (1 + linear.fmt.values.in_nibbles)
+    factors = sum(linear.shape) if scales is None else math.prod(scales[0])
+    if train == "scales":
+        return factors
+    return kept if scales is None else kept + factors
 
 
 def _dtype(how: Recovering, packed: PackedReader) -> torch.dtype:
@@ -345,10 +354,7 @@ def _write(task: Task, found: _Found, output: Path, overwrite: bool) -> dict[str
             for local, tensor in packed.parts(task.head_name).items():
                 shards.add(f"{task.head_name}.{local}", tensor)
         shards.finish()
-        copy_side_files(source, folder)
-        write_json(folder / "config.json", packed.folder.config)
         recipe = read_json(source / RECIPE_FILE) | {"recover": task.how.model_dump(mode="json")}
-        write_json(folder / RECIPE_FILE, recipe)
         report = summary(
             list(rows.values()), old.get("head"), old["bytes_dense"], shards.total_bytes
         )
@@ -356,10 +362,10 @@ def _write(task: Task, found: _Found, output: Path, overwrite: bool) -> dict[str
             "before": found.before, "after": found.after, "kept": found.better,
             "tokens": found.tokens, "tokens_sha256": found.tokens_sha256,
         }  # fmt: skip
-        write_json(folder / REPORT_FILE, report | {"recover": result})
-        (folder / "README.md").write_text(model_card(recipe, report), encoding="utf-8")
-        facts = read_json(source / MANIFEST_FILE) | {"provenance": provenance()}
-        write_json(folder / MANIFEST_FILE, facts | {"files": file_hashes(folder)})
+        report |= {"recover": result}
+        notes = read_json(source / MANIFEST_FILE)
+        notes = {key: notes[key] for key in notes if key not in ("schema", "provenance", "files")}
+        write_side_files(folder, packed.folder, packed.folder.config, recipe, report, notes)
     return result | {"output": str(output)}
 
 

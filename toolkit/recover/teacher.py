@@ -100,10 +100,6 @@ class Hidden:
             for _ in chunk:
                 step()
 
-    def complete(self, num_windows: int) -> bool:
-        """Return whether all windows are there."""
-        return all(self._path(start).exists() for start in range(0, num_windows, CHUNK))
-
     def read(self, indices: Tensor) -> Tensor:
         """Read the states of some windows: [len(indices), seq_len, hidden]."""
         found = []

@@ -7,7 +7,6 @@ accumulated.) Windows are taken once, in an order that follows from the seed.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import time
@@ -22,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gblm.calibrate.ranks import Ranks
+from gblm.data import fingerprint
 from gblm.errors import InputError
 from gblm.files import write_tensors
 from gblm.prune.resume import STATE
@@ -108,8 +108,8 @@ class Trainer:
             InputError: the loss is not finite; the last saved state is kept.
             MachineError: the disk is full.
         """
-        batches = self.how.batches(len(windows))
-        self._load(work, _fingerprint(windows))
+        batches, text = self.how.batches(len(windows)), fingerprint(windows)
+        self._load(work, text)
         saved = time.monotonic()
         for step in range(self.steps_done, len(batches)):
             self._rate = self.how.rate(step, len(batches))
@@ -121,7 +121,7 @@ class Trainer:
             self.steps_done = step + 1
             told(self.steps_done, loss)
             if time.monotonic() - saved > SAVE_SECONDS:
-                self._save(work, _fingerprint(windows))
+                self._save(work, text)
                 saved = time.monotonic()
 
     def _step(self, windows: Tensor, hidden: Hidden, dense_head: Head, picks: Tensor) -> float:
@@ -198,7 +198,3 @@ class Trainer:
 def _adam(part: Part) -> torch.optim.AdamW:
     groups = [{"params": [parameter]} for parameter, _ in part.parameters]
     return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPS, weight_decay=0.0)
-
-
-def _fingerprint(windows: Tensor) -> str:
-    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gblm import data
+from gblm.calibrate.text import draw
 from gblm.checkpoint.head import output_head
 from gblm.checkpoint.pack import check_packable
 from gblm.errors import PatternError, UsageError
@@ -227,7 +228,6 @@ def _windows(recipe: Recipe, folder: ModelFolder) -> Tensor:
     text = recipe.calibration
     if text is None:
         raise UsageError("a budget needs calibration text; the recipe has none.")
-    documents = data.read_documents(text.source, "calibration")
     samples, length = min(text.num_samples, SAMPLES), min(text.seq_len, SEQ_LEN)
     tokenizer = load_tokenizer(folder)
-    return data.calibration_windows(documents, tokenizer, samples, length, text.seed, text.bos)
+    return draw(text.source, folder.path, tokenizer, samples, length, text.seed, text.bos)
