@@ -107,7 +107,8 @@ def _bench(
     with tempfile.TemporaryDirectory() as work:
         loads = tuple(LOADS[name][0] for name in works)
         setup = Setup(loads, Path(work) / "log", threads=threads, options=options)
-        sides = [LoopSide(name, "vllm-offline", path, setup) for name, path in folders.items()]
+        sides = [LoopSide(name, "vllm-offline", ModelFolder.open(path), setup)
+                 for name, path in folders.items()]  # fmt: skip
         sides += [LoopSide(name, "llama.cpp", path, setup) for name, path in gguf.items()]
         return bench(sides, setup, Plan(rounds))
 

@@ -25,9 +25,10 @@ from decoding import SHORT
 from pages import gblm, spread
 from shapes import make_packed, model_folder
 
+from gblm.bench.engines import parse_sides
 from gblm.bench.requests import Load
 from gblm.bench.rounds import Plan, bench
-from gblm.bench.sides import Setup, parse_sides
+from gblm.bench.sides import Setup
 from gblm.record import Record
 
 # On a CPU with AMX, and on one without.

@@ -55,7 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "provenance", "prune", "recipe", "sparse",
     },
     "search": {
-        "calibrate", "checkpoint", "data", "errors", "evaluate", "files", "methods",
+        "calibrate", "data", "errors", "evaluate", "files", "methods",
         "model", "progress", "provenance", "prune", "recipe", "record", "sparse",
     },
     "serve": {

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torch import Tensor
 
 from gblm.errors import UsageError
 from gblm.evaluate.subjects import ONNX_REPORT, Scores, Subject
 from gblm.export.onnx_model.decoder import OrtDecoder
 from gblm.files import read_json
+from gblm.model.folder import ModelFolder
 
 
 class OnnxSubject(Subject):
@@ -17,14 +16,14 @@ class OnnxSubject(Subject):
 
     engine = "onnx"
 
-    def __init__(self, folder: Path, dtype: str) -> None:
+    def __init__(self, folder: ModelFolder, dtype: str) -> None:
         """Open the graph.
 
         Raises:
             UsageError: it computes in another dtype, or in one that ONNX Runtime lacks on CPU.
         """
         _refuse_bfloat16(folder, dtype)
-        self._decoder = OrtDecoder(folder)
+        self._decoder = OrtDecoder(folder.path)
         kinds = {node.name: node.type for node in self._decoder.session.get_outputs()}
         names = {"float": "float32", "float16": "float16", "bfloat16": "bfloat16"}
         self.dtype = names[kinds["logits"][len("tensor(") : -1]]
@@ -40,9 +39,9 @@ class OnnxSubject(Subject):
         return Scores.of(self._decoder.step(window), window)
 
 
-def _refuse_bfloat16(folder: Path, dtype: str) -> None:
+def _refuse_bfloat16(folder: ModelFolder, dtype: str) -> None:
     """Say what ONNX Runtime's own words on a missing MatMul do not."""
-    report = folder / ONNX_REPORT
+    report = folder.path / ONNX_REPORT
     precision = read_json(report).get("precision") if report.is_file() else None
     if "bfloat16" in (dtype, {"bf16": "bfloat16"}.get(str(precision))):
         raise UsageError(

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import gc
 import os
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from gblm.errors import InputError, MachineError
 from gblm.evaluate.subjects import TOP, Scores, Subject
+from gblm.model.folder import ModelFolder
 from gblm.serve.vllm_cli import check_version
 
 # For the cache of the one prompt that is scored at a time, unless the user asks for more.
@@ -25,7 +25,7 @@ class VllmSubject(Subject):
 
     engine = "vllm"
 
-    def __init__(self, folder: Path, dtype: str) -> None:
+    def __init__(self, folder: ModelFolder, dtype: str) -> None:
         """Start the engine.
 
         Raises:

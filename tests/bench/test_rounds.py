@@ -13,12 +13,13 @@ import pytest
 from conftest import Outcome, save_tiny_model
 from vllm_server import OPTIONS
 
+from gblm.bench.engines import parse_sides
 from gblm.bench.loop import Decoder, prompts
 from gblm.bench.noise import Limits
 from gblm.bench.requests import Load, Request, Seen
 from gblm.bench.rounds import Plan, bench, caveats, one_round, order, record_of, rows_of
 from gblm.bench.server import seen_of
-from gblm.bench.sides import Setup, Side, parse_sides
+from gblm.bench.sides import Setup, Side
 from gblm.commands.bench import sides as command
 from gblm.commands.bench import slo, widths
 from gblm.errors import InputError, UsageError

@@ -19,6 +19,7 @@ from gblm.evaluate.drift import Drift
 from gblm.evaluate.perplexity import Protocol, measure, perplexity
 from gblm.evaluate.run import known_baseline
 from gblm.evaluate.subjects import Scores, Subject, TorchSubject, open_subject
+from gblm.model.folder import ModelFolder
 from gblm.model.loading import load_tokenizer
 
 Pack = Callable[..., Path]
@@ -46,7 +47,7 @@ def exported(pack_tiny: Pack, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_hf_scores_are_those_of_plain_log_softmax(tiny: Path, windows: torch.Tensor) -> None:
-    subject = open_subject(tiny, dtype="float32")
+    subject = open_subject(ModelFolder.open(tiny), dtype="float32")
     assert isinstance(subject, TorchSubject)
     with torch.no_grad():
         logits = subject.model(input_ids=windows).logits.double()
@@ -61,13 +62,13 @@ def test_hf_scores_are_those_of_plain_log_softmax(tiny: Path, windows: torch.Ten
 def test_packed_and_onnx_agree(
     pack_tiny: Pack, exported: Path, tiny: Path, windows: torch.Tensor
 ) -> None:
-    packed = open_subject(pack_tiny(), dtype="float32", backend="reference")
-    onnx = open_subject(exported)
+    packed = open_subject(ModelFolder.open(pack_tiny()), dtype="float32", backend="reference")
+    onnx = open_subject(ModelFolder.open(exported))
     assert (packed.engine, onnx.engine, onnx.dtype) == ("packed", "onnx", "float32")
     torch.testing.assert_close(
         logprobs(onnx, windows), logprobs(packed, windows), atol=TOLERANCE, rtol=0
     )
-    dense = open_subject(tiny, dtype="float32")
+    dense = open_subject(ModelFolder.open(tiny), dtype="float32")
     assert (logprobs(dense, windows) - logprobs(packed, windows)).abs().max() > 0.1
 
 
@@ -75,11 +76,12 @@ def test_packed_and_onnx_agree(
 def test_vllm_agrees(pack_tiny: Pack, windows: torch.Tensor) -> None:
     """In a process of its own, for vLLM sets up its process; bfloat16 beside float32."""
     code = (
-        "import json, sys, torch\nfrom pathlib import Path\n"
+        "import json, sys, torch\n"
         "from gblm.evaluate.subjects import open_subject\n"
+        "from gblm.model.folder import ModelFolder\n"
         "folder, tokens = sys.argv[1], torch.tensor(json.loads(sys.argv[2]))\n"
         "for dtype in ('float32', 'bfloat16'):\n"
-        "    subject = open_subject(Path(folder), 'vllm', dtype)\n"
+        "    subject = open_subject(ModelFolder.open(folder), 'vllm', dtype)\n"
         "    assert subject.dtype == dtype\n"
         "    rows = [subject.score(window) for window in tokens]\n"
         "    print('SCORES', json.dumps([[r.logprobs.tolist(), r.top1.tolist(),\n"
@@ -92,7 +94,7 @@ def test_vllm_agrees(pack_tiny: Pack, windows: torch.Tensor) -> None:
     )  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if line.startswith("SCORES ")]
     assert len(lines) == 2, done.stdout + done.stderr
-    packed = open_subject(pack_tiny(), dtype="float32")
+    packed = open_subject(ModelFolder.open(pack_tiny()), dtype="float32")
     for window, (own, best, tokens, likeliest) in zip(
         windows, json.loads(lines[0][7:]), strict=True
     ):
@@ -103,7 +105,7 @@ def test_vllm_agrees(pack_tiny: Pack, windows: torch.Tensor) -> None:
         found = want.full.gather(1, torch.tensor(tokens))
         torch.testing.assert_close(torch.tensor(likeliest), found, atol=1e-3, rtol=0)
         torch.testing.assert_close(found, want.full.topk(20).values, atol=1e-3, rtol=0)
-    packed = open_subject(pack_tiny(), dtype="bfloat16")
+    packed = open_subject(ModelFolder.open(pack_tiny()), dtype="bfloat16")
     for window, (own, *_) in zip(windows, json.loads(lines[1][7:]), strict=True):
         # Logits of about 10 with 8 bits each.
         change = (torch.tensor(own) - packed.score(window).logprobs).abs()
@@ -113,29 +115,32 @@ def test_vllm_agrees(pack_tiny: Pack, windows: torch.Tensor) -> None:
 
 def test_engines_refuse_what_they_cannot_run(tiny: Path, exported: Path) -> None:
     with pytest.raises(UsageError, match="it runs packed"):
-        open_subject(tiny, "packed")
+        open_subject(ModelFolder.open(tiny), "packed")
     with pytest.raises(UsageError, match="it runs hf and packed"):
-        open_subject(exported, "vllm")
+        open_subject(ModelFolder.open(exported), "vllm")
     with pytest.raises(UsageError, match="computes in float32, not in --dtype float16"):
-        open_subject(exported, dtype="float16")
+        open_subject(ModelFolder.open(exported), dtype="float16")
     with pytest.raises(UsageError, match="no MatMul for bfloat16"):
-        open_subject(exported, dtype="bfloat16")
+        open_subject(ModelFolder.open(exported), dtype="bfloat16")
     with pytest.raises(UsageError, match="do not go with --engine onnx"):
-        open_subject(exported, backend="dense")
+        open_subject(ModelFolder.open(exported), backend="dense")
 
 
 def test_a_bfloat16_graph_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.onnx").write_bytes(b"")
     (tmp_path / "onnx_report.json").write_text('{"precision": "bf16"}')
     with pytest.raises(UsageError, match="with --engine hf, packed or vllm"):
-        open_subject(tmp_path)
+        open_subject(ModelFolder.open(tmp_path))
 
 
 def test_a_model_has_no_drift_from_itself_and_some_from_another(
     tiny: Path, pack_tiny: Pack, text_file: Path
 ) -> None:
     protocol = Protocol(str(text_file), 32, 2, "float32")
-    dense, packed = (open_subject(folder, dtype="float32") for folder in (tiny, pack_tiny()))
+    dense, packed = (
+        open_subject(ModelFolder.open(folder), dtype="float32") for folder in (tiny, pack_tiny())
+    )
     tokenizer = load_tokenizer(tiny)
     rows = measure({"same": dense, "dense": dense}, [protocol], tokenizer)
     same = {row.metric: row.value for row in rows if row.side == "same"}
@@ -209,7 +214,7 @@ def test_drift_refuses_another_vocabulary() -> None:
 
 def test_stride_counts_every_token_once(tiny: Path, text_file: Path) -> None:
     tokenizer = load_tokenizer(tiny)
-    subject = open_subject(tiny, dtype="float32")
+    subject = open_subject(ModelFolder.open(tiny), dtype="float32")
     protocol = Protocol(str(text_file), 32, 4, "float32", stride=8)
     (row,) = measure({"tiny": subject}, [protocol], tokenizer)
     assert "stride 8" in row.load
@@ -226,11 +231,13 @@ def test_stride_counts_every_token_once(tiny: Path, text_file: Path) -> None:
 def test_the_dense_model_is_found_from_what_was_made_of_it(
     tiny: Path, pack_tiny: Pack, exported: Path, packed: Path
 ) -> None:
-    assert known_baseline(pack_tiny()) == (tiny, "named by recipe.json")
-    assert known_baseline(exported)[0] == tiny
-    assert known_baseline(tiny)[0] is None
+    assert known_baseline(ModelFolder.open(pack_tiny())) == (
+        ModelFolder.open(tiny), "named by recipe.json",
+    )  # fmt: skip
+    assert known_baseline(ModelFolder.open(exported))[0] == ModelFolder.open(tiny)
+    assert known_baseline(ModelFolder.open(tiny))[0] is None
     recipe = json.loads((packed / "recipe.json").read_text())
     (packed / "recipe.json").write_text(json.dumps(recipe | {"model": "gone"}))
-    found, why = known_baseline(packed)
+    found, why = known_baseline(ModelFolder.open(packed))
     assert found is None
     assert "gone, which is not here; give --baseline" in why

@@ -10,6 +10,7 @@ import pytest
 from conftest import Outcome
 
 from gblm.evaluate.run import size_facts
+from gblm.model.folder import ModelFolder
 
 Run = Callable[..., Outcome]
 
@@ -44,7 +45,7 @@ def test_the_baseline_comes_from_the_recipe_and_stands_beside(
 def test_weights_that_only_another_engine_reads_have_bytes(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
     (tmp_path / "model.safetensors").write_bytes(bytes(77))
-    assert size_facts(tmp_path) == {"bytes": 77, "values": "awq"}
+    assert size_facts(ModelFolder.open(tmp_path)) == {"bytes": 77, "values": "awq"}
 
 
 @pytest.mark.parametrize(

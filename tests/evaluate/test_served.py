@@ -21,6 +21,7 @@ from gblm.evaluate.gates import judge, parse_gate
 from gblm.evaluate.perplexity import Protocol
 from gblm.evaluate.run import Evaluation, run_evaluation
 from gblm.evaluate.subjects import Subject, open_subject
+from gblm.model.folder import ModelFolder
 from gblm.model.loading import load_tokenizer
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness: make dev installs it")
@@ -87,7 +88,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def subject(pack_tiny: Callable[..., Path]) -> Subject:
-    return open_subject(pack_tiny(), dtype="float32")
+    return open_subject(ModelFolder.open(pack_tiny()), dtype="float32")
 
 
 @pytest.fixture
@@ -114,7 +115,7 @@ def test_a_served_model_gets_the_figures_of_the_model(
     assert set(fake.keys) == {"Bearer secret"}
     (load,) = record.loads
 
-    dense, tokenizer = open_subject(tiny), load_tokenizer(tiny)
+    dense, tokenizer = open_subject(ModelFolder.open(tiny)), load_tokenizer(tiny)
     losses, changes = [], []
     for number, window in enumerate(protocol.windows(tokenizer)):
         ours, theirs = fake.subject.score(window), dense.score(window)
@@ -134,7 +135,7 @@ def test_a_served_model_gets_the_scores_of_the_model(fake: Fake, tiny: Path) -> 
     from gblm.evaluate.harness import ServedSubject, SubjectLM
 
     served, tokenizer = ServedSubject(fake.url), load_tokenizer(tiny)
-    served.connect(tiny)
+    served.connect(ModelFolder.open(tiny))
     pair = ("The quick brown fox", " jumps over")
     asked = [(pair, *(tokenizer(text)["input_ids"] for text in pair))]
     ((want, greedy),) = SubjectLM(fake.subject, tokenizer, 256)._loglikelihood_tokens(asked)
@@ -160,7 +161,7 @@ def score(url: str, tokenizer: Path) -> None:
     from gblm.evaluate.harness import ServedSubject
 
     served = ServedSubject(url)
-    served.connect(tokenizer)
+    served.connect(ModelFolder.open(tokenizer))
     served.score(torch.tensor([0, 1]))
 
 

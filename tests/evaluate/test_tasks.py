@@ -11,7 +11,8 @@ from conftest import Outcome
 from gblm.errors import InputError, UsageError
 from gblm.evaluate.run import Evaluation, run_evaluation
 from gblm.evaluate.subjects import open_subject
-from gblm.evaluate.tasks import PAPERS, Tasks, run_tasks, task_names
+from gblm.evaluate.tasks import PAPERS, Tasks, task_names
+from gblm.model.folder import ModelFolder
 from gblm.model.loading import load_tokenizer
 from gblm.record import Record
 
@@ -46,15 +47,19 @@ def test_every_engine_gives_the_same_scores(
     task_path: Path, tiny: Path, pack_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai: make dev installs it")
-    from gblm.evaluate.harness import SubjectLM
+    from gblm.evaluate.harness import SubjectLM, run_tasks
     from gblm.export.onnx_model.export import Wanted, export_onnx
 
     export_onnx(pack_tiny(), tmp_path / "onnx", Wanted(sparse=True, validate=0))
     tasks = Tasks(("tiny_choice",), task_path)
     tokenizer = load_tokenizer(tiny)
-    packed = open_subject(pack_tiny(), dtype="float32")
-    dense = open_subject(tiny, dtype="float32")
-    sides = {"packed": packed, "onnx": open_subject(tmp_path / "onnx"), "dense": dense}
+    packed = open_subject(ModelFolder.open(pack_tiny()), dtype="float32")
+    dense = open_subject(ModelFolder.open(tiny), dtype="float32")
+    sides = {
+        "packed": packed,
+        "onnx": open_subject(ModelFolder.open(tmp_path / "onnx")),
+        "dense": dense,
+    }
     rows = run_tasks(tasks, sides, tokenizer, 512)
     found = {(row.side, row.metric): row for row in rows}
     for metric in ("acc", "acc_norm"):
@@ -91,7 +96,10 @@ def test_the_harness_loads_exports_by_itself(
     from gblm.export.onnx_model.export import Wanted, export_onnx
 
     export_onnx(pack_tiny(), tmp_path / "onnx", Wanted(sparse=sparse, validate=0))
-    packed, tokenizer = open_subject(pack_tiny(), dtype="float32"), load_tokenizer(pack_tiny())
+    packed, tokenizer = (
+        open_subject(ModelFolder.open(pack_tiny()), dtype="float32"),
+        load_tokenizer(pack_tiny()),
+    )
     pair = ("The quick brown fox", " jumps over")
     asked = [(pair, tokenizer(pair[0])["input_ids"], tokenizer(pair[1])["input_ids"])]
     ((want, _),) = SubjectLM(packed, tokenizer, 512)._loglikelihood_tokens(asked)

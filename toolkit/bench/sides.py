@@ -1,9 +1,8 @@
-"""The sides of a comparison: a model in an engine that is started, put under loads and stopped."""
+"""What a side of a comparison is: a model in an engine, started, put under loads and stopped."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,23 +10,8 @@ from typing import Any
 import psutil
 
 from gblm.bench.requests import Load, Seen
-from gblm.errors import InputError, UsageError
-from gblm.model.folder import ModelFolder, model_name, resolve
+from gblm.model.folder import ModelFolder
 
-# Engine → the module that runs its loop in a process of its own, and the paths of the repository
-# whose code decides its figures. vLLM's server has no loop.
-ENGINES: dict[str, tuple[str | None, tuple[str, ...]]] = {
-    "vllm": (None, ("serve", "toolkit/bench/server.py")),
-    "vllm-offline": (
-        "gblm.bench.loop_vllm", ("serve/vllm_plugin", "toolkit/bench/loop_vllm.py")
-    ),
-    "transformers": (
-        "gblm.bench.loop_hf", ("toolkit/packed.py", "toolkit/hf.py", "toolkit/bench/loop.py")
-    ),
-    "onnx": ("gblm.export.onnx_model.loop", ("export/onnx_model", "toolkit/bench/loop.py")),
-    "llama.cpp": ("gblm.bench.loop_llama", ("toolkit/bench/loop.py",)),
-}  # fmt: skip
-ONNX_FILE = "genai_config.json"
 TENSOR_FILES = ("*.safetensors", "*.onnx", "*.data")
 
 
@@ -55,10 +39,21 @@ class Setup:
 
 
 class Side(ABC):
-    """A side is a model in an engine; its name is that of its rows, its path a folder or GGUF."""
+    """A side is a model in an engine, under the name of its rows.
 
-    def __init__(self, name: str, engine: str, path: Path, setup: Setup) -> None:
-        self.name, self.engine, self.path, self.setup = name, engine, path, setup
+    The model is an opened folder or, for llama.cpp, a GGUF file. `code` lists the paths of the
+    repository whose code decides the figures, besides the kernels.
+    """
+
+    code: tuple[str, ...] = ()
+
+    def __init__(self, name: str, engine: str, model: ModelFolder | Path, setup: Setup) -> None:
+        self.name, self.engine, self.model, self.setup = name, engine, model, setup
+
+    @property
+    def path(self) -> Path:
+        """Give the path of the model, which a process of its own will open."""
+        return self.model.path if isinstance(self.model, ModelFolder) else self.model
 
     def check(self) -> None:  # noqa: B027 (most sides can have any load)
         """Refuse a load that this side cannot have, before anything is started.
@@ -95,14 +90,14 @@ class Side(ABC):
     @property
     def backend(self) -> str | None:
         """Give the backend that is asked for, where the model is packed; dense ones have none."""
-        if self.path.is_file() or ModelFolder.open(self.path).kind != "packed":
+        if not isinstance(self.model, ModelFolder) or self.model.kind != "packed":
             return None
         return self.setup.backend
 
     @property
     def measures(self) -> tuple[str, ...]:
         """List the paths of the repository whose code decides this side's figures."""
-        return ("toolkit/kernels", *ENGINES[self.engine][1])
+        return ("toolkit/kernels", *self.code)
 
     def facts(self) -> dict[str, Any]:
         """Describe this side for the record."""
@@ -117,65 +112,3 @@ class Side(ABC):
             return self.path.stat().st_size
         files = {file for ending in TENSOR_FILES for file in self.path.glob(ending)}
         return sum(file.stat().st_size for file in files)
-
-
-def parse_side(text: str, setup: Setup) -> Side:
-    """Read "[NAME=][ENGINE:]MODEL".
-
-    Without an engine, a GGUF file runs in llama.cpp, an exported folder in ONNX Runtime, and any
-    other model in vLLM's server. Without a name, it is the model's.
-
-    Raises:
-        UsageError: a part is empty.
-        InputError: there is no such model.
-    """
-    name, equals, rest = text.partition("=")
-    if not equals or "/" in name or ":" in name:
-        name, rest = "", text
-    engine, colon, model = rest.partition(":")
-    if not colon or engine not in ENGINES:
-        engine, model = "", rest
-    if not model or text[:1] == "=":
-        raise UsageError(
-            f"side {text!r}: write [NAME=][ENGINE:]MODEL; engines: {', '.join(ENGINES)}."
-        )
-    path = Path(model).expanduser()
-    if path.suffix != ".gguf":
-        path = resolve(model)
-    elif not path.is_file():
-        raise InputError(f"{path}: no such file.")
-    name = name or (path.name if path.suffix == ".gguf" else model_name(model))
-    return _make(name, engine or _engine_of(path), path, setup)
-
-
-def parse_sides(texts: Sequence[str], setup: Setup) -> list[Side]:
-    """Read all sides of a comparison and check that they can have their loads.
-
-    Raises:
-        UsageError: there is none, two have one name, or one cannot have a load.
-    """
-    if not texts:
-        raise UsageError("give a model, or several; the first one is the baseline.")
-    sides = [parse_side(text, setup) for text in texts]
-    names = [side.name for side in sides]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise UsageError(f"two sides are called {twice!r}: give them names (NAME=MODEL).")
-    if setup.slo and not any(side.engine == "vllm" for side in sides):
-        raise UsageError("--slo needs a side in vLLM's server, whose load generator counts it.")
-    for side in sides:
-        side.check()
-    return sides
-
-
-def _make(name: str, engine: str, path: Path, setup: Setup) -> Side:
-    from gblm.bench.loop import LoopSide
-    from gblm.bench.server import ServerSide
-
-    return (ServerSide if engine == "vllm" else LoopSide)(name, engine, path, setup)
-
-
-def _engine_of(path: Path) -> str:
-    if path.suffix == ".gguf":
-        return "llama.cpp"
-    return "onnx" if (path / ONNX_FILE).exists() else "vllm"

@@ -148,8 +148,8 @@ def sides(
     kept = log or Path(tempfile.gettempdir()) / f"gblm-bench-{os.getpid()}.log"
     kept.parent.mkdir(parents=True, exist_ok=True)
     with progress_bars(ctx) as progress:
+        from gblm.bench.engines import parse_sides
         from gblm.bench.rounds import bench
-        from gblm.bench.sides import parse_sides
 
         setup, plan = asked_for(words[first:], kept, given)
         record = bench(parse_sides(words[:first], setup), setup, plan, progress)

@@ -11,9 +11,9 @@ import http.client
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lm_eval import simple_evaluate
@@ -25,12 +25,16 @@ from torch import Tensor
 
 from gblm.errors import DAMAGE, InputError, MachineError, UsageError
 from gblm.evaluate.subjects import Scores, Subject, TorchSubject
+from gblm.evaluate.tasks import Tasks
+from gblm.model.folder import ModelFolder
 from gblm.network import exchange, is_loopback, split_address, warn_of_plain_key
-
-if TYPE_CHECKING:
-    from gblm.evaluate.tasks import Tasks
+from gblm.record import Row
 
 SECONDS, MAX_BYTES = 60.0, 2**20
+# Metric → its unit; others of the harness are left out.
+METRICS = {"acc": "share", "acc_norm": "share", "exact_match": "share", "word_perplexity": ""}
+# Standard errors on both sides of a mean, for an interval of 95 %.
+ERRORS = 1.96
 
 
 class SubjectLM(TemplateLM):
@@ -121,10 +125,11 @@ class ServedSubject(Subject):
         self.max_tokens: int | None = card.get("max_model_len")
         root = Path(str(card.get("root")))
         here = is_loopback(parts.hostname or "") and root.is_absolute()
-        self.folder = root if here and (root / "config.json").is_file() else None
+        found = here and (root / "config.json").is_file()
+        self.folder = ModelFolder.open(root) if found else None
 
-    def connect(self, tokenizer_folder: Path) -> None:
-        """Make the client, which reads its own tokenizer.
+    def connect(self, home: ModelFolder) -> None:
+        """Make the client, which reads the tokenizer of a folder itself.
 
         Raises:
             MachineError: a package that the client needs is missing.
@@ -133,7 +138,7 @@ class ServedSubject(Subject):
         try:
             self.client = LocalCompletionsAPI(
                 model=self.name, base_url=f"{self.url}/v1/completions",
-                tokenizer=str(tokenizer_folder), tokenizer_backend="huggingface",
+                tokenizer=str(home), tokenizer_backend="huggingface",
                 max_length=self.max_tokens or 2048, header={"Accept": "*/*", **header},
             )  # fmt: skip
         except ModuleNotFoundError as error:
@@ -198,13 +203,9 @@ def _manager(task_path: Path | None) -> Any:
     return TaskManager(include_path=str(task_path) if task_path else None)
 
 
-def check_known(tasks: Sequence[str], task_path: Path | None) -> None:
-    """Refuse what the harness does not know.
-
-    Raises:
-        UsageError: a task is unknown.
-    """
-    unknown = [task for task in tasks if not _manager(task_path).match_tasks([task])]
+def check_known(tasks: Tasks) -> None:
+    """Raise UsageError for a task that the harness does not know."""
+    unknown = [task for task in tasks.names if not _manager(tasks.path).match_tasks([task])]
     if unknown:
         raise UsageError(
             f"--tasks {unknown[0]}: lm-evaluation-harness knows no such task; give --task-path "
@@ -212,13 +213,30 @@ def check_known(tasks: Sequence[str], task_path: Path | None) -> None:
         )
 
 
-def run(subject: Subject, tokenizer: Any, max_length: int, tasks: Tasks) -> dict[str, Any]:
-    """Let the harness run tasks without examples in the prompt, and give its results by task.
+def run_tasks(
+    tasks: Tasks, sides: Mapping[str, Subject], tokenizer: Any, max_length: int
+) -> list[Row]:
+    """Run the tasks on each side, on the same examples.
+
+    Args:
+        tasks: what is asked.
+        sides: models by name.
+        tokenizer: of all of them.
+        max_length: tokens that fit.
 
     Raises:
-        UsageError: the engine cannot do it.
+        UsageError: the engine of a side cannot do it.
         InputError: the harness could not load or run a task.
     """
+    rows: list[Row] = []
+    for side, subject in sides.items():
+        found = _run(subject, tokenizer, max_length, tasks)
+        rows += [row for task, values in found.items() for row in _rows(side, tasks, task, values)]
+    return rows
+
+
+def _run(subject: Subject, tokenizer: Any, max_length: int, tasks: Tasks) -> dict[str, Any]:
+    """Let the harness run tasks without examples in the prompt, and give its results by task."""
     seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     try:
         found = simple_evaluate(
@@ -242,3 +260,16 @@ def _as_lm(subject: Subject, tokenizer: Any, max_length: int) -> Any:
     if isinstance(subject, TorchSubject):
         return HFLM(pretrained=subject.model, tokenizer=tokenizer, batch_size=1)
     return SubjectLM(subject, tokenizer, max_length)
+
+
+def _rows(side: str, tasks: Tasks, task: str, values: dict[str, Any]) -> Iterator[Row]:
+    """Read the harness's "metric,filter" and "metric_stderr,filter"."""
+    for key, value in values.items():
+        metric, _, chosen = key.partition(",")
+        if metric not in METRICS:
+            continue
+        error = values.get(f"{metric}_stderr,{chosen}")
+        # A mean of one example has none.
+        half = ERRORS * error if isinstance(error, float) else None
+        interval = None if half is None else (value - half, value + half)
+        yield Row(side, tasks.line(task), metric, METRICS[metric], float(value), (), interval)

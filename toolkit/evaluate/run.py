@@ -19,10 +19,11 @@ from gblm.evaluate.subjects import (
     folder_kind,
     open_subject,
 )
-from gblm.evaluate.tasks import Tasks, check_tasks, require_harness, run_tasks
+from gblm.evaluate.tasks import Tasks, require_harness
 from gblm.files import read_json
-from gblm.model.folder import ModelFolder, model_name, resolve
+from gblm.model.folder import ModelFolder, model_name
 from gblm.model.loading import load_tokenizer
+from gblm.model.packed_reader import RECIPE_FILE
 from gblm.progress import Progress, no_progress
 from gblm.record import Record, Verdict
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from gblm.evaluate.harness import ServedSubject
 
 logger = logging.getLogger(__name__)
-RECIPE = "recipe.json"
 MEASURES = (
     "toolkit/evaluate", "toolkit/data.py", "toolkit/packed.py", "toolkit/sparse/formats",
     "toolkit/kernels", "export/onnx_model/decoder.py", "serve/vllm_plugin",
@@ -87,29 +87,34 @@ def run_evaluation(asked: Evaluation, progress: Progress = no_progress) -> Recor
     if not asked.protocols and asked.tasks is None:
         raise UsageError("nothing to evaluate: give --text or --tasks.")
     if asked.tasks is not None:
-        check_tasks(asked.tasks)
+        require_harness("--tasks")
+        from gblm.evaluate.harness import check_known
+
+        check_known(asked.tasks)
     served = _served(asked)
-    model = served or resolve(asked.model)
-    folder = model if isinstance(model, Path) else model.folder
-    path, note = _baseline(asked, folder)
-    if asked.needs_baseline and path is None:
+    model = served or ModelFolder.open(asked.model)
+    folder = model if isinstance(model, ModelFolder) else model.folder
+    other, note = _baseline(asked, folder)
+    if asked.needs_baseline and other is None:
         raise UsageError(f"a gate needs the dense model to compare with: {note}.")
-    home = ModelFolder.open(_home(asked, folder, path))
+    home = _home(asked, folder, other)
     if served is not None:
-        served.connect(home.path)
+        served.connect(home)
     tokenizer = load_tokenizer(home)
     length = int(home.config.get("max_position_embeddings", 2048))
     _warn_of_long_windows(asked.protocols, length)
     name = served.name if served else model_name(asked.model)
-    base = None if path is None else _other_name(model_name(path), name)
-    with _opened(asked, model, path) as (subject, dense):
+    base = None if other is None else _other_name(other.name, name)
+    with _opened(asked, model, other) as (subject, dense):
         sides = {name: subject}
         facts = {name: _facts(subject, folder)}
         if base is not None and dense is not None:
             sides[base] = dense
-            facts[base] = _facts(dense, path)
+            facts[base] = _facts(dense, other)
         rows = measure(sides, asked.protocols, tokenizer, progress)
         if asked.tasks is not None:
+            from gblm.evaluate.harness import run_tasks
+
             rows += run_tasks(asked.tasks, sides, tokenizer, length)
     notes = (f"baseline: {base or 'none'} ({note})",)
     return Record("eval", facts, tuple(rows), base, Verdict(notes=notes), MEASURES)
@@ -117,21 +122,21 @@ def run_evaluation(asked: Evaluation, progress: Progress = no_progress) -> Recor
 
 @contextlib.contextmanager
 def _opened(
-    asked: Evaluation, model: Path | ServedSubject, path: Path | None
+    asked: Evaluation, model: ModelFolder | ServedSubject, baseline: ModelFolder | None
 ) -> Iterator[tuple[Subject, Subject | None]]:
-    """The model and its baseline, in one dtype; the baseline in torch unless asked for as it is."""
-    loaded = isinstance(model, Path)
+    """Load the model and its baseline in one dtype; the baseline in torch unless it is exported."""
+    loaded = isinstance(model, ModelFolder)
     subject = (
         open_subject(model, asked.engine, asked.dtype, asked.device, asked.backend)
-        if isinstance(model, Path)
+        if isinstance(model, ModelFolder)
         else model
     )
     try:
         dense = None
-        if path is not None:
+        if baseline is not None:
             # The same dtype on both sides, where it is known: a ratio is owed to pruning.
-            own = folder_kind(path) == "onnx" or not loaded
-            dense = open_subject(path, None, "auto" if own else subject.dtype, asked.device)
+            own = folder_kind(baseline) == "onnx" or not loaded
+            dense = open_subject(baseline, None, "auto" if own else subject.dtype, asked.device)
         yield subject, dense
     finally:
         subject.close()
@@ -153,7 +158,7 @@ def is_address(model: str) -> bool:
 
 
 def _served(asked: Evaluation) -> ServedSubject | None:
-    """The model behind an address; None for a folder or hub id."""
+    """Find the model behind an address; None for a folder or hub id."""
     if not is_address(asked.model):
         if asked.tokenizer or asked.api_key:
             raise UsageError("--tokenizer and --api-key-file go with the address of a server only.")
@@ -168,9 +173,11 @@ def _served(asked: Evaluation) -> ServedSubject | None:
     return ServedSubject(asked.model, asked.api_key)
 
 
-def _home(asked: Evaluation, folder: Path | None, path: Path | None) -> Path:
-    """The folder of the tokenizer."""
-    home = resolve(asked.tokenizer) if asked.tokenizer else folder or path
+def _home(
+    asked: Evaluation, folder: ModelFolder | None, baseline: ModelFolder | None
+) -> ModelFolder:
+    """Find the folder of the tokenizer."""
+    home = ModelFolder.open(asked.tokenizer) if asked.tokenizer else folder or baseline
     if home is None:
         raise UsageError(
             f"{asked.model}: its model is no folder of this machine: give --baseline or "
@@ -183,52 +190,52 @@ def _other_name(name: str, taken: str) -> str:
     return name if name != taken else f"{name}, baseline"
 
 
-def _baseline(asked: Evaluation, folder: Path | None) -> tuple[Path | None, str]:
+def _baseline(asked: Evaluation, folder: ModelFolder | None) -> tuple[ModelFolder | None, str]:
     if asked.without_baseline:
         if asked.baseline:
             raise UsageError("--baseline and --no-baseline do not go together.")
         return None, "--no-baseline"
     if asked.baseline:
-        return resolve(asked.baseline), "--baseline"
+        return ModelFolder.open(asked.baseline), "--baseline"
     if folder is None:
         return None, "the server does not run on this machine; give --baseline"
     return known_baseline(folder)
 
 
-def known_baseline(folder: Path) -> tuple[Path | None, str]:
+def known_baseline(folder: ModelFolder) -> tuple[ModelFolder | None, str]:
     """Find the dense model that a folder was made from, if it says so and it is here.
 
     Returns:
         The folder or None, and where it comes from or why there is none.
     """
-    if (folder / ONNX_MODEL).is_file():
-        file, key = folder / ONNX_REPORT, "source"
-    elif ModelFolder.open(folder).kind == "packed":
-        file, key = folder / RECIPE, "model"
+    if folder_kind(folder) == "onnx":
+        file, key = folder.path / ONNX_REPORT, "source"
+    elif folder.kind == "packed":
+        file, key = folder.path / RECIPE_FILE, "model"
     else:
         return None, "MODEL is a dense folder, which names no model it was made from"
     named = read_json(file).get(key) if file.is_file() else None
     if not isinstance(named, str):
         return None, f"{file.name} names no source model; give --baseline"
-    for place in (Path(named).expanduser(), folder.parent / named):
+    for place in (Path(named).expanduser(), folder.path.parent / named):
         if (place / "config.json").is_file():
+            found = ModelFolder.open(place)
             # An export of a packed folder: on to what that one was made from.
-            other = place.resolve() != folder.resolve()
-            if other and ModelFolder.open(place).kind == "packed":
-                return known_baseline(place)
-            return place, f"named by {file.name}"
+            if found.kind == "packed" and place.resolve() != folder.path.resolve():
+                return known_baseline(found)
+            return found, f"named by {file.name}"
     return None, f"{file.name} names {named}, which is not here; give --baseline"
 
 
-def _facts(subject: Subject, folder: Path | None) -> dict[str, Any]:
-    """What a side is: engine, dtype, and the size of its folder if that is here."""
+def _facts(subject: Subject, folder: ModelFolder | None) -> dict[str, Any]:
+    """Say what a side is: engine, dtype, and the size of its folder if that is here."""
     facts: dict[str, Any] = {"engine": subject.engine, "dtype": subject.dtype}
     return facts | (size_facts(folder) if folder else {})
 
 
-def size_facts(folder: Path) -> dict[str, Any]:
+def size_facts(folder: ModelFolder) -> dict[str, Any]:
     """Measure a model folder as `sizes` does; of an ONNX export only the bytes are known."""
-    if (folder / ONNX_MODEL).is_file():
-        files = folder.glob(f"{ONNX_MODEL}*")
+    if folder_kind(folder) == "onnx":
+        files = folder.path.glob(f"{ONNX_MODEL}*")
         return {"bytes": sum(file.stat().st_size for file in files if file.is_file())}
-    return sizes(ModelFolder.open(folder))
+    return sizes(folder)

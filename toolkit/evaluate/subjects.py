@@ -10,7 +10,6 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,15 +122,15 @@ ENGINES = {
 }
 
 
-def folder_kind(folder: Path) -> str:
+def folder_kind(folder: ModelFolder) -> str:
     """Tell which kind a folder is of, which is its own engine too: "onnx", "packed" or "hf"."""
-    if (folder / ONNX_MODEL).is_file():
+    if (folder.path / ONNX_MODEL).is_file():
         return "onnx"
-    return "packed" if ModelFolder.open(folder).kind == "packed" else "hf"
+    return "packed" if folder.kind == "packed" else "hf"
 
 
 def open_subject(
-    folder: Path,
+    folder: ModelFolder,
     engine: str | None = None,
     dtype: str = "auto",
     device: str = "cpu",

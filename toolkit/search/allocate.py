@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
-from torch import nn
 
 from gblm.model.reader import Reader
 from gblm.recipe import FUSED, Choice
@@ -57,26 +56,21 @@ Allocation = dict[str, Choice]
 Loss = Callable[[LinearSpec, Choice], float]
 
 
-def linears_of(
-    reader: Reader, prunable: Mapping[str, nn.Linear], scope: Scope
-) -> tuple[LinearSpec, ...]:
+def linears_of(reader: Reader, names: Iterable[str], scope: Scope) -> tuple[LinearSpec, ...]:
     """Describe the linears to prune, in order.
 
     Args:
         reader: of the checkpoint.
-        prunable: the linears by full name.
+        names: the full names of the linears.
         scope: where the method counts an unstructured sparsity.
     """
     first_of = {part: parts[0] for parts in FUSED for part in parts}
     found = []
-    for name, linear in prunable.items():
+    for name in names:
         parent, _, last = name.rpartition(".")
-        shape, dtype = (
-            (linear.out_features, linear.in_features),
-            reader.headers[f"{name}.weight"][1],
-        )
+        (rows, columns), dtype = reader.headers[f"{name}.weight"]
         unit = f"{parent}.{first_of.get(last, last)}"
-        found.append(LinearSpec(name, shape, dtype, unit, scope))
+        found.append(LinearSpec(name, (rows, columns), dtype, unit, scope))
     return tuple(found)
 
 

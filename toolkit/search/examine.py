@@ -11,20 +11,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gblm import data
 from gblm.calibrate.text import draw
-from gblm.checkpoint.head import output_head
-from gblm.checkpoint.pack import check_packable
 from gblm.errors import PatternError, UsageError
-from gblm.methods.pipeline import Pipeline, make_pipeline
-from gblm.model.folder import ModelFolder
-from gblm.model.layers import StreamedLayers, stream
 from gblm.model.linears import prunable
 from gblm.model.loading import load_tokenizer
 from gblm.progress import Progress, no_progress
+from gblm.prune.job import Job, open_job
 from gblm.recipe import Choice, Recipe
 from gblm.search.allocate import LinearSpec, linears_of
 from gblm.search.sensitivity import Curve, Judgement, measure
@@ -133,24 +128,20 @@ def examine(recipe: Recipe, space: Space, progress: Progress = no_progress) -> E
     Raises:
         GblmError: whatever `prune` would refuse before it computes; no value type fits the model.
     """
-    refit = recipe.refit.model_dump() if recipe.refit is not None else None
-    pipeline = make_pipeline(recipe.method, recipe.options, refit, recipe.rounding)
-    dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    with stream(ModelFolder.open(recipe.model), dtype, recipe.device) as layers:
-        reader = layers.reader
-        chosen = prunable(layers.model, recipe.targets, recipe.ignore)
-        linears = linears_of(reader, chosen, pipeline.method.scope)
-        check_packable(reader, {own.name: Choice(Dense()) for own in linears})
+    # Any pattern and values that every linear can have stand for those that are searched for.
+    typical = {"pattern": str(Unstructured(TYPICAL)), "values": "float", "layers": ()}
+    with open_job(recipe.model_copy(update=typical)) as job:
+        reader, model = job.layers.reader, job.layers.model
+        linears = linears_of(reader, job.choices, job.pipeline.method.scope)
         values, left_out = _values(space, linears)
         patterns, more = _patterns(space, linears)
-        curves, facts = _pass(recipe, pipeline, layers, values, patterns, progress)
-        head = output_head(layers, recipe.head)
+        curves, facts = _pass(job, _windows(recipe, job), values, patterns, progress)
         pruned = sum(reader.num_bytes(f"{linear.name}.weight") for linear in linears)
-        every = sum(map(reader.num_bytes, reader)) + (head.added_bytes if head else 0)
+        every = sum(map(reader.num_bytes, reader)) + (job.head.added_bytes if job.head else 0)
         specs = {parse_values(spec).kind: spec for spec in space.values}
         return Examined(
             linears=linears,
-            every=tuple(prunable(layers.model)),
+            every=tuple(prunable(model)),
             values=values,
             specs={kind: spec for kind, spec in specs.items() if kind in values},
             patterns=patterns,
@@ -163,21 +154,20 @@ def examine(recipe: Recipe, space: Space, progress: Progress = no_progress) -> E
 
 
 def _pass(
-    recipe: Recipe,
-    pipeline: Pipeline,
-    layers: StreamedLayers,
+    job: Job,
+    windows: Tensor,
     values: Mapping[str, Mapping[str, ValueType]],
     patterns: tuple[NM, ...],
     progress: Progress,
 ) -> tuple[dict[str, Curve], dict[str, Any]]:
     """Run the text through the model; also give its facts, and the time it took, for JSON."""
-    began, windows = time.monotonic(), _windows(recipe, layers.reader.folder)
+    began, pipeline = time.monotonic(), job.pipeline
     names = next(iter(values.values()))
     by_name = {name: {kind: own[name] for kind, own in values.items()} for name in names}
     makes_up = "hessian" in pipeline.method.needs or pipeline.refit is not None
     judgement = Judgement(by_name, patterns, makes_up, pipeline.rounding)
     with tempfile.TemporaryDirectory(prefix="gblm-search-") as scratch:
-        found = measure(layers, windows, judgement, Path(scratch), progress)
+        found = measure(job.layers, windows, judgement, Path(scratch), progress)
     return found, {
         "samples": len(windows),
         "seq_len": windows.shape[1],
@@ -223,11 +213,11 @@ def _patterns(space: Space, linears: tuple[LinearSpec, ...]) -> tuple[tuple[NM, 
     return tuple(found), notes
 
 
-def _windows(recipe: Recipe, folder: ModelFolder) -> Tensor:
+def _windows(recipe: Recipe, job: Job) -> Tensor:
     """Draw the token ids of the cheap pass, from the beginning of the recipe's own random draw."""
     text = recipe.calibration
     if text is None:
         raise UsageError("a budget needs calibration text; the recipe has none.")
     samples, length = min(text.num_samples, SAMPLES), min(text.seq_len, SEQ_LEN)
-    tokenizer = load_tokenizer(folder)
-    return draw(text.source, folder.path, tokenizer, samples, length, text.seed, text.bos)
+    tokenizer = load_tokenizer(job.folder)
+    return draw(text.source, job.folder.path, tokenizer, samples, length, text.seed, text.bos)
