@@ -186,12 +186,12 @@ LIST: dict[str, list[tuple[str, str, str]]] = {
          "if False:"),
         ("stranger", "if is_loopback(host):\n        return\n    if has_key and",
          "if True:\n        return\n    if has_key and"),
+    ],
+    "serve/test_guard.py": [
         ("key-options", "    if given:\n        return given\n    if file is not None:",
          "    if file is not None:"),
         ("guard-loopback", "asks = not is_loopback(host) and EVERY_ROUTE not in routes",
          "asks = is_loopback(host) and EVERY_ROUTE not in routes"),
-    ],
-    "serve/test_guard.py": [
         ("bearer", 'return found and scheme.lower() == b"bearer"', "return found"),
         ("key-compare", "found |= hmac.compare_digest(digest, known)", "found = digest == known"),
         ("body-length", "int(length) > self.limit)", "int(length) > 2 * self.limit)"),
@@ -202,7 +202,7 @@ LIST: dict[str, list[tuple[str, str, str]]] = {
         ("open-path", "return path in self.open or _is_preflight(scope)",
          "return path.startswith(tuple(self.open)) or _is_preflight(scope)"),
     ],
-    "serve/test_launch.py serve/test_versions.py": [
+    "serve/test_versions.py serve/test_launch.py": [
         ("version", 'found.startswith(tuple(f"{tested}." for tested in TESTED_VERSIONS))',
          "found.startswith(TESTED_VERSIONS)"),
         ("core-spans", "if spans and core == spans[-1][1] + 1:", "if spans:"),

@@ -15,7 +15,6 @@ from gblm.errors import MachineError
 from gblm.serve import vllm_cli
 from gblm.serve.launch import Server, check
 
-pytestmark = pytest.mark.vllm
 DOCS = Path(__file__).parents[2] / "docs" / "serving.md"
 SENTENCE = "vLLM 0.99.1 is installed, but gblm's packed weights were tested with 0.32, 0.33 only"
 
@@ -39,6 +38,16 @@ def run(code: str, environment: dict[str, str]) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    ("version", "tested"),
+    [("0.32.0", True), ("0.33.7+cpu", True), ("0.320.0", False), ("0.3.2", False),
+     ("unknown", False)],
+)  # fmt: skip
+def test_only_patches_of_tested_releases_are_tested(version: str, tested: bool) -> None:
+    assert vllm_cli.is_tested(version) is tested
+
+
+@pytest.mark.vllm
 def test_serve_refuses_a_packed_model_before_vllm_starts(
     gblm: Callable[..., Outcome], packed: Path, untested: dict[str, str]
 ) -> None:
@@ -49,6 +58,7 @@ def test_serve_refuses_a_packed_model_before_vllm_starts(
     assert "starting" not in done.err
 
 
+@pytest.mark.vllm
 def test_override_and_dense_models_pass(
     packed: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,6 +70,7 @@ def test_override_and_dense_models_pass(
     check(Server(packed))
 
 
+@pytest.mark.vllm
 def test_plugin_refuses_when_a_packed_model_is_loaded(untested: dict[str, str]) -> None:
     code = (
         "import gblm.serve.vllm_plugin as p; p.register()\n"
@@ -72,6 +83,7 @@ def test_plugin_refuses_when_a_packed_model_is_loaded(untested: dict[str, str]) 
     assert "CheckpointError" in allowed
 
 
+@pytest.mark.vllm
 def test_plugin_that_does_not_fit_leaves_an_untested_vllm_alone(untested: dict[str, str]) -> None:
     broken = (
         "import sys; sys.modules['vllm.model_executor.layers.quantization'] = None\n"
