@@ -1,38 +1,61 @@
-"""`python -m gblm.serve.sample MODEL ASKED ANSWERED`: vLLM continues prompts at temperature 1."""
+"""`python -m gblm.serve.sample MODEL LENGTH`: vLLM continues prompts, a line of JSON at a time."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from pathlib import Path
+from typing import Any
 
 # For the cache of the sequences that run at a time, unless the user asks for more.
 CACHE_GIB = "2"
+# Tokens of a prompt beside those of a text that was written before.
+TEMPLATE = 256
 
 
 def main() -> None:
-    """Read token ids from ASKED, write the tokens that follow each to ANSWERED."""
-    model, asked, answered = sys.argv[1:]
+    """Answer each line of stdin, {"prompts", "seed", "ends"}, by a line of token ids on stdout."""
+    model, length = sys.argv[1], int(sys.argv[2])
+    # vLLM writes to stdout, too.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    llm = _open(model, length)
+    for line in sys.stdin:
+        work = json.loads(line)
+        answers.write(json.dumps(_continue(llm, length, **work)) + "\n")
+        answers.flush()
+
+
+def _open(model: str, length: int) -> Any:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CACHE_GIB)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    from vllm import LLM, SamplingParams
+    from transformers import AutoConfig
+    from vllm import LLM
 
-    work = json.loads(Path(asked).read_text())
-    length = max(map(len, work["prompts"])) + work["length"]
-    llm = LLM(
-        model, max_model_len=length, enforce_eager=True, distributed_executor_backend="uni",
-        max_num_seqs=len(work["prompts"]), seed=work["seed"],
+    longest = AutoConfig.from_pretrained(model).get_text_config().max_position_embeddings
+    return LLM(
+        model, max_model_len=min(longest, 2 * length + TEMPLATE), enforce_eager=True,
+        distributed_executor_backend="uni",
     )  # fmt: skip
+
+
+def _continue(
+    llm: Any, length: int, prompts: list[list[int]], seed: int, ends: list[bool]
+) -> list[list[int]]:
+    """Draw up to `length` tokens behind each prompt, at temperature 1."""
+    import torch
+    from vllm import SamplingParams
+
     # Seeds of single requests would make vLLM sample them one by one.
-    how = SamplingParams(
-        temperature=1.0, max_tokens=work["length"], ignore_eos=not work["ends"], detokenize=False
-    )
-    prompts = [{"prompt_token_ids": prompt} for prompt in work["prompts"]]
-    found = llm.generate(prompts, how, use_tqdm=False)
-    rows = [list(one.outputs[0].token_ids) for one in found]
-    Path(answered).write_text(json.dumps(rows))
+    torch.manual_seed(seed)
+    how = [
+        SamplingParams(temperature=1.0, max_tokens=length, ignore_eos=not end, detokenize=False)
+        for end in ends
+    ]
+    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+    found = llm.generate(asked, how, use_tqdm=False)
+    return [list(one.outputs[0].token_ids) for one in found]
 
 
 if __name__ == "__main__":

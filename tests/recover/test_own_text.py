@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from gblm.calibrate import own_text, text
+from gblm.errors import MachineError
 from gblm.model.loading import load_tokenizer
 
 CHAT = (
@@ -24,16 +25,20 @@ class Writer:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self.asked = tokenizer, list[tuple[str, bool]]()
 
-    def __call__(self, prompts: Sequence[Sequence[int]], seed: int, ends: bool) -> list[list[int]]:
-        self.asked += [(self.tokenizer.decode(prompt), ends) for prompt in prompts]
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], seed: int, ends: Sequence[bool]
+    ) -> list[list[int]]:
+        self.asked += [
+            (self.tokenizer.decode(p), end) for p, end in zip(prompts, ends, strict=True)
+        ]
         return [self.tokenizer("word")["input_ids"] for _ in prompts]
 
 
 def test_without_a_template_it_runs_freely_from_the_start_token(tiny: Path) -> None:
     tokenizer = load_tokenizer(tiny)
     writer = Writer(tokenizer)
-    ids = own_text._write(writer, tokenizer, 20, 0)
-    assert len(ids) >= 20
+    ids = own_text._round(writer, tokenizer, 0)
+    assert len(ids) == own_text.ROUND * len(tokenizer("word")["input_ids"])
     assert set(writer.asked) == {("<s>", False)}
 
 
@@ -41,26 +46,35 @@ def test_the_model_asks_and_answers_itself_in_the_template(tiny: Path) -> None:
     tokenizer = load_tokenizer(tiny)
     tokenizer.chat_template = CHAT
     writer = Writer(tokenizer)
-    ids = own_text._write(writer, tokenizer, 8, 0)
+    ids = own_text._round(writer, tokenizer, 0)
     assert ("<user>", True) in writer.asked
     assert ("<user>word\n<assistant>", True) in writer.asked
     assert "<user>word\n<assistant>word" in tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize(
-    "engine", [own_text._Transformers, pytest.param(own_text._Vllm, marks=pytest.mark.vllm)]
+    "engine", [own_text.in_transformers, pytest.param(own_text.in_vllm, marks=pytest.mark.vllm)]
 )
 def test_engines_continue_prompts_reproducibly(
-    tiny: Path, engine: type, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(own_text, "LENGTH", 12)
-    sample = engine(tiny)
     prompts = [[256], [256, 70, 71]]
-    first = sample(prompts, 3, ends=False)
-    assert [len(row) for row in first] == [12, 12]
-    assert first == sample(prompts, 3, ends=False)
-    assert first != sample(prompts, 4, ends=False)
-    assert all(len(row) <= 12 for row in sample(prompts, 3, ends=True))
+    with engine(tiny) as sample:
+        first = sample(prompts, 3, [False, False])
+        assert [len(row) for row in first] == [12, 12]
+        assert first == sample(prompts, 3, [False, False])
+        assert first != sample(prompts, 4, [False, False])
+        assert all(len(row) <= 12 for row in sample(prompts, 3, [True, True]))
+
+
+@pytest.mark.vllm
+def test_an_engine_that_cannot_start_says_why(tmp_path: Path) -> None:
+    with (
+        own_text.in_vllm(tmp_path / "nothing") as sample,
+        pytest.raises(MachineError, match="vLLM"),
+    ):
+        sample([[1]], 0, [False])
 
 
 def test_it_is_written_once_and_cut_into_windows(
@@ -69,12 +83,16 @@ def test_it_is_written_once_and_cut_into_windows(
     monkeypatch.setattr(own_text, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(own_text, "LENGTH", 16)
     tokenizer = load_tokenizer(tiny)
-    monkeypatch.setattr(own_text, "_sampler", own_text._Transformers)
+    monkeypatch.setattr(own_text, "ROUND", 2)
+    monkeypatch.setattr(own_text, "_engine", lambda: own_text.in_transformers)
     windows = text.draw("self", tiny, tokenizer, 3, 20, 0, bos=True)
     assert windows.shape == (3, 20)
 
-    def broken(folder: Path) -> own_text.Sampler:
+    def broken() -> Any:
         raise AssertionError("it is in the cache")
 
-    monkeypatch.setattr(own_text, "_sampler", broken)
-    assert torch.equal(windows, text.draw("self", tiny, tokenizer, 3, 20, 0, bos=True))
+    with monkeypatch.context() as patched:
+        patched.setattr(own_text, "_engine", broken)
+        assert torch.equal(windows, text.draw("self", tiny, tokenizer, 3, 20, 0, bos=True))
+    longer = text.draw("self", tiny, tokenizer, 6, 20, 0, bos=True)
+    assert torch.equal(windows, longer[:3])

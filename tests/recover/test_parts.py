@@ -49,7 +49,7 @@ def test_an_untrained_part_gives_its_weight_bit_for_bit(
 def test_gradients_of_kept_values_are_those_of_the_weight() -> None:
     part, grad = KeptFloats(floats()), torch.randn(OUT, IN)
     part.take(grad)
-    assert torch.equal(part.values.grad, grad[part.mask])
+    assert torch.equal(part.values.grad, grad[part.places.mask()])
 
 
 def test_gradients_of_row_and_column_factors_follow_from_the_weights() -> None:
@@ -103,8 +103,8 @@ def test_trained_codes_stay_in_their_range_and_mask() -> None:
     result = part.result(torch.bfloat16)
     assert result.codes is not None
     assert int(result.codes.abs().max()) == 7
-    assert not bool(result.codes[~part.mask].any())
-    assert torch.equal(result.mask, part.mask)
+    assert not bool(result.codes[~part.places.mask()].any())
+    assert torch.equal(result.mask, codes().mask)
 
 
 def test_pruned_places_have_no_state() -> None:

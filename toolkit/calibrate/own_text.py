@@ -2,21 +2,23 @@
 
 Half of it are chats, whose questions the model invents, too; half runs freely from the start of a
 text. A model without a chat template writes the second kind only. The text depends on the model and
-the seed; it is kept in the cache.
+the seed. It is written in rounds, which are kept in the cache: who wants more goes on from there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import itertools
 import json
 import logging
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol, cast
 
 import torch
 
@@ -25,16 +27,16 @@ from gblm.errors import MachineError
 from gblm.files import write_json
 
 logger = logging.getLogger(__name__)
-LENGTH = 512
-# Sequences that are written at a time; transformers holds the caches of a few only.
-MOST, BATCH = 256, 32
-MARK = "\ue000"
+# Tokens of a sequence, sequences of each kind in a round.
+LENGTH, ROUND = 512, 16
 
 
 class Sampler(Protocol):
     """Continues prompts at temperature 1, from the whole distribution."""
 
-    def __call__(self, prompts: Sequence[Sequence[int]], seed: int, ends: bool) -> list[list[int]]:
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], seed: int, ends: Sequence[bool]
+    ) -> list[list[int]]:
         """Return up to LENGTH further tokens of each prompt.
 
         Args:
@@ -45,7 +47,7 @@ class Sampler(Protocol):
 
 
 def own_text(folder: Path, tokenizer: Any, num_tokens: int, seed: int) -> list[int]:
-    """Return at least `num_tokens` token ids that the model wrote, as one stream.
+    """Return the first `num_tokens` token ids of the endless text that the model writes.
 
     Args:
         folder: of the dense model.
@@ -56,48 +58,51 @@ def own_text(folder: Path, tokenizer: Any, num_tokens: int, seed: int) -> list[i
     Raises:
         MachineError: the engine that writes it failed.
     """
-    facts = [folder.resolve().name, _weights(folder), num_tokens, seed, LENGTH]
-    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    kept = cache_folder() / "own-text" / f"{digest}.json"
-    if not kept.exists():
-        logger.info("%s writes %d tokens of text", folder, num_tokens)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_json(kept, _write(_sampler(folder), tokenizer, num_tokens, seed))
-    found: list[int] = json.loads(kept.read_text())
-    return found
-
-
-def _write(sample: Sampler, tokenizer: Any, num_tokens: int, seed: int) -> list[int]:
-    chats = tokenizer.chat_template is not None
+    facts = json.dumps([folder.resolve().name, _weights(folder), seed, LENGTH, ROUND])
+    kept = cache_folder() / "own-text" / hashlib.sha256(facts.encode()).hexdigest()[:16]
     found: list[int] = []
-    while len(found) < num_tokens:
-        rest = -(-(num_tokens - len(found)) // (LENGTH * (1 + chats)))
-        count = min(MOST, rest)
-        found += [token for row in _free(sample, tokenizer, count, seed) for token in row]
-        if chats:
-            found += [token for row in _chats(sample, tokenizer, count, seed + 1) for token in row]
-        seed += 2
-    return found
+    with ExitStack() as stack:
+        sample: Sampler | None = None
+        for number in itertools.count():
+            if len(found) >= num_tokens:
+                break
+            path = kept / f"{number}.json"
+            if not path.exists():
+                if sample is None:
+                    logger.info("%s writes %d tokens of text", folder, num_tokens - len(found))
+                    sample = stack.enter_context(_engine()(folder))
+                kept.mkdir(parents=True, exist_ok=True)
+                write_json(path, _round(sample, tokenizer, (seed << 24) + 2 * number))
+                logger.info("round %d of own text is written", number + 1)
+            found += json.loads(path.read_text())
+    return found[:num_tokens]
 
 
-def _free(sample: Sampler, tokenizer: Any, count: int, seed: int) -> list[list[int]]:
+def _round(sample: Sampler, tokenizer: Any, seed: int) -> list[int]:
+    """Write free text and, with the template's own tokens, chats of one question and one answer."""
     start = tokenizer.bos_token_id
     start = tokenizer.eos_token_id if start is None else start
-    return sample([[start]] * count, seed, ends=False)
+    free = [[start]] * ROUND
+    if tokenizer.chat_template is None:
+        return _joined(sample(free, seed, [False] * ROUND))
+    # What the template writes before a question.
+    mark = "\ue000"
+    ask = _ids(tokenizer, _template(tokenizer, mark).partition(mark)[0])
+    rows = sample(free + [ask] * ROUND, seed, [False] * ROUND + [True] * ROUND)
+    questions = tokenizer.batch_decode(rows[ROUND:], skip_special_tokens=True)
+    asked = [_ids(tokenizer, _template(tokenizer, question)) for question in questions]
+    answers = sample(asked, seed + 1, [True] * ROUND)
+    chats = [question + answer for question, answer in zip(asked, answers, strict=True)]
+    return _joined(rows[:ROUND] + chats)
 
 
-def _chats(sample: Sampler, tokenizer: Any, count: int, seed: int) -> list[list[int]]:
-    """Whole chats of one question and one answer, with the template's own tokens."""
-    opened = _template(tokenizer, MARK).partition(MARK)[0]
-    ask = tokenizer(opened, add_special_tokens=False)["input_ids"]
-    invented = sample([ask] * count, seed, ends=True)
-    questions = tokenizer.batch_decode(invented, skip_special_tokens=True)
-    asked = [
-        tokenizer(_template(tokenizer, question), add_special_tokens=False)["input_ids"]
-        for question in questions
-    ]
-    answers = sample(asked, seed, ends=True)
-    return [question + answer for question, answer in zip(asked, answers, strict=True)]
+def _joined(rows: Sequence[Sequence[int]]) -> list[int]:
+    return [token for row in rows for token in row]
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return found
 
 
 def _template(tokenizer: Any, question: str) -> str:
@@ -111,70 +116,68 @@ def _weights(folder: Path) -> list[tuple[str, int, int]]:
     return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
 
-def _sampler(folder: Path) -> Sampler:
+def _engine() -> Callable[[Path], AbstractContextManager[Sampler]]:
     """Return vLLM's offline engine where it is installed; transformers takes ten times as long."""
-    return _Vllm(folder) if importlib.util.find_spec("vllm") is not None else _Transformers(folder)
+    return in_vllm if importlib.util.find_spec("vllm") is not None else in_transformers
 
 
-class _Vllm:
-    """vLLM in a process of its own, which gives its memory back."""
+@contextmanager
+def in_vllm(folder: Path) -> Iterator[Sampler]:
+    """Open vLLM in a process of its own, which gives its memory back."""
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gblm.serve.sample", str(folder), str(LENGTH)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+        )  # fmt: skip
+        ask, answered = cast(IO[str], process.stdin), cast(IO[str], process.stdout)
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        def sample(
+            prompts: Sequence[Sequence[int]], seed: int, ends: Sequence[bool]
+        ) -> list[list[int]]:
+            try:
+                ask.write(json.dumps({"prompts": prompts, "seed": seed, "ends": ends}) + "\n")
+                ask.flush()
+                found: list[list[int]] = json.loads(answered.readline())
+            except (BrokenPipeError, json.JSONDecodeError) as error:
+                process.wait()
+                log.seek(0)
+                last = (log.read().strip().splitlines() or ["no message"])[-1]
+                raise MachineError(f"{folder}: vLLM could not write text: {last}") from error
+            return found
 
-    def __call__(self, prompts: Sequence[Sequence[int]], seed: int, ends: bool) -> list[list[int]]:
-        """See Sampler."""
-        with tempfile.TemporaryDirectory() as work:
-            asked, answered = Path(work) / "asked.json", Path(work) / "answered.json"
-            asked.write_text(
-                json.dumps({"prompts": prompts, "seed": seed, "ends": ends, "length": LENGTH})
-            )
-            command = [
-                sys.executable, "-m", "gblm.serve.sample", str(self.folder), str(asked),
-                str(answered),
-            ]  # fmt: skip
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                raise MachineError(f"{self.folder}: vLLM could not write text: {last}")
-            found: list[list[int]] = json.loads(answered.read_text())
-        return found
+        try:
+            yield sample
+        finally:
+            process.kill()
+            process.communicate()
 
 
-class _Transformers:
-    """The model in transformers, in this process."""
+@contextmanager
+def in_transformers(folder: Path) -> Iterator[Sampler]:
+    """Load the model in this process."""
+    from gblm.model.loading import load
 
-    def __init__(self, folder: Path) -> None:
-        from gblm.model.loading import load
+    model: Any = load(folder)
+    stops = model.generation_config.eos_token_id
+    stops = set(stops) if isinstance(stops, list) else {stops}
 
-        self.model: Any = load(folder)
-
-    def __call__(self, prompts: Sequence[Sequence[int]], seed: int, ends: bool) -> list[list[int]]:
-        """See Sampler."""
-        rows: list[list[int]] = []
-        for at in range(0, len(prompts), BATCH):
-            rows += self._batch(prompts[at : at + BATCH], seed + at, ends)
-        return rows
-
-    def _batch(self, prompts: Sequence[Sequence[int]], seed: int, ends: bool) -> list[list[int]]:
+    def sample(
+        prompts: Sequence[Sequence[int]], seed: int, ends: Sequence[bool]
+    ) -> list[list[int]]:
         longest = max(map(len, prompts))
         pads = [longest - len(prompt) for prompt in prompts]
         ids = torch.tensor([[0] * pad + list(p) for pad, p in zip(pads, prompts, strict=True)])
         mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads])
         torch.manual_seed(seed)
         with torch.inference_mode():
-            out = self.model.generate(
+            out = model.generate(
                 input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0,
-                top_p=1.0, max_new_tokens=LENGTH, pad_token_id=0,
-                **({} if ends else {"eos_token_id": -1}),
+                top_p=1.0, max_new_tokens=LENGTH, pad_token_id=0, eos_token_id=-1,
             )  # fmt: skip
-        stops = set(_stops(self.model)) if ends else set()
-        return [_until(row, stops) for row in out[:, longest:].tolist()]
+        rows = out[:, longest:].tolist()
+        return [_until(row, stops) if end else row for row, end in zip(rows, ends, strict=True)]
 
-
-def _stops(model: Any) -> list[int]:
-    found = model.generation_config.eos_token_id
-    return list(found) if isinstance(found, list) else [found]
+    yield sample
 
 
 def _until(row: list[int], stops: set[int]) -> list[int]:

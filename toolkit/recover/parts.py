@@ -58,25 +58,48 @@ class SparsePart(Part):
         """Return the trained weight; floating values, or what codes stand for, are of `dtype`."""
 
 
+class Places:
+    """The kept places of a weight, as indices: a boolean mask takes ten times as long to follow."""
+
+    def __init__(self, mask: Tensor) -> None:
+        """Take the places from a mask [out, in] of bool."""
+        self.shape = mask.shape
+        kind = torch.int32 if mask.numel() < 1 << 31 else torch.int64
+        self.index = mask.flatten().nonzero()[:, 0].to(kind)
+
+    def gather(self, dense: Tensor) -> Tensor:
+        """Return the values [kept] that a tensor [out, in] has there, in row order."""
+        return dense.flatten().index_select(0, self.index)
+
+    def scatter(self, kept: Tensor) -> Tensor:
+        """Put values [kept] there; zero elsewhere."""
+        zeros = torch.zeros(self.shape.numel(), dtype=kept.dtype, device=kept.device)
+        return zeros.scatter_(0, self.index.long(), kept).view(self.shape)
+
+    def mask(self) -> Tensor:
+        """Return [out, in] bool, True = kept."""
+        return self.scatter(torch.ones_like(self.index, dtype=torch.bool))
+
+
 class KeptFloats(SparsePart):
     """The kept values of a floating weight; pruned places have no parameter and no state."""
 
     def __init__(self, start: SparseWeight) -> None:
-        self.mask = start.mask
-        self.values = nn.Parameter(start.weight[start.mask].float())
+        self.places = Places(start.mask)
+        self.values = nn.Parameter(self.places.gather(start.weight).float())
         self.parameters = [(self.values, 1.0)]
 
     def take(self, grad: Tensor) -> None:
         """See Part."""
-        self.values.grad = grad[self.mask].float()
+        self.values.grad = self.places.gather(grad).float()
 
     def give(self) -> Tensor:
         """See Part."""
-        return _scatter(self.values.detach(), self.mask)
+        return self.places.scatter(self.values.detach())
 
     def result(self, dtype: torch.dtype) -> SparseWeight:
         """See SparsePart."""
-        return SparseWeight(self.give().to(dtype), self.mask)
+        return SparseWeight(self.give().to(dtype), self.places.mask())
 
 
 class FloatScales(SparsePart):
@@ -116,58 +139,58 @@ class Codes(SparsePart):
     def __init__(self, start: SparseWeight, train: Train) -> None:
         if start.codes is None or start.scales is None:
             raise ValueError("this weight has no codes.")
-        self.mask, self.start = start.mask, start
+        self.places, self.scales = Places(start.mask), start.scales
         # A range of codes that is narrower than their type's stays as narrow as it is.
         self.low, self.high = float(start.codes.min()), float(start.codes.max())
         self.factor = nn.Parameter(torch.zeros_like(start.scales, dtype=torch.float32))
         self.parameters = [(self.factor, FACTOR_RATE)]
-        self.values: nn.Parameter | None = None
+        self.frozen, self.values = start.codes, None
         if train == "weights":
-            self.values = nn.Parameter(start.codes[self.mask] * self._per_value())
+            self.frozen = None
+            exact = self._grouped(start.codes.float()) * self._scales()
+            self.values = nn.Parameter(self.places.gather(exact.flatten(1)))
             self.parameters.append((self.values, 1.0))
 
     def take(self, grad: Tensor) -> None:
         """See Part."""
-        kept = grad[self.mask].float()
+        grouped = self._grouped(grad.float())
         exact, codes = self._codes()
-        inside = (exact > self.low) & (exact < self.high)
-        # d(code · scale)/d scale; behind frozen codes it is the code itself.
-        slope = codes if self.values is None else torch.where(inside, codes - exact, codes)
-        out, groups = self.factor.shape
-        by_group = _scatter(kept * slope, self.mask).view(out, groups, -1).sum(-1)
-        self.factor.grad = by_group * self._scales()
+        # d(code · scale)/d scale is the code; in front of a rounding, what the rounding adds.
+        slope = codes
         if self.values is not None:
-            self.values.grad = kept * inside
+            inside = (exact > self.low) & (exact < self.high)
+            slope = torch.where(inside, codes - exact, codes)
+            self.values.grad = self.places.gather((grouped * inside).flatten(1))
+        self.factor.grad = ((grouped * slope).sum(-1, keepdim=True) * self._scales()).squeeze(-1)
 
     def give(self) -> Tensor:
         """See Part."""
-        return _scatter(self._codes()[1] * self._per_value(), self.mask)
+        return (self._codes()[1] * self._scales()).flatten(1)
 
     def result(self, dtype: torch.dtype) -> SparseWeight:
         """See SparsePart."""
         # Adding zero makes +0 of the code of a small negative weight.
-        codes = _scatter(self._codes()[1] + 0.0, self.mask).to(torch.int8)
-        scales = self._scales().to(torch.bfloat16)
-        return SparseWeight.from_codes(codes, scales, self.mask, dtype)
+        codes = (self._codes()[1] + 0.0).flatten(1).to(torch.int8)
+        scales = self._scales().squeeze(-1).to(torch.bfloat16)
+        return SparseWeight.from_codes(codes, scales, self.places.mask(), dtype)
 
     def _codes(self) -> tuple[Tensor, Tensor]:
-        """The kept values in units of their scales, clamped, before and after rounding."""
-        if self.values is None:
-            codes = self.start.codes[self.mask].float()  # type: ignore[index]
+        """The weight in units of its scales, clamped, before and after rounding, by group."""
+        if self.frozen is not None:
+            codes = self._grouped(self.frozen.float())
             return codes, codes
-        exact = (self.values.detach() / self._per_value()).clamp(self.low, self.high)
+        exact = self._grouped(self.places.scatter(self.values.detach())) / self._scales()
+        exact = exact.clamp_(self.low, self.high)
         return exact, exact.round()
 
     def _scales(self) -> Tensor:
-        """[out, groups] float32, rounded to bfloat16 as they are stored."""
-        scales = self.start.scales.float() * self.factor.detach().exp()  # type: ignore[union-attr]
-        return scales.to(torch.bfloat16).float()
+        """[out, groups, 1] float32, rounded to bfloat16 as they are stored."""
+        scales = self.scales.float() * self.factor.detach().exp()
+        return scales.to(torch.bfloat16).float().unsqueeze(-1)
 
-    def _per_value(self) -> Tensor:
-        """The scale of each kept value."""
-        scales = self._scales()
-        size = self.mask.shape[1] // scales.shape[1]
-        return scales.repeat_interleave(size, dim=1)[self.mask]
+    def _grouped(self, dense: Tensor) -> Tensor:
+        """View [out, in] as [out, groups, columns of a group]."""
+        return dense.reshape(*self.factor.shape, -1)
 
 
 def sparse_part(weight: SparseWeight, train: Train) -> SparsePart:
@@ -181,8 +204,3 @@ def sparse_part(weight: SparseWeight, train: Train) -> SparsePart:
     if weight.codes is not None:
         return Codes(weight, train)
     return KeptFloats(weight) if train == "weights" else FloatScales(weight)
-
-
-def _scatter(kept: Tensor, mask: Tensor) -> Tensor:
-    """Put kept values, in row order, at their places; zero elsewhere."""
-    return torch.zeros(mask.shape, dtype=kept.dtype, device=kept.device).masked_scatter_(mask, kept)

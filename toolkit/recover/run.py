@@ -303,9 +303,12 @@ def _needs(task: Task, dense_bytes: int) -> _Needs:
     text = config.get("text_config", config)
     width, layers = int(text["hidden_size"]), int(text["num_hidden_layers"])
     sizes = [math.prod(packed.linears[name].shape) for name in task.trained]
-    state = 12 * sum(_parameters(packed.linears[name], how.train) for name in task.trained)
-    # A mask in bytes stays beside every part; one weight at a time is scattered and has a gradient.
-    beside = sum(sizes) + 16 * max(sizes) + (4 * sum(sizes) if how.train == "scales" else 0)
+    trained = [_parameters(packed.linears[name], how.train) for name in task.trained]
+    state = 12 * sum(trained)
+    # Beside a part lie the places of its values and its codes; one weight at a time is scattered
+    # and has a gradient.
+    beside = 16 * max(sizes)
+    beside += 4 * sum(trained) + sum(sizes) if how.train == "weights" else 5 * sum(sizes)
     tokens = how.batch_size * how.seq_len
     activations = tokens * width * layers * KEPT_PER_LAYER + 16 * (1 << 24)
     held = HELD_OUT_WINDOWS * len(how.held_out) * how.seq_len
