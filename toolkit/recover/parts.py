@@ -144,9 +144,9 @@ class Codes(SparsePart):
         self.low, self.high = float(start.codes.min()), float(start.codes.max())
         self.factor = nn.Parameter(torch.zeros_like(start.scales, dtype=torch.float32))
         self.parameters = [(self.factor, FACTOR_RATE)]
-        self.frozen, self.values = start.codes, None
+        self.frozen = start.codes if train == "scales" else None
+        self.values: nn.Parameter | None = None
         if train == "weights":
-            self.frozen = None
             exact = self._grouped(start.codes.float()) * self._scales()
             self.values = nn.Parameter(self.places.gather(exact.flatten(1)))
             self.parameters.append((self.values, 1.0))
