@@ -139,12 +139,11 @@ class Codes(SparsePart):
     def __init__(self, start: SparseWeight, train: Train) -> None:
         if start.codes is None or start.scales is None:
             raise ValueError("this weight has no codes.")
-        self.places, self.scales = Places(start.mask), start.scales
+        self.places, self.scales, self.codes = Places(start.mask), start.scales, start.codes
         # A range of codes that is narrower than their type's stays as narrow as it is.
         self.low, self.high = float(start.codes.min()), float(start.codes.max())
         self.factor = nn.Parameter(torch.zeros_like(start.scales, dtype=torch.float32))
         self.parameters = [(self.factor, FACTOR_RATE)]
-        self.frozen = start.codes if train == "scales" else None
         self.values: nn.Parameter | None = None
         if train == "weights":
             exact = self._grouped(start.codes.float()) * self._scales()
@@ -176,8 +175,8 @@ class Codes(SparsePart):
 
     def _codes(self) -> tuple[Tensor, Tensor]:
         """The weight in units of its scales, clamped, before and after rounding, by group."""
-        if self.frozen is not None:
-            codes = self._grouped(self.frozen.float())
+        if self.values is None:
+            codes = self._grouped(self.codes.float())
             return codes, codes
         exact = self._grouped(self.places.scatter(self.values.detach())) / self._scales()
         exact = exact.clamp_(self.low, self.high)
