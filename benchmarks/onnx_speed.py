@@ -1,38 +1,45 @@
 """Packed weights in ONNX Runtime on CPU: SmolLM2 and a 1.1B LLaMA shape against its own types.
 
     python benchmarks/onnx_speed.py [--models smollm2 tinyllama] [--threads 1 2] [--rounds 7]
-        [--rows NAME …] [--prompt-len 64] [--folder DIR] [--record FILE]
+        [--rows NAME …] [--prompt-len 64] [--folder DIR] [--name NAME]
 
 Rows: ONNX Runtime's fp32, int8 and int4 of the dense model, then ai.gblm::Linear with bf16, int8
 and int4 values, each dense (the control, no sparsity) and sparse by magnitude. Heads: ONNX
 Runtime's integer graphs round the head, too, so ours do, to the same type. The 1.1B model is
 random, and exported without validation: nothing is ever certain to be its next token. Folders are
-made once, in DIR. Writes benchmarks/results/onnx.json, or FILE.
+made once, in DIR. Writes benchmarks/results/NAME-MODEL-THREADS.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pages
 from decoding import SHORT
-from pages import gblm, spread
+from pages import gblm
 from shapes import make_packed, model_folder
 
 from gblm.bench.engines import parse_sides
 from gblm.bench.requests import Load
 from gblm.bench.rounds import Plan, bench
 from gblm.bench.sides import Setup
-from gblm.record import Record
+from gblm.record import Record, Row
 
 # On a CPU with AMX, and on one without.
-RECORDS = ("onnx", "onnx-zen5")
+RECORDS = (
+    "onnx-smollm2-1", "onnx-smollm2-2", "onnx-tinyllama-1", "onnx-tinyllama-2",
+    "onnx-zen5-smollm2-1",
+)  # fmt: skip
+PREFILL, DECODE, OVER = "ttft_ms_p50", "tpot_ms_p50", "_speedup/"
 MODELS = ("smollm2", "tinyllama")
 PRECISIONS = ("fp32", "int8", "int4")
 PATTERNS = {"dense": "dense", "half": "0.5", "2of4": "2:4", "8of16": "8:16"}
@@ -70,87 +77,83 @@ def export(model: Path, row: str, folder: Path, tokens: int) -> None:
         gblm(f"export onnx '{packed}' --sparse --precision fp32 {options}")
 
 
-def measure(folders: dict[str, Path], threads: int, prompt_len: int, rounds: int) -> dict[str, Any]:
-    """Compare the folders of a model; a run of the record."""
-    load = Load(num_prompts=1, prompt_len=prompt_len, output_len=OUTPUT_LEN)
+def measure(folders: dict[str, Path], model: str, threads: int, given: Any) -> Record:
+    """Compare the folders of a model; ratios of all pairs of rows are rows of their own."""
+    load = Load(num_prompts=1, prompt_len=given.prompt_len, output_len=OUTPUT_LEN)
     with tempfile.TemporaryDirectory() as work:
         setup = Setup((load,), Path(work) / "log", threads=threads)
         sides = parse_sides([f"{row}={path}" for row, path in folders.items()], setup)
-        record = bench(sides, setup, Plan(rounds))
+        record = bench(sides, setup, Plan(given.rounds))
+    asked = {"model": model, "threads": threads, "prompt_len": given.prompt_len,
+             "output_len": OUTPUT_LEN}  # fmt: skip
     reports = {
         row: json.loads((folder / "onnx_report.json").read_text())
         for row, folder in folders.items()
     }
-    return {
-        "settings": {"threads": threads, "prompt_len": prompt_len, "output_len": OUTPUT_LEN,
-                     "rounds": rounds},
-        "validation": {row: report.get("validation") for row, report in reports.items()},
-        "clock": "wall time", "load_average": os.getloadavg()[0],
-        "provenance": dict(record.provenance),
-        "rows": [_row(record, load.words, side) for side in record.sides],
-    }  # fmt: skip
+    return replace(
+        record, kind="onnx", command=pages.made_by(), rows=(*record.rows, *speedups(record, load)),
+        sides={row: {**facts, "validation": reports[row].get("validation")}
+               for row, facts in record.sides.items()},
+        provenance={**record.provenance, "clock": "wall time", "load_average": os.getloadavg()[0],
+                    "settings": {**record.provenance["settings"], **asked}},
+    )  # fmt: skip
 
 
-def _row(record: Record, load: str, side: str) -> dict[str, Any]:
-    """Give a side's figures, and how often faster it is than each other side."""
-    row: dict[str, Any] = {
-        "name": side, "file_bytes": record.sides[side]["bytes"],
-        "memory_bytes": 1e6 * (record.value(side, load, "memory_mb") or 0.0),
-        "load_s": record.value(side, load, "load_s"),
-    }  # fmt: skip
-    for phase, metric in (("prefill", "ttft_ms_p50"), ("decode", "tpot_ms_p50")):
-        own = record.row(side, load, metric)
-        others = [other for other in record.sides if other != side]
-        ratios = {other: record.ratio(other, load, metric, side) for other in others}
-        row[f"{phase}_ms"] = spread(own.rounds if own else (float("nan"),))
-        row[f"{phase}_speedup"] = {
-            other: spread(found.rounds) for other, found in ratios.items() if found
-        }
-    return row
+def speedups(record: Record, load: Load) -> Iterator[Row]:
+    """Say how often faster each side is than each other one, paired by round."""
+    for side, other in itertools.permutations(record.sides, 2):
+        for metric in (PREFILL, DECODE):
+            found = record.ratio(other, load.words, metric, side)
+            if found is not None:
+                yield Row(side, load.words, f"{metric}{OVER}{other}", "x", found.median,
+                          interval=(found.low, found.high))  # fmt: skip
 
 
 def table() -> str:
     """Give one table for each model and number of threads."""
-    return "\n\n".join(_table(run) for record in RECORDS for run in pages.read(record)["runs"])
+    paths = [pages.RESULTS / f"{record}.json" for record in RECORDS]
+    return "\n\n".join(_table(Record.read(path)) for path in paths)
 
 
-def _table(run: dict[str, Any]) -> str:
+def _table(record: Record) -> str:
     """Give sizes, times, and ratios to fp32, the control and ONNX Runtime's own type."""
-    rows, settings = {row["name"]: row for row in run["rows"]}, run["settings"]
+    facts, settings = record.provenance, record.provenance["settings"]
     header = [
-        f"{pages.MODELS[run['model']]}, {pages.counted(settings['threads'], 'thread')}",
+        f"{pages.MODELS[settings['model']]}, {pages.counted(settings['threads'], 'thread')}",
         "file, MB", "memory, MB", "load, s", "decode, tok/s", "× fp32", "× control",
         "× ONNX Runtime's", f"prefill {settings['prompt_len']}, ms", "× fp32",
         "greedy tokens as in torch",
     ]  # fmt: skip
-    cells = [_cells(run, rows[name]) for name in ROWS if name in rows]
+    cells = [_cells(record, name) for name in ROWS if name in record.sides]
     return (
         f"{pages.table(header, cells)}\n\nMedians of {settings['rounds']} interleaved rounds of "
         f"{settings['prompt_len']} + {settings['output_len']} tokens, batch 1; ratios are paired "
-        f"by round (min–max); {run['clock']}. Memory is what a process of its own holds after the "
-        "first token, mapped pages included. Heads of integer rows are rounded to the same type. "
-        f"Load average {run['load_average']:.1f}. {pages.origin(run, 'torch', 'onnxruntime')}"
+        f"by round (min–max); {facts['clock']}. Memory is what a process of its own holds after "
+        "the first token, mapped pages included. Heads of integer rows are rounded to the same "
+        f"type. Load average {facts['load_average']:.1f}. "
+        f"{pages.origin(record.as_json(), 'torch', 'onnxruntime')}"
     )
 
 
-def _cells(run: dict[str, Any], row: dict[str, Any]) -> list[str]:
+def _cells(record: Record, side: str) -> list[str]:
     """Print one line."""
-    kind, _, values = row["name"].partition("-")
-    faster, prefill = row["decode_speedup"], row["prefill_speedup"].get("ort-fp32")
-    control = None if kind in ("ort", "dense") else faster.get(f"dense-{values}")
-    rival = None if kind == "ort" else faster.get(f"ort-{values}")
-    found = (run["validation"] or {}).get(row["name"])
+    kind, _, values = side.partition("-")
+    figures = {row.metric: row for row in record.rows if row.side == side}
+    control = None if kind in ("ort", "dense") else figures.get(f"{DECODE}{OVER}dense-{values}")
+    rival = None if kind == "ort" else figures.get(f"{DECODE}{OVER}ort-{values}")
+    prefill = figures.get(f"{PREFILL}{OVER}ort-fp32")
+    found = record.sides[side]["validation"]
     return [
-        label(row["name"]),
-        f"{row['file_bytes'] / 1e6:.0f}",
-        f"{row['memory_bytes'] / 1e6:.0f}",
-        f"{row['load_s']:.2f}",
-        f"{1e3 / row['decode_ms']['median']:.1f}",
-        ratio(faster.get("ort-fp32")),
+        label(side),
+        f"{record.sides[side]['bytes'] / 1e6:.0f}",
+        f"{figures['memory_mb'].value:.0f}",
+        f"{figures['load_s'].value:.2f}",
+        f"{1e3 / (figures[DECODE].value or math.nan):.1f}",
+        ratio(figures.get(f"{DECODE}{OVER}ort-fp32")),
         ratio(control),
         ratio(rival),
-        f"{row['prefill_ms']['median']:.0f}",
-        f"{prefill['median']:.2f}" if prefill else "–",
+        f"{figures[PREFILL].value:.0f}",
+        f"{prefill.value:.2f}" if prefill else "–",
         f"{found['equal_greedy_tokens']} of {found['tokens']}" if found else "–",
     ]
 
@@ -165,11 +168,11 @@ def label(row: str) -> str:
     return f"ours, {values} {'50 %' if kind == 'half' else PATTERNS[kind]}"
 
 
-def ratio(found: dict[str, float] | None) -> str:
+def ratio(row: Row | None) -> str:
     """Print a paired ratio and its range."""
-    if found is None:
+    if row is None or row.interval is None:
         return "–"
-    return f"{found['median']:.2f} ({found['min']:.2f}–{found['max']:.2f})"
+    return f"{row.value:.2f} ({row.interval[0]:.2f}–{row.interval[1]:.2f})"
 
 
 def main() -> None:
@@ -180,17 +183,15 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=(1, 2))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--prompt-len", type=int, default=64)
-    parser.add_argument("--record", type=Path, default=pages.RESULTS / "onnx.json")
+    parser.add_argument("--name", default="onnx", help="what the records are called")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "gblm-onnx")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
-    runs = []
     for model in given.models:
         folders = make_folders(given.folder, model, given.rows)
         for threads in given.threads:
-            run = measure(folders, threads, given.prompt_len, given.rounds)
-            runs.append({"model": model, **run})
-    pages.write(given.record, {"kind": "onnx", "command": pages.made_by(), "runs": runs})
+            record = measure(folders, model, threads, given)
+            record.write(pages.RESULTS / f"{given.name}-{model}-{threads}.json")
 
 
 if __name__ == "__main__":

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
-import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +48,6 @@ def counted(number: int, what: str) -> str:
 def perplexity(value: float) -> str:
     """Print a perplexity with the digits that mean something."""
     return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Give the median, the smallest and the largest of some values."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def origin(record: Mapping[str, Any], *packages: str) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 import tempfile
@@ -34,9 +35,11 @@ from gblm.packed import load
 from gblm.provenance import provenance
 from gblm.prune import prune
 from gblm.recipe import Calibration, Recipe
+from gblm.record import Record, Row
 
 RECORD = pages.RESULTS / "published-code.json"
 ROUNDING = pages.RESULTS / "published-rounding.json"
+OURS, THEIRS, DIFFERENT = "gblm", "published code", "different_mask_bits_layer_"
 # Standard deviation of what weights are multiplied by: a few units in float32's last place.
 ROUNDING_NOISE = 1e-6
 # Method, pattern, name of the reference run.
@@ -92,10 +95,10 @@ def perplexity_as_published(packed_folder: Path, reference: Path) -> float:
     return perplexity(load(packed_folder, "dense", torch.bfloat16), windows)
 
 
-def measure_rounding(reference: Path, seeds: int) -> dict[str, Any]:
-    """Perplexities of SparseGPT, of models that differ by rounding alone."""
-    runs = {}
-    for method, pattern, name in (run for run in RUNS if run[0] == "sparsegpt"):
+def measure_rounding(reference: Path, seeds: int) -> list[Row]:
+    """Give perplexities of SparseGPT, of models that differ by rounding alone, and their mean."""
+    rows = []
+    for method, pattern, _ in (run for run in RUNS if run[0] == "sparsegpt"):
         found = []
         for seed in range(seeds):
             with tempfile.TemporaryDirectory() as work:
@@ -103,14 +106,10 @@ def measure_rounding(reference: Path, seeds: int) -> dict[str, Any]:
                 _rounded_otherwise(fetch("smollm2"), seed, model)
                 prune_as_published(model, reference, method, pattern, folder)
                 found.append(perplexity_as_published(folder, reference))
-            print(name, seed, found[-1], flush=True)
-        mean = statistics.mean(found)
-        runs[name] = {
-            "perplexities": found,
-            "mean": mean,
-            "relative_deviation": statistics.stdev(found) / mean,
-        }
-    return runs
+            print(method, pattern, seed, found[-1], flush=True)
+        run, mean = f"{method} {pattern}", statistics.mean(found)
+        rows.append(Row(OURS, run, "perplexity", "", mean, tuple(found)))
+    return rows
 
 
 def _rounded_otherwise(model: Path, seed: int, output: Path) -> None:
@@ -126,61 +125,61 @@ def _rounded_otherwise(model: Path, seed: int, output: Path) -> None:
         save_file(changed, file, metadata={"format": "pt"})
 
 
-def measure(reference: Path) -> list[dict[str, Any]]:
-    """A row for each run of the published code."""
+def measure(reference: Path) -> list[Row]:
+    """Give both perplexities and the shares of mask bits that differ, by run."""
     published = json.loads((reference / "golden/golden.json").read_text())["results"]
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for method, pattern, name in RUNS:
+        run, theirs = f"{method} {pattern}", published[name]["ppl_bf16_16x512"]
         with tempfile.TemporaryDirectory() as work:
             folder = Path(work) / "out"
             prune_as_published(fetch("smollm2"), reference, method, pattern, folder)
-            row = {
-                "method": method,
-                "pattern": pattern,
-                "different_bits": different_bits(folder, reference / f"golden/{name}.npz"),
-                "perplexity": perplexity_as_published(folder, reference),
-                "perplexity_published_code": published[name]["ppl_bf16_16x512"],
-            }
-        rows.append(row)
-        print(row, flush=True)
+            ours = perplexity_as_published(folder, reference)
+            bits = different_bits(folder, reference / f"golden/{name}.npz")
+        rows += [
+            Row(THEIRS, run, "perplexity", "", theirs), Row(OURS, run, "perplexity", "", ours),
+            *(Row(OURS, run, f"{DIFFERENT}{layer}", "share", n) for layer, n in bits.items()),
+        ]  # fmt: skip
+        print(run, ours, theirs, bits, flush=True)
     return rows
 
 
 def table() -> str:
     """Put masks and perplexities beside those of the published code."""
-    record = pages.read("published-code")
+    record = Record.read(RECORD)
     cells = []
-    for run in record["runs"]:
-        different = ", ".join(f"{share:.2%}" for share in run["different_bits"].values())
-        theirs = run["perplexity_published_code"]
+    for run in record.loads:
+        bits = (row for row in record.rows if row.load == run and row.metric.startswith(DIFFERENT))
+        theirs = record.value(THEIRS, run, "perplexity") or math.nan
+        ours = record.value(OURS, run, "perplexity") or math.nan
         cells.append([
-            f"{run['method']} {run['pattern']}", different, f"{theirs:.2f}",
-            f"{run['perplexity']:.2f}", f"{run['perplexity'] / theirs - 1:+.1%}",
+            run, ", ".join(f"{row.value:.2%}" for row in bits), f"{theirs:.2f}", f"{ours:.2f}",
+            f"{ours / theirs - 1:+.1%}",
         ])  # fmt: skip
     header = [
         "", "different mask bits in layers 0, 15, 29", "perplexity, published code", "ours",
         "difference",
     ]  # fmt: skip
     return (
-        f"{pages.table(header, cells)}\n\n{pages.origin(record, 'torch', 'transformers')}\n\n"
-        f"{_rounding()}"
+        f"{pages.table(header, cells)}\n\n"
+        f"{pages.origin(record.as_json(), 'torch', 'transformers')}\n\n{_rounding()}"
     )
 
 
 def _rounding() -> str:
     """Say what one run of SparseGPT is worth."""
-    record = pages.read("published-rounding")
+    record = Record.read(ROUNDING)
     runs = [
-        f"{name.removeprefix('sparsegpt_').replace('_', ':')}: {run['mean']:.2f} ± "
-        f"{run['relative_deviation']:.1%} ({min(run['perplexities']):.2f}–"
-        f"{max(run['perplexities']):.2f})"
-        for name, run in record["runs"].items()
+        f"{row.load.removeprefix('sparsegpt ')}: {row.value:.2f} ± "
+        f"{statistics.stdev(row.rounds) / statistics.mean(row.rounds):.1%} "
+        f"({min(row.rounds):.2f}–{max(row.rounds):.2f})"
+        for row in record.rows
     ]
-    count = len(record["runs"]["sparsegpt_2_4"]["perplexities"])
     return (
-        f"SparseGPT amplifies rounding. Perplexity of {count} runs, weights times "
-        f"1 + {record['noise']:g} · N(0, 1), mean ± standard deviation and range: "
-        f"{'; '.join(runs)}. Record `published-rounding.json`: {pages.origin(record, 'torch')}"
+        f"SparseGPT amplifies rounding. Perplexity of {len(record.rows[0].rounds)} runs, weights "
+        f"times 1 + {record.provenance['noise']:g} · N(0, 1), mean ± standard deviation and range: "
+        f"{'; '.join(runs)}. Record `published-rounding.json`: "
+        f"{pages.origin(record.as_json(), 'torch')}"
     )
 
 
@@ -190,13 +189,17 @@ def main() -> None:
     parser.add_argument("reference", type=Path)
     parser.add_argument("--rounding", type=int, default=0, metavar="N")
     chosen = parser.parse_args()
+    origin = provenance()
     if chosen.rounding:
-        runs: Any = measure_rounding(chosen.reference, chosen.rounding)
-        record, file = {"kind": "published code, rounding", "noise": ROUNDING_NOISE}, ROUNDING
+        rows, kind, file = measure_rounding(chosen.reference, chosen.rounding), "rounding", ROUNDING
+        origin["noise"] = ROUNDING_NOISE
     else:
-        runs, record, file = measure(chosen.reference), {"kind": "published code"}, RECORD
-    record |= {"command": pages.made_by(), "provenance": provenance(), "runs": runs}
-    pages.write(file, record)
+        rows, kind, file = measure(chosen.reference), "published code", RECORD
+    sides: dict[str, dict[str, Any]] = {row.side: {} for row in rows}
+    baseline = THEIRS if THEIRS in sides else None
+    Record(kind, sides, tuple(rows), baseline, provenance=origin, command=pages.made_by()).write(
+        file
+    )
 
 
 if __name__ == "__main__":

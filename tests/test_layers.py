@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,16 @@ def test_module_imports_only_what_its_layer_may(module: str, path: Path) -> None
         package = name.split(".")[0]
         if package in ONLY_IN:
             assert module.startswith(ONLY_IN[package]), f"{module} imports {name}"
+
+
+def test_no_module_imports_one_that_imports_it() -> None:
+    known = {name.removesuffix(".__init__"): path for name, path in modules()}
+    graph = {}
+    for name, path in known.items():
+        found = {one if one in known else one.rpartition(".")[0] for one in imports(path)}
+        graph[name] = (found & known.keys()) - {name}
+    # A ring is a CycleError, whose text lists the modules.
+    assert len(list(TopologicalSorter(graph).static_order())) == len(known)
 
 
 def test_no_module_is_opened_as_a_pickle() -> None:

@@ -28,7 +28,6 @@ def example() -> Record:
         ),
         baseline="dense",
         verdict=Verdict(False, ("round 2 was noisy",), ("few rounds",)),
-        measures=("toolkit/kernels",),
     )
 
 

@@ -3,7 +3,7 @@
 A record is a JSON object:
 
     {"kind": "bench", "command": "gblm bench dense packed", "provenance": {"commit": …},
-     "measures": ["toolkit/kernels"], "baseline": "dense",
+     "baseline": "dense",
      "sides": {"dense": {"folder": "dense", "bytes": 2200000000}, "packed": {…}},
      "verdict": {"valid": true, "reasons": [], "notes": []},
      "rows": [{"side": "packed", "load": "64 + 32 tokens", "metric": "tpot_ms_p50", "unit": "ms",
@@ -109,8 +109,6 @@ class Record:
         rows: the figures.
         baseline: the side that ratios refer to; None where nothing is compared.
         verdict: whether the figures stand.
-        measures: paths of the repository whose code decides the figures: the record is out of date
-            once a later commit has touched one.
         provenance: machine, versions, commit, time, and the settings of the measurement.
         command: the call that repeats it, without private folders.
     """
@@ -120,7 +118,6 @@ class Record:
     rows: tuple[Row, ...]
     baseline: str | None = None
     verdict: Verdict = field(default_factory=Verdict)
-    measures: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=provenance)
     command: str = field(default_factory=lambda: this_command())
 
@@ -151,7 +148,6 @@ class Record:
             "kind": self.kind,
             "command": self.command,
             "provenance": dict(self.provenance),
-            "measures": list(self.measures),
             "baseline": self.baseline,
             "sides": {name: dict(facts) for name, facts in self.sides.items()},
             "verdict": {
@@ -280,7 +276,6 @@ def _parse(found: dict[str, Any]) -> Record:
             tuple(map(str, verdict["reasons"])),
             tuple(map(str, verdict.get("notes", ()))),
         ),
-        measures=tuple(map(str, found["measures"])),
         provenance=dict(found["provenance"]),
         command=str(found["command"]),
     )

@@ -47,7 +47,6 @@ def test_exported_folders_are_sides(gblm: Run, folders: list[Path], tmp_path: Pa
         for metric in ("tpot_ms_p50", "memory_mb", "load_s", "cpu_ms_per_token"):
             assert (found.value(name, load, metric) or 0) > 0
     assert found.ratio("packed", load, "decode_tok_s") is not None
-    assert "export/onnx_model" in found.measures
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ from gblm.model.folder import resolve
 from gblm.provenance import provenance
 from gblm.prune import prune
 from gblm.recipe import Recipe
+from gblm.record import Record, Verdict
 
 HERE = Path(__file__).resolve().parent
 RECORD = HERE.parents[1] / "benchmarks" / "results" / "soak.json"
@@ -214,17 +215,15 @@ STEPS = {"serving": serving, "endings": endings, "fuzz": fuzz, "watch": canary}
 
 
 def save(name: str, result: dict[str, Any], origin: dict[str, Any]) -> None:
-    """Put a step's result into the record, in the place of an older one."""
-    steps = json.loads(RECORD.read_text())["steps"] if RECORD.exists() else {}
-    steps[name] = result
-    record = {
-        "kind": "soak",
-        "command": made_by("tests/soak"),
-        "provenance": origin,
-        "threads": THREADS,
-        "steps": steps,
-    }
-    RECORD.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Put a step's result into the record as facts of a side, in the place of an older one."""
+    steps = {**(Record.read(RECORD).sides if RECORD.exists() else {}), name: result}
+    reasons = [
+        f"{step} did not keep what it should" for step, of in steps.items() if not of["kept"]
+    ]
+    Record(
+        kind="soak", sides=steps, rows=(), verdict=Verdict(not reasons, tuple(reasons)),
+        provenance=origin | {"threads": THREADS}, command=made_by("tests/soak"),
+    ).write(RECORD)  # fmt: skip
 
 
 def main() -> None:

@@ -208,7 +208,6 @@ def bench_gpu(
         kind="kernels on a GPU", sides={row.side: {} for row in found.rows},
         rows=tuple(found.rows), baseline=DENSE,
         verdict=Verdict(not found.failed, tuple(found.failed)), provenance=origin,
-        measures=("toolkit/kernels/cuda", "toolkit/kernels/triton", "toolkit/bench/gpu.py"),
     )  # fmt: skip
 
 

@@ -140,7 +140,6 @@ def bench_kernels(settings: Settings, progress: Progress = no_progress) -> Recor
         rows=tuple(bench.rows),
         baseline="torch_bf16",
         verdict=Verdict(not reasons, reasons, tuple(bench.notes + noise.unchecked(bench.heard))),
-        measures=("toolkit/kernels", "toolkit/sparse/formats", "toolkit/bench/linears.py"),
         provenance=origin | {"settings": asdict(settings), **facts},
     )
 

@@ -25,32 +25,22 @@ from numpy.typing import NDArray
 
 from gblm.bench.processes import child_environment, last_error, memory_metrics, size_of, stop
 from gblm.bench.requests import Load, Request, Seen
-from gblm.bench.sides import Setup, Side
+from gblm.bench.sides import Side
 from gblm.errors import MachineError, UsageError
-from gblm.model.folder import ModelFolder
 
-# Engine → the module that runs its loop in a process of its own, and the paths of the repository
-# whose code decides its figures.
-LOOPS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "vllm-offline": (
-        "gblm.bench.loop_vllm", ("serve/vllm_plugin", "toolkit/bench/loop_vllm.py")
-    ),
-    "transformers": (
-        "gblm.bench.loop_hf", ("toolkit/packed.py", "toolkit/bench/loop.py")
-    ),
-    "onnx": ("gblm.export.onnx_model.loop", ("export/onnx_model", "toolkit/bench/loop.py")),
-    "llama.cpp": ("gblm.bench.loop_llama", ("toolkit/bench/loop.py",)),
-}  # fmt: skip
+# Engine → the module that runs its loop in a process of its own.
+LOOPS = {
+    "vllm-offline": "gblm.bench.loop_vllm",
+    "transformers": "gblm.bench.loop_hf",
+    "onnx": "gblm.export.onnx_model.loop",
+    "llama.cpp": "gblm.bench.loop_llama",
+}
 MARK = b"GBLM-LOOP "
 BATCHED = "vllm-offline"
 
 
 class LoopSide(Side):
     """A side that runs in transformers, ONNX Runtime, llama.cpp, or vLLM without its server."""
-
-    def __init__(self, name: str, engine: str, model: ModelFolder | Path, setup: Setup) -> None:
-        super().__init__(name, engine, model, setup)
-        self._module, self.code = LOOPS[engine]
 
     def check(self) -> None:
         """Refuse loads that need a server, or several requests at once."""
@@ -77,7 +67,7 @@ class LoopSide(Side):
         }  # fmt: skip
         with log.open("ab") as stream:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", self._module, str(self.path),
+                [sys.executable, "-m", LOOPS[self.engine], str(self.path),
                  json.dumps(settings)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream,
                 start_new_session=True, env=child_environment(),

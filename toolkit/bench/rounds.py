@@ -163,7 +163,6 @@ def record_of(
         rows=tuple(rows),
         baseline=sides[0].name,
         verdict=Verdict(not reasons, tuple(reasons), tuple(notes)),
-        measures=tuple(dict.fromkeys(path for side in sides for path in side.measures)),
         provenance=origin | {"settings": asdict(plan) | asked},
     )
 

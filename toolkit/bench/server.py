@@ -114,8 +114,6 @@ def free_port() -> int:
 class ServerSide(Side):
     """A model in vLLM's server. Each load comes from a process of its own."""
 
-    code = ("serve", "toolkit/bench/server.py")
-
     def start(self) -> None:
         """Start `gblm serve` and wait until it is healthy."""
         self._stack = ExitStack()

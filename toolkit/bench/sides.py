@@ -41,11 +41,8 @@ class Setup:
 class Side(ABC):
     """A side is a model in an engine, under the name of its rows.
 
-    The model is an opened folder or, for llama.cpp, a GGUF file. `code` lists the paths of the
-    repository whose code decides the figures, besides the kernels.
+    The model is an opened folder or, for llama.cpp, a GGUF file.
     """
-
-    code: tuple[str, ...] = ()
 
     def __init__(self, name: str, engine: str, model: ModelFolder | Path, setup: Setup) -> None:
         self.name, self.engine, self.model, self.setup = name, engine, model, setup
@@ -93,11 +90,6 @@ class Side(ABC):
         if not isinstance(self.model, ModelFolder) or self.model.kind != "packed":
             return None
         return self.setup.backend
-
-    @property
-    def measures(self) -> tuple[str, ...]:
-        """List the paths of the repository whose code decides this side's figures."""
-        return ("toolkit/kernels", *self.code)
 
     def facts(self) -> dict[str, Any]:
         """Describe this side for the record."""

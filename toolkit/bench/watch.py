@@ -98,7 +98,6 @@ def watch(a: Target, b: Target, window: Window, progress: Progress = no_progress
         rows=tuple(rows),
         baseline="A",
         verdict=Verdict(notes=(*sentences, *problems)),
-        measures=("serve", "toolkit/kernels"),
         provenance=provenance() | {"settings": settings},
     )
 

@@ -31,10 +31,6 @@ if TYPE_CHECKING:
     from gblm.evaluate.harness import ServedSubject
 
 logger = logging.getLogger(__name__)
-MEASURES = (
-    "toolkit/evaluate", "toolkit/data.py", "toolkit/packed.py", "toolkit/sparse/formats",
-    "toolkit/kernels", "export/onnx_model/decoder.py", "serve/vllm_plugin",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -117,7 +113,7 @@ def run_evaluation(asked: Evaluation, progress: Progress = no_progress) -> Recor
 
             rows += run_tasks(asked.tasks, sides, tokenizer, length)
     notes = (f"baseline: {base or 'none'} ({note})",)
-    return Record("eval", facts, tuple(rows), base, Verdict(notes=notes), MEASURES)
+    return Record("eval", facts, tuple(rows), base, Verdict(notes=notes))
 
 
 @contextlib.contextmanager

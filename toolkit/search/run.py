@@ -140,7 +140,6 @@ def _open(question: Question, how: Measuring, progress: Progress) -> Record:
         rows=(),
         baseline=UNPRUNED,
         verdict=Verdict(notes=(found["verdict"], *found["notes"])),
-        measures=("toolkit/search", "toolkit/methods", "toolkit/evaluate"),
         provenance=provenance() | {"search": asked, "pass": found["pass"]},
     )
 
