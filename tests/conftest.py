@@ -148,6 +148,18 @@ def pack_tiny(tiny: Path, tiny_untied: Path, text_file: Path, once: Once) -> Cal
 
 
 @pytest.fixture(scope="session")
+def exported(pack_tiny: Callable[..., Path], once: Once) -> Path:
+    """The packed tiny model in ONNX, its weights still packed."""
+    pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai: make dev installs it")
+    from gblm.export.onnx_model.export import Wanted, export_onnx
+
+    source = pack_tiny()
+    return once(
+        "onnx", lambda folder: export_onnx(source, folder, Wanted(sparse=True, validate=16))
+    )
+
+
+@pytest.fixture(scope="session")
 def best_backend() -> str:
     """The backend that serves the tiny model when none is asked for."""
     from gblm.kernels import native

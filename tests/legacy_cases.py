@@ -1,4 +1,10 @@
-"""Checkpoints of compressed-tensors for tests, whole and altered; see legacy/write_fixtures.py."""
+"""Checkpoints of compressed-tensors for tests, whole and altered.
+
+compressed-tensors 0.9.4 itself wrote them, and 0.8.1 the one that is named after it, never gblm:
+tiny seeded models, pruned by magnitude. What their weights were before it packed them lies beside
+the folders, in unstructured.safetensors and 2of4.safetensors; what it unpacks codes to, under the
+folder's name. Those in `served` have heads of a size that vLLM serves.
+"""
 
 from __future__ import annotations
 

@@ -138,12 +138,12 @@ def test_the_card_tells_of_the_mix(folder: Path) -> None:
     assert 'pruned, "2:4", "0.5", "dense", int4, int8, wanda' in card
 
 
-@pytest.mark.parametrize(("method", "dtype"), [("wanda", "auto"), ("sparsegpt", "float32")])
 def test_a_run_that_was_cut_off_goes_on_in_the_same_bytes(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, dtype: str
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mlp = {"targets": ["gate_proj", "up_proj"], "pattern": "0.25", "values": "int8"}
-    recipe = with_layers(recipe, ATTENTION.model_dump(), mlp, method=method, dtype=dtype)
+    sparsegpt = {"method": "sparsegpt", "dtype": "float32"}
+    recipe = with_layers(recipe, ATTENTION.model_dump(), mlp, **sparsegpt)
     prune(recipe, tmp_path / "whole")
     cut_off(recipe, tmp_path / "out", monkeypatch)
     with pytest.raises(InputError, match=r"recipe\.layers was"):

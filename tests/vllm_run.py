@@ -1,10 +1,11 @@
-"""vLLM in a process of its own: greedy tokens and log-probs of a model folder."""
+"""vLLM in a process of its own: greedy tokens and log-probs of model folders."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,54 +13,51 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 PROMPTS = 8
-SCRIPT = Path(__file__).parent / "serve" / "generate.py"
-ENGINES = SCRIPT.with_name("engines.py")
-Answer = dict[str, Any]
+SCRIPT = Path(__file__).parent / "serve" / "engines.py"
+# What may be asked, in any order: the prompts, the same again, after a sleep, without the adapter;
+# and for the log-probs of the prompts themselves.
+ASKS = ("first", "again", "awake", "without", "prompts")
+Engine = dict[str, Any]
 
 
-def generate(
-    folder: Path, backend: str | None = None, **settings: object
-) -> tuple[list[dict], str]:
-    """Per prompt the greedy tokens and the likeliest ones' log-probs; and what vLLM printed."""
-    rows, log = generate_each([(folder, backend, settings)])
-    return rows[0], log
+class Answer(NamedTuple):
+    """What one engine answers each time that it is asked; nothing where vLLM refuses the folder.
 
-
-def generate_each(
-    jobs: Sequence[tuple[Path, str | None, dict[str, object]]],
-) -> tuple[list[list[dict]], str]:
-    """As `generate`, for several folders in one process; after a refusal the others get no rows.
-
-    Args:
-        jobs: folder, backend and settings of `LLM`.
+    The log is what vLLM printed on the way: that of the first rank, where there are several.
     """
-    asked = [
-        {"folder": str(folder), "backend": backend, "settings": settings}
-        for folder, backend, settings in jobs
-    ]
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), json.dumps(asked)],
-        capture_output=True, text=True, env=environment(), timeout=300 + 100 * len(jobs),
-        check=False,
-    )  # fmt: skip
-    rows: list[list[dict]] = [[] for _ in jobs]
-    for line in done.stdout.splitlines():
-        if line.startswith("TOKENS "):
-            row = json.loads(line[7:])
-            rows[row.pop("job")].append(row)
-    return rows, done.stdout + done.stderr
+
+    rows: dict[str, list[dict[str, Any]]]
+    counters: dict[str, float]
+    log: str
+
+
+def engine(
+    folder: Path, backend: str | None = None, asks: Sequence[str] = ("first",), **settings: object
+) -> Engine:
+    """One engine for `answers`; by default it is asked once, and nothing is compiled.
+
+    Blocks of the cache are so small that prompts share one, and few, for vLLM fills them. In
+    production vLLM is told to keep account of what it loads (gblm.serve.launch); so it is here.
+    """
+    own = {
+        "enforce_eager": True,
+        "distributed_executor_backend": "uni",
+        "block_size": 32,
+        "kv_cache_memory_bytes": 1 << 27,
+        "model_loader_extra_config": {"enable_weights_track": True},
+    }
+    return {"folder": str(folder), "backend": backend, "asks": asks, "settings": own | settings}
 
 
 def environment(**variables: str) -> dict[str, str]:
     """For an engine without a process of its own."""
     env = os.environ | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "0-1" if (os.cpu_count() or 1) > 1 else "0",
         "VLLM_NO_USAGE_STATS": "1",
     }
@@ -68,9 +66,9 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def answers(
-    engines: list[dict[str, Any]], ranks: int = 1, timeout: float = 500, **variables: str
-) -> tuple[list[Answer], str]:
-    """What each of some engines answers, see engines.py; and what the first rank's vLLM printed.
+    engines: Sequence[Engine], ranks: int = 1, timeout: float = 500, **variables: str
+) -> list[Answer]:
+    """What each of some engines answers; all start in one process, one after another.
 
     Ranks are processes that start the same engines, as under torchrun: vLLM's own executors import
     it in new processes for every engine, which takes longer than all the rest.
@@ -83,12 +81,11 @@ def answers(
 
         def run(rank: int) -> str:
             path = Path(folder) / f"log-{rank}"
-            env = environment(**group, RANK=str(rank), **variables)
-            del env["VLLM_CPU_KVCACHE_SPACE"]  # it would win over the engines' own settings
             with path.open("w") as log:
                 process = subprocess.Popen(
-                    [sys.executable, str(ENGINES), json.dumps(engines)],
-                    stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=env,
+                    [sys.executable, str(SCRIPT), json.dumps(engines)],
+                    stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                    env=environment(**group, RANK=str(rank), **variables),
                 )  # fmt: skip
                 try:
                     process.wait(timeout)
@@ -102,19 +99,30 @@ def answers(
             return path.read_text()
 
         log = next(pool.map(run, range(ranks)))
-    return [json.loads(x[7:]) for x in log.splitlines() if x.startswith("ANSWER ")], log
+    logs = re.split(r"^ENGINE \d+$", log, flags=re.MULTILINE)[1:]
+    assert len(logs) == len(engines), log
+    return list(map(answer_of, logs))
+
+
+def answer_of(log: str) -> Answer:
+    """Read the log of one engine."""
+    lines = [line for line in log.splitlines() if line.startswith("ANSWER ")]
+    found = json.loads(lines[0][7:]) if lines else {"rows": {}, "counters": {}}
+    return Answer(found["rows"], found["counters"], log)
 
 
 def farthest(got: Answer, want: Answer) -> float:
-    """Largest `drift` of all rounds of two answers."""
-    rounds = want.keys() - {"counters"}
-    assert got.keys() == want.keys()
-    return max(drift(got[name], want[name]) for name in rounds)
+    """Largest `drift` of all that two engines were asked."""
+    assert want.rows, want.log
+    assert got.rows.keys() == want.rows.keys(), got.log
+    return max(drift(got.rows[ask], want.rows[ask]) for ask in want.rows)
 
 
 def is_same(got: Answer, want: Answer) -> bool:
     """Whether all tokens and log-probs of two answers are equal."""
-    return all(got[name] == want[name] for name in want if name != "counters")
+    assert want.rows, want.log
+    assert got.rows, got.log
+    return got.rows == want.rows
 
 
 def drift(got: list[dict], want: list[dict]) -> float:
@@ -139,4 +147,4 @@ def skip_without(backend: str) -> None:
     from gblm.kernels import native
 
     if backend == "cpu" and (why := native.refusal()):
-        pytest.skip(why)
+        pytest.skip(f"{why}; runs where they are")

@@ -36,16 +36,6 @@ def logprobs(subject: Subject, windows: torch.Tensor) -> torch.Tensor:
     return torch.stack([subject.score(window).logprobs for window in windows])
 
 
-@pytest.fixture(scope="module")
-def exported(pack_tiny: Pack, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai: make dev installs it")
-    from gblm.export.onnx_model.export import Wanted, export_onnx
-
-    folder = tmp_path_factory.mktemp("onnx") / "out"
-    export_onnx(pack_tiny(), folder, Wanted(sparse=True, validate=0))
-    return folder
-
-
 def test_hf_scores_are_those_of_plain_log_softmax(tiny: Path, windows: torch.Tensor) -> None:
     subject = open_subject(ModelFolder.open(tiny), dtype="float32")
     assert isinstance(subject, TorchSubject)
@@ -90,7 +80,8 @@ def test_vllm_agrees(pack_tiny: Pack, windows: torch.Tensor) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(pack_tiny()), json.dumps(windows.tolist())],
-        capture_output=True, text=True, env=environment(), timeout=300, check=False,
+        capture_output=True, text=True, timeout=300, check=False,
+        env=environment(VLLM_CPU_KVCACHE_SPACE="1"),
     )  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if line.startswith("SCORES ")]
     assert len(lines) == 2, done.stdout + done.stderr

@@ -113,7 +113,7 @@ def test_bits_behind_the_last_column_are_damage() -> None:
         tensor.mask({"bitmask": torch.tensor([[32]], dtype=torch.uint8), **parts})
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(15))
 def test_a_damaged_header_is_never_a_crash(seed: int, tmp_path: Path) -> None:
     folder = altered(tmp_path, ("bitmask", "24-int8-group", "marlin-int8")[seed % 3])
     path, draw = folder / "model.safetensors", np.random.default_rng(seed)

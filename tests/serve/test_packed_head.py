@@ -1,19 +1,15 @@
-"""The output head in vLLM: codes or floats, tied or not, cut over ranks, padded, freed, refused."""
+"""The output head in vLLM without an engine: cut over ranks, padded, freed, refused.
+
+In engines: test_vllm_plugin.py.
+"""
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
-from vllm_run import drift, generate, generate_each, skip_without
+from vllm_run import skip_without
 
 from gblm.errors import CheckpointError
-from gblm.export.dense import export_dense
-from gblm.model.folder import ModelFolder
 from gblm.sparse.formats import Format, from_spec
 from gblm.sparse.formats.manifest import Group, Manifest
 from gblm.sparse.values import quantize
@@ -21,51 +17,7 @@ from gblm.sparse.weights import SparseWeight
 
 pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm")
-Pack = Callable[..., Path]
-EAGER = {"enforce_eager": True}
 VOCABULARY, HIDDEN, PADDED = 258, 64, 320
-
-
-@pytest.mark.parametrize(("head", "tied", "eager"),
-                         [("int8", True, True), ("int4", False, False)])  # fmt: skip
-def test_tokens_are_those_of_the_dense_export(
-    pack_tiny: Pack, tmp_path: Path, best_backend: str, head: str, tied: bool, eager: bool
-) -> None:
-    folder = pack_tiny(head=head, tied=tied)
-    export_dense(ModelFolder.open(folder), tmp_path / "dense")
-    packed = sorted({"reference", best_backend})
-    jobs = [(tmp_path / "dense", None), (folder, "dense"), *((folder, name) for name in packed)]
-    (want, expanded, *rows), log = generate_each([(*job, {"enforce_eager": eager}) for job in jobs])
-    assert len(want) == 8, log
-    assert expanded == want, log
-    assert "9 linears run on backend dense (expanded at load)" in log
-    for backend, found in zip(packed, rows, strict=True):
-        assert f"9 linears run on backend {backend} (packed in memory)" in log
-        assert drift(found, want) < 0.3
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_floating_head_differs_by_rounding_only(pack_tiny: Pack, tied: bool) -> None:
-    skip_without("cpu")
-    jobs = [(pack_tiny(tied=tied), backend, EAGER) for backend in ("dense", "cpu")]
-    (want, rows), log = generate_each(jobs)
-    assert "8 linears run on backend cpu" in log
-    assert drift(rows, want) < 0.1
-
-
-def test_logits_in_another_dtype_are_vllms_own(pack_tiny: Pack) -> None:
-    settings = {"hf_overrides": {"head_dtype": "float32"}, **EAGER}
-    rows, log = generate(pack_tiny(tied=False), **settings)
-    assert len(rows) == 8, log
-
-
-def test_head_that_config_ties_is_refused(pack_tiny: Pack, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(pack_tiny(head="int8"), tmp_path / "out"))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
-    rows, log = generate(folder, **EAGER)
-    assert not rows
-    assert "lm_head: packed, but config.json ties it to the embeddings" in log
 
 
 def codes_for(spec: str) -> tuple[Format, SparseWeight]:

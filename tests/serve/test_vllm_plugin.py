@@ -1,7 +1,12 @@
-"""The plugin in vLLM on CPU: tokens of packed models against their dense-with-zeros selves."""
+"""The plugin in vLLM on CPU: tokens of packed models against their dense-with-zeros selves.
+
+Few tests with many engines: most of what a start of vLLM costs are its imports.
+"""
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,98 +14,143 @@ from pathlib import Path
 
 import pytest
 from legacy_cases import FIXTURES
+from safetensors.torch import load_file, save_file
 from test_families import save_family
-from vllm_run import drift, generate, generate_each, skip_without
+from vllm_run import answers, engine, farthest, is_same, skip_without
 
 from gblm.errors import UsageError
 from gblm.export.dense import export_dense
 from gblm.model.folder import ModelFolder
+from gblm.prune import prune
+from gblm.recipe import Recipe
 from gblm.serve.cached import folder_to_serve
 
 pytestmark = pytest.mark.vllm
 Pack = Callable[..., Path]
-EAGER = {"enforce_eager": True}
-CASES = [("2:4", "float", True), ("0.5", "float", True), ("2:4", "float", False),
-         ("2:4", "int8", True), ("0.5", "int4", True), ("dense", "int4:row", True)]  # fmt: skip
+# Values of the linears and the head, tied or not. q/k/v and gate/up are fused in vLLM: four linears
+# in each of the two layers, and the head where it is packed.
+EAGER = [
+    ("2:4", "float", "float", True, 8),
+    ("0.5", "float", "float", True, 8),
+    ("2:4", "int8", "float", True, 8),
+    ("0.5", "int4", "float", True, 8),
+    ("dense", "int4:row", "float", True, 8),
+    ("2:4", "float", "int8", True, 9),
+]
+COMPILED = [("2:4", "float", "int4", False, 9)]
 
 
-def tokens(rows: list[dict]) -> list[list[int]]:
-    return [row["tokens"] for row in rows]
-
-
-@pytest.mark.parametrize(("pattern", "values", "eager"), CASES)
+@pytest.mark.parametrize("cases", [EAGER, COMPILED], ids=["eager", "compiled"])
 def test_packed_models_answer_as_their_dense_selves(
-    pack_tiny: Pack, tmp_path: Path, best_backend: str, pattern: str, values: str, eager: bool
+    pack_tiny: Pack, tmp_path: Path, best_backend: str, cases: list[tuple]
 ) -> None:
     """Expanded with the same tokens and log-probs; packed in memory but for rounding."""
-    folder = pack_tiny("wanda", pattern, values)
-    export_dense(ModelFolder.open(folder), tmp_path / "dense")
-    # The reference is slow and simple, and asked for once; so is the choice without a name.
-    packed = [best_backend, *({"float": [None], "int8": ["reference"]}.get(values, []))]
-    jobs = [(tmp_path / "dense", None), (folder, "dense"), *((folder, name) for name in packed)]
-    (want, expanded, *rows), log = generate_each([(*job, {"enforce_eager": eager}) for job in jobs])
-    assert len(want) == 8, log
-    assert expanded == want, log
-    # q/k/v and gate/up are fused: four linears in each of the two layers.
-    assert log.count("8 linears run on backend dense (expanded at load)") == 1
-    for name, found in zip(packed, rows, strict=True):
-        chosen = name or best_backend
-        said = f"8 linears run on backend {chosen} (packed in memory)"
-        assert log.count(said) == sum((one or best_backend) == chosen for one in packed)
+    engines = []
+    for number, (pattern, values, head, tied, _) in enumerate(cases):
+        folder, dense = pack_tiny("wanda", pattern, values, head, tied), tmp_path / str(number)
+        export_dense(ModelFolder.open(folder), dense)
+        for one, backend in ((dense, None), (folder, "dense"), (folder, best_backend)):
+            engines.append(engine(one, backend, enforce_eager=cases is EAGER))
+    found = answers(engines)
+    for number, (_, values, head, _, linears) in enumerate(cases):
+        want, expanded, kernel = found[3 * number : 3 * number + 3]
+        assert is_same(expanded, want), cases[number]
+        assert f"{linears} linears run on backend dense (expanded at load)" in expanded.log
+        said = f"{linears} linears run on backend {best_backend} (packed in memory)"
+        assert said in kernel.log
         # cpu rounds activations to int8 where it meets codes.
-        assert drift(found, want) < (0.1 if chosen == "reference" or values == "float" else 0.3)
+        bound = 0.1 if values == head == "float" or best_backend == "reference" else 0.3
+        assert farthest(kernel, want) < bound, cases[number]
 
 
-def test_linears_left_dense_are_served_beside_packed_ones(tiny: Path, tmp_path: Path) -> None:
-    from gblm.prune import prune
-    from gblm.recipe import Recipe
-
-    recipe = Recipe(model=str(tiny), method="magnitude", calibration=None, ignore=("down_proj",))
-    prune(recipe, tmp_path / "out")
-    export_dense(ModelFolder.open(tmp_path / "out"), tmp_path / "dense")
-    jobs = ((tmp_path / "out", "dense"), (tmp_path / "dense", None))
-    (got, want), log = generate_each([(*job, EAGER) for job in jobs])
-    assert len(got) == 8, log
-    assert tokens(got) == tokens(want), log
-    assert "6 linears run on backend dense" in log
-
-
-@pytest.mark.parametrize(
-    ("pattern", "values"),
-    [("0.5", "float"), ("0.5", "int8:32"), ("0.5", "int4:32"), ("2:4", "float")],
-)
-def test_models_that_are_fused_on_disk_are_cut_into_their_pieces(
-    tmp_path: Path, pattern: str, values: str
-) -> None:
-    from gblm.prune import prune
-    from gblm.recipe import Recipe
-
-    source = str(save_family("phi3 (fused)", tmp_path / "model", head_dim=32))
-    recipe = Recipe(model=source, method="magnitude", pattern=pattern, values=values,
-                    calibration=None)  # fmt: skip
-    prune(recipe, tmp_path / "out")
-    export_dense(ModelFolder.open(tmp_path / "out"), tmp_path / "dense")
+def test_other_backends_dtypes_and_heads(pack_tiny: Pack, best_backend: str) -> None:
+    """The slow reference; the choice without a name; logits and linears in float32; float heads."""
+    floats, codes = pack_tiny(), pack_tiny("wanda", "0.5", "int8", "int8")
+    untied = pack_tiny(tied=False)
+    want, unnamed, plain, reference, *others = answers([
+        engine(floats, "dense"),
+        engine(floats),
+        engine(codes, "dense"),
+        engine(codes, "reference"),
+        engine(floats, dtype="float32"),
+        engine(codes, dtype="float32"),
+        engine(untied, hf_overrides={"head_dtype": "float32"}),
+        engine(untied, "dense"),
+        engine(untied, "cpu"),
+    ])  # fmt: skip
+    assert farthest(unnamed, want) < 0.1
+    assert f"8 linears run on backend {best_backend} (packed in memory)" in unnamed.log
+    assert farthest(reference, plain) < 0.1
+    assert "9 linears run on backend reference (packed in memory)" in reference.log
+    *wide, dense, kernel = others
+    assert all(answer.rows for answer in wide), [answer.log for answer in wide]
     skip_without("cpu")
-    folders = ((tmp_path / "dense", None), (tmp_path / "out", "dense"), (tmp_path / "out", "cpu"))
-    (want, expanded, kernel), log = generate_each([(*one, EAGER) for one in folders])
-    assert len(want) == 8, log
-    assert expanded == want, log
-    assert drift(kernel, want) < (0.1 if values == "float" else 0.3)
-    assert "8 linears run on backend cpu (packed in memory)" in log
+    assert farthest(kernel, dense) < 0.1
+    assert "8 linears run on backend cpu" in kernel.log
 
 
-@pytest.mark.parametrize("fixture", ["24-bitmask", "24-int8-group", "bitmask-0.8"])
-def test_converted_checkpoints_are_served_as_the_dense_model(
-    fixture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_folders_with_other_linears_are_served_as_the_dense_model(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Partly dense, fused on disk, converted from compressed-tensors."""
+    prune_tiny(tiny, tmp_path / "partly", ignore=("down_proj",))
+    fused = save_family("phi3 (fused)", tmp_path / "phi3", head_dim=32)
+    prune_tiny(fused, tmp_path / "floats")
+    prune_tiny(fused, tmp_path / "codes", pattern="0.5", values="int4:32")
     monkeypatch.setenv("GBLM_CACHE", str(tmp_path / "cache"))
-    folder = folder_to_serve(FIXTURES / "served" / fixture)
-    export_dense(ModelFolder.open(folder), tmp_path / "dense")
-    options = {**EAGER, "max_model_len": 64, "skip_tokenizer_init": True}
-    jobs = ((tmp_path / "dense", None), (folder, "dense"))
-    (want, expanded), log = generate_each([(*job, options) for job in jobs])
-    assert len(want) == 8, log
-    assert expanded == want, log
+    fixtures = [folder_to_serve(FIXTURES / "served" / name)
+                for name in ("24-bitmask", "24-int8-group", "bitmask-0.8")]  # fmt: skip
+    folders = [*(tmp_path / name for name in ("partly", "floats", "codes")), *fixtures]
+    engines = []
+    for number, folder in enumerate(folders):
+        export_dense(ModelFolder.open(folder), tmp_path / str(number))
+        short = {"max_model_len": 64, "skip_tokenizer_init": True} if folder in fixtures else {}
+        engines += [engine(tmp_path / str(number), **short), engine(folder, "dense", **short)]
+    *found, kernel = answers([*engines, engine(tmp_path / "codes", "cpu")])
+    for number in range(len(folders)):
+        want, expanded = found[2 * number : 2 * number + 2]
+        assert is_same(expanded, want), folders[number]
+    assert "6 linears run on backend dense" in found[1].log
+    skip_without("cpu")
+    assert farthest(kernel, found[4]) < 0.3
+    assert "8 linears run on backend cpu (packed in memory)" in kernel.log
+
+
+def prune_tiny(source: Path, output: Path, **fields: object) -> None:
+    prune(Recipe(model=str(source), method="magnitude", calibration=None, **fields), output)
+
+
+# Every part of every format: test_complete.py, without an engine.
+def test_what_cannot_be_served_is_refused_in_one_sentence(
+    tiny: Path, pack_tiny: Pack, tmp_path: Path
+) -> None:
+    prune_tiny(tiny, tmp_path / "half", ignore=("k_proj",))
+    incomplete = Path(shutil.copytree(pack_tiny("wanda", "0.5"), tmp_path / "incomplete"))
+    weights = load_file(incomplete / "model.safetensors")
+    for part in ("values", "bitmask", "row_offsets"):
+        weights.pop(f"model.layers.1.self_attn.k_proj.{part}")
+    save_file(weights, incomplete / "model.safetensors", metadata={"format": "pt"})
+    tied = Path(shutil.copytree(pack_tiny(head="int8"), tmp_path / "tied"))
+    config = json.loads((tied / "config.json").read_text())
+    (tied / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    sentences = {
+        tmp_path / "half": "vLLM fuses q_proj, k_proj, v_proj, but they are stored in different",
+        incomplete: "model.layers.1.self_attn.qkv_proj",
+        tied: "lm_head: packed, but config.json ties it to the embeddings",
+    }
+    *refused, served = answers([*map(engine, sentences), engine(pack_tiny())])
+    for answer, sentence in zip(refused, sentences.values(), strict=True):
+        assert not answer.rows
+        assert sentence in answer.log
+    assert served.rows, served.log
+
+
+@pytest.mark.real
+def test_smollm2_expanded_equals_its_dense_self(smollm2: Path, tmp_path: Path) -> None:
+    prune_tiny(smollm2, tmp_path / "out", pattern="0.5")
+    export_dense(ModelFolder.open(tmp_path / "out"), tmp_path / "dense")
+    got, want = answers([engine(tmp_path / "out", "dense"), engine(tmp_path / "dense")])
+    assert is_same(got, want)
 
 
 def test_a_dense_model_cannot_be_called_packed() -> None:
@@ -108,57 +158,6 @@ def test_a_dense_model_cannot_be_called_packed() -> None:
 
     with pytest.raises(UsageError, match=r"this model is not packed.*--pack"):
         SparseConfig()
-
-
-def test_half_of_a_fused_layer_cannot_be_packed(tiny: Path, tmp_path: Path) -> None:
-    from gblm.prune import prune
-    from gblm.recipe import Recipe
-
-    recipe = Recipe(model=str(tiny), method="magnitude", calibration=None, ignore=("k_proj",))
-    prune(recipe, tmp_path / "out")
-    rows, log = generate(tmp_path / "out", **EAGER)
-    assert not rows
-    assert "vLLM fuses q_proj, k_proj, v_proj, but they are stored in different formats" in log
-
-
-# Every part of every format: test_complete.py, without an engine.
-def test_incomplete_checkpoint_is_refused(pack_tiny: Pack, tmp_path: Path) -> None:
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
-    folder = Path(shutil.copytree(pack_tiny("wanda", "0.5"), tmp_path / "out"))
-    weights = load_file(folder / "model.safetensors")
-    for part in ("values", "bitmask", "row_offsets"):
-        weights.pop(f"model.layers.1.self_attn.k_proj.{part}", None)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    rows, log = generate(folder, **EAGER)
-    assert not rows
-    assert "model.layers.1.self_attn.qkv_proj" in log
-
-
-@pytest.mark.real
-@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
-def test_smollm2_expanded_equals_its_dense_self(
-    smollm2: Path, tmp_path: Path, pattern: str
-) -> None:
-    from gblm.prune import prune
-    from gblm.recipe import Recipe
-
-    recipe = Recipe(model=str(smollm2), method="magnitude", pattern=pattern, calibration=None)
-    prune(recipe, tmp_path / "out")
-    export_dense(ModelFolder.open(tmp_path / "out"), tmp_path / "dense")
-    jobs = ((tmp_path / "out", "dense"), (tmp_path / "dense", None))
-    (got, want), log = generate_each([(*job, EAGER) for job in jobs])
-    assert len(got) == 8, log
-    assert got == want
-
-
-def test_served_dtype_may_differ_from_the_stored_one(pack_tiny: Pack) -> None:
-    settings = {"dtype": "float32", **EAGER}
-    folders = [pack_tiny("wanda", "0.5", values) for values in ("float", "int8")]
-    found, log = generate_each([(folder, None, settings) for folder in folders])
-    assert [len(rows) for rows in found] == [8, 8], log
 
 
 def test_plugin_registers_once_and_cheaply() -> None:
