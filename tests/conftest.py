@@ -185,7 +185,7 @@ def smollm2() -> Path:
 def shared() -> Path:
     """Reference results that lie beside the repository in development, not in it."""
     if not (SHARED / "golden").is_dir():
-        pytest.skip("no ../shared with reference results beside the checkout")
+        pytest.skip("no ../shared with reference results: runs in the checkout of development")
     return SHARED
 
 

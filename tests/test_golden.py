@@ -23,9 +23,9 @@ from gblm.model.reader import Reader
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 # Half of what later layers differ by where calibration sees dense layers: 3 and 6 % of the bits.
 OTHER_SUMS = {"0.5": 1.5e-2, "2:4": 3e-2}
-# Two runs of SparseGPT that round differently: three deviations of what lies between them, whose
-# deviations are 0.5 and 1.3 % each (benchmarks/results/published-rounding.json).
-PERPLEXITY_BOUNDS = {"0.5": 0.021, "2:4": 0.055}
+# Two runs of SparseGPT at 0.5 that round differently: three deviations of what lies between them,
+# whose deviations are 0.5 % each (benchmarks/results/published-rounding.json).
+PERPLEXITY_BOUND = 0.021
 
 
 class Pruned(NamedTuple):
@@ -71,8 +71,12 @@ def same_sums(smollm2: Path, shared: Path) -> bool:
     return got == want
 
 
+# Every method with every pattern, on the tiny model: test_published_algorithms.py.
+CHOSEN = {("wanda", "2:4"), ("gblm", "2:4"), ("gblm", "0.5"), ("sparsegpt", "0.5")}
+
+
 def only(*methods: str) -> pytest.MarkDecorator:
-    runs = [run for run in published.RUNS if run[0] in methods]
+    runs = [run for run in published.RUNS if run[0] in methods and run[:2] in CHOSEN]
     return pytest.mark.parametrize("pruned", runs, ids=[run[2] for run in runs], indirect=True)
 
 
@@ -107,8 +111,7 @@ def test_perplexity_of_updating_methods_differs_by_rounding_alone(
     pruned: Pruned, shared: Path
 ) -> None:
     got = published.perplexity_as_published(pruned.folder, shared)
-    bound = PERPLEXITY_BOUNDS[pruned.pattern]
-    assert got == pytest.approx(pruned.published_perplexity, rel=bound)
+    assert got == pytest.approx(pruned.published_perplexity, rel=PERPLEXITY_BOUND)
 
 
 @pytest.mark.parametrize("pruned", [("magnitude", "2:4", "magnitude_2_4")], indirect=True)

@@ -229,7 +229,10 @@ def test_layers_are_read_ahead_and_dropped(tiny: Path) -> None:
         assert torch.cuda.memory_allocated() <= before
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.skipif(
+    torch.cuda.device_count() < 2,
+    reason="one CUDA device: `make test-gpu` runs this where there are two",
+)
 def test_two_devices_share_the_samples(tiny: Path, text_file: Path, tmp_path: Path) -> None:
     prune(recipe(tiny, text_file, "cuda", method="gblm"), tmp_path / "one")
     command: Sequence[str] = [

@@ -87,21 +87,6 @@ def test_head_is_the_rounded_source_and_the_embeddings_stay(
         }  # fmt: skip
 
 
-def test_dense_export_is_untied_and_holds_what_the_codes_stand_for(
-    pack_tiny: Pack, tmp_path: Path
-) -> None:
-    folder = pack_tiny(head="int4")
-    export_dense(ModelFolder.open(folder), tmp_path / "dense")
-    config = json.loads((tmp_path / "dense/config.json").read_text())
-    assert config["tie_word_embeddings"] is False
-    with (
-        PackedReader(ModelFolder.open(folder)) as packed,
-        Reader(ModelFolder.open(tmp_path / "dense")) as dense,
-    ):
-        assert torch.equal(dense.tensor("lm_head.weight"), packed.weight("lm_head"))
-        assert not torch.equal(dense.tensor("lm_head.weight"), dense.tensor(EMBEDDINGS))
-
-
 @pytest.mark.parametrize("pattern", ["2:4", "dense"])
 def test_head_is_reported_apart_from_the_pruned_linears(pack_tiny: Pack, pattern: str) -> None:
     folder, without = (pack_tiny("wanda", pattern, "int8:64", head) for head in ("int8", "float"))

@@ -95,10 +95,8 @@ def edit_config(folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"hidden_size": 2**40}, "config.json"),
         ({"intermediate_size": 2**34}, r"packed as \[64, 128\], but config.json makes it"),
         ({"vocab_size": 2**36}, "stored as"),
-        ({"num_hidden_layers": 10**9}, "claims 1000000000 decoder layers"),
         ({"num_hidden_layers": "x"}, "no model that can be built"),
         ({"num_hidden_layers": 1}, "no such module"),
         ({"model_type": "nonsense"}, "no model that can be built"),
@@ -109,12 +107,6 @@ def test_absurd_claims_are_refused_before_allocation(
 ) -> None:
     edit_config(packed, **change)
     with pytest.raises(CheckpointError, match=match):
-        gblm.packed.load(packed)
-
-
-def test_code_of_a_packed_checkpoint_is_never_run(packed: Path) -> None:
-    edit_config(packed, auto_map={"AutoConfig": "evil.Evil"})
-    with pytest.raises(InputError, match="never executes code"):
         gblm.packed.load(packed)
 
 

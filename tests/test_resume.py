@@ -42,13 +42,10 @@ def cut_off(recipe: Recipe, output: Path, monkeypatch: pytest.MonkeyPatch, after
             prune(recipe, output)
 
 
+# SparseGPT with every other step: test_steps.py.
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "dtype"), [("gblm", "auto"), ("sparsegpt", "float32")])
 @pytest.mark.timeout(600)
-def test_killed_at_any_step_it_ends_in_the_same_bytes(
-    recipe: Recipe, tmp_path: Path, method: str, dtype: str
-) -> None:
-    recipe = recipe.model_copy(update={"method": method, "dtype": dtype})
+def test_killed_at_any_step_it_ends_in_the_same_bytes(recipe: Recipe, tmp_path: Path) -> None:
     prune(recipe, tmp_path / "whole")
     want = content(tmp_path / "whole")
     output = tmp_path / "out"
@@ -89,8 +86,9 @@ def test_finished_layers_are_not_made_again(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", [{"order": "sequential"}, {"prefix": "dense"}])
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize(
+    ("method", "way"), [("sparsegpt", {"order": "sequential"}), ("wanda", {"prefix": "dense"})]
+)
 def test_other_ways_to_calibrate_go_on_as_well(
     recipe: Recipe,
     tmp_path: Path,
@@ -199,8 +197,9 @@ def test_a_run_that_fails_before_the_first_layer_leaves_nothing(tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("values", ["int8", "int4:32"])
-@pytest.mark.parametrize(("method", "dtype"), [("gblm", "auto"), ("sparsegpt", "float32")])
+@pytest.mark.parametrize(
+    ("method", "dtype", "values"), [("gblm", "auto", "int8"), ("sparsegpt", "float32", "int4:32")]
+)
 def test_codes_go_on_in_the_same_bytes(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, dtype: str,
     values: str,

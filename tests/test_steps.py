@@ -72,8 +72,7 @@ def test_each_step_brings_the_model_closer(
     assert apart[0] > apart[1] > apart[2]
 
 
-@pytest.mark.parametrize("order", ["layer", "sequential"])
-@pytest.mark.parametrize("values", ["float", "int4"])
+@pytest.mark.parametrize(("values", "order"), [("float", "layer"), ("int4", "sequential")])
 def test_cut_off_it_ends_in_the_same_bytes(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str, values: str
 ) -> None:

@@ -147,4 +147,4 @@ def skip_without(backend: str) -> None:
     from gblm.kernels import native
 
     if backend == "cpu" and (why := native.refusal()):
-        pytest.skip(f"{why}; runs where they are")
+        pytest.skip(f"{why}; `make test` runs this where they are")

@@ -210,7 +210,10 @@ def test_the_current_device_has_all_backends_for_gpus(fake_cuda: SimpleNamespace
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="a CUDA device: runs where there is none",
+)
 def test_without_a_device_the_command_refuses_in_one_sentence(
     gblm: Callable[..., Outcome],
 ) -> None:

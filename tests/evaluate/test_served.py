@@ -25,7 +25,7 @@ from gblm.model.folder import ModelFolder
 from gblm.model.loading import load_tokenizer
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness: make dev installs it")
-pytest.importorskip("tenacity", reason="the harness's client needs lm-eval[api]")
+pytest.importorskip("tenacity", reason="lm-eval[api]: make dev installs it")
 
 
 class Fake(http.server.ThreadingHTTPServer):

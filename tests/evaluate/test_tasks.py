@@ -44,20 +44,17 @@ def test_names_of_the_papers() -> None:
 
 @pytest.mark.slow
 def test_every_engine_gives_the_same_scores(
-    task_path: Path, tiny: Path, pack_tiny: Callable[..., Path], tmp_path: Path
+    task_path: Path, tiny: Path, pack_tiny: Callable[..., Path], exported: Path
 ) -> None:
-    pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai: make dev installs it")
     from gblm.evaluate.harness import SubjectLM, run_tasks
-    from gblm.export.onnx_model.export import Wanted, export_onnx
 
-    export_onnx(pack_tiny(), tmp_path / "onnx", Wanted(sparse=True, validate=0))
     tasks = Tasks(("tiny_choice",), task_path)
     tokenizer = load_tokenizer(tiny)
     packed = open_subject(ModelFolder.open(pack_tiny()), dtype="float32")
     dense = open_subject(ModelFolder.open(tiny), dtype="float32")
     sides = {
         "packed": packed,
-        "onnx": open_subject(ModelFolder.open(tmp_path / "onnx")),
+        "onnx": open_subject(ModelFolder.open(exported)),
         "dense": dense,
     }
     rows = run_tasks(tasks, sides, tokenizer, 512)
@@ -84,18 +81,19 @@ def test_every_engine_gives_the_same_scores(
 @pytest.mark.slow
 @pytest.mark.parametrize("sparse", [False, True])
 def test_the_harness_loads_exports_by_itself(
-    sparse: bool, pack_tiny: Callable[..., Path], tmp_path: Path
+    sparse: bool, pack_tiny: Callable[..., Path], exported: Path, tmp_path: Path
 ) -> None:
     """Its onnxruntime-genai backend; and onnxruntime, which loads no library of operators."""
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness: make dev installs it")
-    pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai: make dev installs it")
     from lm_eval.models.onnxruntime_genai import ONNXRuntimeGenAILM
     from lm_eval.models.onnxruntime_ort import ONNXRuntimeLM
 
     from gblm.evaluate.harness import SubjectLM
     from gblm.export.onnx_model.export import Wanted, export_onnx
 
-    export_onnx(pack_tiny(), tmp_path / "onnx", Wanted(sparse=sparse, validate=0))
+    if not sparse:
+        export_onnx(pack_tiny(), tmp_path / "dense", Wanted(validate=0))
+    folder = exported if sparse else tmp_path / "dense"
     packed, tokenizer = (
         open_subject(ModelFolder.open(pack_tiny()), dtype="float32"),
         load_tokenizer(pack_tiny()),
@@ -104,7 +102,7 @@ def test_the_harness_loads_exports_by_itself(
     asked = [(pair, tokenizer(pair[0])["input_ids"], tokenizer(pair[1])["input_ids"])]
     ((want, _),) = SubjectLM(packed, tokenizer, 512)._loglikelihood_tokens(asked)
     for backend in (ONNXRuntimeGenAILM, *([] if sparse else [ONNXRuntimeLM])):
-        ((got, _),) = backend(pretrained=str(tmp_path / "onnx"))._loglikelihood_tokens(asked)
+        ((got, _),) = backend(pretrained=str(folder))._loglikelihood_tokens(asked)
         assert got == pytest.approx(want, abs=2e-3)
 
 

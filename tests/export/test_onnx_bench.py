@@ -22,19 +22,11 @@ SMALL = ("--rounds", 1, "--num-prompts", 2, "--prompt-len", 4, "--output-len", 2
          "--log", "log")  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def folders(
-    tiny: Path, pack_tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> list[Path]:
-    """The dense model in ONNX Runtime's own operators, and a packed one."""
-    root = tmp_path_factory.mktemp("bench")
-    export_onnx(tiny, root / "dense", Wanted(validate=0))
-    export_onnx(pack_tiny(), root / "packed", Wanted(sparse=True, validate=0))
-    return [root / "dense", root / "packed"]
-
-
 @pytest.mark.slow
-def test_exported_folders_are_sides(gblm: Run, folders: list[Path], tmp_path: Path) -> None:
+def test_exported_folders_are_sides(gblm: Run, exported: Path, tiny: Path, tmp_path: Path) -> None:
+    """The dense model in ONNX Runtime's own operators, and a packed one."""
+    folders = [tmp_path / "dense", Path(shutil.copytree(exported, tmp_path / "packed"))]
+    export_onnx(tiny, folders[0], Wanted(validate=0))
     done = gblm("bench", *folders, *SMALL, "--output", "record.json")
     assert done.code == 0, (done, (tmp_path / "log").read_text()[-2000:])
     found = Record.read(tmp_path / "record.json")
@@ -50,8 +42,8 @@ def test_exported_folders_are_sides(gblm: Run, folders: list[Path], tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_folder_for_cuda_is_refused(gblm: Run, folders: list[Path], tmp_path: Path) -> None:
-    moved = Path(shutil.copytree(folders[0], tmp_path / "cuda"))
+def test_a_folder_for_cuda_is_refused(gblm: Run, exported: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(exported, tmp_path / "cuda"))
     report = json.loads((moved / REPORT_FILE).read_text())
     (moved / REPORT_FILE).write_text(json.dumps(report | {"target": "cuda"}))
     done = gblm("bench", moved, *SMALL)

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,14 +16,11 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs/onnx.md").read_text()
 HEADERS = ("/usr/include/onnxruntime", os.environ.get("ONNXRUNTIME_INCLUDE_DIR", ""))
 
 
-@pytest.fixture(scope="module")
-def folder(pack_tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def folder(exported: Path, tmp_path: Path) -> Path:
     """A folder that holds `smollm2-onnx`, the tiny model in its place."""
-    from gblm.export.onnx_model.export import Wanted, export_onnx
-
-    root = tmp_path_factory.mktemp("docs")
-    export_onnx(pack_tiny(), root / "smollm2-onnx", Wanted(sparse=True, validate=0))
-    return root
+    (tmp_path / "smollm2-onnx").symlink_to(exported)
+    return tmp_path
 
 
 def examples(language: str) -> list[str]:

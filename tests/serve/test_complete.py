@@ -21,10 +21,10 @@ from gblm.serve.launch import LOADER_CONFIG
 from gblm.sparse.formats import Format, from_spec
 
 pytestmark = pytest.mark.vllm
-pytest.importorskip("vllm")
+pytest.importorskip("vllm", reason="vLLM: make dev installs it")
 Pack = Callable[..., Path]
 FORMATS = ("nm/2:4", "bitmask/0.5", "dense/dense")
-VALUES = ("float", "int8:64", "int8:row", "int4:64", "int4:row")
+VALUES = ("float", "int8:64", "int4:row")
 SPECS = [f"{fmt}/{values}".removesuffix("/float") for fmt in FORMATS for values in VALUES]
 ROWS, COLUMNS = SHAPE
 
@@ -86,15 +86,6 @@ def expect_refusal(
     for number, parts in enumerate(pieces):
         left = parts.keys() - missing if number == piece else parts.keys()
         load_piece(layer, number, {part: parts[part] for part in left})
-    with pytest.raises(CheckpointError, match=r"^w"):
-        method.process_weights_after_loading(layer)
-
-
-@pytest.mark.parametrize("spec", SPECS)
-def test_linear_that_was_never_loaded_is_refused(
-    spec: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    method, layer = create(from_spec(spec), [ROWS], COLUMNS, 1, monkeypatch, 0)
     with pytest.raises(CheckpointError, match=r"^w"):
         method.process_weights_after_loading(layer)
 

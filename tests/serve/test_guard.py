@@ -255,7 +255,7 @@ def test_what_is_no_path_is_refused(route: str) -> None:
 
 @pytest.mark.vllm
 def test_vllm_puts_it_before_its_own_middleware_and_routes(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("vllm")
+    pytest.importorskip("vllm", reason="vLLM: make dev installs it")
     from fastapi import FastAPI
     from fastapi.testclient import TestClient
     from starlette.responses import JSONResponse

@@ -16,7 +16,7 @@ from gblm.sparse.values import quantize
 from gblm.sparse.weights import SparseWeight
 
 pytestmark = pytest.mark.vllm
-pytest.importorskip("vllm")
+pytest.importorskip("vllm", reason="vLLM: make dev installs it")
 VOCABULARY, HIDDEN, PADDED = 258, 64, 320
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import promql
 import pytest
-from vllm_server import served
 
 import gblm
 from gblm.bench.server import free_port
@@ -37,20 +36,6 @@ arguments = EngineArgs(model=sys.argv[1], enforce_eager=True, max_model_len=256)
 PrometheusStatLogger(arguments.create_engine_config(), [0]).log_engine_initialized()
 print(generate_latest().decode())
 """
-
-
-@pytest.fixture(scope="module")
-def server(
-    pack_tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[str, subprocess.Popen, Path]]:
-    with served(pack_tiny(), tmp_path_factory.mktemp("serve") / "log") as running:
-        yield running
-
-
-@pytest.fixture
-def client(server: tuple) -> object:
-    openai = pytest.importorskip("openai", reason="the openai client: make dev installs it")
-    return openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", timeout=60)
 
 
 def test_metrics_say_what_is_served(

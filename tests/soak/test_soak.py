@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-pytest.importorskip("httpx")
+pytest.importorskip("httpx", reason="httpx: make dev installs it, with vLLM")
 from faults import in_flight
 from soak_load import slope
 

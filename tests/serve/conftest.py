@@ -1,0 +1,25 @@
+"""The one server that the tests of a running server share."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from vllm_server import served
+
+
+@pytest.fixture(scope="session")
+def server(
+    pack_tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, subprocess.Popen, Path]]:
+    """URL, process and log; test_server_stops.py, which comes last, kills its engine."""
+    with served(pack_tiny(), tmp_path_factory.mktemp("serve") / "log") as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: tuple) -> object:
+    openai = pytest.importorskip("openai", reason="the openai client: make dev installs it")
+    return openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", timeout=60)
