@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Outcome, content
-from test_resume import cut_off
+from conftest import Outcome
 
 import gblm.packed
 from gblm.checkpoint.inspect import inspect, verify
-from gblm.errors import InputError, PatternError, UsageError
+from gblm.errors import PatternError, UsageError
 from gblm.export.dense import export_dense
 from gblm.model.folder import ModelFolder
 from gblm.model.layers import StreamedLayers
@@ -136,20 +135,6 @@ def test_the_card_tells_of_the_mix(folder: Path) -> None:
     assert "pruned with wanda to 2:4, 0.5, dense" in card
     assert "| dense | int8:64 | 4 | " in card
     assert 'pruned, "2:4", "0.5", "dense", int4, int8, wanda' in card
-
-
-def test_a_run_that_was_cut_off_goes_on_in_the_same_bytes(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mlp = {"targets": ["gate_proj", "up_proj"], "pattern": "0.25", "values": "int8"}
-    sparsegpt = {"method": "sparsegpt", "dtype": "float32"}
-    recipe = with_layers(recipe, ATTENTION.model_dump(), mlp, **sparsegpt)
-    prune(recipe, tmp_path / "whole")
-    cut_off(recipe, tmp_path / "out", monkeypatch)
-    with pytest.raises(InputError, match=r"recipe\.layers was"):
-        prune(recipe.model_copy(update={"layers": ()}), tmp_path / "out")
-    prune(recipe, tmp_path / "out")
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 def test_the_first_choice_that_matches_decides(recipe: Recipe) -> None:

@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import content
@@ -85,29 +86,55 @@ def test_finished_layers_are_not_made_again(
     assert not work_path(tmp_path / "out").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("method", "way"), [("sparsegpt", {"order": "sequential"}), ("wanda", {"prefix": "dense"})]
-)
-def test_other_ways_to_calibrate_go_on_as_well(
-    recipe: Recipe,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    method: str,
-    way: dict[str, str],
+MIXED = [
+    {"targets": ["q_proj", "k_proj", "v_proj"], "pattern": "2:4", "values": "float"},
+    {"targets": ["gate_proj", "up_proj"], "pattern": "0.25", "values": "int8"},
+]
+STEPS = {"refit": {}, "reconstruct": {"epochs": 2, "learning_rate": 1e-3}}
+# What a recipe may ask for, each at least once: order, prefix, values, head, steps, layers.
+WAYS: list[dict[str, Any]] = [
+    {"values": "int8", "head": "int8"},
+    {"method": "wanda", "calibration": {"prefix": "dense"}},
+    {"method": "sparsegpt", "dtype": "float32", "values": "int4:32",
+     "calibration": {"order": "sequential"}},
+    {"method": "sparsegpt", "dtype": "float32", "values": "int4", "layers": MIXED},
+    {"method": "wanda", "pattern": "2:4", "dtype": "float32", "calibration": {"batch_size": 2},
+     **STEPS},
+    {"method": "wanda", "pattern": "2:4", "dtype": "float32", "values": "int4", "rounding": "obs",
+     "calibration": {"order": "sequential"}, **STEPS},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_every_way_goes_on_in_the_same_bytes(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: dict[str, Any]
 ) -> None:
-    calibration = recipe.calibration.model_copy(update=way)
-    recipe = recipe.model_copy(update={"method": method, "calibration": calibration})
+    fields = recipe.to_dict()
+    calibration = fields["calibration"] | way.get("calibration", {})
+    recipe = Recipe.from_dict(fields | way | {"calibration": calibration})
     prune(recipe, tmp_path / "whole")
     cut_off(recipe, tmp_path / "out", monkeypatch)
     prune(recipe, tmp_path / "out")
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
+def test_codes_are_exact_as_they_are_stored(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_off(recipe.model_copy(update={"values": "int8"}), tmp_path / "out", monkeypatch)
+    assert not any("exact:" in name for name in _stored(work_path(tmp_path / "out")))
+
+
 def test_the_rest_of_another_recipe_is_refused(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut_off(recipe, tmp_path / "out", monkeypatch)
+    for fields, match in (
+        ({"head": "int4"}, "recipe.head was 'float', now it is 'int4'"),
+        ({"layers": MIXED}, "recipe.layers was"),
+    ):
+        with pytest.raises(InputError, match=match):
+            prune(Recipe.from_dict(recipe.to_dict() | fields), tmp_path / "out")
     other = recipe.model_copy(update={"pattern": "2:4"})
     with pytest.raises(InputError, match=r"recipe\.pattern was '0\.5', now it is '2:4'.*--no-res"):
         prune(other, tmp_path / "out")
@@ -194,35 +221,6 @@ def test_a_run_that_fails_before_the_first_layer_leaves_nothing(tmp_path: Path) 
     with pytest.raises(RuntimeError), open_work(tmp_path / "out", {}, resume=True):
         raise RuntimeError
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("method", "dtype", "values"), [("gblm", "auto", "int8"), ("sparsegpt", "float32", "int4:32")]
-)
-def test_codes_go_on_in_the_same_bytes(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, dtype: str,
-    values: str,
-) -> None:  # fmt: skip
-    recipe = recipe.model_copy(update={"method": method, "dtype": dtype, "values": values})
-    prune(recipe, tmp_path / "whole")
-    cut_off(recipe, tmp_path / "out", monkeypatch)
-    assert not any("exact:" in name for name in _stored(work_path(tmp_path / "out")))
-    prune(recipe, tmp_path / "out")
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
-
-
-@pytest.mark.slow
-def test_packed_heads_go_on_in_the_same_bytes(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = recipe.model_copy(update={"head": "int8"})
-    prune(recipe, tmp_path / "whole")
-    cut_off(recipe, tmp_path / "out", monkeypatch)
-    with pytest.raises(InputError, match=r"recipe\.head was 'int8', now it is 'int4'"):
-        prune(recipe.model_copy(update={"head": "int4"}), tmp_path / "out")
-    prune(recipe, tmp_path / "out")
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 def _stored(work: Path) -> list[str]:

@@ -13,7 +13,6 @@ from conftest import Outcome, content
 from killing import killed_run
 from safetensors.torch import load_file
 from test_families import save_family
-from test_resume import cut_off
 
 from gblm.checkpoint.inspect import verify
 from gblm.errors import UsageError
@@ -70,20 +69,6 @@ def test_each_step_brings_the_model_closer(
         prune(with_steps(recipe, values=values, **step), folder)
         apart.append(distance(folder))
     assert apart[0] > apart[1] > apart[2]
-
-
-@pytest.mark.parametrize(("values", "order"), [("float", "layer"), ("int4", "sequential")])
-def test_cut_off_it_ends_in_the_same_bytes(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str, values: str
-) -> None:
-    fields = STEPS if values != "float" else STEPS | {"rounding": "nearest"}
-    batch = 1 if order == "sequential" else 3
-    calibration = recipe.to_dict()["calibration"] | {"order": order, "batch_size": batch}
-    recipe = with_steps(recipe, values=values, calibration=calibration, **fields)
-    prune(recipe, tmp_path / "whole")
-    cut_off(recipe, tmp_path / "out", monkeypatch)
-    prune(recipe, tmp_path / "out")
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 @pytest.mark.slow

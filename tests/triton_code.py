@@ -41,7 +41,6 @@ class Case:
 
     stored: Stored
     tokens: int
-    float16: bool = False
 
     @property
     def label(self) -> str:
@@ -52,7 +51,7 @@ class Case:
         what = (
             f"multiply, {self.tokens} token{'s' * (self.tokens > 1)}" if self.tokens else "expand"
         )
-        return f"{what}, {pattern} {kind}" + (", float16" if self.float16 else "")
+        return f"{what}, {pattern} {kind}"
 
     @property
     def blocks(self) -> Blocks:
@@ -62,9 +61,9 @@ class Case:
         return Blocks(*sized(DENSE, self.stored), 0, 1)
 
 
-def case(two_four: bool, kind: int, group: int, tokens: int, float16: bool = False) -> Case:
+def case(two_four: bool, kind: int, group: int, tokens: int) -> Case:
     """See Case and Stored."""
-    return Case(Stored(two_four, kind, group), tokens, float16)
+    return Case(Stored(two_four, kind, group), tokens)
 
 
 # What the tests compile.
@@ -81,8 +80,9 @@ CASES = (
 def compile_case(one: Case, target: GPUTarget) -> Any:
     """Triton's compiled kernel, as the JIT would make it for aligned arrays."""
     fn = kernels.multiply if one.tokens else kernels.expand
-    floats = kernels.tl.float16 if one.float16 else kernels.tl.bfloat16
-    constants = one.stored.options(SHAPE, one.blocks.rows, one.blocks.columns) | {"FLOAT": floats}
+    constants = one.stored.options(SHAPE, one.blocks.rows, one.blocks.columns) | {
+        "FLOAT": kernels.tl.bfloat16
+    }
     if one.tokens:
         constants |= {"TOKENS": one.blocks.tokens, "SPLIT": one.blocks.split}
     return compile_kernel(fn, _types(one), constants, target)
@@ -113,12 +113,11 @@ def compile_shares(target: GPUTarget) -> Any:
 
 
 def _types(one: Case) -> dict[str, str]:
-    number = "*fp16" if one.float16 else "*bf16"
-    values = {8: "*i16", 16: "*i32"} if one.stored.two_four else {8: "*i8", 16: number}
+    values = {8: "*i16", 16: "*i32"} if one.stored.two_four else {8: "*i8", 16: "*bf16"}
     return {
         "x": "*i64", "values": values.get(one.stored.kind, "*u8"), "words": "*i32",
         "starts": "*i16", "begins": "*i64", "scales": "*bf16",
-        "out": number if one.blocks.split == 1 else "*fp32",
+        "out": "*bf16" if one.blocks.split == 1 else "*fp32",
         "tokens": "i32", "rows": "i32", "columns": "i32",
     }  # fmt: skip
 
