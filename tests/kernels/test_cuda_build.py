@@ -28,7 +28,9 @@ SMALL = Variant("delta", (("BF16", 1), ("TOKENS", 1)))
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("variant", "limits", "arch"), BUILDS, ids=lambda v: getattr(v, "label", "")
+    ("variant", "limits", "arch"),
+    BUILDS,
+    ids=lambda v: str(v) if isinstance(v, tuple) else getattr(v, "label", ""),
 )
 def test_machine_code_stays_within_its_budget(
     variant: Variant, limits: Limits, arch: tuple[int, int]
