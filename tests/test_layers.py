@@ -79,7 +79,7 @@ ONLY_IN = {
         "gblm.serve.vllm_plugin",
         "gblm.serve.vllm_cli",
         "gblm.serve.sample",
-        "gblm.bench.vllm_linears",
+        "gblm.bench.linears",
         "gblm.bench.loop_vllm",
     ),
     "onnx": ("gblm.export.onnx_model",),

@@ -99,7 +99,7 @@ def test_all_copies_give_the_same_product(text: str) -> None:
 
 @pytest.mark.vllm
 def test_vllm_baselines_are_linears() -> None:
-    from gblm.bench.vllm_linears import vllm_linears, vllm_operators
+    from gblm.bench.linears import vllm_linears, vllm_operators
 
     environment = dict(os.environ)
 

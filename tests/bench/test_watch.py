@@ -19,10 +19,10 @@ from conftest import Outcome
 pytest.importorskip("prometheus_client")
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from gblm.bench import scrape
+from gblm.bench import metrics
 from gblm.bench import watch as watching
 from gblm.bench.compare import LOAD, ratio_interval, student
-from gblm.bench.counters import (
+from gblm.bench.metrics import (
     COUNTERS,
     E2E,
     HISTOGRAMS,
@@ -34,9 +34,9 @@ from gblm.bench.counters import (
     TTFT,
     RestartError,
     Snapshot,
+    Target,
 )  # fmt: skip
-from gblm.bench.counters import Histogram as Buckets
-from gblm.bench.scrape import Target
+from gblm.bench.metrics import Histogram as Buckets
 from gblm.bench.watch import Window, watch
 from gblm.errors import InputError, MachineError, UsageError
 from gblm.record import Record, Row
@@ -413,7 +413,7 @@ def test_bytes_that_are_not_text_are_refused(make_site: Callable[..., Site]) -> 
 def test_a_huge_answer_is_cut(
     make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scrape, "MAX_BYTES", 2**20)
+    monkeypatch.setattr(metrics, "MAX_BYTES", 2**20)
     site = make_site()
     site.body = b"x" * (2**20)
     assert len(Target.of("A", site.url).fetch()) == 2**20

@@ -10,7 +10,7 @@ from typing import Any
 from soak_load import one_run
 
 from gblm.bench.compare import LOAD
-from gblm.bench.scrape import Target
+from gblm.bench.metrics import Target
 from gblm.bench.watch import Window, watch
 from gblm.record import Record
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gblm.bench.counters import (
+from gblm.bench.metrics import (
     E2E,
     FINISHED,
     GENERATED,

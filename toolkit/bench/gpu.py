@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from gblm.bench.kernels import Settings
-from gblm.bench.linears import Asked, num_copies, sparse_weight
-from gblm.errors import GblmError, MachineError, UsageError
+from gblm.bench.linears import Asked, check_shape, num_copies, sparse_weight
+from gblm.errors import MachineError, UsageError
 from gblm.kernels import BACKENDS, Backend
 from gblm.progress import Progress, no_progress
 from gblm.provenance import provenance
@@ -192,7 +192,7 @@ def bench_gpu(
     formats = [Asked(text) for text in settings.formats or FORMATS]
     for shape in (*settings.shapes, *model.linears):
         for asked in formats:
-            _check(asked, shape)
+            check_shape(asked, shape)
     found = Findings(time.monotonic() + 60 * minutes)
     origin = {**provenance(), "gpu": dict(here.facts), "settings": asdict(settings)}
     step = progress("measuring", 2 + len(settings.shapes))
@@ -217,13 +217,6 @@ def _with_backends(gpu: Gpu, names: Sequence[str]) -> Gpu:
         known = ", ".join(gpu.backends)
         raise UsageError(f"backend {min(unknown)!r} is none of those for GPUs: give {known}.")
     return replace(gpu, backends={name: gpu.backends[name] for name in names or gpu.backends})
-
-
-def _check(asked: Asked, shape: Shape) -> None:
-    try:
-        asked.settle(shape[1]).check_shape(f"shape {shape[0]}x{shape[1]}", shape)
-    except GblmError as error:
-        raise UsageError(str(error)) from error
 
 
 def measure_limits(gpu: Gpu, found: Findings, sizes: Sizes, rounds: int) -> None:

@@ -30,8 +30,9 @@ from gblm.bench.linears import (
     last_level_cache,
     packed_linear,
     torch_linear,
+    vllm_linears,
+    vllm_operators,
 )
-from gblm.bench.vllm_linears import vllm_linears, vllm_operators
 from gblm.errors import MachineError, UsageError
 from gblm.kernels import native
 from gblm.progress import Progress, no_progress
@@ -248,12 +249,12 @@ def _rounds(
     times: dict[str, list[list[float]]] = {linear.name: [] for linear in linears}
     heard = []
     for number in range(rounds):
-        limit = _read_limit(memory, clock)
+        limit = noise.read_limit(memory, READS, clock)
         with noise.measured() as found:
             # The order alternates, so that drift of the machine hits all alike.
             for linear in linears if number % 2 == 0 else reversed(linears):
                 times[linear.name].append(linear.time(x, counts[linear.name], clock))
-        heard.append(found | {"read_limit_gb_s": limit / 1e9})
+        heard.append(found | {"read_limit_gb_s": limit})
     return times, heard
 
 
@@ -263,16 +264,6 @@ def _warm_up(linear: Linear, x: Tensor, clock: Clock) -> int:
     linear.time(x, calls, clock)
     seconds = max(1e-7, statistics.median(linear.time(x, MIN_CALLS, clock)))
     return min(MAX_CALLS, max(MIN_CALLS, round(BLOCK_SECONDS / seconds)))
-
-
-def _read_limit(memory: Tensor, clock: Clock) -> float:
-    """Measure the bytes per second that all threads read, by the clock of the linears."""
-    seconds = []
-    for _ in range(READS):
-        began = clock()
-        native.read_seconds(memory)
-        seconds.append(clock() - began)
-    return memory.numel() / statistics.median(seconds)
 
 
 def _linears_wanted(settings: Settings) -> list[tuple[Asked, str]]:

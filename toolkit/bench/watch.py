@@ -13,8 +13,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 
 from gblm.bench.compare import MIN_INTERVALS, compare
-from gblm.bench.counters import Growth, RestartError, Snapshot
-from gblm.bench.scrape import Target
+from gblm.bench.metrics import Growth, RestartError, Snapshot, Target
 from gblm.errors import GblmError, MachineError, UsageError
 from gblm.progress import Progress, no_progress
 from gblm.provenance import provenance

@@ -48,7 +48,7 @@ def command(
         raise click.UsageError("--api-key-file: give one file for both servers, or two.")
     key_a, key_b = (key_files * 2)[:2] if key_files else (None, None)
     with progress_bars(ctx) as progress:
-        from gblm.bench.scrape import Target
+        from gblm.bench.metrics import Target
         from gblm.bench.watch import Window, watch
 
         a, b = Target.of("A", url_a, key_a), Target.of("B", url_b, key_b)

@@ -15,8 +15,6 @@ from typing import Any, TypeVar
 import click
 
 from gblm.errors import GblmError, MachineError
-from gblm.provenance import provenance
-from gblm.record import command_line
 
 F = TypeVar("F", bound=Callable[..., Any])
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -94,15 +92,6 @@ record_option = click.option(
     type=click.Path(path_type=Path, dir_okay=False, writable=True),
     help="JSON file for the record.",
 )
-
-
-def save_record(path: Path | None, record: dict[str, Any]) -> None:
-    """Write a result with where it comes from; None writes nothing."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        full = record if "provenance" in record else {"provenance": provenance(), **record}
-        full = {"command": command_line(sys.argv[1:]), **full}
-        path.write_text(json.dumps(full, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
