@@ -37,7 +37,7 @@ LOCAL_PATH = re.compile(r"(^|[=:,])(?!//)~?/(?:[^/=:,]*/)*([^/=:,]*)")
 
 @dataclass(frozen=True)
 class Row:
-    """One figure.
+    """A row is one figure.
 
     Attributes:
         side: what was measured: a model, a kernel, a candidate; a key of the record's sides.
@@ -69,12 +69,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the figures stand.
+    """A verdict says whether the figures stand.
 
-    Attributes:
-        valid: False if a figure that was asked for is missing or must not be believed.
-        reasons: sentences that say why it is False.
-        notes: sentences on what to mind although the figures stand.
+    It is not valid if one that was asked for is missing or must not be believed, for `reasons`;
+    `notes` say what to mind although the figures stand.
     """
 
     valid: bool = True
@@ -84,13 +82,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A side's figure over its baseline's, paired round by round.
+    """A ratio is a side's figure over its baseline's, paired round by round.
 
-    Attributes:
-        median: of the rounds' ratios; the ratio of both values where there are no rounds.
-        low: lower end of the 95 % interval of the median; equal to the median without rounds.
-        high: upper end.
-        rounds: the ratio of each round.
+    `low` and `high` bound the median of the rounds with 95 % confidence. Without rounds all three
+    are the ratio of both values.
     """
 
     median: float
@@ -101,7 +96,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Record:
-    """What one command measured.
+    """A record holds what one command measured.
 
     Attributes:
         kind: a title for people.
@@ -195,12 +190,12 @@ class Record:
 
     @property
     def loads(self) -> list[str]:
-        """Every load once, in the order of the rows."""
+        """List every load once, in the order of the rows."""
         return list(dict.fromkeys(row.load for row in self.rows))
 
     @property
     def metrics(self) -> list[str]:
-        """Every metric once, in the order of the rows."""
+        """List every metric once, in the order of the rows."""
         return list(dict.fromkeys(row.metric for row in self.rows))
 
 
@@ -219,7 +214,7 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Bounds that the true median lies between with 95 % confidence, whatever the distribution.
+    """Bound the true median with 95 % confidence, whatever the distribution.
 
     They are ordered values (sign test): as many values lie below the lower one as a fair coin shows
     heads at most in 2.5 % of such series. Of fewer than six values they are the smallest and the

@@ -15,8 +15,7 @@ from vllm_run import environment
 
 from gblm import data
 from gblm.errors import InputError, UsageError
-from gblm.evaluate.drift import Drift
-from gblm.evaluate.perplexity import Protocol, measure, perplexity
+from gblm.evaluate.perplexity import Drift, Protocol, measure, perplexity
 from gblm.evaluate.run import known_baseline
 from gblm.evaluate.subjects import Scores, Subject, TorchSubject, open_subject
 from gblm.model.folder import ModelFolder

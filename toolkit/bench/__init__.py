@@ -1,1 +1,1 @@
-"""Measuring speed: orchestration, statistics and records around existing load generators."""
+"""This package measures speed: of models side by side, of kernels, and of two live servers."""

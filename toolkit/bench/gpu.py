@@ -59,7 +59,7 @@ class Sizes:
 
     @property
     def linears(self) -> list[Shape]:
-        """The shapes [out, in] of q, k, v in one, o, gate and up in one, down."""
+        """Give the shapes [out, in] of q, k, v in one, o, gate and up in one, down."""
         hidden, inner = self.hidden, self.inner
         return [(3 * hidden, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner)]
 
@@ -134,7 +134,7 @@ def _elapsed(work: Call) -> float:
 
 @dataclass(frozen=True)
 class Side:
-    """One way to multiply by one weight: a call for each copy of it, and the bytes of a copy."""
+    """A side is one way to multiply by one weight; it has a call and `size` bytes for each copy."""
 
     name: str
     size: int
@@ -143,7 +143,7 @@ class Side:
 
 @dataclass
 class Findings:
-    """The rows found so far, and a sentence for each piece that failed; the rest goes on."""
+    """The findings hold the rows so far, and a sentence for each piece that failed."""
 
     deadline: float
     rows: list[Row] = field(default_factory=list)
@@ -272,7 +272,7 @@ def take_turns(prepared: dict[Side, Timed], load: str, rounds: int) -> list[Row]
 
 
 def serving(gpu: Gpu, asked: Asked, shapes: Sequence[Shape]) -> list[str]:
-    """The backends that take weights of all these shapes [out, in], in order of preference."""
+    """Name the backends that take weights of all these shapes [out, in], the preferred first."""
     return [
         name
         for name, backend in gpu.backends.items()
@@ -284,7 +284,7 @@ def serving(gpu: Gpu, asked: Asked, shapes: Sequence[Shape]) -> list[str]:
 
 
 def packed(gpu: Gpu, name: str, asked: Asked, shape: Shape, copies: int = 0) -> Side:
-    """A weight [out, in] on a backend, in so many copies; 0 is as many as no cache holds."""
+    """Prepare a weight [out, in] for a backend, in so many copies; 0 is more than caches hold."""
     backend, fmt = gpu.backends[name], asked.settle(shape[1])
     parts = fmt.pack("weight", sparse_weight(fmt, gpu.normal(*shape).float()))
     prepared = backend.prepare(fmt, parts, shape, torch.bfloat16)
@@ -296,7 +296,7 @@ def packed(gpu: Gpu, name: str, asked: Asked, shape: Shape, copies: int = 0) -> 
 
 
 def dense(gpu: Gpu, shape: Shape, copies: int = 0) -> Side:
-    """PyTorch's own weight [out, in], in so many copies; 0 is as many as no cache holds."""
+    """Draw PyTorch's own weight [out, in], in so many copies; 0 is more than caches hold."""
     weight = gpu.normal(*shape)
     number = copies or num_copies(weight.nbytes, gpu.cold_bytes)
     every = [weight, *(weight.clone() for _ in range(number - 1))]
@@ -304,7 +304,7 @@ def dense(gpu: Gpu, shape: Shape, copies: int = 0) -> Side:
 
 
 def torch_two_four(gpu: Gpu, shape: Shape) -> Side:
-    """PyTorch's own 2:4 weight [out, in], by cuSPARSELt or CUTLASS, which backends must beat."""
+    """Draw PyTorch's own 2:4 weight [out, in], which cuSPARSELt or CUTLASS multiplies."""
     kept = torch.arange(shape[1], device=gpu.device).remainder(4).lt(2)
     weight = gpu.normal(*shape) * kept
     size = weight.nbytes * 9 // 16

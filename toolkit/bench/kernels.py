@@ -64,17 +64,10 @@ OVERHEAD_SHAPE, OVERHEAD_FORMATS = (16, 32), ("dense/dense", "dense/dense/int8")
 class Settings:
     """The settings say what is measured.
 
-    Attributes:
-        shapes: [out, in] of the weights.
-        tokens: rows of x.
-        formats: specs; an integer type without a group size takes the one that `auto` means.
-        backends: of gblm.
-        threads: of PyTorch, which are those of every linear here.
-        isa: instruction set of gblm's kernels; None: the best.
-        rounds: in each, every linear runs for a short block, in alternating order.
-        vllm: whether to measure vLLM's linears, if it is installed.
-        limits: how much noise a round may have.
-        cold: bytes of all copies of a weight; None: four times the last-level cache.
+    `shapes` are [out, in] of the weights, `tokens` the rows of x, `formats` specs, in which an
+    integer type without a group size takes the one that `auto` means. PyTorch's `threads` are those
+    of every linear here; an `isa` of None is the best one. In each round every linear runs for a
+    short block. `cold` are the bytes of all copies of a weight; None: more than the caches hold.
     """
 
     shapes: tuple[Shape, ...]

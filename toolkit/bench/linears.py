@@ -43,14 +43,10 @@ CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 class Linear:
     """A linear is one way to multiply by one weight.
 
-    Attributes:
-        name: unique in a case: a format's spec as it was asked for, or a baseline's name.
-        backend: of gblm, or the package that runs it.
-        spec: with the group size settled; "" for baselines.
-        size: bytes of one copy in memory.
-        copies: a call for each copy of the weight.
-        control: the dense linear of the same value type and backend; None for baselines.
-        prepare_seconds: disk layout → memory layout; None for baselines.
+    Its name is the format's spec as it was asked for, or a baseline's name; the group size is
+    settled in `spec`, which baselines leave "". `backend` is one of gblm's or the package that runs
+    it, `size` the bytes of one copy, `control` the name of the dense linear of the same value type,
+    `prepare_seconds` what the layout in memory took; baselines have neither.
     """
 
     name: str
@@ -78,13 +74,9 @@ class Linear:
 
 @dataclass(frozen=True)
 class Asked:
-    """The user's words for a format; the group size may be left to the shape.
+    """A format in the user's words: `FORMAT/PATTERN[/VALUES]`, such as "nm/2:4/int8:auto".
 
-    Attributes:
-        text: `FORMAT/PATTERN` or `FORMAT/PATTERN/VALUES`, such as "nm/2:4/int8:auto".
-
-    Raises:
-        UsageError: there is no such format.
+    The group size may be left to the shape. It raises UsageError when there is no such format.
     """
 
     text: str

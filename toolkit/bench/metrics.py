@@ -48,12 +48,9 @@ Series = tuple[str, tuple[tuple[str, str], ...]]
 
 @dataclass(frozen=True)
 class Target:
-    """A target says where one server's metrics are.
+    """A target says where one server's metrics are; the key is sent as a bearer token.
 
-    Attributes:
-        name: of the server in messages: A or B.
-        url: of the metrics, without credentials.
-        key: sent as a bearer token; none if None.
+    Messages call the server by its name, A or B.
     """
 
     name: str
@@ -132,7 +129,7 @@ class RestartError(Exception):
 
 
 class Quantile(NamedTuple):
-    """An interpolated quantile and the bucket it lies in; infinite in the last bucket."""
+    """This is an interpolated quantile and the bucket it lies in; infinite in the last bucket."""
 
     value: float
     low: float
@@ -141,12 +138,9 @@ class Quantile(NamedTuple):
 
 @dataclass(frozen=True)
 class Histogram:
-    """A histogram holds observations counted in buckets.
+    """A histogram counts observations in buckets, each for itself, and keeps their sum.
 
-    Attributes:
-        bounds: upper bounds of the buckets, rising, the last one infinite.
-        counts: observations in each bucket alone.
-        total: sum of the observations.
+    The upper bounds of the buckets rise, and the last one is infinite.
     """
 
     bounds: tuple[float, ...]
@@ -196,10 +190,8 @@ class Histogram:
 class Growth:
     """The growth says what happened on one server between two times.
 
-    Attributes:
-        seconds: between them.
-        counters: increases by counter and the value of its label ("" if it has none).
-        histograms: of the observations made meanwhile.
+    Counters are increases by name and the value of the label ("" without one), histograms hold the
+    observations made meanwhile.
     """
 
     seconds: float

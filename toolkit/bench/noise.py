@@ -33,12 +33,10 @@ HEAT = ("cpu_throttles", "gpu_throttle_s")
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits say how much noise a round may have.
+    """The limits say how much noise a round may have, all as shares.
 
-    Attributes:
-        steal: share of the machine's CPU time that a hypervisor may take.
-        other_load: share of the machine's CPU time that other processes may use.
-        slow_read: how much slower than in the best round memory may be, as a share.
+    A hypervisor may take `steal` and other processes `other_load` of the machine's CPU time; memory
+    may be slower than in the best round by `slow_read`.
     """
 
     steal: float = 0.02

@@ -25,14 +25,10 @@ UNITS = {
 
 @dataclass(frozen=True)
 class Load:
-    """A load is what a side is asked to do in a round.
+    """A load is what a side is asked to do in a round; lengths are in tokens.
 
-    Attributes:
-        num_prompts: requests.
-        prompt_len: tokens of each prompt.
-        output_len: tokens to generate for each.
-        concurrency: requests in flight at most; None is no limit.
-        request_rate: requests per second; None sends as soon as there is room.
+    At most `concurrency` requests are in flight, any number if None. `request_rate` is per second;
+    None sends as soon as there is room.
     """
 
     num_prompts: int
@@ -54,15 +50,10 @@ class Load:
 
 @dataclass(frozen=True)
 class Request:
-    """A request that succeeded; all times are in seconds.
+    """A request that succeeded; all times are in seconds, all lengths in tokens.
 
-    Attributes:
-        start: when it was sent, on the clock of its load.
-        latency: until its last token.
-        input_len: prompt tokens.
-        output_len: generated tokens.
-        ttft: None where the tool does not tell.
-        itls: gaps between its tokens; empty where the tool does not tell.
+    It started on the clock of its load and had its last token after `latency`; `itls` are the gaps
+    between its tokens. Where the tool does not tell, `ttft` is None and `itls` are empty.
     """
 
     start: float
@@ -84,15 +75,10 @@ class Request:
 class Seen:
     """This is what one side did under one load.
 
-    Attributes:
-        requests: those that succeeded, in the order of the prompts.
-        seconds: from the first one sent to the last one done.
-        failed: number of requests that did not succeed.
-        preemptions: requests that the server threw out for want of cache; None if not known.
-        cached: share of the prompt tokens that came from the prefix cache; None if not known.
-        prompts: "GENERATOR:FINGERPRINT" of the prompts; within one generator they must be equal.
-        noise: what `gblm.bench.noise.measured` saw meanwhile.
-        extra: further metrics, such as memory.
+    `requests` are those that succeeded, in the order of the prompts, and `failed` counts the
+    others; it all took `seconds`. `preemptions` are requests thrown out for want of cache, `cached`
+    is the share of prompt tokens from the prefix cache; None if not known. `prompts` is
+    "GENERATOR:FINGERPRINT", equal within one generator; `extra` are further metrics.
     """
 
     requests: Sequence[Request]

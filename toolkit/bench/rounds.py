@@ -34,12 +34,9 @@ Round = dict[str, Seen]
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan says how sides are compared.
+    """The plan says how often each load is put on every side, and how much noise a round may have.
 
-    Attributes:
-        rounds: how often each load is put on every side.
-        restart: start every side anew in every round, so that one at a time is in memory.
-        limits: how much noise a round may have.
+    With `restart` every side starts anew in every round, so that one at a time is in memory.
     """
 
     rounds: int = 7

@@ -43,14 +43,9 @@ RESULT = "result.json"
 
 @dataclass(frozen=True)
 class RunningServer:
-    """A server that answers /health.
+    """A server that answers /health, `ready_seconds` after its parent process was started.
 
-    Attributes:
-        url: base URL.
-        ready_seconds: from start to the first healthy answer.
-        process: the server's parent process.
-        log: file with its output.
-        log_start: where its output begins in that file.
+    Its output begins at `log_start` in the log.
     """
 
     url: str
@@ -113,7 +108,7 @@ def free_port() -> int:
 
 
 class ServerSide(Side):
-    """A model in vLLM's server. Each load comes from a process of its own."""
+    """A side that vLLM serves; each load comes from a process of its own."""
 
     def start(self) -> None:
         """Start `gblm serve` and wait until it is healthy."""

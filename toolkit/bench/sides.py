@@ -19,14 +19,9 @@ TENSOR_FILES = ("*.safetensors", "*.onnx", "*.data")
 class Setup:
     """The setup is what all sides of a comparison share.
 
-    Attributes:
-        loads: that they will be put under.
-        log: file for the output of their processes.
-        seed: of the prompts; all sides get the same ones.
-        threads: of engines without a server; their own choice if None.
-        backend: for packed weights; the best one if None.
-        options: for vLLM, server or not.
-        slo: limits for goodput in the words of `vllm bench serve`, such as "ttft:500".
+    The seed gives all sides the same prompts; `log` takes the output of their processes. Threads
+    (of engines without a server) and the backend (of packed weights) are the engine's choice if
+    None. `options` go to vLLM; `slo` are limits for goodput in its words, such as "ttft:500".
     """
 
     loads: tuple[Load, ...]

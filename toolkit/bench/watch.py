@@ -22,12 +22,7 @@ from gblm.record import Record, Verdict
 
 @dataclass(frozen=True)
 class Window:
-    """The window says when the servers are read.
-
-    Attributes:
-        duration: seconds from the first reading to the last.
-        interval: seconds between readings.
-    """
+    """The window says for how long the servers are read, and how often, in seconds."""
 
     duration: float = 600.0
     interval: float = 10.0

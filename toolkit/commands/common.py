@@ -71,7 +71,7 @@ backend_option = click.option(
 
 
 def configure_logging(state: dict[str, Any]) -> None:
-    """Our log lines to stderr, at the level of -q and -v; other libraries only when they warn."""
+    """Send our log lines to stderr, at the level of -q and -v; others only when they warn."""
     level = logging.INFO - 10 * min(1, state.get("verbose", 0))
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -95,7 +95,7 @@ record_option = click.option(
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A plain table: first column left, the others right."""
+    """Print a plain table: the first column to the left, the others to the right."""
     lines = [list(header), *[list(row) for row in rows]]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     for line in lines:
@@ -105,7 +105,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 @contextmanager
 def progress_bars(ctx: click.Context) -> Iterator[Callable[[str, int], Callable[[], None]]]:
-    """Progress bars on stderr, only on a terminal; transformers' own bars are switched off.
+    """Show progress bars on stderr, only on a terminal; transformers' own are switched off.
 
     Yields:
         Takes a phase and its number of steps, returns what to call per step.
@@ -131,7 +131,7 @@ def progress_bars(ctx: click.Context) -> Iterator[Callable[[str, int], Callable[
 
 
 def report_error(error: Exception, state: dict[str, Any]) -> int:
-    """One sentence and the exit code; with -v, or for a bug, the traceback as well."""
+    """Print one sentence and give the exit code; with -v, or for a bug, the traceback, too."""
     if isinstance(error, OSError):
         error = MachineError(f"{error.filename or 'the system'}: {error.strerror or error}.")
     elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
@@ -153,12 +153,12 @@ def fail(error: BaseException, state: dict[str, Any]) -> int:
 
 
 def megabytes(count: float) -> str:
-    """Bytes as MB with one digit."""
+    """Write bytes as MB with one digit."""
     return f"{count / 1e6:.1f} MB"
 
 
 def head_note(report: dict[str, Any]) -> str:
-    """What a command adds about a packed output head; nothing if there is none."""
+    """Say what a command adds about a packed output head; nothing if there is none."""
     head = report.get("head")
     if head is None:
         return ""

@@ -1,1 +1,1 @@
-"""Measuring quality."""
+"""This package measures the quality of models on texts and tasks."""

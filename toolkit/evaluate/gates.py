@@ -22,14 +22,10 @@ GATE = re.compile(
 
 @dataclass(frozen=True)
 class Bounded:
-    """What a gate may say of one figure.
+    """This says what a gate may demand of one metric of a record.
 
-    Attributes:
-        metric: of the record.
-        op: "<=" where less is better, else ">=".
-        units: of the bound; "" is the figure itself.
-        argument: what may stand in brackets: a text, a task, or the side of a speed record.
-        needed: whether it must.
+    `op` is "<=" where less is better, else ">="; of the `units` of a bound "" is the figure itself.
+    A text, a task or the side of a speed record may stand in brackets, and must if `needed`.
     """
 
     metric: str
@@ -56,14 +52,9 @@ OF_BOTH = ("kl", "drift_mean", "drift_p99", "drift_max", "top1")
 
 @dataclass(frozen=True)
 class Gate:
-    """One bound.
+    """A gate is one bound: the line as it was written, and its parts.
 
-    Attributes:
-        line: as it was written.
-        name: a key of BOUNDED.
-        argument: a text, task or side; None: all texts, or the only side.
-        bound: in `unit`.
-        unit: "", "x" or "pt".
+    The argument is a text, task or side; None stands for all texts, or the only side.
     """
 
     line: str
@@ -80,14 +71,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A gate beside what was measured.
-
-    Attributes:
-        gate: what was asked.
-        of: the load or side that decided.
-        value: in the gate's unit; NaN never passes.
-        passed: whether it holds.
-    """
+    """The outcome of a gate is the value, in its unit, of the load or side that decided."""
 
     gate: Gate
     of: str
@@ -222,7 +206,7 @@ def _figures(gate: Gate, quality: Record) -> Iterator[tuple[str, float]]:
 
 
 def _speedups(gate: Gate, speed: Record, model: str | None) -> Iterator[tuple[str, float]]:
-    """How often faster than the baseline a side decodes, by load.
+    """Give by load how often faster than the baseline a side decodes.
 
     Raises:
         InputError: the record is invalid, of other models, or has no such figure.

@@ -48,14 +48,14 @@ class SubjectLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """What stands before a continuation without context; the start token if there is one."""
+        """Give what stands before a continuation without context: the start token, if any."""
         own = self.tokenizer
         return int(own.eos_token_id if own.bos_token_id is None else own.bos_token_id)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids, without special tokens unless they are asked for, as HFLM has them."""
+        """Give token ids, without special tokens unless they are asked for, as HFLM does."""
         ids: list[int] = self.tokenizer(string, add_special_tokens=bool(add_special_tokens))[
             "input_ids"
         ]
@@ -76,28 +76,24 @@ class SubjectLM(TemplateLM):
         return found
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Refused: perplexity has protocols of its own here."""
+        """Refuse rolling log-likelihood: perplexity has protocols of its own here."""
         raise UsageError(
             f"--engine {self.subject.engine}: tasks of rolling log-likelihood (perplexity) need hf "
             "or packed; use --text for perplexity."
         )
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Refused: a scorer generates nothing."""
+        """Refuse tasks that generate: a scorer generates nothing."""
         raise UsageError(
             f"--engine {self.subject.engine}: tasks that generate text need --engine hf or packed."
         )
 
 
 class ServedSubject(Subject):
-    """The first model of a running server, through the harness's client for completions.
+    """This subject is the first model of a running server, through the harness's own client.
 
-    Attributes:
-        url: of the server.
-        name: of the model there.
-        folder: that the server loaded it from, if that is a model's folder on this machine.
-        max_tokens: that fit into the model; None where the server does not say.
-        client: the harness's own, once `connect` has been called.
+    `folder` is what the server loaded it from, if that is on this machine; `max_tokens` fit into
+    the model, None where the server does not say. `connect` makes the client.
     """
 
     engine = "server"
@@ -175,7 +171,7 @@ class ServedSubject(Subject):
         return Scores(torch.tensor(found, dtype=torch.float32))
 
     def _card(self) -> dict[str, Any]:
-        """What the server says of its first model."""
+        """Ask what the server says of its first model."""
         url = f"{self.url}/v1/models"
         try:
             status, answer = exchange(url, self._key, time.monotonic() + SECONDS, MAX_BYTES)
@@ -199,7 +195,7 @@ class ServedSubject(Subject):
 
 @functools.cache
 def _manager(task_path: Path | None) -> Any:
-    """The harness's list of tasks, which takes it seconds, so that it is made once."""
+    """Make the harness's list of tasks once, as that takes it seconds."""
     return TaskManager(include_path=str(task_path) if task_path else None)
 
 

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is asked.
+    """An evaluation says what is asked.
 
     Attributes:
         model: a folder or hub id, or the address of a running vLLM server.
@@ -65,7 +65,7 @@ class Evaluation:
 
     @property
     def dtype(self) -> str:
-        """What the model computes in; "auto" is the checkpoint's."""
+        """Name the dtype that the model computes in; "auto" is the checkpoint's."""
         return self.protocols[0].dtype if self.protocols else "auto"
 
 

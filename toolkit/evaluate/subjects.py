@@ -26,7 +26,7 @@ TOP = 20
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model says of one window of `seq_len` tokens; row i is about token i + 1.
+    """The scores are what a model says of one window of tokens; row i is about token i + 1.
 
     Attributes:
         logprobs: of the window's own tokens [seq_len − 1] float32.
@@ -44,14 +44,14 @@ class Scores:
 
     @classmethod
     def of(cls, logits: Tensor, window: Tensor) -> Scores:
-        """From logits [seq_len, vocabulary] of a window [seq_len]; `full` stays on their device."""
+        """Take logits [seq_len, vocabulary] of a window [seq_len]; `full` stays on their device."""
         full = logits[:-1].float().log_softmax(-1)
         own = full.gather(1, window[1:, None].to(full.device))[:, 0]
         return cls(own.cpu(), full.argmax(-1).cpu(), full)
 
     @classmethod
     def likeliest(cls, own: Sequence[float], best: Sequence[Mapping[int, float]]) -> Scores:
-        """From log-probs of the tokens and of as many likeliest ones at each place.
+        """Take log-probs of the tokens and of as many likeliest ones at each place.
 
         Args:
             own: [seq_len − 1].
@@ -68,12 +68,7 @@ class Scores:
 
 
 class Subject(ABC):
-    """A model that scores.
-
-    Attributes:
-        engine: a key of ENGINES, or what else computes.
-        dtype: of the computation, by name.
-    """
+    """A subject is a model that scores; it names its engine and the dtype of its computation."""
 
     engine: str
     dtype: str
@@ -87,7 +82,7 @@ class Subject(ABC):
 
 
 class TorchSubject(Subject):
-    """A transformers model, dense or packed, in eval mode."""
+    """This subject is a transformers model, dense or packed, in eval mode."""
 
     def __init__(self, model: nn.Module, engine: str = "hf") -> None:
         self.model = model
@@ -103,11 +98,9 @@ class TorchSubject(Subject):
 
 @dataclass(frozen=True)
 class Engine:
-    """What runs a model.
+    """An engine runs folders of some kinds, which `folder_kind` names.
 
-    Attributes:
-        kinds: of the folders that it runs, as `folder_kind` names them.
-        subject: "module:class" of its Subject, which takes a folder and a dtype; None for torch.
+    `subject` is "module:class" of its Subject, which takes a folder and a dtype; None for torch.
     """
 
     kinds: tuple[str, ...]

@@ -1,1 +1,1 @@
-"""Reports: record files and packed folders → one HTML page, or Markdown. Measures nothing."""
+"""This package turns records and packed folders into a page or Markdown; it measures nothing."""

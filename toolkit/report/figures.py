@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from gblm.record import Record
 from gblm.report import charts
-from gblm.report.folders import Folder
+from gblm.report.sources import Folder
 from gblm.report.tables import label
 
 # More lines than this are no chart; the table has them.
@@ -21,13 +21,7 @@ QUALITY, TIME = "perplexity", "tpot_ms_p50"
 
 @dataclass(frozen=True)
 class Figure:
-    """One chart.
-
-    Attributes:
-        title: above it.
-        picture: inline SVG.
-        note: under it: what it was measured with.
-    """
+    """A figure is a chart as inline SVG; the note under it says what it was measured with."""
 
     title: str
     picture: Markup
@@ -35,7 +29,7 @@ class Figure:
 
 
 def frontiers(records: Sequence[Record]) -> Iterator[Figure]:
-    """Perplexity against size and against time, of models that records know by one name."""
+    """Draw perplexity against size and time, of models that records know by one name."""
     sizes = {
         side: facts["bytes"] / 1e6
         for record in records
@@ -51,7 +45,7 @@ def frontiers(records: Sequence[Record]) -> Iterator[Figure]:
 
 
 def _against(records: Sequence[Record], x: str, known: dict[str, float]) -> Iterator[Figure]:
-    """A chart of each text; figures of different protocols never share one."""
+    """Draw a chart of each text; figures of different protocols never share one."""
     loads = dict.fromkeys(r.load for one in records for r in one.rows if r.metric == QUALITY)
     for load in loads:
         marks = {
@@ -68,7 +62,7 @@ def _against(records: Sequence[Record], x: str, known: dict[str, float]) -> Iter
 
 
 def of_record(record: Record) -> Iterator[Figure]:
-    """Ratios to the baseline where there are rounds, and each metric over many loads."""
+    """Draw ratios to the baseline where there are rounds, and each metric over many loads."""
     sides = [side for side in record.sides if side != record.baseline]
     for load in record.loads:
         series = {side: _ratios(record, side, load) for side in sides}
@@ -114,7 +108,7 @@ def _over_loads(
 
 
 def sparsities(folders: Sequence[Folder]) -> Iterator[Figure]:
-    """Sparsity over projections and decoder layers, all folders on one scale."""
+    """Draw sparsity over projections and decoder layers, all folders on one scale."""
     every = [share for folder in folders for share in folder.sparsity.values()]
     for folder in folders:
         parts = list(dict.fromkeys(part for part, _ in folder.sparsity))
@@ -128,7 +122,7 @@ def sparsities(folders: Sequence[Folder]) -> Iterator[Figure]:
 
 
 def masks(folders: Sequence[Folder]) -> Iterator[Figure]:
-    """Linear by linear, each folder's mask on one scale."""
+    """Draw each folder's masks, linear by linear on one scale."""
     for place in dict.fromkeys(place for folder in folders for place in folder.masks):
         own = {folder.name: folder.masks[place] for folder in folders if place in folder.masks}
         cells = torch.cat([charts.downsample(mask).flatten() for mask in own.values()])

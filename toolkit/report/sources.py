@@ -1,27 +1,53 @@
-"""The files and folders that a report is made of."""
+"""What a report is made of: records, and facts, sparsities and masks of folders."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from torch import Tensor
+
+from gblm.checkpoint.inspect import inspect
 from gblm.errors import InputError
+from gblm.files import read_json
+from gblm.model.folder import ModelFolder
+from gblm.model.packed_reader import RECIPE_FILE, PackedReader
 from gblm.record import Record
-from gblm.report.folders import Folder, read_folder
 from gblm.report.tables import Table, said
+
+ONNX_REPORT = "onnx_report.json"
+EXPORTED = ("source", "target", "precision", "sparse", "bytes_total")
+# Keys of the groups that `gblm inspect` shows.
+GROUPED = ("pattern", "dtype", "linears", "weights", "sparsity", "bits_per_weight", "bytes")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder is a packed or exported model; the command makes it again, None if it does not say.
+
+    Sparsities go by part of a decoder layer and its index, such as ("self_attn.q_proj", 0); so do
+    the masks [out, in] bool of the layers that are asked for.
+    """
+
+    name: str
+    table: Table
+    command: str | None = None
+    sparsity: dict[tuple[str, int], float] = field(default_factory=dict)
+    masks: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
 
 @dataclass
 class Sources:
-    """Everything that a report shows; each record with the name of its file."""
+    """The sources are all that a report shows; each record has the name of its file."""
 
     records: list[tuple[str, Record]] = field(default_factory=list)
     folders: list[Folder] = field(default_factory=list)
 
     @property
     def invalid(self) -> list[str]:
-        """Why figures of records do not stand."""
+        """Say why figures of records do not stand."""
         return [
             f"{file}: {reason}"
             for file, record in self.records
@@ -31,12 +57,12 @@ class Sources:
 
     @property
     def notes(self) -> list[str]:
-        """What to mind although figures stand."""
+        """Say what to mind although figures stand."""
         return [f"{file}: {note}" for file, record in self.records for note in record.verdict.notes]
 
     @property
     def commands(self) -> list[str]:
-        """What repeats it, each once."""
+        """List the commands that repeat it, each once."""
         found = [record.command for _, record in self.records]
         found += [folder.command for folder in self.folders if folder.command]
         return list(dict.fromkeys(found))
@@ -75,3 +101,80 @@ def read_sources(paths: Sequence[Path], layers: Sequence[int]) -> Sources:
             )
         found.folders.append(folder)
     return found
+
+
+def read_folder(folder: Path, layers: Sequence[int]) -> Folder:
+    """Read one folder.
+
+    Args:
+        folder: as `gblm prune`, `gblm export pack` or `gblm export onnx` writes it.
+        layers: decoder layers whose masks are kept.
+
+    Raises:
+        InputError: it is none, is damaged, or has no such layer.
+    """
+    if (folder / ONNX_REPORT).is_file():
+        return _exported(folder)
+    opened = ModelFolder.open(folder)
+    if opened.kind != "packed":
+        raise InputError(
+            f"{folder}: is no packed folder, so there are no masks to show; give folders that "
+            "`gblm prune` or `gblm export pack` wrote, and record files."
+        )
+    sparsity: dict[tuple[str, int], float] = {}
+    masks: dict[tuple[str, int], Tensor] = {}
+    with PackedReader(opened) as packed:
+        for linear in packed.linears.values():
+            place = _place(linear.name)
+            if place is None:
+                continue
+            # The parts are checked first, as a folder may come from anywhere.
+            parts = packed.parts(linear.name)
+            linear.fmt.validate(linear.name, parts, linear.shape)
+            mask = linear.fmt.mask(parts)
+            sparsity[place] = 1 - int(mask.sum()) / mask.numel()
+            if place[1] in layers:
+                masks[place] = mask
+    known = sorted({layer for _, layer in sparsity})
+    missing = sorted(set(layers) - set(known))
+    if missing:
+        choices = f"{known[0]} to {known[-1]}" if known else "nothing"
+        raise InputError(
+            f"{folder}: there is no packed linear in layer {missing[0]}; --layer takes {choices}."
+        )
+    name, recipe = folder.resolve().name, folder / RECIPE_FILE
+    made = read_json(recipe) if recipe.exists() else {}
+    command = f"gblm prune MODEL --recipe {name}/{RECIPE_FILE} --output {name}" if made else None
+    table = _table(name, inspect(opened), made.get("method"))
+    return Folder(name, table, command, sparsity, masks)
+
+
+def _table(name: str, facts: dict[str, Any], method: object) -> Table:
+    """Show linears of one pattern and value type in one row."""
+    line = f"{facts['architecture']}, {facts['bytes'] / 1e6:.1f} MB, {facts['size_ratio']} of dense"
+    return Table(
+        name,
+        line + (f"; pruned with {method}" if method else ""),
+        tuple(key.replace("_", " ") for key in GROUPED),
+        tuple(tuple(said(group[key]) for key in GROUPED) for group in facts["groups"]),
+    )
+
+
+def _exported(folder: Path) -> Folder:
+    """Take what the report of an export says of it, and whether it was validated."""
+    report = read_json(folder / ONNX_REPORT)
+    rows = [(key.replace("_", " "), said(report[key])) for key in EXPORTED if key in report]
+    checked = report.get("validation")
+    outcome = "not validated"
+    if isinstance(checked, dict):
+        outcome = "passed" if checked.get("passed") is True else "FAILED"
+    name = folder.resolve().name
+    table = Table(name, "exported for ONNX Runtime", ("", ""), (*rows, ("validation", outcome)))
+    return Folder(name, table)
+
+
+def _place(name: str) -> tuple[str, int] | None:
+    """Split a name at its decoder layer; None for what lies in no numbered layer."""
+    pieces = name.split(".")
+    index = next((i for i, piece in enumerate(pieces) if piece.isdigit()), None)
+    return None if index is None else (".".join(pieces[index + 1 :]), int(pieces[index]))

@@ -11,14 +11,7 @@ from gblm.record import Record
 
 @dataclass(frozen=True)
 class Table:
-    """One table.
-
-    Attributes:
-        title: above it.
-        note: what its figures were measured with; "" if nothing is to be said.
-        header: of the columns.
-        rows: as many cells each.
-    """
+    """A table has a note on what its figures were measured with, "" if nothing is to be said."""
 
     title: str
     note: str
@@ -45,7 +38,7 @@ def record_tables(record: Record) -> Iterator[Table]:
 
 
 def _figures(record: Record, title: str, load: str, lines: Sequence[tuple[str, str, str]]) -> Table:
-    """A line for each name, load and metric; a column for each side."""
+    """Make a line for each name, load and metric, and a column for each side."""
     compared = f"in brackets: times {record.baseline}" if record.baseline else ""
     rows = tuple(
         (name, *(cell(record, side, where, metric) for side in record.sides))

@@ -26,14 +26,10 @@ BISECTIONS = 60
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """A linear to prune, without its weights.
+    """A linear to prune is known by its full name, shape [out, in] and dtype in the checkpoint.
 
-    Attributes:
-        name: the full name.
-        shape: [out, in].
-        dtype: of the checkpoint's weight.
-        unit: equal for linears that servers multiply as one.
-        scope: where an unstructured sparsity is counted, by row or over the matrix.
+    `unit` is equal for linears that servers multiply as one; `scope` says where an unstructured
+    sparsity is counted, by row or over the matrix.
     """
 
     name: str
@@ -44,7 +40,7 @@ class LinearSpec:
 
     @property
     def weights(self) -> int:
-        """The number of weights."""
+        """Count the weights."""
         return prod(self.shape)
 
     def num_bytes(self, choice: Choice) -> int:

@@ -19,13 +19,10 @@ WORDS: dict[str, tuple[Unit, float]] = {
 
 @dataclass(frozen=True)
 class Budget:
-    """A bound on a packed model. str() gives the text it was read from.
+    """A budget bounds a packed model; str() gives the text it was read from.
 
-    Attributes:
-        unit: "bits" are counted per weight of the linears to prune, with masks and scales; "bytes"
-            are those of all tensors of the packed folder.
-        amount: the number of these, above 0.
-        text: the words that it was given in.
+    "bits" are counted per weight of the linears to prune, with masks and scales; "bytes" are those
+    of all tensors of the packed folder.
     """
 
     unit: Unit

@@ -31,13 +31,9 @@ MARGIN = 0.02
 
 @dataclass(frozen=True)
 class Question:
-    """What a user asks.
+    """A question asks which pattern, values and layers in the space hold a budget best.
 
-    Attributes:
-        recipe: model, text, method and steps of all candidates; their pattern, values and layers
-            are what is searched for.
-        budget: to hold.
-        space: what linears may become.
+    The recipe gives model, text, method and steps of all candidates.
     """
 
     recipe: Recipe

@@ -35,11 +35,9 @@ TRUST, TYPICAL, TINY = 0.7, 0.5, 1e-30
 
 @dataclass(frozen=True)
 class Space:
-    """What linears may become; they may always stay dense.
+    """The space says what linears may become: value types, "unstructured" and N:M patterns.
 
-    Attributes:
-        values: value types, such as "int4:auto".
-        patterns: "unstructured", and N:M patterns.
+    They may always stay dense.
     """
 
     values: tuple[str, ...] = ("float", "int8:auto", "int4:auto")
@@ -81,7 +79,7 @@ class Examined:
 
     @property
     def weights(self) -> int:
-        """The number of weights of all linears to prune."""
+        """Count the weights of all linears to prune."""
         return sum(linear.weights for linear in self.linears)
 
     def loss(self, linear: LinearSpec, choice: Choice) -> float:
@@ -94,7 +92,7 @@ class Examined:
 
     @cached_property
     def _drawn(self) -> dict[str, float]:
-        """Factors by linear: (mean / own)^(1 − TRUST) of the losses per weight at TYPICAL.
+        """Give factors by linear: (mean / own)^(1 − TRUST) of the losses per weight at TYPICAL.
 
         The mean is geometric; all of them at TYPICAL add up to as much as before.
         """

@@ -37,7 +37,7 @@ FACTS = ("dense", "fits", "what", "groups", "recipe")
 
 @dataclass(frozen=True)
 class Measuring:
-    """Where candidates are made, how many of them, and what they are measured on.
+    """This says where candidates are made, how many of them, and what they are measured on.
 
     Attributes:
         folder: to be made, or that of an earlier call with the same question and protocol.

@@ -40,7 +40,7 @@ SHARE = 0.68
 
 @dataclass(frozen=True)
 class Judgement:
-    """What linears may become, and how the steps of a recipe choose and round.
+    """A judgement says what linears may become, and how a recipe's steps choose and round.
 
     Attributes:
         values: `resolve`d value types, by full name of the linear and then by kind.
@@ -57,7 +57,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Curve:
-    """The predicted rise of the loss, in nats per token, of one linear.
+    """A curve gives the predicted rise of the loss, in nats per token, of one linear.
 
     `sparse` has it by kind of values for each sparsity of GRID, of which the first is the dense
     one; `fixed` by N:M pattern and kind of values.
