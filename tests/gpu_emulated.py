@@ -32,7 +32,7 @@ FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-fno-
 
 def missing() -> str | None:
     """Why there is no emulated GPU here."""
-    return None if shutil.which("g++") else "no g++ to build the emulated GPU with"
+    return None if shutil.which("g++") else "no g++ for the emulated GPU: .ci/run installs it"
 
 
 class EmulatedDevice(Device):

@@ -12,7 +12,6 @@ import pytest
 import torch
 from frontier_cases import CASES
 
-from gblm.errors import InputError
 from gblm.methods.pipeline import make_pipeline
 from gblm.model.folder import ModelFolder
 from gblm.model.packed_reader import PackedReader
@@ -62,13 +61,6 @@ def test_every_case_is_a_recipe(name: str) -> None:
     if recipe.calibration is not None:
         assert (recipe.calibration.num_samples, recipe.calibration.seed) == (16, 3)
         assert recipe.calibration.order == "sequential"
-
-
-def test_labels_and_recipes_are_distinct() -> None:
-    assert len({case.label for case in CASES.values()}) == len(CASES)
-    assert len({repr((case.recipe, case.narrow, case.budget)) for case in CASES.values()}) == len(
-        CASES
-    )
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if re.search(r"-[23]\.\d", name)])
@@ -125,30 +117,6 @@ def test_runs_that_are_there_are_skipped(
     runs = json.loads(record.read_text())["runs"]
     assert len(runs) == len(made_up()) + 2
     assert [r["perplexity"]["8w"] for r in runs if frontier.key_of(r) in wanted] == [40] * 3
-
-
-def test_a_run_without_the_full_text_is_not_enough_for_one_with_it(record: Path) -> None:
-    found, key = frontier.read(record), frontier.Key("int8", 0, 0)
-    assert frontier.is_there(found, key, full=False)
-    assert not frontier.is_there(found, key, full=True)
-
-
-@pytest.mark.slow
-def test_failures_do_not_stop_the_others(
-    record: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    keys = [frontier.Key("int8", 0, 0)]
-    before = record.read_text()
-    failed = frontier.run_all(keys, 1, record, ["--model", str(tmp_path / "nowhere")])
-    assert failed == keys
-    assert "int8 0 0 FAILED" in capfd.readouterr().out
-    assert record.read_text() == before
-
-
-def test_missing_text_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"holds no test\*\.txt"):
-        frontier.text_file(tmp_path, "test")
-    assert frontier.text_file(None, "test") == "wikitext2"
 
 
 def test_table_has_means_spreads_and_minutes(record: Path) -> None:

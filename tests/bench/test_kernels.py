@@ -19,7 +19,9 @@ from gblm.record import Record
 
 Run = Callable[..., Outcome]
 ANY_NOISE = ("--max-steal", 100, "--max-other-load", 100, "--max-slow-read", 100)
-needs_kernels = pytest.mark.skipif(native.refusal() is not None, reason="no CPU kernels")
+needs_kernels = pytest.mark.skipif(
+    native.refusal() is not None, reason="no CPU kernels: make dev builds them"
+)
 
 
 def measured_with(monkeypatch: pytest.MonkeyPatch, heard: list[dict[str, float]]) -> bench._Bench:

@@ -28,7 +28,7 @@ def has_avx512() -> bool:
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(platform.machine() != "x86_64", reason="AMX: runs on x86"),
-    pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: .ci/run has it"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: .ci/run installs it"),
     pytest.mark.skipif(not has_avx512(), reason="no AVX-512: runs on CPUs with it"),
 ]
 

@@ -24,7 +24,7 @@ from cpu_cases import (
 from gblm.kernels import native
 
 pytestmark = pytest.mark.skipif(
-    native.refusal() is not None, reason=f"no CPU kernels: {native.refusal()}"
+    native.refusal() is not None, reason=f"no CPU kernels: {native.refusal()}; make dev builds them"
 )
 VALUES = ("float", "int8", "int4")
 MASKS = ("dense", "any", "2:4", "4:8", "8:16")

@@ -12,7 +12,7 @@ from torch import Tensor
 from gblm.kernels import native
 
 pytestmark = pytest.mark.skipif(
-    native.refusal() is not None, reason=f"no CPU kernels: {native.refusal()}"
+    native.refusal() is not None, reason=f"no CPU kernels: {native.refusal()}; make dev builds them"
 )
 ROUNDS = 400
 HEADER = 64

@@ -15,7 +15,7 @@ from torch import Tensor
 from gblm.kernels import native
 
 pytestmark = pytest.mark.skipif(
-    native.refusal() is not None, reason=f"no CPU kernels: {native.refusal()}"
+    native.refusal() is not None, reason=f"no CPU kernels: {native.refusal()}; make dev builds them"
 )
 VALUES = ("float", "int8", "int4")
 Change = Callable[[native.Source], dict[str, object]]

@@ -31,7 +31,7 @@ from gblm.serve.launch import Server, check_options, command, environment
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A self-signed certificate and its key."""
     if shutil.which("openssl") is None:
-        pytest.skip("no openssl: .ci/run has it")
+        pytest.skip("no openssl: .ci/run installs it")
     folder = tmp_path_factory.mktemp("tls")
     certificate, key = folder / "cert.pem", folder / "key.pem"
     subprocess.run(
