@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fetch": {"cache", "checkpoint", "errors"},
     "prune": {
         "__init__", "calibrate", "checkpoint", "data", "errors", "files", "methods",
-        "model", "progress", "provenance", "recipe", "sparse",
+        "model", "progress", "provenance", "recipe", "recover", "sparse",
     },
     "report": {"__init__", "checkpoint", "errors", "files", "model", "record"},
     "export": {
@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "recover": {
         "calibrate", "checkpoint", "data", "errors", "files", "model", "progress",
-        "provenance", "prune", "recipe", "sparse",
+        "provenance", "recipe", "sparse",
     },
     "search": {
         "calibrate", "data", "errors", "evaluate", "files", "methods",

@@ -14,9 +14,10 @@ from conftest import content
 from killing import killed_run
 from safetensors.torch import load_file
 
+from gblm.checkpoint import resume
+from gblm.checkpoint.resume import open_work, work_path
 from gblm.errors import InputError, MachineError
-from gblm.prune import Output, prune, resume
-from gblm.prune.resume import open_work, work_path
+from gblm.prune import Output, prune
 from gblm.recipe import Calibration, Recipe
 
 MANY_STEPS = 80

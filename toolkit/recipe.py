@@ -131,7 +131,7 @@ class Recovering(BaseModel):
         seed: of the windows and their order.
         bos: windows begin with what the tokenizer puts before a prompt.
         train: "weights", all kept values; "scales", norms and factors of rows and columns, or of
-            groups of codes, at almost no memory.
+            groups of codes, at almost no memory; "auto", weights where the machine can hold them.
         learning_rate: at its highest; None takes `RATES[train]`.
         dtype: of the computation; "auto" is the checkpoint's own.
     """
@@ -147,7 +147,7 @@ class Recovering(BaseModel):
     batch_size: int = Field(default=4, ge=1)
     seed: int = 0
     bos: bool = True
-    train: Literal["weights", "scales"] = "weights"
+    train: Literal["auto", "weights", "scales"] = "auto"
     learning_rate: float | None = Field(default=None, gt=0)
     dtype: DType = "auto"
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import Outcome, content, save_tiny_model
@@ -14,11 +15,14 @@ from killing import killed_recovery
 
 from gblm.calibrate import text
 from gblm.checkpoint.inspect import verify
-from gblm.errors import InputError, MachineError, UsageError
+from gblm.errors import GblmError, InputError, MachineError, UsageError
 from gblm.model.folder import ModelFolder
 from gblm.model.loading import load
 from gblm.model.packed_reader import PackedReader
-from gblm.recipe import Recovering
+from gblm.prune import prune
+from gblm.prune import run as prune_module
+from gblm.recipe import Calibration, Recipe, Recovering
+from gblm.recover import needs
 from gblm.recover import run as run_module
 from gblm.recover import train as train_module
 from gblm.recover.run import recover
@@ -233,3 +237,109 @@ def test_a_mix_has_its_shares(tiny: Path, text_file: Path, tmp_path: Path) -> No
 def test_a_bad_mix_is_refused(mix: str) -> None:
     with pytest.raises(UsageError, match="write sources as"):
         text.parse_mix(mix)
+
+
+@pytest.fixture
+def recipe(tiny: Path, text_file: Path, how: Recovering) -> Recipe:
+    text = Calibration(source=str(text_file), num_samples=2, seq_len=16)
+    return Recipe(model=str(tiny), method="wanda", calibration=text, recover=how)
+
+
+def test_pruned_and_recovered_in_one_step_or_two_it_is_the_same(
+    recipe: Recipe, how: Recovering, tmp_path: Path
+) -> None:
+    report = prune(recipe, tmp_path / "one")
+    prune(recipe.model_copy(update={"recover": None}), tmp_path / "pruned")
+    recover(tmp_path / "pruned", tmp_path / "two", how)
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "pruned", "two"]
+    assert report["recover"]["kept"]
+
+
+def test_recovery_goes_on_from_what_an_earlier_run_had_pruned(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(*args: object, **given: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prune_module, "recover", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            prune(recipe, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == [".out.pruned"]
+
+    monkeypatch.setattr(prune_module, "prune_layer", cut_off)
+    prune(recipe, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(KeyboardInterrupt):  # another recipe starts anew
+        prune(recipe.model_copy(update={"pattern": "4:8"}), tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text": "nowhere.txt"}, "nowhere.txt does not exist"),
+        ({"held_out": ("pile",)}, "'pile' is neither"),
+        ({"text": "pydoc:0"}, "write sources as"),
+    ],
+)
+def test_texts_are_refused_before_anything_is_pruned(
+    recipe: Recipe, how: Recovering, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    with pytest.raises(GblmError, match=message):
+        prune(
+            recipe.model_copy(update={"recover": how.model_copy(update=change)}), tmp_path / "out"
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_decides_what_is_trained_and_whether(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"hidden_size": 64, "num_hidden_layers": 2}
+    extent = needs.Extent(config, [(1 << 12, 1 << 12)], 1 << 23, 1 << 25)
+    own = Recovering()
+    memory = psutil.virtual_memory()
+
+    def settled(total: int) -> str:
+        has = memory._replace(total=total, available=total)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: has)
+        return needs.settle(own, extent, "cpu").train
+
+    assert settled(extent.memory(own, "weights") + 1) == "weights"
+    assert settled(extent.memory(own, "weights")) == "scales"
+    with pytest.raises(MachineError, match="GB are free"):
+        settled(1000)
+    with pytest.raises(MachineError, match="GB are free"):
+        prune(recipe, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_method_the_command_prunes_and_recovers(
+    gblm: Callable[..., Outcome], tiny: Path, text_file: Path, tmp_path: Path
+) -> None:
+    short = ("--calibration", text_file, "--num-samples", 2, "--seq-len", 32)
+    done = gblm("prune", tiny, *short, "--recover", 1024, "--output", tmp_path / "out")
+    assert done.code == 0, done
+    assert "preset recovered: sparsegpt, 8:16, int8, on 2 samples of 32 tokens" in done.err
+    assert "recovered on 1024 tokens" in done.out
+    recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
+    assert (recipe["method"], recipe["values"], recipe["head"]) == (
+        "sparsegpt",
+        "int8:auto",
+        "int8",
+    )
+    assert recipe["recover"]["text"] == str(text_file)
+    done = gblm("prune", tiny, *short, "--method", "gblm", "--output", tmp_path / "paper")
+    recipe = json.loads((tmp_path / "paper" / "recipe.json").read_text())
+    assert (recipe["pattern"], recipe["values"], recipe["recover"]) == ("2:4", "float", None)
+
+
+def test_a_dry_run_tells_what_the_recovery_takes(
+    gblm: Callable[..., Outcome], tiny: Path, text_file: Path, tmp_path: Path
+) -> None:
+    short = ("--calibration", text_file, "--num-samples", 2, "--seq-len", 32)
+    done = gblm("prune", tiny, *short, "--dry-run", "--output", tmp_path / "out")
+    assert done.code == 0, done
+    assert "then recovery on 65536 tokens" in done.out
+    assert not (tmp_path / "out").exists()

@@ -246,7 +246,8 @@ def test_pruning_and_packing_exclude_each_other(tiny: Path) -> None:
 def test_defaults_are_those_of_gblm_prune(tiny: Path) -> None:
     from gblm.commands.recipe_options import read_recipe
 
-    context = prune_command.command.make_context("prune", [str(tiny), "--output", "o"])
+    arguments = [str(tiny), "--output", "o", "--method", "gblm"]
+    context = prune_command.command.make_context("prune", arguments)
     given = {k: v for k, v in context.params.items() if k not in (*prune_command.OWN, "recipe")}
     assert recipe_of(tiny, "gblm 2:4") == read_recipe(context, None, given, prune_command.OWN)
 

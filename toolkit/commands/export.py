@@ -58,8 +58,8 @@ def dense(ctx: click.Context, source: str, output: Path, overwrite: bool) -> Non
 @click.option(
     "--pattern", help="Pattern the zeros must follow, found out if left out; dense keeps all."
 )
-@values_option
-@head_option
+@values_option("float")
+@head_option("float")
 @click.option("--ignore", multiple=True, help="Glob of module names to leave dense; repeatable.")
 @click.pass_context
 def pack(

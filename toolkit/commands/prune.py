@@ -16,6 +16,7 @@ from gblm.commands.common import (
     table,
 )
 from gblm.commands.recipe_options import RecipeCommand, read_recipe, recipe_options
+from gblm.commands.recover import show_recovery
 
 OWN = frozenset({"output", "overwrite", "resume", "save_stats", "dry_run"})
 
@@ -83,6 +84,8 @@ def command(
             f"({report['bits_per_weight']:.2f} bits per pruned weight, {included} included"
             f"{head_note(report)}), {report['seconds']:.0f} s"
         )
+        if "recover" in report:
+            show_recovery(report["recover"])
 
     emit(ctx, {key: value for key, value in report.items() if key != "tensors"}, text)
 
@@ -110,4 +113,10 @@ def _print_dry_run(facts: dict[str, Any]) -> None:
         f"{megabytes(facts['disk_bytes'])} of disk"
     )
     click.echo(f"time: about {facts['seconds']:.0f} s, by one decoder layer on this machine")
+    if facts["recover"]:
+        click.echo(
+            f"then recovery on {facts['recover']['tokens']} tokens, with up to "
+            f"{megabytes(facts['recover']['memory_bytes'])} of memory and "
+            f"{megabytes(facts['recover']['disk_bytes'])} of disk"
+        )
     click.echo("dry run: nothing was written.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
@@ -13,6 +14,8 @@ from gblm.commands.common import Command, device_option, dtype_option, options
 if TYPE_CHECKING:
     from gblm.recipe import Recipe
 
+logger = logging.getLogger(__name__)
+
 CALIBRATION_OPTIONS = (
     "calibration", "num_samples", "seq_len", "seed", "bos", "prefix", "order",
 )  # fmt: skip
@@ -20,17 +23,23 @@ CALIBRATION_OPTIONS = (
 PLAIN = (
     "model", "method", "rounding", "head", "stats", "targets", "ignore", "dtype", "device",
 )  # fmt: skip
-# What each preset sets; the steps follow docs/methods.md.
-PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {
-        "method": "sparsegpt", "rounding": "obs", "order": "sequential",
-        "num_samples": 64, "seq_len": 512,
-    },
-    "best": {
-        "method": "sparsegpt", "rounding": "obs", "order": "sequential", "reconstruct": 2,
-        "num_samples": 128, "seq_len": 512,
-    },
+# What the papers did, and what an option has where no preset says otherwise.
+PAPER: dict[str, Any] = {
+    "method": "gblm", "pattern": "2:4", "values": "float", "head": "float",
+    "rounding": "nearest", "reconstruct": 0, "recover": 0, "calibration": "pydoc",
+    "num_samples": 128, "seq_len": 2048, "order": "layer", "bos": True,
 }  # fmt: skip
+FAST = PAPER | {
+    "method": "sparsegpt", "pattern": "8:16", "values": "int8", "head": "int8",
+    "rounding": "obs", "num_samples": 64, "seq_len": 512, "order": "sequential",
+}  # fmt: skip
+# The steps follow docs/methods.md, the choice docs/results.md.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": PAPER,
+    "fast": FAST,
+    "recovered": FAST | {"recover": 65536},
+    "best": FAST | {"num_samples": 128, "reconstruct": 2, "recover": 262144},
+}
 
 
 class RecipeCommand(Command):
@@ -91,29 +100,35 @@ def _kinds() -> Iterable[str]:
     return (f"{name} ({kind.about})" for name, kind in KINDS.items())
 
 
-values_option = click.option(
-    "--values",
-    cls=LazyHelp,
-    entries=_kinds,
-    default="float",
-    show_default=True,
-    help="How kept weights are stored: {}. Codes take a group size: int8:128, int4:row; int4 alone "
-    "is int4:auto, the largest of 128, 96, 64, 32 columns that divides the linear's.",
-)
-head_option = click.option(
-    "--head",
-    type=click.Choice(["float", "int8", "int4"]),
-    default="float",
-    show_default=True,
-    help="How the output head is stored: as it is, or rounded to codes. A head that is tied to the "
-    "embeddings becomes a rounded copy, and the embeddings stay.",
-)
+def values_option(default: str | None = None) -> Callable[[Any], Any]:
+    """Give the option of how weights are stored; without a default the preset's is taken."""
+    return click.option(
+        "--values",
+        cls=LazyHelp,
+        entries=_kinds,
+        default=default,
+        show_default=True,
+        help="How kept weights are stored: {}. Codes take a group size: int8:128, int4:row; int4 "
+        "alone is int4:auto, the largest of 128, 96, 64, 32 columns that divides the linear's.",
+    )
+
+
+def head_option(default: str | None = None) -> Callable[[Any], Any]:
+    """Give the option of how the head is stored; without a default the preset's is taken."""
+    return click.option(
+        "--head",
+        type=click.Choice(["float", "int8", "int4"]),
+        default=default,
+        show_default=True,
+        help="How the output head is stored: as it is, or rounded to codes. A head that is tied to "
+        "the embeddings becomes a rounded copy, and the embeddings stay.",
+    )
+
+
 step_options = options(
     click.option(
         "--rounding",
         type=click.Choice(["nearest", "mse", "obs"]),
-        default="nearest",
-        show_default=True,
         help="How integer codes are found: to the nearest; with scales of least error; or so "
         "that the weights not yet rounded make up for it (GPTQ; joint with sparsegpt's mask).",
     ),
@@ -121,10 +136,14 @@ step_options = options(
     click.option(
         "--reconstruct",
         type=click.IntRange(0),
-        default=0,
-        show_default=True,
         metavar="EPOCHS",
         help="Train each pruned decoder layer towards the dense one, so many times over the text.",
+    ),
+    click.option(
+        "--recover",
+        type=click.IntRange(0),
+        metavar="TOKENS",
+        help="Train the whole pruned model towards the dense one, as gblm recover does.",
     ),
 )
 # What a search takes; a recipe has the rest.
@@ -132,37 +151,28 @@ search_options = options(
     click.option(
         "--preset",
         type=click.Choice(sorted(PRESETS)),
-        help="Sets method, steps, order and samples, as far as no option does: fast takes minutes, "
-        "best a few times as long.",
+        help="Sets what no option does. Default: recovered; paper where a --method is named.",
     ),
     click.option(
         "--method",
         cls=LazyHelp,
         entries=_methods,
-        default="gblm",
-        show_default=True,
         help="One of {}.",
     ),
     click.option(
         "--pattern",
-        default="2:4",
-        show_default=True,
         help="2:4, 4:8, 8:16, any N:M (N kept of M), a sparsity such as 0.5, dense.",
     ),
-    values_option,
+    values_option(),
     click.option(
         "--calibration",
-        default="pydoc",
-        show_default=True,
         help="A .txt, .jsonl or .parquet file, or pydoc, wikitext2, c4; several with shares: "
         "pydoc:1,self:2, where self is what the dense model writes.",
     ),
-    click.option("--num-samples", type=click.IntRange(1), default=128, show_default=True),
+    click.option("--num-samples", type=click.IntRange(1), help="Of the text."),
     click.option(
         "--seq-len",
         type=click.IntRange(2),
-        default=2048,
-        show_default=True,
         help="Tokens per sample.",
     ),
     click.option("--seed", type=int, default=0, show_default=True),
@@ -186,7 +196,7 @@ search_options = options(
 recipe_options = options(
     search_options,
     step_options,
-    head_option,
+    head_option(),
     click.option(
         "--prefix",
         type=click.Choice(["pruned", "dense"]),
@@ -197,8 +207,6 @@ recipe_options = options(
     click.option(
         "--order",
         type=click.Choice(["layer", "sequential"]),
-        default="layer",
-        show_default=True,
         help="Observe a whole decoder layer before pruning it, or linear by linear in one pass.",
     ),
     click.option(
@@ -243,16 +251,27 @@ def _refuse_given(ctx: click.Context, names: Iterable[str], why: str) -> None:
 
 
 def _with_preset(ctx: click.Context, preset: str | None, **given: Any) -> dict[str, Any]:
-    """The options, where the preset's own take the place of those that were not given."""
-    from click.core import ParameterSource
+    """The options, where the preset's own take the place of those that were not given.
 
-    own = PRESETS.get(preset or "", {})
-    if given["values"] == "float":
-        own = {name: value for name, value in own.items() if name != "rounding"}
-    if given.get("stats") is not None and preset:
+    Who names a method, or has statistics, gets what the papers did.
+    """
+    saved = given.get("stats") is not None
+    if saved and preset:
         raise click.UsageError("--preset does not go with --stats: it calibrates its own way.")
-    source = ctx.get_parameter_source
-    return given | {n: v for n, v in own.items() if source(n) != ParameterSource.COMMANDLINE}
+    preset = preset or ("paper" if saved or given["method"] else "recovered")
+    own = {n: v for n, v in PRESETS[preset].items() if given.get(n) is None}
+    # Codes alone are rounded; with a floating --values the head is left floating, too.
+    if given["values"] == "float":
+        own |= {name: PAPER[name] for name in ("rounding", "head") if name in own}
+    chosen = given | own
+    if preset != "paper":
+        steps = f", recovered on {chosen['recover']} tokens" if chosen["recover"] else ""
+        logger.info(
+            "preset %s: %s, %s, %s, on %d samples of %d tokens%s",
+            preset, chosen["method"], chosen["pattern"], chosen["values"],
+            chosen["num_samples"], chosen["seq_len"], steps,
+        )  # fmt: skip
+    return chosen
 
 
 def _fields(**given: Any) -> dict[str, Any]:
@@ -270,6 +289,11 @@ def _fields(**given: Any) -> dict[str, Any]:
         fields["refit"] = {}
     if given.get("reconstruct"):
         fields["reconstruct"] = {"epochs": given["reconstruct"]}
+    if given.get("recover"):
+        fields["recover"] = {
+            "tokens": given["recover"], "text": given["calibration"],
+            "seed": given["seed"], "bos": given["bos"],
+        }  # fmt: skip
     return fields | {
         "pattern": str(parse(given["pattern"])),
         "values": str(parse_values(given["values"])),

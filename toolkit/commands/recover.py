@@ -42,10 +42,11 @@ HEADER = ("text", "KL, nats", "same top-1", "perplexity", "dense")
 )
 @click.option(
     "--train",
-    type=click.Choice(["weights", "scales"]),
-    default="weights",
+    type=click.Choice(["auto", "weights", "scales"]),
+    default="auto",
     show_default=True,
-    help="All kept values, or norms and scales only, at almost no memory.",
+    help="All kept values; or norms and scales only, at almost no memory; auto takes weights where "
+    "the machine can hold them.",
 )
 @click.option(
     "--learning-rate",
@@ -85,6 +86,12 @@ def command(
 
 
 def _show(report: dict[str, Any]) -> None:
+    show_recovery(report)
+    click.echo(f"{report['output']}: {report['seconds']:.0f} s")
+
+
+def show_recovery(report: dict[str, Any]) -> None:
+    """Print what a recovery won on each held-out text."""
     rows = []
     for name, after in report["after"].items():
         before = report["before"][name]
@@ -95,4 +102,4 @@ def _show(report: dict[str, Any]) -> None:
         ])  # fmt: skip
     table(HEADER, rows)
     kept = "" if report["kept"] else " (KL did not fall: the weights are those it started from)"
-    click.echo(f"{report['output']}: {report['tokens']} tokens, {report['seconds']:.0f} s{kept}")
+    click.echo(f"recovered on {report['tokens']} tokens{kept}")

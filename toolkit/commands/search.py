@@ -139,24 +139,21 @@ def _question(
     amount = parse_budget(budget)
     if recipe is not None:
         return Question(read_recipe(ctx, recipe, given, OWN), amount)
-    values = (str(parse_values(given["values"])),) if _is_given(ctx, "values") else Space.values
-    space = Space(values, _patterns(ctx, given))
+    values = (str(parse_values(given["values"])),) if given["values"] else Space.values
+    space = Space(values, _patterns(given["pattern"]))
     # Rounding belongs to integer values; recipes without any leave it out.
     fields = given | {"values": "int8", "pattern": "dense"}
-    if not (_is_given(ctx, "preset") or _is_given(ctx, "method")):
-        fields["preset"] = PRESET
-    if fields["preset"] is None:
-        fields["rounding"] = ROUNDING
+    if given["preset"] is None:
+        fields |= {"rounding": ROUNDING} if given["method"] else {"preset": PRESET}
     return Question(read_recipe(ctx, None, fields, OWN), amount, space)
 
 
-def _patterns(ctx: click.Context, given: Mapping[str, Any]) -> tuple[str, ...]:
+def _patterns(text: str | None) -> tuple[str, ...]:
     """Give the patterns that may be used: all of them, or the one that --pattern names."""
     from gblm.search.examine import Space
     from gblm.sparse.patterns import NM, parse
 
-    text = given["pattern"]
-    if not _is_given(ctx, "pattern"):
+    if text is None:
         return Space.patterns
     if text == "dense":
         return ()

@@ -31,9 +31,11 @@ from gblm.model.linears import hidden_size, linears
 from gblm.progress import Progress, no_progress
 from gblm.prune.job import Job, open_job
 from gblm.prune.layer import prune_layer
-from gblm.prune.run import Output
+from gblm.prune.run import Output, extent
 from gblm.prune.statistics import all_layers_fit, how_to_walk, stored
 from gblm.recipe import Choice, Recipe
+from gblm.recover.needs import settle
+from gblm.recover.run import check_texts
 from gblm.sparse.formats.size import is_exact, most_bytes
 
 # Text that the timed decoder layer sees at most, unless one batch has more.
@@ -57,7 +59,8 @@ def dry_run(recipe: Recipe, output: Output, progress: Progress = no_progress) ->
         Plain JSON types. "groups": the linears by pattern and values, with their bits per weight.
         "bytes_packed": of all tensors of the packed folder, or at most so many if "exact" is False.
         "disk_bytes", "memory_bytes" and "gpu_bytes": upper bounds while it runs. "seconds": an
-        estimate from one decoder layer on this machine.
+        estimate from one decoder layer on this machine. "recover": the tokens, memory and disk of
+        a recovery, or None.
 
     Raises:
         UsageError: several processes were started.
@@ -91,7 +94,22 @@ def dry_run(recipe: Recipe, output: Output, progress: Progress = no_progress) ->
             "memory_bytes": memory,
             "gpu_bytes": gpu,
             "seconds": round(seconds, 3),
+            "recover": _recovery(job, recipe),
         }
+
+
+def _recovery(job: Job, recipe: Recipe) -> dict[str, int] | None:
+    """Tell what a recovery will take; None where there is none."""
+    if recipe.recover is None:
+        return None
+    check_texts(recipe.recover)
+    size = extent(job)
+    how = settle(recipe.recover, size, recipe.device)
+    return {
+        "tokens": how.tokens,
+        "memory_bytes": size.memory(how, how.train),
+        "disk_bytes": size.disk(how, how.train),
+    }
 
 
 def _weights(job: Job, names: Iterable[str]) -> int:

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,20 @@ from gblm.calibrate.ranks import rank_device, ranks_from_environment
 from gblm.calibrate.saved import StatsFolder
 from gblm.calibrate.walk import DecoderLayer, walk
 from gblm.checkpoint.pack import Packing, check_room, write_packed
+from gblm.checkpoint.resume import WorkFolder, is_complete, open_work, remove_leftovers, work_path
 from gblm.checkpoint.write import check_output, folder_bytes
 from gblm.errors import InputError, UsageError
+from gblm.files import read_json
 from gblm.model.loading import check_device
+from gblm.model.packed_reader import MANIFEST_FILE, RECIPE_FILE, REPORT_FILE
 from gblm.progress import Progress, no_progress
 from gblm.provenance import versions
 from gblm.prune.job import Job, open_job
 from gblm.prune.layer import Pruned, prune_layer
-from gblm.prune.resume import WorkFolder, is_complete, open_work, remove_leftovers, work_path
 from gblm.prune.statistics import facts, how_to_walk, make_gradients, stored
-from gblm.recipe import Recipe
+from gblm.recipe import Recipe, Recovering
+from gblm.recover.needs import Extent, settle
+from gblm.recover.run import check_texts, recover
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,8 @@ def prune(
     """
     began = time.monotonic()
     target = output if isinstance(output, Output) else Output(Path(output))
+    if recipe.recover is not None:
+        return _prune_and_recover(recipe, recipe.recover, target, progress)
     device = rank_device(recipe.device)
     check_device(device)
     with ranks_from_environment(device) as ranks, open_job(recipe, ranks) as job:
@@ -134,6 +140,50 @@ def prune(
         report["bytes_dense"] / 1e6,
     )
     return report | {"output": str(target.folder), "seconds": round(time.monotonic() - began, 1)}
+
+
+def _prune_and_recover(
+    recipe: Recipe, how: Recovering, target: Output, progress: Progress
+) -> dict[str, Any]:
+    """Prune into a folder beside the output, which goes away once the recovered one is there."""
+    began, pruned = time.monotonic(), target.folder.parent / f".{target.folder.name}.pruned"
+    check_texts(how)
+    check_output(target.folder, target.overwrite)
+    plain = recipe.model_copy(update={"recover": None})
+    with open_job(plain) as job:
+        settle(how, extent(job), rank_device(recipe.device))
+    if not (target.resume and _is_pruned(pruned, plain)):
+        prune(plain, replace(target, folder=pruned, overwrite=True), progress)
+    found = recover(
+        pruned, target.folder, how, recipe.model, device=recipe.device,
+        overwrite=target.overwrite, resume=target.resume, progress=progress,
+    )  # fmt: skip
+    if not found:
+        return {}
+    shutil.rmtree(pruned)
+    report = read_json(target.folder / REPORT_FILE)
+    return report | {"output": str(target.folder), "seconds": round(time.monotonic() - began, 1)}
+
+
+def extent(job: Job) -> Extent:
+    """Tell how large the pruned model will be."""
+    reader = job.layers.reader
+    shapes = {name: reader.headers[f"{name}.weight"][0] for name in job.choices}
+    sparsity = {name: choice.pattern.sparsity for name, choice in job.choices.items()}
+    kept = sum(math.prod(shape) * (1 - sparsity[name]) for name, shape in shapes.items())
+    dense = sum(map(reader.num_bytes, reader))
+    return Extent(job.folder.config, list(shapes.values()), math.ceil(kept), dense)
+
+
+def _is_pruned(folder: Path, recipe: Recipe) -> bool:
+    """Tell whether an earlier run of the same recipe, on the same model and text, ended here."""
+    if not (folder / RECIPE_FILE).exists():
+        return False
+    notes = read_json(folder / MANIFEST_FILE)
+    with open_job(recipe) as job:
+        now = (job.recipe.to_dict(), job.model_sha256, job.calibration_sha256)
+    found = read_json(folder / RECIPE_FILE)
+    return now == (found, notes.get("model_sha256"), notes.get("calibration_sha256"))
 
 
 @dataclass(frozen=True)

@@ -6,26 +6,26 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from gblm import data
 from gblm.calibrate.ranks import Ranks, rank_device, ranks_from_environment
-from gblm.calibrate.text import draw
+from gblm.calibrate.text import SELF, draw, parse_mix
 from gblm.checkpoint.pack import write_side_files
 from gblm.checkpoint.report import summary, weight_row
+from gblm.checkpoint.resume import open_work, remove_leftovers, work_path
 from gblm.checkpoint.write import (
     ShardWriter,
     check_output,
     folder_bytes,
     new_folder,
 )
-from gblm.errors import CheckpointError, InputError, MachineError, UsageError
+from gblm.errors import CheckpointError, InputError, UsageError
 from gblm.files import read_json
 from gblm.model.folder import ModelFolder
 from gblm.model.loading import check_device, load, load_tokenizer
@@ -38,18 +38,14 @@ from gblm.model.packed_reader import (
 )
 from gblm.model.reader import Reader
 from gblm.progress import Progress, no_progress
-from gblm.prune.resume import open_work, remove_leftovers, work_path
 from gblm.recipe import Recovering
+from gblm.recover.needs import HELD_OUT_WINDOWS, Extent, settle
 from gblm.recover.parts import Part, SparsePart, Vector, sparse_part
 from gblm.recover.teacher import Head, Hidden, compare
 from gblm.recover.train import Schedule, Trainer
 
 logger = logging.getLogger(__name__)
-HELD_OUT_WINDOWS = 16
 TRAINING = "training"
-# What a training step of one token holds, in activations of the width of the model: those that
-# autograd keeps of a decoder layer (16), in 2 bytes each.
-KEPT_PER_LAYER = 32
 
 
 @dataclass(frozen=True)
@@ -123,11 +119,22 @@ def recover(
     source = ModelFolder.open(packed)
     with ranks_from_environment(device) as ranks, PackedReader(source) as reader:
         task = Task(reader, _dense_folder(source, dense), how, device, ranks)
-        _check(task, target, overwrite)
+        task = replace(task, how=_check(task, target, overwrite))
         with open_work(target, task.fingerprint(), resume) as work:
             found = _Run(task, work.path, progress).execute()
             report = _write(task, found, target, overwrite) if ranks.leads else {}
     return report | {"seconds": round(time.monotonic() - began, 1)} if report else {}
+
+
+def check_texts(how: Recovering) -> None:
+    """Refuse texts that cannot be read, before anything is computed.
+
+    Raises:
+        GblmError: a source is unknown, missing or empty.
+    """
+    for source in (*parse_mix(how.text), *how.held_out):
+        if source != SELF:
+            data.read_documents(source, "held-out")
 
 
 @dataclass
@@ -185,6 +192,11 @@ class _Run:
             TRAINING: draw(how.text, folder.path, tokenizer, count, how.seq_len, how.seed, how.bos),
         }
         for source in how.held_out:
+            if source == SELF:
+                found[source] = draw(
+                    SELF, folder.path, tokenizer, HELD_OUT_WINDOWS, how.seq_len, ~how.seed, how.bos
+                )
+                continue
             documents = data.read_documents(source, "held-out")
             found[Path(source).name] = data.evaluation_windows(
                 documents, tokenizer, how.seq_len, HELD_OUT_WINDOWS, bos=how.bos
@@ -259,7 +271,7 @@ def _dense_folder(packed: ModelFolder, given: str | Path | None) -> ModelFolder:
     return ModelFolder.open(str(named))
 
 
-def _check(task: Task, output: Path, overwrite: bool) -> None:
+def _check(task: Task, output: Path, overwrite: bool) -> Recovering:
     """Refuse a teacher that does not match, and a disk or memory that is too small."""
     packed = task.packed
     remove_leftovers(output)
@@ -276,54 +288,22 @@ def _check(task: Task, output: Path, overwrite: bool) -> None:
                     f"{'missing' if found is None else list(found)}, not {list(shape)}."
                 )
         dense_bytes = sum(map(dense.num_bytes, dense))
-    need = _needs(task, dense_bytes)
-    free = psutil.virtual_memory().available
-    logger.info(
-        "recovery needs up to %.1f GB of memory and %.1f GB of disk",
-        need.memory / 1e9, need.disk / 1e9,
-    )  # fmt: skip
-    if task.device == "cpu" and need.memory > free:
-        raise MachineError(
-            f"recovery needs about {need.memory / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB "
-            "are free: take --train scales, a smaller --batch-size or a shorter --seq-len."
-        )
-    check_output(output, overwrite, need.disk - folder_bytes(work_path(output)), packed.folder.path)
+    how = settle(task.how, _extent(task, dense_bytes), task.device)
+    need = _extent(task, dense_bytes).disk(how, how.train) - folder_bytes(work_path(output))
+    check_output(output, overwrite, need, packed.folder.path)
+    return how
 
 
-@dataclass(frozen=True)
-class _Needs:
-    memory: int
-    disk: int
+def _extent(task: Task, bytes_dense: int) -> Extent:
+    linears = [task.packed.linears[name] for name in task.trained]
+    kept = sum(_kept(linear) for linear in linears)
+    shapes = [linear.shape for linear in linears]
+    return Extent(task.packed.folder.config, shapes, kept, bytes_dense)
 
 
-def _needs(task: Task, dense_bytes: int) -> _Needs:
-    """Upper bounds in bytes: the model, parts with two moments, activations; teacher and state."""
-    packed, how = task.packed, task.how
-    config = packed.folder.config
-    text = config.get("text_config", config)
-    width, layers = int(text["hidden_size"]), int(text["num_hidden_layers"])
-    sizes = [math.prod(packed.linears[name].shape) for name in task.trained]
-    trained = [_parameters(packed.linears[name], how.train) for name in task.trained]
-    state = 12 * sum(trained)
-    # Beside a part lie the places of its values and its codes; one weight at a time is scattered
-    # and has a gradient.
-    beside = 16 * max(sizes)
-    beside += 4 * sum(trained) + sum(sizes) if how.train == "weights" else 5 * sum(sizes)
-    tokens = how.batch_size * how.seq_len
-    activations = tokens * width * layers * KEPT_PER_LAYER + 16 * (1 << 24)
-    held = HELD_OUT_WINDOWS * len(how.held_out) * how.seq_len
-    teacher = 4 * (how.tokens + held) * width
-    return _Needs(dense_bytes + state + beside + activations, teacher + 2 * state + dense_bytes)
-
-
-def _parameters(linear: PackedLinear, train: str) -> int:
-    """Count what is trained of a linear, see `gblm.recover.parts`; 4-bit codes at most."""
-    values, scales = linear.headers["values"][0], linear.headers.get("scales")
-    kept = math.prod(values) * (1 + linear.fmt.values.in_nibbles)
-    factors = sum(linear.shape) if scales is None else math.prod(scales[0])
-    if train == "scales":
-        return factors
-    return kept if scales is None else kept + factors
+def _kept(linear: PackedLinear) -> int:
+    """Count the values of a linear, 4-bit codes at most."""
+    return math.prod(linear.headers["values"][0]) * (1 + linear.fmt.values.in_nibbles)
 
 
 def _dtype(how: Recovering, packed: PackedReader) -> torch.dtype:

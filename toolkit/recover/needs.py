@@ -1,0 +1,88 @@
+"""Needs: the memory and disk that a recovery takes, told and refused before it starts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import psutil
+
+from gblm.errors import MachineError
+from gblm.recipe import Recovering
+
+logger = logging.getLogger(__name__)
+HELD_OUT_WINDOWS = 16
+# What a training step of one token holds, in activations of the width of the model: those that
+# autograd keeps of a decoder layer (16), in 2 bytes each.
+KEPT_PER_LAYER = 32
+# A group of codes has at least so many columns, and one scale.
+GROUP = 32
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How large a pruned model is.
+
+    Attributes:
+        config: of the text model.
+        shapes: [out, in] of the linears that are trained.
+        kept: weights that stay, of all of them.
+        bytes_dense: of the dense model's tensors.
+    """
+
+    config: Mapping[str, Any]
+    shapes: Sequence[tuple[int, ...]]
+    kept: int
+    bytes_dense: int
+
+    def memory(self, how: Recovering, train: str) -> int:
+        """Bound the bytes of memory: the model, parts with two moments, activations."""
+        config = self.config.get("text_config", self.config)
+        width, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
+        sizes = [prod(shape) for shape in self.shapes]
+        # Beside a part lie the places of its values and its codes, or the weight that it scales.
+        # One weight at a time is scattered and has a gradient.
+        beside = 4 * self.kept + sum(sizes) if train == "weights" else 5 * sum(sizes)
+        activations = how.batch_size * how.seq_len * width * layers * KEPT_PER_LAYER + (1 << 28)
+        return self.bytes_dense + self.state(train) + beside + 16 * max(sizes) + activations
+
+    def disk(self, how: Recovering, train: str) -> int:
+        """Bound the bytes on disk: the teacher's hidden states, two saved states, the folder."""
+        config = self.config.get("text_config", self.config)
+        held_out = HELD_OUT_WINDOWS * len(how.held_out) * how.seq_len
+        teacher = 4 * (how.tokens + held_out) * int(config["hidden_size"])
+        return teacher + 2 * self.state(train) + self.bytes_dense
+
+    def state(self, train: str) -> int:
+        """Bound the bytes of what is trained: a float32 value and two moments each."""
+        scales = sum(map(prod, self.shapes)) // GROUP
+        return 12 * (scales + (self.kept if train == "weights" else 0))
+
+
+def settle(how: Recovering, extent: Extent, device: str) -> Recovering:
+    """Decide what is trained, where that was left open, and refuse what memory cannot hold.
+
+    All weights are trained where the machine could hold that, else scales alone.
+
+    Raises:
+        MachineError: not enough memory is free.
+    """
+    memory = psutil.virtual_memory()
+    if how.train == "auto":
+        fits = device != "cpu" or extent.memory(how, "weights") < memory.total
+        how = how.model_copy(update={"train": "weights" if fits else "scales"})
+    need, disk = extent.memory(how, how.train), extent.disk(how, how.train)
+    logger.info(
+        "recovery of %s on %d tokens needs up to %.1f GB of memory and %.1f GB of disk",
+        how.train, how.tokens, need / 1e9, disk / 1e9,
+    )  # fmt: skip
+    if device == "cpu" and need > memory.available:
+        raise MachineError(
+            f"recovery needs about {need / 1e9:.1f} GB of memory, and "
+            f"{memory.available / 1e9:.1f} GB are free: train scales alone, or take a smaller "
+            "batch or shorter windows."
+        )
+    return how
