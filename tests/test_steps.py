@@ -240,9 +240,12 @@ def test_refit_needs_something_that_was_pruned(recipe: Recipe, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--rounding", "obs"), "recipe: rounding obs goes with codes: give values int8"),
         (
-            ("--reconstruct", 1, "--prefix", "dense"),
+            ("--rounding", "obs", "--method", "wanda"),
+            "recipe: rounding obs goes with codes: give values int8",
+        ),
+        (
+            ("--reconstruct", 1, "--prefix", "dense", "--method", "wanda"),
             "recipe: reconstruct trains on what the pruned",
         ),
         (("--pattern", "dense", "--refit", "--method", "magnitude"), "dense prunes nothing"),

@@ -1,0 +1,178 @@
+"""Recovery on real models: how far pruned and rounded models come back, dense integers alike.
+
+    python benchmarks/recovery.py [--model smollm2|gemma3-270m] [--cells "8:16 int8" …]
+        [--tokens 65536] [--seed 0] [--methods sparsegpt …] [--wikitext test.txt]
+
+Each cell prunes (`gblm prune --preset fast`) and recovers (`gblm recover`) with one thread. KL and
+perplexity are those that `gblm recover` tells before and after, on 16 windows of 256 tokens of
+texts that no step has seen. Cells are added to benchmarks/results/recovery-MODEL.json; another seed
+is another round of the same row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pages
+import sklearn.datasets
+
+from gblm.fetch import fetch
+from gblm.provenance import provenance
+from gblm.record import Record, Row
+
+CELLS = ("8:16 int8", "dense int4", "8:16 int4", "dense int8", "2:4 int8", "0.5 int8")
+METRICS = {"kl": "nats", "top1": "", "perplexity": ""}
+DENSE = "dense bf16"
+MEASURES = ("toolkit/recover", "toolkit/methods", "toolkit/calibrate", "toolkit/sparse")
+
+
+def record_of(model: str) -> Path:
+    """Name the file of a model's record."""
+    return pages.RESULTS / f"recovery-{model}.json"
+
+
+def side_name(pattern: str, values: str, method: str, tokens: int) -> str:
+    """Name a row, such as "int8 8:16, sparsegpt, recovered on 65536 tokens"."""
+    how = {"dense": "GPTQ"}.get(pattern, method)
+    recovered = f", recovered on {tokens} tokens" if tokens else ""
+    return f"{values} {pattern}, {how}{recovered}"
+
+
+def texts(folder: Path, wikitext: Path | None) -> dict[str, str]:
+    """Give the held-out texts by name; those of other domains than the training's come first."""
+    descriptions = Path(sklearn.datasets.__file__).parent / "descr"
+    file = folder / "descriptions.txt"
+    file.write_text("\n\n".join(p.read_text() for p in sorted(descriptions.glob("*.rst"))))
+    found = {"pydoc": "pydoc", "descriptions": str(file)}
+    if wikitext is not None:
+        found["WikiText-2"] = str(wikitext)
+    return found | {"self": "self"}
+
+
+def measure(model: Path, cell: str, method: str, tokens: int, seed: int, held_out: dict[str, str],
+            folder: Path) -> tuple[dict[str, Any], list[Row]]:  # fmt: skip
+    """Prune and recover once; gives facts of both sides, and their rows."""
+    pattern, values = cell.split()
+    pruned, recovered = folder / "pruned", folder / "recovered"
+    how = f"--preset fast --method {method} --pattern {pattern} --values {values} --head float"
+    first, cpu = gblm(f"prune {model} {how} --seed {seed} --output {pruned}")
+    texts = " ".join(f"--held-out {path}" for path in held_out.values())
+    more = f"--tokens {tokens} --seed {seed}"
+    then, cpu_more = gblm(f"recover {pruned} {more} {texts} --output {recovered}")
+    facts = {
+        "bits_per_weight": first["bits_per_weight"], "bytes": first["bytes_packed"],
+        "commit": provenance()["commit"], "prune": f"gblm prune {how}",
+    }  # fmt: skip
+    names = [side_name(pattern, values, method, 0), side_name(pattern, values, method, tokens)]
+    sides = {
+        names[0]: facts | {"cpu_seconds": cpu},
+        names[1]: facts | {"cpu_seconds": cpu + cpu_more, "recover": f"gblm recover {more}"},
+        DENSE: {"bits_per_weight": 16.0, "bytes": first["bytes_dense"]},
+    }
+    rows = []
+    for text, path in held_out.items():
+        key = Path(path).name
+        for name, found in zip(names, (then["before"][key], then["after"][key]), strict=True):
+            rows += [Row.of_rounds(name, text, m, unit, [found[m]]) for m, unit in METRICS.items()]
+        dense = then["after"][key]["perplexity_dense"]
+        rows.append(Row.of_rounds(DENSE, text, "perplexity", "", [dense]))
+    return sides, rows
+
+
+def gblm(arguments: str) -> tuple[dict[str, Any], float]:
+    """Run a command with one thread; gives what it says and the seconds of CPU it took."""
+    began = resource.getrusage(resource.RUSAGE_CHILDREN)
+    words = [sys.executable, "-m", "gblm", "--json", "--no-progress", *arguments.split()]
+    done = subprocess.run(
+        words,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found, round(ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime, 1)
+
+
+def add(path: Path, sides: dict[str, Any], rows: list[Row]) -> None:
+    """Put a run into the record; a row that is there gets another round, but not the dense one."""
+    old = Record.read(path) if path.exists() else Record("recovery", {}, (), DENSE)
+    found = {(row.side, row.load, row.metric): row for row in old.rows}
+    for row in rows:
+        key = (row.side, row.load, row.metric)
+        if key in found and row.side == DENSE:
+            continue
+        rounds = (*(found[key].rounds if key in found else ()), *row.rounds)
+        found[key] = Row.of_rounds(row.side, row.load, row.metric, row.unit, rounds)
+    replace(
+        old, sides=old.sides | sides, rows=tuple(found.values()), measures=MEASURES,
+        provenance=provenance(), command=pages.made_by(),
+    ).write(path)  # fmt: skip
+
+
+def table() -> str:
+    """Give a table of each model: KL and perplexity before and after, by text."""
+    found = [(m, record_of(m)) for m in ("smollm2", "gemma3-270m") if record_of(m).exists()]
+    return "\n\n".join(_table(model, Record.read(path)) for model, path in found)
+
+
+def _table(model: str, record: Record) -> str:
+    rows = []
+    for side, facts in sorted(record.sides.items(), key=lambda item: -item[1]["bits_per_weight"]):
+        cells = [_cell(record, side, text) for text in record.loads]
+        seconds = facts.get("cpu_seconds")
+        rows.append([
+            side, f"{facts['bits_per_weight']:.2f}", *cells,
+            "–" if seconds is None else f"{seconds / 60:.0f}",
+        ])  # fmt: skip
+    header = [pages.MODELS[model], "bits/weight", *record.loads, "CPU minutes"]
+    where = pages.origin(record.as_json(), "torch")
+    return (
+        f"{pages.table(header, rows)}\n\nPerplexity · KL to the dense model in nats; 16 windows of "
+        "256 tokens of each text, which no step has seen, medians over the seeds. "
+        "*descriptions* are those of scikit-learn's data sets; *self* is what the dense model "
+        f"writes, and what it was trained on, in other words. {where}"
+    )
+
+
+def _cell(record: Record, side: str, text: str) -> str:
+    perplexity, kl = (record.value(side, text, metric) for metric in ("perplexity", "kl"))
+    if perplexity is None:
+        return "–"
+    row = record.row(side, text, "perplexity")
+    seeds = f" ({len(row.rounds)} seeds)" if row and len(row.rounds) > 1 else ""
+    return pages.perplexity(perplexity) + (f" · {kl:.2f}" if kl is not None else "") + seeds
+
+
+def main() -> None:
+    """Measure the cells and add them to the record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=("smollm2", "gemma3-270m"), default="smollm2")
+    parser.add_argument("--cells", nargs="+", default=CELLS)
+    parser.add_argument("--methods", nargs="+", default=("sparsegpt",))
+    parser.add_argument("--tokens", type=int, default=65536)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--wikitext", type=Path)
+    given = parser.parse_args()
+    model = fetch(given.model)
+    for cell in given.cells:
+        for method in given.methods:
+            with tempfile.TemporaryDirectory() as work:
+                folder = Path(work)
+                held_out = texts(folder, given.wikitext)
+                found = measure(model, cell, method, given.tokens, given.seed, held_out, folder)
+                add(record_of(given.model), *found)
+
+
+if __name__ == "__main__":
+    main()
