@@ -27,6 +27,7 @@ def run(
         os.close(file)
     sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
     _look_at_the_hub_again()
+    _write_without_vllm()
     sys.argv = ["gblm", *arguments]
     from gblm.cli import main
 
@@ -38,3 +39,10 @@ def _look_at_the_hub_again() -> None:
     from huggingface_hub import constants
 
     constants.HF_HUB_OFFLINE = os.environ.get("HF_HUB_OFFLINE") == "1"
+
+
+def _write_without_vllm() -> None:
+    """Tiny models write their own text in this process: vLLM would take longer to start."""
+    from gblm.calibrate import own_text
+
+    own_text._engine = lambda: own_text.in_transformers

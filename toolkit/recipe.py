@@ -140,8 +140,8 @@ class Recovering(BaseModel):
 
     RATES: ClassVar[dict[str, float]] = {"weights": 3e-4, "scales": 2e-3}
 
-    text: str = "pydoc"
-    held_out: tuple[str, ...] = Field(default=("pydoc",), min_length=1)
+    text: str = "pydoc:1,self:2"
+    held_out: tuple[str, ...] = Field(default=("pydoc", "self"), min_length=1)
     tokens: int = Field(default=65536, ge=1)
     seq_len: int = Field(default=256, ge=2)
     batch_size: int = Field(default=4, ge=1)

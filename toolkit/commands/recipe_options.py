@@ -31,7 +31,8 @@ PAPER: dict[str, Any] = {
 }  # fmt: skip
 FAST = PAPER | {
     "method": "sparsegpt", "pattern": "8:16", "values": "int8", "head": "int8",
-    "rounding": "obs", "num_samples": 64, "seq_len": 512, "order": "sequential",
+    "rounding": "obs", "calibration": "pydoc:1,self:2", "num_samples": 64, "seq_len": 512,
+    "order": "sequential",
 }  # fmt: skip
 # The steps follow docs/methods.md, the choice docs/results.md.
 PRESETS: dict[str, dict[str, Any]] = {

@@ -28,7 +28,7 @@ HEADER = ("text", "KL, nats", "same top-1", "perplexity", "dense")
 )
 @click.option(
     "--text",
-    default="pydoc",
+    default="pydoc:1,self:2",
     show_default=True,
     help="Sources and their shares: files, pydoc, wikitext2, c4, and self, what the dense model "
     "writes.",
@@ -36,7 +36,7 @@ HEADER = ("text", "KL, nats", "same top-1", "perplexity", "dense")
 @click.option(
     "--held-out",
     multiple=True,
-    default=("pydoc",),
+    default=("pydoc", "self"),
     show_default=True,
     help="Text to measure KL on, before and after; again for each domain.",
 )

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ from gblm.model.reader import Reader
 from gblm.progress import Progress, no_progress
 from gblm.recipe import Recovering
 from gblm.recover.needs import HELD_OUT_WINDOWS, Extent, settle
-from gblm.recover.parts import Part, SparsePart, Vector, sparse_part
+from gblm.recover.parts import Part, SparsePart, Train, Vector, sparse_part
 from gblm.recover.teacher import Head, Hidden, compare
 from gblm.recover.train import Schedule, Trainer
 
@@ -246,7 +246,7 @@ def become(model: Any, task: Task) -> dict[str, Part]:
     packed, device = task.packed, task.device
     for name in task.trained:
         weight = packed.linears[name].fmt.unpack(packed.parts(name)).to(packed.dtype, device)
-        part = sparse_part(weight, task.how.train)
+        part = sparse_part(weight, cast(Train, task.how.train))
         parts[f"{name}.weight"] = part
         model.get_parameter(f"{name}.weight").data.copy_(part.give())
     if task.head_name is not None:
