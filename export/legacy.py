@@ -76,7 +76,7 @@ def export_legacy(
 
 
 def packable(reader: LegacyReader, linears: tuple[str, ...]) -> list[str]:
-    """The linears that are stored sparse and have columns that our formats can hold.
+    """List the linears that are stored sparse and have columns that our formats can hold.
 
     Args:
         reader: of the folder.
@@ -102,7 +102,7 @@ def packable(reader: LegacyReader, linears: tuple[str, ...]) -> list[str]:
 
 
 def _pattern(reader: LegacyReader, names: list[str]) -> Pattern:
-    """2:4 where the file says so, else the tightest that all masks follow."""
+    """Take 2:4 where the file says so, else the tightest pattern that all masks follow."""
     if reader.legacy.layout in (TWO_OF_FOUR, MARLIN):
         return NM(2, 4)
     found = find_pattern((name, reader.mask(name)) for name in names)

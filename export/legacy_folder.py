@@ -34,13 +34,11 @@ PackedTensor = BitmaskTensor | MarlinTensor
 
 @dataclass(frozen=True)
 class LegacyConfig:
-    """How a folder's weights are stored.
+    """Says how a folder's weights are stored.
 
-    Attributes:
-        layout: a name of LEGACY_FORMATS.
-        scalings: how scales may lie: "tensor", "channel", or columns that share a scale; empty for
-            floating values.
-        activations: whether activations were meant to be quantised, too.
+    `layout` is a name of LEGACY_FORMATS. `scalings` says how scales may lie: "tensor", "channel",
+    or the number of columns that share one; it is empty for floating values. `activations` tells
+    whether activations were meant to be quantised, too.
     """
 
     layout: str
@@ -72,15 +70,11 @@ class LegacyConfig:
 
 
 class LegacyReader(Reader):
-    """The tensors by the names of the dense model; packed ones are expanded when they are read.
+    """Reads tensors by the names of the dense model; packed ones are expanded.
 
-    Attributes:
-        legacy: how config.json says the weights are stored.
-        packed: tensors that are stored in parts, by the name of the dense tensor.
-        scalings: of those that are stored as codes, likewise.
-        headers: shape and dtype by dense name.
-        owners: the dense tensor that a stored one is a part of.
-        unused: stored tensors that quantise activations.
+    `packed` holds the tensors that are stored in parts, and `scalings` the scales of those that are
+    codes, both by the name of the dense tensor. `owners` says of each part which dense tensor it
+    belongs to; `unused` are stored tensors that quantise activations.
     """
 
     def __init__(self, folder: ModelFolder) -> None:
@@ -125,11 +119,11 @@ class LegacyReader(Reader):
 
     @property
     def has_fp8(self) -> bool:
-        """Whether there are fp8 codes."""
+        """Tell whether there are fp8 codes."""
         return any(scaling.codes == FP8 for scaling in self.scalings.values())
 
     def unpacked(self, module: str) -> Tensor:
-        """A linear's weight as floats; see `Scaling.unpacked`."""
+        """Read a linear's weight as floats; see `Scaling.unpacked`."""
         name = f"{module}.weight"
         if name not in self.scalings:
             return self.tensor(name)
@@ -137,7 +131,7 @@ class LegacyReader(Reader):
         return self.scalings[name].unpacked(dense, self._scales(name))
 
     def mask(self, module: str) -> Tensor:
-        """What is stored of a linear's weight, [out, in] bool; of a dense one what is not zero."""
+        """Read which weights of a linear are stored, or are not zero, [out, in] bool."""
         tensor = self.packed.get(f"{module}.weight")
         if tensor is None:
             return super().tensor(f"{module}.weight") != 0
@@ -145,12 +139,12 @@ class LegacyReader(Reader):
         return tensor.mask(parts) if isinstance(tensor, BitmaskTensor) else tensor.dense(parts)[1]
 
     def values(self, module: str) -> ValueType:
-        """How we store a linear's values."""
+        """Choose how we store a linear's values."""
         scaling = self.scalings.get(f"{module}.weight")
         return FLOAT if scaling is None else scaling.values
 
     def weight(self, module: str) -> SparseWeight:
-        """A linear's weight with the mask of what is stored."""
+        """Read a linear's weight with the mask of what is stored."""
         name = f"{module}.weight"
         tensor = self.packed.get(name)
         if tensor is None:
@@ -170,7 +164,7 @@ class LegacyReader(Reader):
         return self._load(_scale_name(name))
 
     def _find(self) -> Iterator[PackedTensor]:
-        """Every tensor that is stored in parts, with all of them."""
+        """Find every tensor that is stored in parts."""
         layout, names = self.legacy.layout, set[str]()
         own = MarlinTensor.parts if layout == MARLIN else PARTS.get(layout, ())
         for prefix, headers in self._found(own).items():
@@ -188,7 +182,7 @@ class LegacyReader(Reader):
             yield tensor
 
     def _found(self, own: tuple[str, ...]) -> dict[str, dict[str, Header]]:
-        """The parts' headers by what the names begin with."""
+        """Collect the parts' headers by what the names begin with."""
         found: dict[str, dict[str, Header]] = {}
         for name, header in self.headers.items():
             prefix, _, part = name.rpartition(".")
@@ -199,7 +193,7 @@ class LegacyReader(Reader):
         return found
 
     def _find_scalings(self) -> Iterator[tuple[str, Scaling]]:
-        """Every packed tensor that holds codes."""
+        """Find the scales of every packed tensor that holds codes."""
         allowed = self.legacy.scalings
         for name, tensor in self.packed.items():
             scale = self.headers.get(_scale_name(name))
@@ -218,7 +212,7 @@ class LegacyReader(Reader):
                 )
 
     def _dense_headers(self, others: dict[str, Header]) -> Iterator[tuple[str, Header]]:
-        """What the packed tensors look like, once nothing unknown stands beside them."""
+        """Give the headers of the dense tensors; refuse what is unknown beside the packed ones."""
         for name, tensor in self.packed.items():
             if name in others:
                 raise CheckpointError(f"{self.folder}: {name} is stored twice, packed and dense.")
@@ -260,7 +254,7 @@ def _layout(folder: Path, fields: dict[str, Any]) -> str:
 
 
 def _check_codes(folder: Path, layout: str, fields: dict[str, Any]) -> None:
-    """Codes beneath a sparse layout, and nothing else that is quantised."""
+    """Refuse all that is quantised, but for codes beneath a sparse layout."""
     groups, name = fields.get("config_groups"), fields.get("format")
     if layout == "dense":
         _refuse(folder, "quantised weights that are stored dense are no sparse checkpoint.")
@@ -274,7 +268,7 @@ def _check_codes(folder: Path, layout: str, fields: dict[str, Any]) -> None:
 
 
 def _scaling(folder: Path, weights: Any, bits: tuple[int, ...]) -> str | int:
-    """How a group of linears has its scales; refuses all that codes and scales do not tell."""
+    """Say how a group of linears has its scales; refuse all that codes and scales do not tell."""
     if not isinstance(weights, dict):
         _refuse(folder, "config_groups have no settings for weights.")
     off = (None, False)

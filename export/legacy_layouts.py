@@ -48,7 +48,7 @@ ROUNDING = (
 
 @dataclass(frozen=True)
 class BitmaskTensor:
-    """A packed tensor as its headers and its part `shape` describe it.
+    """Describes a packed tensor by its headers and its part `shape`.
 
     Attributes:
         name: of the dense tensor, such as "model.layers.0.mlp.up_proj.weight".
@@ -103,11 +103,11 @@ class BitmaskTensor:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """What it is stored in."""
+        """Name the parts that it is stored in."""
         return PARTS[self.layout]
 
     def mask(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """The stored positions, [rows, columns] bool; one row for one dimension.
+        """Read the stored positions, [rows, columns] bool; one dimension is one row.
 
         Raises:
             CheckpointError: bits, counts and offsets do not agree.
@@ -134,7 +134,7 @@ class BitmaskTensor:
         return mask
 
     def dense(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The values at their places, zero elsewhere, and the mask: both [rows, columns]."""
+        """Put the values at their places, zeros elsewhere: [rows, columns], and the mask."""
         mask = self.mask(parts)
         dense, values = torch.zeros(mask.shape, dtype=self.dtype), parts["compressed"].reshape(-1)
         if self.dtype.itemsize == 1:  # torch does not index fp8 on CPU
@@ -149,7 +149,7 @@ class BitmaskTensor:
 
 @dataclass(frozen=True)
 class MarlinTensor:
-    """A packed weight as its headers describe it.
+    """Describes a packed weight by its headers.
 
     Attributes:
         name: of the dense weight.
@@ -189,7 +189,7 @@ class MarlinTensor:
         raise CheckpointError(f"{prefix}: {found} are no parts of one weight in {MARLIN}.")
 
     def dense(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Codes at their places, zero elsewhere, int8, and the mask: both [out, in].
+        """Put the int8 codes at their places, zero elsewhere; give them and the mask [out, in].
 
         Raises:
             CheckpointError: a group of four does not keep two.
@@ -204,7 +204,7 @@ class MarlinTensor:
         return dense.reshape(self.shape), mask.reshape(self.shape)
 
     def scales(self, stored: Tensor) -> Tensor:
-        """[out, groups] float16, from the part `scale_packed` [groups, out]."""
+        """Turn the part `scale_packed` [groups, out] into [out, groups] float16."""
         rows = self.shape[0]
         # The library reorders the scales of groups that are shorter than a row of kept weights.
         if self.groups > 2:
@@ -212,7 +212,7 @@ class MarlinTensor:
         return stored.reshape(self.groups, rows).t()
 
     def _codes(self, words: Tensor) -> Tensor:
-        """The kept codes of every row in column order, [out, in/2] int8."""
+        """Read the kept codes of every row in column order, [out, in/2] int8."""
         rows, columns = self.shape
         shifts = torch.arange(0, 32, self.bits, dtype=torch.int32)
         codes = (words.unsqueeze(-1) >> shifts) & (2**self.bits - 1)
@@ -221,7 +221,7 @@ class MarlinTensor:
         return torch.sub(codes, 2 ** (self.bits - 1)).to(torch.int8)
 
     def _places(self, meta: Tensor) -> Tensor:
-        """Which two of every four are kept, ascending, [out, in/4, 2] int64."""
+        """Read which two of every four are kept, ascending, [out, in/4, 2] int64."""
         rows, columns = self.shape
         bits = meta.reshape(columns // 32, rows // 64, 2, 8, 2, 2, 2)
         words = bits.permute(1, 3, 6, 2, 4, 0, 5).reshape(rows, columns // 16, 1).to(torch.int64)
@@ -239,7 +239,7 @@ class MarlinTensor:
 
 @dataclass(frozen=True)
 class Scaling:
-    """How the scales of one weight lie.
+    """Says how the scales of one weight lie.
 
     Attributes:
         name: of the dense weight.
@@ -293,7 +293,7 @@ class Scaling:
 
     @property
     def values(self) -> ValueType:
-        """How we store the codes: integers as codes, fp8 as the floats that they stand for."""
+        """Choose how we store codes: integers as they are, fp8 as the floats they stand for."""
         if self.codes == FP8:
             return FLOAT
         kind = "int4" if self.bits == 4 else "int8"
@@ -312,7 +312,7 @@ class Scaling:
         return ROUNDED if self.codes == FP8 else self.dtype
 
     def scales(self, stored: Tensor, rows: int) -> Tensor:
-        """[rows, groups] in their dtype; finite and positive, or refused."""
+        """Give the scales as [rows, groups]; refuse what is not finite and positive."""
         scales = stored.reshape(-1, self.groups).expand(rows, self.groups)
         if not bool((scales.isfinite() & (scales > 0)).all()):
             raise CheckpointError(f"{self.name}: a scale is not positive. The file is damaged.")

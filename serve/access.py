@@ -1,11 +1,10 @@
-"""Who can reach the server: its address, API key and certificate, checked before vLLM starts."""
+"""Who can reach the server: its address and API key, checked before vLLM starts."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import re
-import ssl
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -178,31 +177,3 @@ def guard_settings(
     """Make the environment of `Guard`; keys are asked for beyond this machine only."""
     asks = not is_loopback(host) and EVERY_ROUTE not in routes
     return settings(keys if asks else (), open_paths(routes), max_body_mib << 20)
-
-
-def check_certificate(certificate: Path | None, key: Path | None) -> None:
-    """Load a certificate and its key as the server will.
-
-    Raises:
-        UsageError: one is given without the other.
-        InputError: one cannot be read, is no PEM file, or they do not belong together.
-    """
-    if certificate is None and key is None:
-        return
-    if certificate is None or key is None:
-        raise UsageError("--ssl-certfile and --ssl-keyfile go together: give both.")
-    for path in (certificate, key):
-        try:
-            path.read_bytes()
-        except OSError as error:
-            raise InputError(f"TLS file {path} cannot be read: {error.strerror}.") from error
-    try:
-        # Without the callback OpenSSL would ask the terminal for the password of a locked key.
-        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
-            certificate, key, password=lambda: ""
-        )
-    except (ssl.SSLError, ValueError) as error:
-        raise InputError(
-            f"{certificate} and {key} are no certificate and its key in PEM format without a "
-            f"password: {error}."
-        ) from error

@@ -23,7 +23,6 @@ from gblm.packed import check_loadable
 from gblm.serve.access import (
     api_keys,
     check_address,
-    check_certificate,
     check_doors,
     guard_settings,
     with_config,
@@ -57,8 +56,6 @@ class Server:
         backend: a name of `gblm.kernels.BACKENDS` for packed weights; the best one if None.
         name: model name in the API; the folder's name if None.
         api_key_file: a file that holds the API key; it never appears on a command line.
-        ssl_certfile: certificate of an HTTPS server, with `ssl_keyfile`.
-        ssl_keyfile: its key.
         insecure: allow other machines without an API key.
         open_routes: paths that other machines reach without the key; "all" for every one.
         max_body_size: MiB that the body of a request may have.
@@ -72,8 +69,6 @@ class Server:
     backend: str | None = None
     name: str | None = None
     api_key_file: Path | None = None
-    ssl_certfile: Path | None = None
-    ssl_keyfile: Path | None = None
     insecure: bool = False
     open_routes: tuple[str, ...] = ()
     max_body_size: int = MAX_BODY_MIB
@@ -83,9 +78,6 @@ class Server:
 
 def command(server: Server, loading: Sequence[str] = ()) -> list[str]:
     """Write the command line that starts vLLM; see `loading_options`."""
-    tls: list[str] = []
-    if server.ssl_certfile is not None:
-        tls = ["--ssl-certfile", str(server.ssl_certfile), "--ssl-keyfile", str(server.ssl_keyfile)]
     return [
         sys.executable, "-m", "gblm.serve.supervise", "serve", str(server.folder),
         "--host", server.host,
@@ -93,7 +85,6 @@ def command(server: Server, loading: Sequence[str] = ()) -> list[str]:
         "--served-model-name", server.name or server.folder.resolve().name,
         "--shutdown-timeout", str(server.shutdown_timeout),
         "--middleware", MIDDLEWARE,
-        *tls,
         *loading,
         *server.options,
     ]  # fmt: skip
@@ -167,7 +158,7 @@ def check_options(server: Server) -> None:
 
     Raises:
         MachineError: vLLM is not installed.
-        InputError: a key or certificate is not readable.
+        InputError: the file with the key is not readable.
         UsageError: the backend is unknown, or the server would be open to strangers.
     """
     if importlib.util.find_spec("vllm") is None:
@@ -187,7 +178,6 @@ def check_options(server: Server) -> None:
     has_key = bool(api_keys(server.api_key_file, words, os.environ))
     check_address(server.host, has_key, server.insecure, server.options, server.open_routes)
     check_doors(server.host, has_key, server.insecure, words, os.environ)
-    check_certificate(server.ssl_certfile, server.ssl_keyfile)
 
 
 def serve(server: Server) -> None:

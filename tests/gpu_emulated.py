@@ -23,7 +23,6 @@ from gblm.kernels.cuda.delta import Delta
 from gblm.kernels.cuda.device import Device, Driver
 from gblm.kernels.cuda.mma_sp import SparseTensorCore
 from gblm.kernels.cuda.nvrtc import Variant
-from gblm.sparse.formats import Format, Shape
 
 HERE = Path(__file__).parent / "kernels" / "gpu"
 KERNELS = {"mma_sp": ("repack", "mma_sp", "expand"), "delta": ("delta", "scatter")}
@@ -88,18 +87,17 @@ def emulated_backends() -> dict[str, Backend]:
     return {"mma_sp": _TileOnCpu(lambda _: emulated()), "delta": _DeltaOnCpu(lambda _: emulated())}
 
 
-class _TileOnCpu(SparseTensorCore):
-    def refuses(
-        self, fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device
-    ) -> str | None:
-        return self.refuses_weight(fmt, dtype)
+class _OnCpu:
+    def refuses_device(self, device: torch.device) -> str | None:
+        return None
 
 
-class _DeltaOnCpu(Delta):
-    def refuses(
-        self, fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device
-    ) -> str | None:
-        return self.refuses_weight(fmt, shape, dtype)
+class _TileOnCpu(_OnCpu, SparseTensorCore):
+    pass
+
+
+class _DeltaOnCpu(_OnCpu, Delta):
+    pass
 
 
 def _build(path: Path, text: str, options: Sequence[str]) -> Path:

@@ -34,7 +34,7 @@ OPTIONAL = (
 
 
 def doctor() -> dict[str, Any]:
-    """Facts about the machine and whether everything gblm does works on it.
+    """Collect facts about the machine, and test whether gblm works on it.
 
     Returns:
         "ok" is False when a backend's self-test fails; those for devices that are not there have

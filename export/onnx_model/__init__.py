@@ -1,6 +1,6 @@
-"""ONNX export: graphs by the model builder or torch, weights that stay packed, validation.
+"""ONNX export: graphs by the model builder, weights that stay packed, validation.
 
-The graph is made by others: onnxruntime-genai's model builder, or `torch.onnx.export`. Ours is what
+The graph is made by onnxruntime-genai's model builder, and onnxruntime-genai runs it. Ours is what
 they lack: the operator `ai.gblm::Linear`, whose weights stay packed, and a report that holds the
 exported model against the original one.
 """

@@ -1,127 +1,141 @@
-"""A decoder in ONNX Runtime with its key-value cache, for validation and benchmarks.
+"""An exported folder in onnxruntime-genai, one sequence at a time.
 
-Keys and values stay in ONNX Runtime. GroupQueryAttention writes them into one buffer that is input
-and output at once, as onnxruntime-genai runs it; other graphs return longer ones at every step.
+`gblm eval` and the validation of exports use it; run as a program it is a loop of `gblm bench`.
 """
 
 from __future__ import annotations
 
+import filecmp
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gblm.errors import CheckpointError, UsageError
-from gblm.export.onnx_model.runtime import CONFIG_FILE, CPU, open_session
+from gblm.bench.loop import Decoder, serve
+from gblm.errors import CheckpointError, MachineError, UsageError
+from gblm.export.onnx_model.runtime import (
+    CONFIG_FILE,
+    LIBRARY_FILE,
+    MODEL_FILE,
+    check_installation,
+    library,
+)
 from gblm.files import read_json
 
-TOKEN_INPUTS = {"input_ids", "attention_mask", "position_ids"}
 CAPACITY = 2048
-# ONNX's numbers of what keys and values are made of.
-ELEMENTS = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}
+OPERATORS = "custom_ops_library"
 
 
-class OrtDecoder:
-    """Decodes one sequence, batch 1.
+class OnnxDecoder(Decoder):
+    """Decodes one sequence, on the device that the folder was exported for."""
 
-    Attributes:
-        session: the `onnxruntime.InferenceSession`.
-        length: tokens that are in the cache.
-        capacity: tokens that fit, where keys and values share one buffer.
-    """
+    def __init__(self, folder: Path, threads: int | None = None, capacity: int = CAPACITY) -> None:
+        """Load the model.
 
-    def __init__(
-        self,
-        folder: Path,
-        provider: str = CPU,
-        threads: int | None = None,
-        capacity: int = CAPACITY,
-    ) -> None:
-        """Open the session.
+        Args:
+            folder: as `export_onnx` wrote it.
+            threads: of one operator; None leaves it to ONNX Runtime.
+            capacity: tokens that the cache holds, if the model knows so many positions.
 
         Raises:
-            GblmError: see `open_session`; or the graph has other inputs than a decoder.
+            CheckpointError: a file is missing or damaged, or the folder names code to be loaded.
+            MachineError: a package is missing, or the device is not there.
         """
-        self.session = open_session(folder, provider, threads)
-        self._inputs = {node.name: node for node in self.session.get_inputs()}
-        self._outputs = [node.name for node in self.session.get_outputs()]
-        self._past = [name for name in self._inputs if name.startswith("past_key_values.")]
-        unknown = set(self._inputs) - TOKEN_INPUTS - set(self._past)
-        if unknown or "input_ids" not in self._inputs or "logits" not in self._outputs:
-            odd = sorted(unknown)[0] if unknown else "input_ids or logits"
+        check_installation()
+        if not (folder / MODEL_FILE).is_file():
             raise CheckpointError(
-                f"{folder}: the graph is no decoder as gblm or optimum exports it ({odd})."
+                f"{folder / MODEL_FILE} is missing: export the model with `gblm export onnx`."
             )
         about = read_json(folder / CONFIG_FILE)
-        decoder = about["model"]["decoder"]
-        self._heads, self._head_size = decoder["num_key_value_heads"], decoder["head_size"]
-        shared = about["search"]["past_present_share_buffer"]
-        self._context = int(about["model"]["context_length"])
-        self.capacity = min(capacity, self._context) if shared else 0
-        self._element = ELEMENTS[self._inputs[self._past[0]].type]
+        self.device = _device(folder, about)
+        self.capacity = min(capacity, int(about["model"]["context_length"]))
+        self._vocabulary = int(about["model"]["vocab_size"])
+        options = {} if threads is None else {"intra_op_num_threads": threads}
+        self._generator = self._load(folder, options)
+
+    def _load(self, folder: Path, options: dict[str, int]) -> Any:
+        import onnxruntime_genai as genai
+
+        if self.device == "cuda" and not genai.is_cuda_available():
+            raise MachineError(
+                f"{folder} was exported for CUDA, and no CUDA device can be used here: export it "
+                "with --target cpu."
+            )
+        try:
+            config = genai.Config(str(folder))
+            config.clear_providers()
+            if self.device == "cuda":
+                config.append_provider("cuda")
+            config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+            model = genai.Model(config)
+            parameters = genai.GeneratorParams(model)
+            parameters.set_search_options(max_length=self.capacity)
+            return genai.Generator(model, parameters)
+        except Exception as error:
+            raise CheckpointError(f"{folder}: ONNX Runtime cannot load it: {error}") from error
+
+    @property
+    def vocabulary(self) -> int:
+        """Count the tokens that the model knows."""
+        return self._vocabulary
+
+    @property
+    def dtype(self) -> str:
+        """Name the dtype of logits; this runs a token and forgets all."""
+        self._append([0])
+        kind = str(self._generator.get_output("logits").dtype)
         self.reset()
+        return kind
 
     def reset(self) -> None:
         """Forget all tokens."""
-        import onnxruntime
+        self._generator.rewind_to(0)
 
-        self.length = 0
-        shape = (1, self._heads, self.capacity, self._head_size)
-        make = onnxruntime.OrtValue.ortvalue_from_shape_and_type
-        self._cache = {name: make(shape, self._element, "cpu") for name in self._past}
+    def run(self, tokens: Sequence[int]) -> int:
+        """Append tokens; gives the most likely next one."""
+        self._append(tokens)
+        return int(self._generator.get_logits().argmax())
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Append tokens.
+        """Append tokens [new] int64; gives logits [new, vocabulary] float32."""
+        self._append(tokens.tolist())
+        logits = self._generator.get_output("logits")[0]
+        return torch.from_numpy(logits.astype(np.float32))
 
-        Args:
-            tokens: [new] int64.
-
-        Returns:
-            Logits [new, vocabulary] float32.
-        """
-        self.run(tokens)
-        return torch.from_numpy(self._logits.numpy().astype(np.float32, copy=False))[0]
-
-    def run(self, tokens: Tensor) -> None:
-        """Append tokens and leave the logits in ONNX Runtime, as a benchmark wants it."""
-        new = tokens.numel()
-        room = self.capacity or self._context
-        if not new or self.length + new > room:
-            raise UsageError(f"{new} tokens after {self.length}: 1 to {room - self.length} fit.")
-        binding = self.session.io_binding()
-        total = self.length + new
-        fed = {
-            "input_ids": tokens.reshape(1, new).numpy(),
-            "attention_mask": np.ones((1, total), dtype=np.int64),
-            "position_ids": np.arange(self.length, total, dtype=np.int64)[None],
-        }
-        for name, array in fed.items():
-            if name in self._inputs:
-                binding.bind_cpu_input(name, array)
-        for name, value in self._cache.items():
-            binding.bind_ortvalue_input(name, value)
-        for name in self._outputs:
-            past = name.replace("present", "past_key_values")
-            if self.capacity and past in self._cache:
-                binding.bind_ortvalue_output(name, self._cache[past])
-            else:
-                binding.bind_output(name, "cpu")
-        self.session.run_with_iobinding(binding)
-        values = dict(zip(self._outputs, binding.get_outputs(), strict=True))
-        self._logits = values["logits"]
-        self._cache = {
-            name: values[name.replace("past_key_values", "present")] for name in self._past
-        }
-        self.length = total
+    def _append(self, tokens: Sequence[int]) -> None:
+        length = int(self._generator.token_count())
+        if not tokens or length + len(tokens) > self.capacity:
+            raise UsageError(
+                f"{len(tokens)} tokens after {length}: 1 to {self.capacity - length} fit."
+            )
+        self._generator.append_tokens(list(tokens))
 
 
-def greedy(decoder: OrtDecoder, prompt: Tensor, count: int) -> list[int]:
-    """Give the tokens that follow a prompt [tokens] when the likeliest one is always taken."""
-    decoder.reset()
-    found: list[int] = []
-    tokens = prompt
-    for _ in range(count):
-        found.append(int(decoder.step(tokens)[-1].argmax()))
-        tokens = torch.tensor(found[-1:])
-    return found
+def _device(folder: Path, about: dict[str, Any]) -> str:
+    """Check what genai_config.json asks for; give the device: "cpu" or "cuda".
+
+    A folder's library of operators is code; it is loaded only if it is that of the installed gblm.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        given = dict(about["model"]["decoder"]["session_options"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} describes no decoder.") from error
+    named = given.get(OPERATORS)
+    if named not in (None, LIBRARY_FILE) or json.dumps(about).count(OPERATORS) > bool(named):
+        raise CheckpointError(f"{path} names code that no export of gblm needs.")
+    own = folder / LIBRARY_FILE
+    if named and not (own.is_file() and filecmp.cmp(own, library(), shallow=False)):
+        raise CheckpointError(
+            f"{own} is not the library of the installed gblm, and other code is not loaded: copy "
+            f"{library()} there, or export the model again."
+        )
+    return "cuda" if "cuda" in json.dumps(given.get("provider_options", [])) else "cpu"
+
+
+if __name__ == "__main__":
+    serve(lambda folder, settings: OnnxDecoder(folder, settings["threads"], settings["context"]))

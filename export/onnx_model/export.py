@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,19 +18,17 @@ from gblm import packed
 from gblm.checkpoint.write import check_output, copy_side_files, new_folder
 from gblm.errors import GateError, InputError, MachineError, UsageError
 from gblm.export.dense import export_dense
-from gblm.export.onnx_model.build import build, build_portable
 from gblm.export.onnx_model.rewrite import Replaced, pack_graph
 from gblm.export.onnx_model.runtime import (
     CONFIG_FILE,
-    CPU,
-    CUDA,
     DOMAIN,
+    LIBRARY_FILE,
     MODEL_FILE,
     REPORT_FILE,
     check_installation,
     library,
 )
-from gblm.export.onnx_model.storage import DATA_FILE, count_zeros
+from gblm.export.onnx_model.storage import DATA_FILE
 from gblm.export.onnx_model.validate import TOLERANCES, Tolerance, validate
 from gblm.files import read_json, write_json
 from gblm.model import loading
@@ -38,62 +38,23 @@ from gblm.model.reader import Reader
 from gblm.progress import Progress, no_progress
 from gblm.provenance import provenance
 
-LIBRARY_FILE = "libgblm_ort.so"
+BUILDER = "onnxruntime_genai.models.builder"
 # transformers' own default, which older readers take when the old key is missing.
 DEFAULT_THETA = 10000.0
 
 
-@dataclass(frozen=True)
-class Target:
-    """Where a graph is to run.
-
-    Attributes:
-        provider: the execution provider that must run it.
-        precisions: of weights and activations, the default first.
-        lacks: why there are no others; measured with ONNX Runtime 1.31 and 1.32, builder 0.18.
-        builder: the model builder's name for it; None: `torch.onnx.export` makes the graph.
-    """
-
-    provider: str
-    precisions: tuple[str, ...]
-    lacks: str
-    builder: str | None
-
-
-TARGETS = {
-    "cpu": Target(
-        CPU, ("fp32", "int8", "int4"),
-        "its CPU provider fails on the shapes of the model builder's float16 graph, and has no "
-        "MatMul for bfloat16", "cpu",
-    ),
-    "cuda": Target(
-        CUDA, ("fp16", "bf16", "fp32", "int8", "int4"), "there is no such precision", "cuda"
-    ),
-    "portable": Target(
-        CPU, ("fp32",),
-        "pure ai.onnx has no operator for codes (use --target cpu), and its CPU provider, which "
-        "must run the graph, widens float16 at every operator and has no MatMul for bfloat16", None,
-    ),
-}  # fmt: skip
+# Of weights and activations, by where the graph is to run; the default first.
+PRECISIONS = {"cpu": ("fp32", "int8", "int4"), "cuda": ("fp16", "bf16", "fp32", "int8", "int4")}
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to export.
-
-    Attributes:
-        target: a name of TARGETS.
-        precision: of the graph; None for the target's default.
-        sparse: keep the weights packed, for the operator ai.gblm::Linear.
-        validate: tokens to compare with the original; 0 leaves it out.
-        min_agreement: least top-1 agreement, instead of the precision's own.
-    """
+    """Says what to export; the fields are the options of `gblm export onnx`."""
 
     target: str = "cpu"
     precision: str | None = None
     sparse: bool = False
     validate: int = 64
-    min_agreement: float | None = None
 
 
 def export_onnx(
@@ -124,7 +85,7 @@ def export_onnx(
     """
     wanted = wanted or Wanted()
     precision = check_target(wanted.target, wanted.precision, wanted.sparse)
-    check_installation("onnx", *_makers(wanted.target))
+    check_installation()
     folder = ModelFolder.open(source)
     if wanted.sparse:
         _check_sparse(folder)
@@ -143,11 +104,8 @@ def export_onnx(
         step()
         if wanted.validate:
             model = _original(folder)
-            provider = TARGETS[wanted.target].provider
             tolerance = _tolerance(wanted, precision, replaced)
-            report["validation"] = validate(
-                model, folder.path, made, provider, wanted.validate, tolerance
-            )
+            report["validation"] = validate(model, folder.path, made, wanted.validate, tolerance)
             step()
         write_json(made / REPORT_FILE, report)
     _judge(report, output)
@@ -158,31 +116,28 @@ def check_target(target: str, precision: str | None, sparse: bool) -> str:
     """Choose the precision to export in.
 
     Args:
-        target: a name of TARGETS.
+        target: a name of PRECISIONS.
         precision: a name, or None for the target's default.
         sparse: whether weights are to stay packed.
 
     Raises:
         UsageError: ONNX Runtime cannot run the combination; the reason stands in the message.
     """
-    if target not in TARGETS:
-        raise UsageError(f"--target {target!r} is unknown: choose from {', '.join(TARGETS)}.")
-    known = TARGETS[target].precisions
+    if target not in PRECISIONS:
+        raise UsageError(f"--target {target!r} is unknown: choose from {', '.join(PRECISIONS)}.")
+    known = PRECISIONS[target]
     chosen = precision or known[0]
     if chosen not in known:
+        # Measured with ONNX Runtime 1.31 and 1.32, model builder 0.18.
         raise UsageError(
-            f"--target {target} --precision {chosen}: ONNX Runtime cannot run it: "
-            f"{TARGETS[target].lacks}. Choose from {', '.join(known)}."
+            f"--target {target} --precision {chosen}: ONNX Runtime cannot run it: its CPU provider "
+            "fails on the shapes of the model builder's float16 graph, and has no MatMul for "
+            f"bfloat16. Choose from {', '.join(known)}."
         )
     if sparse and target == "cuda":
         raise UsageError(
             "--sparse --target cuda: the operator has no CUDA kernel yet, and would copy every "
             "activation to the CPU and back. Export with --target cpu, or without --sparse."
-        )
-    if sparse and target == "portable":
-        raise UsageError(
-            "--sparse --target portable: packed weights need the operator ai.gblm::Linear, which "
-            "is not portable. Use --target cpu."
         )
     if sparse and chosen != "fp32":
         raise UsageError(
@@ -191,13 +146,6 @@ def check_target(target: str, precision: str | None, sparse: bool) -> str:
             f"--values {chosen if chosen.startswith('int') else 'int8'}."
         )
     return chosen
-
-
-def _makers(target: str) -> tuple[str, ...]:
-    """Name what must be installed to make the graph."""
-    if TARGETS[target].builder is None:
-        return ("onnxscript",)
-    return () if importlib.util.find_spec("onnxruntime_genai") else ("onnxruntime-genai",)
 
 
 def _check_sparse(folder: ModelFolder) -> None:
@@ -223,25 +171,53 @@ def _needed_bytes(folder: ModelFolder) -> int:
 
 def _make(folder: ModelFolder, made: Path, wanted: Wanted, precision: str) -> list[Replaced]:
     """Write the graph and its data; tell what was replaced in it."""
-    target = TARGETS[wanted.target]
     with tempfile.TemporaryDirectory(dir=made.parent, prefix=".onnx-") as name:
         work, dense = Path(name), folder.path
         if folder.kind == "packed":
             dense = work / "dense"
             export_dense(folder, dense, dtype=torch.float32)
-        if target.builder is None:
-            build_portable(loading.load(dense, dtype=torch.float32), made)
-            return []
         if not wanted.sparse:
-            build(dense, made, precision, target.builder)
+            build(dense, made, precision, wanted.target)
             return []
         built = work / "built"
-        build(dense, built, precision, target.builder)
+        build(dense, built, precision, wanted.target)
         replaced = pack_graph(built, folder, made)
         for file in built.iterdir():
             if file.name not in (MODEL_FILE, DATA_FILE):
                 (made / file.name).write_bytes(file.read_bytes())
         return replaced
+
+
+def build(source: Path, output: Path, precision: str, target: str) -> None:
+    """Make a graph from a dense HF folder with onnxruntime-genai's model builder.
+
+    The builder prints, changes the working environment and leaks memory, so it runs in a process of
+    its own. It fetches nothing.
+
+    Args:
+        source: the folder.
+        output: a folder for the graph, genai_config.json and the tokenizer.
+        precision: as the builder names it.
+        target: cpu or cuda.
+
+    Raises:
+        InputError: the builder does not know the model.
+    """
+    with tempfile.TemporaryDirectory(dir=output.parent) as cache:
+        command = [
+            *(sys.executable, "-m", BUILDER, "-i", str(source), "-o", str(output)),
+            *("-p", precision, "-e", target, "-c", cache),
+        ]
+        quiet = {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        done = subprocess.run(
+            command, env=os.environ | quiet, capture_output=True, text=True, check=False
+        )
+    if done.returncode or not (output / MODEL_FILE).is_file():
+        said = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        raise InputError(
+            f"{source}: the model builder of onnxruntime-genai cannot make a graph of it: "
+            f"{said[-1] if said else f'exit status {done.returncode}'}"
+        )
 
 
 def _original(folder: ModelFolder) -> nn.Module:
@@ -298,16 +274,13 @@ def _tolerance(wanted: Wanted, precision: str, replaced: list[Replaced]) -> Tole
     if wanted.sparse:
         codes = any("/int" in one.spec for one in replaced)
         name = "sparse-int" if codes else "sparse"
-    found = TOLERANCES[name]
-    if wanted.min_agreement is None:
-        return found
-    return Tolerance(found.logit_difference, wanted.min_agreement)
+    return TOLERANCES[name]
 
 
 def _report(
     folder: Path, made: Path, wanted: Wanted, precision: str, replaced: list[Replaced]
 ) -> dict[str, Any]:
-    """Collect sizes, zeros and where it all comes from."""
+    """Collect sizes and where it all comes from."""
     files = {file.name: file.stat().st_size for file in sorted(made.iterdir())}
     return {
         "kind": "onnx export",
@@ -320,7 +293,6 @@ def _report(
         "bytes_total": sum(files.values()),
         "operator": f"{DOMAIN}::Linear" if wanted.sparse else None,
         "linears": [asdict(one) for one in replaced],
-        "weights": count_zeros(made),
     }
 
 

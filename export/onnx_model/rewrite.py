@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from gblm.errors import CheckpointError, InputError
-from gblm.export.onnx_model.rotary import Formula, find_formula
 from gblm.export.onnx_model.runtime import DOMAIN, DOMAIN_VERSION, MODEL_FILE
 from gblm.export.onnx_model.storage import DATA_FILE, DataFile, StoredGraph
 from gblm.kernels import BACKENDS
@@ -39,14 +38,9 @@ LINEAR, GATED = "Linear", "GatedLinear"
 
 @dataclass(frozen=True)
 class Replaced:
-    """What became of one MatMul.
+    """Records the operator `op` that took the place of MatMuls by the weights of `linears`.
 
-    Attributes:
-        op: the operator that took its place.
-        linears: whose weights it multiplies by.
-        spec: of the format.
-        shape: [out, in].
-        num_bytes: of the panels.
+    `spec` is that of their format, `shape` their [out, in], `num_bytes` the size of the panels.
     """
 
     op: str
@@ -82,11 +76,10 @@ def pack_graph(built: Path, packed: ModelFolder, output: Path) -> list[Replaced]
         rewriter = _Rewriter(graph, reader, DataFile(stream))
         nodes = [made for node in graph.model.graph.node for made in rewriter.rewrite(node)]
         rewriter.check_complete()
-        rotary = find_formula(graph)
-        kept = rewriter.initializers(nodes, rotary)
+        kept = rewriter.initializers(nodes)
     proto = graph.model
     del proto.graph.node[:], proto.graph.initializer[:]
-    proto.graph.node.extend([*rotary.nodes, *nodes])
+    proto.graph.node.extend(nodes)
     proto.graph.initializer.extend(kept)
     proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
     (output / MODEL_FILE).write_bytes(proto.SerializeToString())
@@ -136,16 +129,14 @@ class _Rewriter:
                 f"{self.graph.folder}: the graph has no MatMul by the weight of {missing[0]}."
             )
 
-    def initializers(self, nodes: list[Any], rotary: Formula) -> list[Any]:
+    def initializers(self, nodes: list[Any]) -> list[Any]:
         """Give what the nodes use: what was made, and the rest of the old ones."""
-        from onnx import numpy_helper
-
-        used = {name for node in nodes for name in node.input} - set(rotary.tables)
-        kept = [numpy_helper.from_array(array, name) for name, array in rotary.constants]
-        for name, tensor in self.graph.tensors.items():
-            if name in used:
-                raw = self.graph.raw(name)
-                kept.append(self.data.tensor(name, tensor.data_type, tensor.dims, raw.data))
+        used = {name for node in nodes for name in node.input}
+        kept = [
+            self.data.tensor(name, tensor.data_type, tensor.dims, self.graph.raw(name).data)
+            for name, tensor in self.graph.tensors.items()
+            if name in used
+        ]
         return [*self._made.values(), *kept]
 
     def _packable(self, matmuls: Sequence[Any]) -> tuple[str, ...]:
@@ -234,13 +225,7 @@ def _linears(weight: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Panels:
-    """One weight in the kernels' layout.
-
-    Attributes:
-        shape: [out, in].
-        data: [bytes] uint8.
-        spec: of the format it was made from.
-    """
+    """Holds a weight [out, in] in the kernels' layout: `data` is [bytes] uint8."""
 
     shape: Shape
     data: Tensor
@@ -323,13 +308,10 @@ def _prepare(name: str, fmt: Format, parts: dict[str, Tensor], shape: Shape) -> 
 
 @dataclass(frozen=True)
 class Gate:
-    """One feed-forward's first half.
+    """Names the nodes that compute the first half of a feed-forward.
 
-    Attributes:
-        gate: the MatMul that goes through silu.
-        up: the MatMul that it is multiplied with.
-        last: the Mul whose output is the result.
-        inner: names of all its other nodes.
+    The MatMul `gate` goes through silu and is multiplied with the MatMul `up`; the Mul `last` gives
+    the result. `inner` are the names of all nodes but the last.
     """
 
     gate: Any

@@ -10,28 +10,19 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 
 from gblm.errors import CheckpointError
-from gblm.export.onnx_model.runtime import DOMAIN, MODEL_FILE
-from gblm.kernels import native
+from gblm.export.onnx_model.runtime import MODEL_FILE
 
 DATA_FILE = f"{MODEL_FILE}.data"
 # Smaller ones stay in the graph, where shape inference sees them.
 INLINE_BYTES = 1024
 # What the kernels want of panels; ONNX Runtime maps whole pages around it.
 ALIGNMENT = 64
-# numpy's types of what a MatMul may be by; bfloat16 as bits, of which −0.0 is not a zero either.
-ELEMENTS = {1: np.float32, 10: np.float16, 16: np.uint16}
 
 
 class StoredGraph:
-    """A graph that lies on disk, its initializers not yet read.
-
-    Attributes:
-        model: the `onnx.ModelProto`.
-        tensors: its initializers by name.
-    """
+    """A graph `model` on disk; its initializers, `tensors` by name, are read when asked for."""
 
     def __init__(self, folder: Path) -> None:
         """Read the graph.
@@ -114,31 +105,3 @@ def _place(tensor: Any) -> dict[str, str] | None:
     if not tensor.external_data:
         return None
     return {entry.key: entry.value for entry in tensor.external_data}
-
-
-def count_zeros(folder: Path) -> list[dict[str, Any]]:
-    """Count the zeros of each weight that a MatMul or ai.gblm::Linear multiplies by, as written.
-
-    Returns:
-        For each one name, shape ([in, out] of a MatMul, [out, in] of the operator), zeros and
-        sparsity. Codes of ONNX Runtime's own integer operators are not looked into.
-    """
-    graph = StoredGraph(folder)
-    rows: dict[str, dict[str, Any]] = {}
-    for node in graph.model.graph.node:
-        name = node.input[1] if len(node.input) > 1 else ""
-        if name not in graph.tensors or name in rows:
-            continue
-        if node.domain == DOMAIN:
-            kept, mask, _ = native.unpack(torch.from_numpy(graph.raw(name).copy()))
-            rows[name] = _row(name, kept.shape, kept.numel() - int((mask & (kept != 0)).sum()))
-        elif node.op_type in ("MatMul", "Gemm") and graph.tensors[name].data_type in ELEMENTS:
-            tensor = graph.tensors[name]
-            values = graph.raw(name).view(ELEMENTS[tensor.data_type])
-            rows[name] = _row(name, tensor.dims, int(values.size - np.count_nonzero(values)))
-    return list(rows.values())
-
-
-def _row(name: str, shape: Any, zeros: int) -> dict[str, Any]:
-    sizes = [int(size) for size in shape]
-    return {"name": name, "shape": sizes, "zeros": zeros, "sparsity": zeros / np.prod(sizes).item()}

@@ -1,13 +1,12 @@
-"""An exported folder in ONNX Runtime on CPU, for `gblm eval`."""
+"""An exported folder in ONNX Runtime, for `gblm eval`."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from gblm.errors import UsageError
-from gblm.evaluate.subjects import ONNX_REPORT, Scores, Subject
-from gblm.export.onnx_model.decoder import OrtDecoder
-from gblm.files import read_json
+from gblm.evaluate.subjects import Scores, Subject
+from gblm.export.onnx_model.decoder import OnnxDecoder
 from gblm.model.folder import ModelFolder
 
 
@@ -20,13 +19,10 @@ class OnnxSubject(Subject):
         """Open the graph.
 
         Raises:
-            UsageError: it computes in another dtype, or in one that ONNX Runtime lacks on CPU.
+            UsageError: another dtype than that of the graph was asked for.
         """
-        _refuse_bfloat16(folder, dtype)
-        self._decoder = OrtDecoder(folder.path)
-        kinds = {node.name: node.type for node in self._decoder.session.get_outputs()}
-        names = {"float": "float32", "float16": "float16", "bfloat16": "bfloat16"}
-        self.dtype = names[kinds["logits"][len("tensor(") : -1]]
+        self._decoder = OnnxDecoder(folder.path)
+        self.dtype = self._decoder.dtype
         if dtype not in ("auto", self.dtype):
             raise UsageError(
                 f"{folder}: the graph computes in {self.dtype}, not in --dtype {dtype}; export it "
@@ -37,14 +33,3 @@ class OnnxSubject(Subject):
         """Score a window [seq_len] int64, from an empty cache."""
         self._decoder.reset()
         return Scores.of(self._decoder.step(window), window)
-
-
-def _refuse_bfloat16(folder: ModelFolder, dtype: str) -> None:
-    """Say what ONNX Runtime's own words on a missing MatMul do not."""
-    report = folder.path / ONNX_REPORT
-    precision = read_json(report).get("precision") if report.is_file() else None
-    if "bfloat16" in (dtype, {"bf16": "bfloat16"}.get(str(precision))):
-        raise UsageError(
-            f"{folder}: --engine onnx runs on CPU, where ONNX Runtime has no MatMul for bfloat16: "
-            "evaluate the folder that it was exported from, with --engine hf, packed or vllm."
-        )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gblm.export.onnx_model.decoder import OrtDecoder, greedy
+from gblm.export.onnx_model.decoder import OnnxDecoder
 from gblm.model.folder import ModelFolder
 
 PROMPT = (
@@ -25,12 +25,11 @@ PROMPT_TOKENS = 24  # of a model without tokenizer
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What an export may differ from the original.
+    """Bounds what an export may differ from the original.
 
-    Attributes:
-        logit_difference: largest absolute difference of a logit, over the standard deviation of the
-            original's logits; None: not judged.
-        top1_agreement: least share of positions where both name the same next token.
+    `logit_difference` bounds the largest absolute difference of a logit, in standard deviations of
+    the original's logits; None leaves it unjudged. `top1_agreement` is the least share of positions
+    where both name the same next token.
     """
 
     logit_difference: float | None
@@ -50,7 +49,7 @@ TOLERANCES = {
 
 
 def validate(
-    model: nn.Module, source: Path, folder: Path, provider: str, count: int, tolerance: Tolerance
+    model: nn.Module, source: Path, folder: Path, count: int, tolerance: Tolerance
 ) -> dict[str, Any]:
     """Compare an export with the model it came from.
 
@@ -58,7 +57,6 @@ def validate(
         model: the original in float32, on CPU.
         source: its folder, for the tokenizer.
         folder: the export.
-        provider: the execution provider that must run it.
         count: tokens to generate.
         tolerance: what counts as passed.
 
@@ -67,7 +65,7 @@ def validate(
     """
     prompt = prompt_tokens(source, model)
     tokens, expected = torch_greedy(model, prompt, count)
-    decoder = OrtDecoder(folder, provider)
+    decoder = OnnxDecoder(folder)
     prefill = _Difference.of(_at_once(decoder, prompt, tokens), expected)
     decode = _Difference.of(_one_by_one(decoder, prompt, tokens), expected)
     found = greedy(decoder, prompt, count)
@@ -85,7 +83,7 @@ def validate(
         "equal_greedy_tokens": same,
         "prefill": asdict(prefill),
         "decode": asdict(decode),
-        "providers": decoder.session.get_providers(),
+        "device": decoder.device,
         "tolerance": {
             "max_logit_difference_over_std": tolerance.logit_difference,
             "top1_agreement": tolerance.top1_agreement,
@@ -96,12 +94,10 @@ def validate(
 
 @dataclass(frozen=True)
 class _Difference:
-    """How far logits [count, vocabulary] are from the original's.
+    """Says how far logits [count, vocabulary] are from the original's.
 
-    Attributes:
-        largest: absolute difference.
-        relative: the same over the standard deviation of the original's logits.
-        agreement: share of rows with the same largest logit.
+    `largest` is the largest absolute difference, `relative` the same in standard deviations of the
+    original's logits, and `agreement` the share of rows with the same largest logit.
     """
 
     largest: float
@@ -117,17 +113,26 @@ class _Difference:
         return cls(largest, largest / float(expected.std()), float(same.float().mean()))
 
 
-def _at_once(decoder: OrtDecoder, prompt: Tensor, tokens: list[int]) -> Tensor:
+def _at_once(decoder: OnnxDecoder, prompt: Tensor, tokens: list[int]) -> Tensor:
     decoder.reset()
     forced = torch.cat([prompt, torch.tensor(tokens[:-1], dtype=torch.long)])
     return decoder.step(forced)[prompt.numel() - 1 :]
 
 
-def _one_by_one(decoder: OrtDecoder, prompt: Tensor, tokens: list[int]) -> Tensor:
+def _one_by_one(decoder: OnnxDecoder, prompt: Tensor, tokens: list[int]) -> Tensor:
     decoder.reset()
     rows = [decoder.step(prompt)[-1:]]
     rows += [decoder.step(torch.tensor([token])) for token in tokens[:-1]]
     return torch.cat(rows)
+
+
+def greedy(decoder: OnnxDecoder, prompt: Tensor, count: int) -> list[int]:
+    """Give the tokens that follow a prompt [tokens] when the likeliest one is always taken."""
+    decoder.reset()
+    found = [decoder.run(prompt.tolist())]
+    while len(found) < count:
+        found.append(decoder.run(found[-1:]))
+    return found
 
 
 def prompt_tokens(source: Path, model: nn.Module) -> Tensor:

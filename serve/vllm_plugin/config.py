@@ -33,13 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class SparseConfig(QuantizationConfig):
-    """The packed weights of one checkpoint, as vLLM asks for them.
-
-    Attributes:
-        manifest: says which linears are packed, and how.
-        reports: the folder where workers leave what /metrics says of them.
-        num_created: how many linears are to be prepared.
-    """
+    """Tells vLLM how each layer of a packed checkpoint is made, as its manifest says."""
 
     def __init__(self, manifest: Manifest | None = None, reports: Path | None = None) -> None:
         """Take the manifest; vLLM gives none for `--quantization gblm` of a model without one.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -17,45 +16,36 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from gblm import kernels
 from gblm.errors import CheckpointError
 from gblm.kernels import Backend
-from gblm.serve.vllm_plugin.linear import SparseLinearMethod, refuse_unloaded
+from gblm.serve.vllm_plugin.linear import SparseLinearMethod, Watched
 from gblm.sparse.formats import Shape, from_spec
 
 DENSE = from_spec("dense/dense")
 
 
-class WatchedMethod(UnquantizedEmbeddingMethod):
-    """vLLM's own method, which would serve memory that nothing was loaded to, but watched."""
+class EmbeddingMethod(Watched, UnquantizedEmbeddingMethod):
+    """Embeddings are looked up as vLLM does it, without a second copy to multiply with.
+
+    vLLM makes that copy on CPU at load; here it is made when a model multiplies: Gemma 2 has no
+    other output head.
+    """
 
     def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name or "embed_tokens"  # vLLM gives some embeddings no name
-
-    def create_weights(self, layer: torch.nn.Module, *sizes: Any, **attributes: Any) -> None:
-        """Make the weight as vLLM does, filled with NaN."""
-        super().create_weights(layer, *sizes, **attributes)
-        layer.get_parameter("weight").data.fill_(math.nan)
-
-
-class EmbeddingMethod(WatchedMethod):
-    """vLLM's own, which on CPU makes a second copy of all embeddings, to multiply with.
-
-    Here it is made when a model does: Gemma 2 has no other output head.
-    """
+        super().__init__(name or "embed_tokens")  # vLLM gives some embeddings no name
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Refuse what was not loaded; lookups need the weight as it is."""
-        refuse_unloaded(self.name, layer.get_parameter("weight").data)
+        self.refuse_unloaded(layer)
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [..., in] → logits [..., vocabulary]."""
+        """Multiply: x [..., in] → logits [..., vocabulary]."""
         if not hasattr(layer, "cpu_linear"):
             super().process_weights_after_loading(layer)
         logits: Tensor = super().apply(layer, x, bias)
         return logits
 
 
-class HeadMethod(WatchedMethod):
-    """A head that is not packed: vLLM's own, unless a kernel takes its weight as panels."""
+class HeadMethod(Watched, UnquantizedEmbeddingMethod):
+    """A head that is not packed runs as vLLM's own, unless a kernel takes its weight as panels."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -76,8 +66,8 @@ class HeadMethod(WatchedMethod):
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Prepare the loaded weight, and let go of it unless it is that of the embeddings, too."""
+        self.refuse_unloaded(layer)
         weight = layer.get_parameter("weight").data
-        refuse_unloaded(self.name, weight)
         self.shape = (weight.shape[0], weight.shape[1])
         backend, _ = kernels.select(DENSE, self.shape, weight.dtype, weight.device)
         wanted = backend.own_op and kernels.requested_backend() in (None, backend.name)
@@ -93,7 +83,7 @@ class HeadMethod(WatchedMethod):
             layer.register_parameter("weight", Parameter(weight.new_empty(0), requires_grad=False))
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [..., in] → logits [..., vocabulary]."""
+        """Multiply: x [..., in] → logits [..., vocabulary]."""
         if self.backend is None:
             logits: Tensor = super().apply(layer, x, bias)
             return logits

@@ -166,11 +166,11 @@ class SparseLinearMethod(LinearMethodBase):
         )
 
 
-@register_weight_loader_v2_supported_method
-class DenseLinearMethod(UnquantizedLinearMethod):
-    """A linear that is not packed: vLLM's own, which would serve memory that nothing was loaded to.
+class Watched:
+    """Makes weights full of NaN before vLLM loads them, so that what was not loaded is refused.
 
-    vLLM keeps account of loaded weights only where a model has no quantization config.
+    vLLM itself would serve such memory: it keeps account of loaded weights only where a model has
+    no quantization config.
     """
 
     def __init__(self, name: str) -> None:
@@ -179,12 +179,21 @@ class DenseLinearMethod(UnquantizedLinearMethod):
 
     def create_weights(self, layer: torch.nn.Module, *sizes: Any, **attributes: Any) -> None:
         """Make the weight as vLLM does, filled with NaN."""
-        super().create_weights(layer, *sizes, **attributes)
+        super().create_weights(layer, *sizes, **attributes)  # type: ignore[misc]
         layer.get_parameter("weight").data.fill_(math.nan)
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Refuse what was not loaded; then vLLM's own."""
+    def refuse_unloaded(self, layer: torch.nn.Module) -> None:
+        """Raise CheckpointError when the weight, or a part of it, was not loaded."""
         refuse_unloaded(self.name, layer.get_parameter("weight").data)
+
+
+@register_weight_loader_v2_supported_method
+class DenseLinearMethod(Watched, UnquantizedLinearMethod):
+    """A linear that is not packed runs as vLLM's own."""
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Refuse what was not loaded; then do what vLLM does."""
+        self.refuse_unloaded(layer)
         super().process_weights_after_loading(layer)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from prometheus_client import REGISTRY, Gauge
+from prometheus_client import REGISTRY
 from prometheus_client.metrics_core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -30,7 +30,6 @@ from gblm.model.packed_reader import MANIFEST_FILE
 logger = logging.getLogger(__name__)
 
 Report = dict[str, Any]
-MULTIPROCESS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 GROUP = ("part", "format", "pattern", "values")
 
 
@@ -92,9 +91,6 @@ def report(folder: Path | None, backends: Mapping[str, int]) -> None:
         write_json(folder / f"{os.getpid()}.json", found)
     except GblmError as error:
         logger.warning("gblm: /metrics does not count this worker: %s", error)
-        return
-    if MULTIPROCESS_VARIABLE in os.environ:
-        publish(families(map(read_json, folder.glob("*.json"))))
 
 
 def local_folder(model: str, revision: str | None, cache_dir: str | None) -> Path:
@@ -131,22 +127,6 @@ def families(found: Iterable[Report]) -> list[GaugeMetricFamily]:
     for one in found:
         models.setdefault(one["model_name"], []).append(one)
     return [*_running(models), *_stored(models)] if models else []
-
-
-def publish(found: Iterable[GaugeMetricFamily]) -> None:
-    """Publish for several API servers, which show what processes write into a common folder.
-
-    Numbers only grow as workers report, so that the largest is the complete one.
-    """
-    for family in found:
-        for sample in family.samples:
-            gauge = _gauge(family.name, family.documentation, tuple(sample.labels))
-            gauge.labels(**sample.labels).set(sample.value)
-
-
-@cache
-def _gauge(name: str, text: str, labels: tuple[str, ...]) -> Gauge:
-    return Gauge(name, text, labels, multiprocess_mode="max", registry=None)
 
 
 def _running(models: Mapping[str, list[Report]]) -> list[GaugeMetricFamily]:

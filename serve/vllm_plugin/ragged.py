@@ -37,13 +37,10 @@ class Rows:
 
 @dataclass
 class Pieces:
-    """Collects the pieces of one vLLM linear, in the order of its rows.
+    """Collects the pieces of one vLLM linear, which arrive in one format, in the order of rows.
 
-    Attributes:
-        fmt: format that every piece arrives in.
-        name: of the linear, for messages.
-        rows: rows of each piece on this rank.
-        columns: columns on this rank.
+    `rows` counts the rows of each piece on this rank, `columns` those of the linear; `name` is for
+    messages.
     """
 
     fmt: Format

@@ -110,18 +110,8 @@ def test_engines_refuse_what_they_cannot_run(tiny: Path, exported: Path) -> None
         open_subject(ModelFolder.open(exported), "vllm")
     with pytest.raises(UsageError, match="computes in float32, not in --dtype float16"):
         open_subject(ModelFolder.open(exported), dtype="float16")
-    with pytest.raises(UsageError, match="no MatMul for bfloat16"):
-        open_subject(ModelFolder.open(exported), dtype="bfloat16")
     with pytest.raises(UsageError, match="do not go with --engine onnx"):
         open_subject(ModelFolder.open(exported), backend="dense")
-
-
-def test_a_bfloat16_graph_is_refused_before_it_is_opened(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.onnx").write_bytes(b"")
-    (tmp_path / "onnx_report.json").write_text('{"precision": "bf16"}')
-    with pytest.raises(UsageError, match="with --engine hf, packed or vllm"):
-        open_subject(ModelFolder.open(tmp_path))
 
 
 def test_a_model_has_no_drift_from_itself_and_some_from_another(

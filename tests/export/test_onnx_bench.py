@@ -13,7 +13,6 @@ from conftest import Outcome
 pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai: make dev installs it")
 
 from gblm.export.onnx_model.export import Wanted, export_onnx
-from gblm.export.onnx_model.runtime import REPORT_FILE
 from gblm.record import Record
 
 Run = Callable[..., Outcome]
@@ -44,7 +43,8 @@ def test_exported_folders_are_sides(gblm: Run, exported: Path, tiny: Path, tmp_p
 @pytest.mark.slow
 def test_a_folder_for_cuda_is_refused(gblm: Run, exported: Path, tmp_path: Path) -> None:
     moved = Path(shutil.copytree(exported, tmp_path / "cuda"))
-    report = json.loads((moved / REPORT_FILE).read_text())
-    (moved / REPORT_FILE).write_text(json.dumps(report | {"target": "cuda"}))
+    config = json.loads((moved / "genai_config.json").read_text())
+    config["model"]["decoder"]["session_options"]["provider_options"] = [{"cuda": {}}]
+    (moved / "genai_config.json").write_text(json.dumps(config))
     done = gblm("bench", moved, *SMALL)
     assert (done.code, "was exported for CUDA" in done.err) == (3, True)

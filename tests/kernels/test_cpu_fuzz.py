@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from cpu_cases import case
+from cpu_cases import case, unpack
 from torch import Tensor
 
 from gblm.kernels import native
@@ -70,7 +70,7 @@ def feed(data: bytes) -> int:
         assert out.shape == (tokens, rows)
         taken += 1
     try:
-        values, mask, _ = native.unpack(panels)
+        values, mask, _ = unpack(panels)
     except native.KernelError:
         return taken
     assert values.shape == mask.shape
@@ -93,4 +93,4 @@ def test_panels_never_claim_more_memory_than_they_take() -> None:
     good = bytearray(case((37, 96), "float", "any").panels.numpy().tobytes())
     good[16:24] = (1 << 23).to_bytes(8, "little")
     with pytest.raises(native.KernelError, match="damaged"):
-        native.unpack(exactly(bytes(good)))
+        unpack(exactly(bytes(good)))

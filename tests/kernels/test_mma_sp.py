@@ -159,6 +159,6 @@ def test_it_says_why_it_refuses(
     pattern: str, values: str, dtype: torch.dtype, reason: str | None
 ) -> None:
     fmt, backend = make_format("nm", pattern, values), SparseTensorCore()
-    assert backend.refuses_weight(fmt, dtype) == reason
+    assert backend.refuses_weight(fmt, (16, 64), dtype) == reason
     here = backend.refuses(fmt, (16, 64), dtype, torch.device("cpu"))
     assert here == "it runs on CUDA devices, not on cpu"

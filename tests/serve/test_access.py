@@ -1,13 +1,10 @@
-"""Addresses, keys and certificates of `gblm serve`; nothing here starts vLLM."""
+"""Addresses and keys of `gblm serve`; nothing here starts vLLM."""
 
 from __future__ import annotations
 
 import logging
 import os
-import shutil
-import subprocess
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,26 +17,10 @@ from gblm.serve.access import (
     RUST_VARIABLE,
     api_keys,
     check_address,
-    check_certificate,
     check_doors,
     with_config,
 )
-from gblm.serve.launch import Server, check_options, command, environment
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A self-signed certificate and its key."""
-    if shutil.which("openssl") is None:
-        pytest.skip("no openssl: .ci/run installs it")
-    folder = tmp_path_factory.mktemp("tls")
-    certificate, key = folder / "cert.pem", folder / "key.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost",
-         "-keyout", str(key), "-out", str(certificate), "-days", "2"],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    return certificate, key
+from gblm.serve.launch import Server, check_options, environment
 
 
 @pytest.mark.parametrize(
@@ -169,33 +150,6 @@ def test_serve_refuses_before_it_looks_for_the_model(gblm: Callable[..., Outcome
     done = gblm("serve", "./nowhere", "--host", "0.0.0.0", VLLM_API_KEY="")
     assert done.code == 2, done
     assert "--insecure" in done.err
-
-
-def test_certificate_and_key_reach_vllm(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    certificate, key = pair
-    check_certificate(certificate, key)
-    check_certificate(None, None)
-    pairs = set(pairwise(command(Server(tmp_path, ssl_certfile=certificate, ssl_keyfile=key))))
-    assert pairs >= {("--ssl-certfile", str(certificate)), ("--ssl-keyfile", str(key))}
-    assert not [word for word in command(Server(tmp_path)) if "ssl" in word]
-
-
-def test_certificates_that_cannot_work_are_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    certificate, key = pair
-    for one in ((certificate, None), (None, key)):
-        with pytest.raises(UsageError, match="go together"):
-            check_certificate(*one)
-    with pytest.raises(InputError, match=r"none\.pem cannot be read"):
-        check_certificate(certificate, tmp_path / "none.pem")
-    with pytest.raises(InputError, match="no certificate and its key"):
-        check_certificate(key, certificate)
-    locked = tmp_path / "locked.pem"
-    subprocess.run(
-        ["openssl", "rsa", "-aes256", "-passout", "pass:words", "-in", str(key), "-out",
-         str(locked)], check=True, capture_output=True,
-    )  # fmt: skip
-    with pytest.raises(InputError, match="without a password"):
-        check_certificate(certificate, locked)
 
 
 def test_a_request_may_ask_for_few_answers_only(tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,38 +97,6 @@ def test_a_hub_id_is_found_in_the_cache(tmp_path: Path) -> None:
     (repo / "refs" / "main").write_text("0" * 40)
     assert metrics.local_folder("org/name", None, str(tmp_path)) == snapshot
     assert metrics.local_folder(str(tmp_path), None, None) == tmp_path
-
-
-SEVERAL_SERVERS = """
-import os
-from prometheus_client import CollectorRegistry, generate_latest, multiprocess
-from gblm.serve.vllm_plugin.metrics import families, publish
-
-first, second = ({"model_name": "m", "stage": n, "backends": {"cpu": 4}} for n in (0, 1))
-if os.fork() == 0:
-    publish(families([first, second]))
-    os._exit(0)
-os.wait()
-publish(families([first]))
-registry = CollectorRegistry()
-multiprocess.MultiProcessCollector(registry)
-print(generate_latest(registry).decode())
-"""
-
-
-def test_several_api_servers_show_the_complete_numbers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(metrics.MULTIPROCESS_VARIABLE, str(tmp_path))
-    done = subprocess.run(
-        [sys.executable, "-c", SEVERAL_SERVERS], capture_output=True, text=True, check=True
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("gblm_")]
-    counts = {name: 8.0 if name == "cpu" else 0.0 for name in sorted(BACKENDS)}
-    assert sorted(lines) == [
-        *(f'gblm_linears{{backend="{n}",model_name="m"}} {count}' for n, count in counts.items()),
-        'gblm_workers{model_name="m"} 2.0',
-    ]
 
 
 @pytest.mark.vllm

@@ -21,7 +21,7 @@ from gblm.commands.recipe_options import head_option, values_option
 from gblm.errors import GateError
 from gblm.record import command_line
 
-ONNX_TARGETS = ("cpu", "cuda", "portable")
+ONNX_TARGETS = ("cpu", "cuda")
 ONNX_PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 output_options = options(
     click.argument("source"),
@@ -114,13 +114,12 @@ def legacy(ctx: click.Context, source: str, output: Path, overwrite: bool) -> No
     type=click.Choice(ONNX_TARGETS),
     default="cpu",
     show_default=True,
-    help="cpu and cuda: a graph with ONNX Runtime's fused operators, also for onnxruntime-genai; "
-    "portable: standard operators alone.",
+    help="Where ONNX Runtime is to run the graph.",
 )
 @click.option(
     "--precision",
     type=click.Choice(ONNX_PRECISIONS),
-    help="Of the graph. Default: fp32 for cpu and portable, fp16 for cuda.",
+    help="Of the graph. Default: fp32 for cpu, fp16 for cuda.",
 )
 @click.option(
     "--sparse",
@@ -134,12 +133,6 @@ def legacy(ctx: click.Context, source: str, output: Path, overwrite: bool) -> No
     default=64,
     show_default=True,
     help="Greedy tokens to compare with the original torch model; 0 leaves it out.",
-)
-@click.option(
-    "--min-agreement",
-    type=click.FloatRange(0, 1),
-    help="Share of places where the export must name the same next token, instead of the "
-    "precision's own bound.",
 )
 @click.pass_context
 def onnx(ctx: click.Context, /, source: str, output: Path, overwrite: bool, **wanted: Any) -> None:

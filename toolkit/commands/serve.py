@@ -46,10 +46,6 @@ from gblm.commands.common import Command, backend_option, progress_bars
     help="MiB that the body of a request may have.",
 )
 @click.option(
-    "--ssl-certfile", type=click.Path(path_type=Path), help="Serve HTTPS with this certificate."
-)
-@click.option("--ssl-keyfile", type=click.Path(path_type=Path), help="Key of the certificate.")
-@click.option(
     "--shutdown-timeout",
     type=click.IntRange(0),
     default=30,

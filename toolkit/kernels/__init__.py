@@ -44,7 +44,7 @@ BACKEND_VARIABLE = "GBLM_BACKEND"
 
 
 def requested_backend() -> str | None:
-    """The backend that the environment variable GBLM_BACKEND forces, if any."""
+    """Read which backend the environment variable GBLM_BACKEND forces, if any."""
     return os.environ.get(BACKEND_VARIABLE) or None
 
 

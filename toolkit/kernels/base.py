@@ -25,7 +25,6 @@ class Backend(ABC):
     own_op: ClassVar[bool] = False
     """Whether `linear` calls one PyTorch op and nothing else, so that tracing needs no other."""
 
-    @abstractmethod
     def refuses(
         self, fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device
     ) -> str | None:
@@ -37,6 +36,7 @@ class Backend(ABC):
             dtype: the activations' dtype.
             device: where the weight will be used.
         """
+        return None
 
     @abstractmethod
     def prepare(

@@ -18,12 +18,6 @@ class Dense(Backend):
     name = "dense"
     packed = False
 
-    def refuses(
-        self, fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device
-    ) -> str | None:
-        """Refuse nothing."""
-        return None
-
     def prepare(
         self, fmt: Format, parts: Parts, shape: Shape, dtype: torch.dtype = torch.bfloat16
     ) -> list[Tensor]:

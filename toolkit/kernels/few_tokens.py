@@ -27,6 +27,20 @@ class FewTokens(Backend):
     needs = "cuda"
     max_tokens: ClassVar[int]
 
+    def refuses(
+        self, fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device
+    ) -> str | None:
+        """Refuse what the device cannot run, and weights that no device could."""
+        return self.refuses_device(device) or self.refuses_weight(fmt, shape, dtype)
+
+    @abstractmethod
+    def refuses_device(self, device: torch.device) -> str | None:
+        """Say why a device cannot run the kernels, for people; None when it can."""
+
+    @abstractmethod
+    def refuses_weight(self, fmt: Format, shape: Shape, dtype: torch.dtype) -> str | None:
+        """Say why a weight cannot be served on any device, for people; None when it can."""
+
     def linear(self, x: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape) -> Tensor:
         """Multiply on the current stream, without waiting for the device."""
         tokens = aligned(x.reshape(-1, shape[1]))

@@ -44,17 +44,6 @@ class _Source(ctypes.Structure):
     )
 
 
-class _Info(ctypes.Structure):
-    _fields_ = (
-        ("rows", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-        ("group", ctypes.c_int64),
-        ("bytes", ctypes.c_int64),
-        ("values", ctypes.c_int32),
-        ("mask", ctypes.c_int32),
-    )
-
-
 @dataclass(frozen=True)
 class Source:
     """A weight as it lies on disk.
@@ -84,7 +73,7 @@ def refusal() -> str | None:
 
 
 def instruction_set() -> str:
-    """The instruction set in use: amx, avx512, avx2, neon_bf16, neon or portable."""
+    """Name the instruction set in use: amx, avx512, avx2, neon_bf16, neon or portable."""
     name: bytes = _library().gblm_isa()
     return name.decode()
 
@@ -100,7 +89,7 @@ def use_instruction_set(name: str) -> None:
 
 
 def compiler() -> str:
-    """The name and version of the compiler that built the library."""
+    """Name the compiler that built the library, and its version."""
     name: bytes = _library().gblm_compiler()
     return name.decode()
 
@@ -125,34 +114,6 @@ def prepare(source: Source, name: str = "weight") -> Tensor:
     panels = allocate(count.value)
     _check(library.gblm_prepare(ctypes.byref(held[0]), pool, panels.data_ptr(), count.value), name)
     return panels
-
-
-def unpack(panels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Undo `prepare`, for tests: give values or codes, mask and scales.
-
-    Returns:
-        bfloat16 values or int8 codes [out, in], bool mask [out, in], and bfloat16 scales of the
-        panels' own groups (None for floats).
-
-    Raises:
-        KernelError: the panels are damaged.
-    """
-    library, info = _library(), _Info()
-    if panels.dtype != torch.uint8 or panels.device.type != "cpu" or not panels.is_contiguous():
-        raise KernelError("panels are contiguous uint8 on CPU.")
-    size = panels.numel()
-    _check(library.gblm_inspect(panels.data_ptr(), size, ctypes.byref(info)), "panels")
-    shape = (info.rows, info.columns)
-    values = torch.empty(shape, dtype=torch.int8 if info.group else torch.bfloat16)
-    mask = torch.empty(shape, dtype=torch.uint8)
-    scales = None
-    if info.group:
-        scales = torch.empty((info.rows, info.columns // info.group), dtype=torch.bfloat16)
-    result = library.gblm_unpack(
-        panels.data_ptr(), size, values.data_ptr(), mask.data_ptr(), _pointer(scales)
-    )
-    _check(result, "panels")
-    return values, mask.bool(), scales
 
 
 def allocate(size: int) -> Tensor:

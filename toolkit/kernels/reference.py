@@ -21,12 +21,6 @@ class Reference(Backend):
     name = "reference"
     packed = True
 
-    def refuses(
-        self, fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device
-    ) -> str | None:
-        """Refuse nothing."""
-        return None
-
     def prepare(
         self, fmt: Format, parts: Parts, shape: Shape, dtype: torch.dtype = torch.bfloat16
     ) -> list[Tensor]:

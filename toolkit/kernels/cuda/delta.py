@@ -6,15 +6,14 @@ multiplied by their scales when the model is loaded, and rounded once to the act
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from gblm.kernels.cuda import device as cuda
-from gblm.kernels.cuda.device import THREADS, Device, device_of
+from gblm.kernels.cuda.device import THREADS, CudaBackend, Device
 from gblm.kernels.cuda.nvrtc import Variant
-from gblm.kernels.few_tokens import FewTokens, aligned, weight_refusal
+from gblm.kernels.few_tokens import aligned, weight_refusal
 from gblm.sparse.formats import Format, Parts, Shape
 
 RUNS, WORD, LONGEST = 32, 8, 16
@@ -25,24 +24,14 @@ WARPS = THREADS // 32
 MAX_BLOCKS_PER_SM = 8
 
 
-class Delta(FewTokens):
+class Delta(CudaBackend):
     """Holds 4-bit distances beside the kept values; more than 8 tokens meet the expanded weight."""
 
     name = "delta"
     max_tokens = MAX_TOKENS
 
-    def __init__(self, device_of: Callable[[Tensor], Device] = device_of) -> None:
-        """Take `device_of`, which finds the device of activations; tests emulate one."""
-        self._device_of = device_of
-
-    def refuses(
-        self, fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device
-    ) -> str | None:
-        """Refuse other devices, dense weights, activations of other dtypes, and very long rows."""
-        return cuda.refusal(device) or self.refuses_weight(fmt, shape, dtype)
-
     def refuses_weight(self, fmt: Format, shape: Shape, dtype: torch.dtype) -> str | None:
-        """Say why a weight cannot be served on any device; None when it can."""
+        """Refuse dense weights, activations of other dtypes, and very long rows."""
         return weight_refusal(fmt, shape, dtype, MAX_COLUMNS)
 
     def prepare(
@@ -80,13 +69,13 @@ class Delta(FewTokens):
 
 
 def tokens_at_once(device: Device, columns: int) -> int:
-    """The number of tokens whose activations fit into shared memory: 1, 2, 4 or 8."""
+    """Count the tokens whose activations fit into shared memory: 1, 2, 4 or 8."""
     fits = max(1, device.max_shared // (2 * padded_columns(columns)))
     return min(MAX_TOKENS, 1 << (fits.bit_length() - 1))
 
 
 def padded_columns(columns: int) -> int:
-    """The columns that x has in shared memory: the zeros of last runs walk on behind the weight."""
+    """Count the columns of x in shared memory: the zeros of last runs walk on behind the weight."""
     return -(-(columns + columns // RUNS + WORD) // 8) * 8
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from gblm.errors import MachineError
 from gblm.kernels.cuda import nvrtc
 from gblm.kernels.cuda.nvrtc import Variant
+from gblm.kernels.few_tokens import FewTokens
 
 LIBRARY = "libcuda.so.1"
 # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -174,13 +175,13 @@ class Device:
         return function
 
     def stream(self) -> int:
-        """The handle of PyTorch's current stream, which launches go to."""
+        """Give the handle of PyTorch's current stream, which launches go to."""
         return int(torch.cuda.current_stream().cuda_stream)
 
 
 @cache
 def device(index: int) -> Device:
-    """The CUDA device that PyTorch counts as `index`.
+    """Open the CUDA device that PyTorch counts as `index`.
 
     Raises:
         MachineError: there is no driver.
@@ -197,12 +198,12 @@ def device(index: int) -> Device:
 
 
 def device_of(x: Tensor) -> Device:
-    """The CUDA device that holds a tensor."""
+    """Find the CUDA device that holds a tensor."""
     return device(x.device.index or 0)
 
 
 def refusal(where: torch.device) -> str | None:
-    """Why a device cannot run the kernels, for people; None when it can."""
+    """Say why a device cannot run the kernels, for people; None when it can."""
     if where.type != "cuda":
         return f"it runs on CUDA devices, not on {where.type}"
     if torch.version.hip is not None:
@@ -211,3 +212,15 @@ def refusal(where: torch.device) -> str | None:
     if not OLDEST <= arch <= NEWEST:
         return f"compute capability {arch[0]}.{arch[1]} is not one of 8.0 to 12.1"
     return nvrtc.refusal()
+
+
+class CudaBackend(FewTokens):
+    """A backend whose kernels are the text of this folder."""
+
+    def __init__(self, device_of: Callable[[Tensor], Device] = device_of) -> None:
+        """Take `device_of`, which finds the device of activations; tests emulate one."""
+        self._device_of = device_of
+
+    def refuses_device(self, device: torch.device) -> str | None:
+        """Say why a device cannot run the kernels, for people; None when it can."""
+        return refusal(device)

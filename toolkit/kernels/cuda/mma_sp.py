@@ -7,16 +7,15 @@ metadata follow NVIDIA's PTX ISA 8.5, 9.7.14.6 (mma.sp.m16n8k32, ordered metadat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gblm.kernels.cuda import device as cuda
-from gblm.kernels.cuda.device import THREADS, Device, device_of
+from gblm.kernels.cuda.device import THREADS, CudaBackend
 from gblm.kernels.cuda.nvrtc import Variant
-from gblm.kernels.few_tokens import FewTokens, dtype_refusal
+from gblm.kernels.few_tokens import dtype_refusal
 from gblm.sparse.formats import Format, Parts, Shape
 
 ROWS, STEP = 16, 64
@@ -29,25 +28,15 @@ MAX_DIRECT = 16
 WARPS = THREADS // 32
 
 
-class SparseTensorCore(FewTokens):
+class SparseTensorCore(CudaBackend):
     """Serves 2:4 weights on GPUs of compute capability 8.0 to 12.1; above 64 tokens, expanded."""
 
     name = "mma_sp"
     formats = ("nm",)
     max_tokens = MAX_TOKENS
 
-    def __init__(self, device_of: Callable[[Tensor], Device] = device_of) -> None:
-        """Take `device_of`, which finds the device of activations; tests emulate one."""
-        self._device_of = device_of
-
-    def refuses(
-        self, fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device
-    ) -> str | None:
-        """Refuse other devices, other patterns, and activations of other dtypes."""
-        return cuda.refusal(device) or self.refuses_weight(fmt, dtype)
-
-    def refuses_weight(self, fmt: Format, dtype: torch.dtype) -> str | None:
-        """Say why a weight cannot be served on any device; None when it can."""
+    def refuses_weight(self, fmt: Format, shape: Shape, dtype: torch.dtype) -> str | None:
+        """Refuse other patterns, and activations of other dtypes."""
         if str(fmt.pattern) != "2:4":
             return f"the pattern must be 2:4, not {fmt.pattern}"
         return dtype_refusal(dtype)
@@ -84,12 +73,12 @@ class SparseTensorCore(FewTokens):
 
 
 def token_blocks(tokens: int) -> int:
-    """The number of blocks of eight tokens: one of the compiled ones, 1, 2, 4 or 8."""
+    """Count the blocks of eight tokens: one of the compiled numbers, 1, 2, 4 or 8."""
     return 1 << (max(-(-tokens // 8), 1) - 1).bit_length()
 
 
 def variant(fmt: Format, shape: Shape, dtype: torch.dtype, tokens: int) -> Variant:
-    """The variant that multiplies so many tokens by a weight [out, in]."""
+    """Choose the variant that multiplies so many tokens by a weight [out, in]."""
     defines = {
         "BF16": int(dtype == torch.bfloat16),
         "TOKENS": token_blocks(tokens),
@@ -102,18 +91,18 @@ def variant(fmt: Format, shape: Shape, dtype: torch.dtype, tokens: int) -> Varia
 
 
 def scale_group(fmt: Format, shape: Shape) -> int:
-    """The number of columns that share a scale; 0 for floats and for one scale a row."""
+    """Count the columns that share a scale; 0 for floats and for one scale a row."""
     group = 0 if fmt.values.is_float else fmt.values.group(shape[1])
     return 0 if group == shape[1] else group
 
 
 def unit_columns(group: int) -> int:
-    """The number of columns that a warp takes at a time: whole steps and whole groups."""
+    """Count the columns that a warp takes at a time: whole steps and whole groups."""
     return STEP if group == 0 else group if group % STEP == 0 else 2 * group
 
 
 def padded(fmt: Format, shape: Shape) -> Shape:
-    """The shape [out, in] in memory, which is whole tiles and whole units."""
+    """Give the shape [out, in] in memory, which is whole tiles and whole units."""
     unit = unit_columns(scale_group(fmt, shape))
     return -(-shape[0] // ROWS) * ROWS, -(-shape[1] // unit) * unit
 
@@ -127,8 +116,8 @@ def pack_tiles(fmt: Format, parts: Parts, shape: Shape) -> list[Tensor]:
         shape: the weight's [out, in].
 
     Returns:
-        uint8 values, int32 metadata [tiles, steps, 32], and scales [tiles, groups, 16]: bfloat16,
-        or int32 with zero points; one zero for floats.
+        uint8 values, int32 metadata [tiles, steps, 32], and scales [tiles, groups, 16]: bfloat16;
+        one zero for floats.
     """
     kept, (rows, columns) = fmt.kept(parts), padded(fmt, shape)
     missing = (0, (columns - shape[1]) // 2, 0, rows - shape[0])

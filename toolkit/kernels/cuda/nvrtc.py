@@ -10,7 +10,6 @@ import ctypes
 import hashlib
 import importlib.util
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,8 +19,6 @@ from gblm.errors import MachineError
 
 # mma.sp::ordered_metadata is PTX 8.5.
 OLDEST = (12, 5)
-# A cubin takes 10 to 40 KB.
-CACHE_BYTES = 64 << 20
 FOLDER = Path(__file__).parent
 PRELUDE = "ptx.cuh"
 
@@ -38,27 +35,27 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """The variant as messages and tables name it, such as "mma_sp BF16=1 TOKENS=2"."""
+        """Name the variant for messages and tables, such as "mma_sp BF16=1 TOKENS=2"."""
         return " ".join([self.file, *(f"{name}={value}" for name, value in self.defines)])
 
     @property
     def options(self) -> list[str]:
-        """The macros as options of the compiler's command line."""
+        """Write the macros as options of the compiler's command line."""
         return [f"-D{name}={value}" for name, value in self.defines]
 
     def text(self, prelude: str | None = None) -> str:
-        """The source; with another prelude than CUDA's it runs elsewhere, as the tests do."""
+        """Give the source; with another prelude than CUDA's it runs elsewhere, as in the tests."""
         return (read(PRELUDE) if prelude is None else prelude) + read(f"{self.file}.cu")
 
 
 @cache
 def read(name: str) -> str:
-    """The text of a file of this folder."""
+    """Read a file of this folder."""
     return (FOLDER / name).read_text(encoding="utf-8")
 
 
 def refusal() -> str | None:
-    """Why nothing can be compiled, for people; None when it can."""
+    """Say why nothing can be compiled, for people; None when it can."""
     try:
         found = version()
     except MachineError as error:
@@ -69,7 +66,7 @@ def refusal() -> str | None:
 
 
 def version() -> tuple[int, int]:
-    """The version of the NVRTC that is used: major, minor.
+    """Ask the NVRTC that is used for its version: major, minor.
 
     Raises:
         MachineError: there is none.
@@ -80,7 +77,7 @@ def version() -> tuple[int, int]:
 
 
 def cubin(variant: Variant, arch: tuple[int, int], folder: Path | None = None) -> bytes:
-    """The machine code of a variant, from the cache or compiled.
+    """Get the machine code of a variant, from the cache or compiled.
 
     Args:
         variant: what to compile.
@@ -96,20 +93,17 @@ def cubin(variant: Variant, arch: tuple[int, int], folder: Path | None = None) -
     path = folder / f"{hashlib.sha256(chr(0).join(facts).encode()).hexdigest()[:40]}.cubin"
     try:
         found = path.read_bytes()
-        path.touch()
     except OSError:
         found = b""
     if found.startswith(b"\x7fELF"):
         return found
     made = compile_text(text, variant.options, arch, variant.label)
-    if keep(path, made):
-        with suppress(OSError):
-            _trim(folder)
+    keep(path, made)
     return made
 
 
 def compile_text(text: str, options: list[str], arch: tuple[int, int], label: str) -> bytes:
-    """Source → cubin.
+    """Compile source to a cubin.
 
     Args:
         text: CUDA C++ without includes.
@@ -133,17 +127,6 @@ def compile_text(text: str, options: list[str], arch: tuple[int, int], label: st
         return _text(program, "nvrtcGetCUBIN")
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
-
-
-def _trim(folder: Path) -> None:
-    """Delete the cubins that were unused for longest, until CACHE_BYTES hold the rest."""
-    found = [(file.stat(), file) for file in folder.glob("*.cubin")]
-    total = sum(facts.st_size for facts, _ in found)
-    for facts, file in sorted(found, key=lambda pair: pair[0].st_mtime):
-        if total <= CACHE_BYTES:
-            return
-        file.unlink(missing_ok=True)
-        total -= facts.st_size
 
 
 def _text(program: ctypes.c_void_p, what: str) -> bytes:
@@ -170,7 +153,7 @@ def _library() -> ctypes.CDLL:
 
 
 def _candidates() -> Iterator[str]:
-    """Paths at which NVRTC may lie: the wheels' folders first, then the system's."""
+    """List paths at which NVRTC may lie: the wheels' folders first, then the system's."""
     spec = importlib.util.find_spec("nvidia")
     for root in (spec.submodule_search_locations or []) if spec else []:
         for pattern in ("cu*/lib/libnvrtc.so.*", "cuda_nvrtc/lib/libnvrtc.so.*"):

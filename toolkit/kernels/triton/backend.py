@@ -51,14 +51,12 @@ class Triton(FewTokens):
         """Take `units_of`, which counts the compute units of a tensor's device."""
         self._units_of = units_of or compute_units
 
-    def refuses(
-        self, fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device
-    ) -> str | None:
-        """Refuse other devices, a missing Triton, dense weights, other dtypes, very long rows."""
-        return refusal(device) or self.refuses_weight(fmt, shape, dtype)
+    def refuses_device(self, device: torch.device) -> str | None:
+        """Refuse other devices than CUDA's, old ones, and a missing Triton."""
+        return refusal(device)
 
     def refuses_weight(self, fmt: Format, shape: Shape, dtype: torch.dtype) -> str | None:
-        """Say why a weight cannot be served on any device; None when it can."""
+        """Refuse dense weights, activations of other dtypes, and very long rows."""
         return weight_refusal(fmt, shape, dtype, MAX_COLUMNS)
 
     def prepare(
@@ -109,12 +107,12 @@ def _units(index: int) -> int:
 
 
 def compute_units(x: Tensor) -> int:
-    """The number of multiprocessors, or AMD's compute units, of the device of a tensor."""
+    """Count the multiprocessors, or AMD's compute units, of the device of a tensor."""
     return _units(x.device.index or 0)
 
 
 def refusal(where: torch.device) -> str | None:
-    """Why a device cannot run the kernels, for people; None when it can."""
+    """Say why a device cannot run the kernels, for people; None when it can."""
     if where.type != "cuda":
         return f"it runs on CUDA devices, not on {where.type}"
     if reason := package_refusal():
@@ -126,7 +124,7 @@ def refusal(where: torch.device) -> str | None:
 
 
 def package_refusal() -> str | None:
-    """Why the installed Triton cannot be used; None when it can."""
+    """Say why the installed Triton cannot be used; None when it can."""
     if importlib.util.find_spec("triton") is None:
         return "there is no Triton: pip install triton"
     import triton
@@ -159,7 +157,7 @@ class Arrays(NamedTuple):
 
 
 def is_two_four(fmt: Format) -> bool:
-    """Whether four columns always keep two values, at a place that follows from the columns."""
+    """Tell whether four columns keep two values, at a place that follows from the columns."""
     return str(fmt.pattern) == "2:4"
 
 
