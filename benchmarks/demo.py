@@ -1,7 +1,7 @@
-"""The whole road on a real model: fetch, prune, recover, inspect, evaluate, serve, compare.
+"""The whole road on a real model: fetch, prune and recover, inspect, evaluate, serve, compare, ask.
 
-Run by `make demo`; every step is a `gblm` command that is printed before it runs.
-Ends in a table and in runs/demo/summary.json.
+Run by `make demo`; every step is a `gblm` command that is printed before it runs. Ends in a table,
+in answers of the dense and of the sparse model, and in runs/demo/summary.json.
 """
 
 from __future__ import annotations
@@ -12,26 +12,31 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
 
+import pages
+
 from gblm.record import Record
 
 RUN = Path("runs/demo")
-MODEL, DENSE = RUN / "smollm2", RUN / "smollm2-int8"
-PRUNED, PACKED = RUN / "smollm2-8of16-pruned", RUN / "smollm2-8of16"
+MODEL, DENSE, SPARSE = RUN / "smollm2", RUN / "smollm2-int8", RUN / "smollm2-8of16"
 EVAL, BENCH, SUMMARY = RUN / "eval.json", RUN / "bench.json", RUN / "summary.json"
-SIDES = {"dense bf16": MODEL, "dense int8": DENSE, "int8 8:16": PACKED}
-# Windows, steps and rounds are few: the whole takes ten minutes on two cores.
-WINDOWS = "--text pydoc --seq-len 512 --max-windows 16 --dtype bfloat16"
-LOAD = "--num-prompts 3 --prompt-len 32 --output-len 16 --rounds 3"
-VLLM = "--enforce-eager --max-model-len 1024"
-METRICS = {
-    "decode_tok_s": "decode (tok/s per stream)", "ttft_ms_p50": "TTFT (ms)",
-    "tpot_ms_p50": "TPOT (ms)", "output_tok_s": "throughput (tok/s)",
-    "memory_mb": "server memory (MB)",
-}  # fmt: skip
+SIDES = {"dense bf16": MODEL, "dense int8": DENSE, "int8 8:16": SPARSE}
+# The default of `gblm prune`, on less text: the whole takes ten minutes on two cores.
+PRUNE = "--num-samples 32 --recover 32768"
+# A text of a domain that no step has seen comes first; pydoc's is held out, but of a known one.
+WINDOWS = "--seq-len 512 --max-windows 16 --dtype bfloat16 --backend dense"
+PROMPT = 128
+LOAD = f"--prompt-len {PROMPT} --output-len 32 --num-prompts 8 --concurrency 1,8 --rounds 3"
+VLLM = "--max-model-len 1024"
+QUESTIONS = (
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+    "Why do plants need light?",
+)
 
 
 def main() -> None:
@@ -42,18 +47,19 @@ def main() -> None:
     # A small cache, so that the servers' memory shows their weights.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     gblm(f"fetch smollm2 --output {MODEL}")
-    gblm(f"export pack {MODEL} --pattern dense --values int8 --output {DENSE}")
-    gblm(f"prune {MODEL} --preset fast --pattern 8:16 --values int8 --output {PRUNED}")
-    gblm(f"recover {PRUNED} --text pydoc --tokens 32768 --output {PACKED}")
-    gblm(f"inspect {PACKED} --verify")
-    gblm(f"eval {PACKED} --baseline {MODEL} {WINDOWS} --backend dense --output {EVAL}")
+    gblm(f"export pack {MODEL} --pattern dense --values int8 --head int8 --output {DENSE}")
+    gblm(f"prune {MODEL} {PRUNE} --output {SPARSE}")
+    gblm(f"inspect {SPARSE} --verify")
+    texts = f"--text {pages.descriptions(RUN)} --text pydoc"
+    gblm(f"eval {SPARSE} --baseline {MODEL} {texts} {WINDOWS} --output {EVAL}")
     sides = " ".join(f"{folder.name}={folder}" for folder in SIDES.values())
     # On a machine too noisy to measure on, bench ends with 5: the table shows no speed then.
     gblm(f"bench {sides} {LOAD} --output {BENCH} --log {RUN}/servers.log -- {VLLM}", (0, 5))
     summary = summarise()
     SUMMARY.write_text(json.dumps(summary, indent=2) + "\n")
     print_table(summary)
-    print(f"{time.monotonic() - began:.0f} s; record: {SUMMARY}")
+    print_answers(summary["answers"])
+    print(f"\n{time.monotonic() - began:.0f} s; record: {SUMMARY}")
 
 
 def gblm(arguments: str, allowed: tuple[int, ...] = (0,)) -> None:
@@ -66,48 +72,94 @@ def gblm(arguments: str, allowed: tuple[int, ...] = (0,)) -> None:
 
 def summarise() -> dict[str, Any]:
     """Read the figures of the run from the records that the commands wrote."""
-    recipe = json.loads((PACKED / "recipe.json").read_text())
-    report = json.loads((PACKED / "sparsity_report.json").read_text())
+    recipe = json.loads((SPARSE / "recipe.json").read_text())
+    report = json.loads((SPARSE / "sparsity_report.json").read_text())
     control = json.loads((DENSE / "sparsity_report.json").read_text())
     quality, bench = Record.read(EVAL), Record.read(BENCH)
-    pruned, dense = (row for row in quality.rows if row.metric == "perplexity")
     sizes = (report["bytes_dense"], control["bytes_packed"], report["bytes_packed"])
+    one, eight = bench.loads
+    found = {
+        "weights on disk, MB": {n: s / 1e6 for n, s in zip(SIDES, sizes, strict=True)},
+        "server memory, MB": _speeds(bench, one, "memory_mb"),
+    }
+    for text in quality.loads:
+        name = text.split(",")[0]
+        for metric in ("perplexity", "kl"):
+            found[f"{metric}, {name}"] = {
+                "dense bf16": quality.value(quality.baseline or "", text, metric),
+                "int8 8:16": quality.value(_pruned(quality), text, metric),
+            }
+    prefill = _speeds(bench, one, "ttft_ms_p50")
     return {
         "model": "SmolLM2-135M-Instruct",
-        "method": recipe["method"],
-        "pattern": recipe["pattern"],
-        "sparsity": report["sparsity"],
+        "recipe": recipe,
         "recovered": report["recover"],
-        "ppl_dense": dense.value,
-        "ppl_pruned": pruned.value,
-        "ppl_protocol": pruned.load,
-        "bytes": dict(zip(SIDES, sizes, strict=True)),
-        **{
-            metric: {
-                name: bench.value(folder.name, bench.loads[0], metric)
-                for name, folder in SIDES.items()
-            }
-            for metric in METRICS
+        "protocols": quality.loads,
+        "table": found | {
+            "1 stream, tok/s": _speeds(bench, one, "decode_tok_s"),
+            "8 streams, tok/s": _speeds(bench, eight, "output_tok_s"),
+            "prefill, tok/s": {n: v and 1e3 * PROMPT / v for n, v in prefill.items()},
         },
+        "answers": answers(),
         "provenance": dict(bench.provenance),
+    }  # fmt: skip
+
+
+def _pruned(quality: Record) -> str:
+    return next(name for name in quality.sides if name != quality.baseline)
+
+
+def _speeds(bench: Record, load: str, metric: str) -> dict[str, float | None]:
+    return {name: bench.value(folder.name, load, metric) for name, folder in SIDES.items()}
+
+
+def answers() -> list[dict[str, str]]:
+    """Ask the dense and the sparse model the same questions; both answer greedily."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from gblm import packed
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    models = {
+        "dense bf16": AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto"),
+        "int8 8:16": packed.load(SPARSE),
     }
+    found = []
+    for question in QUESTIONS:
+        chat = [{"role": "user", "content": question}]
+        asked = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        length = asked["input_ids"].shape[1]
+        row = {"question": question}
+        for name, model in models.items():
+            ids = model.generate(**asked, do_sample=False, max_new_tokens=48)[0, length:]
+            row[name] = tokenizer.decode(ids, skip_special_tokens=True)
+        found.append(row)
+    return found
 
 
 def print_table(summary: dict[str, Any]) -> None:
-    """Print the dense model, its int8 control and the pruned one side by side."""
-    perplexity = {"dense bf16": summary["ppl_dense"], "int8 8:16": summary["ppl_pruned"]}
-    megabytes = {name: size / 1e6 for name, size in summary["bytes"].items()}
-    rows = [
-        ("weights on disk (MB)", megabytes),
-        ("perplexity", perplexity),
-        *((label, summary[metric]) for metric, label in METRICS.items()),
-    ]
-    title = f"{summary['model']}, {summary['method']} {summary['pattern']}, recovered"
-    print(f"\n{title:48}" + "".join(f"{name:>12}" for name in SIDES))
-    for label, values in rows:
+    """Print the dense model, its int8 control and the sparse one side by side."""
+    recipe = summary["recipe"]
+    print(f"\n{summary['model']}: {recipe['method']}, recovered on {recipe['recover']['tokens']}")
+    print(f"{'':32}" + "".join(f"{name:>12}" for name in SIDES))
+    for label, values in summary["table"].items():
+        digits = 2 if label.startswith("kl") else 1
         cells = (values.get(name) for name in SIDES)  # None: no figure that stands
-        print(f"{label:48}" + "".join(f"{'–' if c is None else f'{c:.1f}':>12}" for c in cells))
-    print(f"perplexity: {summary['ppl_protocol']}")
+        shown = ("–" if cell is None else f"{cell:.{digits}f}" for cell in cells)
+        print(f"{label:32}" + "".join(f"{cell:>12}" for cell in shown))
+    for protocol in summary["protocols"]:
+        print(f"perplexity, KL in nats: {protocol}")
+
+
+def print_answers(rows: list[dict[str, str]]) -> None:
+    """Print both models' answers to each question, one below the other."""
+    for row in rows:
+        print(f"\n{row['question']}")
+        for name in (name for name in SIDES if name in row):
+            text = textwrap.fill(" ".join(row[name].split()), 84, subsequent_indent=" " * 14)
+            print(f"  {name:<12}{text}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import json
 import shlex
 import subprocess
@@ -74,6 +75,19 @@ def made_by(folder: str = "benchmarks") -> str:
     """Write down the call of this script for its record; of absolute paths only the last part."""
     words = [f"{folder}/{Path(sys.argv[0]).name}", *map(without_folders, sys.argv[1:])]
     return shlex.join(["python", *words])
+
+
+def descriptions(folder: Path) -> Path:
+    """Write a text of its own domain, which every machine has that runs the tests, into a folder.
+
+    It is what scikit-learn says of its data sets, 43 kB.
+    """
+    package = importlib.resources.files("sklearn.datasets") / "descr"
+    rst = (file for file in package.iterdir() if file.name.endswith(".rst"))
+    files = sorted(rst, key=lambda file: file.name)
+    path = folder / "descriptions.txt"
+    path.write_text("\n\n".join(file.read_text() for file in files))
+    return path
 
 
 def gblm(line: str) -> None:

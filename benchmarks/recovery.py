@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import pages
-import sklearn.datasets
 
 from gblm.fetch import fetch
 from gblm.provenance import provenance
@@ -49,13 +48,10 @@ def side_name(pattern: str, values: str, method: str, tokens: int) -> str:
 
 def texts(folder: Path, wikitext: Path | None) -> dict[str, str]:
     """Give the held-out texts by name; those of other domains than the training's come first."""
-    descriptions = Path(sklearn.datasets.__file__).parent / "descr"
-    file = folder / "descriptions.txt"
-    file.write_text("\n\n".join(p.read_text() for p in sorted(descriptions.glob("*.rst"))))
-    found = {"pydoc": "pydoc", "descriptions": str(file)}
+    found = {"descriptions": str(pages.descriptions(folder))}
     if wikitext is not None:
         found["WikiText-2"] = str(wikitext)
-    return found | {"self": "self"}
+    return found | {"pydoc": "pydoc", "self": "self"}
 
 
 def measure(model: Path, cell: str, method: str, tokens: int, seed: int, held_out: dict[str, str],
