@@ -126,6 +126,7 @@ class Recovering(BaseModel):
         text: sources and their shares; see `gblm.calibrate.text.parse_mix`.
         held_out: sources on whose held-out parts KL is measured before and after.
         tokens: to train on; they are taken once.
+        minutes: take as many of the tokens as the machine trains on in this time, by an estimate.
         seq_len: tokens per window.
         batch_size: windows per step.
         seed: of the windows and their order.
@@ -143,6 +144,7 @@ class Recovering(BaseModel):
     text: str = "pydoc:1,self:2"
     held_out: tuple[str, ...] = Field(default=("pydoc", "self"), min_length=1)
     tokens: int = Field(default=65536, ge=1)
+    minutes: float | None = Field(default=None, gt=0)
     seq_len: int = Field(default=256, ge=2)
     batch_size: int = Field(default=4, ge=1)
     seed: int = 0

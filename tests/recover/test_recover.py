@@ -158,6 +158,31 @@ def test_killed_it_ends_in_the_same_bytes(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
+def test_minutes_decide_how_many_tokens_there_are(
+    pack_tiny: Pack, how: Recovering, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "seconds_per_token", lambda *args: 60 / 640)
+    short = recover(pack_tiny(), tmp_path / "one", how.model_copy(update={"minutes": 1.0}))
+    assert short["tokens"] == 640
+    long = recover(pack_tiny(), tmp_path / "all", how.model_copy(update={"minutes": 100.0}))
+    assert long["tokens"] == how.tokens
+
+
+def test_the_estimate_is_a_time(tiny: Path) -> None:
+    model = load(ModelFolder.open(tiny), torch.float32)
+    assert 0 < train_module.seconds_per_token(model, 1, 8) < 1
+
+
+def test_held_out_texts_have_names_of_their_own(
+    pack_tiny: Pack, how: Recovering, tmp_path: Path, text_file: Path
+) -> None:
+    other = tmp_path / text_file.name
+    shutil.copy(text_file, other)
+    both = how.model_copy(update={"held_out": (str(text_file), str(other))})
+    with pytest.raises(UsageError, match="rename one"):
+        recover(pack_tiny(), tmp_path / "out", both)
+
+
 def test_the_rest_of_another_recovery_is_not_continued(
     pack_tiny: Pack, how: Recovering, tmp_path: Path
 ) -> None:

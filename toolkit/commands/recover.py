@@ -27,6 +27,11 @@ HEADER = ("text", "KL, nats", "same top-1", "perplexity", "dense")
     "--tokens", type=click.IntRange(1), default=65536, show_default=True, help="To train on."
 )
 @click.option(
+    "--minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    help="As many of the tokens as fit into this time, by an estimate.",
+)
+@click.option(
     "--text",
     default="pydoc:1,self:2",
     show_default=True,

@@ -26,7 +26,7 @@ from gblm.checkpoint.write import (
     new_folder,
 )
 from gblm.errors import CheckpointError, InputError, UsageError
-from gblm.files import read_json
+from gblm.files import read_json, write_json
 from gblm.model.folder import ModelFolder
 from gblm.model.loading import check_device, load, load_tokenizer
 from gblm.model.packed_reader import (
@@ -42,7 +42,7 @@ from gblm.recipe import Recovering
 from gblm.recover.needs import HELD_OUT_WINDOWS, Extent, settle
 from gblm.recover.parts import Part, SparsePart, Train, Vector, sparse_part
 from gblm.recover.teacher import Head, Hidden, compare
-from gblm.recover.train import Schedule, Trainer
+from gblm.recover.train import Schedule, Trainer, seconds_per_token
 
 logger = logging.getLogger(__name__)
 TRAINING = "training"
@@ -163,8 +163,8 @@ class _Run:
     def execute(self) -> _Found:
         """Take the teacher's states, then train, measuring before and after."""
         task, how = self.task, self.task.how
-        texts = self._texts()
-        model: Any = load(task.dense, _dtype(how, task.packed), task.device)
+        texts = self._texts(self._tokens())
+        model: Any = self._load()
         dense_head = Head(model)
         dense_head.check(model, texts[TRAINING])
         hidden = self._teach(model, texts)
@@ -184,10 +184,29 @@ class _Run:
         trainer.run(windows, hidden[TRAINING], dense_head, self.work, told)
         return _Found(parts, before, measured(), data.fingerprint(windows), windows.numel())
 
-    def _texts(self) -> dict[str, Tensor]:
+    def _load(self) -> Any:
+        how = self.task.how
+        dtype = self.task.packed.dtype if how.dtype == "auto" else getattr(torch, how.dtype)
+        return load(self.task.dense, dtype, self.task.device)
+
+    def _tokens(self) -> int:
+        """Give the tokens to train on; those of a time are estimated once, and kept."""
+        how, kept = self.task.how, self.work / "tokens.json"
+        if how.minutes is None:
+            return how.tokens
+        if self.task.ranks.leads and not kept.exists():
+            each = seconds_per_token(self._load(), how.batch_size, how.seq_len)
+            tokens = int(60 * how.minutes * self.task.ranks.size / each)
+            write_json(kept, {"tokens": min(how.tokens, tokens)})
+        self.task.ranks.agree(0)  # the others wait for the file
+        tokens = int(read_json(kept)["tokens"])
+        logger.info("%g minutes: about %d tokens", how.minutes, tokens)
+        return tokens
+
+    def _texts(self, tokens: int) -> dict[str, Tensor]:
         """Token ids of the training windows and of each held-out text."""
         how, folder, tokenizer = self.task.how, self.task.dense, self.tokenizer
-        count = max(how.batch_size, how.tokens // how.seq_len)
+        count = max(how.batch_size, tokens // how.seq_len)
         found = {
             TRAINING: draw(how.text, folder.path, tokenizer, count, how.seq_len, how.seed, how.bos),
         }
@@ -197,6 +216,8 @@ class _Run:
                     SELF, folder.path, tokenizer, HELD_OUT_WINDOWS, how.seq_len, ~how.seed, how.bos
                 )
                 continue
+            if Path(source).name in found:
+                raise UsageError(f"two held-out texts are called {Path(source).name}: rename one.")
             documents = data.read_documents(source, "held-out")
             found[Path(source).name] = data.evaluation_windows(
                 documents, tokenizer, how.seq_len, HELD_OUT_WINDOWS, bos=how.bos
@@ -304,10 +325,6 @@ def _extent(task: Task, bytes_dense: int) -> Extent:
 def _kept(linear: PackedLinear) -> int:
     """Count the values of a linear, 4-bit codes at most."""
     return math.prod(linear.headers["values"][0]) * (1 + linear.fmt.values.in_nibbles)
-
-
-def _dtype(how: Recovering, packed: PackedReader) -> torch.dtype:
-    return packed.dtype if how.dtype == "auto" else getattr(torch, how.dtype)
 
 
 def _mean_kl(texts: Mapping[str, Mapping[str, float]]) -> float:
