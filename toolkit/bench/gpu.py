@@ -37,7 +37,7 @@ Linear = Callable[[Tensor], Tensor]
 # Makes some calls that were prepared for it, and gives the seconds of one.
 Timed = Callable[[], float]
 
-DENSE, TWO_FOUR = "torch bf16", "torch 2:4"
+DENSE, TWO_FOUR = "torch_bf16", "torch_2:4"
 FORMATS = ("nm/2:4", "bitmask/0.5", "nm/2:4/int8", "nm/2:4/int4", "bitmask/0.7")
 BATCHES = (1, 8, 32)
 # A graph shall run long beside the time that its own launch takes.

@@ -11,16 +11,17 @@ from click.core import ParameterSource
 
 from gblm.commands.common import Command, emit, progress_bars, record_option, table
 from gblm.commands.verdict import fail_if_invalid, limits_of, noise_options, print_verdict
-from gblm.record import Record, Row
+from gblm.record import Record
 
 ISAS = ("amx", "avx512", "avx2", "neon_bf16", "neon", "portable")
 LIMITS = ("max_steal", "max_other_load", "max_slow_read")
-RATIOS = {
-    "torch_bf16": "x torch bf16",
-    "vllm_bf16": "x vLLM bf16",
-    "vllm_w8a8": "x vLLM W8A8",
-    "dense": "x dense control",
-}
+# Metric → heading and how it is printed.
+FIGURES = {
+    "us": ("us", "{:.1f}"), "tok_s": ("tok/s", "{:.1f}"), "tflop_s": ("TFLOP/s", "{:.1f}"),
+    "gb_s": ("GB/s", "{:.1f}"), "share_of_read_limit": ("of limit", "{:.0%}"),
+}  # fmt: skip
+RATIOS, CONTROL = ("torch_bf16", "torch_2:4", "vllm_bf16", "vllm_w8a8"), "dense control"
+FACTS = ("device", "cpu_model", "threads", "instruction_set", "compiler", "clock", "load_average")
 
 
 def words(ctx: click.Context, option: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -84,119 +85,79 @@ def command(
             option = name.replace("_", "-")
             raise click.UsageError(f"--{option} does not go with --device {device}.")
     limits = limits_of({name: rest.pop(name) for name in LIMITS})
-    asked = {"tokens": _numbers(tokens), "formats": formats, "backends": backends,
-             "limits": limits, **rest}  # fmt: skip
-    if device == "cuda":
-        _on_gpu(ctx, shapes, asked, math.inf if minutes is None else minutes, output)
-    else:
-        _on_cpu(ctx, shapes, asked, output)
-
-
-def _on_cpu(
-    ctx: click.Context, shapes: tuple[str, ...], asked: dict[str, Any], output: Path | None
-) -> None:
+    asked: dict[str, Any] = {"tokens": _numbers(tokens), "formats": formats, "backends": backends,
+                             "limits": limits, **rest}  # fmt: skip
     with progress_bars(ctx) as progress:
         from gblm.bench.kernels import FORMATS, Settings, bench_kernels, parse_shapes
 
-        asked["formats"] = asked["formats"] or FORMATS
-        asked["backends"] = asked["backends"] or ("cpu",)
-        record = bench_kernels(Settings(shapes=parse_shapes(shapes), **asked), progress)
+        if device == "cuda":
+            from gblm.bench.gpu import bench_gpu
+
+            settings = Settings(shapes=parse_shapes(shapes), **asked)
+            record = bench_gpu(settings, math.inf if minutes is None else minutes, progress)
+        else:
+            asked |= {"formats": formats or FORMATS, "backends": backends or ("cpu",)}
+            record = bench_kernels(Settings(shapes=parse_shapes(shapes), **asked), progress)
     if output is not None:
         record.write(output)
     emit(ctx, record.as_json(), lambda: print_record(record))
     fail_if_invalid(record, output)
 
 
-def _on_gpu(
-    ctx: click.Context,
-    shapes: tuple[str, ...],
-    asked: dict[str, Any],
-    minutes: float,
-    output: Path | None,
-) -> None:
-    with progress_bars(ctx) as progress:
-        from gblm.bench.gpu import bench_gpu
-        from gblm.bench.kernels import Settings, parse_shapes
-
-        settings = Settings(shapes=parse_shapes(shapes), **asked)
-        record = bench_gpu(settings, minutes, progress)
-    if output is not None:
-        record.write(output)
-    emit(ctx, record.as_json(), lambda: print_gpu(record))
-    fail_if_invalid(record, output)
-
-
-def print_gpu(record: Record) -> None:
-    """Print a table for each load, then what has no figure."""
-    for load in record.loads:
-        rows = [row for row in record.rows if row.load == load and row.metric != "gb_s"]
-        rows = rows or [row for row in record.rows if row.load == load]
-        table([load, rows[0].unit, f"x {record.baseline}", "GB/s"],
-              [_gpu_cells(record, row) for row in rows])  # fmt: skip
-        click.echo()
-    click.echo(
-        f"{record.provenance['device']}; medians of rounds in CUDA graphs, weights read from "
-        "memory; above 1 is faster"
-    )
-    print_verdict(record)
-
-
-def _gpu_cells(record: Record, row: Row) -> list[str]:
-    ratio = record.ratio(row.side, row.load, row.metric)
-    times = None if ratio is None else 1 / ratio.median if row.metric == "us" else ratio.median
-    rate = record.value(row.side, row.load, "gb_s")
-    return [
-        row.side,
-        f"{row.value:.1f}",
-        "–" if times is None else f"{times:.2f}",
-        "–" if rate is None else f"{rate:.0f}",
-    ]
-
-
 def print_record(record: Record) -> None:
-    """Print a table per case, then `prepare`, the cost of a call, and how it was measured."""
-    from gblm.bench.kernels import CALL
-
-    timed = [row for row in record.rows if row.metric == "us"]
-    for load in dict.fromkeys(row.load for row in timed if row.load != CALL):
-        names = [row.side for row in timed if row.load == load]
-        ratios = [key for key in RATIOS if key == "dense" or key in names]
-        table([load, "bits", "us", "GB/s", "of limit", *(RATIOS[key] for key in ratios)],
-              [_cells(record, name, load, ratios) for name in names])  # fmt: skip
+    """Print a table for each load that was timed, then of the weights, and what to mind."""
+    for load in record.loads:
+        rows = [row for row in record.rows if row.load == load and row.metric in FIGURES]
+        sides = list(dict.fromkeys(row.side for row in rows))
+        known = {row.metric for row in rows}
+        figures = [name for name in FIGURES if name in known]
+        beside = [name for name in RATIOS if name in sides and len(sides) > 1]
+        if any(_control(record, side) in sides for side in sides):
+            beside.append(CONTROL)
+        if sides:
+            header = [load, *(FIGURES[name][0] for name in figures), *(f"x {n}" for n in beside)]
+            table(header, [_cells(record, side, load, figures, beside) for side in sides])
+            click.echo()
+    stored = [row for row in record.rows if row.metric == "bits_per_weight"]
+    if stored:
+        table(["a weight", "bits", "prepare, GB/s of dense bf16"],
+              [[f"{row.side} {row.load}", f"{row.value:.2f}",
+                _figure(record, row.side, row.load, "prepare_gb_s", "{:.2f}")]
+               for row in stored])  # fmt: skip
         click.echo()
-    prepared = [row for row in record.rows if row.metric == "prepare_gb_s"]
-    table(["prepare, dense-equivalent bf16", "GB/s"],
-          [[f"{row.side} {row.load}", f"{row.value:.2f}"] for row in prepared])  # fmt: skip
-    click.echo()
-    table([CALL, "us"], [[row.side, f"{row.value:.2f}"] for row in timed if row.load == CALL])
     facts = record.provenance
+    known_facts = (f"{name.replace('_', ' ')} {facts[name]}" for name in FACTS if name in facts)
     click.echo(
-        f"\n{facts['settings']['rounds']} interleaved rounds; medians, ratios paired by round "
-        f"(95 %), above 1 is faster; {facts['clock']}, {facts['threads']} threads, "
-        f"{facts['instruction_set']}, {facts['compiler']}, {facts['device']} "
-        f"({facts['cpu_model']}), load average {facts['load_average']:.1f}"
+        f"{facts['settings']['rounds']} interleaved rounds; medians, ratios paired by round "
+        f"(95 %), above 1 is faster; weights read from memory; {', '.join(known_facts)}"
     )
     print_verdict(record)
 
 
-def _cells(record: Record, name: str, load: str, ratios: list[str]) -> list[str]:
-    """Format one linear; its speed-up is the other's time over its own."""
-    control = record.sides[name]["control"]
-    others = [control if key == "dense" else key for key in ratios]
-    found = [
-        record.ratio(other, load, "us", name) if other not in (None, name) else None
-        for other in others
-    ]
-    shape = load.partition(",")[0]
-    figures = [record.value(name, shape, "bits_per_weight"), record.value(name, load, "us"),
-               record.value(name, load, "gb_s")]  # fmt: skip
-    share = record.value(name, load, "share_of_read_limit") or 0.0
-    return [
-        name,
-        *(f"{value:.{digits}f}" for value, digits in zip(figures, (2, 1, 1), strict=True)),
-        f"{share:.0%}",
-        *(f"{r.median:.2f} ({r.low:.2f}–{r.high:.2f})" if r else "–" for r in found),
-    ]
+def _control(record: Record, side: str) -> str | None:
+    """Name the dense linear of the same value type; baselines and GPUs have none."""
+    name: str | None = record.sides[side].get("control")
+    return name
+
+
+def _figure(record: Record, side: str, load: str, metric: str, digits: str) -> str:
+    value = record.value(side, load, metric)
+    return "–" if value is None else digits.format(value)
+
+
+def _cells(
+    record: Record, side: str, load: str, figures: list[str], beside: list[str]
+) -> list[str]:
+    """Format one side; what it is compared by is its time, or its tokens per second."""
+    cells = [side, *(_figure(record, side, load, name, FIGURES[name][1]) for name in figures)]
+    for name in beside:
+        other = _control(record, side) if name == CONTROL else name
+        found = None
+        if other not in (None, side):
+            faster = record.ratio(str(other), load, "us", side)
+            found = faster or record.ratio(side, load, "tok_s", other)
+        cells.append(f"{found.median:.2f} ({found.low:.2f}–{found.high:.2f})" if found else "–")
+    return cells
 
 
 def _numbers(texts: tuple[str, ...]) -> tuple[int, ...]:
