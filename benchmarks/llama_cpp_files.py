@@ -28,7 +28,7 @@ def make_gguf(model: Path, kind: str, target: Path) -> Path:
     import gguf
     import torch
 
-    from gblm.export.onnx_model.export import with_rope_theta
+    from gblm.export.onnx.export import with_rope_theta
     from gblm.model.folder import ModelFolder
     from gblm.model.reader import Reader
 

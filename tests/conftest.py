@@ -151,7 +151,7 @@ def pack_tiny(tiny: Path, tiny_untied: Path, text_file: Path, once: Once) -> Cal
 def exported(pack_tiny: Callable[..., Path], once: Once) -> Path:
     """The packed tiny model in ONNX, its weights still packed."""
     pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai: make dev installs it")
-    from gblm.export.onnx_model.export import Wanted, export_onnx
+    from gblm.export.onnx.export import Wanted, export_onnx
 
     source = pack_tiny()
     return once(

@@ -9,8 +9,8 @@ import pytest
 from conftest import save_tiny_model
 
 from gblm.errors import MachineError
-from gblm.export.onnx_model.decoder import OnnxDecoder
-from gblm.export.onnx_model.export import Wanted, export_onnx
+from gblm.export.onnx.decoder import OnnxDecoder
+from gblm.export.onnx.export import Wanted, export_onnx
 from gblm.prune import prune
 from gblm.recipe import Recipe
 

@@ -89,7 +89,7 @@ def test_the_harness_loads_exports_by_itself(
     from lm_eval.models.onnxruntime_ort import ONNXRuntimeLM
 
     from gblm.evaluate.harness import SubjectLM
-    from gblm.export.onnx_model.export import Wanted, export_onnx
+    from gblm.export.onnx.export import Wanted, export_onnx
 
     if not sparse:
         export_onnx(pack_tiny(), tmp_path / "dense", Wanted(validate=0))

@@ -20,23 +20,23 @@ from gblm.errors import (
     MachineError,
     UsageError,
 )
-from gblm.export.onnx_model import runtime
-from gblm.export.onnx_model.export import (
+from gblm.export.onnx import runtime
+from gblm.export.onnx.export import (
     PRECISIONS,
     Wanted,
     check_target,
     export_onnx,
     with_rope_theta,
 )
-from gblm.export.onnx_model.runtime import LIBRARY_FILE, REPORT_FILE
+from gblm.export.onnx.runtime import LIBRARY_FILE, REPORT_FILE
 from gblm.model.folder import ModelFolder
 from gblm.model.packed_reader import PackedReader
 
 pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai: make dev installs it")
 
-from gblm.export.onnx_model.decoder import OnnxDecoder
-from gblm.export.onnx_model.rewrite import LAYER_WEIGHT, pack_graph
-from gblm.export.onnx_model.storage import DATA_FILE, StoredGraph
+from gblm.export.onnx.decoder import OnnxDecoder
+from gblm.export.onnx.rewrite import LAYER_WEIGHT, pack_graph
+from gblm.export.onnx.storage import DATA_FILE, StoredGraph
 
 Pack = Callable[..., Path]
 SPARSE = Wanted(sparse=True, validate=16)
@@ -233,7 +233,7 @@ def test_wrong_export_is_written_but_fails(
         (output / "model.onnx").write_bytes(graph.SerializeToString())
         return replaced
 
-    monkeypatch.setattr("gblm.export.onnx_model.export.pack_graph", scramble)
+    monkeypatch.setattr("gblm.export.onnx.export.pack_graph", scramble)
     with pytest.raises(GateError, match="differs from the original") as error:
         export_onnx(pack_tiny(), tmp_path / "out", SPARSE)
     assert error.value.exit_code == 5
@@ -245,7 +245,7 @@ def test_wrong_export_is_written_but_fails(
 def test_weight_that_is_not_the_checkpoints_is_refused(
     pack_tiny: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gblm.export.onnx_model import export as module
+    from gblm.export.onnx import export as module
 
     other = pack_tiny("magnitude", "2:4")
 

@@ -12,7 +12,7 @@ from conftest import Outcome
 
 pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai: make dev installs it")
 
-from gblm.export.onnx_model.export import Wanted, export_onnx
+from gblm.export.onnx.export import Wanted, export_onnx
 from gblm.record import Record
 
 Run = Callable[..., Outcome]

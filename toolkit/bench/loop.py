@@ -32,7 +32,7 @@ from gblm.errors import MachineError, UsageError
 LOOPS = {
     "vllm-offline": "gblm.bench.loop_vllm",
     "transformers": "gblm.bench.loop_hf",
-    "onnx": "gblm.export.onnx_model.decoder",
+    "onnx": "gblm.export.onnx.decoder",
     "llama.cpp": "gblm.bench.loop_llama",
 }
 MARK = b"GBLM-LOOP "

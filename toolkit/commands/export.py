@@ -141,7 +141,7 @@ def onnx(ctx: click.Context, /, source: str, output: Path, overwrite: bool, **wa
     Exit status 5: the export differs from the original more than it may.
     """
     with progress_bars(ctx) as progress:
-        from gblm.export.onnx_model.export import Wanted, export_onnx
+        from gblm.export.onnx.export import Wanted, export_onnx
 
         try:
             result = export_onnx(source, output, Wanted(**wanted), overwrite, progress)

@@ -111,7 +111,7 @@ ENGINES = {
     "hf": Engine(("hf",)),
     "packed": Engine(("packed",)),
     "vllm": Engine(("hf", "packed"), "gblm.serve.vllm_plugin.scoring:VllmSubject"),
-    "onnx": Engine(("onnx",), "gblm.export.onnx_model.subject:OnnxSubject"),
+    "onnx": Engine(("onnx",), "gblm.export.onnx.subject:OnnxSubject"),
 }
 
 

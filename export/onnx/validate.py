@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gblm.export.onnx_model.decoder import OnnxDecoder
+from gblm.export.onnx.decoder import OnnxDecoder
 from gblm.model.folder import ModelFolder
 
 PROMPT = (

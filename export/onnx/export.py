@@ -18,8 +18,8 @@ from gblm import packed
 from gblm.checkpoint.write import check_output, copy_side_files, new_folder
 from gblm.errors import GateError, InputError, MachineError, UsageError
 from gblm.export.dense import export_dense
-from gblm.export.onnx_model.rewrite import Replaced, pack_graph
-from gblm.export.onnx_model.runtime import (
+from gblm.export.onnx.rewrite import Replaced, pack_graph
+from gblm.export.onnx.runtime import (
     CONFIG_FILE,
     DOMAIN,
     LIBRARY_FILE,
@@ -28,8 +28,8 @@ from gblm.export.onnx_model.runtime import (
     check_installation,
     library,
 )
-from gblm.export.onnx_model.storage import DATA_FILE
-from gblm.export.onnx_model.validate import TOLERANCES, Tolerance, validate
+from gblm.export.onnx.storage import DATA_FILE
+from gblm.export.onnx.validate import TOLERANCES, Tolerance, validate
 from gblm.files import read_json, write_json
 from gblm.model import loading
 from gblm.model.folder import ModelFolder

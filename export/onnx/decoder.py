@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gblm.bench.loop import Decoder, serve
 from gblm.errors import CheckpointError, MachineError, UsageError
-from gblm.export.onnx_model.runtime import (
+from gblm.export.onnx.runtime import (
     CONFIG_FILE,
     LIBRARY_FILE,
     MODEL_FILE,

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from gblm.errors import CheckpointError
-from gblm.export.onnx_model.runtime import MODEL_FILE
+from gblm.export.onnx.runtime import MODEL_FILE
 
 DATA_FILE = f"{MODEL_FILE}.data"
 # Smaller ones stay in the graph, where shape inference sees them.

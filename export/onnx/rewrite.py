@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from gblm.errors import CheckpointError, InputError
-from gblm.export.onnx_model.runtime import DOMAIN, DOMAIN_VERSION, MODEL_FILE
-from gblm.export.onnx_model.storage import DATA_FILE, DataFile, StoredGraph
+from gblm.export.onnx.runtime import DOMAIN, DOMAIN_VERSION, MODEL_FILE
+from gblm.export.onnx.storage import DATA_FILE, DataFile, StoredGraph
 from gblm.kernels import BACKENDS
 from gblm.model.folder import ModelFolder
 from gblm.model.packed_reader import PackedReader

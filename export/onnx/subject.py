@@ -6,7 +6,7 @@ from torch import Tensor
 
 from gblm.errors import UsageError
 from gblm.evaluate.subjects import Scores, Subject
-from gblm.export.onnx_model.decoder import OnnxDecoder
+from gblm.export.onnx.decoder import OnnxDecoder
 from gblm.model.folder import ModelFolder
 
 
