@@ -9,7 +9,7 @@ import torch
 
 from gblm.calibrate.activations import Activations
 from gblm.calibrate.ranks import ALONE, Ranks
-from gblm.calibrate.reconstruct import Training, reconstruct, trainable
+from gblm.calibrate.reconstruct import Training, reconstruct
 from gblm.calibrate.walk import DecoderLayer, Walk, walk
 from gblm.errors import InputError
 from gblm.model.layers import Layers
@@ -99,28 +99,6 @@ def test_trained_codes_stay_codes(tiny: Path, batches: list[torch.Tensor]) -> No
         assert torch.equal(again.weight, weight.weight)
         changed += int((weight.codes.float() != weights[name].codes.float()).sum())
     assert changed > 0
-
-
-@pytest.mark.parametrize("make", [cut, rounded])
-def test_without_a_step_nothing_changes(make: object) -> None:
-    start = make(torch.randn(8, 64, generator=torch.Generator().manual_seed(1)))
-    part = trainable(start)
-    assert torch.allclose(part.value(), start.weight, rtol=1e-6)
-    end = part.result(start)
-    assert torch.equal(end.weight, start.weight)
-    if start.codes is not None:
-        assert torch.equal(end.codes.view(torch.uint8), start.codes.view(torch.uint8))
-        assert torch.equal(end.scales, start.scales)
-
-
-def test_gradients_reach_kept_weights_and_scales_only() -> None:
-    start = rounded(torch.randn(8, 64, generator=torch.Generator().manual_seed(1)))
-    part = trainable(start)
-    part.value().square().sum().backward()
-    weights, scales = (group["params"][0] for group in part.groups(1e-3))
-    assert not bool(weights.grad[~start.mask].any())
-    assert bool(weights.grad[start.mask & (start.codes != 0)].all())
-    assert bool(scales.grad.any())
 
 
 def test_the_dense_stream_does_not_see_changes(tiny: Path, batches: list[torch.Tensor]) -> None:

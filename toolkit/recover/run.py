@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gblm import data
+from gblm.calibrate.parts import Part, SparsePart, Train, Vector, sparse_part
 from gblm.calibrate.ranks import Ranks, rank_device, ranks_from_environment
 from gblm.calibrate.text import SELF, draw, parse_mix
 from gblm.checkpoint.pack import write_side_files
@@ -40,7 +41,6 @@ from gblm.model.reader import Reader
 from gblm.progress import Progress, no_progress
 from gblm.recipe import Recovering
 from gblm.recover.needs import HELD_OUT_WINDOWS, Extent, settle
-from gblm.recover.parts import Part, SparsePart, Train, Vector, sparse_part
 from gblm.recover.teacher import Head, Hidden, compare
 from gblm.recover.train import Schedule, Trainer, seconds_per_token
 

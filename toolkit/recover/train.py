@@ -20,12 +20,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from gblm.calibrate.parts import Part
 from gblm.calibrate.ranks import Ranks
 from gblm.checkpoint.resume import STATE
 from gblm.data import fingerprint
 from gblm.errors import InputError
 from gblm.files import write_tensors
-from gblm.recover.parts import Part
 from gblm.recover.teacher import Head, Hidden, divergence, last_hidden
 
 logger = logging.getLogger(__name__)

@@ -1,8 +1,8 @@
-"""Parts: what recovery trains of each tensor, apart from its mask and its format.
+"""Parts: what is trained of each tensor, apart from its mask and its format.
 
-The model holds each weight as the packed folder stands for it, in the dtype of the computation. A
-part holds the float32 parameters behind that weight. `take` turns the weight's gradient into the
-parameters' gradients, and `give` returns the weight that follows from the parameters.
+The model holds each weight as it will be stored, in the dtype of the computation. A part holds the
+float32 parameters behind that weight. `take` turns the weight's gradient into the parameters'
+gradients, and `give` returns the weight that follows from the parameters.
 """
 
 from __future__ import annotations

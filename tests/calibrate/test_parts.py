@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gblm.recover.parts import Codes, FloatScales, KeptFloats, SparsePart, sparse_part
+from gblm.calibrate.parts import Codes, FloatScales, KeptFloats, SparsePart, sparse_part
 from gblm.sparse.weights import SparseWeight
 
 OUT, IN, GROUP = 8, 32, 8
