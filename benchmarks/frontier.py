@@ -75,34 +75,23 @@ def key_of(run: Run) -> Key:
     return Key(run["case"], run["samples"], run["seed"])
 
 
-def is_there(record: dict[str, Any], key: Key, full: bool) -> bool:
-    """Tell whether the record holds this run, made as the case now says."""
+def is_there(runs: Iterable[Run], key: Key, full: bool) -> bool:
+    """Tell whether this run is among some, made as the case now says."""
     case = CASES[key.case]
     return any(
         key_of(run) == key
         and (run["recipe"], run["narrow"]) == (case.recipe, case.narrow)
         and (not full or "full" in run["perplexity"])
-        for run in record["runs"]
+        for run in runs
     )
-
-
-def read(path: Path) -> dict[str, Any]:
-    """Read a record; it is a new one if there is none."""
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
-    protocol = f"windows of {WINDOW} tokens, no overlap, no special tokens, float32"
-    return {"kind": "frontier", "model": "smollm2", "protocol": protocol, "runs": []}
 
 
 def add(path: Path, run: Run) -> None:
     """Put a run into the record, in the place of an older one of the same key."""
-    record, order = read(path), list(CASES)
-    runs = {key_of(known): known for known in (*record["runs"], run)}
-    record["runs"] = sorted(
-        runs.values(), key=lambda run: (order.index(run["case"]), run["samples"], run["seed"])
-    )
-    pages.write(path, record)
+    order = list(CASES)
+    runs = {key_of(known): known for known in (*pages.read_runs(path), run)}
+    keys = sorted(runs, key=lambda key: (order.index(key.case), key.samples, key.seed))
+    pages.write_runs(path, "frontier", {" ".join(map(str, key)): runs[key] for key in keys})
 
 
 @dataclass(frozen=True)
@@ -316,16 +305,17 @@ def figure(values: list[float]) -> str:
     return f"{pages.perplexity(mean)} ± {deviation:.{1 if mean < 1000 else 0}f}"
 
 
-def rows_of(record: dict[str, Any]) -> list[Row]:
-    """Sort the runs of a record by case and calibration size, most bits first.
+def rows_of(runs: Iterable[Run]) -> list[Row]:
+    """Sort runs by case and calibration size, most bits first.
 
     Raises:
         ValueError: perplexities are of different texts.
     """
-    if len({str(run["tokens_sha256"]) for run in record["runs"]}) > 1:
+    runs = list(runs)
+    if len({str(run["tokens_sha256"]) for run in runs}) > 1:
         raise ValueError("the runs of frontier.json were measured on different texts.")
     alike: dict[tuple[str, int], list[Run]] = {}
-    for run in record["runs"]:
+    for run in runs:
         alike.setdefault(key_of(run)[:2], []).append(run)
     rows = [Row(name, samples, tuple(runs)) for (name, samples), runs in alike.items()]
     return sorted(rows, key=lambda row: -round(row.bits, 2))
@@ -333,7 +323,7 @@ def rows_of(record: dict[str, Any]) -> list[Row]:
 
 def table(path: Path = RECORD) -> str:
     """Give every case at every calibration size; protocols that no run has are left out."""
-    rows = rows_of(read(path))
+    rows = rows_of(pages.read_runs(path))
     runs = [run for row in rows for run in row.runs]
     protocols = [p for p in PROTOCOLS if any(p in run["perplexity"] for run in runs)]
     header = ["SmolLM2-135M", "bits/weight", "samples", "seeds",
@@ -371,8 +361,8 @@ def main() -> None:
         print(json.dumps(measure(Key(name, int(samples), int(seed)), given)))
         return
     text_file(given.wikitext, "test")
-    record = read(given.output)
-    missing = [key for key in keys(given) if not is_there(record, key, given.full)]
+    runs = pages.read_runs(given.output)
+    missing = [key for key in keys(given) if not is_there(runs, key, given.full)]
     print(f"{len(missing)} runs", flush=True)
     arguments = []
     for flag in ("wikitext", "model"):

@@ -77,8 +77,8 @@ class Family:
         found = Record.read(record).rows[0]
         cell: Cell = {
             "method": self.method, "pattern": self.pattern, "values": values,
-            "command": command, "protocol": found.load,
-            "perplexity": found.value, "cpu_seconds": round(made, 1),
+            "command": command,
+            "perplexity": {found.load: found.value}, "cpu_seconds": round(made, 1),
             "provenance": provenance(),
         }  # fmt: skip
         if folder != self.model:
@@ -127,23 +127,26 @@ def record_of(model: str) -> Path:
     return pages.RESULTS / f"matrix-{model}.json"
 
 
-def read(model: str) -> dict[str, Any]:
-    """Read a model's record; it is a new one if there is none."""
-    if record_of(model).exists():
-        return pages.read(f"matrix-{model}")
-    return {"kind": "matrix", "model": model, "calibration": CALIBRATION, "cells": []}
-
-
 def add(model: str, cells: list[Cell]) -> None:
     """Put cells into a model's record."""
-    record = read(model)
-    record["cells"] += cells
-    pages.write(record_of(model), record)
+    known = cells_of_record(model) | {key_of(cell): cell for cell in cells}
+    pages.write_runs(record_of(model), "matrix", {" ".join(k): c for k, c in known.items()})
 
 
 def cells_of_record(model: str) -> Cells:
     """Give the cells that a model's record holds, by method, pattern and values."""
-    return {(c["method"], c["pattern"], c["values"]): c for c in read(model)["cells"]}
+    return {key_of(cell): cell for cell in pages.read_runs(record_of(model))}
+
+
+def key_of(cell: Cell) -> tuple[str, str, str]:
+    """Give method, pattern and values of a cell."""
+    return cell["method"], cell["pattern"], cell["values"]
+
+
+def perplexity_of(cell: Cell) -> float:
+    """Give the perplexity of a cell, which has one text."""
+    (value,) = cell["perplexity"].values()
+    return float(value)
 
 
 def table() -> str:
@@ -153,7 +156,7 @@ def table() -> str:
 
 def _table(model: str, cells: Cells) -> str:
     dense = cells["none", "dense", "float"]
-    rows = [["dense", "–", pages.perplexity(dense["perplexity"]), "–", "–", "–"]]
+    rows = [["dense", "–", pages.perplexity(perplexity_of(dense)), "–", "–", "–"]]
     for name, label in (("nearest", "rounded to the nearest"), ("gptq", "rounded by GPTQ")):
         rows.append(["dense", label, "–", *_perplexities(cells, name, "dense")[1:], "–"])
     patterns = dict.fromkeys(pattern for _, pattern, _ in cells if pattern != "dense")
@@ -163,8 +166,9 @@ def _table(model: str, cells: Cells) -> str:
             rows.append([pattern, method, *_perplexities(cells, method, pattern), f"{seconds:.0f}"])
     masks = [method for method in MASKS if any(key[0] == method for key in cells)]
     header = [pages.MODELS[model], "method", *SHORT.values(), "CPU seconds"]
+    (protocol,) = dense["perplexity"]
     return (
-        f"{pages.table(header, rows)}\n\nPerplexity: {dense['protocol']}; lower is better. "
+        f"{pages.table(header, rows)}\n\nPerplexity: {protocol}; lower is better. "
         "Calibration: 16 × 256 tokens of the other part of that text, `--order sequential`, one "
         f"seed. After a mask of {', '.join(masks)} values are rounded to the nearest; "
         "sparsegpt and alps round jointly (`--rounding obs`). CPU seconds: pruning to bf16 with "
@@ -174,7 +178,7 @@ def _table(model: str, cells: Cells) -> str:
 
 def _perplexities(cells: Cells, method: str, pattern: str) -> list[str]:
     found = (cells.get((method, pattern, kind)) for kind in VALUES)
-    return [pages.perplexity(cell["perplexity"]) if cell else "–" for cell in found]
+    return [pages.perplexity(perplexity_of(cell)) if cell else "–" for cell in found]
 
 
 def sizes() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gblm.record import without_folders
+from gblm.record import Record, Row, without_folders
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -33,6 +34,30 @@ def write(path: Path, record: dict[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def read_runs(path: Path) -> list[dict[str, Any]]:
+    """Read what `write_runs` wrote; nothing if there is no file."""
+    if not path.exists():
+        return []
+    record = Record.read(path)
+    runs: dict[str, dict[str, Any]] = {
+        name: dict(facts) | {"perplexity": {}} for name, facts in record.sides.items()
+    }
+    for row in record.rows:
+        runs[row.side]["perplexity"][row.load] = math.inf if row.value is None else row.value
+    return list(runs.values())
+
+
+def write_runs(path: Path, kind: str, runs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write runs, each a side that holds its own origin, with "perplexity" by text as its rows."""
+    sides = {n: {k: v for k, v in run.items() if k != "perplexity"} for n, run in runs.items()}
+    rows = [
+        Row(name, text, "perplexity", "", value)
+        for name, run in runs.items()
+        for text, value in run["perplexity"].items()
+    ]
+    Record(kind, sides, tuple(rows), command=made_by()).write(path)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -19,7 +19,7 @@ import llama_cpp_files
 import pages
 import vllm_rivals
 from decoding import BASELINE, LLAMA_CPP, SHORT, row_name
-from matrix import PATTERNS, TEXT, cells_of_record
+from matrix import PATTERNS, TEXT, cells_of_record, perplexity_of
 from pages import gblm
 
 from gblm.evaluate.perplexity import Protocol
@@ -85,10 +85,10 @@ def table() -> str:
             found = [cell for key, cell in cells.items() if key[1:] == (pattern, kind)]
             if not found or (pattern, kind) == ("dense", "float"):
                 continue
-            best = min(found, key=lambda cell: cell["perplexity"])
+            best = min(found, key=perplexity_of)
             name = f"gblm {row_name(pattern, kind)}, {best['method']}"
-            rows.append((best["bytes_packed"], name, best["perplexity"]))
-    dense = cells["none", "dense", "float"]["perplexity"]
+            rows.append((best["bytes_packed"], name, perplexity_of(best)))
+    dense = perplexity_of(cells["none", "dense", "float"])
     rows.append((cells["magnitude", "2:4", "float"]["bytes_dense"], BASELINE, dense))
     shown = [
         [name, f"{size / 1e6:.0f}", pages.perplexity(value)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import decoding
 import pages
 from decoding import BASELINE, LOADS, row_name
-from matrix import cells_of_record
+from matrix import cells_of_record, perplexity_of
 
 from gblm.record import Record
 
@@ -47,13 +47,13 @@ def table() -> str:
 
 def _rows(values: str, record: Record) -> list[list[str]]:
     cells, control = cells_of_record("smollm2"), row_name("dense", values)
-    dense = cells["none", "dense", "float"]["perplexity"]
+    dense = perplexity_of(cells["none", "dense", "float"])
     size = cells["magnitude", "2:4", "float"]["bytes_dense"]
     found = [(f"dense bf16 (vLLM), beside {values}", size, dense, BASELINE)]
     for label, pattern, method in ROWS[values]:
         cell = cells[method, pattern, values]
         name = row_name(pattern, values)
-        found.append((label, cell["bytes_packed"], cell["perplexity"], name))
+        found.append((label, cell["bytes_packed"], perplexity_of(cell), name))
     return [
         [
             label, f"{num_bytes / 1e6:.0f}", pages.perplexity(perplexity),

@@ -8,6 +8,7 @@ from typing import Any
 
 import frontier
 import frontier_cases
+import pages
 import pytest
 import torch
 from frontier_cases import CASES
@@ -114,7 +115,7 @@ def test_runs_that_are_there_are_skipped(
     assert started == [(*key, "--wikitext") for key in wanted]
     frontier.main()
     assert len(started) == 3
-    runs = json.loads(record.read_text())["runs"]
+    runs = pages.read_runs(record)
     assert len(runs) == len(made_up()) + 2
     assert [r["perplexity"]["8w"] for r in runs if frontier.key_of(r) in wanted] == [40] * 3
 
