@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import nn
@@ -133,13 +133,11 @@ class Recovering(BaseModel):
         bos: windows begin with what the tokenizer puts before a prompt.
         train: "weights", all kept values; "scales", norms and factors of rows and columns, or of
             groups of codes, at almost no memory; "auto", weights where the machine can hold them.
-        learning_rate: at its highest; None takes `RATES[train]`.
+        learning_rate: of single values, at its highest; norms and factors take multiples of it.
         dtype: of the computation; "auto" is the checkpoint's own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-    RATES: ClassVar[dict[str, float]] = {"weights": 3e-4, "scales": 2e-3}
 
     text: str = "pydoc:1,self:2"
     held_out: tuple[str, ...] = Field(default=("pydoc", "self"), min_length=1)
@@ -150,13 +148,8 @@ class Recovering(BaseModel):
     seed: int = 0
     bos: bool = True
     train: Literal["auto", "weights", "scales"] = "auto"
-    learning_rate: float | None = Field(default=None, gt=0)
+    learning_rate: float = Field(default=3e-4, gt=0)
     dtype: DType = "auto"
-
-    @property
-    def rate(self) -> float:
-        """The learning rate at its highest."""
-        return self.RATES[self.train] if self.learning_rate is None else self.learning_rate
 
 
 class Recipe(BaseModel):

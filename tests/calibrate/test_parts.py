@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gblm.calibrate.parts import Codes, FloatScales, KeptFloats, SparsePart, sparse_part
+from gblm.calibrate.parts import Codes, Floats, SparsePart, sparse_part
 from gblm.sparse.weights import SparseWeight
 
 OUT, IN, GROUP = 8, 32, 8
@@ -46,22 +46,23 @@ def test_an_untrained_part_gives_its_weight_bit_for_bit(
         assert torch.equal(result.scales, start.scales)
 
 
-def test_gradients_of_kept_values_are_those_of_the_weight() -> None:
-    part, grad = KeptFloats(floats()), torch.randn(OUT, IN)
-    part.take(grad)
-    assert torch.equal(part.values.grad, grad[part.places.mask()])
-
-
-def test_gradients_of_row_and_column_factors_follow_from_the_weights() -> None:
-    part, grad = FloatScales(floats()), torch.randn(OUT, IN)
+@pytest.mark.parametrize("train", ["weights", "scales"])
+def test_gradients_of_floats_and_their_factors_are_those_of_the_weight(train: str) -> None:
+    part, grad = Floats(floats(), train), torch.randn(OUT, IN)  # type: ignore[arg-type]
     with torch.no_grad():
         part.rows += 0.1 * torch.randn(OUT, 1)
         part.columns += 0.1 * torch.randn(1, IN)
-    rows, columns = (p.detach().clone().requires_grad_() for p in (part.rows, part.columns))
-    (part.start.weight * (1 + rows) * (1 + columns)).backward(grad)
+    parameters = (part.values, part.rows, part.columns)
+    values, rows, columns = (p.detach().clone().requires_grad_() for p in parameters)
+    dense = torch.zeros(OUT, IN).masked_scatter(part.places.mask(), values)
+    (dense * (1 + rows) * (1 + columns)).backward(grad)
     part.take(grad)
     torch.testing.assert_close(part.rows.grad, rows.grad)
     torch.testing.assert_close(part.columns.grad, columns.grad)
+    if train == "weights":
+        torch.testing.assert_close(part.values.grad, values.grad)
+    else:
+        assert len(part.parameters) == 2
 
 
 def through(codes: Tensor) -> Tensor:
@@ -80,19 +81,23 @@ def test_gradients_of_codes_pass_their_rounding(train: str) -> None:
     exact = start.scales.float() * factor.exp()
     scales = exact + (exact.to(torch.bfloat16).float() - exact).detach()
     each = scales.repeat_interleave(GROUP, dim=1)[start.mask]
+    columns = torch.zeros(1, IN, requires_grad=True)
     if part.values is None:
         value = start.codes[start.mask] * each  # type: ignore[index]
     else:
         own = part.values.detach().clone().requires_grad_()
-        value = through((own / each).clamp(part.low, part.high)) * each
+        columns = part.columns.detach().clone().requires_grad_()
+        moved = own * (1 + columns).expand(OUT, IN)[start.mask]
+        value = through((moved / each).clamp(part.low, part.high)) * each
     value.backward(grad[start.mask])
     part.take(grad)
     # The factor's gradient is taken with the scale as it is stored.
     torch.testing.assert_close(part.factor.grad, factor.grad, rtol=2e-2, atol=1e-4)
     if part.values is not None:
-        inside = (own / each).detach().abs() < part.high
+        inside = (moved / each).detach().abs() < part.high
         assert 0 < int(inside.sum()) <= len(inside)
         torch.testing.assert_close(part.values.grad, own.grad)
+        torch.testing.assert_close(part.columns.grad, columns.grad)
 
 
 def test_trained_codes_stay_in_their_range_and_mask() -> None:
@@ -109,5 +114,6 @@ def test_trained_codes_stay_in_their_range_and_mask() -> None:
 
 def test_pruned_places_have_no_state() -> None:
     start = floats()
-    part: SparsePart = KeptFloats(start)
-    assert sum(p.numel() for p, _ in part.parameters) == int(start.mask.sum())
+    part: SparsePart = Floats(start, "weights")
+    count = sum(p.numel() for p, _ in part.parameters)
+    assert count == int(start.mask.sum()) + OUT + IN

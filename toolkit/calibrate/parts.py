@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from gblm.sparse.weights import SparseWeight
 
 Train = Literal["scales", "weights"]
-# Scales move by factors, not by differences, so their learning rate has a unit of its own.
-FACTOR_RATE = 2.0
+# Values and norms move by differences, scales by factors: their learning rates have other units.
+Kind = Literal["value", "norm", "factor"]
 
 
 class Part(ABC):
-    """The trained parameters of one tensor, each with the factor of its learning rate."""
+    """The trained parameters of one tensor, each with the kind that decides its learning rate."""
 
-    parameters: list[tuple[nn.Parameter, float]]
+    parameters: list[tuple[nn.Parameter, Kind]]
 
     @abstractmethod
     def take(self, grad: Tensor) -> None:
@@ -39,7 +39,7 @@ class Vector(Part):
 
     def __init__(self, start: Tensor) -> None:
         self.value = nn.Parameter(start.detach().float().clone())
-        self.parameters = [(self.value, 1.0)]
+        self.parameters = [(self.value, "norm")]
 
     def take(self, grad: Tensor) -> None:
         """See Part."""
@@ -81,51 +81,41 @@ class Places:
         return self.scatter(torch.ones_like(self.index, dtype=torch.bool))
 
 
-class KeptFloats(SparsePart):
-    """The kept values of a floating weight; pruned places have no parameter and no state."""
+class Floats(SparsePart):
+    """Floating values V at their places, and a factor for each row and column: (1 + r) V (1 + c).
 
-    def __init__(self, start: SparseWeight) -> None:
+    Pruned places have no parameter and no state.
+    """
+
+    def __init__(self, start: SparseWeight, train: Train) -> None:
         self.places = Places(start.mask)
-        self.values = nn.Parameter(self.places.gather(start.weight).float())
-        self.parameters = [(self.values, 1.0)]
+        (rows, columns), device = start.mask.shape, start.mask.device
+        self.values = self.places.gather(start.weight).float()
+        self.rows = nn.Parameter(torch.zeros(rows, 1, device=device))
+        self.columns = nn.Parameter(torch.zeros(1, columns, device=device))
+        self.parameters = [(self.rows, "factor"), (self.columns, "factor")]
+        if train == "weights":
+            self.values = nn.Parameter(self.values)
+            self.parameters.append((self.values, "value"))
 
     def take(self, grad: Tensor) -> None:
-        """See Part."""
-        self.values.grad = self.places.gather(grad).float()
+        """See Part: Σⱼ Gᵢⱼ Vᵢⱼ (1 + cⱼ) for a row, Σᵢ Gᵢⱼ Vᵢⱼ (1 + rᵢ) for a column."""
+        rows, columns = 1 + self.rows.detach(), 1 + self.columns.detach()
+        grad = grad.float()
+        product = grad * self.places.scatter(self.values.detach())
+        self.rows.grad = (product * columns).sum(1, keepdim=True)
+        self.columns.grad = (product * rows).sum(0, keepdim=True)
+        if isinstance(self.values, nn.Parameter):
+            self.values.grad = self.places.gather(grad * rows * columns)
 
     def give(self) -> Tensor:
         """See Part."""
-        return self.places.scatter(self.values.detach())
+        values = self.places.scatter(self.values.detach())
+        return values * (1 + self.rows.detach()) * (1 + self.columns.detach())
 
     def result(self, dtype: torch.dtype) -> SparseWeight:
         """See SparsePart."""
         return SparseWeight(self.give().to(dtype), self.places.mask())
-
-
-class FloatScales(SparsePart):
-    """A factor for each row and column of a floating weight: (1 + r) W (1 + c)."""
-
-    def __init__(self, start: SparseWeight) -> None:
-        self.start = start
-        rows, columns = start.mask.shape
-        device = start.mask.device
-        self.rows = nn.Parameter(torch.zeros(rows, 1, device=device))
-        self.columns = nn.Parameter(torch.zeros(1, columns, device=device))
-        self.parameters = [(self.rows, FACTOR_RATE), (self.columns, FACTOR_RATE)]
-
-    def take(self, grad: Tensor) -> None:
-        """See Part: Σⱼ Gᵢⱼ Wᵢⱼ (1 + cⱼ) for a row, Σᵢ Gᵢⱼ Wᵢⱼ (1 + rᵢ) for a column."""
-        product = grad.float() * self.start.weight
-        self.rows.grad = (product * (1 + self.columns.detach())).sum(1, keepdim=True)
-        self.columns.grad = (product * (1 + self.rows.detach())).sum(0, keepdim=True)
-
-    def give(self) -> Tensor:
-        """See Part."""
-        return self.start.weight * (1 + self.rows.detach()) * (1 + self.columns.detach())
-
-    def result(self, dtype: torch.dtype) -> SparseWeight:
-        """See SparsePart."""
-        return SparseWeight(self.give().to(dtype), self.start.mask)
 
 
 class Codes(SparsePart):
@@ -143,12 +133,14 @@ class Codes(SparsePart):
         # A range of codes that is narrower than their type's stays as narrow as it is.
         self.low, self.high = float(start.codes.min()), float(start.codes.max())
         self.factor = nn.Parameter(torch.zeros_like(start.scales, dtype=torch.float32))
-        self.parameters = [(self.factor, FACTOR_RATE)]
+        self.parameters = [(self.factor, "factor")]
         self.values: nn.Parameter | None = None
         if train == "weights":
             exact = self._grouped(start.codes.float()) * self._scales()
             self.values = nn.Parameter(self.places.gather(exact.flatten(1)))
-            self.parameters.append((self.values, 1.0))
+            columns = torch.zeros(1, start.mask.shape[1], device=start.mask.device)
+            self.columns = nn.Parameter(columns)
+            self.parameters += [(self.values, "value"), (self.columns, "factor")]
 
     def take(self, grad: Tensor) -> None:
         """See Part."""
@@ -159,7 +151,10 @@ class Codes(SparsePart):
         if self.values is not None:
             inside = (exact > self.low) & (exact < self.high)
             slope = torch.where(inside, codes - exact, codes)
-            self.values.grad = self.places.gather((grouped * inside).flatten(1))
+            passed = (grouped * inside).flatten(1)
+            values = self.places.scatter(self.values.detach())
+            self.columns.grad = (passed * values).sum(0, keepdim=True)
+            self.values.grad = self.places.gather(passed * (1 + self.columns.detach()))
         self.factor.grad = ((grouped * slope).sum(-1, keepdim=True) * self._scales()).squeeze(-1)
 
     def give(self) -> Tensor:
@@ -178,8 +173,8 @@ class Codes(SparsePart):
         if self.values is None:
             codes = self._grouped(self.codes.float())
             return codes, codes
-        exact = self._grouped(self.places.scatter(self.values.detach())) / self._scales()
-        exact = exact.clamp_(self.low, self.high)
+        values = self.places.scatter(self.values.detach()) * (1 + self.columns.detach())
+        exact = (self._grouped(values) / self._scales()).clamp_(self.low, self.high)
         return exact, exact.round()
 
     def _scales(self) -> Tensor:
@@ -197,9 +192,7 @@ def sparse_part(weight: SparseWeight, train: Train) -> SparsePart:
 
     Args:
         weight: as the format unpacks it.
-        train: "weights", all kept values and the scales of codes; "scales", only a factor for each
-            row and column, or for each group of codes.
+        train: "weights", all kept values and factors; "scales", only a factor for each row and
+            column, or for each group of codes.
     """
-    if weight.codes is not None:
-        return Codes(weight, train)
-    return KeptFloats(weight) if train == "weights" else FloatScales(weight)
+    return Floats(weight, train) if weight.codes is None else Codes(weight, train)

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gblm.calibrate.parts import Part, SparsePart, Vector, sparse_part
+from gblm.calibrate.parts import Kind, Part, SparsePart, Vector, sparse_part
 from gblm.calibrate.ranks import Ranks
 from gblm.calibrate.streams import Streams
 from gblm.errors import InputError
 from gblm.sparse.weights import SparseWeight
 
 BETAS = (0.9, 0.95)
+RATES: dict[Kind, float] = {"value": 1.0, "norm": 1.0, "factor": 2.0}
 SEED = 0
 
 
@@ -118,9 +119,9 @@ def _train(
     dtype = next(module.parameters()).dtype
     optimizer = torch.optim.Adam(
         [
-            {"params": [parameter], "lr": factor * how.learning_rate}
+            {"params": [parameter], "lr": RATES[kind] * how.learning_rate}
             for part in parts.values()
-            for parameter, factor in part.parameters
+            for parameter, kind in part.parameters
         ],
         betas=BETAS,
     )

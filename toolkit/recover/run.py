@@ -169,7 +169,7 @@ class _Run:
         dense_head.check(model, texts[TRAINING])
         hidden = self._teach(model, texts)
         parts = become(model, task)
-        schedule = Schedule(how.rate, how.batch_size, how.seed)
+        schedule = Schedule(how.learning_rate, how.batch_size, how.seed)
         trainer = Trainer(model, parts, schedule, task.ranks)
         held_out = [name for name in texts if name != TRAINING]
 

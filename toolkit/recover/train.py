@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gblm.calibrate.parts import Part
+from gblm.calibrate.parts import Kind, Part
 from gblm.calibrate.ranks import Ranks
 from gblm.checkpoint.resume import STATE
 from gblm.data import fingerprint
@@ -31,6 +31,8 @@ from gblm.recover.teacher import Head, Hidden, divergence, last_hidden
 logger = logging.getLogger(__name__)
 BETAS, EPS = (0.9, 0.95), 1e-8
 WARM_UP = 0.05
+# Factors and norms, which move whole rows and columns, bear larger steps than single values.
+RATES: dict[Kind, float] = {"value": 1.0, "norm": 6.0, "factor": 10.0}
 SAVE_SECONDS = 120.0
 
 
@@ -148,10 +150,10 @@ class Trainer:
                 return
             part.take(tensor.grad)
             tensor.grad = None
-            for (parameter, factor), group in zip(part.parameters, adam.param_groups, strict=True):
+            for (parameter, kind), group in zip(part.parameters, adam.param_groups, strict=True):
                 if parameter.grad is not None:
                     self.ranks.average_(parameter.grad)
-                group["lr"] = self._rate * factor
+                group["lr"] = self._rate * RATES[kind]
             adam.step()
             adam.zero_grad()
             tensor.copy_(part.give())
