@@ -1,9 +1,10 @@
 """Recovery on real models: how far pruned and rounded models come back, dense integers alike.
 
     python benchmarks/recovery.py [--model smollm2|gemma3-270m] [--cells "8:16 int8" …]
-        [--tokens 65536] [--seed 0] [--methods sparsegpt …] [--wikitext test.txt]
+        [--preset recovered] [--tokens 65536] [--seed 0] [--methods sparsegpt …]
+        [--wikitext test.txt]
 
-Each cell prunes (`gblm prune --preset fast`) and recovers (`gblm recover`) with one thread. KL and
+Each cell prunes (`gblm prune --preset …`) and recovers (`gblm recover`) with one thread. KL and
 perplexity are those that `gblm recover` tells before and after, on 16 windows of 256 tokens of
 texts that no step has seen. Cells are added to benchmarks/results/recovery-MODEL.json; another seed
 is another round of the same row.
@@ -39,36 +40,40 @@ def record_of(model: str) -> Path:
     return pages.RESULTS / f"recovery-{model}.json"
 
 
-def side_name(pattern: str, values: str, method: str, tokens: int) -> str:
-    """Name a row, such as "int8 8:16, sparsegpt, recovered on 65536 tokens"."""
-    how = {"dense": "GPTQ"}.get(pattern, method)
-    recovered = f", recovered on {tokens} tokens" if tokens else ""
-    return f"{values} {pattern}, {how}{recovered}"
+def side_name(pattern: str, values: str, method: str, epochs: int, tokens: int) -> str:
+    """Name a row, such as "int8 8:16, sparsegpt, reconstructed, recovered on 65536 tokens"."""
+    words = [f"{values} {pattern}", "GPTQ" if pattern == "dense" else method]
+    words += ["reconstructed" + (f" {epochs} times" if epochs != 2 else "")] * bool(epochs)
+    return ", ".join(words + [f"recovered on {tokens} tokens"] * bool(tokens))
 
 
-def texts(folder: Path, wikitext: Path | None) -> dict[str, str]:
+def texts(given: argparse.Namespace, folder: Path) -> dict[str, str]:
     """Give the held-out texts by name; those of other domains than the training's come first."""
     found = {"descriptions": str(pages.descriptions(folder))}
-    if wikitext is not None:
-        found["WikiText-2"] = str(wikitext)
+    if given.wikitext is not None:
+        found["WikiText-2"] = str(given.wikitext)
     return found | {"pydoc": "pydoc", "self": "self"}
 
 
-def measure(model: Path, cell: str, method: str, tokens: int, seed: int, held_out: dict[str, str],
-            folder: Path) -> tuple[dict[str, Any], list[Row]]:  # fmt: skip
+def measure(
+    model: Path, cell: str, method: str, given: argparse.Namespace, folder: Path
+) -> tuple[dict[str, Any], list[Row]]:
     """Prune and recover once; gives facts of both sides, and their rows."""
     pattern, values = cell.split()
-    pruned, recovered = folder / "pruned", folder / "recovered"
-    how = f"--preset fast --method {method} --pattern {pattern} --values {values} --head float"
-    first, cpu = gblm(f"prune {model} {how} --seed {seed} --output {pruned}")
-    texts = " ".join(f"--held-out {path}" for path in held_out.values())
-    more = f"--tokens {tokens} --seed {seed}"
-    then, cpu_more = gblm(f"recover {pruned} {more} {texts} --output {recovered}")
+    pruned, recovered, held_out = folder / "pruned", folder / "recovered", texts(given, folder)
+    how = f"--preset {given.preset} --recover 0 --method {method} --pattern {pattern}"
+    how += f" --values {values} --head float --seed {given.seed}"
+    first, cpu = gblm(f"prune {model} {how} --output {pruned}")
+    others = " ".join(f"--held-out {path}" for path in held_out.values())
+    more = f"--tokens {given.tokens} --seed {given.seed}"
+    then, cpu_more = gblm(f"recover {pruned} {more} {others} --output {recovered}")
+    steps = json.loads((pruned / "recipe.json").read_text())["reconstruct"]
+    epochs = 0 if steps is None else steps["epochs"]
     facts = {
         "bits_per_weight": first["bits_per_weight"], "bytes": first["bytes_packed"],
         "commit": provenance()["commit"], "prune": f"gblm prune {how}",
     }  # fmt: skip
-    names = [side_name(pattern, values, method, 0), side_name(pattern, values, method, tokens)]
+    names = [side_name(pattern, values, method, epochs, tokens) for tokens in (0, given.tokens)]
     sides = {
         names[0]: facts | {"cpu_seconds": cpu},
         names[1]: facts | {"cpu_seconds": cpu + cpu_more, "recover": f"gblm recover {more}"},
@@ -156,6 +161,7 @@ def main() -> None:
     parser.add_argument("--model", choices=("smollm2", "gemma3-270m"), default="smollm2")
     parser.add_argument("--cells", nargs="+", default=CELLS)
     parser.add_argument("--methods", nargs="+", default=("sparsegpt",))
+    parser.add_argument("--preset", choices=("fast", "recovered", "best"), default="recovered")
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--wikitext", type=Path)
@@ -164,10 +170,8 @@ def main() -> None:
     for cell in given.cells:
         for method in given.methods:
             with tempfile.TemporaryDirectory() as work:
-                folder = Path(work)
-                held_out = texts(folder, given.wikitext)
-                found = measure(model, cell, method, given.tokens, given.seed, held_out, folder)
-                add(record_of(given.model), *found)
+                found = measure(model, cell, method, given, Path(work))
+            add(record_of(given.model), *found)
 
 
 if __name__ == "__main__":

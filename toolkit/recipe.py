@@ -108,14 +108,14 @@ class Reconstruction(BaseModel):
 
     Attributes:
         epochs: passes over the calibration samples.
-        learning_rate: at the first step; it falls linearly to 0.
+        learning_rate: at its highest, after a tenth of the steps; it falls linearly to 0.
         batch_size: samples per step.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     epochs: int = Field(default=2, ge=1)
-    learning_rate: float = Field(default=5e-4, gt=0, lt=1)
+    learning_rate: float = Field(default=2e-3, gt=0, lt=1)
     batch_size: int = Field(default=4, ge=1)
 
 

@@ -138,9 +138,7 @@ class Codes(SparsePart):
         if train == "weights":
             exact = self._grouped(start.codes.float()) * self._scales()
             self.values = nn.Parameter(self.places.gather(exact.flatten(1)))
-            columns = torch.zeros(1, start.mask.shape[1], device=start.mask.device)
-            self.columns = nn.Parameter(columns)
-            self.parameters += [(self.values, "value"), (self.columns, "factor")]
+            self.parameters.append((self.values, "value"))
 
     def take(self, grad: Tensor) -> None:
         """See Part."""
@@ -151,10 +149,7 @@ class Codes(SparsePart):
         if self.values is not None:
             inside = (exact > self.low) & (exact < self.high)
             slope = torch.where(inside, codes - exact, codes)
-            passed = (grouped * inside).flatten(1)
-            values = self.places.scatter(self.values.detach())
-            self.columns.grad = (passed * values).sum(0, keepdim=True)
-            self.values.grad = self.places.gather(passed * (1 + self.columns.detach()))
+            self.values.grad = self.places.gather((grouped * inside).flatten(1))
         self.factor.grad = ((grouped * slope).sum(-1, keepdim=True) * self._scales()).squeeze(-1)
 
     def give(self) -> Tensor:
@@ -173,8 +168,8 @@ class Codes(SparsePart):
         if self.values is None:
             codes = self._grouped(self.codes.float())
             return codes, codes
-        values = self.places.scatter(self.values.detach()) * (1 + self.columns.detach())
-        exact = (self._grouped(values) / self._scales()).clamp_(self.low, self.high)
+        exact = self._grouped(self.places.scatter(self.values.detach())) / self._scales()
+        exact = exact.clamp_(self.low, self.high)
         return exact, exact.round()
 
     def _scales(self) -> Tensor:

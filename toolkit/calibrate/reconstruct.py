@@ -28,7 +28,9 @@ from gblm.errors import InputError
 from gblm.sparse.weights import SparseWeight
 
 BETAS = (0.9, 0.95)
-RATES: dict[Kind, float] = {"value": 1.0, "norm": 1.0, "factor": 2.0}
+# Factors and norms, which move whole rows, bear larger steps than single values.
+RATES: dict[Kind, float] = {"value": 1.0, "norm": 2.0, "factor": 4.0}
+WARM_UP = 0.1
 SEED = 0
 
 
@@ -38,12 +40,13 @@ class Training:
 
     Attributes:
         epochs: passes over the samples.
-        learning_rate: of Adam at the first step, in units of the weights; it falls linearly to 0.
+        learning_rate: of Adam, in units of the weights, at the end of a linear warm-up over a tenth
+            of the steps; it falls linearly to 0. Norms and factors take multiples of it.
         batch_size: samples per step.
     """
 
     epochs: int = 2
-    learning_rate: float = 5e-4
+    learning_rate: float = 2e-3
     batch_size: int = 4
 
 
@@ -127,7 +130,10 @@ def _train(
     )
     per_epoch = ranks.agree(-(-streams.num_samples // how.batch_size))
     total = per_epoch * how.epochs
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
+    warm = 1 + int(WARM_UP * total)
+    decay = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm, 1 - step / total)
+    )
     sums = [0.0] * how.epochs
     for step, picks in enumerate(_batches(streams.num_samples, per_epoch, how)):
         tensors = {local: part.give().to(dtype).requires_grad_() for local, part in parts.items()}

@@ -38,8 +38,8 @@ FAST = PAPER | {
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": PAPER,
     "fast": FAST,
-    "recovered": FAST | {"recover": 65536},
-    "best": FAST | {"num_samples": 128, "reconstruct": 2, "recover": 262144},
+    "recovered": FAST | {"reconstruct": 2, "recover": 65536},
+    "best": FAST | {"num_samples": 128, "reconstruct": 4, "recover": 262144},
 }
 
 
@@ -266,7 +266,8 @@ def _with_preset(ctx: click.Context, preset: str | None, **given: Any) -> dict[s
         own |= {name: PAPER[name] for name in ("rounding", "head") if name in own}
     chosen = given | own
     if preset != "paper":
-        steps = f", recovered on {chosen['recover']} tokens" if chosen["recover"] else ""
+        steps = ", reconstructed" if chosen.get("reconstruct") else ""
+        steps += f", recovered on {chosen['recover']} tokens" if chosen.get("recover") else ""
         logger.info(
             "preset %s: %s, %s, %s, on %d samples of %d tokens%s",
             preset, chosen["method"], chosen["pattern"], chosen["values"],
