@@ -10,7 +10,7 @@ VARIABLE = "GBLM_CACHE"
 
 
 def cache_folder() -> Path:
-    """$GBLM_CACHE, else gblm's folder in the user's cache."""
+    """Name the cache: $GBLM_CACHE, else gblm's folder in the user's cache."""
     if chosen := os.environ.get(VARIABLE):
         return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -50,5 +50,5 @@ DAMAGE = (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, Valu
 
 
 def damage(error: Exception) -> str:
-    """One of DAMAGE as words for a message."""
+    """Put one of DAMAGE into words for a message."""
     return f"{error} is missing" if isinstance(error, KeyError) else str(error)

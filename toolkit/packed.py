@@ -251,7 +251,7 @@ def load_any(
 
 @register_quantization_config(QUANT_METHOD)
 class GblmConfig(QuantizationConfigMixin):
-    """The "quantization_config" object of config.json, plus the wish for a backend.
+    """This is the "quantization_config" of config.json, plus the wish for a backend.
 
     Attributes:
         backend: a name of `gblm.kernels.BACKENDS`, or None for the best; never written to disk.

@@ -74,7 +74,7 @@ class Calibration(BaseModel):
 
 
 class LayerChoice(BaseModel):
-    """An exception to a recipe's pattern and values, for some of the linears.
+    """A LayerChoice is an exception to a recipe's pattern and values, for some linears.
 
     Attributes:
         targets: glob patterns of module names, as in `Recipe.targets`.

@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Entry point `vllm.general_plugins`: called in every vLLM process, perhaps more than once.
+    """vLLM calls this entry point (`vllm.general_plugins`) in every process, perhaps twice.
 
     A vLLM that was not tested is refused when a packed model is loaded, not here: whoever serves
     other models with it must not notice that gblm is installed.

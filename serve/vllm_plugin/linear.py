@@ -37,7 +37,7 @@ MAX_RANKS = 64  # looked at for the way out of a refusal
 
 @register_weight_loader_v2_supported_method
 class SparseLinearMethod(LinearMethodBase):
-    """A packed linear; one instance per layer."""
+    """The method serves one packed linear; vLLM makes an instance for each layer."""
 
     def __init__(self, fmt: Format, name: str, note_choice: NoteChoice) -> None:
         self.fmt = fmt

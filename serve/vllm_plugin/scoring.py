@@ -21,7 +21,7 @@ CACHE_GIB = "1"
 
 
 class VllmSubject(Subject):
-    """One engine without a process of its own."""
+    """The subject runs one engine in this process."""
 
     engine = "vllm"
 

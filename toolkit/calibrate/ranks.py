@@ -27,7 +27,7 @@ TIMEOUT = timedelta(hours=1)
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `size`, numbered from 0, and the device of its group's messages."""
+    """Ranks know this process among `size`, from 0, and the device of its group's messages."""
 
     rank: int = 0
     size: int = 1

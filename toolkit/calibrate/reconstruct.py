@@ -52,7 +52,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Reconstructed:
-    """What training made of a decoder layer.
+    """A Reconstructed holds what training made of a decoder layer.
 
     Attributes:
         weights: by local name of the linear; same masks, and codes where there were codes.

@@ -16,7 +16,7 @@ STRIPS = 4
 
 
 class Stat(Protocol):
-    """One statistic, fed batch by batch.
+    """A Stat gathers one statistic, batch by batch.
 
     Attributes:
         num_samples: samples seen.

@@ -66,7 +66,7 @@ class Streams:
 
 
 class DenseStream:
-    """The hidden states of the unchanged model, beside those of the pruned one."""
+    """The stream holds hidden states of the unchanged model, beside those of the pruned one."""
 
     def __init__(
         self,

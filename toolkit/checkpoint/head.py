@@ -95,7 +95,7 @@ class Head:
 
     @property
     def group(self) -> Group:
-        """Its group in the manifest."""
+        """Give the head's group in the manifest."""
         return Group(
             format=self.fmt.name,
             pattern=str(self.fmt.pattern),

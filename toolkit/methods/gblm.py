@@ -48,7 +48,7 @@ class GBLM(ScoredMethod):
             raise UsageError(f"alpha {self.alpha!r} must be a finite number, not negative.")
 
     def score(self, weight: Tensor, stats: Stats) -> Tensor:
-        """|W| [out, in] · act_norm [in] + |W| · α·‖G‖ [out, in].
+        """Score by |W| [out, in] · act_norm [in] + |W| · α·‖G‖ [out, in].
 
         Args:
             weight: [out, in] floating point.

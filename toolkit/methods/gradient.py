@@ -34,5 +34,5 @@ class Gradient(ScoredMethod):
     gradient_norm: GradientNorm = field(default="l2", metadata={"about": "norm over the samples"})
 
     def score(self, weight: Tensor, stats: Stats) -> Tensor:
-        """|W| · grad_norm, both [out, in]."""
+        """Score by |W| · grad_norm, both [out, in]."""
         return weight.float().abs() * stats["grad_norm"]

@@ -23,5 +23,5 @@ class Magnitude(ScoredMethod):
     scope: ClassVar[Scope] = "matrix"
 
     def score(self, weight: Tensor, stats: Stats) -> Tensor:
-        """|W| [out, in]."""
+        """Score by |W| [out, in]."""
         return weight.float().abs()

@@ -160,7 +160,7 @@ class Sweep:
                 self._eliminate(low, high)
 
     def mask(self) -> Tensor:
-        """[out, in] bool, True = kept."""
+        """Give the mask: [out, in] bool, True = kept."""
         return (self.drop == 0).t().contiguous()
 
     def rounded(self, grid: Grid, dtype: torch.dtype, values: ValueType, name: str) -> SparseWeight:

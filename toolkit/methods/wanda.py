@@ -23,5 +23,5 @@ class Wanda(ScoredMethod):
     needs: ClassVar[frozenset[str]] = frozenset({"act_norm"})
 
     def score(self, weight: Tensor, stats: Stats) -> Tensor:
-        """|W| [out, in] · act_norm [in]."""
+        """Score by |W| [out, in] · act_norm [in]."""
         return weight.float().abs() * stats["act_norm"]

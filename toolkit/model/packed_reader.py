@@ -33,7 +33,7 @@ class PackedLinear:
 
 
 class PackedReader(Reader):
-    """A packed model folder: the manifest, the packed linears, the dense rest."""
+    """The reader opens a packed folder: the manifest, the packed linears, the dense rest."""
 
     def __init__(self, folder: ModelFolder) -> None:
         """Read the manifest and the headers, and check one against the other.

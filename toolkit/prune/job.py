@@ -57,7 +57,7 @@ class Job:
 
     @property
     def folder(self) -> ModelFolder:
-        """The dense model's folder."""
+        """Give the dense model's folder."""
         return self.layers.reader.folder
 
     @property

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Pruned:
-    """One decoder layer after pruning.
+    """A Pruned holds one decoder layer after pruning.
 
     Attributes:
         weights: by full name, in the dtype of the computation; empty on ranks other than 0.

@@ -25,7 +25,7 @@ CHUNK = 64
 
 
 class Head:
-    """The output head of a causal language model, apart from the model."""
+    """A Head turns hidden states into logits, apart from the model that it is of."""
 
     def __init__(self, model: Any) -> None:
         """Take the head of a loaded model; it is frozen, so it is shared, not copied."""
@@ -74,7 +74,7 @@ def last_hidden(model: Any, windows: Tensor) -> Tensor:
 
 
 class Hidden:
-    """The dense model's last hidden states of all windows, in files of a few windows each."""
+    """Hidden keeps the dense model's last hidden states of all windows, a few in each file."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

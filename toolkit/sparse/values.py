@@ -99,7 +99,7 @@ class ValueType:
 
     @property
     def bits(self) -> int:
-        """The bits of a value on disk and in memory: 16, 8 or 4."""
+        """Count the bits of a value on disk and in memory: 16, 8 or 4."""
         return KINDS[self.kind].bits
 
     @property

@@ -31,7 +31,7 @@ THREADS = 256
 
 
 class Driver:
-    """libcuda, or a library with the same functions.
+    """A Driver is libcuda, or a library with the same functions.
 
     Raises:
         MachineError: there is none.

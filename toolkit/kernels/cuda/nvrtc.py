@@ -25,7 +25,7 @@ PRELUDE = "ptx.cuh"
 
 @dataclass(frozen=True)
 class Variant:
-    """One compilation of one .cu file, whose head explains the macros of `defines`.
+    """A Variant is one compilation of a .cu file, whose head explains the macros of `defines`.
 
     `file` is the name without ".cu"; `defines` are pairs of a macro's name and its value.
     """

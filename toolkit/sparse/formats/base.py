@@ -42,7 +42,7 @@ class TensorSpec(NamedTuple):
 
 
 class Format(ABC):
-    """One on-disk layout for weights of one pattern and value type.
+    """A Format is the on-disk layout for weights of one pattern and value type.
 
     Attributes:
         pattern: which positions may be kept.
@@ -91,7 +91,7 @@ class Format(ABC):
         """The parts of a weight [out, in] that say which positions are kept."""
 
     def shape_of(self, name: str, headers: Headers) -> Shape:
-        """[out, in] of the weight, from the headers of all its parts.
+        """Tell [out, in] of the weight from the headers of all its parts.
 
         Raises:
             CheckpointError: no weight has such a bitmask.
@@ -134,7 +134,7 @@ class Format(ABC):
         """The parts of `mask_layout`."""
 
     def mask(self, parts: Parts) -> Tensor:
-        """[out, in] bool, True = kept."""
+        """Give the mask: [out, in] bool, True = kept."""
         return unpack_bits(parts["bitmask"])
 
     def unpack(self, parts: Parts, dtype: torch.dtype = torch.bfloat16) -> SparseWeight:
@@ -257,7 +257,7 @@ class Format(ABC):
         self.check_data(name, parts, shape)
 
     def cast(self, name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """Checked floating values, in the dtype of the activations.
+        """Cast checked floating values to the dtype of the activations.
 
         Raises:
             CheckpointError: one leaves the range of the dtype.

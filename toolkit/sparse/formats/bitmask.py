@@ -16,7 +16,7 @@ from gblm.sparse.patterns import Pattern, Unstructured
 
 
 class BitmaskFormat(Format):
-    """values [kept], bitmask u8 [out, in/8], row_offsets i64 [out + 1].
+    """The format stores values [kept], bitmask u8 [out, in/8], row_offsets i64 [out + 1].
 
     4-bit values are bytes, ceil(count/2) a row; `row_offsets` count codes all the same.
     """

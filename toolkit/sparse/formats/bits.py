@@ -8,14 +8,14 @@ from torch import Tensor
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """[out, in] bool, in a multiple of 8 → [out, in/8] uint8."""
+    """Pack [out, in] bool, `in` a multiple of 8, to [out, in/8] uint8."""
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
     groups = mask.reshape(mask.shape[0], -1, 8).to(torch.uint8)
     return (groups * weights).sum(dim=-1, dtype=torch.uint8)
 
 
 def unpack_bits(bitmask: Tensor) -> Tensor:
-    """[out, in/8] uint8 → [out, in] bool."""
+    """Unpack [out, in/8] uint8 to [out, in] bool."""
     if bitmask.device.type == "cpu":
         bits = np.unpackbits(bitmask.numpy(), axis=1, bitorder="little")
         return torch.from_numpy(bits.view(np.bool_))
@@ -24,7 +24,7 @@ def unpack_bits(bitmask: Tensor) -> Tensor:
 
 
 def expand_bits(values: Tensor, bitmask: Tensor) -> Tensor:
-    """Kept values in row order, and their bitmask [out, in/8] → dense [out, in]."""
+    """Expand kept values in row order, and their bitmask [out, in/8], to dense [out, in]."""
     shape = (bitmask.shape[0], 8 * bitmask.shape[1])
     dense = torch.zeros(shape, dtype=values.dtype, device=values.device)
     if values.device.type != "cpu":

@@ -24,7 +24,7 @@ TARGET = re.compile(r"[A-Za-z0-9_.*-]{1,200}")
 
 
 class Group(BaseModel):
-    """Linears stored alike.
+    """A Group names linears that are stored alike.
 
     Attributes:
         format: a name of FORMATS.

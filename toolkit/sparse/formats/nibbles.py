@@ -11,7 +11,7 @@ from torch.nn import functional
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
-    """[rows, n] int8 codes of −8..7 → [rows, ceil(n/2)] uint8."""
+    """Pack [rows, n] int8 codes of −8..7 to [rows, ceil(n/2)] uint8."""
     nibbles = functional.pad(codes, (0, codes.shape[-1] % 2)).view(torch.uint8) & 15
     return nibbles[..., ::2] | nibbles[..., 1::2] << 4
 

@@ -11,7 +11,7 @@ from gblm.sparse.formats.nibbles import pack_nibbles, unpack_nibbles
 
 
 class RectangleFormat(Format):
-    """values [out, kept per row], of 4-bit codes [out, ceil(kept per row / 2)] bytes."""
+    """The format stores values [out, kept per row], 4-bit codes in half as many bytes."""
 
     @abstractmethod
     def kept_per_row(self, columns: int) -> int:
@@ -19,7 +19,7 @@ class RectangleFormat(Format):
 
     @abstractmethod
     def columns(self, parts: Parts) -> int:
-        """`in` of the weight."""
+        """Tell `in` of the weight."""
 
     def values_shape(self, shape: Shape) -> tuple[int, ...]:
         """See Format.values_shape."""
