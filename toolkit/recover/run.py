@@ -107,7 +107,8 @@ def recover(
     Returns:
         "before" and "after", by text: see `gblm.recover.teacher.compare`; "kept", whether the
         folder holds the trained weights or, because KL did not fall, those it started from;
-        "tokens", "seconds", "output". Empty on other ranks than 0.
+        "losses", KL in nats before each step; "tokens", "seconds", "output". Empty on other ranks
+        than 0.
 
     Raises:
         GblmError: an input is refused, or training diverges; nothing is left under the output's
@@ -144,6 +145,7 @@ class _Found:
     parts: Mapping[str, Part]
     before: dict[str, dict[str, float]]
     after: dict[str, dict[str, float]]
+    losses: list[float]
     tokens_sha256: str
     tokens: int
 
@@ -182,7 +184,9 @@ class _Run:
         before, windows = measured(), texts[TRAINING]
         told = self._told(len(schedule.batches(len(windows))), windows.shape[1])
         trainer.run(windows, hidden[TRAINING], dense_head, self.work, told)
-        return _Found(parts, before, measured(), data.fingerprint(windows), windows.numel())
+        return _Found(
+            parts, before, measured(), trainer.losses, data.fingerprint(windows), windows.numel()
+        )
 
     def _load(self) -> Any:
         how = self.task.how
@@ -360,7 +364,7 @@ def _write(task: Task, found: _Found, output: Path, overwrite: bool) -> dict[str
         )
         result = {
             "before": found.before, "after": found.after, "kept": found.better,
-            "tokens": found.tokens, "tokens_sha256": found.tokens_sha256,
+            "losses": found.losses, "tokens": found.tokens, "tokens_sha256": found.tokens_sha256,
         }  # fmt: skip
         report |= {"recover": result}
         notes = read_json(source / MANIFEST_FILE)

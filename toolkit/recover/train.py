@@ -7,6 +7,7 @@ accumulated.) Windows are taken once, in an order that follows from the seed.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -80,7 +81,7 @@ class Trainer:
         """
         self.model, self.parts, self.how, self.ranks = model, parts, how, ranks
         self.head = Head(model)
-        self.steps_done = 0
+        self.losses: list[float] = []
         self._rate = 0.0
         self._adam = {name: _adam(part) for name, part in parts.items()}
         model.requires_grad_(False)
@@ -113,15 +114,15 @@ class Trainer:
         batches, text = self.how.batches(len(windows)), fingerprint(windows)
         self._load(work, text)
         saved = time.monotonic()
-        for step in range(self.steps_done, len(batches)):
+        for step in range(len(self.losses), len(batches)):
             self._rate = self.how.rate(step, len(batches))
             loss = self._step(windows, hidden, dense_head, batches[step])
             if not math.isfinite(loss):
                 raise InputError(
                     f"recovery diverged at step {step + 1} (loss {loss}): lower --learning-rate."
                 )
-            self.steps_done = step + 1
-            told(self.steps_done, loss)
+            self.losses.append(round(loss, 4))
+            told(step + 1, loss)
             if time.monotonic() - saved > SAVE_SECONDS:
                 self._save(work, text)
                 saved = time.monotonic()
@@ -171,7 +172,7 @@ class Trainer:
                     {"value": parameter.detach(), **state[parameter]} if parameter in state else {}
                 )
                 tensors |= {f"{name}:{index}:{key}": value for key, value in kept.items()}
-        facts = {"step": str(self.steps_done), "text": text}
+        facts = {"losses": json.dumps(self.losses), "text": text}
         write_tensors(work / STATE, tensors, facts)
 
     def _load(self, work: Path, text: str) -> None:
@@ -182,8 +183,8 @@ class Trainer:
             facts = file.metadata()
         if facts["text"] != text:
             raise InputError(f"{path} was trained on other text; remove {work} to start anew.")
-        self.steps_done = int(facts["step"])
-        logger.info("going on after step %d", self.steps_done)
+        self.losses = json.loads(facts["losses"])
+        logger.info("going on after step %d", len(self.losses))
         for key, tensor in load_file(path).items():
             name, index, what = key.rsplit(":", 2)
             parameter = self.parts[name].parameters[int(index)][0]
