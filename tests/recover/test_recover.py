@@ -71,6 +71,9 @@ def test_it_lowers_kl_and_keeps_every_mask(
     assert verify(ModelFolder.open(tmp_path / "out"))["ok"]
     recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
     assert recipe["recover"]["tokens"] == how.tokens
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"recover ({how.tokens} tokens of text.txt;" in card
+    assert f"{before['kl']:.3f} → {after['kl']:.3f}" in card
 
 
 def test_what_is_written_is_what_was_measured(

@@ -130,7 +130,7 @@ import gblm.packed
 model = gblm.packed.load(".")
 ```
 
-Its quality was not measured when this card was written: run `gblm eval . --baseline DENSE`.
+{quality}
 """
 
 
@@ -149,6 +149,7 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
         if values
         else "",
         groups=_groups(groups) if len(groups) > 1 else "",
+        quality=_quality(report.get("recover")),
         head=_head(report.get("head")),
         base=_public_name(str(recipe["model"])),
         method=recipe["method"],
@@ -191,7 +192,26 @@ def _steps(recipe: dict[str, Any]) -> str:
         steps.append(f"rounding {rounding}")
     if reconstruct := recipe.get("reconstruct"):
         steps.append(f"reconstruct ({_fields(reconstruct)}; norms and biases changed, too)")
+    if recover := recipe.get("recover"):
+        text = ", ".join(map(_public_name, recover["text"].split(",")))
+        steps.append(f"recover ({recover['tokens']} tokens of {text}; norms and biases, too)")
     return f"\n| steps | {', '.join(steps)} |" if steps else ""
+
+
+def _quality(recovered: dict[str, Any] | None) -> str:
+    if recovered is None:
+        return (
+            "Its quality was not measured when this card was written: run "
+            "`gblm eval . --baseline DENSE`."
+        )
+    texts = (
+        f"{name} {recovered['before'][name]['kl']:.3f} → {after['kl']:.3f}"
+        for name, after in recovered["after"].items()
+    )
+    return (
+        f"KL to the dense model on held-out text, nats, before and after recovery: "
+        f"{', '.join(texts)}. More: `gblm eval . --baseline DENSE`."
+    )
 
 
 def _fields(values: dict[str, Any]) -> str:
