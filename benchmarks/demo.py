@@ -84,8 +84,8 @@ def summarise() -> dict[str, Any]:
     }
     for text in quality.loads:
         name = text.split(",")[0]
-        for metric in ("perplexity", "kl"):
-            found[f"{metric}, {name}"] = {
+        for metric, words in (("perplexity", "perplexity"), ("kl_mean", "KL, nats")):
+            found[f"{words}, {name}"] = {
                 "dense bf16": quality.value(quality.baseline or "", text, metric),
                 "int8 8:16": quality.value(_pruned(quality), text, metric),
             }
@@ -145,12 +145,12 @@ def print_table(summary: dict[str, Any]) -> None:
     print(f"\n{summary['model']}: {recipe['method']}, recovered on {recipe['recover']['tokens']}")
     print(f"{'':32}" + "".join(f"{name:>12}" for name in SIDES))
     for label, values in summary["table"].items():
-        digits = 2 if label.startswith("kl") else 1
+        digits = 2 if label.startswith("KL") else 1
         cells = (values.get(name) for name in SIDES)  # None: no figure that stands
         shown = ("–" if cell is None else f"{cell:.{digits}f}" for cell in cells)
         print(f"{label:32}" + "".join(f"{cell:>12}" for cell in shown))
     for protocol in summary["protocols"]:
-        print(f"perplexity, KL in nats: {protocol}")
+        print(f"perplexity, KL: {protocol}")
 
 
 def print_answers(rows: list[dict[str, str]]) -> None:

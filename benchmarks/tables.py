@@ -19,6 +19,7 @@ import matrix
 import memory
 import onnx_speed
 import published
+import recovery
 import rivals
 import soak_tables
 import summary
@@ -30,6 +31,7 @@ BLOCKS: tuple[tuple[str, str, Callable[[], str]], ...] = (
     ("docs/results.md", "rivals", rivals.table),
     ("docs/results.md", "matrix-quality", matrix.table),
     ("docs/results.md", "matrix-size", matrix.sizes),
+    ("docs/results.md", "recovery", recovery.table),
     ("docs/results.md", "frontier", frontier.table),
     ("docs/results.md", "decoding", decoding.table),
     ("docs/onnx.md", "onnx", onnx_speed.table),
@@ -46,6 +48,7 @@ def main() -> None:
     """Rewrite all pages."""
     for path, name, text in blocks():
         replace_block(path, name, text)
+    (ROOT / "docs" / "recovery.svg").write_text(recovery.figure())
 
 
 def blocks() -> list[tuple[Path, str, str]]:
