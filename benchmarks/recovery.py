@@ -34,7 +34,6 @@ from gblm.record import Record, Row
 CELLS = ("8:16 int8", "dense int4", "8:16 int4", "dense int8", "2:4 int8", "0.5 int8")
 METRICS = {"kl": "nats", "top1": "", "perplexity": ""}
 DENSE = "dense bf16"
-MEASURES = ("toolkit/recover", "toolkit/methods", "toolkit/calibrate", "toolkit/sparse")
 
 
 def record_of(model: str) -> Path:
@@ -123,7 +122,7 @@ def add(path: Path, sides: dict[str, Any], rows: list[Row]) -> None:
         rounds = (*(found[key].rounds if key in found else ()), *row.rounds)
         found[key] = Row.of_rounds(row.side, row.load, row.metric, row.unit, rounds)
     replace(
-        old, sides=old.sides | sides, rows=tuple(found.values()), measures=MEASURES,
+        old, sides=old.sides | sides, rows=tuple(found.values()),
         provenance=provenance(), command=pages.made_by(),
     ).write(path)  # fmt: skip
 
