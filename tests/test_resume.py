@@ -91,7 +91,7 @@ MIXED = [
     {"targets": ["q_proj", "k_proj", "v_proj"], "pattern": "2:4", "values": "float"},
     {"targets": ["gate_proj", "up_proj"], "pattern": "0.25", "values": "int8"},
 ]
-STEPS = {"refit": {}, "reconstruct": {"epochs": 2, "learning_rate": 1e-3}}
+STEPS = {"refit": {}, "reconstruct": {"epochs": 2, "learning_rate": 0.02}}
 # What a recipe may ask for, each at least once: order, prefix, values, head, steps, layers.
 WAYS: list[dict[str, Any]] = [
     {"values": "int8", "head": "int8"},

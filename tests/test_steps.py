@@ -23,7 +23,7 @@ from gblm.packed import load_any
 from gblm.prune import Output, prune
 from gblm.recipe import Calibration, Recipe
 
-STEPS = {"rounding": "obs", "refit": {}, "reconstruct": {"epochs": 2, "learning_rate": 1e-3}}
+STEPS = {"rounding": "obs", "refit": {}, "reconstruct": {"epochs": 2, "learning_rate": 0.02}}
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_each_step_brings_the_model_closer(
     steps = (
         {},
         {"refit": {}, "rounding": rounding},
-        {"refit": {}, "rounding": rounding, "reconstruct": {"epochs": 4, "learning_rate": 2e-3}},
+        {"refit": {}, "rounding": rounding, "reconstruct": {"epochs": 4, "learning_rate": 0.03}},
     )
     apart = []
     for number, step in enumerate(steps):
@@ -103,7 +103,7 @@ def test_activations_on_disk_give_the_same_bytes(
 
 
 def test_a_layer_that_stays_dense_keeps_its_norms(recipe: Recipe, tmp_path: Path) -> None:
-    fields = {"ignore": ["layers.1.*"], "reconstruct": {"learning_rate": 5e-3}}
+    fields = {"ignore": ["layers.1.*"], "reconstruct": {"learning_rate": 0.03}}
     prune(with_steps(recipe, dtype="auto", **fields), tmp_path / "out")
     stored = load_file(tmp_path / "out" / "model.safetensors")
     source = load_file(Path(recipe.model) / "model.safetensors")
@@ -141,7 +141,7 @@ def test_saved_statistics_say_what_they_were_taken_behind(recipe: Recipe, tmp_pa
 
 
 def test_trained_norms_are_stored_and_loaded(recipe: Recipe, tmp_path: Path) -> None:
-    prune(with_steps(recipe, reconstruct={"learning_rate": 5e-3}), tmp_path / "out")
+    prune(with_steps(recipe, reconstruct={"learning_rate": 0.03}), tmp_path / "out")
     name = "model.layers.1.post_attention_layernorm.weight"
     stored = load_file(tmp_path / "out" / "model.safetensors")[name]
     source = load_file(Path(recipe.model) / "model.safetensors")[name]
@@ -157,7 +157,7 @@ def test_trained_biases_are_stored_and_ignored_linears_stay(
 ) -> None:
     source = save_family("qwen2", tmp_path / "qwen2")
     fields = {"model": str(source), "dtype": dtype, "ignore": ["down_proj"], "values": "int4"}
-    steps = STEPS | {"reconstruct": {"learning_rate": 5e-3}}
+    steps = STEPS | {"reconstruct": {"learning_rate": 0.03}}
     prune(with_steps(recipe, **fields, **steps), tmp_path / "out")
     stored = load_file(tmp_path / "out" / "model.safetensors")
     dense = load_file(source / "model.safetensors")

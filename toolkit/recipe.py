@@ -108,14 +108,15 @@ class Reconstruction(BaseModel):
 
     Attributes:
         epochs: passes over the calibration samples.
-        learning_rate: at its highest, after a tenth of the steps; it falls linearly to 0.
+        learning_rate: relative to the size (root mean square) of what is trained, at its highest,
+            after a tenth of the steps; it falls linearly to 0.
         batch_size: samples per step.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     epochs: int = Field(default=2, ge=1)
-    learning_rate: float = Field(default=2e-3, gt=0, lt=1)
+    learning_rate: float = Field(default=0.004, gt=0, lt=1)
     batch_size: int = Field(default=4, ge=1)
 
 
@@ -133,7 +134,8 @@ class Recovering(BaseModel):
         bos: windows begin with what the tokenizer puts before a prompt.
         train: "weights", all kept values; "scales", norms and factors of rows and columns, or of
             groups of codes, at almost no memory; "auto", weights where the machine can hold them.
-        learning_rate: of single values, at its highest; norms and factors take multiples of it.
+        learning_rate: relative to the size (root mean square) of a weight's values, at its highest;
+            norms and factors take multiples of it.
         dtype: of the computation; "auto" is the checkpoint's own.
     """
 
@@ -148,7 +150,7 @@ class Recovering(BaseModel):
     seed: int = 0
     bos: bool = True
     train: Literal["auto", "weights", "scales"] = "auto"
-    learning_rate: float = Field(default=3e-4, gt=0)
+    learning_rate: float = Field(default=1.5e-3, gt=0)
     dtype: DType = "auto"
 
 

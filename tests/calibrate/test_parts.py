@@ -74,7 +74,7 @@ def test_gradients_of_codes_pass_their_rounding(train: str) -> None:
     start = codes()
     part, grad = Codes(start, train), torch.randn(OUT, IN)  # type: ignore[arg-type]
     with torch.no_grad():
-        for parameter, _ in part.parameters:
+        for parameter, *_ in part.parameters:
             parameter += 0.05 * torch.randn(parameter.shape)
     assert start.scales is not None
     factor = part.factor.detach().clone().requires_grad_()
@@ -111,5 +111,5 @@ def test_trained_codes_stay_in_their_range_and_mask() -> None:
 def test_pruned_places_have_no_state() -> None:
     start = floats()
     part: SparsePart = Floats(start, "weights")
-    count = sum(p.numel() for p, _ in part.parameters)
+    count = sum(p.numel() for p, *_ in part.parameters)
     assert count == int(start.mask.sum()) + OUT + IN

@@ -18,7 +18,7 @@ from gblm.sparse.patterns import NM
 from gblm.sparse.values import parse_values, quantize
 from gblm.sparse.weights import SparseWeight
 
-HOW = Training(epochs=4, learning_rate=2e-3, batch_size=2)
+HOW = Training(epochs=4, learning_rate=0.03, batch_size=2)
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_training_brings_the_layer_closer_to_the_dense_one(
 
 def test_trained_codes_stay_codes(tiny: Path, batches: list[torch.Tensor]) -> None:
     layer, weights = pruned_layer(tiny, batches, rounded)
-    how = Training(epochs=8, learning_rate=2e-2, batch_size=1)
+    how = Training(epochs=8, learning_rate=0.2, batch_size=1)
     done = reconstruct(layer.module, weights, layer.streams, how, ALONE, "layer")
     changed = 0
     for name, weight in done.weights.items():

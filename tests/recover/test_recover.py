@@ -35,7 +35,7 @@ Pack = Callable[..., Path]
 def how(text_file: Path) -> Recovering:
     return Recovering(
         text=str(text_file), held_out=(str(text_file),), tokens=16 * 4 * 32, seq_len=32,
-        learning_rate=3e-3,
+        learning_rate=0.05,
     )  # fmt: skip
 
 

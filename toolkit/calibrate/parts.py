@@ -8,7 +8,7 @@ gradients, and `give` returns the weight that follows from the parameters.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,26 @@ from torch import Tensor, nn
 from gblm.sparse.weights import SparseWeight
 
 Train = Literal["scales", "weights"]
-# Values and norms move by differences, scales by factors: their learning rates have other units.
 Kind = Literal["value", "norm", "factor"]
+# What a norm or a value of zeros alone is taken to be large.
+SMALL = 1e-3
+
+
+class Trained(NamedTuple):
+    """A parameter, its kind, and how large it is: learning rates are relative to that.
+
+    Models differ a hundredfold in the size of their weights, so that no absolute rate suits two.
+    """
+
+    parameter: nn.Parameter
+    kind: Kind
+    size: float = 1.0
 
 
 class Part(ABC):
-    """The trained parameters of one tensor, each with the kind that decides its learning rate."""
+    """The trained parameters of one tensor."""
 
-    parameters: list[tuple[nn.Parameter, Kind]]
+    parameters: list[Trained]
 
     @abstractmethod
     def take(self, grad: Tensor) -> None:
@@ -39,7 +51,7 @@ class Vector(Part):
 
     def __init__(self, start: Tensor) -> None:
         self.value = nn.Parameter(start.detach().float().clone())
-        self.parameters = [(self.value, "norm")]
+        self.parameters = [Trained(self.value, "norm", _size(self.value))]
 
     def take(self, grad: Tensor) -> None:
         """See Part."""
@@ -93,10 +105,10 @@ class Floats(SparsePart):
         self.values = self.places.gather(start.weight).float()
         self.rows = nn.Parameter(torch.zeros(rows, 1, device=device))
         self.columns = nn.Parameter(torch.zeros(1, columns, device=device))
-        self.parameters = [(self.rows, "factor"), (self.columns, "factor")]
+        self.parameters = [Trained(self.rows, "factor"), Trained(self.columns, "factor")]
         if train == "weights":
             self.values = nn.Parameter(self.values)
-            self.parameters.append((self.values, "value"))
+            self.parameters.append(Trained(self.values, "value", _size(self.values)))
 
     def take(self, grad: Tensor) -> None:
         """See Part: Σⱼ Gᵢⱼ Vᵢⱼ (1 + cⱼ) for a row, Σᵢ Gᵢⱼ Vᵢⱼ (1 + rᵢ) for a column."""
@@ -133,12 +145,12 @@ class Codes(SparsePart):
         # A range of codes that is narrower than their type's stays as narrow as it is.
         self.low, self.high = float(start.codes.min()), float(start.codes.max())
         self.factor = nn.Parameter(torch.zeros_like(start.scales, dtype=torch.float32))
-        self.parameters = [(self.factor, "factor")]
+        self.parameters = [Trained(self.factor, "factor")]
         self.values: nn.Parameter | None = None
         if train == "weights":
             exact = self._grouped(start.codes.float()) * self._scales()
             self.values = nn.Parameter(self.places.gather(exact.flatten(1)))
-            self.parameters.append((self.values, "value"))
+            self.parameters.append(Trained(self.values, "value", _size(self.values)))
 
     def take(self, grad: Tensor) -> None:
         """See Part."""
@@ -191,3 +203,8 @@ def sparse_part(weight: SparseWeight, train: Train) -> SparsePart:
             column, or for each group of codes.
     """
     return Floats(weight, train) if weight.codes is None else Codes(weight, train)
+
+
+def _size(tensor: Tensor) -> float:
+    """Return the root mean square."""
+    return max(SMALL, float(tensor.detach().float().square().mean().sqrt()))

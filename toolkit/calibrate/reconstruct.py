@@ -21,15 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gblm.calibrate.parts import Kind, Part, SparsePart, Vector, sparse_part
+from gblm.calibrate.parts import Part, SparsePart, Vector, sparse_part
 from gblm.calibrate.ranks import Ranks
 from gblm.calibrate.streams import Streams
 from gblm.errors import InputError
 from gblm.sparse.weights import SparseWeight
 
 BETAS = (0.9, 0.95)
-# Factors and norms, which move whole rows, bear larger steps than single values.
-RATES: dict[Kind, float] = {"value": 1.0, "norm": 2.0, "factor": 4.0}
 WARM_UP = 0.1
 SEED = 0
 
@@ -40,13 +38,13 @@ class Training:
 
     Attributes:
         epochs: passes over the samples.
-        learning_rate: of Adam, in units of the weights, at the end of a linear warm-up over a tenth
-            of the steps; it falls linearly to 0. Norms and factors take multiples of it.
+        learning_rate: of Adam, relative to the size of what is trained, at the end of a linear
+            warm-up over a tenth of the steps; it falls linearly to 0.
         batch_size: samples per step.
     """
 
     epochs: int = 2
-    learning_rate: float = 2e-3
+    learning_rate: float = 0.004
     batch_size: int = 4
 
 
@@ -96,7 +94,7 @@ def reconstruct(
         if parameter.ndim == 1 and local not in parts:
             parts[local] = Vector(parameter)
     losses = _train(module, parts, streams, how, ranks)
-    trained = [parameter for part in parts.values() for parameter, _ in part.parameters]
+    trained = [each.parameter for part in parts.values() for each in part.parameters]
     if not all(map(math.isfinite, losses)) or not all(bool(p.isfinite().all()) for p in trained):
         raise InputError(
             f"{name}: reconstruction did not converge (loss {losses[0]:g} → {losses[1]:g}): "
@@ -122,9 +120,9 @@ def _train(
     dtype = next(module.parameters()).dtype
     optimizer = torch.optim.Adam(
         [
-            {"params": [parameter], "lr": RATES[kind] * how.learning_rate}
+            {"params": [trained.parameter], "lr": how.learning_rate * trained.size}
             for part in parts.values()
-            for parameter, kind in part.parameters
+            for trained in part.parameters
         ],
         betas=BETAS,
     )
@@ -143,9 +141,9 @@ def _train(
             grad = tensors[local].grad
             # A linear that this rank's samples do not reach; the others may wait for it.
             part.take(torch.zeros_like(tensors[local]) if grad is None else grad.float() / scale)
-            for parameter, _ in part.parameters:
-                if parameter.grad is not None:
-                    ranks.average_(parameter.grad)
+            for each in part.parameters:
+                if each.parameter.grad is not None:
+                    ranks.average_(each.parameter.grad)
         optimizer.step()
         decay.step()
         sums[step // per_epoch] += loss / per_epoch

@@ -56,9 +56,9 @@ HEADER = ("text", "KL, nats", "same top-1", "perplexity", "dense")
 @click.option(
     "--learning-rate",
     type=click.FloatRange(min=0, min_open=True),
-    default=3e-4,
+    default=1.5e-3,
     show_default=True,
-    help="Of single values; norms and factors take multiples of it.",
+    help="Of a weight's values, relative to their size; norms and factors take multiples of it.",
 )
 @click.option("--seq-len", type=click.IntRange(2), default=256, show_default=True)
 @click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True)

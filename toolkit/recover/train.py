@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 BETAS, EPS = (0.9, 0.95), 1e-8
 WARM_UP = 0.05
 # Factors and norms, which move whole rows and columns, bear larger steps than single values.
-RATES: dict[Kind, float] = {"value": 1.0, "norm": 6.0, "factor": 10.0}
+RATES: dict[Kind, float] = {"value": 1.0, "norm": 4.0, "factor": 2.0}
 SAVE_SECONDS = 120.0
 
 
@@ -42,8 +42,8 @@ class Schedule:
     """How far and how fast parts are trained.
 
     Attributes:
-        learning_rate: of AdamW, without weight decay, after a linear warm-up over 5 % of the steps;
-            from there it follows a cosine to zero.
+        learning_rate: of AdamW, relative to the size of what is trained, without weight decay,
+            after a linear warm-up over 5 % of the steps; from there it follows a cosine to zero.
         batch_size: windows per step, over all ranks.
         seed: of the order of the windows.
     """
@@ -151,10 +151,10 @@ class Trainer:
                 return
             part.take(tensor.grad)
             tensor.grad = None
-            for (parameter, kind), group in zip(part.parameters, adam.param_groups, strict=True):
-                if parameter.grad is not None:
-                    self.ranks.average_(parameter.grad)
-                group["lr"] = self._rate * RATES[kind]
+            for each, group in zip(part.parameters, adam.param_groups, strict=True):
+                if each.parameter.grad is not None:
+                    self.ranks.average_(each.parameter.grad)
+                group["lr"] = self._rate * RATES[each.kind] * each.size
             adam.step()
             adam.zero_grad()
             tensor.copy_(part.give())
@@ -167,7 +167,7 @@ class Trainer:
         tensors: dict[str, Tensor] = {}
         for name, part in self.parts.items():
             state = self._adam[name].state
-            for index, (parameter, _) in enumerate(part.parameters):
+            for index, (parameter, *_) in enumerate(part.parameters):
                 kept = (
                     {"value": parameter.detach(), **state[parameter]} if parameter in state else {}
                 )
@@ -187,7 +187,7 @@ class Trainer:
         logger.info("going on after step %d", len(self.losses))
         for key, tensor in load_file(path).items():
             name, index, what = key.rsplit(":", 2)
-            parameter = self.parts[name].parameters[int(index)][0]
+            parameter = self.parts[name].parameters[int(index)].parameter
             if what == "value":
                 parameter.data.copy_(tensor)
             else:
@@ -199,7 +199,7 @@ class Trainer:
 
 
 def _adam(part: Part) -> torch.optim.AdamW:
-    groups = [{"params": [parameter]} for parameter, _ in part.parameters]
+    groups = [{"params": [each.parameter]} for each in part.parameters]
     return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPS, weight_decay=0.0)
 
 
