@@ -65,34 +65,57 @@ def measure(
     how = f"--preset {given.preset} --recover 0 --method {method} --pattern {pattern}"
     how += f" --values {values} --head float --seed {given.seed}"
     first, cpu = gblm(f"prune {model} {how} --output {pruned}")
-    others = " ".join(f"--held-out {path}" for path in held_out.values())
-    more = f"--tokens {given.tokens} --seed {given.seed}"
-    then, cpu_more = gblm(f"recover {pruned} {more} {others} --output {recovered}")
+    if given.tokens:
+        others = " ".join(f"--held-out {path}" for path in held_out.values())
+        more = f"--tokens {given.tokens} --seed {given.seed}"
+        then, cpu_more = gblm(f"recover {pruned} {more} {others} --output {recovered}")
+    else:
+        more, then, cpu_more = "", evaluated(pruned, model, held_out), 0.0
     steps = json.loads((pruned / "recipe.json").read_text())["reconstruct"]
     epochs = 0 if steps is None else steps["epochs"]
     facts = {
         "bits_per_weight": first["bits_per_weight"], "bytes": first["bytes_packed"],
         "commit": provenance()["commit"], "prune": f"gblm prune {how}",
     }  # fmt: skip
-    names = [side_name(pattern, values, method, epochs, tokens) for tokens in (0, given.tokens)]
+    counts = sorted({0, given.tokens})
+    names = [side_name(pattern, values, method, epochs, tokens) for tokens in counts]
     sides = {
         names[0]: facts | {"cpu_seconds": cpu},
-        names[1]: facts
-        | {
-            "cpu_seconds": cpu + cpu_more,
-            "recover": f"gblm recover {more}",
-            "losses": then["losses"],
-        },
         DENSE: {"bits_per_weight": 16.0, "bytes": first["bytes_dense"]},
     }
+    if given.tokens:
+        more = f"gblm recover {more}"
+        sides[names[1]] = facts | {"cpu_seconds": cpu + cpu_more, "recover": more}
+        sides[names[1]]["losses"] = then["losses"]
     rows = []
     for text, path in held_out.items():
         key = Path(path).name
-        for name, found in zip(names, (then["before"][key], then["after"][key]), strict=True):
+        if key not in then["before"]:
+            continue
+        for name, found in zip(names, (then["before"][key], then["after"][key]), strict=False):
             rows += [Row.of_rounds(name, text, m, unit, [found[m]]) for m, unit in METRICS.items()]
         dense = then["after"][key]["perplexity_dense"]
         rows.append(Row.of_rounds(DENSE, text, "perplexity", "", [dense]))
     return sides, rows
+
+
+def evaluated(pruned: Path, model: Path, held_out: dict[str, str]) -> dict[str, Any]:
+    """Measure a model that is not recovered, but for the text that the dense model writes."""
+    found: dict[str, Any] = {"before": {}, "after": {}, "losses": []}
+    record = pruned.parent / "eval.json"
+    for path in (path for path in held_out.values() if path != "self"):
+        words = f"--text {path} --seq-len 256 --max-windows 16 --output {record}"
+        gblm(f"eval {pruned} --baseline {model} {words}")
+        read = Record.read(record)
+        (text,) = read.loads
+        side = next(name for name in read.sides if name != read.baseline)
+        figures = {
+            "kl": read.value(side, text, "kl_mean"), "top1": read.value(side, text, "top1"),
+            "perplexity": read.value(side, text, "perplexity"),
+            "perplexity_dense": read.value(read.baseline or "", text, "perplexity"),
+        }  # fmt: skip
+        found["before"][Path(path).name] = found["after"][Path(path).name] = figures
+    return found
 
 
 def gblm(arguments: str) -> tuple[dict[str, Any], float]:

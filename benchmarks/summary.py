@@ -14,12 +14,12 @@ TOKENS = 65536
 # By values, which were measured in rounds of their own: label, pattern, side of the recovery.
 ROWS = {
     "int8": (
-        ("dense int8", "dense", side_name("dense", "int8", "sparsegpt", 0, 0)),
-        ("int8 8:16, `gblm prune`", "8:16", side_name("8:16", "int8", "sparsegpt", 2, TOKENS)),
+        ("dense int8, GPTQ", "dense", side_name("dense", "int8", "sparsegpt", 0, 0)),
+        ("int8 8:16, recovered", "8:16", side_name("8:16", "int8", "sparsegpt", 2, TOKENS)),
     ),
     "int4": (
-        ("dense int4, recovered", "dense", side_name("dense", "int4", "sparsegpt", 0, TOKENS)),
-        ("int4 8:16, recovered", "8:16", side_name("8:16", "int4", "sparsegpt", 2, TOKENS)),
+        ("dense int4, GPTQ", "dense", side_name("dense", "int4", "sparsegpt", 0, 0)),
+        ("int4 8:16, SparseGPT", "8:16", side_name("8:16", "int4", "sparsegpt", 0, 0)),
     ),
 }
 TEXTS = ("descriptions", "WikiText-2", "pydoc")
@@ -51,7 +51,11 @@ def table() -> str:
 def _rows(values: str, speed: Record, quality: Record) -> list[list[str]]:
     control = row_name("dense", values)
     found = [(f"dense bf16 (vLLM), beside {values}", DENSE, BASELINE)]
-    found += [(label, side, row_name(pattern, values)) for label, pattern, side in ROWS[values]]
+    found += [
+        (label, side, row_name(pattern, values))
+        for label, pattern, side in ROWS[values]
+        if side in quality.sides
+    ]
     return [
         [
             label, f"{quality.sides[side]['bytes'] / 1e6:.0f}",
