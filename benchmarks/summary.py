@@ -50,12 +50,13 @@ def table() -> str:
 
 def _rows(values: str, speed: Record, quality: Record) -> list[list[str]]:
     control = row_name("dense", values)
-    found = [(f"dense bf16 (vLLM), beside {values}", DENSE, BASELINE)]
-    found += [
+    found = [
         (label, side, row_name(pattern, values))
         for label, pattern, side in ROWS[values]
         if side in quality.sides
     ]
+    if found:
+        found.insert(0, (f"dense bf16 (vLLM), beside {values}", DENSE, BASELINE))
     return [
         [
             label, f"{quality.sides[side]['bytes'] / 1e6:.0f}",

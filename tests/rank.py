@@ -12,7 +12,7 @@ def killed_after_one_layer() -> None:
     """Rank 0 is killed when the second layer's line is halfway in the journal."""
     from killing import dying
 
-    from gblm.prune import resume
+    from gblm.checkpoint import resume
 
     if os.environ["RANK"] == "0":
         resume.append_line = dying([2], resume.append_line, _half_a_line)

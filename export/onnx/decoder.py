@@ -60,11 +60,12 @@ class OnnxDecoder(Decoder):
     def _load(self, folder: Path, options: dict[str, int]) -> Any:
         import onnxruntime_genai as genai
 
+        no_device = (
+            f"{folder} was exported for CUDA, and no CUDA device can be used here: export it with "
+            "--target cpu."
+        )
         if self.device == "cuda" and not genai.is_cuda_available():
-            raise MachineError(
-                f"{folder} was exported for CUDA, and no CUDA device can be used here: export it "
-                "with --target cpu."
-            )
+            raise MachineError(no_device)
         try:
             config = genai.Config(str(folder))
             config.clear_providers()
@@ -76,6 +77,9 @@ class OnnxDecoder(Decoder):
             parameters.set_search_options(max_length=self.capacity)
             return genai.Generator(model, parameters)
         except Exception as error:
+            # A build for CUDA finds out only now that there is no driver.
+            if self.device == "cuda" and "Cuda interface not available" in str(error):
+                raise MachineError(f"{no_device} ({error})") from error
             raise CheckpointError(f"{folder}: ONNX Runtime cannot load it: {error}") from error
 
     @property
