@@ -30,7 +30,7 @@ PRUNE = "--num-samples 32 --recover 32768"
 # A text of a domain that no step has seen comes first; pydoc's is held out, but of a known one.
 WINDOWS = "--seq-len 512 --max-windows 16 --dtype bfloat16 --backend dense"
 PROMPT = 128
-LOAD = f"--prompt-len {PROMPT} --output-len 32 --num-prompts 8 --concurrency 1,8 --rounds 3"
+LOAD = f"--prompt-len {PROMPT} --output-len 32 --num-prompts 8 --concurrency 1,8 --rounds 2"
 VLLM = "--enforce-eager --max-model-len 1024"
 QUESTIONS = (
     "What is the capital of France?",
