@@ -111,7 +111,9 @@ def test_ratios_of_the_readmes_table_are_those_of_its_speeds() -> None:
             for place, ratio in enumerate(row[number][1:]):
                 assert_divides(row[number][0], ratio, bases[place][number][0])
                 divided += 1
-    assert divided == 2 * 3 * 5
+    rows = [name for name in speeds if not name.startswith("dense bf16")]
+    assert len(rows) >= 2
+    assert divided == 2 * 3 * len(rows)
 
 
 def test_a_script_says_how_it_was_called(monkeypatch: pytest.MonkeyPatch) -> None:
