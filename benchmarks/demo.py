@@ -25,7 +25,7 @@ RUN = Path("runs/demo")
 MODEL, DENSE, SPARSE = RUN / "smollm2", RUN / "smollm2-int8", RUN / "smollm2-8of16"
 EVAL, BENCH, SUMMARY = RUN / "eval.json", RUN / "bench.json", RUN / "summary.json"
 SIDES = {"dense bf16": MODEL, "dense int8": DENSE, "int8 8:16": SPARSE}
-# The default of `gblm prune`, on less text: the whole takes ten minutes on two cores.
+# The default of `gblm prune`, on less text, so that the whole takes minutes.
 PRUNE = "--num-samples 32 --recover 32768"
 # A text of a domain that no step has seen comes first; pydoc's is held out, but of a known one.
 WINDOWS = "--seq-len 512 --max-windows 16 --dtype bfloat16 --backend dense"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.resources
-import json
 import math
 import shlex
 import subprocess
@@ -21,19 +20,6 @@ MODELS = {
     "smollm2": "SmolLM2-135M", "gemma3-270m": "Gemma 3 270M", "tinyllama": "1.1B LLaMA shape",
     "llama2": "LLaMA-2-7B shape",
 }  # fmt: skip
-
-
-def read(name: str) -> dict[str, Any]:
-    """Read a record."""
-    record: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
-    return record
-
-
-def write(path: Path, record: dict[str, Any]) -> None:
-    """Write a record, whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def read_runs(path: Path) -> list[dict[str, Any]]:

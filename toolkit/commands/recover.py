@@ -15,6 +15,7 @@ from gblm.commands.common import (
     progress_bars,
     table,
 )
+from gblm.commands.recipe_options import MIX
 
 HEADER = ("text", "KL, nats", "same top-1", "perplexity", "dense")
 
@@ -33,7 +34,7 @@ HEADER = ("text", "KL, nats", "same top-1", "perplexity", "dense")
 )
 @click.option(
     "--text",
-    default="pydoc:1,self:2",
+    default=MIX,
     show_default=True,
     help="Sources and their shares: files, pydoc, wikitext2, c4, and self, what the dense model "
     "writes.",
