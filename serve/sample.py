@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from typing import Any
 
 # For the cache of the sequences that run at a time, unless the user asks for more.
@@ -14,16 +15,19 @@ TEMPLATE = 256
 
 
 def main() -> None:
-    """Answer each line of stdin, {"prompts", "seed", "ends"}, by a line of token ids on stdout."""
-    model, length = sys.argv[1], int(sys.argv[2])
+    """Say how long vLLM took to start, then answer each line of stdin by one on stdout.
+
+    A line asks {"prompts", "seed", "ends"}; its answer is the token ids that follow each prompt.
+    """
+    began, model, length = time.monotonic(), sys.argv[1], int(sys.argv[2])
     # vLLM writes to stdout, too.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     llm = _open(model, length)
+    print(json.dumps({"seconds": round(time.monotonic() - began)}), file=answers, flush=True)
     for line in sys.stdin:
         work = json.loads(line)
-        answers.write(json.dumps(_continue(llm, length, **work)) + "\n")
-        answers.flush()
+        print(json.dumps(_continue(llm, length, **work)), file=answers, flush=True)
 
 
 def _open(model: str, length: int) -> Any:

@@ -13,6 +13,7 @@ import pytest
 from conftest import Outcome
 
 from gblm.cli import COMMANDS
+from gblm.commands import common
 
 Run = Callable[..., Outcome]
 
@@ -212,3 +213,14 @@ def test_progress_bars_stay_away_without_a_terminal(gblm: Run, tiny: Path, text_
     assert done.code == 0, done
     assert "\r" not in done.err
     assert "%|" not in done.err
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(common, "LOG_SECONDS", 0.0)
+    with caplog.at_level("INFO", logger="gblm"):
+        step = common.logged_steps("pruning", 3)
+        for _ in range(3):
+            step()
+    assert caplog.messages == ["pruning: 1 of 3", "pruning: 2 of 3"]

@@ -69,7 +69,7 @@ class LazyGroup(click.Group):
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, logs on stderr.")
 @click.option("-q", "--quiet", is_flag=True, help="Errors only.")
 @click.option("-v", "--verbose", count=True, help="More log lines; tracebacks.")
-@click.option("--no-progress", is_flag=True, help="No progress bars (none without a terminal).")
+@click.option("--no-progress", is_flag=True, help="No progress bars or lines.")
 @click.pass_context
 def cli(ctx: click.Context, /, **flags: Any) -> None:
     """Prune LLaMA-family models, pack the zeros away, serve the packed model."""

@@ -7,6 +7,7 @@ figure.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,6 +26,7 @@ from gblm.record import Record, Row, Verdict
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+logger = logging.getLogger(__name__)
 READ_BYTES, READS = 1 << 28, 10
 # Threads of a side that has just worked spin for a moment, which slows the read.
 SETTLE_SECONDS = 1.0
@@ -76,6 +78,7 @@ def bench(
 @contextmanager
 def started(side: Side) -> Iterator[Side]:
     """Start a side, and stop it at the end of the block."""
+    logger.info("%s starts", side.name)
     side.start()
     try:
         yield side

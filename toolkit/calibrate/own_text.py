@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
@@ -145,21 +145,26 @@ def in_vllm(folder: Path) -> Iterator[Sampler]:
         )  # fmt: skip
         ask, answered = cast(IO[str], process.stdin), cast(IO[str], process.stdout)
 
-        def sample(
-            prompts: Sequence[Sequence[int]], seed: int, ends: Sequence[bool]
-        ) -> list[list[int]]:
+        def answer() -> Any:
             try:
-                ask.write(json.dumps({"prompts": prompts, "seed": seed, "ends": ends}) + "\n")
-                ask.flush()
-                found: list[list[int]] = json.loads(answered.readline())
-            except (BrokenPipeError, json.JSONDecodeError) as error:
+                return json.loads(answered.readline())
+            except json.JSONDecodeError as error:
                 process.wait()
                 log.seek(0)
                 last = (log.read().strip().splitlines() or ["no message"])[-1]
                 raise MachineError(f"{folder}: vLLM could not write text: {last}") from error
+
+        def sample(
+            prompts: Sequence[Sequence[int]], seed: int, ends: Sequence[bool]
+        ) -> list[list[int]]:
+            with suppress(BrokenPipeError):  # the missing answer says why
+                ask.write(json.dumps({"prompts": prompts, "seed": seed, "ends": ends}) + "\n")
+                ask.flush()
+            found: list[list[int]] = answer()
             return found
 
         try:
+            logger.info("vLLM started in %s s", answer()["seconds"])
             yield sample
         finally:
             process.kill()

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ import click
 
 from gblm.errors import GblmError, MachineError
 
+logger = logging.getLogger(__name__)
+LOG_SECONDS = 15.0
 F = TypeVar("F", bound=Callable[..., Any])
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -33,7 +36,7 @@ class Command(click.Command):
             click.Option(["-v", "--verbose"], count=True, expose_value=False, callback=_keep,
                          help="More log lines; tracebacks."),
             click.Option(["--no-progress"], is_flag=True, expose_value=False, callback=_keep,
-                         help="No progress bars (none without a terminal)."),
+                         help="No progress bars or lines."),
         ]  # fmt: skip
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -105,12 +108,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 @contextmanager
 def progress_bars(ctx: click.Context) -> Iterator[Callable[[str, int], Callable[[], None]]]:
-    """Show progress bars on stderr, only on a terminal; transformers' own are switched off.
+    """Show progress on stderr: bars on a terminal, elsewhere a line every 15 seconds.
+
+    Transformers' own bars are switched off.
 
     Yields:
         Takes a phase and its number of steps, returns what to call per step.
     """
-    shown = sys.stderr.isatty() and not (ctx.obj.get("no_progress") or ctx.obj.get("quiet"))
+    wanted = not (ctx.obj.get("no_progress") or ctx.obj.get("quiet"))
+    shown = wanted and sys.stderr.isatty()
     if not shown:
         # tqdm, inside other libraries, reads this once, when it is imported.
         os.environ.setdefault("TQDM_DISABLE", "1")
@@ -127,7 +133,21 @@ def progress_bars(ctx: click.Context) -> Iterator[Callable[[str, int], Callable[
             task = bars.add_task(name, total=steps)
             return lambda: bars.advance(task)
 
-        yield phase
+        yield phase if shown or not wanted else logged_steps
+
+
+def logged_steps(name: str, steps: int) -> Callable[[], None]:
+    """Log how many steps of a phase are done, every 15 seconds at most."""
+    done, told = 0, time.monotonic()
+
+    def step() -> None:
+        nonlocal done, told
+        done += 1
+        if time.monotonic() - told >= LOG_SECONDS and done < steps:
+            told = time.monotonic()
+            logger.info("%s: %d of %d", name, done, steps)
+
+    return step
 
 
 def report_error(error: Exception, state: dict[str, Any]) -> int:

@@ -239,12 +239,10 @@ class _Run:
         return found
 
     def _told(self, steps: int, seq_len: int) -> Callable[[int, float], None]:
-        step = self.progress("recovering", steps)
         began, first, logged, losses = time.monotonic(), 0, 0.0, []
 
         def told(number: int, loss: float) -> None:
             nonlocal first, logged
-            step()
             losses.append(loss)
             first = first or number - 1
             spent = time.monotonic() - began
