@@ -1,7 +1,8 @@
 """The papers' pruning algorithms written plainly: whole model in memory, one step after another.
 
-Structure and cost are those of the published code of Wanda, SparseGPT and GBLM-Pruner, less its
-checks, files and printing. The yardstick of test_published_algorithms.py; not for use.
+Its structure is that of the published code of Wanda, SparseGPT and GBLM-Pruner, less its checks,
+files and printing. The yardstick of test_published_algorithms.py and of
+methods/test_sparsegpt.py; not for use.
 """
 
 from __future__ import annotations
@@ -109,21 +110,30 @@ def lowest(metric: Tensor, pattern: Pattern) -> Tensor:
     mask = torch.zeros_like(metric) == 1
     if isinstance(pattern, NM):
         for column in range(0, metric.shape[1], pattern.group_m):
-            mark_group(mask, metric[:, column : column + pattern.group_m], column, pattern)
+            group = metric[:, column : column + pattern.group_m].float()
+            num_pruned = pattern.group_m - pattern.keep_n
+            mask.scatter_(1, column + torch.topk(group, num_pruned, largest=False)[1], True)
     else:
         order = torch.sort(metric, dim=-1, stable=True)[1]
         mask.scatter_(1, order[:, : int(metric.shape[1] * pattern.sparsity)], True)
     return mask
 
 
-def mark_group(mask: Tensor, metric: Tensor, column: int, pattern: NM) -> None:
-    """Mark the lowest of one group of columns, row by row."""
-    num_pruned = pattern.group_m - pattern.keep_n
-    chosen = torch.topk(metric.float(), num_pruned, dim=1, largest=False)[1]
-    mask.scatter_(1, column + chosen, True)
+# What goes of a block of columns or of a group: from scores [out, columns], and the first column.
+Choose = Callable[[Tensor, Pattern, int], Tensor]
 
 
-def update_columns(weight: Tensor, hessian: Tensor, pattern: Pattern) -> Tensor:
+def choose_as_published(score: Tensor, pattern: Pattern, first: int) -> Tensor:
+    """The lowest of a group; of a block one weight more than the sparsity says, and all ties."""
+    if isinstance(pattern, NM):
+        return lowest(score, pattern)
+    return score <= torch.sort(score.flatten())[0][int(score.numel() * pattern.sparsity)]
+
+
+def update_columns(
+    weight: Tensor, hessian: Tensor, pattern: Pattern, choose: Choose = choose_as_published,
+    size: int = BLOCK,
+) -> Tensor:  # fmt: skip
     """SparseGPT: column by column, what a cut breaks is mended in the columns to its right."""
     dead = torch.diag(hessian) == 0
     hessian[dead, dead] = 1
@@ -131,31 +141,33 @@ def update_columns(weight: Tensor, hessian: Tensor, pattern: Pattern) -> Tensor:
     hessian.diagonal().add_(DAMP * torch.mean(torch.diag(hessian)))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     upper = torch.linalg.cholesky(inverse, upper=True)
-    for begin in range(0, weight.shape[1], BLOCK):
-        block, rest = slice(begin, begin + BLOCK), slice(begin + BLOCK, None)
+    for begin in range(0, weight.shape[1], size):
+        block, rest = slice(begin, begin + size), slice(begin + size, None)
         work = weight[:, block].clone()
-        weight[:, block], error = prune_block(work, upper[block, block], pattern)
+        weight[:, block], error = prune_block(
+            work, upper[block, block], pattern, lambda s, b=begin: choose(s, pattern, b)
+        )
         weight[:, rest] -= error @ upper[block, rest]
     return weight
 
 
-def prune_block(work: Tensor, upper: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+def prune_block(
+    work: Tensor, upper: Tensor, pattern: Pattern, choose: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
     """One block of columns: the pruned weights, and the error to carry to the right of it."""
-    pruned, error, loss = (torch.zeros_like(work) for _ in range(3))
+    pruned, error = torch.zeros_like(work), torch.zeros_like(work)
     mask = torch.zeros_like(work) == 1
     diagonal = torch.diag(upper).reshape(1, -1)
     if not isinstance(pattern, NM):
-        score = work**2 / diagonal**2
-        mask = score <= torch.sort(score.flatten())[0][int(score.numel() * pattern.sparsity)]
+        mask = choose(work**2 / diagonal**2)
     for column in range(work.shape[1]):
         if isinstance(pattern, NM) and column % pattern.group_m == 0:
             group = slice(column, column + pattern.group_m)
-            mark_group(mask, work[:, group] ** 2 / diagonal[:, group] ** 2, column, pattern)
+            mask[:, group] = choose(work[:, group] ** 2 / diagonal[:, group] ** 2)
         old, pivot = work[:, column], upper[column, column]
         new = old.clone()
         new[mask[:, column]] = 0
         pruned[:, column] = new
-        loss[:, column] = (old - new) ** 2 / pivot**2
         wrong = (old - new) / pivot
         work[:, column:] -= wrong.unsqueeze(1) @ upper[column, column:].unsqueeze(0)
         error[:, column] = wrong

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_cases import product, weight_of
 from torch import Tensor
+from weights import product, weight_of
 
 from gblm.kernels import BACKENDS, Backend, linear
 from gblm.kernels.few_tokens import FewTokens

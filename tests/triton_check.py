@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gpu_cases import product, weight_of
+from weights import product, weight_of
 
 from gblm.kernels.triton.backend import Triton
 from gblm.sparse.formats import Format, make_format
@@ -177,25 +177,6 @@ def test_a_weight_that_keeps_nothing() -> None:
     prepared = backend.prepare(fmt, fmt.pack("w", nothing), shape, BF16)
     for tokens in (1, 2, 17):
         assert not backend.linear(activations(tokens, 32, BF16), prepared, fmt, shape).any()
-
-
-def test_shapes_and_views_of_activations() -> None:
-    shape = (16, 64)
-    fmt, weight, prepared = prepared_case("nm", "2:4", "float", shape, BF16)
-    backend = Triton(lambda _: 1)
-    whole = activations(6, 65, BF16).reshape(2, 3, 65)
-    for x in (whole[..., 1:], whole[:, :1, :64], whole[0, 0, :64], whole[:, :0, :64]):
-        got = backend.linear(x, prepared, fmt, shape)
-        assert got.shape == (*x.shape[:-1], 16)
-        torch.testing.assert_close(got.double(), product(weight, x), rtol=4e-3, atol=1e-5)
-
-
-def test_many_tokens_meet_the_expanded_weight() -> None:
-    shape = (16, 64)
-    fmt, weight, prepared = prepared_case("nm", "2:4", "int8:32", shape, BF16)
-    x = activations(17, 64, BF16)
-    got = Triton(lambda _: 1).linear(x, prepared, fmt, shape)
-    assert torch.equal(got, torch.nn.functional.linear(x, weight.weight.to(BF16)))
 
 
 @pytest.mark.parametrize("name", ["nm", "bitmask"])

@@ -9,20 +9,9 @@ import pytest
 import torch
 
 from gblm.sparse.formats import Format
-from gblm.sparse.values import quantize
-from gblm.sparse.weights import SparseWeight
 
 RANKS = 2
 SHAPE = (16, 256)
-
-
-def weight_for(fmt: Format, shape: tuple[int, int] = SHAPE) -> SparseWeight:
-    """A seeded weight that the format can hold."""
-    dense = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
-    mask = fmt.pattern.keep(dense.float().abs(), "row")
-    if fmt.values.is_float:
-        return SparseWeight.cut(dense, mask)
-    return quantize(dense, mask, fmt.values)
 
 
 def create(

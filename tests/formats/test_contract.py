@@ -7,13 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs import pairwise
+from weights import weight_of
 
 from gblm.errors import CheckpointError, PatternError
-from gblm.sparse.formats import FORMATS, Format, format_for, from_spec, make_format
+from gblm.sparse.formats import FORMATS, format_for, from_spec, make_format
 from gblm.sparse.formats.bits import pack_bits, unpack_bits
 from gblm.sparse.patterns import parse
 from gblm.sparse.values import ValueType, parse_values, quantize
-from gblm.sparse.weights import SparseWeight
+from gblm.sparse.weights import SparseWeight, same_bits
 
 CASES = [("nm", "2:4"), ("nm", "4:8"), ("nm", "8:16"), ("nm", "1:4"), ("nm", "3:4"),
          ("bitmask", "0.5"), ("bitmask", "0.9"), ("bitmask", "0"),
@@ -23,22 +24,9 @@ SHAPES = [(1, 8), (3, 16), (16, 64), (7, 40), (5, 192)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def random_weight(fmt: Format, shape: tuple[int, int], dtype: torch.dtype) -> SparseWeight:
-    generator = torch.Generator().manual_seed(shape[0] * 1000 + shape[1])
-    weight = torch.randn(shape, generator=generator).to(dtype)
-    mask = fmt.pattern.keep(weight.float().abs(), "row")
-    if fmt.values.is_float:
-        return SparseWeight.cut(weight, mask)
-    return quantize(weight, mask, fmt.values)
-
-
 def fitted(pattern: str, shape: tuple[int, int]) -> tuple[int, int]:
     """The shape, twice as wide where it would cut a group of 8:16."""
     return (shape[0], 2 * shape[1]) if pattern == "8:16" and shape[1] % 16 else shape
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 def test_every_format_is_tested() -> None:
@@ -62,7 +50,7 @@ def test_unpack_is_the_exact_inverse_of_pack(
     case: tuple[str, str], values: str, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     fmt = make_format(*case, values)
-    weight = random_weight(fmt, shape, dtype)
+    weight = weight_of(fmt, shape, dtype)
     parts = fmt.pack("w", weight)
     fmt.validate("w", parts, shape)
     back = fmt.unpack(parts, dtype)
@@ -78,7 +66,7 @@ def test_unpack_is_the_exact_inverse_of_pack(
 @pytest.mark.parametrize(("name", "pattern"), CASES)
 def test_layout_describes_the_parts(name: str, pattern: str, values: str) -> None:
     fmt, shape = make_format(name, pattern, values), (16, 64)
-    parts = fmt.pack("w", random_weight(fmt, shape, torch.bfloat16))
+    parts = fmt.pack("w", weight_of(fmt, shape, torch.bfloat16))
     layout = fmt.layout(shape, torch.bfloat16)
     assert tuple(layout) == tuple(parts) == fmt.parts
     for part, spec in layout.items():
@@ -89,8 +77,8 @@ def test_layout_describes_the_parts(name: str, pattern: str, values: str) -> Non
 
 @pytest.mark.parametrize(("name", "pattern"), CASES)
 def test_special_values_survive(name: str, pattern: str) -> None:
-    fmt, shape = make_format(name, pattern), fitted(pattern, (2, 8))
-    weight = random_weight(fmt, shape, torch.float32).weight
+    fmt, shape = make_format(name, pattern), fitted(pattern, (5, 8))
+    weight = weight_of(fmt, shape, torch.float32).weight
     kept = weight.nonzero()
     specials = [float("nan"), float("inf"), -float("inf"), 1e-45, 3.4e38]
     for place, value in zip(kept, specials, strict=False):
@@ -138,7 +126,7 @@ def test_fewer_kept_weights_than_allowed_pack_exactly(
 @pytest.mark.parametrize(("name", "pattern"), CASES)
 def test_rows_are_the_parts_of_the_cut_weight(name: str, pattern: str, values: str) -> None:
     fmt, shape = make_format(name, pattern, values), (7, 96)
-    weight = random_weight(fmt, shape, torch.float32)
+    weight = weight_of(fmt, shape, torch.float32)
     parts = fmt.pack("w", weight)
     for start, stop in ((0, 7), (2, 3), (3, 7)):
         cut = weight.narrow(0, start, stop - start)
@@ -154,7 +142,7 @@ def test_rows_are_the_parts_of_the_cut_weight(name: str, pattern: str, values: s
 @pytest.mark.parametrize("dim", [0, 1])
 def test_cut_parts_equal_packing_the_cut_weight(pattern: str, dim: int, values: str) -> None:
     fmt, shape = format_for(parse(pattern), parse_values(values)), (8, 64)
-    weight = random_weight(fmt, shape, torch.float32)
+    weight = weight_of(fmt, shape, torch.float32)
     parts = fmt.pack("w", weight)
     for start in (0, shape[dim] // 2):
         want = fmt.pack("w", weight.narrow(dim, start, shape[dim] // 2))
@@ -242,14 +230,14 @@ def test_folders_of_values_that_went_are_told_how_to_go_on() -> None:
 
 def test_a_format_never_loses_or_makes_up_codes() -> None:
     integers, floats = make_format("nm", "2:4", "int8:row"), make_format("nm", "2:4")
-    weight = random_weight(integers, (4, 8), torch.float32)
+    weight = weight_of(integers, (4, 8), torch.float32)
     with pytest.raises(PatternError, match=r"w: format nm/2:4 would lose the weight's codes"):
         floats.pack("w", weight)
     with pytest.raises(PatternError, match=r"w: format nm/2:4/int8:row stores codes, but the"):
         integers.pack("w", SparseWeight(weight.weight, weight.mask))
     with pytest.raises(PatternError, match="do not fit int4, which has -8 to 7"):
         make_format("nm", "2:4", "int4:row").pack("w", weight)
-    grouped = random_weight(integers, (4, 64), torch.float32)
+    grouped = weight_of(integers, (4, 64), torch.float32)
     with pytest.raises(PatternError, match=r"scales are \[4, 1\] torch.bfloat16; format .* needs"):
         make_format("nm", "2:4", "int8:32").pack("w", grouped)
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import pytest
 import torch
 from pairs import pairwise
+from weights import product, weight_of
 
 from gblm.errors import PatternError, UsageError
 from gblm.kernels import BACKENDS, Backend, linear, native, select
-from gblm.sparse.formats import Format, format_for, make_format
+from gblm.kernels.few_tokens import FewTokens
+from gblm.sparse.formats import Format, format_for, from_spec
 from gblm.sparse.patterns import parse
-from gblm.sparse.values import parse_values, quantize
-from gblm.sparse.weights import SparseWeight
+from gblm.sparse.values import parse_values
 
 PATTERNS = ["2:4", "4:8", "8:16", "1:4", "0.5", "0.9", "dense"]
 VALUES = ["float", "int8:row", "int4:row", "int8:64", "int4:64"]
@@ -47,18 +48,6 @@ def cpu_serves(pattern: str, values: str, shape: tuple[int, int], dtype: torch.d
 
 def make(pattern: str, values: str) -> Format:
     return format_for(parse(pattern), parse_values(values))
-
-
-def packed(
-    fmt: Format, shape: tuple[int, int], dtype: torch.dtype
-) -> tuple[SparseWeight, dict[str, torch.Tensor]]:
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    mask = fmt.pattern.keep(weight.abs(), "row")
-    if fmt.values.is_float:
-        sparse = SparseWeight.cut(weight.to(dtype), mask)
-    else:
-        sparse = quantize(weight, mask, fmt.values)
-    return sparse, fmt.pack("w", sparse)
 
 
 def multiply(
@@ -96,11 +85,11 @@ def test_reference_gives_the_float64_product(
     pattern: str, values: str, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     fmt, x = make(pattern, values), drawn(dtype, shape[1])
-    sparse, parts = packed(fmt, shape, dtype)
+    weight = weight_of(fmt, shape, dtype)
+    parts = fmt.pack("w", weight)
     for tokens in TOKENS:
         got = multiply(BACKENDS["reference"], fmt, parts, x[:tokens], shape)
-        want = x[:tokens].double() @ sparse.weight.double().t()
-        assert_close(got, want, dtype, shape[1])
+        assert_close(got, product(weight, x[:tokens]), dtype, shape[1])
 
 
 PAIRS = [("dense", *case) for case in pairwise(PATTERNS, VALUES, SHAPES, DTYPES, allowed=storable)]
@@ -117,7 +106,7 @@ def test_other_backends_give_what_reference_gives(
     backend: str, pattern: str, values: str, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     fmt, x = make(pattern, values), drawn(dtype, shape[1])
-    _, parts = packed(fmt, shape, dtype)
+    parts = fmt.pack("w", weight_of(fmt, shape, dtype))
     for tokens in TOKENS:
         got = multiply(BACKENDS[backend], fmt, parts, x[:tokens], shape)
         want = multiply(BACKENDS["reference"], fmt, parts, x[:tokens], shape)
@@ -139,7 +128,7 @@ def test_op_passes_opcheck_and_compiles_as_one_graph(
     fmt, shape = make(pattern, values), (16, 32)
     dtype = torch.bfloat16 if backend == "cpu" else torch.float32
     chosen = BACKENDS[backend]
-    prepared = chosen.prepare(fmt, packed(fmt, shape, dtype)[1], shape, dtype)
+    prepared = chosen.prepare(fmt, fmt.pack("w", weight_of(fmt, shape, dtype)), shape, dtype)
     x = torch.randn(2, 3, 32).to(dtype)
     if chosen.own_op:
         op, arguments = torch.ops.gblm.cpu_linear.default, (x, prepared[0], 16)
@@ -161,8 +150,10 @@ def test_op_passes_opcheck_and_compiles_as_one_graph(
 @needs_kernels
 def test_first_backend_that_does_not_refuse_wins() -> None:
     fmt = make("2:4", "float")
+    order = list(BACKENDS)
+    assert order.index("delta") < order.index("triton") < order.index("reference")
     backend, reasons = select(fmt, (8, 8), torch.bfloat16, CPU)
-    assert backend is next(iter(BACKENDS.values()))
+    assert backend is BACKENDS[order[0]]
     assert reasons == []
     backend, reasons = select(fmt, (8, 8), torch.float32, CPU)
     assert backend.name == "reference"
@@ -174,31 +165,49 @@ def test_first_backend_that_does_not_refuse_wins() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("values", "shape", "dtype", "device", "reason"),
-    [
-        ("float", (8, 8), torch.bfloat16, "cuda", "it runs on CPU, not on cuda"),
-        ("float", (8, 8), torch.float16, "cpu", "activations must be bfloat16, not float16"),
-        ("float", (8, 12), torch.bfloat16, "cpu", "12 columns are not a multiple of 8"),
-        ("int8:row", (8, 40), torch.bfloat16, "cpu", "40 columns are not a multiple of 32"),
-    ],
-)
-def test_cpu_says_why_it_refuses(
-    values: str, shape: tuple[int, int], dtype: torch.dtype, device: str, reason: str
+BF16, FP32, FP16 = DTYPES
+IN_PYTORCH = ("reference", "dense")
+FLOATS_ONLY = "activations must be bfloat16 or float16, not float32"
+# Those of GPUs say of a weight whether any device could serve it; None: it could.
+REFUSALS = [
+    ("cpu", "bitmask/0.5", (8, 8), FP16, "activations must be bfloat16, not float16"),
+    ("cpu", "bitmask/0.5", (8, 12), BF16, "12 columns are not a multiple of 8"),
+    ("cpu", "bitmask/0.5/int8:row", (8, 40), BF16, "40 columns are not a multiple of 32"),
+    ("mma_sp", "nm/4:8", (16, 64), BF16, "the pattern must be 2:4, not 4:8"),
+    ("mma_sp", "nm/2:4", (16, 64), FP32, FLOATS_ONLY),
+    ("mma_sp", "nm/2:4/int4:32", (16, 64), FP16, None),
+    ("delta", "dense/dense", (8, 64), BF16, "a dense weight has no zeros to leave out"),
+    ("delta", "bitmask/0.5", (8, 64), FP32, FLOATS_ONLY),
+    ("delta", "bitmask/0.5", (8, 65536), BF16, "65536 columns are more than 65535"),
+    ("delta", "nm/4:8", (8, 64), FP16, None),
+    ("triton", "dense/dense", (16, 64), BF16, "a dense weight has no zeros to leave out"),
+    ("triton", "nm/2:4", (16, 64), FP32, FLOATS_ONLY),
+    ("triton", "nm/2:4", (16, 65544), BF16, "65544 columns are more than 65536"),
+    ("triton", "bitmask/0.5", (16, 65536), FP16, None),
+]
+
+
+@pytest.mark.parametrize(("name", "spec", "shape", "dtype", "reason"), REFUSALS, ids=str)
+def test_backends_say_why_they_refuse_a_weight(
+    name: str, spec: str, shape: tuple[int, int], dtype: torch.dtype, reason: str | None
 ) -> None:
-    fmt = make_format("bitmask", "0.5", values)
-    assert BACKENDS["cpu"].refuses(fmt, shape, dtype, torch.device(device)) == reason
-    with pytest.raises(UsageError, match=f"cpu: {reason}"):
-        select(fmt, shape, dtype, torch.device(device), forced="cpu")
+    fmt, backend = from_spec(spec), BACKENDS[name]
+    if isinstance(backend, FewTokens):
+        assert backend.refuses_weight(fmt, shape, dtype) == reason
+    else:
+        assert backend.refuses(fmt, shape, dtype, CPU) == reason
+        with pytest.raises(UsageError, match=f"{name}: {reason}"):
+            select(fmt, shape, dtype, CPU, forced=name)
 
 
-@pytest.mark.parametrize("name", [name for name in BACKENDS if BACKENDS[name].needs == "cuda"])
-def test_backends_for_gpus_refuse_a_cpu(name: str) -> None:
-    with pytest.raises(UsageError, match=f"{name}: it runs on CUDA devices, not on cpu"):
-        select(make("2:4", "float"), (16, 64), torch.bfloat16, CPU, forced=name)
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name not in IN_PYTORCH])
+def test_compiled_backends_refuse_another_device(name: str) -> None:
+    place, other = ("CPU", "cuda") if name == "cpu" else ("CUDA devices", "cpu")
+    with pytest.raises(UsageError, match=f"{name}: it runs on {place}, not on {other}"):
+        select(make("2:4", "float"), (16, 64), BF16, torch.device(other), forced=name)
 
 
-@pytest.mark.parametrize("name", ["reference", "dense"])
+@pytest.mark.parametrize("name", IN_PYTORCH)
 def test_backends_in_pytorch_refuse_nothing(name: str) -> None:
     for device in ("cpu", "cuda"):
         place = torch.device(device)

@@ -11,24 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from weights import weight_of
 
-from gblm.kernels import BACKENDS
 from gblm.kernels.triton import backend as module
 from gblm.kernels.triton.backend import (
     MAX_TOKENS,
     Stored,
-    Triton,
     arrays,
     blocks,
     package_refusal,
     sized,
 )
 from gblm.sparse.formats import make_format
-from gblm.sparse.values import GROUP_SIZES, quantize
-from gblm.sparse.weights import SparseWeight
+from gblm.sparse.values import GROUP_SIZES
 
 CHECK = Path(__file__).parent.parent / "triton_check.py"
-BF16, FP16 = torch.bfloat16, torch.float16
 NO_TRITON = package_refusal()
 
 
@@ -59,12 +56,7 @@ def test_starts_and_begins_count_the_kept(
     name: str, pattern: str, values: str, columns: int
 ) -> None:
     fmt, shape = make_format(name, pattern, values), (7, columns)
-    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    mask = fmt.pattern.keep(drawn.abs(), "matrix" if name == "bitmask" else "row")
-    weight = SparseWeight.cut(drawn.to(BF16), mask)
-    if not fmt.values.is_float:
-        weight = quantize(drawn, mask, fmt.values)
-    parts = fmt.pack("w", weight)
+    parts = fmt.pack("w", weight_of(fmt, shape))
     made, begin = arrays(fmt, parts, shape), 0
     for row in range(shape[0]):
         kept = [int(bit) for bit in fmt.mask(parts)[row]]
@@ -79,8 +71,7 @@ def test_starts_and_begins_count_the_kept(
 
 def test_the_parts_are_not_copied() -> None:
     fmt, shape = make_format("nm", "2:4", "int8:row"), (16, 64)
-    mask = fmt.pattern.keep(torch.rand(shape), "row")
-    parts = fmt.pack("w", quantize(torch.randn(shape), mask, fmt.values))
+    parts = fmt.pack("w", weight_of(fmt, shape))
     made = arrays(fmt, parts, shape)
     for array, part in ((made.values, "values"), (made.words, "bitmask"), (made.scales, "scales")):
         assert array.data_ptr() == parts[part].data_ptr()
@@ -108,30 +99,6 @@ def test_columns_are_shared_until_every_unit_has_work() -> None:
     assert blocks(stored, (64, 1024), 1, 132).split == 2
     assert blocks(stored, (64, 1016), 1, 132).split == 1
     assert sized(((16, 256), (8, 256)), Stored(False, 8, 96)) == (64, 32)
-
-
-def test_it_comes_after_the_kernels_for_nvidia_and_before_the_reference() -> None:
-    order = list(BACKENDS)
-    assert order.index("delta") < order.index("triton") < order.index("reference")
-
-
-@pytest.mark.parametrize(
-    ("name", "pattern", "columns", "dtype", "reason"),
-    [
-        ("nm", "2:4", 64, BF16, None),
-        ("bitmask", "0.5", 65536, FP16, None),
-        ("dense", "dense", 64, BF16, "a dense weight has no zeros to leave out"),
-        ("nm", "2:4", 64, torch.float32, "activations must be bfloat16 or float16, not float32"),
-        ("nm", "2:4", 65544, BF16, "65544 columns are more than 65536"),
-    ],
-)
-def test_it_says_why_it_refuses(
-    name: str, pattern: str, columns: int, dtype: torch.dtype, reason: str | None
-) -> None:
-    fmt, shape = make_format(name, pattern), (16, columns)
-    assert Triton().refuses_weight(fmt, shape, dtype) == reason
-    here = Triton().refuses(fmt, shape, dtype, torch.device("cpu"))
-    assert here == "it runs on CUDA devices, not on cpu"
 
 
 def test_it_refuses_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from correlated import problem
 from pairs import pairwise
 
 from gblm.errors import UsageError
@@ -14,6 +15,7 @@ from gblm.methods import METHODS, ScoredMethod, flags, make_method
 from gblm.methods.pipeline import make_pipeline
 from gblm.sparse.patterns import NM, Pattern, parse
 from gblm.sparse.values import Rounding, parse_values
+from gblm.sparse.weights import SparseWeight
 
 PATTERNS = ["0.5", "0.7", "2:4", "4:8", "8:16", "1:4"]
 OPTIONS = [(name, f.name) for name, m in METHODS.items() for f in dataclasses.fields(m)]
@@ -46,7 +48,7 @@ def test_prune_keeps_exact_count_and_untouched_values(
     name: str, pattern: str, stats: dict[str, torch.Tensor]
 ) -> None:
     weight = torch.randn(24, 32, generator=torch.Generator().manual_seed(0))
-    before = {name: tensor.clone() for name, tensor in stats.items()}
+    before = {name: tensor.clone() for name, tensor in stats.items()} | {"": weight.clone()}
     rule, method = parse(pattern), make_method(name, {})
     pruned = method.prune(weight, method.prepare(stats), rule)
     rule.check_mask(name, pruned.mask)
@@ -54,7 +56,8 @@ def test_prune_keeps_exact_count_and_untouched_values(
     assert not pruned.weight[~pruned.mask].any()
     if isinstance(method, ScoredMethod):
         assert torch.equal(pruned.weight[pruned.mask], weight[pruned.mask])
-    assert all(torch.equal(stats[name], before[name]) for name in stats)
+    given = stats | {"": weight}
+    assert all(torch.equal(given[name], before[name]) for name in given)
 
 
 @pytest.mark.parametrize(
@@ -79,14 +82,48 @@ def test_all_steps_keep_the_halves_of_8_16(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", METHODS)
-def test_dtype_and_layout_of_the_weight_stay(
+def test_half_precision_is_computed_in_float32(
     name: str, dtype: torch.dtype, stats: dict[str, torch.Tensor]
 ) -> None:
-    weight, method = torch.randn(24, 32).to(dtype), make_method(name, {})
-    pruned = method.prune(weight, method.prepare(stats), parse("2:4"))
-    assert (pruned.weight.dtype, pruned.mask.dtype) == (dtype, torch.bool)
-    assert pruned.weight.is_contiguous()
-    assert pruned.mask.is_contiguous()
+    weight = torch.randn(24, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    method, rule = make_method(name, {}), parse("2:4")
+    half, full = (method.prune(w, method.prepare(stats), rule) for w in (weight, weight.float()))
+    assert (half.weight.dtype, half.mask.dtype) == (dtype, torch.bool)
+    assert half.weight.is_contiguous()
+    assert half.mask.is_contiguous()
+    assert torch.equal(half.mask, full.mask)
+    assert torch.equal(half.weight, full.weight.to(dtype))
+
+
+UPDATING = [name for name, method in METHODS.items() if "hessian" in method.needs]
+
+
+def with_hessian(name: str, hessian: torch.Tensor, pattern: str) -> SparseWeight:
+    weight, method = problem(24, 32)[0], make_method(name, {})
+    return method.prune(weight, method.prepare({"hessian": hessian}), parse(pattern))
+
+
+@pytest.mark.parametrize("name", UPDATING)
+def test_scale_of_the_hessian_makes_no_difference(name: str) -> None:
+    _, hessian = problem(24, 32)
+    one, other = (with_hessian(name, h, "2:4") for h in (hessian, hessian * 2**20))
+    assert torch.equal(one.mask, other.mask)
+    torch.testing.assert_close(one.weight, other.weight)
+
+
+@pytest.mark.parametrize("pattern", ["0.5", "2:4"])
+@pytest.mark.parametrize("name", UPDATING)
+def test_inputs_that_are_always_zero_go_first(name: str, pattern: str) -> None:
+    dead = [1, 2, 5, 31]
+    _, hessian = problem(24, 32)
+    hessian[dead], hessian[:, dead] = 0, 0
+    pruned = with_hessian(name, hessian, pattern)
+    assert not pruned.mask[:, dead].any()
+    assert int(pruned.mask.sum()) == 24 * 16
+    # Those beyond the budget are kept as zeros; all scores tie, so the lowest index goes first.
+    pruned = with_hessian(name, torch.zeros(32, 32), "2:4")
+    assert pruned.mask.tolist() == [[False, False, True, True] * 8] * 24
+    assert not pruned.weight.any()
 
 
 def test_magnitude_score_is_the_absolute_weight(stats: dict[str, torch.Tensor]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from correlated import output_error, problem
+from pairs import pairwise
 
 from gblm.errors import InputError, PatternError
 from gblm.methods.obs import prepare_obs, round_obs
@@ -13,23 +15,6 @@ from gblm.sparse.values import ROW, SHRINK, ValueType, quantize
 from gblm.sparse.weights import SparseWeight, dequantize
 
 DAMPING = 0.01
-
-
-def problem(rows: int, cols: int, strong: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight [rows, cols] and the Hessian of correlated inputs, with a few strong directions."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(rows, cols, generator=generator) / 20
-    mix = torch.eye(cols) + torch.randn(cols, cols, generator=generator) / cols**0.5
-    inputs = torch.randn(4 * cols, cols, generator=generator) @ mix
-    strongest = torch.randn(strong, cols, generator=generator)
-    inputs += torch.randn(4 * cols, strong, generator=generator) @ strongest
-    return weight, 2 * inputs.t() @ inputs
-
-
-def output_error(weight: torch.Tensor, found: SparseWeight, hessian: torch.Tensor) -> float:
-    """‖(W − Q) X‖², up to the factor 2."""
-    difference = (weight - found.weight).double()
-    return float((difference @ hessian.double() * difference).sum())
 
 
 def best_scales(group: torch.Tensor, cost: torch.Tensor, limit: int) -> torch.Tensor:
@@ -145,10 +130,9 @@ def test_a_fixed_mask_equals_the_textbook(kind: str, size: int, density: float) 
     ("pattern", "size"),
     [("2:4", 32), ("2:4", 256), ("4:8", 64), ("8:16", 32), ("8:16", 256), ("32:64", 32)],
 )
-@pytest.mark.parametrize("kind", ["int4"])
-def test_joint_pruning_equals_the_textbook(kind: str, pattern: str, size: int) -> None:
+def test_joint_pruning_equals_the_textbook(pattern: str, size: int) -> None:
     weight, hessian = problem(12, 256)
-    values, rule, method = ValueType(kind, size), parse(pattern), SparseGPT()
+    values, rule, method = ValueType("int4", size), parse(pattern), SparseGPT()
     found = method.prune_quantized(weight, method.prepare({"hessian": hessian}), rule, values)
     every = torch.ones(12, 256, dtype=torch.bool)
     check(found, values)
@@ -158,12 +142,9 @@ def test_joint_pruning_equals_the_textbook(kind: str, pattern: str, size: int) -
 
 @pytest.mark.parametrize("pattern", ["0.5", "0.33"])
 @pytest.mark.parametrize("size", [32, 128])
-@pytest.mark.parametrize("kind", ["int4"])
-def test_blocks_are_chosen_before_their_scales_are_fitted(
-    kind: str, pattern: str, size: int
-) -> None:
+def test_blocks_are_chosen_before_their_scales_are_fitted(pattern: str, size: int) -> None:
     weight, hessian = problem(16, 384)
-    values, method = ValueType(kind, size), SparseGPT()
+    values, method = ValueType("int4", size), SparseGPT()
     stats = method.prepare({"hessian": hessian})
     found = method.prune_quantized(weight, stats, parse(pattern), values)
     again = round_obs(weight, found.mask, values, stats)
@@ -174,13 +155,11 @@ def test_blocks_are_chosen_before_their_scales_are_fitted(
 
 
 @pytest.mark.parametrize(
-    ("pattern", "columns"),
-    [("0.5", 640), ("2:4", 640), ("2:5", 640), ("12:24", 768), ("48:64", 640)],
+    ("pattern", "size", "block_size"),
+    pairwise(["0.5", "2:4", "2:5", "12:24", "48:64"], [32, 128, ROW], [1, 100, 1000]),
 )
-@pytest.mark.parametrize("size", [32, 128, ROW])
-@pytest.mark.parametrize("block_size", [1, 100, 1000])
-def test_no_range_cuts_a_group(pattern: str, columns: int, size: int, block_size: int) -> None:
-    weight, hessian = problem(8, columns)
+def test_no_range_cuts_a_group(pattern: str, size: int, block_size: int) -> None:
+    weight, hessian = problem(8, 768 if pattern == "12:24" else 640)
     rule, values = parse(pattern), ValueType("int4", size)
     method = SparseGPT(block_size=block_size)
     stats = method.prepare({"hessian": hessian})
@@ -203,10 +182,9 @@ def test_gptq_has_a_lower_output_error_than_the_nearest_codes(kind: str, size: i
 
 @pytest.mark.parametrize("pattern", ["2:4", "0.5"])
 @pytest.mark.parametrize("size", [32, 128, ROW])
-@pytest.mark.parametrize("kind", ["int4"])
-def test_joint_pruning_beats_pruning_then_rounding(kind: str, pattern: str, size: int) -> None:
+def test_joint_pruning_beats_pruning_then_rounding(pattern: str, size: int) -> None:
     weight, hessian = problem(48, 256, strong=8)
-    values, rule, method = ValueType(kind, size), parse(pattern), SparseGPT()
+    values, rule, method = ValueType("int4", size), parse(pattern), SparseGPT()
     stats = method.prepare({"hessian": hessian})
     pruned = method.prune(weight, stats, rule)
     joint = output_error(weight, method.prune_quantized(weight, stats, rule, values), hessian)

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from correlated import problem
 
 from gblm.errors import UsageError
 from gblm.methods import make_method
 from gblm.methods.refit import Refit, damped
 from gblm.sparse.patterns import parse
 from gblm.sparse.weights import SparseWeight
-
-
-def problem(rows: int, cols: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight [rows, cols] and the Hessian [cols, cols] of correlated inputs of unequal size."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, cols, generator=generator)
-    mix = torch.eye(cols) + torch.randn(cols, cols, generator=generator) / cols**0.5
-    inputs = torch.randn(8 * cols, cols, generator=generator) @ mix
-    inputs *= torch.linspace(0.5, 2, cols)
-    return weight, 2 * inputs.t() @ inputs
 
 
 def errors(found: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:

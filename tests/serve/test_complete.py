@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from vllm_linear import RANKS, SHAPE, create, weight_for
+from vllm_linear import RANKS, SHAPE, create
+from weights import weight_of
 
 from gblm.errors import CheckpointError
 from gblm.serve.launch import LOADER_CONFIG
@@ -43,17 +44,13 @@ def load_piece(layer: torch.nn.Module, piece: int, parts: dict[str, torch.Tensor
         )
 
 
-def packed_parts(fmt: Format) -> dict[str, torch.Tensor]:
-    return fmt.pack("w", weight_for(fmt))
-
-
 @pytest.mark.parametrize("rank", range(RANKS))
 @pytest.mark.parametrize("spec", SPECS)
 def test_each_part_is_missed_where_columns_are_cut(
     spec: str, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fmt = from_spec(spec)
-    whole = packed_parts(fmt)
+    whole = fmt.pack("w", weight_of(fmt, SHAPE))
     for missing in (*fmt.parts, None):
         method, layer = create(fmt, [ROWS], COLUMNS, RANKS, monkeypatch, rank)
         load_columns(layer, {part: whole[part] for part in fmt.parts if part != missing})
@@ -70,7 +67,7 @@ def test_each_part_of_each_piece_is_missed_where_rows_are_cut(
     spec: str, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fmt = from_spec(spec)
-    whole = packed_parts(fmt)
+    whole = fmt.pack("w", weight_of(fmt, SHAPE))
     for piece in range(2):
         for missing in ({part} for part in fmt.parts):
             expect_refusal(fmt, [whole, whole], piece, missing, monkeypatch, rank)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 from vllm_run import skip_without
+from weights import weight_of
 
 from gblm.errors import CheckpointError
 from gblm.sparse.formats import Format, from_spec
 from gblm.sparse.formats.manifest import Group, Manifest
-from gblm.sparse.values import quantize
 from gblm.sparse.weights import SparseWeight
 
 pytestmark = pytest.mark.vllm
@@ -22,11 +22,7 @@ VOCABULARY, HIDDEN, PADDED = 258, 64, 320
 
 def codes_for(spec: str) -> tuple[Format, SparseWeight]:
     fmt = from_spec(spec)
-    dense = torch.randn(VOCABULARY, HIDDEN, generator=torch.Generator().manual_seed(0)).bfloat16()
-    every = torch.ones_like(dense, dtype=torch.bool)
-    if fmt.values.is_float:
-        return fmt, SparseWeight(dense, every)
-    return fmt, quantize(dense, every, fmt.values)
+    return fmt, weight_of(fmt, (VOCABULARY, HIDDEN))
 
 
 def be_rank(patch: pytest.MonkeyPatch, rank: int = 0, num_ranks: int = 1) -> None:

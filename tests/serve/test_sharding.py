@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from vllm_linear import RANKS, SHAPE, create, fused_linear, weight_for
+from vllm_linear import RANKS, SHAPE, create, fused_linear
+from weights import weight_of
 
 from gblm.errors import CheckpointError
 from gblm.sparse.formats import Format, from_spec
@@ -25,7 +26,7 @@ def test_columns_are_cut_in_whole_groups(
     spec: str, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fmt, (rows, columns) = from_spec(spec), SHAPE
-    weight = weight_for(fmt)
+    weight = weight_of(fmt, SHAPE)
     method, layer = create(fmt, [rows], columns, RANKS, monkeypatch, rank)
     for part, tensor in fmt.pack("w", weight).items():
         getattr(layer, part).load_row_parallel_weight(loaded_weight=tensor)
@@ -39,7 +40,7 @@ def test_fused_rows_are_cut_and_joined(
     spec: str, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fmt, (rows, columns) = from_spec(spec), SHAPE
-    gate, up = weight_for(fmt), weight_for(fmt, (8, columns))
+    gate, up = weight_of(fmt, SHAPE), weight_of(fmt, (8, columns))
     sizes = [rows // RANKS, 8 // RANKS]
     method, layer = create(fmt, sizes, columns, 1, monkeypatch, rank)
     for piece, weight in enumerate((gate, up)):
@@ -64,7 +65,7 @@ def test_what_is_fused_on_disk_is_cut_into_its_pieces(
 ) -> None:
     """vLLM's own layers and loaders: heads of 8 rows, four of q."""
     fmt, (rows, kv_heads) = from_spec(spec), ROWS[kind]
-    whole = weight_for(fmt, (sum(rows), SHAPE[1]))
+    whole = weight_of(fmt, (sum(rows), SHAPE[1]))
     method, layer = fused_linear(fmt, rows, kv_heads, monkeypatch, rank)
     load(layer, fmt.pack("w", whole))
     starts = [sum(rows[:piece]) for piece in range(len(rows))]
@@ -79,7 +80,7 @@ def test_what_is_fused_on_disk_is_cut_into_its_pieces(
 
 def test_some_pieces_may_be_fused_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     fmt, rows = from_spec("bitmask/0.7/int4:64"), [8, 24, 16]
-    weights = [weight_for(fmt, (size, SHAPE[1])) for size in rows]
+    weights = [weight_of(fmt, (size, SHAPE[1])) for size in rows]
     method, layer = fused_linear(fmt, rows, None, monkeypatch, 1)
     load(layer, fmt.pack("w", weights[2]), 2)
     load(layer, fmt.pack("w", SparseWeight.cat(weights[:2])), (0, 1))
@@ -94,7 +95,7 @@ def test_fused_rows_of_another_number_are_refused(
     fmt = from_spec("bitmask/0.5")
     _, layer = fused_linear(fmt, [24, 24], None, monkeypatch, 0)
     with pytest.raises(CheckpointError, match=rf"w\.bitmask: .*{rows}.*48"):
-        load(layer, fmt.pack("w", weight_for(fmt, (rows, SHAPE[1]))))
+        load(layer, fmt.pack("w", weight_of(fmt, (rows, SHAPE[1]))))
 
 
 def load(layer: torch.nn.Module, tensors: dict[str, torch.Tensor], *shard: object) -> None:
@@ -121,7 +122,7 @@ def test_fused_rows_may_differ_in_sparsity(values: str, monkeypatch: pytest.Monk
     columns = SHAPE[1]
     method, layer = create(joined, [8 // RANKS, 8 // RANKS], columns, 1, monkeypatch, 1)
     formats = [config.manifest.format_of(f"m.{name}") for name in patterns]
-    weights = [weight_for(fmt, (8, columns)) for fmt in formats if fmt]
+    weights = [weight_of(fmt, (8, columns)) for fmt in formats if fmt]
     for piece, (fmt, weight) in enumerate(zip(formats, weights, strict=True)):
         assert fmt is not None
         for part, tensor in fmt.pack("w", weight).items():
@@ -178,7 +179,7 @@ def test_ragged_pieces_are_joined_in_blocks(
 
     fmt, columns = from_spec(spec), SHAPE[1]
     monkeypatch.setattr(ragged, "BLOCK_WEIGHTS", 3 * columns)
-    q, kv = weight_for(fmt, (16, columns)), weight_for(fmt, (8, columns))
+    q, kv = weight_of(fmt, (16, columns)), weight_of(fmt, (8, columns))
     method, layer = create(fmt, [8, 8, 8], columns, 1, monkeypatch, rank)
     for shard, weight in (("q", q), ("k", kv), ("v", kv)):
         for part, tensor in fmt.pack("w", weight).items():

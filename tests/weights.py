@@ -1,0 +1,37 @@
+"""Seeded weights for any format, and their exact products."""
+
+from __future__ import annotations
+
+import torch
+
+from gblm.sparse.formats import Format
+from gblm.sparse.values import quantize
+from gblm.sparse.weights import SparseWeight
+
+
+def weight_of(
+    fmt: Format, shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16
+) -> SparseWeight:
+    """Draw a weight [out, in] that a format can hold, with the rows that are easy to get wrong.
+
+    Row 0 holds zeros only. Of formats for any mask row 0 keeps nothing, row 1 everything, and row 2
+    its last column alone.
+    """
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    drawn[0] = 0
+    mask = fmt.pattern.keep(drawn.float().abs(), "row")
+    if fmt.name == "bitmask":
+        mask[0], mask[1:2], mask[2:3] = False, True, False
+        mask[2:3, -1] = True
+    if fmt.values.is_float:
+        return SparseWeight.cut(drawn, mask)
+    return quantize(drawn, mask, fmt.values)
+
+
+def product(weight: SparseWeight, x: torch.Tensor) -> torch.Tensor:
+    """Multiply in float64: x [tokens, in] by the weight, whose codes are not rounded to a dtype."""
+    exact = weight.weight.double()
+    if weight.codes is not None and weight.scales is not None:
+        groups = weight.codes.double().reshape(len(exact), weight.scales.shape[1], -1)
+        exact = (groups * weight.scales.double().unsqueeze(-1)).reshape(exact.shape)
+    return x.double() @ exact.t()
