@@ -8,58 +8,26 @@ folder's name. Those in `served` have heads of a size that vLLM serves.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-Pack = Callable[..., Path]
-
-
-Tensors = dict[str, Tensor]
-
-
 FIXTURES = Path(__file__).parent / "legacy/fixtures"
-
-
-# Fixture → the weights before the old library packed them, and the pattern we store.
-TRUTH = {
-    "bitmask": ("unstructured", "bitmask"),
-    "bitmask-0.8": ("unstructured", "bitmask"),
-    "24-bitmask": ("2of4", "nm"),
-    "dense": ("2of4", "nm"),
-}
-
-
 UP = "model.layers.0.mlp.up_proj"
-
-
-def truth(fixture: str) -> Tensors:
-    return load_file(FIXTURES / f"{TRUTH[fixture][0]}.safetensors")
-
-
-def same_bits(a: Tensors, b: Tensors) -> bool:
-    return a.keys() == b.keys() and all(
-        a[n].dtype == b[n].dtype
-        and a[n].shape == b[n].shape
-        and a[n].flatten().view(torch.uint8).equal(b[n].flatten().view(torch.uint8))
-        for n in a
-    )
+Tensors = dict[str, Tensor]
+Change = Callable[[Tensors], object]
+Settings = Callable[[dict[str, Any]], object]
 
 
 def altered(
-    tmp_path: Path,
-    fixture: str,
-    change: Callable[[Tensors], object] | None = None,
-    config: Callable[[dict[str, Any]], object] | None = None,
+    tmp_path: Path, fixture: str, change: Change | None = None, config: Settings | None = None
 ) -> Path:
-    """A copy of a fixture with other tensors or another quantization_config."""
+    """Copy a fixture, with other tensors or another quantization_config."""
     folder = Path(shutil.copytree(FIXTURES / fixture, tmp_path / "altered"))
     tensors = load_file(folder / "model.safetensors")
     if change is not None:
@@ -74,21 +42,23 @@ def altered(
     return folder
 
 
-def drop(part: str) -> Callable[[Tensors], object]:
+def drop(part: str) -> Change:
+    """Remove a part of UP."""
     return lambda tensors: tensors.pop(f"{UP}.{part}")
 
 
-def put(part: str, value: Callable[[Tensor], Tensor]) -> Callable[[Tensors], object]:
+def put(part: str, value: Callable[[Tensor], Tensor]) -> Change:
+    """Put something else in the place of a part of UP."""
     return lambda tensors: tensors.update({f"{UP}.{part}": value(tensors[f"{UP}.{part}"])})
 
 
-def settings(**changes: object) -> Callable[[dict[str, Any]], object]:
-    return lambda c: c["config_groups"]["group_0"]["weights"].update(changes)
+def each_scale(value: Callable[[Tensor], Tensor]) -> Change:
+    """Change the scales of all weights."""
+    return lambda tensors: tensors.update(
+        {name: value(t) for name, t in tensors.items() if name.endswith("weight_scale")}
+    )
 
 
-def scale(value: Callable[[Tensor], Tensor]) -> Callable[[Tensors], object]:
-    return put("weight_scale", value)
-
-
-def sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+def settings(**changes: object) -> Settings:
+    """Say something else of the weights' codes."""
+    return lambda config: config["config_groups"]["group_0"]["weights"].update(changes)

@@ -101,7 +101,7 @@ LIST: dict[str, list[tuple[str, str, str]]] = {
         ("join-offsets", "functional.pad(counts.cumsum(0), (1, 0))}",
          "functional.pad(counts.cumsum(0), (0, 1))}"),
     ],
-    "formats/test_rejects.py": [
+    "formats/test_contract.py checkpoint/test_damage.py": [
         ("nm-counts", "wrong = (counts != self.pattern.keep_n).nonzero()",
          "wrong = (counts > self.pattern.keep_n).nonzero()"),
         ("truncated-tail", 'self._begins(offsets)[-1]) != len(parts["values"])',
@@ -113,7 +113,7 @@ LIST: dict[str, list[tuple[str, str, str]]] = {
         ("nan-values", 'not bool(parts["values"].isfinite().all())',
          'bool(parts["values"].isinf().any())'),
     ],
-    "formats/test_manifest.py formats/test_contract.py formats/test_rejects.py": [
+    "formats/test_manifest.py formats/test_contract.py": [
         ("manifest-version", 'if fields.get("version") != VERSION:', "if False:"),
         ("manifest-first", "first = min(first, next(globs, first))",
          "first = max(first, next(globs, first))"),

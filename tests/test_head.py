@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Outcome, content, save_tiny_model
+from damage import rehash, tensors
 from safetensors.torch import load_file, save_file
 from test_families import save_family
 
@@ -19,7 +20,6 @@ from gblm.checkpoint.inspect import inspect, verify
 from gblm.errors import CheckpointError, PatternError
 from gblm.export.dense import export_dense
 from gblm.export.pack import export_pack
-from gblm.files import sha256
 from gblm.model.folder import ModelFolder
 from gblm.model.loading import load
 from gblm.model.packed_reader import PackedReader
@@ -154,17 +154,6 @@ def test_embeddings_are_scaled_as_before(family: str, tmp_path: Path) -> None:
     assert (got - plain).norm() < 0.02 * plain.norm()
 
 
-def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    """Change tensors and make the hash fit again."""
-    path = folder / "model.safetensors"
-    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
-    manifest = json.loads((folder / "MANIFEST.json").read_text())
-    manifest["files"][path.name] = {"sha256": sha256(path), "size": path.stat().st_size}
-    (folder / "MANIFEST.json").write_text(json.dumps(manifest))
-
-
 @pytest.mark.parametrize(
     ("part", "value", "match"),
     [("scales", 0.0, r"lm_head\.scales: row 257, group 0 is 0\.0"),
@@ -175,11 +164,12 @@ def test_damaged_head_does_not_pass(
 ) -> None:
     folder = Path(shutil.copytree(pack_tiny(head="int8"), tmp_path / "out"))
 
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        row = tensors[f"lm_head.{part}"][257]
+    def change(found: dict[str, torch.Tensor]) -> None:
+        row = found[f"lm_head.{part}"][257]
         row[0] = int(row[0] == 0) if value is None else value
 
-    rewrite(folder, change)
+    tensors(change)(folder)
+    rehash(folder)
     with pytest.raises(CheckpointError, match=match):
         verify(ModelFolder.open(folder))
     if value is not None:
@@ -189,7 +179,8 @@ def test_damaged_head_does_not_pass(
 
 def test_missing_head_is_found(pack_tiny: Pack, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(pack_tiny(head="int8"), tmp_path / "out"))
-    rewrite(folder, lambda t: [t.pop(f"lm_head.{part}") for part in ("values", "scales")])
+    tensors(lambda found: [found.pop(f"lm_head.{part}") for part in ("values", "scales")])(folder)
+    rehash(folder)
     with pytest.raises(CheckpointError, match="lm_head: reported, but not stored"):
         verify(ModelFolder.open(folder))
     with pytest.raises(CheckpointError, match="the packed weight of lm_head is missing"):
@@ -215,9 +206,9 @@ def test_what_cannot_be_rounded_is_refused_before_anything_runs(
     with pytest.raises(PatternError, match=r"lm_head: 40 columns .*--head float"):
         prune(magnitude(odd, head="int8"), tmp_path / "out")
     folder = Path(shutil.copytree(tiny_untied, tmp_path / "nan"))
-    tensors = load_file(folder / "model.safetensors")
-    tensors["lm_head.weight"][3, 3] = float("nan")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    found = load_file(folder / "model.safetensors")
+    found["lm_head.weight"][3, 3] = float("nan")
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
 
     def no_step(*args: object) -> Callable[[], None]:
         raise AssertionError

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import gblm.packed
+from gblm.checkpoint.inspect import verify
 from gblm.errors import CheckpointError, InputError, UsageError
 from gblm.export.dense import export_dense
 from gblm.kernels import BACKENDS, log_choice
@@ -19,18 +20,23 @@ from gblm.model.loading import load
 Pack = Callable[..., Path]
 
 
-@pytest.mark.parametrize("backend", ["reference", "dense"])
-@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
+@pytest.mark.parametrize(
+    ("pattern", "values"),
+    [("2:4", "float"), ("2:4", "int8"), ("2:4", "int4:32"), ("0.5", "float"), ("0.5", "int8:row"),
+     ("0.5", "int4"), ("dense", "float"), ("dense", "int8"), ("dense", "int4:64")],
+)  # fmt: skip
 def test_logits_equal_the_dense_export(
-    pack_tiny: Pack, tmp_path: Path, pattern: str, backend: str
+    pack_tiny: Pack, tmp_path: Path, pattern: str, values: str
 ) -> None:
-    folder = pack_tiny("wanda", pattern)
+    folder = pack_tiny("wanda", pattern, values)
     export_dense(ModelFolder.open(folder), tmp_path / "dense")
+    facts = verify(ModelFolder.open(folder), against=ModelFolder.open(tmp_path / "dense"))
+    assert (facts["ok"], facts["linears"]) == (True, 14)
     ids = torch.arange(24).reshape(2, 12)
     with torch.no_grad():
         want = load(tmp_path / "dense")(input_ids=ids).logits
-        got = gblm.packed.load(folder, backend)(input_ids=ids).logits
-    assert torch.equal(got, want)
+        for backend in ("reference", "dense"):
+            assert torch.equal(gblm.packed.load(folder, backend)(input_ids=ids).logits, want)
 
 
 @pytest.mark.parametrize("values", ["float", "int8"])

@@ -34,9 +34,8 @@ def forbid_forward_passes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("method", "order"),
-    [("gblm", "layer"), ("sparsegpt", "sequential"), ("wanda", "sequential"),
-     ("gradient", "layer")],
-)  # fmt: skip
+    [("gblm", "layer"), ("sparsegpt", "sequential")],
+)
 def test_saved_statistics_repeat_the_run_without_a_forward_pass(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, order: str
 ) -> None:

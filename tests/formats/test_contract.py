@@ -10,7 +10,7 @@ from pairs import pairwise
 from weights import weight_of
 
 from gblm.errors import CheckpointError, PatternError
-from gblm.sparse.formats import FORMATS, format_for, from_spec, make_format
+from gblm.sparse.formats import FORMATS, Format, format_for, from_spec, make_format
 from gblm.sparse.formats.bits import pack_bits, unpack_bits
 from gblm.sparse.patterns import parse
 from gblm.sparse.values import ValueType, parse_values, quantize
@@ -298,3 +298,55 @@ def test_disk_layout_of_codes_is_pinned() -> None:
     codes = make_format("nm", "2:4", "int8:row").pack("w", wide)
     assert codes["values"].tolist() == [[127, -36, 54, 72], [91, 109, 127, 0]]
     assert codes["scales"].tolist() == [[float(scale)]] * 2
+
+
+# What a file may hold instead of numbers: tests/damage.py. Here is what differs by the format.
+
+STORED = [make_format(*case, values)
+          for case in (("nm", "2:4"), ("bitmask", "0.5"), ("dense", "dense"))
+          for values in ("float", "int8:row", "int4:row")]  # fmt: skip
+CODES = [fmt for fmt in STORED if not fmt.values.is_float]
+
+
+def refuse(fmt: Format, parts: dict[str, torch.Tensor], match: str) -> None:
+    with pytest.raises(CheckpointError, match=match):
+        fmt.validate("w", parts, (4, 16))
+
+
+@pytest.mark.parametrize("fmt", STORED, ids=lambda fmt: fmt.spec)
+def test_missing_misshapen_or_mistyped_parts(fmt: Format) -> None:
+    good = fmt.pack("w", weight_of(fmt, (4, 16)))
+    for part in fmt.parts:
+        refuse(fmt, {name: good[name] for name in good if name != part}, "missing|dtype None")
+        refuse(fmt, good | {part: good[part][:-1].to(torch.int16)}, r"w\.|dtype")
+
+
+@pytest.mark.parametrize("fmt", CODES, ids=lambda fmt: fmt.spec)
+def test_codes_without_an_opposite_are_codes(fmt: Format) -> None:
+    weight = torch.ones(4, 16).cumsum(dim=1)
+    good = fmt.pack("w", quantize(weight, fmt.pattern.keep(weight, "row"), fmt.values))
+    for place, nibble in ((2, 0x08), (3, 0x80)):
+        parts = good | {"values": good["values"].clone()}
+        eight = fmt.values.kind == "int8"
+        parts["values"].view(-1)[1] = -128 if eight else nibble
+        fmt.validate("w", parts, (4, 16))
+        assert fmt.kept(parts).reshape(-1)[1 if eight else place] == fmt.values.least
+        found = fmt.unpack(parts, torch.float64)
+        assert found.weight.min() == float(parts["scales"][0, 0]) * fmt.values.least
+        assert fmt.pack("w", found)["values"].equal(parts["values"])
+
+
+@pytest.mark.parametrize(("name", "pattern"), [("nm", "1:16"), ("bitmask", "0.9")])
+def test_padding_that_is_not_zero(name: str, pattern: str) -> None:
+    fmt, mask = make_format(name, pattern, "int4:row"), torch.zeros(4, 16, dtype=torch.bool)
+    mask[:, 3] = True
+    parts = fmt.pack("w", quantize(torch.ones(4, 16), mask, fmt.values))
+    fmt.validate("w", parts, (4, 16))
+    parts["values"].view(-1)[2] |= 0x10
+    refuse(fmt, parts, r"w\.values: the last nibble of a row with an odd number of codes is not 0")
+
+
+def test_ragged_codes_that_are_cut_off() -> None:
+    fmt = make_format("bitmask", "0.5", "int4:row")
+    parts = fmt.pack("w", weight_of(fmt, (4, 16)))
+    refuse(fmt, parts | {"values": parts["values"][:-1]}, r"w\.row_offsets: run from 0 to \d+, but")
