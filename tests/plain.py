@@ -43,19 +43,18 @@ def linears(module: nn.Module) -> dict[str, nn.Linear]:
     return {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
 
 
-def plain_gradients(model: Any, windows: Tensor) -> dict[str, Tensor]:
-    """Backward through the whole model per sample; both norms are summed, l2 is handed on."""
+def plain_gradients(model: Any, windows: Tensor, norm: str) -> dict[str, Tensor]:
+    """Backward through the whole model per sample; the l1 or l2 norm over samples, in float16."""
+    dtype = torch.float16 if norm == "l1" else torch.float32
     found = linears(model.model.layers)
-    l1 = {name: torch.zeros_like(m.weight, dtype=torch.float16) for name, m in found.items()}
-    l2 = {name: torch.zeros_like(m.weight, dtype=torch.float32) for name, m in found.items()}
+    sums = {name: torch.zeros_like(m.weight, dtype=dtype) for name, m in found.items()}
     for ids in windows.split(1):
         model(input_ids=ids, labels=ids).loss.backward()
         for name, linear in found.items():
-            gradient = linear.weight.grad.detach().clone().float()  # type: ignore[union-attr]
-            l1[name] = l1[name] + torch.abs(gradient * SCALE).half()
-            l2[name] = l2[name] + torch.abs((gradient * SCALE) ** 2)
+            gradient = torch.abs(linear.weight.grad.detach().float() * SCALE)
+            sums[name] += gradient.half() if norm == "l1" else gradient**2
         model.zero_grad()
-    return {name: torch.sqrt(total).half() for name, total in l2.items()}
+    return sums if norm == "l1" else {name: torch.sqrt(t).half() for name, t in sums.items()}
 
 
 @torch.no_grad()

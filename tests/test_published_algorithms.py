@@ -7,12 +7,10 @@ covers other patterns, sparsities and norms, on the tiny model.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import plain
 import pytest
 import torch
-from torch import Tensor
+from plain import plain_gradients, plain_prune
 
 from gblm import data
 from gblm.model.folder import ModelFolder
@@ -23,21 +21,7 @@ from gblm.recipe import Calibration, Recipe
 from gblm.sparse.patterns import parse
 
 
-def gradients(model: Any, windows: Tensor, norm: str) -> dict[str, Tensor]:
-    """As published: scaled by 100, summed over samples, float16."""
-    if norm == "l2":
-        return plain.plain_gradients(model, windows)
-    sums: dict[str, Tensor] = {}
-    for ids in windows.split(1):
-        model(input_ids=ids, labels=ids).loss.backward()
-        for name, linear in plain.linears(model.model.layers).items():
-            gradient = (100 * linear.weight.grad).abs().half()
-            sums[name] = sums.get(name, torch.zeros_like(gradient)) + gradient
-        model.zero_grad()
-    return sums
-
-
-@pytest.mark.parametrize("pattern", ["2:4", "4:8", "0.3", "0.7"])
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "0.3"])
 @pytest.mark.parametrize(
     ("method", "norm"), [("wanda", None), ("gblm", "l1"), ("gblm", "l2"), ("sparsegpt", None)]
 )
@@ -54,8 +38,8 @@ def test_run_equals_the_published_algorithm(
     model = load(tiny, torch.float32)
     documents = data.read_documents(str(text_file), "calibration")
     windows = data.calibration_windows(documents, load_tokenizer(tiny), 8, 48, 0)
-    found = gradients(model, windows, norm) if norm else {}
-    plain.plain_prune(model, windows, method, parse(pattern), found)
+    gradients = plain_gradients(model, windows, norm) if norm else {}
+    plain_prune(model, windows, method, parse(pattern), gradients)
     wrong = total = pruned_more = 0
     with PackedReader(ModelFolder.open(tmp_path / "out")) as packed:
         for name, linear in packed.linears.items():

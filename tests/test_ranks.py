@@ -24,6 +24,8 @@ from gblm.prune import prune
 from gblm.recipe import Calibration, Recipe
 
 Launch = Callable[..., subprocess.Popen[str]]
+Run = Callable[..., Outcome]
+Words = Callable[..., list[object]]
 RANK = str(Path(__file__).with_name("rank.py"))
 
 
@@ -46,13 +48,17 @@ def torchrun(tmp_path: Path) -> Launch:
     return launch
 
 
-def prune_arguments(
-    tiny: Path, text: Path, output: Path, method: str, samples: int, *more: object
-) -> list[object]:
-    return [
-        "prune", tiny, "--method", method, "--calibration", text, "--num-samples", samples,
-        "--seq-len", 32, "--dtype", "float32", "--output", output, *more,
-    ]  # fmt: skip
+@pytest.fixture
+def words(tiny: Path, text_file: Path, tmp_path: Path) -> Callable[..., list[object]]:
+    """The arguments of a run whose output is a folder of this name."""
+
+    def make(name: str, method: str, samples: int, *more: object) -> list[object]:
+        return [
+            "prune", tiny, "--method", method, "--calibration", text_file, "--num-samples", samples,
+            "--seq-len", 32, "--dtype", "float32", "--output", tmp_path / name, *more,
+        ]  # fmt: skip
+
+    return make
 
 
 def finished(job: subprocess.Popen[str]) -> str:
@@ -86,21 +92,13 @@ def assert_same_masks(one: Path, many: Path, flips: float = 0.0) -> None:
     ],
 )
 def test_masks_equal_the_single_process_ones(
-    gblm: Callable[..., Outcome],
-    torchrun: Launch,
-    tiny: Path,
-    text_file: Path,
-    tmp_path: Path,
-    method: str,
-    size: int,
-    order: str,
+    gblm: Run, torchrun: Launch, words: Words, tmp_path: Path, method: str, size: int, order: str,
     flips: float,
-) -> None:
+) -> None:  # fmt: skip
     """Five samples do not divide by two or three. Sums differ in rounding, so ties could differ."""
-    arguments = (tiny, text_file), (method, 5, "--order", order)
-    one = gblm(*prune_arguments(*arguments[0], tmp_path / "one", *arguments[1]))
+    one = gblm(*words("one", method, 5, "--order", order))
     assert one.code == 0, one
-    many = torchrun(size, *prune_arguments(*arguments[0], tmp_path / "many", *arguments[1]))
+    many = torchrun(size, *words("many", method, 5, "--order", order))
     out, err = many.communicate(timeout=240)
     assert many.returncode == 0, err
     assert out.count("14 linears") == 1, out
@@ -110,12 +108,11 @@ def test_masks_equal_the_single_process_ones(
 
 @pytest.mark.slow
 def test_gradients_streamed_layer_by_layer_give_the_single_process_masks(
-    gblm: Callable[..., Outcome], torchrun: Launch, tiny: Path, text_file: Path, tmp_path: Path
+    gblm: Run, torchrun: Launch, words: Words, tmp_path: Path
 ) -> None:
-    one = gblm(*prune_arguments(tiny, text_file, tmp_path / "one", "gblm", 5))
+    one = gblm(*words("one", "gblm", 5))
     assert one.code == 0, one
-    arguments = prune_arguments(tiny, text_file, tmp_path / "many", "gblm", 5)
-    finished(torchrun(2, *arguments, circumstance="short_of_memory"))
+    finished(torchrun(2, *words("many", "gblm", 5), circumstance="short_of_memory"))
     assert_same_masks(tmp_path / "one", tmp_path / "many")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["many", "one"]
 
@@ -127,20 +124,12 @@ STEPS = ("--values", "int4", "--rounding", "obs", "--refit", "--reconstruct", 2,
 
 @pytest.mark.slow
 def test_training_takes_the_steps_of_a_single_process(
-    gblm: Callable[..., Outcome],
-    torchrun: Launch,
-    tiny: Path,
-    text_file: Path,
-    tmp_path: Path,
+    gblm: Run, torchrun: Launch, words: Words, tiny: Path, tmp_path: Path
 ) -> None:
     """All samples are in one step, so the mean of the ranks' gradients is that of one process."""
     more = ("--order", "layer", "--values", "int4", "--reconstruct", 2)
-    one, many = (
-        prune_arguments(tiny, text_file, tmp_path / name, "wanda", 4, *more)
-        for name in ("one", "many")
-    )
-    assert gblm(*one).code == 0
-    finished(torchrun(2, *many))
+    assert gblm(*words("one", "wanda", 4, *more)).code == 0
+    finished(torchrun(2, *words("many", "wanda", 4, *more)))
     source = load_file(tiny / "model.safetensors")
     with (
         PackedReader(ModelFolder.open(tmp_path / "one")) as first,
@@ -157,7 +146,7 @@ def test_training_takes_the_steps_of_a_single_process(
 
 @pytest.mark.slow
 def test_all_steps_of_several_ranks_end_as_close_to_the_dense_model(
-    torchrun: Launch, tiny: Path, text_file: Path, tmp_path: Path
+    torchrun: Launch, words: Words, tiny: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """Conjugate gradients amplify the rounding of sums: weights differ, their errors do not."""
     text = Calibration(source=str(text_file), num_samples=4, seq_len=32, order="sequential")
@@ -166,8 +155,7 @@ def test_all_steps_of_several_ranks_end_as_close_to_the_dense_model(
     )
     fields = {"rounding": "obs", "refit": {}, "reconstruct": {}}
     prune(Recipe.from_dict(recipe.to_dict() | fields), tmp_path / "one")
-    arguments = prune_arguments(tiny, text_file, tmp_path / "many", "sparsegpt", 4)
-    finished(torchrun(2, *arguments, *STEPS))
+    finished(torchrun(2, *words("many", "sparsegpt", 4, *STEPS)))
     ids = torch.tensor(list(text_file.read_bytes()[: 8 * 32])).reshape(8, 32)
 
     @torch.no_grad()
@@ -182,18 +170,10 @@ def test_all_steps_of_several_ranks_end_as_close_to_the_dense_model(
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "more"), [("gblm", ()), ("sparsegpt", STEPS)])
 def test_a_killed_job_goes_on_where_it_was_and_ends_in_the_same_bytes(
-    torchrun: Launch,
-    tiny: Path,
-    text_file: Path,
-    tmp_path: Path,
-    method: str,
-    more: tuple[object, ...],
+    torchrun: Launch, words: Words, tmp_path: Path, method: str, more: tuple[object, ...]
 ) -> None:
-    whole, out = (
-        [*prune_arguments(tiny, text_file, tmp_path / name, method, 5), *more]
-        for name in ("whole", "out")
-    )
-    finished(torchrun(2, *whole))
+    finished(torchrun(2, *words("whole", method, 5, *more)))
+    out = words("out", method, 5, *more)
     job = torchrun(2, *out, circumstance="killed_after_one_layer")
     _, err = job.communicate(timeout=240)
     assert job.returncode != 0
@@ -207,9 +187,9 @@ def test_a_killed_job_goes_on_where_it_was_and_ends_in_the_same_bytes(
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_ends_the_job(
-    torchrun: Launch, tiny: Path, text_file: Path, tmp_path: Path, victim: int
+    torchrun: Launch, words: Words, tmp_path: Path, victim: int
 ) -> None:
-    job = torchrun(2, *prune_arguments(tiny, text_file, tmp_path / "out", "gblm", 100_000))
+    job = torchrun(2, *words("out", "gblm", 100_000))
     limit = time.monotonic() + 120
     while not (tmp_path / ".out.work/run.json").exists() and time.monotonic() < limit:
         time.sleep(0.1)
@@ -228,9 +208,9 @@ def test_a_killed_rank_ends_the_job(
 
 @pytest.mark.slow
 def test_more_ranks_than_samples_are_refused(
-    torchrun: Launch, tiny: Path, text_file: Path, tmp_path: Path
+    torchrun: Launch, words: Words, tmp_path: Path
 ) -> None:
-    job = torchrun(2, *prune_arguments(tiny, text_file, tmp_path / "out", "wanda", 1))
+    job = torchrun(2, *words("out", "wanda", 1))
     _, err = job.communicate(timeout=120)
     assert job.returncode != 0
     assert "2 ranks cannot share 1 samples" in err

@@ -204,20 +204,6 @@ def test_1_to_8_threads_give_identical_bits(
             assert torch.equal(multiply(x, weight, panels), alone)
 
 
-@pytest.mark.parametrize("values", VALUES)
-def test_a_token_alone_and_in_a_batch_differ_by_rounding_alone(
-    instructions: str, values: str
-) -> None:
-    weight = small(values, "any")
-    panels, x = weight.panels, activations(70, weight.dense.shape[1])
-    alone = torch.cat([multiply(row[None], weight, panels) for row in x])
-    _, bound = product(x, weight)
-    for tokens in (2, 3, 12, 16, 17, 70):
-        together = multiply(x[:tokens], weight, panels)
-        difference = (together.double() - alone[:tokens].double()).abs()
-        assert bool((difference <= 2 * bound[:tokens]).all())
-
-
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("values", VALUES)
 def test_nan_and_infinite_activations_spoil_their_own_token_only(
@@ -287,10 +273,8 @@ def test_multiplying_and_onednn_do_not_disturb_each_other(instructions: str, val
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("values", VALUES)
-def test_instruction_sets_give_the_same_integers_and_floats_within_rounding(
-    instructions: str, values: str, mask: str
-) -> None:
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_instruction_sets_give_the_same_integers(instructions: str, values: str, mask: str) -> None:
     weight = small(values, mask)
     panels = weight.panels
     for tokens in (1, 2, 5, 16, 17, 40):
@@ -298,9 +282,7 @@ def test_instruction_sets_give_the_same_integers_and_floats_within_rounding(
         native.use_instruction_set("portable")
         want = multiply(x, weight, panels)
         native.use_instruction_set(instructions)
-        got = multiply(x, weight, panels)
-        bound = product(x, weight)[1] if values == "float" else torch.zeros(())
-        assert bool(((got.double() - want.double()).abs() <= 2 * bound).all())
+        assert torch.equal(multiply(x, weight, panels), want)
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:

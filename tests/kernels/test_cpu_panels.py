@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gblm.kernels import native
+from gblm.sparse.weights import same_bits
 
 pytestmark = pytest.mark.skipif(
     native.refusal() is not None, reason=f"no CPU kernels: {native.refusal()}; make dev builds them"
@@ -48,10 +49,6 @@ def weights(draw: st.DrawFn) -> Case:
     codes = torch.randint(-limit - 1, limit + 1, shape, generator=random).to(torch.int8)
     bits = torch.randint(0, 0x7F80, (shape[0], shape[1] // unit), generator=random)
     return from_codes(codes, bits.to(torch.int16).view(torch.bfloat16), keep, values, mask)
-
-
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one.view(torch.int16), other.view(torch.int16))
 
 
 @settings(max_examples=300, deadline=None)
