@@ -21,6 +21,7 @@ from gblm.prune import Output, prune
 from gblm.recipe import Calibration, Recipe
 
 MANY_STEPS = 80
+CutOff = Callable[[Recipe], Path]
 
 
 @pytest.fixture
@@ -29,19 +30,24 @@ def recipe(tiny: Path, text_file: Path) -> Recipe:
     return Recipe(model=str(tiny), method="gblm", pattern="0.5", calibration=calibration)
 
 
-def cut_off(recipe: Recipe, output: Path, monkeypatch: pytest.MonkeyPatch, after: int = 1) -> None:
-    """Run until `after` layers are finished, then fail."""
+@pytest.fixture
+def cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Recipe], Path]:
+    """Run until one layer is finished, then fail; the work folder that is left."""
     real = resume.WorkFolder.add
 
     def add(self: resume.WorkFolder, *args: object) -> None:
-        if len(self.finished) == after:
+        if len(self.finished) == 1:
             raise KeyboardInterrupt
         real(self, *args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(resume.WorkFolder, "add", add)
-        with pytest.raises(KeyboardInterrupt):
-            prune(recipe, output)
+    def run(recipe: Recipe) -> Path:
+        with monkeypatch.context() as patch:
+            patch.setattr(resume.WorkFolder, "add", add)
+            with pytest.raises(KeyboardInterrupt):
+                prune(recipe, tmp_path / "out")
+        return work_path(tmp_path / "out")
+
+    return run
 
 
 # SparseGPT with every other step: test_steps.py.
@@ -66,13 +72,10 @@ def test_killed_at_any_step_it_ends_in_the_same_bytes(recipe: Recipe, tmp_path: 
 
 
 def test_finished_layers_are_not_made_again(
-    recipe: Recipe,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    recipe: Recipe, tmp_path: Path, cut_off: CutOff, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "gblm")
-    cut_off(recipe, tmp_path / "out", monkeypatch)
+    work = cut_off(recipe)
     assert "1 finished decoder layers and the gradients are kept" in caplog.text
     assert not (tmp_path / "out").exists()
     steps = []
@@ -84,7 +87,7 @@ def test_finished_layers_are_not_made_again(
     prune(recipe, tmp_path / "out", progress)
     assert steps == [("pruning", 1)]
     assert "going on after 1 finished decoder layers" in caplog.text
-    assert not work_path(tmp_path / "out").exists()
+    assert not work.exists()
 
 
 MIXED = [
@@ -108,28 +111,28 @@ WAYS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_every_way_goes_on_in_the_same_bytes(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: dict[str, Any]
+    recipe: Recipe, tmp_path: Path, cut_off: CutOff, way: dict[str, Any]
 ) -> None:
     fields = recipe.to_dict()
     calibration = fields["calibration"] | way.get("calibration", {})
     recipe = Recipe.from_dict(fields | way | {"calibration": calibration})
     prune(recipe, tmp_path / "whole")
-    cut_off(recipe, tmp_path / "out", monkeypatch)
+    cut_off(recipe)
     prune(recipe, tmp_path / "out")
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-def test_codes_are_exact_as_they_are_stored(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cut_off(recipe.model_copy(update={"values": "int8"}), tmp_path / "out", monkeypatch)
-    assert not any("exact:" in name for name in _stored(work_path(tmp_path / "out")))
+def test_codes_are_exact_as_they_are_stored(recipe: Recipe, cut_off: CutOff) -> None:
+    work = cut_off(recipe.model_copy(update={"values": "int8"}))
+    stored = [name for file in work.glob("layer-*.safetensors") for name in load_file(file)]
+    assert stored
+    assert not any("exact:" in name for name in stored)
 
 
 def test_the_rest_of_another_recipe_is_refused(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, tmp_path: Path, cut_off: CutOff
 ) -> None:
-    cut_off(recipe, tmp_path / "out", monkeypatch)
+    cut_off(recipe)
     for fields, match in (
         ({"head": "int4"}, "recipe.head was 'float', now it is 'int4'"),
         ({"layers": MIXED}, "recipe.layers was"),
@@ -143,12 +146,10 @@ def test_the_rest_of_another_recipe_is_refused(
     assert json.loads((tmp_path / "out/recipe.json").read_text())["pattern"] == "2:4"
 
 
-def test_a_changed_model_is_another_run(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_changed_model_is_another_run(recipe: Recipe, tmp_path: Path, cut_off: CutOff) -> None:
     model = Path(shutil.copytree(recipe.model, tmp_path / "model"))
     recipe = recipe.model_copy(update={"model": str(model)})
-    cut_off(recipe, tmp_path / "out", monkeypatch)
+    cut_off(recipe)
     data = bytearray((model / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (model / "model.safetensors").write_bytes(data)
@@ -158,11 +159,10 @@ def test_a_changed_model_is_another_run(
 
 @pytest.mark.parametrize("damage", ["flip", "remove", "torn journal", "garbage"])
 def test_damaged_layers_are_made_again(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+    recipe: Recipe, tmp_path: Path, cut_off: CutOff, damage: str
 ) -> None:
     prune(recipe, tmp_path / "whole")
-    cut_off(recipe, tmp_path / "out", monkeypatch)
-    work = work_path(tmp_path / "out")
+    work = cut_off(recipe)
     layer = work / "layer-00000.safetensors"
     if damage == "flip":
         data = bytearray(layer.read_bytes())
@@ -222,7 +222,3 @@ def test_a_run_that_fails_before_the_first_layer_leaves_nothing(tmp_path: Path) 
     with pytest.raises(RuntimeError), open_work(tmp_path / "out", {}, resume=True):
         raise RuntimeError
     assert not list(tmp_path.iterdir())
-
-
-def _stored(work: Path) -> list[str]:
-    return [name for file in work.glob("layer-*.safetensors") for name in load_file(file)]

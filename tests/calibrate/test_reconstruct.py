@@ -21,10 +21,7 @@ from gblm.sparse.weights import SparseWeight
 HOW = Training(epochs=4, learning_rate=0.03, batch_size=2)
 
 
-@pytest.fixture
-def batches() -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return list(torch.randint(256, (3, 2, 16), generator=generator))
+BATCHES = list(torch.randint(256, (3, 2, 16), generator=torch.Generator().manual_seed(0)))
 
 
 def cut(weight: torch.Tensor) -> SparseWeight:
@@ -37,12 +34,9 @@ def rounded(weight: torch.Tensor) -> SparseWeight:
 
 
 def pruned_layer(
-    tiny: Path,
-    batches: list[torch.Tensor],
-    make: object = cut,
-    dtype: torch.dtype = torch.float32,
-    scratch: Path | None = None,
-) -> tuple[DecoderLayer, dict[str, SparseWeight]]:
+    tiny: Path, make: object = cut, dtype: torch.dtype = torch.float32,
+    batches: list[torch.Tensor] = BATCHES, scratch: Path | None = None,
+) -> tuple[DecoderLayer, dict[str, SparseWeight]]:  # fmt: skip
     """The first decoder layer, its linears pruned in place, with its streams."""
     how = Walk(frozenset(), keep_dense=True, scratch=scratch)
     layer = next(walk(Layers(load(tiny, dtype)), batches, how))
@@ -67,9 +61,9 @@ def loss(layer: DecoderLayer) -> float:
 
 @pytest.mark.parametrize(("make", "share"), [(cut, 0.9), (rounded, 0.97)])
 def test_training_brings_the_layer_closer_to_the_dense_one(
-    tiny: Path, batches: list[torch.Tensor], make: object, share: float
+    tiny: Path, make: object, share: float
 ) -> None:
-    layer, weights = pruned_layer(tiny, batches, make)
+    layer, weights = pruned_layer(tiny, make)
     before, kept = loss(layer), {n: p.clone() for n, p in layer.module.named_parameters()}
     done = reconstruct(layer.module, weights, layer.streams, HOW, ALONE, "layer")
     for name, parameter in layer.module.named_parameters():
@@ -85,8 +79,8 @@ def test_training_brings_the_layer_closer_to_the_dense_one(
     assert done.loss[0] > done.loss[1]
 
 
-def test_trained_codes_stay_codes(tiny: Path, batches: list[torch.Tensor]) -> None:
-    layer, weights = pruned_layer(tiny, batches, rounded)
+def test_trained_codes_stay_codes(tiny: Path) -> None:
+    layer, weights = pruned_layer(tiny, rounded)
     how = Training(epochs=8, learning_rate=0.2, batch_size=1)
     done = reconstruct(layer.module, weights, layer.streams, how, ALONE, "layer")
     changed = 0
@@ -101,12 +95,12 @@ def test_trained_codes_stay_codes(tiny: Path, batches: list[torch.Tensor]) -> No
     assert changed > 0
 
 
-def test_the_dense_stream_does_not_see_changes(tiny: Path, batches: list[torch.Tensor]) -> None:
+def test_the_dense_stream_does_not_see_changes(tiny: Path) -> None:
     model = load(tiny, torch.float32)
     with torch.no_grad():
-        states = [model(input_ids=b, output_hidden_states=True).hidden_states for b in batches]
+        states = [model(input_ids=b, output_hidden_states=True).hidden_states for b in BATCHES]
     first, second = (torch.cat([states[0][i][:1], states[1][i][1:]]) for i in (0, 1))
-    steps = walk(Layers(model), batches, Walk(frozenset(), keep_dense=True))
+    steps = walk(Layers(model), BATCHES, Walk(frozenset(), keep_dense=True))
     layer = next(steps)
     inputs, targets = layer.streams.batch([0, 3])
     assert torch.allclose(inputs, first, atol=1e-5)
@@ -120,8 +114,8 @@ def test_the_dense_stream_does_not_see_changes(tiny: Path, batches: list[torch.T
     assert torch.allclose(targets, want, atol=1e-5)
 
 
-def test_a_loss_that_is_not_finite_is_an_error(tiny: Path, batches: list[torch.Tensor]) -> None:
-    layer, weights = pruned_layer(tiny, batches)
+def test_a_loss_that_is_not_finite_is_an_error(tiny: Path) -> None:
+    layer, weights = pruned_layer(tiny)
     how = Training(epochs=2, learning_rate=0.9, batch_size=1)
     weights["mlp.down_proj"].weight.fill_(float("inf"))
     with pytest.raises(InputError, match="did not converge"):
@@ -129,12 +123,10 @@ def test_a_loss_that_is_not_finite_is_an_error(tiny: Path, batches: list[torch.T
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_dtypes_train_as_well(
-    tiny: Path, batches: list[torch.Tensor], dtype: torch.dtype
-) -> None:
-    wide, weights = pruned_layer(tiny, batches)
+def test_narrow_dtypes_train_as_well(tiny: Path, dtype: torch.dtype) -> None:
+    wide, weights = pruned_layer(tiny)
     want = reconstruct(wide.module, weights, wide.streams, HOW, ALONE, "layer")
-    layer, weights = pruned_layer(tiny, batches, dtype=dtype)
+    layer, weights = pruned_layer(tiny, dtype=dtype)
     done = reconstruct(layer.module, weights, layer.streams, HOW, ALONE, "layer")
     assert done.loss == pytest.approx(want.loss, rel=0.05)
     for name, weight in done.weights.items():
@@ -147,7 +139,7 @@ def test_narrow_dtypes_train_as_well(
 def test_gradients_too_small_for_float16_count(tiny: Path) -> None:
     """Many tokens of large states: each gradient of the mean is below float16's smallest number."""
     batches = list(torch.randint(256, (2, 4, 512), generator=torch.Generator().manual_seed(0)))
-    layer, weights = pruned_layer(tiny, batches, dtype=torch.float16)
+    layer, weights = pruned_layer(tiny, dtype=torch.float16, batches=batches)
     assert layer.streams is not None
     for held in (layer.streams.inputs, layer.streams.targets):
         for index in range(len(batches)):
@@ -160,14 +152,12 @@ def test_gradients_too_small_for_float16_count(tiny: Path) -> None:
         assert float(changed) > 0.9, name
 
 
-def test_linears_that_no_sample_reaches_are_no_obstacle(
-    tiny: Path, batches: list[torch.Tensor]
-) -> None:
+def test_linears_that_no_sample_reaches_are_no_obstacle(tiny: Path) -> None:
     class Two(Ranks):
         def average_(self, tensor: torch.Tensor) -> None:
             assert isinstance(tensor, torch.Tensor), "the other rank waits for this one"
 
-    layer, weights = pruned_layer(tiny, batches)
+    layer, weights = pruned_layer(tiny)
     layer.module.expert = torch.nn.Linear(64, 64)
     weights["expert"] = cut(layer.module.expert.weight)
     done = reconstruct(layer.module, weights, layer.streams, HOW, Two(), "layer")
@@ -176,10 +166,10 @@ def test_linears_that_no_sample_reaches_are_no_obstacle(
 
 
 def test_a_step_reads_its_own_samples_only(
-    tiny: Path, batches: list[torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = torch.cat(batches).split(len(batches) * 2)  # as in the sequential order
-    layer, _ = pruned_layer(tiny, list(one), scratch=tmp_path)
+    one = torch.cat(BATCHES).split(len(BATCHES) * 2)  # as in the sequential order
+    layer, _ = pruned_layer(tiny, batches=list(one), scratch=tmp_path)
     assert layer.streams is not None
     want = [
         held.get(0, torch.device("cpu")) for held in (layer.streams.inputs, layer.streams.targets)

@@ -28,13 +28,10 @@ def model(tiny: Path) -> torch.nn.Module:
     return load(tiny, torch.float32)
 
 
-@pytest.fixture
-def batches() -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(256, (1, 16), generator=generator) for _ in range(3)]
+BATCHES = list(torch.randint(256, (3, 1, 16), generator=torch.Generator().manual_seed(0)))
 
 
-def inputs_by_hooks(model: torch.nn.Module, batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+def inputs_by_hooks(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Oracle: ‖X_j‖ from plain forward hooks over whole-model passes."""
     sums: dict[str, torch.Tensor] = {}
     handles = []
@@ -47,33 +44,29 @@ def inputs_by_hooks(model: torch.nn.Module, batches: list[torch.Tensor]) -> dict
 
             handles.append(module.register_forward_pre_hook(hook))
     with torch.no_grad():
-        for batch in batches:
+        for batch in BATCHES:
             model(input_ids=batch)
     for handle in handles:
         handle.remove()
-    return {name: (total / len(batches)).sqrt() for name, total in sums.items()}
+    return {name: (total / len(BATCHES)).sqrt() for name, total in sums.items()}
 
 
-def test_walk_without_changes_sees_the_whole_models_activations(
-    model: torch.nn.Module, batches: list[torch.Tensor]
-) -> None:
-    want = inputs_by_hooks(model, batches)
+def test_walk_without_changes_sees_the_whole_models_activations(model: torch.nn.Module) -> None:
+    want = inputs_by_hooks(model)
     seen = 0
-    for layer in walk(model, batches, NEEDS):
+    for layer in walk(model, BATCHES, NEEDS):
         for local, stats in layer.observe().items():
             torch.testing.assert_close(stats["act_norm"], want[f"{layer.name}.{local}"])
             seen += 1
     assert seen == len(want) == 14
 
 
-def test_walk_propagates_the_changed_weights(
-    model: torch.nn.Module, batches: list[torch.Tensor]
-) -> None:
+def test_walk_propagates_the_changed_weights(model: torch.nn.Module) -> None:
     dense = [
-        layer.observe()["self_attn.q_proj"]["act_norm"] for layer in walk(model, batches, NEEDS)
+        layer.observe()["self_attn.q_proj"]["act_norm"] for layer in walk(model, BATCHES, NEEDS)
     ]
     changed = []
-    for layer in walk(model, batches, NEEDS):
+    for layer in walk(model, BATCHES, NEEDS):
         changed.append(layer.observe()["self_attn.q_proj"]["act_norm"])
         with torch.no_grad():
             layer.linears["mlp.down_proj"].weight.mul_(0)
@@ -81,27 +74,23 @@ def test_walk_propagates_the_changed_weights(
     assert not torch.allclose(changed[1], dense[1])
     # The second layer's statistics are those of a model whose first layer is changed.
     torch.testing.assert_close(
-        changed[1], inputs_by_hooks(model, batches)["model.layers.1.self_attn.q_proj"]
+        changed[1], inputs_by_hooks(model)["model.layers.1.self_attn.q_proj"]
     )
 
 
-def test_dense_prefix_sees_the_unchanged_model(
-    model: torch.nn.Module, batches: list[torch.Tensor]
-) -> None:
-    want = inputs_by_hooks(model, batches)
-    for layer in walk(model, batches, NEEDS, prefix="dense"):
+def test_dense_prefix_sees_the_unchanged_model(model: torch.nn.Module) -> None:
+    want = inputs_by_hooks(model)
+    for layer in walk(model, BATCHES, NEEDS, prefix="dense"):
         for local, stats in layer.observe().items():
             torch.testing.assert_close(stats["act_norm"], want[f"{layer.name}.{local}"])
         with torch.no_grad():
             layer.linears["mlp.down_proj"].weight.mul_(0)
 
 
-def test_activations_on_disk_are_the_same(
-    model: torch.nn.Module, batches: list[torch.Tensor], tmp_path: Path
-) -> None:
-    memory = [layer.observe() for layer in walk(model, batches, NEEDS)]
+def test_activations_on_disk_are_the_same(model: torch.nn.Module, tmp_path: Path) -> None:
+    memory = [layer.observe() for layer in walk(model, BATCHES, NEEDS)]
     disk = []
-    for layer in walk(model, batches, NEEDS, scratch=tmp_path / "s"):
+    for layer in walk(model, BATCHES, NEEDS, scratch=tmp_path / "s"):
         disk.append(layer.observe())
         assert len(list((tmp_path / "s").iterdir())) == 3
     for a, b in zip(memory, disk, strict=True):
@@ -109,29 +98,27 @@ def test_activations_on_disk_are_the_same(
     assert not list((tmp_path / "s").iterdir())
 
 
-def test_layers_before_first_are_run_but_not_observed(
-    model: torch.nn.Module, batches: list[torch.Tensor]
-) -> None:
-    want = [layer.observe() for layer in walk(model, batches, NEEDS)]
-    for layer in walk(model, batches, NEEDS, first=1):
+def test_layers_before_first_are_run_but_not_observed(model: torch.nn.Module) -> None:
+    want = [layer.observe() for layer in walk(model, BATCHES, NEEDS)]
+    for layer in walk(model, BATCHES, NEEDS, first=1):
         if layer.index == 1:
             got = layer.observe()
     assert torch.equal(got["self_attn.q_proj"]["act_norm"], want[1]["self_attn.q_proj"]["act_norm"])
 
 
 def test_sequential_order_sees_what_was_pruned_before_in_the_same_layer(
-    model: torch.nn.Module, batches: list[torch.Tensor]
+    model: torch.nn.Module,
 ) -> None:
     """The oracle: statistics of a plain pass, taken when all linears before are zeroed."""
     seen: dict[str, torch.Tensor] = {}
-    norms = inputs_by_hooks(model, batches)
+    norms = inputs_by_hooks(model)
 
     def halve(layer: DecoderLayer, local: str, stats: dict[str, torch.Tensor]) -> None:
         seen[f"{layer.name}.{local}"] = stats["act_norm"]
         layer.linears[local].weight.mul_(0.5)
 
     names = []
-    for layer in walk(model, [torch.cat(batches)], NEEDS, order="sequential"):
+    for layer in walk(model, [torch.cat(BATCHES)], NEEDS, order="sequential"):
         layer.visit(partial(halve, layer))
         names += [f"{layer.name}.{local}" for local in layer.linears]
     assert list(seen) == names
@@ -139,29 +126,25 @@ def test_sequential_order_sees_what_was_pruned_before_in_the_same_layer(
     torch.testing.assert_close(seen[first + "q_proj"], norms[first + "q_proj"])
     # Values are halved before o_proj sees them; scores are quartered, so only about so.
     assert not torch.allclose(seen[first + "o_proj"], norms[first + "o_proj"])
-    pruned = inputs_by_hooks(model, batches)
+    pruned = inputs_by_hooks(model)
     for name, norm in seen.items():
         torch.testing.assert_close(norm, pruned[name])
 
 
-def test_batch_size_only_changes_rounding(
-    model: torch.nn.Module, batches: list[torch.Tensor]
-) -> None:
-    one = [layer.observe() for layer in walk(model, batches, NEEDS)]
-    joined = [layer.observe() for layer in walk(model, [torch.cat(batches)], NEEDS)]
+def test_batch_size_only_changes_rounding(model: torch.nn.Module) -> None:
+    one = [layer.observe() for layer in walk(model, BATCHES, NEEDS)]
+    joined = [layer.observe() for layer in walk(model, [torch.cat(BATCHES)], NEEDS)]
     for a, b in zip(one, joined, strict=True):
         for name in a:
             torch.testing.assert_close(a[name]["act_norm"], b[name]["act_norm"])
 
 
 @pytest.mark.parametrize("order", ["layer", "sequential"])
-def test_ranks_join_statistics_in_one_order(
-    model: torch.nn.Module, batches: list[torch.Tensor], order: str
-) -> None:
+def test_ranks_join_statistics_in_one_order(model: torch.nn.Module, order: str) -> None:
     """A set of names has another order in every process, in which ranks would wait for another."""
     needs, seen = frozenset(STATS), []
     how = Walk(needs, order=order)
-    for layer in walk_layers(Layers(model), [torch.cat(batches)], how):
+    for layer in walk_layers(Layers(model), [torch.cat(BATCHES)], how):
         layer.visit(lambda local, own: seen.append(list(own)))
     assert seen == [sorted(needs)] * 14
 
@@ -171,21 +154,19 @@ def test_walk_without_needs_runs_no_forward_pass(model: torch.nn.Module) -> None
     assert [layer.index for layer in walk(model, [], frozenset())] == [0, 1]
 
 
-def test_walk_leaves_no_hooks_behind(model: torch.nn.Module, batches: list[torch.Tensor]) -> None:
-    for layer in walk(model, batches, NEEDS):
+def test_walk_leaves_no_hooks_behind(model: torch.nn.Module) -> None:
+    for layer in walk(model, BATCHES, NEEDS):
         layer.observe()
         break
-    for layer in walk(model, batches, NEEDS):
+    for layer in walk(model, BATCHES, NEEDS):
         layer.observe()
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_infinite_activations_name_the_linear(
-    model: torch.nn.Module, batches: list[torch.Tensor]
-) -> None:
+def test_infinite_activations_name_the_linear(model: torch.nn.Module) -> None:
     with torch.no_grad():
         model.get_submodule("model.layers.0.mlp.up_proj").weight[0, 0] = float("inf")
-    first = next(walk(model, batches, NEEDS))
+    first = next(walk(model, BATCHES, NEEDS))
     with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.down_proj"):
         first.observe()
