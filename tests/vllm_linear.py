@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,6 +32,30 @@ def create(
         weight_loader=lambda *args: None,
     )  # fmt: skip
     return method, layer
+
+
+def load_columns(layer: torch.nn.Module, parts: dict[str, torch.Tensor]) -> None:
+    """Load as vLLM does where ranks share the columns."""
+    for part, tensor in parts.items():
+        getattr(layer, part).load_row_parallel_weight(loaded_weight=tensor)
+
+
+def load_pieces(
+    layer: torch.nn.Module, pieces: Sequence[dict[str, torch.Tensor]], sizes: Sequence[int]
+) -> None:
+    """Load as vLLM does where ranks share the rows of several fused linears.
+
+    Args:
+        layer: takes the pieces.
+        pieces: the whole parts of each linear.
+        sizes: rows of each linear that the rank keeps.
+    """
+    for piece, parts in enumerate(pieces):
+        for part, tensor in parts.items():
+            getattr(layer, part).load_merged_column_weight(
+                loaded_weight=tensor, shard_id=piece, shard_offset=sum(sizes[:piece]),
+                shard_size=sizes[piece],
+            )  # fmt: skip
 
 
 def fused_linear(

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from vllm_linear import RANKS, SHAPE, create
+from vllm_linear import RANKS, SHAPE, create, load_columns, load_pieces
 from weights import weight_of
 
 from gblm.errors import CheckpointError
 from gblm.serve.launch import LOADER_CONFIG
-from gblm.sparse.formats import Format, from_spec
+from gblm.sparse.formats import from_spec
 
 pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm", reason="vLLM: make dev installs it")
@@ -30,20 +30,6 @@ SPECS = [f"{fmt}/{values}".removesuffix("/float") for fmt in FORMATS for values 
 ROWS, COLUMNS = SHAPE
 
 
-def load_columns(layer: torch.nn.Module, parts: dict[str, torch.Tensor]) -> None:
-    for part, tensor in parts.items():
-        getattr(layer, part).load_row_parallel_weight(loaded_weight=tensor)
-
-
-def load_piece(layer: torch.nn.Module, piece: int, parts: dict[str, torch.Tensor]) -> None:
-    """Of two pieces of a fused layer with ROWS rows each."""
-    size = ROWS // RANKS
-    for part, tensor in parts.items():
-        getattr(layer, part).load_merged_column_weight(
-            loaded_weight=tensor, shard_id=piece, shard_offset=piece * size, shard_size=size
-        )
-
-
 @pytest.mark.parametrize("rank", range(RANKS))
 @pytest.mark.parametrize("spec", SPECS)
 def test_each_part_is_missed_where_columns_are_cut(
@@ -51,14 +37,14 @@ def test_each_part_is_missed_where_columns_are_cut(
 ) -> None:
     fmt = from_spec(spec)
     whole = fmt.pack("w", weight_of(fmt, SHAPE))
-    for missing in (*fmt.parts, None):
+    for missing in fmt.parts:
         method, layer = create(fmt, [ROWS], COLUMNS, RANKS, monkeypatch, rank)
-        load_columns(layer, {part: whole[part] for part in fmt.parts if part != missing})
-        if missing is None:
-            method.process_weights_after_loading(layer)
-            continue
+        load_columns(layer, {part: whole[part] for part in whole if part != missing})
         with pytest.raises(CheckpointError, match=r"^w"):
             method.process_weights_after_loading(layer)
+    method, layer = create(fmt, [ROWS], COLUMNS, RANKS, monkeypatch, rank)
+    load_columns(layer, whole)
+    method.process_weights_after_loading(layer)
 
 
 @pytest.mark.parametrize("rank", range(RANKS))
@@ -66,25 +52,15 @@ def test_each_part_is_missed_where_columns_are_cut(
 def test_each_part_of_each_piece_is_missed_where_rows_are_cut(
     spec: str, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fmt = from_spec(spec)
+    fmt, half = from_spec(spec), ROWS // RANKS
     whole = fmt.pack("w", weight_of(fmt, SHAPE))
-    for piece in range(2):
-        for missing in ({part} for part in fmt.parts):
-            expect_refusal(fmt, [whole, whole], piece, missing, monkeypatch, rank)
-        expect_refusal(fmt, [whole, whole], piece, set(fmt.parts), monkeypatch, rank)
-
-
-def expect_refusal(
-    fmt: Format, pieces: list[dict[str, torch.Tensor]], piece: int, missing: set[str],
-    monkeypatch: pytest.MonkeyPatch, rank: int,
-) -> None:  # fmt: skip
-    """Refused without these parts of one piece."""
-    method, layer = create(fmt, [ROWS // RANKS] * 2, COLUMNS, 1, monkeypatch, rank)
-    for number, parts in enumerate(pieces):
-        left = parts.keys() - missing if number == piece else parts.keys()
-        load_piece(layer, number, {part: parts[part] for part in left})
-    with pytest.raises(CheckpointError, match=r"^w"):
-        method.process_weights_after_loading(layer)
+    for missing in (*({part} for part in whole), set(whole)):
+        lacking = {part: whole[part] for part in whole.keys() - missing}
+        for pieces in ([lacking, whole], [whole, lacking]):
+            method, layer = create(fmt, [half, half], COLUMNS, 1, monkeypatch, rank)
+            load_pieces(layer, pieces, [half, half])
+            with pytest.raises(CheckpointError, match=r"^w"):
+                method.process_weights_after_loading(layer)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from vllm_linear import RANKS, SHAPE, create, fused_linear
+from vllm_linear import RANKS, SHAPE, create, fused_linear, load_columns, load_pieces
 from weights import weight_of
 
 from gblm.errors import CheckpointError
@@ -28,8 +28,7 @@ def test_columns_are_cut_in_whole_groups(
     fmt, (rows, columns) = from_spec(spec), SHAPE
     weight = weight_of(fmt, SHAPE)
     method, layer = create(fmt, [rows], columns, RANKS, monkeypatch, rank)
-    for part, tensor in fmt.pack("w", weight).items():
-        getattr(layer, part).load_row_parallel_weight(loaded_weight=tensor)
+    load_columns(layer, fmt.pack("w", weight))
     half = columns // RANKS
     check(fmt, method._loaded_parts(layer), weight.narrow(1, rank * half, half))
 
@@ -43,12 +42,7 @@ def test_fused_rows_are_cut_and_joined(
     gate, up = weight_of(fmt, SHAPE), weight_of(fmt, (8, columns))
     sizes = [rows // RANKS, 8 // RANKS]
     method, layer = create(fmt, sizes, columns, 1, monkeypatch, rank)
-    for piece, weight in enumerate((gate, up)):
-        for part, tensor in fmt.pack("w", weight).items():
-            getattr(layer, part).load_merged_column_weight(
-                loaded_weight=tensor, shard_id=piece,
-                shard_offset=sum(sizes[:piece]), shard_size=sizes[piece],
-            )  # fmt: skip
+    load_pieces(layer, [fmt.pack("w", weight) for weight in (gate, up)], sizes)
     own = [w.narrow(0, rank * size, size) for w, size in zip((gate, up), sizes, strict=True)]
     check(fmt, method._loaded_parts(layer), SparseWeight.cat(own))
 
@@ -123,10 +117,8 @@ def test_fused_rows_may_differ_in_sparsity(values: str, monkeypatch: pytest.Monk
     method, layer = create(joined, [8 // RANKS, 8 // RANKS], columns, 1, monkeypatch, 1)
     formats = [config.manifest.format_of(f"m.{name}") for name in patterns]
     weights = [weight_of(fmt, (8, columns)) for fmt in formats if fmt]
-    for piece, (fmt, weight) in enumerate(zip(formats, weights, strict=True)):
-        assert fmt is not None
-        for part, tensor in fmt.pack("w", weight).items():
-            getattr(layer, part).load_merged_column_weight(loaded_weight=tensor, shard_id=piece)
+    parts = [fmt.pack("w", one) for fmt, one in zip(formats, weights, strict=True) if fmt]
+    load_pieces(layer, parts, [8 // RANKS, 8 // RANKS])
     own = [weight.narrow(0, 8 // RANKS, 8 // RANKS) for weight in weights]
     check(joined, method._loaded_parts(layer), SparseWeight.cat(own))
 
