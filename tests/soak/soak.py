@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -27,10 +28,12 @@ from typing import Any
 import bad_requests
 import faults
 from pages import made_by
-from soak_load import SPREAD, load_for, resident_bytes, sampled, slope, warm_up
-from soak_watch import watched
+from soak_load import SPREAD, load_for, one_run, resident_bytes, sampled, slope, warm_up
 
+from gblm.bench.compare import LOAD
+from gblm.bench.metrics import Target
 from gblm.bench.server import RunningServer, running_server
+from gblm.bench.watch import Window, watch
 from gblm.fetch import fetch
 from gblm.model.folder import resolve
 from gblm.provenance import provenance
@@ -50,6 +53,9 @@ STORMS = 3
 THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 LONG = ("runs", "samples")  # only in the record
 AT_ONCE, CHUNK = 4, 2500  # processes, and cases in each: a crash ends only its own
+# The canary's traffic: prompt and generated tokens, requests in flight on each server.
+KIND, CONCURRENCY, SECONDS, INTERVAL = (64, 32), 4, 120.0, 5.0
+Side = tuple[str, Path]
 
 
 @dataclass(frozen=True)
@@ -203,6 +209,58 @@ def _fuzz(first: int, cases: int) -> dict[str, Any]:
     crashed = {"found": [f"cases from {first}: ended with code {done.returncode}"]}
     counts: dict[str, Any] = json.loads(done.stdout) if done.stdout else crashed
     return counts
+
+
+def watched(a: Side, b: Side) -> dict[str, Any]:
+    """Load both servers alike and watch them.
+
+    Args:
+        a: URL and folder of the dense one.
+        b: of the candidate.
+    """
+    sides = dict(zip("ab", (a, b), strict=True))
+    with ThreadPoolExecutor(len(sides)) as pool:
+        first = list(pool.map(lambda s: traffic(*s, 4 * CONCURRENCY), sides.values()))
+        count = int(SECONDS * min(row["requests_per_s"] for row in first))
+        begun = threading.Event()
+        window = Window(SECONDS * 1.5, INTERVAL)
+        seen = pool.submit(watch, Target.of("A", a[0]), Target.of("B", b[0]), window,
+                           lambda *_: begun.set)  # fmt: skip
+        begun.wait(60)
+        with ThreadPoolExecutor(len(sides)) as loads:
+            rows = list(loads.map(lambda s: traffic(*s, count), sides.values()))
+        found = seen.result()
+    own = dict(zip(sides, rows, strict=True))
+    metrics = {metric: agreement(found, own, metric) for metric in ("ttft", "tpot")}
+    return {
+        "requests": count,
+        "concurrency": CONCURRENCY,
+        "load_generators": own,
+        "metrics": metrics,
+        "notes": list(found.verdict.notes),
+        "window": found.provenance["settings"],
+        "kept": all(row["agrees"] for row in metrics.values()),
+    }
+
+
+def traffic(url: str, folder: Path, count: int) -> dict[str, Any]:
+    """What a load generator measures of the canary's traffic."""
+    return one_run(url, folder, KIND, count, CONCURRENCY, 0)
+
+
+def agreement(record: Record, own: dict[str, dict[str, Any]], metric: str) -> dict[str, Any]:
+    """One metric of both; the generators' ratio must lie in the interval of the watched one."""
+    key = f"mean_{metric}_ms"
+    ratio = own["a"][key] / own["b"][key]
+    row = record.row("B", LOAD, f"{metric}_ms_speedup")
+    low, high = (row and row.interval) or (None, None)
+    return {
+        "watched_ms": {s.lower(): record.value(s, LOAD, f"{metric}_ms_mean") for s in "AB"},
+        "generators_ms": {side: own[side][key] for side in "ab"},
+        "ratio": row and row.value, "low": low, "high": high,
+        "generators_ratio": ratio,
+        "agrees": low is not None and high is not None and low <= ratio <= high,
+    }  # fmt: skip
 
 
 def canary(soak: Soak) -> Iterator[tuple[str, dict[str, Any]]]:
