@@ -125,8 +125,11 @@ def tiny_untied(once: Once) -> Path:
     return once("untied", partial(save_tiny_model, tie_word_embeddings=False))
 
 
+Pack = Callable[..., Path]
+
+
 @pytest.fixture(scope="session")
-def pack_tiny(tiny: Path, tiny_untied: Path, text_file: Path, once: Once) -> Callable[..., Path]:
+def pack_tiny(tiny: Path, tiny_untied: Path, text_file: Path, once: Once) -> Pack:
     """Prune the tiny model once per set of arguments and give the packed folder."""
 
     def pack(
@@ -148,7 +151,7 @@ def pack_tiny(tiny: Path, tiny_untied: Path, text_file: Path, once: Once) -> Cal
 
 
 @pytest.fixture(scope="session")
-def exported(pack_tiny: Callable[..., Path], once: Once) -> Path:
+def exported(pack_tiny: Pack, once: Once) -> Path:
     """The packed tiny model in ONNX, its weights still packed."""
     pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai: make dev installs it")
     from gblm.export.onnx.export import Wanted, export_onnx
@@ -168,7 +171,7 @@ def best_backend() -> str:
 
 
 @pytest.fixture
-def packed(pack_tiny: Callable[..., Path], tmp_path: Path) -> Path:
+def packed(pack_tiny: Pack, tmp_path: Path) -> Path:
     """A private copy of the packed tiny model, to be damaged."""
     return Path(shutil.copytree(pack_tiny(), tmp_path / "packed"))
 
@@ -209,8 +212,11 @@ class Outcome:
         return f"exit {self.code}\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
 
 
+Run = Callable[..., Outcome]
+
+
 @pytest.fixture
-def gblm(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Outcome]:
+def gblm(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Run the command line in a process of its own, forked from one that has torch imported."""
 
     def run(*arguments: object, **environment: str) -> Outcome:

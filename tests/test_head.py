@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Outcome, content, save_tiny_model
+from conftest import Pack, Run, content, save_tiny_model
 from damage import rehash, tensors
 from safetensors.torch import load_file, save_file
 from test_families import save_family
@@ -28,8 +28,6 @@ from gblm.prune import prune
 from gblm.recipe import Recipe
 from gblm.sparse.values import parse_values, quantize
 
-Pack = Callable[..., Path]
-Run = Callable[..., Outcome]
 IDS = torch.arange(24).reshape(2, 12)
 EMBEDDINGS = "model.embed_tokens.weight"
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Outcome, save_tiny_model
+from conftest import Pack, save_tiny_model
 from safetensors.torch import load_file
 
 import gblm.packed
@@ -21,9 +20,6 @@ from gblm.model.packed_reader import PackedReader
 from gblm.prune import prune
 from gblm.recipe import Recipe
 from gblm.sparse.patterns import parse
-
-Pack = Callable[..., Path]
-Run = Callable[..., Outcome]
 
 
 @pytest.mark.parametrize(("pattern", "values"), [("2:4", "int8"), ("0.5", "int4")])

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Outcome
+from conftest import Run
 
 import gblm.packed
 from gblm.checkpoint.inspect import inspect, verify
@@ -202,7 +201,7 @@ def test_hundreds_of_names_are_looked_up_at_once() -> None:
 
 
 def test_the_command_line_shows_the_mix(
-    gblm: Callable[..., Outcome], recipe: Recipe, folder: Path, tmp_path: Path
+    gblm: Run, recipe: Recipe, folder: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "recipe.json"
     file.write_text((folder / "recipe.json").read_text())

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import Pack
 
 import gblm.packed
 from gblm.checkpoint.inspect import verify
@@ -16,8 +16,6 @@ from gblm.export.dense import export_dense
 from gblm.kernels import BACKENDS, log_choice
 from gblm.model.folder import ModelFolder
 from gblm.model.loading import load
-
-Pack = Callable[..., Path]
 
 
 @pytest.mark.parametrize(

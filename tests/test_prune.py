@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Outcome, save_tiny_model
+from conftest import Pack, Run, save_tiny_model
 from safetensors.torch import load_file
 
 from gblm.calibrate.walk import Walk, walk
@@ -38,8 +38,6 @@ from gblm.sparse.patterns import NM
 from gblm.sparse.values import parse_values, quantize
 from gblm.sparse.weights import SparseWeight
 
-Run = Callable[..., Outcome]
-
 
 @pytest.fixture
 def recipe(tiny: Path, text_file: Path) -> Recipe:
@@ -54,7 +52,7 @@ def recipe(tiny: Path, text_file: Path) -> Recipe:
      ("gblm", "0.5", "float"), ("magnitude", "2:4", "int8"), ("magnitude", "0.5", "int4:32")],
 )  # fmt: skip
 def test_packed_weights_are_the_source_weights_where_kept(
-    tiny: Path, pack_tiny: Callable[..., Path], method: str, pattern: str, values: str
+    tiny: Path, pack_tiny: Pack, method: str, pattern: str, values: str
 ) -> None:
     with (
         PackedReader(ModelFolder.open(pack_tiny(method, pattern, values))) as packed,
@@ -77,9 +75,7 @@ def test_packed_weights_are_the_source_weights_where_kept(
             assert torch.equal(packed.tensor(name), dense.tensor(name))
 
 
-def test_recipe_in_the_folder_repeats_the_run(
-    pack_tiny: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_recipe_in_the_folder_repeats_the_run(pack_tiny: Pack, tmp_path: Path) -> None:
     folder = pack_tiny()
     again = tmp_path / "again"
     prune(Recipe.from_file(folder / "recipe.json"), again)
@@ -307,9 +303,7 @@ def test_read_only_parent_is_refused(recipe: Recipe, tmp_path: Path) -> None:
         prune(recipe, parent / "out")
 
 
-def test_packed_model_is_not_pruned_again(
-    recipe: Recipe, pack_tiny: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_packed_model_is_not_pruned_again(recipe: Recipe, pack_tiny: Pack, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="packed already"):
         prune(recipe.model_copy(update={"model": str(pack_tiny())}), tmp_path / "out")
 

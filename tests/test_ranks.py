@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import Outcome, content
+from conftest import Run, content
 from safetensors.torch import load_file
 
 from gblm.calibrate.ranks import Ranks, rank_device
@@ -24,7 +24,6 @@ from gblm.prune import prune
 from gblm.recipe import Calibration, Recipe
 
 Launch = Callable[..., subprocess.Popen[str]]
-Run = Callable[..., Outcome]
 Words = Callable[..., list[object]]
 RANK = str(Path(__file__).with_name("rank.py"))
 

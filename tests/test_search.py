@@ -12,7 +12,7 @@ from typing import Any
 import click
 import pytest
 import torch
-from conftest import Outcome, save_tiny_model
+from conftest import Run, save_tiny_model
 
 from gblm.calibrate.gradients import Gradients, gradient_norms
 from gblm.cli import cli
@@ -39,7 +39,6 @@ from gblm.search.sensitivity import GRID, SHARE, Curve, Judgement, column_costs,
 from gblm.sparse.patterns import NM, Dense, Unstructured, parse
 from gblm.sparse.values import FLOAT, parse_values
 
-Run = Callable[..., Outcome]
 INT4 = parse_values("int4:64")
 
 

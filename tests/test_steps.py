@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Outcome, content
+from conftest import Run, content
 from killing import killed_run
 from safetensors.torch import load_file
 from test_families import save_family
@@ -243,7 +243,7 @@ def test_refit_needs_something_that_was_pruned(recipe: Recipe, tmp_path: Path) -
     ],
 )
 def test_the_command_line_says_what_does_not_fit(
-    gblm: Callable[..., Outcome], tiny: Path, tmp_path: Path, arguments: tuple[str, ...],
+    gblm: Run, tiny: Path, tmp_path: Path, arguments: tuple[str, ...],
     message: str,
 ) -> None:  # fmt: skip
     done = gblm("prune", tiny, *arguments, "--output", tmp_path / "out")

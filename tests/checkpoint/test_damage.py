@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Outcome
+from conftest import Pack, Run
 from damage import DAMAGES, UP, rehash
 
 from gblm import kernels
@@ -19,7 +19,6 @@ from gblm.model.folder import ModelFolder
 from gblm.model.packed_reader import PackedReader
 from gblm.packed import check_loadable, load
 
-Pack = Callable[..., Path]
 Watched = list[str]
 
 
@@ -99,9 +98,7 @@ def test_damage_is_refused_by_verify(damaged: tuple[Path, str], ran: Watched) ->
     )
 
 
-def test_the_command_verify_holds_the_folder_against_its_config(
-    packed: Path, gblm: Callable[..., Outcome]
-) -> None:
+def test_the_command_verify_holds_the_folder_against_its_config(packed: Path, gblm: Run) -> None:
     DAMAGES["missing norm"][1](packed)
     rehash(packed)
     verify(ModelFolder.open(packed))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Outcome
+from conftest import Pack, Run
 from damage import UP, rehash, tensors
 
 from gblm.checkpoint.inspect import inspect, side_by_side, verify
@@ -16,8 +16,6 @@ from gblm.errors import CheckpointError, InputError
 from gblm.export.dense import export_dense
 from gblm.model.folder import ModelFolder
 from gblm.model.packed_reader import PackedReader
-
-Pack = Callable[..., Path]
 
 
 def change(folder: Path, how: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -100,9 +98,7 @@ def test_foreign_quantisation_is_refused(packed: Path) -> None:
         inspect(ModelFolder.open(packed))
 
 
-def test_two_folders_stand_side_by_side(
-    tiny: Path, pack_tiny: Pack, gblm: Callable[..., Outcome]
-) -> None:
+def test_two_folders_stand_side_by_side(tiny: Path, pack_tiny: Pack, gblm: Run) -> None:
     found = side_by_side(ModelFolder.open(tiny), ModelFolder.open(pack_tiny()))
     rows = {row["what"]: row for row in found["rows"]}
     assert (rows["sparsity"]["a"], rows["sparsity"]["b"]) == (0.0, 0.5)
@@ -114,7 +110,7 @@ def test_two_folders_stand_side_by_side(
 
 
 def test_verified_against_another_folder_the_first_difference_is_named(
-    tiny: Path, pack_tiny: Pack, gblm: Callable[..., Outcome]
+    tiny: Path, pack_tiny: Pack, gblm: Run
 ) -> None:
     done = gblm("inspect", pack_tiny(), tiny, "--verify")
     assert done.code == 4

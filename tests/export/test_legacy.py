@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Outcome
+from conftest import Pack, Run
 from legacy_cases import FIXTURES, UP, Change, Tensors, altered, each_scale, put, settings
 from safetensors.torch import load_file
 from torch import Tensor
@@ -22,7 +21,6 @@ from gblm.model.folder import ModelFolder
 from gblm.model.packed_reader import PackedReader
 from gblm.sparse.weights import same_bits
 
-Run = Callable[..., Outcome]
 # Fixture → the weights before the old library packed them, and how we store them.
 FLOATS = {
     "bitmask": ("unstructured", "bitmask", "bfloat16"),
@@ -173,9 +171,7 @@ def test_marlin_is_taken_apart_into_the_codes_it_was_made_from(
     assert MARLIN[fixture] in (None, least)
 
 
-def test_other_folders_are_refused(
-    pack_tiny: Callable[..., Path], tiny: Path, tmp_path: Path
-) -> None:
+def test_other_folders_are_refused(pack_tiny: Pack, tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="packed by gblm already"):
         export_legacy(pack_tiny(), tmp_path / "out")
     with pytest.raises(CheckpointError, match="neither by gblm nor by compressed-tensors"):

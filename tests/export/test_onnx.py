@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_tiny_model
+from conftest import Pack, save_tiny_model
 
 from gblm.commands.export import ONNX_PRECISIONS, ONNX_TARGETS
 from gblm.errors import (
@@ -38,7 +38,6 @@ from gblm.export.onnx.decoder import OnnxDecoder
 from gblm.export.onnx.rewrite import LAYER_WEIGHT, pack_graph
 from gblm.export.onnx.storage import DATA_FILE, StoredGraph
 
-Pack = Callable[..., Path]
 SPARSE = Wanted(sparse=True, validate=16)
 
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Outcome
+from conftest import Run
 
 pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai: make dev installs it")
 
 from gblm.export.onnx.export import Wanted, export_onnx
 from gblm.record import Record
 
-Run = Callable[..., Outcome]
 SMALL = ("--rounds", 1, "--num-prompts", 2, "--prompt-len", 4, "--output-len", 2, "--threads", 1,
          "--max-steal", 100, "--max-other-load", 100, "--max-slow-read", 100,
          "--log", "log")  # fmt: skip

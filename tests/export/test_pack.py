@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import Pack
 from damage import DAMAGES, rehash
 from safetensors.torch import load_file
 
@@ -16,8 +16,6 @@ from gblm.export.pack import export_pack, find_pattern
 from gblm.model.folder import ModelFolder
 from gblm.model.loading import load
 from gblm.sparse.patterns import Unstructured
-
-Pack = Callable[..., Path]
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "8:16", "1:4", "0.5", "0.7"])

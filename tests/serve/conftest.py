@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import Pack
 from vllm_server import served
 
 
 @pytest.fixture(scope="session")
 def server(
-    pack_tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+    pack_tiny: Pack, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, subprocess.Popen, Path]]:
     """URL, process and log; test_server_stops.py, which comes last, kills its engine."""
     with served(pack_tiny(), tmp_path_factory.mktemp("serve") / "log") as running:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Outcome
+from conftest import Run
 
 from gblm.errors import InputError, UsageError
 from gblm.network import is_loopback
@@ -146,7 +145,7 @@ def test_every_way_to_give_a_key_counts(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.vllm
-def test_serve_refuses_before_it_looks_for_the_model(gblm: Callable[..., Outcome]) -> None:
+def test_serve_refuses_before_it_looks_for_the_model(gblm: Run) -> None:
     done = gblm("serve", "./nowhere", "--host", "0.0.0.0", VLLM_API_KEY="")
     assert done.code == 2, done
     assert "--insecure" in done.err

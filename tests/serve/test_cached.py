@@ -8,13 +8,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import Outcome, content
+from conftest import Pack, Run, content
 from legacy_cases import FIXTURES, altered, drop
 
 import gblm.serve.cached as cached
@@ -30,8 +29,6 @@ from gblm.prune import prune
 from gblm.recipe import Recipe
 from gblm.serve.cached import folder_to_serve, is_legacy, recipe_of
 
-Run = Callable[..., Outcome]
-Pack = Callable[..., Path]
 CONVERTED = ("bitmask", "bitmask-0.8", "24-bitmask", "24-int8-channel", "24-int8-group", "24-fp8",
              "marlin-int4", "marlin-int8", "dense")  # fmt: skip
 

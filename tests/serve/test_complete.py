@@ -23,7 +23,6 @@ from gblm.sparse.formats import from_spec
 
 pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm", reason="vLLM: make dev installs it")
-Pack = Callable[..., Path]
 FORMATS = ("nm/2:4", "bitmask/0.5", "dense/dense")
 VALUES = ("float", "int8:64", "int4:row")
 SPECS = [f"{fmt}/{values}".removesuffix("/float") for fmt in FORMATS for values in VALUES]

@@ -3,10 +3,10 @@ from __future__ import annotations
 import itertools
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import Pack
 
 from gblm.errors import CheckpointError, InputError, UsageError
 from gblm.export.dense import export_dense
@@ -20,8 +20,6 @@ from gblm.serve.launch import (
     environment,
     loading_options,
 )
-
-Pack = Callable[..., Path]
 
 
 def test_command_is_vllms_own_server_with_safe_defaults(tmp_path: Path) -> None:

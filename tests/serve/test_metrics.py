@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import Pack
 
 from gblm.checkpoint.inspect import inspect
 from gblm.kernels import BACKENDS
@@ -73,7 +73,7 @@ def test_reports_are_read_as_they_come_and_kept() -> None:
     assert values(reports.collect())["gblm_linears"] == counts(dense=8)
 
 
-def test_facts_are_those_of_inspect(pack_tiny: Callable[..., Path]) -> None:
+def test_facts_are_those_of_inspect(pack_tiny: Pack) -> None:
     folder = pack_tiny(pattern="0.5", values="int4", head="int8", tied=False)
     facts = inspect(ModelFolder.open(folder))
     found = metrics.checkpoint_facts(folder)

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Pack
 from safetensors.torch import save_file
 from vllm_run import Answer, answers, engine, farthest, is_same, skip_without
 
@@ -21,7 +21,6 @@ from gblm.export.dense import export_dense
 from gblm.model.folder import ModelFolder
 
 pytestmark = pytest.mark.vllm
-Pack = Callable[..., Path]
 RANK, ALPHA = 8, 8
 SPECULATION = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3,
                "prompt_lookup_min": 1}  # fmt: skip

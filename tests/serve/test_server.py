@@ -5,13 +5,12 @@ from __future__ import annotations
 import http.client
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import bad_requests
 import faults
 import pytest
-from conftest import Outcome
+from conftest import Pack, Run
 from vllm_server import listening
 
 from gblm.bench.server import free_port
@@ -47,7 +46,7 @@ def test_log_says_which_backend_runs(server: tuple, best_backend: str) -> None:
 
 
 def test_eval_scores_the_running_server(
-    server: tuple, pack_tiny: Callable[..., Path], tiny: Path, text_file: Path
+    server: tuple, pack_tiny: Pack, tiny: Path, text_file: Path
 ) -> None:
     protocol = Protocol(str(text_file), 64, 2)
     pytest.importorskip("tenacity", reason="lm-eval[api]: make dev installs it")
@@ -71,7 +70,7 @@ def test_nothing_beside_the_server_listens_to_other_machines(server: tuple) -> N
 
 @pytest.mark.parametrize("option", ["--grpc", "--config"])
 def test_a_port_without_the_key_is_refused_before_one_is_opened(
-    pack_tiny: Callable[..., Path], tmp_path: Path, option: str
+    pack_tiny: Pack, tmp_path: Path, option: str
 ) -> None:
     (tmp_path / "key").write_text("secret")
     (tmp_path / "vllm.yaml").write_text("grpc: true\n")
@@ -121,9 +120,7 @@ def test_bad_requests_are_refused_and_change_nothing_for_others(server: tuple) -
     assert faults.greedy(server[0], "tiny") == before
 
 
-def test_server_that_cannot_start_is_reported_with_its_reason(
-    gblm: Callable[..., Outcome], pack_tiny: Callable[..., Path]
-) -> None:
+def test_server_that_cannot_start_is_reported_with_its_reason(gblm: Run, pack_tiny: Pack) -> None:
     done = gblm("bench", pack_tiny(), "--log", "log", "--", "--max-model-len", "100000")
     assert done.code == 3, done
     assert "the server ended with code" in done.err

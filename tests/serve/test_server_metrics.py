@@ -17,6 +17,7 @@ from pathlib import Path
 
 import promql
 import pytest
+from conftest import Pack
 
 import gblm
 from gblm.bench.server import free_port
@@ -38,9 +39,7 @@ print(generate_latest().decode())
 """
 
 
-def test_metrics_say_what_is_served(
-    server: tuple, pack_tiny: Callable[..., Path], best_backend: str
-) -> None:
+def test_metrics_say_what_is_served(server: tuple, pack_tiny: Pack, best_backend: str) -> None:
     folder = pack_tiny()
     (group,) = inspect(ModelFolder.open(folder))["groups"]
     how = ("tiny", "linears", group["format"], group["pattern"], group["dtype"])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 
 import faults
 import psutil
 import pytest
+from conftest import Pack
 from vllm_server import served
 
 pytestmark = pytest.mark.vllm
@@ -31,7 +31,7 @@ def test_a_killed_engine_turns_health_red_and_ends_the_server_with_an_error(serv
 
 
 def test_after_a_restart_it_serves_as_before_and_sigterm_loses_no_answer(
-    pack_tiny: Callable[..., Path], tmp_path: Path, tokens_before: list[int]
+    pack_tiny: Pack, tmp_path: Path, tokens_before: list[int]
 ) -> None:
     with served(pack_tiny(), tmp_path / "log") as (url, process, log):
         assert faults.greedy(url, "tiny") == tokens_before

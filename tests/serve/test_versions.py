@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Outcome
+from conftest import Run
 
 from gblm.errors import MachineError
 from gblm.serve import vllm_cli
@@ -49,7 +48,7 @@ def test_only_patches_of_tested_releases_are_tested(version: str, tested: bool) 
 
 @pytest.mark.vllm
 def test_serve_refuses_a_packed_model_before_vllm_starts(
-    gblm: Callable[..., Outcome], packed: Path, untested: dict[str, str]
+    gblm: Run, packed: Path, untested: dict[str, str]
 ) -> None:
     done = gblm("serve", packed, **untested)
     assert done.code == 3, done

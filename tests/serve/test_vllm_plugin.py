@@ -9,10 +9,10 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import Pack
 from legacy_cases import FIXTURES
 from safetensors.torch import load_file, save_file
 from test_families import save_family
@@ -26,7 +26,6 @@ from gblm.recipe import Recipe
 from gblm.serve.cached import folder_to_serve
 
 pytestmark = pytest.mark.vllm
-Pack = Callable[..., Path]
 # Values of the linears and the head, tied or not. q/k/v and gate/up are fused in vLLM: four linears
 # in each of the two layers, and the head where it is packed.
 EAGER = [
