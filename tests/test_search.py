@@ -14,7 +14,6 @@ import pytest
 import torch
 from conftest import Run, save_tiny_model
 
-from gblm.calibrate.gradients import Gradients, gradient_norms
 from gblm.cli import cli
 from gblm.errors import InputError, UsageError
 from gblm.evaluate.perplexity import Protocol
@@ -22,9 +21,6 @@ from gblm.evaluate.run import Evaluation, run_evaluation
 from gblm.files import read_json
 from gblm.methods.obs import prepare_obs
 from gblm.methods.sparsegpt import SparseGPT
-from gblm.model.layers import Layers
-from gblm.model.linears import prunable
-from gblm.model.loading import load
 from gblm.prune import prune
 from gblm.prune.job import open_job
 from gblm.recipe import FUSED, Calibration, Choice, Recipe, Refitting
@@ -101,35 +97,6 @@ def test_inputs_that_are_always_zero_cost_nothing() -> None:
     inputs = torch.randn(50, 8)
     inputs[:, 3] = 0
     assert column_costs(inputs.t() @ inputs, makes_up=True)[3] == 0
-
-
-@pytest.mark.parametrize("resident", [True, False])
-def test_output_gradients_are_those_of_autograd(tiny: Path, resident: bool) -> None:
-    model = load(tiny, torch.float32)
-    samples = list(torch.randint(0, 256, (3, 12), generator=torch.Generator().manual_seed(0)))
-    names = frozenset(prunable(model))
-    seen: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-
-    def keep(name: str) -> Any:
-        def hook(module: Any, args: Any, output: torch.Tensor) -> None:
-            output.register_hook(seen[name].append)
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
-    for sample in samples:
-        ids = sample.reshape(1, -1)
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    for handle in handles:
-        handle.remove()
-    how = Gradients("output", names, resident=resident)
-    found: dict[str, torch.Tensor] = {}
-    for _, own in gradient_norms(Layers(load(tiny, torch.float32)), samples, how):
-        found |= own
-    assert found.keys() == names
-    for name, gradients in seen.items():
-        wanted = sum(gradient.square().sum(dim=(0, 1)) for gradient in gradients)
-        assert torch.allclose(found[name], wanted, rtol=1e-3, atol=1e-12), name
 
 
 def test_more_zeros_and_coarser_codes_are_never_better(model: Examined) -> None:

@@ -39,7 +39,7 @@ def samples() -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("resident", [False, True])
-@pytest.mark.parametrize("norm", ["l1", "l2"])
+@pytest.mark.parametrize("norm", ["l1", "l2", "output"])
 @pytest.mark.parametrize(
     "name", ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.gate_proj"]
 )
@@ -49,16 +49,22 @@ def test_gradient_norms_equal_autograd(
     linears = prunable(model)
     before = {name: linear.weight.clone() for name, linear in linears.items()}
     got = gradient_norms(model, samples, linears, norm, resident=resident)
-    weight = linears[name].weight.requires_grad_(True)
-    grads = []
+    assert got.keys() == linears.keys()
+    weight, outputs, grads = linears[name].weight.requires_grad_(True), [], []
+    linears[name].register_forward_hook(lambda module, args, output: outputs.append(output))
     for sample in samples:
         ids = sample.unsqueeze(0)
         logits = model(input_ids=ids).logits[0, :-1]
         loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:])
-        grads.append(torch.autograd.grad(loss, weight)[0])
+        of = outputs.pop() if norm == "output" else weight
+        grads.append(torch.autograd.grad(loss, of)[0])
     stack = torch.stack(grads)
-    want = stack.abs().sum(0) if norm == "l1" else stack.square().sum(0).sqrt()
-    torch.testing.assert_close(got[name], want)
+    if norm == "output":
+        want = stack.square().sum(dim=(0, 1, 2))
+        torch.testing.assert_close(got[name], want, rtol=1e-3, atol=1e-12)
+    else:
+        want = stack.abs().sum(0) if norm == "l1" else stack.square().sum(0).sqrt()
+        torch.testing.assert_close(got[name], want)
     assert all(torch.equal(before[n], linear.weight) for n, linear in linears.items())
 
 

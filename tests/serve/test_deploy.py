@@ -30,7 +30,8 @@ def pods(path: Path) -> Iterator[dict[str, Any]]:
             yield one["spec"]["template"]["spec"]
 
 
-PODS = [pytest.param(pod, id=path.stem) for path in KUBERNETES.glob("*.yaml") for pod in pods(path)]
+PODS = {path.stem: pod for path in KUBERNETES.glob("*.yaml") for pod in pods(path)}
+every_pod = pytest.mark.parametrize("pod", PODS.values(), ids=PODS)
 
 
 def server_of(pod: dict[str, Any]) -> dict[str, Any]:
@@ -55,10 +56,10 @@ def window(probe: dict[str, Any]) -> int:
 
 
 def test_there_are_manifests_for_both_devices() -> None:
-    assert {one.id for one in PODS} == {"cpu", "gpu"}
+    assert PODS.keys() == {"cpu", "gpu"}
 
 
-@pytest.mark.parametrize("pod", PODS)
+@every_pod
 def test_grace_period_covers_the_hook_and_the_shutdown(pod: dict[str, Any]) -> None:
     server = server_of(pod)
     hook = server["lifecycle"]["preStop"]["sleep"]["seconds"]
@@ -75,7 +76,7 @@ def test_compose_waits_for_the_shutdown() -> None:
     assert seconds(server["stop_grace_period"]) >= timeout["shutdown_timeout"] + MARGIN
 
 
-@pytest.mark.parametrize("pod", PODS)
+@every_pod
 def test_probes(pod: dict[str, Any]) -> None:
     server = server_of(pod)
     ports = {port["name"]: port["containerPort"] for port in server["ports"]}
@@ -90,7 +91,7 @@ def test_probes(pod: dict[str, Any]) -> None:
     assert liveness >= 2 * readiness
 
 
-@pytest.mark.parametrize("pod", PODS)
+@every_pod
 def test_pods_have_no_rights(pod: dict[str, Any]) -> None:
     assert pod["automountServiceAccountToken"] is False
     assert pod["enableServiceLinks"] is False
@@ -104,7 +105,7 @@ def test_pods_have_no_rights(pod: dict[str, Any]) -> None:
         assert container["resources"]["limits"]["memory"]
 
 
-@pytest.mark.parametrize("pod", PODS)
+@every_pod
 def test_the_key_comes_from_a_secret(pod: dict[str, Any]) -> None:
     server = server_of(pod)
     file = parsed(server["args"])["api_key_file"]
@@ -115,8 +116,7 @@ def test_the_key_comes_from_a_secret(pod: dict[str, Any]) -> None:
 
 
 def test_the_variants_differ_in_little() -> None:
-    (cpu,), (gpu,) = (list(pods(KUBERNETES / f"{name}.yaml")) for name in ("cpu", "gpu"))
-    for pod in (cpu := copy.deepcopy(cpu), gpu := copy.deepcopy(gpu)):
+    for pod in (cpu := copy.deepcopy(PODS["cpu"]), gpu := copy.deepcopy(PODS["gpu"])):
         server = server_of(pod)
         del server["resources"], server["image"]
         server.pop("env", None)
@@ -144,15 +144,13 @@ def test_prometheus_may_scrape() -> None:
     assert secret.name in COMPOSE["services"]["prometheus"]["secrets"]
     server = [re.sub(r"\$\{.*?\}", "x", w) for w in COMPOSE["services"]["server"]["command"]]
     assert parsed(server)["api_key_file"] == secret
-    for case in PODS:
-        (pod,) = case.values
+    for pod in PODS.values():
         assert parsed(server_of(pod)["args"])["open_routes"] == ("metrics",)
 
 
 def test_images_are_pinned() -> None:
     images = {service["image"] for service in COMPOSE["services"].values()}
-    for case in PODS:
-        (pod,) = case.values
+    for pod in PODS.values():
         images |= {one["image"] for one in (*pod["initContainers"], *pod["containers"])}
     ours = {image for image in images if image.startswith(("gblm", "${GBLM_IMAGE:-gblm}"))}
     assert len(ours) == 3
