@@ -78,17 +78,13 @@ def test_every_kept_weight_becomes_the_nearest_code_of_its_group(
     assert found.codes.dtype == torch.int8
     assert found.scales.dtype == torch.bfloat16
     assert found.scales.shape == (3, 128 // values.group(128))
-    assert_codes_in_range(found, values.limit)
+    assert int(found.codes.abs().max()) <= values.limit
     assert not found.codes[~mask].any()
     exact = dequantize(found.codes, found.scales, torch.float32)
     step = found.scales.float().repeat_interleave(values.group(128), dim=1)
     error = torch.where(mask, weight.float() - exact, 0).abs()
     assert bool((error <= 0.5001 * step).all())
     assert torch.equal(found.weight, exact.to(dtype))
-
-
-def assert_codes_in_range(found: SparseWeight, limit: int) -> None:
-    assert int(found.codes.abs().max()) <= limit
 
 
 def squared_error(
@@ -124,7 +120,7 @@ def test_searched_scales_never_have_a_larger_squared_error(
     assert bool((error <= 1.0001 * squared_error(weight, nearest, importance)).all())
     assert bool((found.scales <= nearest.scales).all())
     assert bool((found.scales > 0).all())
-    assert_codes_in_range(found, limit or values.limit)
+    assert int(found.codes.abs().max()) <= (limit or values.limit)
     assert not found.codes.float()[~mask].any()
 
 

@@ -84,18 +84,11 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: 1)
 
 
-def test_damage_is_refused_by_load(damaged: tuple[Path, str], ran: Watched) -> None:
+def test_damage_is_refused_by_load_and_by_verify(damaged: tuple[Path, str], ran: Watched) -> None:
     folder, match = damaged
     refused(lambda: load(folder), match, ran)
-
-
-def test_damage_is_refused_by_verify(damaged: tuple[Path, str], ran: Watched) -> None:
-    folder, match = damaged
-    refused(
-        lambda: (check_loadable(ModelFolder.open(folder)), verify(ModelFolder.open(folder))),
-        match,
-        ran,
-    )
+    opened = ModelFolder.open
+    refused(lambda: (check_loadable(opened(folder)), verify(opened(folder))), match, ran)
 
 
 def test_the_command_verify_holds_the_folder_against_its_config(packed: Path, gblm: Run) -> None:

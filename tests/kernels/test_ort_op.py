@@ -84,41 +84,45 @@ BOUNDS = {FLOAT: 1e-5, FLOAT16: 1e-3, BFLOAT16: 6e-3}
 INT_BOUND = 0.02
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 17, 300])
+DTYPES = {FLOAT: torch.float32, FLOAT16: torch.float16, BFLOAT16: torch.bfloat16}
+TOKENS = (1, 3, 17, 300)
+
+
+def drawn(tokens: int, columns: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(tokens)
+    return torch.randn(2, tokens, columns, generator=generator).to(dtype)
+
+
+def error(y: Tensor, expected: Tensor) -> float:
+    assert y.shape == expected.shape
+    return float((y - expected).abs().max() / expected.abs().max())
+
+
 @pytest.mark.parametrize("values", ["float", "int8", "int4"])
 @pytest.mark.parametrize("pattern", ["dense", "0.5", "2:4"])
-def test_operator_multiplies(instructions: str, pattern: str, values: str, tokens: int) -> None:
+def test_operator_multiplies(instructions: str, pattern: str, values: str) -> None:
     rows, columns = 72, 192
     weight, panels = make_weight(rows, columns, pattern, values)
-    x = torch.randn(2, tokens, columns, generator=torch.Generator().manual_seed(tokens))
-    dtypes = {FLOAT: torch.float32, FLOAT16: torch.float16, BFLOAT16: torch.bfloat16}
-    for dtype, kind in dtypes.items():
-        given = x.to(kind)
-        y = run(make_session(panels, rows, columns, dtype), given, rows)
-        expected = given.double() @ weight.T
-        bound = BOUNDS[dtype] if values == "float" else INT_BOUND
-        assert y.shape == (2, tokens, rows)
-        assert float((y - expected).abs().max() / expected.abs().max()) < bound
+    for dtype, kind in DTYPES.items():
+        session = make_session(panels, rows, columns, dtype)
+        for tokens in TOKENS:
+            x = drawn(tokens, columns, kind)
+            bound = BOUNDS[dtype] if values == "float" else INT_BOUND
+            assert error(run(session, x, rows), x.double() @ weight.T) < bound
 
 
-@pytest.mark.parametrize("tokens", [1, 17, 300])
 @pytest.mark.parametrize("values", ["float", "int8"])
-def test_gated_operator_is_silu_of_one_half_times_the_other(
-    instructions: str, values: str, tokens: int
-) -> None:
+def test_gated_operator_is_silu_of_one_half_times_the_other(instructions: str, values: str) -> None:
     features, columns = 40, 192
     weight, panels = make_weight(2 * features, columns, "0.5", values)
-    x = torch.randn(2, tokens, columns, generator=torch.Generator().manual_seed(tokens)) / 4
-    dtypes = {FLOAT: torch.float32, FLOAT16: torch.float16, BFLOAT16: torch.bfloat16}
-    for dtype, kind in dtypes.items():
-        given = x.to(kind)
+    for dtype, kind in DTYPES.items():
         session = make_session(panels, features, columns, dtype, op="GatedLinear")
-        gate, up = (given.double() @ weight.T).chunk(2, dim=-1)
-        expected = torch.nn.functional.silu(gate) * up
-        y = run(session, given, features)
-        bound = BOUNDS[dtype] if values == "float" else 2 * INT_BOUND
-        assert y.shape == expected.shape
-        assert float((y - expected).abs().max() / expected.abs().max()) < bound
+        for tokens in TOKENS:
+            x = drawn(tokens, columns, kind) / 4
+            gate, up = (x.double() @ weight.T).chunk(2, dim=-1)
+            bound = BOUNDS[dtype] if values == "float" else 2 * INT_BOUND
+            y = run(session, x, features)
+            assert error(y, torch.nn.functional.silu(gate) * up) < bound
 
 
 def test_gates_far_from_zero_are_open_or_shut(instructions: str) -> None:
