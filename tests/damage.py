@@ -191,6 +191,13 @@ DAMAGES: dict[str, tuple[tuple[str, str], Damage, str]] = {
     "bitmask of fewer rows": (
         NM, tensors(lambda t: t.update({BITS: t[BITS][:-1].clone()})), "needs",
     ),
+    **{
+        f"bitmask of shape {shape}": (
+            NM, tensors(lambda t, s=shape: t.update({BITS: torch.zeros(s, dtype=torch.uint8)})),
+            "up_proj",
+        )
+        for shape in ((1024, 16), (128, 17), (128, 0), (2, 2, 2))
+    },
     # Values, codes, scales.
     "NaN value": (NM, part("values", _set((2, 1), float("nan"))), "NaN"),
     "infinite value": (NM, part("values", _set((2, 1), float("inf"))), "Inf"),
@@ -246,4 +253,12 @@ DAMAGES: dict[str, tuple[tuple[str, str], Damage, str]] = {
     ),
     "a billion decoder layers": (NM, config(lambda c: c.update(num_hidden_layers=10**9)), "claims"),
     "a width of 2^40": (NM, config(lambda c: c.update(hidden_size=2**40)), "config.json makes it"),
+    "decoder layers that are no number": (
+        NM, config(lambda c: c.update(num_hidden_layers="x")), "no model that can be built",
+    ),
+    "fewer decoder layers": (NM, config(lambda c: c.update(num_hidden_layers=1)), "no such module"),
+    "a model of another kind": (
+        NM, config(lambda c: c.update(model_type="nonsense")), "no model that can be built",
+    ),
+    "a vocabulary of 2^36": (NM, config(lambda c: c.update(vocab_size=2**36)), "stored as"),
 }  # fmt: skip
