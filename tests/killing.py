@@ -13,7 +13,16 @@ from command_line import CONTEXT
 
 def killed_run(recipe: dict[str, Any], output: Path, step: int) -> int:
     """Exit code of a run that is killed at its `step`-th write, fsync or rename; 0: it finished."""
-    child = CONTEXT.Process(target=_run, args=(recipe, output, step))
+    return _ended(_run, recipe, output, step)
+
+
+def killed_recovery(start: Path, output: Path, how: dict[str, Any], step: int) -> int:
+    """Exit code of a recovery that is killed at a training step; its state is saved at each."""
+    return _ended(_recover, start, output, how, step)
+
+
+def _ended(target: Callable[..., None], *args: object) -> int:
+    child = CONTEXT.Process(target=target, args=args)
     child.start()
     child.join(timeout=120)
     code = child.exitcode
@@ -36,16 +45,6 @@ def _run(recipe: dict[str, Any], output: Path, step: int) -> None:
     for module in (safetensors.torch, write):
         module.save_file = dying(left, module.save_file, _half_a_file)
     prune(Recipe.from_dict(recipe), output)
-
-
-def killed_recovery(start: Path, output: Path, how: dict[str, Any], step: int) -> int | None:
-    """Exit code of a recovery that is killed at a training step; its state is saved at each."""
-    child = CONTEXT.Process(target=_recover, args=(start, output, how, step))
-    child.start()
-    child.join(timeout=120)
-    code = child.exitcode
-    child.kill()
-    return code
 
 
 def _recover(start: Path, output: Path, how: dict[str, Any], step: int) -> None:

@@ -1,4 +1,7 @@
-"""Panels hold exactly the weight they were made of, and are made of nothing that is damaged."""
+"""Panels hold exactly the weight they were made of, and are made of nothing that is damaged.
+
+Damaged panels themselves: sanitize.cpp, under sanitizers.
+"""
 
 from __future__ import annotations
 
