@@ -29,15 +29,7 @@ LEAST = 2.0**-120
 
 @dataclass(frozen=True)
 class Case:
-    """A weight on disk and what it means.
-
-    Attributes:
-        source: what `native.prepare` takes.
-        stored: [out, in] bfloat16 values or int8 codes, zero where nothing is kept.
-        mask: [out, in] bool.
-        scales: [out, in/group] bfloat16, None for floats.
-        dense: [out, in] float64.
-    """
+    """A weight on disk and what it means: values or codes that are stored, and dense in float64."""
 
     source: native.Source
     stored: Tensor

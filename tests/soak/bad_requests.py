@@ -15,13 +15,7 @@ REFUSED = range(400, 500)
 
 @dataclass(frozen=True)
 class Bad:
-    """A request that must be refused.
-
-    Attributes:
-        name: what is wrong with it.
-        body: as sent.
-        path: below the server's address.
-    """
+    """A request that must be refused; its name says what is wrong with it."""
 
     name: str
     body: bytes
@@ -29,12 +23,7 @@ class Bad:
 
 
 def bad_requests(model: str, context: int) -> list[Bad]:
-    """Everything a broken or hostile client may send.
-
-    Args:
-        model: the served name.
-        context: tokens that the server takes in one request.
-    """
+    """Everything a broken or hostile client may send to a server that takes `context` tokens."""
     good = json.dumps(ask(model)).encode()
     changed = {
         "huge n": {"n": 10**6},

@@ -24,13 +24,7 @@ PROMPT = "Once upon"
 
 @dataclass
 class Answer:
-    """How one request ended.
-
-    Attributes:
-        status: of HTTP; None when the connection broke.
-        tokens: generated ones that arrived.
-        complete: the body came to its end and holds all tokens that were asked for.
-    """
+    """How one request ended; complete: with all the tokens that it asked for."""
 
     status: int | None = None
     tokens: int = 0
@@ -39,12 +33,7 @@ class Answer:
 
 @dataclass
 class Started:
-    """Requests that the server is working on.
-
-    Attributes:
-        answers: one per request, filled as they end.
-        begun: streams whose first token has arrived.
-    """
+    """Requests that the server is working on, and how many streams have had their first token."""
 
     answers: list[Answer] = field(default_factory=list)
     begun: int = 0
@@ -69,14 +58,7 @@ def greedy(url: str, model: str) -> list[int]:
 
 
 def abort_storm(url: str, model: str, clients: int, tokens: int) -> dict[str, Any]:
-    """Half of the clients hang up after their first token; the others must get everything.
-
-    Args:
-        url: of the server.
-        model: the served name.
-        clients: at once.
-        tokens: that each asks for.
-    """
+    """Half of the clients hang up after their first token; the others must get everything."""
 
     async def run() -> tuple[Started, Started]:
         staying, leaving = Started(), Started()
@@ -101,15 +83,7 @@ def abort_storm(url: str, model: str, clients: int, tokens: int) -> dict[str, An
 def sigterm_under_load(
     url: str, process: psutil.Popen, model: str, clients: int, tokens: int
 ) -> dict[str, Any]:
-    """SIGTERM while streams and plain requests are answered; what became of them and the server.
-
-    Args:
-        url: of the server.
-        process: `gblm serve`.
-        model: the served name.
-        clients: at once; every other one streams.
-        tokens: that each asks for.
-    """
+    """SIGTERM while as many streams as plain requests are answered; what became of them all."""
 
     async def run() -> tuple[Started, float]:
         started, body = Started(), ask(model, max_tokens=tokens)

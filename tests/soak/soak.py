@@ -60,16 +60,7 @@ Side = tuple[str, Path]
 
 @dataclass(frozen=True)
 class Soak:
-    """What to run.
-
-    Attributes:
-        dense: folder of the model.
-        packed: the same, pruned and packed.
-        minutes: of load.
-        concurrency: requests in flight.
-        cases: damaged folders.
-        log: of the servers.
-    """
+    """What to run: minutes of load with so many requests in flight, and so many damaged folders."""
 
     dense: Path
     packed: Path
@@ -212,12 +203,7 @@ def _fuzz(first: int, cases: int) -> dict[str, Any]:
 
 
 def watched(a: Side, b: Side) -> dict[str, Any]:
-    """Load both servers alike and watch them.
-
-    Args:
-        a: URL and folder of the dense one.
-        b: of the candidate.
-    """
+    """Load a dense server and its candidate alike, and watch them."""
     sides = dict(zip("ab", (a, b), strict=True))
     with ThreadPoolExecutor(len(sides)) as pool:
         first = list(pool.map(lambda s: traffic(*s, 4 * CONCURRENCY), sides.values()))

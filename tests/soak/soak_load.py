@@ -36,14 +36,7 @@ BLOCKS = 12
 
 @dataclass
 class Samples:
-    """What was read every few seconds.
-
-    Attributes:
-        seconds: since the first one.
-        resident: bytes of the server's process tree.
-        in_flight: requests running and waiting.
-        load: the machine's load average over one minute.
-    """
+    """What was read every few seconds: bytes of all processes, requests, the load average."""
 
     seconds: list[float] = field(default_factory=list)
     resident: list[int] = field(default_factory=list)
@@ -82,12 +75,7 @@ def sampled(url: str, pid: int) -> Iterator[Samples]:
 def slope(seconds: list[float], resident: list[int]) -> dict[str, Any]:
     """A straight line through the means of blocks of neighbours, which hide that samples are alike.
 
-    Args:
-        seconds: of each sample.
-        resident: bytes.
-
-    Returns:
-        MB per minute with its 95 % confidence interval, and how far blocks lie off the line, in MB.
+    Gives MB per minute with the 95 % confidence interval, and how many MB blocks lie off the line.
     """
     times = np.array([block.mean() for block in np.array_split(np.array(seconds) / 60, BLOCKS)])
     means = np.array([block.mean() for block in np.array_split(np.array(resident) / 1e6, BLOCKS)])
@@ -109,14 +97,9 @@ def slope(seconds: list[float], resident: list[int]) -> dict[str, Any]:
 def load_for(
     url: str, folder: Path, rates: dict[tuple[int, int], float], minutes: float, concurrency: int
 ) -> list[dict[str, Any]]:
-    """Load a server for so long with all kinds of request; one row per run.
+    """Load a server for so many minutes with all kinds of request; one row per run.
 
-    Args:
-        url: of the server.
-        folder: its model.
-        rates: of `warm_up`.
-        minutes: until the last run is to end.
-        concurrency: requests in flight, over all generators.
+    The rates are those of `warm_up`; so many requests are in flight over all generators.
     """
     end, seeds = time.monotonic() + 60 * minutes, itertools.count(1)
 
