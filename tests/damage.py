@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,16 @@ def rehash(folder: Path) -> None:
         if path.name != "MANIFEST.json" and path.is_file()
     }
     (folder / "MANIFEST.json").write_text(json.dumps({"files": listed}))
+
+
+def damaged(source: Path, target: Path, *damages: Damage) -> Path:
+    """Copy a folder and damage the copy, whose hashes fit if it has any."""
+    shutil.copytree(source, target)
+    for damage in damages:
+        damage(target)
+    if (target / "MANIFEST.json").exists():
+        rehash(target)
+    return target
 
 
 def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
@@ -70,6 +81,11 @@ def entry(key: str, value: object, name: str = f"{UP}.values") -> Damage:
 def data(change: Callable[[bytes], bytes], file: str = SINGLE) -> Damage:
     """Other bytes of a file."""
     return lambda folder: (folder / file).write_bytes(change((folder / file).read_bytes())) and None
+
+
+def flip(file: str = SINGLE, place: int = -1) -> Damage:
+    """Flip one bit of a byte, counted from the end."""
+    return data(lambda b: b[:place] + bytes([b[place] ^ 1]) + b[len(b) + place + 1 :], file)
 
 
 def config(change: Callable[[dict[str, Any]], object]) -> Damage:

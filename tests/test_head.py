@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import Pack, Run, content, save_tiny_model
-from damage import rehash, tensors
-from safetensors.torch import load_file, save_file
+from damage import config, damaged, tensors
+from safetensors.torch import load_file
 from test_families import save_family
 
 import gblm.packed
@@ -160,14 +159,11 @@ def test_embeddings_are_scaled_as_before(family: str, tmp_path: Path) -> None:
 def test_damaged_head_does_not_pass(
     pack_tiny: Pack, tmp_path: Path, part: str, value: float | None, match: str
 ) -> None:
-    folder = Path(shutil.copytree(pack_tiny(head="int8"), tmp_path / "out"))
-
     def change(found: dict[str, torch.Tensor]) -> None:
         row = found[f"lm_head.{part}"][257]
         row[0] = int(row[0] == 0) if value is None else value
 
-    tensors(change)(folder)
-    rehash(folder)
+    folder = damaged(pack_tiny(head="int8"), tmp_path / "out", tensors(change))
     with pytest.raises(CheckpointError, match=match):
         verify(ModelFolder.open(folder))
     if value is not None:
@@ -176,9 +172,8 @@ def test_damaged_head_does_not_pass(
 
 
 def test_missing_head_is_found(pack_tiny: Pack, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(pack_tiny(head="int8"), tmp_path / "out"))
-    tensors(lambda found: [found.pop(f"lm_head.{part}") for part in ("values", "scales")])(folder)
-    rehash(folder)
+    gone = tensors(lambda found: [found.pop(f"lm_head.{part}") for part in ("values", "scales")])
+    folder = damaged(pack_tiny(head="int8"), tmp_path / "out", gone)
     with pytest.raises(CheckpointError, match="lm_head: reported, but not stored"):
         verify(ModelFolder.open(folder))
     with pytest.raises(CheckpointError, match="the packed weight of lm_head is missing"):
@@ -188,9 +183,8 @@ def test_missing_head_is_found(pack_tiny: Pack, tmp_path: Path) -> None:
 def test_packed_head_cannot_be_tied(pack_tiny: Pack, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    folder = Path(shutil.copytree(pack_tiny(head="int8"), tmp_path / "out"))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    tied = config(lambda found: found.update(tie_word_embeddings=True))
+    folder = damaged(pack_tiny(head="int8"), tmp_path / "out", tied)
     with pytest.raises(CheckpointError, match=r"lm_head: packed, but config\.json ties it"):
         gblm.packed.load(folder)
     with pytest.raises(CheckpointError, match=r"lm_head: packed, but config\.json ties it"):
@@ -203,10 +197,8 @@ def test_what_cannot_be_rounded_is_refused_before_anything_runs(
     odd = save_tiny_model(tmp_path / "odd", hidden_size=40)
     with pytest.raises(PatternError, match=r"lm_head: 40 columns .*--head float"):
         prune(magnitude(odd, head="int8"), tmp_path / "out")
-    folder = Path(shutil.copytree(tiny_untied, tmp_path / "nan"))
-    found = load_file(folder / "model.safetensors")
-    found["lm_head.weight"][3, 3] = float("nan")
-    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+    nan = tensors(lambda found: found["lm_head.weight"][3, 3:4].fill_(torch.nan))
+    folder = damaged(tiny_untied, tmp_path / "nan", nan)
 
     def no_step(*args: object) -> Callable[[], None]:
         raise AssertionError

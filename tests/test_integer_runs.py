@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Pack, save_tiny_model
+from damage import config, damaged
 from safetensors.torch import load_file
 
 import gblm.packed
@@ -113,11 +114,7 @@ def test_weights_without_whole_groups_are_refused_before_anything_runs(
 def test_dense_parts_that_the_manifest_does_not_name_are_refused(
     pack_tiny: Pack, tmp_path: Path
 ) -> None:
-    import shutil
-
-    folder = Path(shutil.copytree(pack_tiny("wanda", "dense", "int8:64"), tmp_path / "out"))
-    config = json.loads((folder / "config.json").read_text())
-    del config["quantization_config"]["groups"][0]["targets"][0]
-    (folder / "config.json").write_text(json.dumps(config))
+    unnamed = config(lambda found: found["quantization_config"]["groups"][0]["targets"].pop(0))
+    folder = damaged(pack_tiny("wanda", "dense", "int8:64"), tmp_path / "out", unnamed)
     with pytest.raises(InputError, match=r"down_proj\.values: packed, but the manifest"):
         gblm.packed.load(folder)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Pack, Run, save_tiny_model
+from damage import damaged, tensors
 from safetensors.torch import load_file
 
 from gblm.calibrate.walk import Walk, walk
@@ -196,11 +197,9 @@ def test_indivisible_columns_are_refused_before_calibration(recipe: Recipe, tmp_
 def test_damaged_weights_are_named(
     recipe: Recipe, tmp_path: Path, method: str, value: float
 ) -> None:
-    model = load(Path(recipe.model))
-    with torch.no_grad():
-        model.get_submodule("model.layers.1.mlp.up_proj").weight[0, 0] = value
-    bad = save_tiny_model(tmp_path / "bad")
-    model.save_pretrained(bad)
+    name = "model.layers.1.mlp.up_proj.weight"
+    damage = tensors(lambda found: found[name][0, :1].fill_(value))
+    bad = damaged(Path(recipe.model), tmp_path / "bad", damage)
     with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
         prune(recipe.model_copy(update={"model": str(bad), "method": method}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -208,17 +207,15 @@ def test_damaged_weights_are_named(
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "gblm"])
 def test_activations_that_overflow_are_named(recipe: Recipe, tmp_path: Path, method: str) -> None:
-    model = load(Path(recipe.model), torch.float16)
-    with torch.no_grad():
-        for name in ("up_proj", "gate_proj"):
-            model.get_submodule(f"model.layers.0.mlp.{name}").weight.fill_(3000)
-    bad = save_tiny_model(tmp_path / "bad")
-    model.save_pretrained(bad)
+    names = [f"model.layers.0.mlp.{name}.weight" for name in ("up_proj", "gate_proj")]
+    damage = tensors(lambda found: [found[name].fill_(3000) for name in names])
+    bad = damaged(Path(recipe.model), tmp_path / "bad", damage)
+    recipe = recipe.model_copy(update={"model": str(bad), "method": method, "dtype": "float16"})
     wanted = (
         r"model\.layers\.0: its output" if method == "gblm" else r"0\.mlp\.down_proj: the \w+ of"
     )
     with pytest.raises(InputError, match=wanted):
-        prune(recipe.model_copy(update={"model": str(bad), "method": method}), tmp_path / "out")
+        prune(recipe, tmp_path / "out")
 
 
 def test_too_little_disk_space_is_found_before_any_work(

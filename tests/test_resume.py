@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import content
+from damage import flip
 from killing import killed_run
 from safetensors.torch import load_file
 
@@ -150,9 +151,7 @@ def test_a_changed_model_is_another_run(recipe: Recipe, tmp_path: Path, cut_off:
     model = Path(shutil.copytree(recipe.model, tmp_path / "model"))
     recipe = recipe.model_copy(update={"model": str(model)})
     cut_off(recipe)
-    data = bytearray((model / "model.safetensors").read_bytes())
-    data[-1] ^= 1
-    (model / "model.safetensors").write_bytes(data)
+    flip()(model)
     with pytest.raises(InputError, match="model_sha256 was"):
         prune(recipe, tmp_path / "out")
 
@@ -165,9 +164,7 @@ def test_damaged_layers_are_made_again(
     work = cut_off(recipe)
     layer = work / "layer-00000.safetensors"
     if damage == "flip":
-        data = bytearray(layer.read_bytes())
-        data[-1] ^= 1
-        layer.write_bytes(data)
+        flip(layer.name)(work)
     elif damage == "remove":
         layer.unlink()
     elif damage == "garbage":

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import Pack, Run
-from damage import DAMAGES, UP, rehash
+from damage import DAMAGES, UP, damaged, rehash
 
 from gblm import kernels
 from gblm.checkpoint.inspect import verify
@@ -39,13 +38,10 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Watched:
 
 
 @pytest.fixture(params=DAMAGES)
-def damaged(request: pytest.FixtureRequest, pack_tiny: Pack, tmp_path: Path) -> tuple[Path, str]:
-    """A damaged folder whose hashes fit, and words of its refusal."""
+def refusable(request: pytest.FixtureRequest, pack_tiny: Pack, tmp_path: Path) -> tuple[Path, str]:
+    """A damaged folder, and words of its refusal."""
     base, damage, match = DAMAGES[request.param]
-    folder = Path(shutil.copytree(pack_tiny("wanda", *base), tmp_path / "packed"))
-    damage(folder)
-    rehash(folder)
-    return folder, match
+    return damaged(pack_tiny("wanda", *base), tmp_path / "packed", damage), match
 
 
 def refused(action: Callable[[], object], match: str, ran: Watched) -> None:
@@ -84,8 +80,8 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: 1)
 
 
-def test_damage_is_refused_by_load_and_by_verify(damaged: tuple[Path, str], ran: Watched) -> None:
-    folder, match = damaged
+def test_damage_is_refused_by_load_and_by_verify(refusable: tuple[Path, str], ran: Watched) -> None:
+    folder, match = refusable
     refused(lambda: load(folder), match, ran)
     opened = ModelFolder.open
     refused(lambda: (check_loadable(opened(folder)), verify(opened(folder))), match, ran)
@@ -102,8 +98,8 @@ def test_the_command_verify_holds_the_folder_against_its_config(packed: Path, gb
 
 @pytest.mark.vllm
 @pytest.mark.usefixtures("one_rank")
-def test_damage_is_refused_on_the_road_to_vllm(damaged: tuple[Path, str], ran: Watched) -> None:
-    folder, match = damaged
+def test_damage_is_refused_on_the_road_to_vllm(refusable: tuple[Path, str], ran: Watched) -> None:
+    folder, match = refusable
     refused(lambda: through_vllm(folder), match, ran)
 
 

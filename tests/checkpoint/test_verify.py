@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Pack, Run
-from damage import UP, rehash, tensors
+from damage import UP, flip, rehash, tensors
 
 from gblm.checkpoint.inspect import inspect, side_by_side, verify
 from gblm.errors import CheckpointError, InputError
@@ -28,10 +28,7 @@ def change(folder: Path, how: Callable[[dict[str, torch.Tensor]], object]) -> No
     "name", ["model.safetensors", "config.json", "tokenizer.json", "recipe.json"]
 )
 def test_one_changed_byte_is_found(packed: Path, name: str) -> None:
-    path = packed / name
-    data = bytearray(path.read_bytes())
-    data[-2] ^= 1
-    path.write_bytes(bytes(data))
+    flip(name, -2)(packed)
     with pytest.raises(InputError, match=name):
         verify(ModelFolder.open(packed))
 

@@ -31,6 +31,8 @@ from gblm.export.onnx.export import (
 from gblm.export.onnx.runtime import LIBRARY_FILE, REPORT_FILE
 from gblm.model.folder import ModelFolder
 from gblm.model.packed_reader import PackedReader
+from gblm.prune import prune
+from gblm.recipe import Recipe
 
 pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai: make dev installs it")
 
@@ -39,6 +41,11 @@ from gblm.export.onnx.rewrite import LAYER_WEIGHT, pack_graph
 from gblm.export.onnx.storage import DATA_FILE, StoredGraph
 
 SPARSE = Wanted(sparse=True, validate=16)
+
+
+def half_of(source: Path, folder: Path, ignore: tuple[str, ...] = ()) -> Path:
+    prune(Recipe(model=str(source), method="magnitude", pattern="0.5", ignore=ignore), folder)
+    return folder
 
 
 @pytest.fixture
@@ -152,15 +159,9 @@ def test_rotary_base_is_written_in_both_spellings() -> None:
 
 
 @pytest.mark.slow
-def test_linears_that_stay_dense_are_taken_as_bfloat16(
-    tiny: Path, text_file: Path, tmp_path: Path
-) -> None:
-    from gblm.prune import prune
-    from gblm.recipe import Recipe
-
-    recipe = Recipe(model=str(tiny), method="magnitude", pattern="0.5", ignore=("*.mlp.*",))
-    prune(recipe, tmp_path / "packed")
-    report = export_onnx(tmp_path / "packed", tmp_path / "out", SPARSE)
+def test_linears_that_stay_dense_are_taken_as_bfloat16(tiny: Path, tmp_path: Path) -> None:
+    packed = half_of(tiny, tmp_path / "packed", ignore=("*.mlp.*",))
+    report = export_onnx(packed, tmp_path / "out", SPARSE)
     specs = {row["linears"][0].split(".")[-1]: row["spec"] for row in report["linears"]}
     assert specs["gate_proj"] == specs["lm_head"] == "dense/dense"
     assert specs["q_proj"] == "bitmask/0.5"
@@ -168,24 +169,17 @@ def test_linears_that_stay_dense_are_taken_as_bfloat16(
 
 @pytest.mark.slow
 def test_attention_biases_survive(tmp_path: Path) -> None:
-    from gblm.prune import prune
-    from gblm.recipe import Recipe
-
     source = save_tiny_model(tmp_path / "biased", attention_bias=True)
-    prune(Recipe(model=str(source), method="magnitude", pattern="0.5"), tmp_path / "packed")
-    report = export_onnx(tmp_path / "packed", tmp_path / "out", SPARSE)
+    report = export_onnx(half_of(source, tmp_path / "packed"), tmp_path / "out", SPARSE)
     assert report["validation"]["equal_greedy_tokens"] == 16
 
 
 @pytest.mark.slow
 def test_float32_checkpoint_is_refused_when_sparse(tmp_path: Path) -> None:
-    from gblm.prune import prune
-    from gblm.recipe import Recipe
-
     source = save_tiny_model(tmp_path / "wide", dtype="float32")
-    prune(Recipe(model=str(source), method="magnitude", pattern="0.5"), tmp_path / "packed")
+    packed = half_of(source, tmp_path / "packed")
     with pytest.raises(InputError, match=r"torch\.float32 and not exact in bfloat16"):
-        export_onnx(tmp_path / "packed", tmp_path / "out", SPARSE)
+        export_onnx(packed, tmp_path / "out", SPARSE)
     assert not (tmp_path / "out").exists()
 
 
@@ -336,11 +330,7 @@ def test_missing_library_is_named(
 
 @pytest.mark.real
 def test_smollm2_generates_the_same_64_tokens(smollm2: Path, tmp_path: Path) -> None:
-    from gblm.prune import prune
-    from gblm.recipe import Recipe
-
-    packed = tmp_path / "packed"
-    prune(Recipe(model=str(smollm2), method="magnitude", pattern="0.5"), packed)
+    packed = half_of(smollm2, tmp_path / "packed")
     report = export_onnx(packed, tmp_path / "onnx", Wanted(sparse=True))
     assert report["validation"]["equal_greedy_tokens"] == 64
     embeddings = 49152 * 576 * 2

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Pack
-from damage import DAMAGES, rehash
+from damage import DAMAGES, UP, damaged, tensors
 from safetensors.torch import load_file
 
 from gblm.checkpoint.inspect import inspect, verify
@@ -14,7 +14,6 @@ from gblm.errors import CheckpointError, InputError, MachineError, PatternError
 from gblm.export.dense import export_dense
 from gblm.export.pack import export_pack, find_pattern
 from gblm.model.folder import ModelFolder
-from gblm.model.loading import load
 from gblm.sparse.patterns import Unstructured
 
 
@@ -38,9 +37,7 @@ def test_masks_older_than_the_rule_of_8_16_become_any_masks(
     pack_tiny: Pack, tmp_path: Path
 ) -> None:
     base, damage, match = DAMAGES["six of eight kept in a half"]
-    old = Path(shutil.copytree(pack_tiny("magnitude", *base), tmp_path / "old"))
-    damage(old)
-    rehash(old)
+    old = damaged(pack_tiny("magnitude", *base), tmp_path / "old", damage)
     for action in (verify, inspect):
         with pytest.raises(CheckpointError, match=match):
             action(ModelFolder.open(old))
@@ -83,11 +80,8 @@ def test_masks_with_far_more_zeros_than_a_pattern_asks_for_are_stored_as_any_mas
 
 
 def test_a_weight_that_holds_nan_is_refused(tiny: Path, tmp_path: Path) -> None:
-    model = load(tiny)
-    with torch.no_grad():
-        model.get_submodule("model.layers.0.mlp.up_proj").weight[0, 0] = float("nan")
-    bad = Path(shutil.copytree(tiny, tmp_path / "bad"))
-    model.save_pretrained(bad)
+    nan = tensors(lambda found: found[f"{UP}.weight"][0].fill_(torch.nan))
+    bad = damaged(tiny, tmp_path / "bad", nan)
     with pytest.raises(InputError, match=r"up_proj\.weight holds NaN or Inf, which readers refuse"):
         export_pack(bad, tmp_path / "out", pattern="dense")
     assert not (tmp_path / "out").exists()

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import Pack, Run, content
+from damage import flip
 from legacy_cases import FIXTURES, altered, drop
 
 import gblm.serve.cached as cached
@@ -73,10 +74,7 @@ def test_another_recipe_model_or_version_gets_a_folder_of_its_own(
     other = Path(shutil.copytree(tiny, tmp_path / tiny.name))
     places = [place(tiny), place(tiny, "gblm 0.5")]
     for name in ("model.safetensors", "tokenizer.json"):
-        path = other / name
-        raw = bytearray(path.read_bytes())
-        raw[-2] ^= 1
-        path.write_bytes(raw)
+        flip(name, -2)(other)
         places.append(place(other))
     monkeypatch.setattr(cached, "__version__", "0.0.0")
     places.append(place(tiny))

@@ -6,14 +6,13 @@ Of quantized models it does so on demand only, and `gblm serve` demands it.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from damage import damaged, tensors
 from vllm_linear import RANKS, SHAPE, create, load_columns, load_pieces
 from weights import weight_of
 
@@ -105,15 +104,6 @@ def load(one_rank: None) -> Callable[[Path], Any]:
     return run
 
 
-def damage(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
-    """A copy whose tensors were changed."""
-    shutil.copytree(source, target)
-    weights = load_file(target / "model.safetensors")
-    change(weights)
-    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
-    return target
-
-
 @pytest.fixture(scope="module")
 def partly(tiny_untied: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Packed folders in which `down_proj` and the head stay dense, one per pattern."""
@@ -159,14 +149,14 @@ def test_vllm_refuses_what_lacks_a_linear_or_an_embedding(
     # Ours is the refusal, not that of the account.
     monkeypatch.setitem(launch.LOADER_CONFIG, "enable_weights_track", False)
     with pytest.raises(CheckpointError, match=match):
-        load(damage(partly(pattern), tmp_path / "out", drop))
+        load(damaged(partly(pattern), tmp_path / "out", tensors(drop)))
 
 
 def test_norm_that_was_never_loaded_is_missed_by_the_account(
     partly: Callable[[str], Path], tmp_path: Path, load: Callable[[Path], Any]
 ) -> None:
     name = f"{LAYER}.input_layernorm.weight"
-    folder = damage(partly("0.5"), tmp_path / "out", lambda weights: weights.pop(name))
+    folder = damaged(partly("0.5"), tmp_path / "out", tensors(lambda weights: weights.pop(name)))
     with pytest.raises(ValueError, match=f"not initialized.*{name}"):
         load(folder)
     assert load(partly("0.5")) is not None
@@ -180,8 +170,7 @@ def test_norm_that_was_never_loaded_is_missed_by_the_account(
 def test_tensor_that_has_no_place_is_refused(
     partly: Callable[[str], Path], tmp_path: Path, name: str, load: Callable[[Path], Any]
 ) -> None:
-    folder = damage(
-        partly("2:4"), tmp_path / "out", lambda weights: weights.update({name: torch.ones(8)})
-    )
+    more = tensors(lambda weights: weights.update({name: torch.ones(8)}))
+    folder = damaged(partly("2:4"), tmp_path / "out", more)
     with pytest.raises((CheckpointError, ValueError, KeyError), match=r"other|o_proj"):
         load(folder)

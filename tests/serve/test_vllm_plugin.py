@@ -5,16 +5,14 @@ Few tests with many engines: most of what a start of vLLM costs are its imports.
 
 from __future__ import annotations
 
-import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import Pack
+from damage import config, damaged, tensors
 from legacy_cases import FIXTURES
-from safetensors.torch import load_file, save_file
 from test_families import save_family
 from vllm_run import answers, engine, farthest, is_same, skip_without
 
@@ -124,14 +122,15 @@ def test_what_cannot_be_served_is_refused_in_one_sentence(
     tiny: Path, pack_tiny: Pack, tmp_path: Path
 ) -> None:
     prune_tiny(tiny, tmp_path / "half", ignore=("k_proj",))
-    incomplete = Path(shutil.copytree(pack_tiny("wanda", "0.5"), tmp_path / "incomplete"))
-    weights = load_file(incomplete / "model.safetensors")
-    for part in ("values", "bitmask", "row_offsets"):
-        weights.pop(f"model.layers.1.self_attn.k_proj.{part}")
-    save_file(weights, incomplete / "model.safetensors", metadata={"format": "pt"})
-    tied = Path(shutil.copytree(pack_tiny(head="int8"), tmp_path / "tied"))
-    config = json.loads((tied / "config.json").read_text())
-    (tied / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    names = [f"model.layers.1.self_attn.k_proj.{p}" for p in ("values", "bitmask", "row_offsets")]
+    incomplete = damaged(
+        pack_tiny("wanda", "0.5"), tmp_path / "incomplete",
+        tensors(lambda weights: [weights.pop(name) for name in names]),
+    )  # fmt: skip
+    tied = damaged(
+        pack_tiny(head="int8"), tmp_path / "tied",
+        config(lambda found: found.update(tie_word_embeddings=True)),
+    )  # fmt: skip
     sentences = {
         tmp_path / "half": "vLLM fuses q_proj, k_proj, v_proj, but they are stored in different",
         incomplete: "model.layers.1.self_attn.qkv_proj",
