@@ -269,12 +269,6 @@ DAMAGES: dict[str, tuple[tuple[str, str], Damage, str]] = {
     ),
     "a billion decoder layers": (NM, config(lambda c: c.update(num_hidden_layers=10**9)), "claims"),
     "a width of 2^40": (NM, config(lambda c: c.update(hidden_size=2**40)), "config.json makes it"),
-    "decoder layers that are no number": (
-        NM, config(lambda c: c.update(num_hidden_layers="x")), "no model that can be built",
-    ),
     "fewer decoder layers": (NM, config(lambda c: c.update(num_hidden_layers=1)), "no such module"),
-    "a model of another kind": (
-        NM, config(lambda c: c.update(model_type="nonsense")), "no model that can be built",
-    ),
     "a vocabulary of 2^36": (NM, config(lambda c: c.update(vocab_size=2**36)), "stored as"),
 }  # fmt: skip

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Pack
+from damage import config
 
 import gblm.packed
 from gblm.checkpoint.inspect import verify
@@ -88,6 +89,13 @@ def test_unknown_backend_is_refused(pack_tiny: Pack) -> None:
 def test_dtype_can_be_chosen(pack_tiny: Pack) -> None:
     model = gblm.packed.load(pack_tiny(), dtype=torch.float32)
     assert model(input_ids=torch.arange(4).reshape(1, 4)).logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize("change", [{"num_hidden_layers": "x"}, {"model_type": "nonsense"}])
+def test_what_transformers_cannot_build_is_refused(packed: Path, change: dict[str, str]) -> None:
+    config(lambda fields: fields.update(change))(packed)
+    with pytest.raises(CheckpointError, match="no model that can be built"):
+        gblm.packed.load(packed)
 
 
 def test_dense_folder_is_not_loaded_as_packed(tiny: Path) -> None:
