@@ -33,7 +33,7 @@ def make_weight(rows: int, columns: int, pattern: str, values: str) -> tuple[Ten
     """Give the weight that is meant [rows, columns] float64, and its panels."""
     fmt = format_for(parse(pattern), parse_values(values).resolve("weight", columns))
     weight = weight_of(fmt, (rows, columns))
-    exact = fmt.expand(fmt.pack("weight", weight), torch.float64)
+    exact = fmt.expand(fmt.pack("weight", weight), torch.float64).double()
     return exact, panels_of(fmt, weight)
 
 
