@@ -19,11 +19,8 @@ from gblm.record import Record
 from gblm.search.run import METRIC, STATE, UNPRUNED, ranked
 
 RECORD = pages.RESULTS / "budget.json"
-RECIPE = (
-    "--method sparsegpt --rounding obs --order sequential --calibration pydoc --num-samples 16 "
-    "--seq-len 256"
-)
-TEXT = "--text pydoc --eval-seq-len 512"
+RECIPE = "--preset fast --calibration pydoc --num-samples 16 --seq-len 256"
+TEXT = "--text pydoc"
 
 
 def measure(budget: str, limit: int, folder: Path) -> None:

@@ -29,7 +29,7 @@ from gblm.provenance import provenance
 from gblm.record import Record
 
 MODELS = ("smollm2", "gemma3-270m")
-MASKS = ("magnitude", "gradient", "wanda", "gblm")
+MASKS = ("magnitude", "wanda", "gblm")
 UPDATES = ("sparsegpt", "alps")
 METHODS = (*MASKS, *UPDATES)
 PATTERNS = ("2:4", "4:8", "8:16", "0.5", "0.7")

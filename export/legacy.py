@@ -21,7 +21,7 @@ from gblm.model.folder import ModelFolder
 from gblm.model.layers import StreamedLayers
 from gblm.model.linears import prunable
 from gblm.progress import Progress, no_progress
-from gblm.recipe import Choice
+from gblm.sparse.formats import Format, format_for
 from gblm.sparse.patterns import NM, Pattern
 from gblm.sparse.weights import same_bits
 
@@ -64,14 +64,14 @@ def export_legacy(
         check_room(reader, output, overwrite)
         names = packable(reader, tuple(prunable(layers.model)))
         pattern = _pattern(reader, names)
-        choices = {name: Choice(pattern, reader.values(name)) for name in names}
-        check_packable(reader, choices)
+        formats = {name: format_for(pattern, reader.values(name)) for name in names}
+        check_packable(reader, formats)
         recipe = {
             "model": str(folder), "method": "pack", "pattern": str(pattern),
             "options": {"legacy": reader.legacy.layout, **rounded},
         }  # fmt: skip
         packing = Packing(layers, recipe, keeps_values=False)
-        pieces = _pieces(packing, reader, choices, progress("converting", len(names)))
+        pieces = _pieces(packing, reader, formats, progress("converting", len(names)))
         return write_packed(packing, pieces, output, overwrite) | rounded
 
 
@@ -118,16 +118,16 @@ def _pattern(reader: LegacyReader, names: list[str]) -> Pattern:
 def _pieces(
     packing: Packing,
     reader: LegacyReader,
-    choices: Mapping[str, Choice],
+    formats: Mapping[str, Format],
     step: Callable[[], None],
 ) -> Iterator[Piece]:
-    for name, choice in choices.items():
+    for name, fmt in formats.items():
         weight = reader.weight(name)
-        tensors, rows = packing.pack(name, weight, choice.fmt)
-        parts = {part: tensors[f"{name}.{part}"] for part in choice.fmt.parts}
-        choice.fmt.validate(name, parts, (weight.mask.shape[0], weight.mask.shape[1]))
+        tensors, rows = packing.pack(name, weight, fmt)
+        parts = {part: tensors[f"{name}.{part}"] for part in fmt.parts}
+        fmt.validate(name, parts, (weight.mask.shape[0], weight.mask.shape[1]))
         unpacked = reader.unpacked(name) + 0.0  # packing writes −0.0 as +0.0
-        if not same_bits(choice.fmt.expand(parts, unpacked.dtype), unpacked):
+        if not same_bits(fmt.expand(parts, unpacked.dtype), unpacked):
             raise CheckpointError(f"{name}: the packed weight is not the one in the file.")
         yield tensors, rows
         reader.release()

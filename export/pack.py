@@ -20,7 +20,7 @@ from gblm.model.layers import stream
 from gblm.model.linears import prunable
 from gblm.model.reader import Reader
 from gblm.progress import Progress, no_progress
-from gblm.recipe import Choice
+from gblm.sparse.formats import Format, format_for
 from gblm.sparse.patterns import NM, Dense, Pattern, Unstructured, parse
 from gblm.sparse.values import parse_values, quantize
 from gblm.sparse.weights import SparseWeight
@@ -68,11 +68,11 @@ def export_pack(
         check_room(reader, output, overwrite, packed_head.num_bytes if packed_head else 0)
         linears = prunable(layers.model, ignore=ignore)
         chosen = parse(pattern) if pattern else _worthwhile(reader, linears)
-        choices = {
-            name: Choice(chosen, kind.resolve(name, linear.in_features))
+        formats = {
+            name: format_for(chosen, kind.resolve(name, linear.in_features))
             for name, linear in linears.items()
         }
-        check_packable(reader, choices)
+        check_packable(reader, formats)
         recipe = {"model": str(source), "method": "pack", "pattern": str(chosen), "options": {}}
         if not kind.is_float:
             recipe["values"] = values
@@ -81,8 +81,8 @@ def export_pack(
         packing = Packing(layers, recipe, head=packed_head)
         step = progress("packing", len(linears))
         pieces = (
-            packing.pack(name, weight, choices[name].fmt)
-            for name, weight in _weights(choices, reader, step)
+            packing.pack(name, weight, formats[name])
+            for name, weight in _weights(formats, reader, step)
         )
         return write_packed(packing, pieces, output, overwrite)
 
@@ -125,14 +125,14 @@ def _follows(pattern: NM, name: str, mask: Tensor) -> bool:
 
 
 def _weights(
-    choices: Mapping[str, Choice], reader: Reader, step: Callable[[], None]
+    formats: Mapping[str, Format], reader: Reader, step: Callable[[], None]
 ) -> Iterator[tuple[str, SparseWeight]]:
-    for name, choice in choices.items():
+    for name, fmt in formats.items():
         weight = reader.tensor(f"{name}.weight")
-        keeps_zeros = isinstance(choice.pattern, Dense)
+        keeps_zeros = isinstance(fmt.pattern, Dense)
         mask = torch.ones_like(weight, dtype=torch.bool) if keeps_zeros else weight != 0
-        floats = choice.values.is_float
+        floats = fmt.values.is_float
         cut = SparseWeight.cut(weight, mask)
-        yield name, cut if floats else quantize(weight, mask, choice.values, name)
+        yield name, cut if floats else quantize(weight, mask, fmt.values, name)
         reader.release()
         step()

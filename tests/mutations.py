@@ -61,7 +61,7 @@ LIST: dict[str, list[tuple[str, str, str]]] = {
         ("half", ".clamp(max=limit).half().float()", ".clamp(max=limit)"),
     ],
     "calibrate/test_gradients.py": [
-        ("l1-gradients", "fold.sums[name] += gradient.abs_()", "fold.sums[name] += gradient"),
+        ("l1-gradients", "sums[name] += gradient.abs_()", "sums[name] += gradient"),
         ("l2-root", "return total.sqrt_() if how.norm == L2 else total", "return total"),
     ],
     "calibrate/test_stats.py": [

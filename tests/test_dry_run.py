@@ -43,7 +43,6 @@ WAYS: list[dict[str, Any]] = [
     {"method": "sparsegpt", "pattern": "dense", "rounding": "obs", "values": "int4"},
     {"method": "alps", "pattern": "0.7"},
     {"method": "gblm", "pattern": "2:4", "refit": {}},
-    {"method": "gradient", "pattern": "0.6"},
     {"pattern": "2:4", "reconstruct": {"epochs": 1}},
 ]
 
@@ -134,7 +133,6 @@ REFUSED: list[dict[str, Any]] = [
     {"layers": [{"targets": ["q_proj"], "values": "int8"}]},
     {"values": "int4:256"},
     {"method": "wanda", "calibration": None},
-    {"method": "wanda", "stats": "nowhere"},
     {"method": "wanda", "pattern": "dense", "refit": {}},
     {"calibration": {"source": "missing.txt"}},
 ]

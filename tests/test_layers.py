@@ -26,11 +26,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sparse": {"errors"},
     "kernels": {"cache", "errors", "sparse"},
     "methods": {"errors", "sparse"},
-    "recipe": {"errors", "files", "sparse"},
+    "recipe": {"errors", "files"},
     "record": {"errors", "files", "provenance"},
     "doctor": {"kernels", "provenance", "sparse"},
     "model": {"errors", "files", "recipe", "sparse"},
-    "calibrate": {"cache", "data", "errors", "files", "model", "sparse"},
+    "calibrate": {
+        "cache", "data", "errors", "files", "model", "progress", "recipe", "sparse",
+    },
     "checkpoint": {"errors", "files", "model", "progress", "provenance", "recipe", "sparse"},
     "packed": {"errors", "kernels", "model", "sparse"},
     "bench": {

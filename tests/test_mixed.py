@@ -21,7 +21,8 @@ from gblm.model.loading import load
 from gblm.model.packed_reader import PackedReader
 from gblm.model.reader import Reader
 from gblm.prune import prune
-from gblm.recipe import Calibration, LayerChoice, Recipe, choose
+from gblm.prune.choose import choose
+from gblm.recipe import Calibration, LayerChoice, Recipe
 from gblm.sparse.formats.manifest import MAX_GROUPS, Manifest
 from gblm.sparse.values import quantize
 
@@ -141,16 +142,16 @@ def test_the_first_choice_that_matches_decides(recipe: Recipe) -> None:
     rest = {"targets": ["*.down_proj", "o_proj"], "values": "int8:32"}
     # The parts of a fused linear may differ in sparsity.
     key = {"targets": ["k_proj"], "pattern": "0.25"}
-    choices = chosen(with_layers(recipe, special, rest, key))
-    assert choices["model.layers.1.mlp.down_proj"].fmt.spec == "nm/4:8/int4:128"
-    assert choices["model.layers.0.mlp.down_proj"].fmt.spec == "bitmask/0.5/int8:32"
-    assert choices["model.layers.0.self_attn.q_proj"].fmt.spec == "bitmask/0.5/int4:64"
-    assert choices["model.layers.0.self_attn.k_proj"].fmt.spec == "bitmask/0.25/int4:64"
+    formats = chosen(with_layers(recipe, special, rest, key))
+    assert formats["model.layers.1.mlp.down_proj"].spec == "nm/4:8/int4:128"
+    assert formats["model.layers.0.mlp.down_proj"].spec == "bitmask/0.5/int8:32"
+    assert formats["model.layers.0.self_attn.q_proj"].spec == "bitmask/0.5/int4:64"
+    assert formats["model.layers.0.self_attn.k_proj"].spec == "bitmask/0.25/int4:64"
 
 
 def chosen(recipe: Recipe) -> Any:
     with Reader(ModelFolder.open(Path(recipe.model))) as reader:
-        return choose(recipe, prunable(StreamedLayers(reader).model, (), recipe.ignore))
+        return choose(recipe, prunable(StreamedLayers(reader).model, recipe.ignore))
 
 
 @pytest.mark.parametrize(

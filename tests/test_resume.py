@@ -96,15 +96,13 @@ MIXED = [
     {"targets": ["gate_proj", "up_proj"], "pattern": "0.25", "values": "int8"},
 ]
 STEPS = {"refit": {}, "reconstruct": {"epochs": 2, "learning_rate": 0.02}}
-# What a recipe may ask for, each at least once: order, prefix, values, head, steps, layers.
+# What a recipe may ask for, each at least once: order, values, head, steps, layers.
 WAYS: list[dict[str, Any]] = [
     {"values": "int8", "head": "int8"},
-    {"method": "wanda", "calibration": {"prefix": "dense"}},
     {"method": "sparsegpt", "dtype": "float32", "values": "int4:32",
      "calibration": {"order": "sequential"}},
     {"method": "sparsegpt", "dtype": "float32", "values": "int4", "layers": MIXED},
-    {"method": "wanda", "pattern": "2:4", "dtype": "float32", "calibration": {"batch_size": 2},
-     **STEPS},
+    {"method": "wanda", "pattern": "2:4", "dtype": "float32", **STEPS},
     {"method": "wanda", "pattern": "2:4", "dtype": "float32", "values": "int4", "rounding": "obs",
      "calibration": {"order": "sequential"}, **STEPS},
 ]  # fmt: skip

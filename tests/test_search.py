@@ -23,7 +23,7 @@ from gblm.methods.obs import prepare_obs
 from gblm.methods.sparsegpt import SparseGPT
 from gblm.prune import prune
 from gblm.prune.job import open_job
-from gblm.recipe import FUSED, Calibration, Choice, Recipe, Refitting
+from gblm.recipe import FUSED, Calibration, Recipe, Refitting
 from gblm.record import Record, Row
 from gblm.search import run as running
 from gblm.search.allocate import LinearSpec, family, measured, total_bytes, uniform
@@ -32,6 +32,7 @@ from gblm.search.candidates import STEPS, Question, allocations, answer, recipe_
 from gblm.search.examine import Examined, Space, examine
 from gblm.search.run import METRIC, UNPRUNED, Measuring, best, is_measured, ranked, search, slug
 from gblm.search.sensitivity import GRID, SHARE, Curve, Judgement, column_costs, curve
+from gblm.sparse.formats import Format, format_for
 from gblm.sparse.patterns import NM, Dense, Unstructured, parse
 from gblm.sparse.values import FLOAT, parse_values
 
@@ -124,16 +125,16 @@ def test_predicted_errors_are_those_of_the_sweep(text: str) -> None:
     pruned = method.prune(weight, method.prepare({"hessian": hessian}), parse(text))
     error = weight - pruned.weight
     real = SHARE * 0.25 * float((error @ hessian * error).sum())
-    assert found.loss(Choice(parse(text))) == pytest.approx(real, rel=0.2)
+    assert found.loss(format_for(parse(text))) == pytest.approx(real, rel=0.2)
 
 
 def test_a_curve_is_a_line_between_its_points() -> None:
     curve = Curve({"float": tuple(share**2 for share in GRID)}, {("2:4", "float"): 7.0})
-    assert curve.loss(Choice(Dense())) == 0
-    assert curve.loss(Choice(NM(2, 4))) == 7
-    assert curve.loss(Choice(Unstructured(0.5))) == pytest.approx(0.25)
-    assert curve.loss(Choice(Unstructured(0.505))) == pytest.approx((0.25 + 0.51**2) / 2)
-    assert curve.loss(Choice(Unstructured(0.95))) == pytest.approx(0.95**2)
+    assert curve.loss(format_for(Dense())) == 0
+    assert curve.loss(format_for(NM(2, 4))) == 7
+    assert curve.loss(format_for(Unstructured(0.5))) == pytest.approx(0.25)
+    assert curve.loss(format_for(Unstructured(0.505))) == pytest.approx((0.25 + 0.51**2) / 2)
+    assert curve.loss(format_for(Unstructured(0.95))) == pytest.approx(0.95**2)
 
 
 def test_sensitivities_are_drawn_together_and_keep_their_sum(model: Examined) -> None:
@@ -154,7 +155,7 @@ def test_sensitivities_are_drawn_together_and_keep_their_sum(model: Examined) ->
 # Allocating.
 
 
-def toy(sensitive: str = "") -> tuple[list[LinearSpec], Callable[[LinearSpec, Choice], float]]:
+def toy(sensitive: str = "") -> tuple[list[LinearSpec], Callable[[LinearSpec, Format], float]]:
     """Two decoder layers of fused linears; one of them may be a hundred times as sensitive."""
     linears = [
         LinearSpec(f"l.{layer}.{name}", (256, 256), torch.bfloat16, f"l.{layer}.{unit}")
@@ -164,7 +165,7 @@ def toy(sensitive: str = "") -> tuple[list[LinearSpec], Callable[[LinearSpec, Ch
         ]
     ]  # fmt: skip
 
-    def loss(linear: LinearSpec, choice: Choice) -> float:
+    def loss(linear: LinearSpec, choice: Format) -> float:
         factor = 100.0 if linear.name == sensitive else 1.1 if ".1." in linear.name else 1.0
         rounding = 0.02 if choice.values.kind == "int4" else 0.0
         return factor * (choice.pattern.sparsity**3 + rounding)
@@ -176,22 +177,22 @@ def bits(linears: list[LinearSpec], amount: float) -> float:
     return parse_budget(f"{amount}bits").limit(sum(linear.weights for linear in linears), 0)
 
 
-def options(linear: LinearSpec) -> Iterator[Choice]:
+def options(linear: LinearSpec) -> Iterator[Format]:
     for values in (FLOAT, INT4):
-        yield Choice(Dense(), values)
-        yield Choice(NM(2, 4), values)
+        yield format_for(Dense(), values)
+        yield format_for(NM(2, 4), values)
         for sparsity in STEPS:
-            yield Choice(Unstructured(sparsity), values)
+            yield format_for(Unstructured(sparsity), values)
 
 
-def loose(linear: LinearSpec) -> Iterator[Choice]:
-    yield Choice(Dense(), INT4)
+def loose(linear: LinearSpec) -> Iterator[Format]:
+    yield format_for(Dense(), INT4)
     for sparsity in STEPS:
-        yield Choice(Unstructured(sparsity), INT4)
+        yield format_for(Unstructured(sparsity), INT4)
 
 
-def int4(linear: LinearSpec, sparsity: float) -> Choice:
-    return Choice(Unstructured(sparsity), INT4)
+def int4(linear: LinearSpec, sparsity: float) -> Format:
+    return format_for(Unstructured(sparsity), INT4)
 
 
 @pytest.mark.parametrize("amount", [3.0, 3.3, 4.6, 9.5, 17.0])
@@ -233,7 +234,7 @@ def test_measured_beats_uniform_and_spares_the_sensitive(sensitive: str, amount:
     assert even is not None
     assert found is not None
 
-    def total(allocation: dict[str, Choice]) -> float:
+    def total(allocation: dict[str, Format]) -> float:
         return sum(loss(linear, allocation[linear.name]) for linear in linears)
 
     assert total(found) < total(even)
@@ -279,7 +280,7 @@ def test_every_candidate_holds_its_budget_and_becomes_a_recipe(
         recipe = recipe_for(refit, model, allocation)
         again = Recipe.from_dict(json.loads(json.dumps(recipe.to_dict())))
         with open_job(again) as job:
-            assert job.choices == allocation
+            assert job.formats == allocation
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
@@ -298,14 +299,13 @@ def test_the_answer_ranks_and_says_when_dense_is_better(base: Recipe) -> None:
     result = answer(Question(base, parse_budget("8.6bits")))
     json.dumps(result)
     fits = [row for row in result["rows"] if row["fits"]]
-    assert [row["rank"] for row in result["rows"]] == [*range(1, len(result["rows"]) + 1)]
     assert [row["loss"] for row in fits] == sorted(row["loss"] for row in fits)
     assert all(row["ratio"] == pytest.approx(math.exp(row["loss"]), rel=1e-4) for row in fits)
     assert "is the better answer at 8.6bits" in result["verdict"]
     assert {"int8 dense", "int4 dense"} <= {row["name"] for row in fits}
     narrow = answer(Question(base, parse_budget("3.3bits"), Space(("int4:auto",), ("2:4",))))
     assert not {row["name"] for row in narrow["rows"]} & {"int4 uniform", "int8 dense"}
-    assert "no dense model holds 3.3bits; int4 dense" in narrow["verdict"]
+    assert "no dense model holds 3.3bits: the best with zeros is int4" in narrow["verdict"]
 
 
 def test_verdicts() -> None:
@@ -319,7 +319,7 @@ def test_verdicts() -> None:
     far = verdict([row("a", 1.2, False), row("int4 dense", 1.3, True)], budget)
     assert far.startswith("zeros are worth it at 4.3bits: a")
     none = verdict([row("a", 1.2, False), row("int4 dense", 1.1, True, fits=False)], budget)
-    assert "int4 dense (4.20 bits, 1.100x the perplexity) needs more" in none
+    assert "no dense model holds 4.3bits: the best with zeros is a (4.20 bits" in none
 
 
 def test_what_cannot_be_is_said(base: Recipe, tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ TEXT = ["--num-samples", 2, "--seq-len", 16]
 def test_a_predicted_recipe_is_one_that_prune_takes(
     gblm: Run, tiny: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    words = ["search", tiny, "--no-measure", "--calibration", text_file, *TEXT]
+    words = ["search", tiny, "--calibration", text_file, *TEXT]
     done = gblm(*words, "--budget", "3.6bits", "--write", "recipe.json")
     assert done.code == 0, done
     assert "int4 dense (over budget)" in done.out
@@ -361,23 +361,22 @@ def test_a_predicted_recipe_is_one_that_prune_takes(
     assert done.code == 0, done
     rows = json.loads(done.out)["rows"]
     assert {row["recipe"]["method"] for row in rows} == {"wanda"}
-    assert {group["values"] for row in rows for group in row["groups"]} == {"float"}
-    assert {group["pattern"] for row in rows for group in row["groups"]} <= {"2:4", "dense"}
+    ways = [way for row in rows for way in (row["recipe"], *row["recipe"]["layers"])]
+    assert {way["values"] for way in ways} == {"float"}
+    assert {way["pattern"] for way in ways} <= {"2:4", "dense"}
 
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (["--budget", "3bits", "--pattern", "0.5"], "which decides the sparsity"),
-        (["--budget", "3bits", "--limit", "2"], "--limit does not go with --no-measure"),
+        (["--budget", "3bits", "--limit", "2"], "--limit says how candidates are measured"),
     ],
 )
 def test_mistakes(tiny: Path, text_file: Path, words: list[str], sentence: str) -> None:
     text = ["--calibration", str(text_file), "--seq-len", "16"]
     with pytest.raises((click.UsageError, UsageError), match=sentence):
-        cli.main(
-            ["search", str(tiny), "--no-measure", *words, *text], standalone_mode=False, obj={}
-        )
+        cli.main(["search", str(tiny), *words, *text], standalone_mode=False, obj={})
 
 
 # Searching.
@@ -432,8 +431,11 @@ def test_a_search_measures_and_goes_on(
     assert search(question, how).rows == record.rows
 
 
-def test_every_measured_figure_is_that_of_the_folder(question: Question, how: Measuring) -> None:
-    record = search(question, replace(how, keep_all=True))
+def test_every_measured_figure_is_that_of_the_folder(
+    question: Question, how: Measuring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "_remove_others", lambda how, record: None)
+    record = search(question, how)
     folders = sorted(path.name for path in how.folder.iterdir() if path.is_dir())
     assert folders == sorted(map(slug, ranked(record)))
     load = record.loads[0]
@@ -466,7 +468,8 @@ def test_a_finished_folder_is_not_made_again(
     (folder,) = (path.parent for path in how.folder.glob("*/recipe.json"))
     before = (folder / "MANIFEST.json").stat().st_mtime_ns
     monkeypatch.undo()
-    record = search(question, replace(how, keep_all=True))
+    monkeypatch.setattr(running, "_remove_others", lambda how, record: None)
+    record = search(question, how)
     assert (folder / "MANIFEST.json").stat().st_mtime_ns == before
     assert next(row.value for row in record.rows if row.side == UNPRUNED) == 300.0
 
@@ -508,8 +511,7 @@ def test_a_perplexity_without_end_comes_last(
 def test_search_on_the_command_line(gblm: Run, tiny: Path, text_file: Path, tmp_path: Path) -> None:
     done = gblm(
         "search", tiny, "--budget", "3.5bits", "--values", "int4", "--output", "found", "--limit",
-        1, "--text", text_file, "--eval-seq-len", 32, "--max-windows", 1, "--calibration",
-        text_file, *TEXT, "--write", "best.json",
+        1, "--text", text_file, "--calibration", text_file, *TEXT, "--write", "best.json",
     )  # fmt: skip
     assert done.code == 0, done
     assert "unpruned" in done.out

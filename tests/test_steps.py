@@ -28,7 +28,7 @@ STEPS = {"rounding": "obs", "refit": {}, "reconstruct": {"epochs": 2, "learning_
 
 @pytest.fixture
 def recipe(tiny: Path, text_file: Path) -> Recipe:
-    calibration = Calibration(source=str(text_file), num_samples=8, seq_len=32, batch_size=3)
+    calibration = Calibration(source=str(text_file), num_samples=8, seq_len=32)
     return Recipe(
         model=str(tiny), method="wanda", pattern="2:4", dtype="float32", calibration=calibration
     )
@@ -93,8 +93,7 @@ def test_killed_at_some_steps_it_ends_in_the_same_bytes(recipe: Recipe, tmp_path
 def test_activations_on_disk_give_the_same_bytes(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str
 ) -> None:
-    batch = 1 if order == "sequential" else 3
-    calibration = recipe.to_dict()["calibration"] | {"order": order, "batch_size": batch}
+    calibration = recipe.to_dict()["calibration"] | {"order": order}
     recipe = with_steps(recipe, values="int4", calibration=calibration, **STEPS)
     prune(recipe, tmp_path / "memory")
     monkeypatch.setattr("gblm.calibrate.activations.MEMORY_SHARE", 0)
@@ -120,22 +119,6 @@ def test_the_model_card_names_the_steps(recipe: Recipe, tmp_path: Path) -> None:
         assert word in row
     prune(recipe, tmp_path / "plain")
     assert "steps" not in (tmp_path / "plain" / "README.md").read_text()
-
-
-def test_saved_statistics_serve_the_same_steps(recipe: Recipe, tmp_path: Path) -> None:
-    recipe, stats = with_steps(recipe, values="int4", rounding="obs", refit={}), tmp_path / "stats"
-    prune(recipe, Output(tmp_path / "first", save_stats=stats))
-    prune(with_steps(recipe, calibration=None, stats=str(stats)), tmp_path / "second")
-    first, second = (content(tmp_path / name) for name in ("first", "second"))
-    assert first["model.safetensors"] == second["model.safetensors"]
-
-
-def test_saved_statistics_say_what_they_were_taken_behind(recipe: Recipe, tmp_path: Path) -> None:
-    recipe = with_steps(recipe, values="int4", **STEPS)
-    prune(recipe, Output(tmp_path / "out", save_stats=tmp_path / "stats"))
-    facts = json.loads((tmp_path / "stats" / "stats.json").read_text())
-    assert facts["prefix"] == "wanda 2:4, refit, reconstruct"
-    assert facts["needs"] == ["act_norm", "hessian"]
 
 
 def test_trained_norms_are_stored_and_loaded(recipe: Recipe, tmp_path: Path) -> None:
@@ -184,9 +167,9 @@ def test_gptq_is_rounding_with_the_dense_pattern(
     [
         ({"rounding": "obs"}, "goes with codes"),
         ({"reconstruct": {}, "calibration": None}, "calibration text"),
-        ({"reconstruct": {}, "calibration": {"prefix": "dense"}}, "prefix"),
+        ({"calibration": {"prefix": "dense"}}, "prefix"),
         ({"reconstruct": {"epochs": 0}}, "epochs"),
-        ({"reconstruct": {}, "stats": "somewhere"}, "leave one of the two out"),
+        ({"stats": "somewhere"}, "stats"),
         ({"refit": {"iterations": 0}}, "iterations"),
     ],
 )
@@ -239,7 +222,6 @@ def test_refit_needs_something_that_was_pruned(recipe: Recipe, tmp_path: Path) -
     ("arguments", "message"),
     [
         (("--rounding", "obs", "--method", "wanda"), "rounding obs goes with codes: give values"),
-        (("--preset", "best", "--stats", "x"), "--preset does not go with --stats"),
     ],
 )
 def test_the_command_line_says_what_does_not_fit(

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gblm.calibrate import activations, gradients
 from gblm.calibrate.gradients import Gradients
 from gblm.calibrate.gradients import gradient_norms as norms_by_layer
 from gblm.errors import InputError, UsageError
@@ -19,9 +20,8 @@ def gradient_norms(
     linears: dict[str, torch.nn.Linear],
     norm: str,
     scratch: Path | None = None,
-    resident: bool = False,
 ) -> dict[str, torch.Tensor]:
-    how = Gradients(norm, frozenset(linears), scratch, resident=resident)
+    how = Gradients(norm, frozenset(linears), scratch)
     found: dict[str, torch.Tensor] = {}
     for _, norms in norms_by_layer(Layers(model), samples, how):
         found |= norms
@@ -31,6 +31,11 @@ def gradient_norms(
 @pytest.fixture
 def model(tiny: Path) -> torch.nn.Module:
     return load(tiny, torch.float32)
+
+
+def at_once(monkeypatch: pytest.MonkeyPatch, wanted: bool) -> None:
+    """Take gradients with all layers in memory, or one layer at a time."""
+    monkeypatch.setattr(gradients, "all_fit", lambda *asked: wanted)
 
 
 @pytest.fixture
@@ -44,11 +49,17 @@ def samples() -> list[torch.Tensor]:
     "name", ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.gate_proj"]
 )
 def test_gradient_norms_equal_autograd(
-    model: torch.nn.Module, samples: list[torch.Tensor], norm: str, name: str, resident: bool
+    model: torch.nn.Module,
+    samples: list[torch.Tensor],
+    norm: str,
+    name: str,
+    resident: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    at_once(monkeypatch, resident)
     linears = prunable(model)
     before = {name: linear.weight.clone() for name, linear in linears.items()}
-    got = gradient_norms(model, samples, linears, norm, resident=resident)
+    got = gradient_norms(model, samples, linears, norm)
     assert got.keys() == linears.keys()
     weight, outputs, grads = linears[name].weight.requires_grad_(True), [], []
     linears[name].register_forward_hook(lambda module, args, output: outputs.append(output))
@@ -69,20 +80,26 @@ def test_gradient_norms_equal_autograd(
 
 
 def test_inputs_on_disk_give_the_same(
-    model: torch.nn.Module, samples: list[torch.Tensor], tmp_path: Path
+    model: torch.nn.Module,
+    samples: list[torch.Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     memory = gradient_norms(model, samples, prunable(model), "l2")
+    monkeypatch.setattr(activations, "MEMORY_SHARE", 0)
     disk = gradient_norms(model, samples, prunable(model), "l2", tmp_path)
     assert all(torch.equal(memory[name], disk[name]) for name in memory)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layer_by_layer_equals_all_at_once_to_the_bit(
-    tiny: Path, samples: list[torch.Tensor], dtype: torch.dtype
+    tiny: Path, samples: list[torch.Tensor], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load(tiny, dtype)
+    at_once(monkeypatch, False)
     streamed = gradient_norms(model, samples, prunable(model), "l2")
-    resident = gradient_norms(model, samples, prunable(model), "l2", resident=True)
+    at_once(monkeypatch, True)
+    resident = gradient_norms(model, samples, prunable(model), "l2")
     assert list(streamed) == list(resident)
     assert all(torch.equal(streamed[name], resident[name]) for name in streamed)
 

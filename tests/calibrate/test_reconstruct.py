@@ -7,18 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from gblm.calibrate import activations
 from gblm.calibrate.activations import Activations
 from gblm.calibrate.ranks import ALONE, Ranks
-from gblm.calibrate.reconstruct import Training, reconstruct
+from gblm.calibrate.reconstruct import reconstruct
 from gblm.calibrate.walk import DecoderLayer, Walk, walk
 from gblm.errors import InputError
 from gblm.model.layers import Layers
 from gblm.model.loading import load
+from gblm.recipe import Reconstruction
 from gblm.sparse.patterns import NM
 from gblm.sparse.values import parse_values, quantize
 from gblm.sparse.weights import SparseWeight
 
-HOW = Training(epochs=4, learning_rate=0.03, batch_size=2)
+HOW = Reconstruction(epochs=4, learning_rate=0.03, batch_size=2)
 
 
 BATCHES = list(torch.randint(256, (3, 2, 16), generator=torch.Generator().manual_seed(0)))
@@ -81,7 +83,7 @@ def test_training_brings_the_layer_closer_to_the_dense_one(
 
 def test_trained_codes_stay_codes(tiny: Path) -> None:
     layer, weights = pruned_layer(tiny, rounded)
-    how = Training(epochs=8, learning_rate=0.2, batch_size=1)
+    how = Reconstruction(epochs=8, learning_rate=0.2, batch_size=1)
     done = reconstruct(layer.module, weights, layer.streams, how, ALONE, "layer")
     changed = 0
     for name, weight in done.weights.items():
@@ -116,7 +118,7 @@ def test_the_dense_stream_does_not_see_changes(tiny: Path) -> None:
 
 def test_a_loss_that_is_not_finite_is_an_error(tiny: Path) -> None:
     layer, weights = pruned_layer(tiny)
-    how = Training(epochs=2, learning_rate=0.9, batch_size=1)
+    how = Reconstruction(epochs=2, learning_rate=0.9, batch_size=1)
     weights["mlp.down_proj"].weight.fill_(float("inf"))
     with pytest.raises(InputError, match="did not converge"):
         reconstruct(layer.module, weights, layer.streams, how, ALONE, "layer")
@@ -145,7 +147,9 @@ def test_gradients_too_small_for_float16_count(tiny: Path) -> None:
         for index in range(len(batches)):
             states = held.get(index, torch.device("cpu"))
             held[index] = states.float().mul(1000.0).half()
-    done = reconstruct(layer.module, weights, layer.streams, Training(1), ALONE, "layer")
+    done = reconstruct(
+        layer.module, weights, layer.streams, Reconstruction(epochs=1), ALONE, "layer"
+    )
     for name in ("mlp.down_proj", "self_attn.o_proj"):
         before, after = weights[name].weight, done.weights[name].weight
         changed = (before != after)[weights[name].mask].float().mean()
@@ -168,6 +172,7 @@ def test_linears_that_no_sample_reaches_are_no_obstacle(tiny: Path) -> None:
 def test_a_step_reads_its_own_samples_only(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(activations, "MEMORY_SHARE", 0)
     one = torch.cat(BATCHES).split(len(BATCHES) * 2)  # as in the sequential order
     layer, _ = pruned_layer(tiny, batches=list(one), scratch=tmp_path)
     assert layer.streams is not None

@@ -186,7 +186,6 @@ def test_options_of_the_wrong_type_are_refused(name: str, option: str) -> None:
         ("gblm", {"alpha": -1.0}),
         ("gblm", {"alpha": float("nan")}),
         ("gblm", {"alpha": True}),
-        ("gradient", {"gradient_norm": "L1"}),
         ("sparsegpt", {"damping": 0.0}),
         ("sparsegpt", {"damping": 1.5}),
         ("sparsegpt", {"block_size": 0}),

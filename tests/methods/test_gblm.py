@@ -1,4 +1,4 @@
-"""GBLM and its gradient half; what every method promises stands in test_contract.py."""
+"""GBLM; what every method promises stands in test_contract.py."""
 
 from __future__ import annotations
 
@@ -58,10 +58,3 @@ def test_zero_alpha_is_wanda(pattern: str, mode: str) -> None:
     gblm = make_method("gblm", options).prune(WEIGHT, stats("l2"), parse(pattern))
     assert torch.equal(wanda.weight, gblm.weight)
     assert torch.equal(wanda.mask, gblm.mask)
-
-
-@pytest.mark.parametrize("norm", MEANS)
-def test_gradient_alone_follows_the_formula(norm: str) -> None:
-    given = stats(norm)
-    score = make_method("gradient", {"gradient_norm": norm}).score(WEIGHT, given)
-    assert torch.equal(score, WEIGHT.abs() * given["grad_norm"])

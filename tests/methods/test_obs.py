@@ -195,16 +195,6 @@ def test_joint_pruning_beats_pruning_then_rounding(pattern: str, size: int) -> N
     assert joint > 0.98 * output_error(weight, pruned, hessian)
 
 
-def test_fewer_codes_have_larger_errors() -> None:
-    weight, hessian = problem(16, 64)
-    stats = prepare_obs({"hessian": hessian}, DAMPING)
-    values, every = ValueType("int4", 32), torch.ones(16, 64, dtype=torch.bool)
-    three, four = (round_obs(weight, every, values, stats, limit=n) for n in (3, None))
-    assert int(three.codes.abs().max()) == 3
-    ratio = output_error(weight, three, hessian) / output_error(weight, four, hessian)
-    assert 2 < ratio < 10
-
-
 def test_dead_inputs_become_zeros_and_inputs_are_not_changed() -> None:
     weight, hessian = problem(1, 64)  # one row: its transpose is the same memory
     hessian[5], hessian[:, 5] = 0, 0

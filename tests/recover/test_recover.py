@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -161,19 +164,26 @@ def test_killed_it_ends_in_the_same_bytes(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
-def test_minutes_decide_how_many_tokens_there_are(
-    pack_tiny: Pack, how: Recovering, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.slow
+def test_two_processes_share_each_batch(
+    pack_tiny: Pack, how: Recovering, tmp_path: Path, text_file: Path
 ) -> None:
-    monkeypatch.setattr(run_module, "seconds_per_token", lambda *args: 60 / 640)
-    short = recover(pack_tiny(), tmp_path / "one", how.model_copy(update={"minutes": 1.0}))
-    assert short["tokens"] == 640
-    long = recover(pack_tiny(), tmp_path / "all", how.model_copy(update={"minutes": 100.0}))
-    assert long["tokens"] == how.tokens
-
-
-def test_the_estimate_is_a_time(tiny: Path) -> None:
-    model = load(ModelFolder.open(tiny), torch.float32)
-    assert 0 < train_module.seconds_per_token(model, 1, 8) < 1
+    start, out = pack_tiny(), tmp_path / "two"
+    one = recover(start, tmp_path / "one", how)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "-m", "gblm", "recover", start, "--output", out, "--text", text_file, "--held-out",
+        text_file, "--tokens", how.tokens, "--seq-len", 32, "--learning-rate", 0.05, "--json",
+    ]  # fmt: skip
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (found,) = (json.loads(line) for line in done.stdout.splitlines())
+    (alone,), (shared,) = one["after"].values(), found["after"].values()
+    assert shared["kl"] == pytest.approx(alone["kl"], rel=0.1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
 def test_held_out_texts_have_names_of_their_own(
@@ -284,6 +294,20 @@ def test_pruned_and_recovered_in_one_step_or_two_it_is_the_same(
     assert report["recover"]["kept"]
 
 
+def test_the_dense_model_is_opened_once_to_prune_and_recover(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, real = [], prune_module.open_job
+
+    def counted(*args: object) -> object:
+        opened.append(args)
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(prune_module, "open_job", counted)
+    prune(recipe, tmp_path / "out")
+    assert len(opened) == 1
+
+
 def test_recovery_goes_on_from_what_an_earlier_run_had_pruned(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,8 +358,8 @@ def test_memory_decides_what_is_trained_and_whether(
         monkeypatch.setattr(psutil, "virtual_memory", lambda: has)
         return needs.settle(own, extent, "cpu").train
 
-    assert settled(extent.memory(own, "weights") + 1) == "weights"
-    assert settled(extent.memory(own, "weights")) == "scales"
+    assert settled(extent.memory(own) + 1) == "weights"
+    assert settled(extent.memory(own)) == "scales"
     with pytest.raises(MachineError, match="GB are free"):
         settled(1000)
     with pytest.raises(MachineError, match="GB are free"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
@@ -11,6 +12,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from gblm.files import write_scratch
+from gblm.model.layers import Layers
+from gblm.model.linears import hidden_size
 
 # The rest is for the layer, its statistics and the method.
 MEMORY_SHARE = 0.25
@@ -80,6 +83,12 @@ def fits(num_bytes: int, device: torch.device) -> bool:
     return num_bytes <= MEMORY_SHARE * free
 
 
-def place(folder: Path, num_bytes: int) -> Path | None:
-    """Where activations of this size go: None for memory, else the folder."""
+def stream_bytes(layers: Layers, batches: Iterable[Tensor]) -> int:
+    """Count the bytes of all samples at the input of one decoder layer."""
+    tokens = sum(batch.numel() for batch in batches)
+    return tokens * hidden_size(layers.model) * layers.dtype.itemsize
+
+
+def place(folder: Path | None, num_bytes: int) -> Path | None:
+    """Say where activations of this size go: None for memory, else the folder."""
     return None if fits(num_bytes, torch.device("cpu")) else folder

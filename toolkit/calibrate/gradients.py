@@ -8,8 +8,7 @@ has room for all layers, that second run is saved: each sample goes up and down 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gblm.calibrate.activations import Activations, fits
+from gblm.calibrate.activations import Activations, fits, place, stream_bytes
 from gblm.calibrate.frame import Call, capture, loss
 from gblm.calibrate.ranks import ALONE, Ranks
 from gblm.errors import InputError, UsageError
 from gblm.model.layers import Layers
 from gblm.model.linears import linears
+from gblm.progress import Progress, no_progress
 
 # Of a weight's gradients: Σ|g|, Σ g²; of the gradients of a linear's outputs: Σ over tokens of g².
 L1, L2, OUTPUT = "l1", "l2", "output"
-# float16 gradients are kept near this size: in the middle of the exponents float16 has.
-HALF_TARGET = 2.0**6
 
 
 @dataclass(frozen=True)
@@ -40,17 +38,14 @@ class Gradients:
             that of the linear's outputs, Σ over samples and tokens of (∂L/∂y)², and no gradient of
             a weight is taken.
         names: full names of the linears to differentiate.
-        scratch: folder for the layers' inputs; None keeps them in memory.
-        resident: hold all layers and their sums at once; not for float16, whose gradients need
-            a scale for each layer.
-        on_step: called as often as `num_steps` says, for a progress bar.
+        scratch: folder for the layers' inputs, if memory is short; None keeps them in memory.
+        progress: for a progress bar.
     """
 
     norm: str
     names: frozenset[str]
     scratch: Path | None = None
-    resident: bool = False
-    on_step: Callable[[], None] = lambda: None
+    progress: Progress = no_progress
 
     def __post_init__(self) -> None:
         if self.norm not in (L1, L2, OUTPUT):
@@ -61,6 +56,8 @@ def gradient_norms(
     layers: Layers, samples: Sequence[Tensor], how: Gradients, ranks: Ranks = ALONE
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Norms over the samples, decoder layer by decoder layer, the last layer first.
+
+    A float16 model computes in float32: most of its gradients would round to zero.
 
     Args:
         layers: of a causal language model; the weights are not changed.
@@ -75,30 +72,28 @@ def gradient_norms(
     Raises:
         InputError: a loss or gradient is not finite.
     """
+    layers = layers.in_float32() if layers.dtype == torch.float16 else layers
+    at_once = ranks.agree(int(all_fit(layers, how.names, how.norm))) == 1
     layers.load_frame(head=True)
     rows = [sample.reshape(1, -1) for sample in samples]
-    by_layer = _resident(layers, rows, how) if how.resident else _streamed(layers, rows, how)
+    by_layer = _resident(layers, rows, how) if at_once else _streamed(layers, rows, how)
     for index, sums in by_layer:
         for total in sums.values():
             ranks.sum_(total)
         yield index, {name: _finish(name, total, how) for name, total in sums.items()}
 
 
-def resident_fits(parameters: int, weights: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether gradients are taken with all layers, and a sum per weight, in memory at once.
-
-    Args:
-        parameters: of all decoder layers.
-        weights: to be differentiated.
-        dtype: of the layers.
-        device: where they would lie.
-    """
-    return fits(parameters * dtype.itemsize + weights * 4, device) and dtype != torch.float16
+def all_fit(layers: Layers, names: Iterable[str], norm: str) -> bool:
+    """Tell whether memory has room for all decoder layers and the sums of gradients at once."""
+    parameters = sum(parameter.numel() for parameter in layers.modules.parameters())
+    chosen = [layers.model.get_submodule(name) for name in names]
+    sums = sum(m.out_features if norm == OUTPUT else m.weight.numel() for m in chosen)
+    return fits(parameters * itemsize(layers) + 4 * sums, layers.device)
 
 
-def num_steps(layers: Layers, num_samples: int, resident: bool) -> int:
-    """How often `on_step` will be called."""
-    return num_samples if resident else 2 * len(layers)
+def itemsize(layers: Layers) -> int:
+    """Return the bytes of a value while gradients are taken; float16 becomes float32."""
+    return 4 if layers.dtype == torch.float16 else layers.dtype.itemsize
 
 
 def _resident(
@@ -109,36 +104,39 @@ def _resident(
         modules = [stack.enter_context(layers.open(index)) for index in range(len(layers))]
         wanted = [_wanted(layers, index, module, how) for index, module in enumerate(modules)]
         every = {name: linear for own in wanted for name, linear in own.items()}
-        fold = stack.enter_context(folding(every, how.norm))
+        sums = stack.enter_context(folding(every, how.norm))
+        step = how.progress("gradients", len(rows))
         for sample, (hidden, call) in enumerate(capture(layers, rows)):
             with torch.enable_grad():
                 hidden.requires_grad_(how.norm == OUTPUT)
                 for index, module in enumerate(modules):
                     hidden = _finite(layers, index, call.run(module, index, hidden), sample)
                 _finite_loss(layers, rows[sample], hidden, sample).backward()
-            how.on_step()
+            step()
     for index in reversed(range(len(layers))):
-        yield index, {name: fold.sums.pop(name) for name in wanted[index]}
+        yield index, {name: sums.pop(name) for name in wanted[index]}
 
 
 def _streamed(
     layers: Layers, rows: Sequence[Tensor], how: Gradients
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """All samples up, then all samples down, layer by layer."""
-    inputs, calls = _forward(layers, rows, how)
-    errors = _Errors(how.scratch)
+    scratch = place(how.scratch, (len(layers) + 2) * stream_bytes(layers, rows))
+    step = how.progress("gradients", 2 * len(layers))
+    inputs, calls = _forward(layers, rows, scratch, step)
+    # The loss's gradient at the current layer's output, per sample.
+    errors = Activations(scratch / "errors" if scratch else None)
     for index, row in enumerate(rows):
         hidden = inputs[-1].get(index, layers.device).requires_grad_(True)
         with torch.enable_grad():
-            value = _finite_loss(layers, row, hidden, index)
-            (error,) = torch.autograd.grad(value * errors.scale(hidden.dtype), hidden)
-        errors.append(error, errors.scale(hidden.dtype))
+            (error,) = torch.autograd.grad(_finite_loss(layers, row, hidden, index), hidden)
+        errors.append(error)
     inputs.pop().clear()
     for index in reversed(range(len(layers))):
         sums = _backward(layers, index, inputs[index], calls, errors, how)
         inputs.pop().clear()
         yield index, sums
-        how.on_step()
+        step()
 
 
 def _finite(layers: Layers, index: int, hidden: Tensor, sample: int) -> Tensor:
@@ -165,24 +163,24 @@ def _wanted(layers: Layers, index: int, module: nn.Module, how: Gradients) -> di
 
 @torch.no_grad()
 def _forward(
-    layers: Layers, rows: Sequence[Tensor], how: Gradients
+    layers: Layers, rows: Sequence[Tensor], scratch: Path | None, step: Callable[[], None]
 ) -> tuple[list[Activations], list[Call]]:
-    """The inputs of every decoder layer, and the output of the last one."""
+    """Return the inputs of every decoder layer, and the output of the last one."""
 
-    def place(index: int) -> Activations:
-        return Activations(how.scratch / f"inputs-{index:05d}" if how.scratch else None)
+    def store(index: int) -> Activations:
+        return Activations(scratch / f"inputs-{index:05d}" if scratch else None)
 
-    stores, calls = [place(0)], []
+    stores, calls = [store(0)], []
     for states, call in capture(layers, rows):
         stores[0].append(states)
         calls.append(call)
     for index in range(len(layers)):
-        stores.append(place(index + 1))
+        stores.append(store(index + 1))
         with layers.open(index) as module:
             for sample, call in enumerate(calls):
                 states = stores[index].get(sample, layers.device)
                 stores[-1].append(_finite(layers, index, call.run(module, index, states), sample))
-        how.on_step()
+        step()
     return stores, calls
 
 
@@ -191,61 +189,24 @@ def _backward(
     index: int,
     inputs: Activations,
     calls: Sequence[Call],
-    errors: _Errors,
+    errors: Activations,
     how: Gradients,
 ) -> dict[str, Tensor]:
     """Run one layer again for every sample and differentiate it; `errors` becomes its input's."""
     with layers.open(index) as module:
         wanted = _wanted(layers, index, module, how)
-        with folding(wanted, how.norm) as fold:
+        with folding(wanted, how.norm) as sums:
             for sample, call in enumerate(calls):
                 hidden = inputs.get(sample, layers.device)
                 hidden.requires_grad_(index > 0 or how.norm == OUTPUT)
-                error, fold.scale = errors.get(sample, layers.device)
                 if not wanted and index == 0:
                     break
                 with torch.enable_grad():
                     out = call.run(module, index, hidden)
-                torch.autograd.backward(out, error)
+                torch.autograd.backward(out, errors.get(sample, layers.device))
                 if hidden.grad is not None:
-                    errors.replace(sample, hidden.grad, fold.scale)
-    return fold.sums
-
-
-class _Errors:
-    """The loss's gradient at the current layer's output, per sample.
-
-    float16 ones are kept multiplied by a power of two: as they are, most would round to zero.
-    """
-
-    def __init__(self, scratch: Path | None) -> None:
-        self._stored = Activations(scratch / "errors" if scratch else None)
-        self._scales: list[float] = []
-
-    @staticmethod
-    def scale(dtype: torch.dtype) -> float:
-        """What the loss is multiplied by."""
-        return HALF_TARGET if dtype == torch.float16 else 1.0
-
-    def append(self, error: Tensor, scale: float) -> None:
-        """Add a sample's error, which is multiplied by `scale`."""
-        self._scales.append(1.0)
-        self._stored.append(error)
-        self.replace(len(self._scales) - 1, error, scale)
-
-    def replace(self, sample: int, error: Tensor, scale: float) -> None:
-        """Put the next error in the place of a sample's."""
-        if error.dtype == torch.float16:
-            largest = float(error.abs().max())
-            if 0 < largest < math.inf:
-                factor = 2.0 ** round(math.log2(HALF_TARGET / largest))
-                error, scale = (error.float() * factor).half(), scale * factor
-        self._stored[sample] = error
-        self._scales[sample] = scale
-
-    def get(self, sample: int, device: torch.device) -> tuple[Tensor, float]:
-        """A sample's error and what it is multiplied by."""
-        return self._stored.get(sample, device), self._scales[sample]
+                    errors[sample] = hidden.grad
+    return sums
 
 
 def _finish(name: str, total: Tensor, how: Gradients) -> Tensor:
@@ -254,45 +215,33 @@ def _finish(name: str, total: Tensor, how: Gradients) -> Tensor:
     return total.sqrt_() if how.norm == L2 else total
 
 
-@dataclass
-class Fold:
-    """Sums by full name; `scale` is what the current gradients are multiplied by."""
-
-    sums: dict[str, Tensor]
-    scale: float = 1.0
-
-    def true(self, gradient: Tensor) -> Tensor:
-        """A gradient in float32, without the scale."""
-        return gradient.float() if self.scale == 1.0 else gradient.float() / self.scale
-
-
 @contextmanager
-def folding(linears: Mapping[str, nn.Linear], norm: str) -> Iterator[Fold]:
-    """Fold the gradients of linears while the block runs.
+def folding(linears: Mapping[str, nn.Linear], norm: str) -> Iterator[dict[str, Tensor]]:
+    """Fold the gradients of linears while the block runs; gives float32 sums by full name.
 
     Args:
         linears: by full name.
         norm: L1 and L2 make sums [out, in] of the weights' gradients, OUTPUT sums [out].
     """
-    with _outputs(linears) if norm == OUTPUT else _weights(linears, norm) as fold:
-        yield fold
+    with _outputs(linears) if norm == OUTPUT else _weights(linears, norm) as sums:
+        yield sums
 
 
 @contextmanager
-def _weights(linears: Mapping[str, nn.Linear], norm: str) -> Iterator[Fold]:
+def _weights(linears: Mapping[str, nn.Linear], norm: str) -> Iterator[dict[str, Tensor]]:
     weights = {name: linear.weight for name, linear in linears.items()}
-    fold = Fold({n: torch.zeros_like(w, dtype=torch.float32) for n, w in weights.items()})
+    sums = {n: torch.zeros_like(w, dtype=torch.float32) for n, w in weights.items()}
 
     def hook(name: str) -> Callable[[Tensor], None]:
         def accumulate(weight: Tensor) -> None:
             if weight.grad is None:
                 return
-            gradient = fold.true(weight.grad)
+            gradient = weight.grad.float()
             weight.grad = None
             if norm == L1:
-                fold.sums[name] += gradient.abs_()
+                sums[name] += gradient.abs_()
             else:
-                fold.sums[name].addcmul_(gradient, gradient)
+                sums[name].addcmul_(gradient, gradient)
 
         return accumulate
 
@@ -301,7 +250,7 @@ def _weights(linears: Mapping[str, nn.Linear], norm: str) -> Iterator[Fold]:
         weight.requires_grad_(True)
         handles.append(weight.register_post_accumulate_grad_hook(hook(name)))
     try:
-        yield fold
+        yield sums
     finally:
         for handle in handles:
             handle.remove()
@@ -310,17 +259,17 @@ def _weights(linears: Mapping[str, nn.Linear], norm: str) -> Iterator[Fold]:
 
 
 @contextmanager
-def _outputs(linears: Mapping[str, nn.Linear]) -> Iterator[Fold]:
+def _outputs(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
     """The inputs of the linears must require a gradient: their weights do not."""
-    fold = Fold({
+    sums = {
         name: torch.zeros(linear.out_features, device=linear.weight.device)
         for name, linear in linears.items()
-    })  # fmt: skip
+    }
 
     def after(name: str) -> Any:
         def add(gradient: Tensor) -> None:
-            by_token = fold.true(gradient).reshape(-1, gradient.shape[-1])
-            fold.sums[name] += torch.linalg.vector_norm(by_token, dim=0).square_()
+            by_token = gradient.float().reshape(-1, gradient.shape[-1])
+            sums[name] += torch.linalg.vector_norm(by_token, dim=0).square_()
 
         def watch(module: nn.Module, args: Any, output: Tensor) -> None:
             if output.requires_grad:
@@ -330,7 +279,7 @@ def _outputs(linears: Mapping[str, nn.Linear]) -> Iterator[Fold]:
 
     handles = [linear.register_forward_hook(after(name)) for name, linear in linears.items()]
     try:
-        yield fold
+        yield sums
     finally:
         for handle in handles:
             handle.remove()

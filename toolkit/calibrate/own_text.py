@@ -15,7 +15,6 @@ import logging
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -71,25 +70,12 @@ def own_text(folder: Path, tokenizer: Any, num_tokens: int, seed: int) -> list[i
             if not path.exists():
                 if sample is None:
                     logger.info("%s writes %d tokens of text", folder, num_tokens - len(found))
-                    sample = _told(stack.enter_context(_engine()(folder)))
+                    sample = stack.enter_context(_engine()(folder))
                 kept.mkdir(parents=True, exist_ok=True)
                 write_json(path, _round(sample, tokenizer, (seed << 24) + 2 * number))
+                logger.info("round %d of that text is written", number + 1)
             found += json.loads(path.read_text())
     return found[:num_tokens]
-
-
-def _told(sample: Sampler) -> Sampler:
-    """Log how many tokens there are and how fast they came, whenever some are written."""
-    began, count = time.monotonic(), 0
-
-    def told(prompts: Sequence[Sequence[int]], seed: int, ends: Sequence[bool]) -> list[list[int]]:
-        nonlocal count
-        rows = sample(prompts, seed, ends)
-        count += sum(map(len, rows))
-        logger.info("%d tokens, %.0f a second", count, count / (time.monotonic() - began))
-        return rows
-
-    return told
 
 
 def _round(sample: Sampler, tokenizer: Any, seed: int) -> list[int]:

@@ -25,27 +25,12 @@ from gblm.calibrate.parts import Part, SparsePart, Vector, sparse_part
 from gblm.calibrate.ranks import Ranks
 from gblm.calibrate.streams import Streams
 from gblm.errors import InputError
+from gblm.recipe import Reconstruction
 from gblm.sparse.weights import SparseWeight
 
 BETAS = (0.9, 0.95)
 WARM_UP = 0.1
 SEED = 0
-
-
-@dataclass(frozen=True)
-class Training:
-    """How a decoder layer is trained.
-
-    Attributes:
-        epochs: passes over the samples.
-        learning_rate: of Adam, relative to the size of what is trained, at the end of a linear
-            warm-up over a tenth of the steps; it falls linearly to 0.
-        batch_size: samples per step.
-    """
-
-    epochs: int = 2
-    learning_rate: float = 0.004
-    batch_size: int = 4
 
 
 @dataclass(frozen=True)
@@ -67,7 +52,7 @@ def reconstruct(
     module: nn.Module,
     weights: Mapping[str, SparseWeight],
     streams: Streams,
-    how: Training,
+    how: Reconstruction,
     ranks: Ranks,
     name: str,
 ) -> Reconstructed:
@@ -80,7 +65,7 @@ def reconstruct(
         module: the decoder layer.
         weights: its pruned linears by local name.
         streams: inputs and targets of the samples of this rank.
-        how: see Training.
+        how: see Reconstruction.
         ranks: the processes that share the samples.
         name: of the layer, for messages.
 
@@ -113,7 +98,7 @@ def _train(
     module: nn.Module,
     parts: Mapping[str, Part],
     streams: Streams,
-    how: Training,
+    how: Reconstruction,
     ranks: Ranks,
 ) -> tuple[float, float]:
     """Adam over the samples of all epochs; the losses of the first and the last epoch."""
@@ -150,7 +135,7 @@ def _train(
     return sums[0], sums[-1]
 
 
-def _batches(num_samples: int, per_epoch: int, how: Training) -> Iterator[list[int]]:
+def _batches(num_samples: int, per_epoch: int, how: Reconstruction) -> Iterator[list[int]]:
     """Every sample once an epoch, in a new order each time; a rank with fewer repeats some."""
     generator = torch.Generator().manual_seed(SEED)
     for _ in range(how.epochs):

@@ -7,7 +7,7 @@ one sees the activations of the pruned prefix (Wanda, SparseGPT and GBLM all cal
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gblm.calibrate.activations import Activations
+from gblm.calibrate.activations import Activations, place, stream_bytes
 from gblm.calibrate.frame import Call, capture
 from gblm.calibrate.ranks import ALONE, Ranks
 from gblm.calibrate.stats import Stat, accumulators
-from gblm.calibrate.streams import DenseStream, Streams
+from gblm.calibrate.streams import Streams
 from gblm.errors import InputError
 from gblm.model.layers import Layers
 from gblm.model.linears import linears
@@ -33,10 +33,7 @@ class Walk:
 
     Attributes:
         needs: names in STATS; with none, no forward pass is run at all.
-        first: the layers before it are changed and run, but not observed (they are finished).
-        prefix: "pruned": a layer sees the activations of the changed layers before it, as the
-            papers do; "dense": those of the unchanged model, which saves one pass of two.
-        scratch: folder for activations; None keeps them in memory.
+        scratch: folder for activations, if memory is short; None keeps them in memory.
         order: "layer": all linears of a decoder layer are observed before any is changed, as the
             papers do, in two passes; "sequential": in one pass, each linear is observed and may be
             changed just before it runs. All samples must be in one batch then.
@@ -45,8 +42,6 @@ class Walk:
     """
 
     needs: frozenset[str]
-    first: int = 0
-    prefix: str = "pruned"
     scratch: Path | None = None
     order: str = "layer"
     keep_dense: bool = False
@@ -67,26 +62,26 @@ def walk(
     Raises:
         InputError: an activation is not finite.
     """
-    hidden, calls = Activations(how.scratch), list[Call]()
+    scratch = place(how.scratch, stream_bytes(layers, batches) * (2 if how.keep_dense else 1))
+    hidden, calls = Activations(scratch), list[Call]()
     if how.needs or how.keep_dense:
         layers.load_frame(head=False)
         for states, call in capture(layers, batches):
             hidden.append(states)
             calls.append(call)
-    dense = DenseStream(layers, batches, hidden, how.scratch) if how.keep_dense else None
+    streams = Streams(layers, batches, hidden, scratch) if how.keep_dense else None
     for index in range(len(layers)):
         with layers.open(index) as module:
             layer = DecoderLayer(layers, index, module, _Samples(hidden, calls), how, ranks)
-            if dense is not None:
-                layer.streams = dense.advance(module, index, calls, hidden)
-            if index < how.first and how.prefix == "dense":
-                layer.run()
+            if streams is not None:
+                streams.advance(module, index, calls)
+                layer.streams = streams
             yield layer
             if index + 1 < len(layers) and not layer.passed:
                 layer.run()
     hidden.clear()
-    if dense is not None:
-        dense.clear()
+    if streams is not None:
+        streams.clear()
 
 
 @dataclass(frozen=True)
@@ -158,17 +153,11 @@ class DecoderLayer:
         if not self._how.needs:
             return {}
         observer = Observer(set(self.linears), self._how.needs)
-        keeps_outputs = self._how.prefix == "dense"
         with before_each_linear(self.module, observer.see):
             for batch, call in enumerate(self._samples.calls):
-                observer.begin(stop_early=not keeps_outputs)
-                try:
-                    out = call.run(self.module, self.index, self._states(batch))
-                except Enough:
-                    continue
-                if keeps_outputs:
-                    self._samples.hidden[batch] = out
-        self.passed = self.passed or keeps_outputs
+                observer.begin()
+                with suppress(Enough):
+                    call.run(self.module, self.index, self._states(batch))
         return join_values(self.name, observer.stats, self._ranks)
 
     @torch.no_grad()
@@ -227,11 +216,11 @@ class Observer:
         self._order: list[str] = []
         self._last: str | None = None
 
-    def begin(self, stop_early: bool) -> None:
+    def begin(self) -> None:
         """Start a batch; from the second one on the last linear need not be computed."""
         # Only when each linear ran exactly once: conditional layers may differ between batches.
         once = len(self._order) == len(self._names) and set(self._order) == self._names
-        self._last = self._order[-1] if stop_early and once else None
+        self._last = self._order[-1] if once else None
         self._order, self._seen = [], {}
 
     def see(self, name: str, inputs: Tensor) -> None:

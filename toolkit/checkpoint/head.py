@@ -45,34 +45,6 @@ class Head:
     shape: Shape
     dtype: torch.dtype
 
-    @classmethod
-    def of(cls, reader: Reader, name: str, source: str, values: str) -> Head:
-        """Describe a head from the headers.
-
-        Args:
-            reader: of the dense model.
-            name: of the module.
-            source: the tensor that it is made from.
-            values: "int8" or "int4".
-
-        Raises:
-            CheckpointError: the tensor is missing, or no floating-point matrix.
-            PatternError: its columns do not divide into groups.
-        """
-        if source not in reader:
-            raise CheckpointError(f"{reader.folder}: tensor {source} is missing.")
-        shape, dtype = reader.headers[source]
-        if len(shape) != 2 or not dtype.is_floating_point:
-            raise CheckpointError(f"{source} is {list(shape)} {dtype}, no floating matrix.")
-        try:
-            kind = parse_values(values).resolve(name, shape[1])
-        except PatternError as error:
-            raise PatternError(
-                f"{name}: {shape[1]} columns do not divide into groups of 32, 64 or 128. Leave the "
-                "output head as it is: --head float."
-            ) from error
-        return cls(name, source, format_for(Dense(), kind), (shape[0], shape[1]), dtype)
-
     @property
     def tied(self) -> bool:
         """Tells whether it is a copy of the embeddings, which stay."""
@@ -146,7 +118,8 @@ def output_head(layers: StreamedLayers, values: str) -> Head | None:
 
     Raises:
         InputError: the head is no nn.Linear.
-        GblmError: see `Head.of`.
+        CheckpointError: the tensor is missing, or no floating-point matrix.
+        PatternError: its columns do not divide into groups.
     """
     if values == "float":
         return None
@@ -160,7 +133,19 @@ def output_head(layers: StreamedLayers, values: str) -> Head | None:
     weight = f"{name}.weight"
     # As in transformers: a head that is stored counts, whatever config.json says of tying.
     source = weight if weight in reader else model.all_tied_weights_keys.get(weight, weight)
-    return Head.of(reader, name, source, values)
+    if source not in reader:
+        raise CheckpointError(f"{reader.folder}: tensor {source} is missing.")
+    shape, dtype = reader.headers[source]
+    if len(shape) != 2 or not dtype.is_floating_point:
+        raise CheckpointError(f"{source} is {list(shape)} {dtype}, no floating matrix.")
+    try:
+        kind = parse_values(values).resolve(name, shape[1])
+    except PatternError as error:
+        raise PatternError(
+            f"{name}: {shape[1]} columns do not divide into groups of 32, 64 or 128. Leave the "
+            "output head as it is: --head float."
+        ) from error
+    return Head(name, source, format_for(Dense(), kind), (shape[0], shape[1]), dtype)
 
 
 def untied(config: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from gblm.checkpoint.head import Head, untied
 from gblm.checkpoint.report import model_card, summary, weight_row
-from gblm.checkpoint.structure import heads_of, structure
 from gblm.checkpoint.write import (
     ShardWriter,
     check_output,
@@ -23,12 +22,11 @@ from gblm.errors import CheckpointError, InputError
 from gblm.files import write_json
 from gblm.model.folder import ModelFolder
 from gblm.model.layers import StreamedLayers
-from gblm.model.linears import head_dim, prunable
+from gblm.model.linears import prunable
 from gblm.model.packed_reader import MANIFEST_FILE, RECIPE_FILE, REPORT_FILE
 from gblm.model.reader import Reader
 from gblm.provenance import provenance
-from gblm.recipe import Choice
-from gblm.sparse.formats import Format, Parts
+from gblm.sparse.formats import Format
 from gblm.sparse.formats.manifest import Group, Manifest, group_targets
 from gblm.sparse.weights import SparseWeight
 
@@ -79,24 +77,25 @@ class Packing:
                 "leave it dense with --ignore."
             )
         parts = fmt.pack(name, stored)
-        row = _report_row(name, stored, parts, fmt, head_dim(self.source.model))
+        shape = (weight.mask.shape[0], weight.mask.shape[1])
+        row = weight_row(name, fmt, shape, stored.weight.dtype, int(stored.is_zero.sum()), parts)
         return {f"{name}.{part}": tensor for part, tensor in parts.items()}, [row]
 
 
-def check_packable(reader: Reader, choices: Mapping[str, Choice]) -> None:
+def check_packable(reader: Reader, formats: Mapping[str, Format]) -> None:
     """Fail before the first forward pass when a weight cannot be pruned or stored as chosen.
 
     Raises:
         CheckpointError: a weight is missing or not a floating-point matrix.
         PatternError: its columns do not divide.
     """
-    for name, choice in choices.items():
+    for name, fmt in formats.items():
         if f"{name}.weight" not in reader:
             raise CheckpointError(f"{reader.folder}: tensor {name}.weight is missing.")
         shape, dtype = reader.headers[f"{name}.weight"]
         if len(shape) != 2 or not dtype.is_floating_point:
             raise CheckpointError(f"{name}.weight is {list(shape)} {dtype}, no floating matrix.")
-        choice.fmt.check_shape(name, (shape[0], shape[1]))
+        fmt.check_shape(name, (shape[0], shape[1]))
 
 
 def check_room(reader: Reader, output: Path, overwrite: bool, extra: int = 0) -> None:
@@ -207,12 +206,3 @@ def write_side_files(
     (folder / "README.md").write_text(model_card(recipe, report), encoding="utf-8")
     facts = {"schema": 1, "provenance": provenance(), **notes}
     write_json(folder / MANIFEST_FILE, facts | {"files": file_hashes(folder)})
-
-
-def _report_row(
-    name: str, weight: SparseWeight, parts: Parts, fmt: Format, head_size: int | None
-) -> dict[str, Any]:
-    shape = (weight.mask.shape[0], weight.mask.shape[1])
-    heads_on = heads_of(name) if head_size else None
-    row = weight_row(name, fmt, shape, weight.weight.dtype, int(weight.is_zero.sum()), parts)
-    return row | {"structure": structure(weight.mask, head_size, heads_on)}

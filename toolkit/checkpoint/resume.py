@@ -26,6 +26,8 @@ from gblm.files import append_line, read_json, sha256, write_bytes, write_json, 
 
 logger = logging.getLogger(__name__)
 JOURNAL, RUN, COMPLETE, EXACT = "journal.jsonl", "run.json", "complete.json", "exact:"
+# The folder of gradient norms, which holds COMPLETE once all layers' are there.
+GRADIENTS = "gradients"
 # Of `gblm recover`: parameters with their moments, and what the dense model made of the text.
 STATE, TEACHER = "state.safetensors", "teacher-*"
 
@@ -64,7 +66,7 @@ class WorkFolder:
     @property
     def has_gradients(self) -> bool:
         """Whether the gradient norms of all layers are there."""
-        return (self.path / "gradients" / "stats.json").exists()
+        return (self.path / GRADIENTS / COMPLETE).exists()
 
     @property
     def has_training(self) -> bool:
@@ -144,15 +146,10 @@ def work_path(output: Path) -> Path:
     return output.parent / f".{output.name}.work"
 
 
-def is_complete(output: Path) -> bool:
-    """Tell whether an earlier run had only to publish its result."""
-    return (work_path(output) / COMPLETE).exists()
-
-
 def remove_leftovers(output: Path) -> None:
     """Clean up after a run that was cut off when its output was already in place."""
     path = work_path(output)
-    if not is_complete(output) or not output.exists():
+    if not (path / COMPLETE).exists() or not output.exists():
         return
     if read_json(path / COMPLETE).get("replaces") != _identity(output):
         lock = _lock(path)

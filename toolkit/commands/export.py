@@ -17,8 +17,9 @@ from gblm.commands.common import (
     overwrite_option,
     progress_bars,
 )
-from gblm.commands.recipe_options import head_option, values_option
+from gblm.commands.recipe_options import field_options
 from gblm.errors import GateError
+from gblm.recipe import Recipe
 from gblm.record import command_line
 
 ONNX_TARGETS = ("cpu", "cuda")
@@ -58,8 +59,7 @@ def dense(ctx: click.Context, source: str, output: Path, overwrite: bool) -> Non
 @click.option(
     "--pattern", help="Pattern the zeros must follow, found out if left out; dense keeps all."
 )
-@values_option("float")
-@head_option("float")
+@field_options(Recipe, "values", "head")
 @click.option("--ignore", multiple=True, help="Glob of module names to leave dense; repeatable.")
 @click.pass_context
 def pack(

@@ -18,16 +18,13 @@ from gblm.commands.common import (
 from gblm.commands.recipe_options import RecipeCommand, read_recipe, recipe_options
 from gblm.commands.recover import show_recovery
 
-OWN = frozenset({"output", "overwrite", "resume", "save_stats", "dry_run"})
+OWN = frozenset({"output", "overwrite", "resume", "dry_run"})
 
 
 @click.command("prune", cls=RecipeCommand)
 @click.argument("model", required=False)
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to make.")
 @recipe_options
-@click.option(
-    "--save-stats", type=click.Path(path_type=Path), help="Folder to keep the statistics in."
-)
 @overwrite_option
 @click.option(
     "--resume/--no-resume",
@@ -47,7 +44,6 @@ def command(
     output: Path,
     overwrite: bool,
     resume: bool,
-    save_stats: Path | None,
     dry_run: bool,
     recipe: Path | None,
     **given: Any,
@@ -63,7 +59,7 @@ def command(
         from gblm.prune.dry_run import dry_run as foresee
 
         chosen = read_recipe(ctx, recipe, given, OWN)
-        target = Output(output, overwrite, resume, save_stats)
+        target = Output(output, overwrite, resume)
         report = (foresee if dry_run else prune)(chosen, target, progress)
     if dry_run:
         return emit(ctx, report, lambda: _print_dry_run(report))

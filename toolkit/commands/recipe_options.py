@@ -1,44 +1,36 @@
-"""The options that make a recipe: the same for every command that takes one."""
+"""The options that make a recipe: the same for every command that takes one.
+
+Options of fields have type, bounds, help and default from the fields of gblm.recipe.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import click
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from gblm.commands.common import Command, device_option, dtype_option, options
-
-if TYPE_CHECKING:
-    from gblm.recipe import Recipe
+from gblm.recipe import MIX, Calibration, Recipe
 
 logger = logging.getLogger(__name__)
 
-CALIBRATION_OPTIONS = (
-    "calibration", "num_samples", "seq_len", "seed", "bos", "prefix", "order",
-)  # fmt: skip
+CALIBRATION = ("num_samples", "seq_len", "seed", "bos", "order")
 # Options that are fields of a recipe as they are.
-PLAIN = (
-    "model", "method", "rounding", "head", "stats", "targets", "ignore", "dtype", "device",
-)  # fmt: skip
-# Text of a known domain and twice as much that the dense model writes: docs/log.md.
-MIX = "pydoc:1,self:2"
-# What the papers did, and what an option has where no preset says otherwise.
-PAPER: dict[str, Any] = {
-    "method": "gblm", "pattern": "2:4", "values": "float", "head": "float",
-    "rounding": "nearest", "reconstruct": 0, "recover": 0, "calibration": "pydoc",
-    "num_samples": 128, "seq_len": 2048, "order": "layer", "bos": True,
-}  # fmt: skip
-FAST = PAPER | {
+PLAIN = ("model", "method", "rounding", "head", "ignore", "dtype", "device")
+FAST: dict[str, Any] = {
     "method": "sparsegpt", "pattern": "8:16", "values": "int8", "head": "int8",
     "rounding": "obs", "calibration": MIX, "num_samples": 64, "seq_len": 512,
     "order": "sequential",
 }  # fmt: skip
-# The steps follow docs/methods.md, the choice docs/results.md.
+# The steps follow docs/methods.md, the choice docs/results.md. What the papers did is what a recipe
+# says of itself.
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": PAPER,
+    "paper": {},
     "fast": FAST,
     "recovered": FAST | {"reconstruct": 2, "recover": 65536},
     "best": FAST | {"num_samples": 128, "reconstruct": 4, "recover": 262144},
@@ -68,11 +60,44 @@ def method_flags() -> list[click.Option]:
     ]
 
 
-def _typed(kind: Any) -> dict[str, Any]:
-    """Give the arguments of click.Option for the declared type of a field."""
+def field_options(
+    model: type[BaseModel], *names: str, defaults: bool = True
+) -> Callable[[Any], Any]:
+    """Give an option for each of these fields.
+
+    Args:
+        model: has the fields.
+        names: of the fields; they are the options' names, too.
+        defaults: whether an option that is not given has the field's default, or else is None.
+    """
+    return options(*(_field_option(name, model.model_fields[name], defaults) for name in names))
+
+
+def _field_option(name: str, field: FieldInfo, default: bool) -> Callable[[Any], Any]:
+    flag, words = f"--{name.replace('_', '-')}", _typed(field.annotation, field.metadata)
+    if field.annotation is bool:
+        flag = f"{flag}/--no-{flag.removeprefix('--')}"
+    if default:
+        words |= {"default": field.default, "show_default": True}
+    if name in TABLES:
+        words |= {"cls": LazyHelp, "entries": TABLES[name]}
+    return click.option(flag, name, help=field.description, **words)
+
+
+def _typed(kind: Any, bounds: Sequence[Any] = ()) -> dict[str, Any]:
+    """Give the arguments of click.Option for the declared type of a field and its bounds."""
     if kind is bool:
         return {"is_flag": True, "default": None}
-    return {"type": click.Choice(get_args(kind)) if get_origin(kind) is Literal else kind}
+    if get_origin(kind) is Literal:
+        return {"type": click.Choice(get_args(kind))}
+    if get_origin(kind) is tuple:
+        return {"type": str, "multiple": True}
+    for bound in bounds:
+        if hasattr(bound, "ge"):
+            return {"type": click.IntRange(bound.ge)}
+        if hasattr(bound, "gt"):
+            return {"type": click.FloatRange(bound.gt, min_open=True)}
+    return {"type": kind}
 
 
 class LazyHelp(click.Option):
@@ -103,38 +128,28 @@ def _kinds() -> Iterable[str]:
     return (f"{name} ({kind.about})" for name, kind in KINDS.items())
 
 
-def values_option(default: str | None = None) -> Callable[[Any], Any]:
-    """Give the option of how weights are stored; without a default the preset's is taken."""
-    return click.option(
-        "--values",
-        cls=LazyHelp,
-        entries=_kinds,
-        default=default,
-        show_default=True,
-        help="How kept weights are stored: {}. Codes take a group size: int8:128, int4:row; int4 "
-        "alone is int4:auto, the largest of 128, 96, 64, 32 columns that divides the linear's.",
-    )
-
-
-def head_option(default: str | None = None) -> Callable[[Any], Any]:
-    """Give the option of how the head is stored; without a default the preset's is taken."""
-    return click.option(
-        "--head",
-        type=click.Choice(["float", "int8", "int4"]),
-        default=default,
-        show_default=True,
-        help="How the output head is stored: as it is, or rounded to codes. A head that is tied to "
-        "the embeddings becomes a rounded copy, and the embeddings stay.",
-    )
-
-
-step_options = options(
+TABLES: dict[str, Callable[[], Iterable[str]]] = {"method": _methods, "values": _kinds}
+# What a search takes; a recipe has the rest.
+search_options = options(
     click.option(
-        "--rounding",
-        type=click.Choice(["nearest", "mse", "obs"]),
-        help="How integer codes are found: to the nearest; with scales of least error; or so "
-        "that the weights not yet rounded make up for it (GPTQ; joint with sparsegpt's mask).",
+        "--preset",
+        type=click.Choice(sorted(PRESETS)),
+        help="Sets what no option does. Default: recovered; paper where a --method is named.",
     ),
+    field_options(Recipe, "method", "pattern", "values", defaults=False),
+    click.option("--calibration", help=Calibration.model_fields["source"].description),
+    field_options(Calibration, "num_samples", "seq_len", defaults=False),
+    device_option,
+    field_options(Recipe, "ignore", defaults=False),
+    click.option(
+        "--recipe",
+        type=click.Path(path_type=Path),
+        help="A recipe.json; replaces all options that are part of it.",
+    ),
+)
+recipe_options = options(
+    search_options,
+    field_options(Recipe, "rounding", defaults=False),
     click.option("--refit", is_flag=True, help="Least squares on the weights that stay."),
     click.option(
         "--reconstruct",
@@ -148,75 +163,8 @@ step_options = options(
         metavar="TOKENS",
         help="Train the whole pruned model towards the dense one, as gblm recover does.",
     ),
-)
-# What a search takes; a recipe has the rest.
-search_options = options(
-    click.option(
-        "--preset",
-        type=click.Choice(sorted(PRESETS)),
-        help="Sets what no option does. Default: recovered; paper where a --method is named.",
-    ),
-    click.option(
-        "--method",
-        cls=LazyHelp,
-        entries=_methods,
-        help="One of {}.",
-    ),
-    click.option(
-        "--pattern",
-        help="2:4, 4:8, 8:16, any N:M (N kept of M), a sparsity such as 0.5, dense.",
-    ),
-    values_option(),
-    click.option(
-        "--calibration",
-        help="A .txt, .jsonl or .parquet file, or pydoc, wikitext2, c4; several with shares: "
-        "pydoc:1,self:2, where self is what the dense model writes.",
-    ),
-    click.option("--num-samples", type=click.IntRange(1), help="Of the text."),
-    click.option(
-        "--seq-len",
-        type=click.IntRange(2),
-        help="Tokens per sample.",
-    ),
-    click.option("--seed", type=int, default=0, show_default=True),
-    click.option(
-        "--bos/--no-bos",
-        default=True,
-        show_default=True,
-        help="Begin windows with what the tokenizer puts before a prompt; the papers leave it out.",
-    ),
-    device_option,
-    click.option("--targets", multiple=True, help="Glob of module names to prune; repeatable."),
-    click.option(
-        "--ignore", multiple=True, help="Glob of module names to leave dense; repeatable."
-    ),
-    click.option(
-        "--recipe",
-        type=click.Path(path_type=Path),
-        help="A recipe.json; replaces all options that are part of it.",
-    ),
-)
-recipe_options = options(
-    search_options,
-    step_options,
-    head_option(),
-    click.option(
-        "--prefix",
-        type=click.Choice(["pruned", "dense"]),
-        default="pruned",
-        show_default=True,
-        help="Whose activations a layer sees: the pruned layers' before it, or the dense model's.",
-    ),
-    click.option(
-        "--order",
-        type=click.Choice(["layer", "sequential"]),
-        help="Observe a whole decoder layer before pruning it, or linear by linear in one pass.",
-    ),
-    click.option(
-        "--stats",
-        type=click.Path(path_type=str),
-        help="Use statistics that --save-stats wrote; no calibration pass.",
-    ),
+    field_options(Recipe, "head", defaults=False),
+    field_options(Calibration, "seed", "bos", "order", defaults=False),
     dtype_option,
 )
 
@@ -232,75 +180,68 @@ def read_recipe(
         given: values of `recipe_options` or `search_options`, and "model".
         own: options of the command itself, which go with a file, too.
     """
-    from gblm.recipe import Recipe
-
-    if given.get("stats") is not None:
-        _refuse_given(ctx, CALIBRATION_OPTIONS, "does not go with --stats")
     if recipe is None:
-        return Recipe.from_dict(_fields(**_with_preset(ctx, **given)))
-    others = ctx.params.keys() - own - {"recipe", "model"}
-    _refuse_given(ctx, others, "does not go with --recipe: edit the recipe instead")
+        return Recipe.from_dict(_fields(**_with_preset(**given)))
+    for name in ctx.params.keys() - own - {"recipe", "model"}:
+        if is_given(ctx, name):
+            raise click.UsageError(
+                f"--{name.replace('_', '-')} does not go with --recipe: edit the recipe instead."
+            )
     chosen = Recipe.from_file(recipe)
     return chosen.model_copy(update={"model": given["model"]}) if given["model"] else chosen
 
 
-def _refuse_given(ctx: click.Context, names: Iterable[str], why: str) -> None:
-    """Refuse options that something else would silently win over."""
+def is_given(ctx: click.Context, name: str) -> bool:
+    """Tell whether an option stands on the command line."""
     from click.core import ParameterSource
 
-    for name in names:
-        if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"--{name.replace('_', '-')} {why}.")
+    return ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE
 
 
-def _with_preset(ctx: click.Context, preset: str | None, **given: Any) -> dict[str, Any]:
-    """The options, where the preset's own take the place of those that were not given.
+def _with_preset(preset: str | None, **given: Any) -> dict[str, Any]:
+    """The options that were given, and the preset's own in the place of those that were not.
 
-    Who names a method, or has statistics, gets what the papers did.
+    Who names a method gets what the papers did.
     """
-    saved = given.get("stats") is not None
-    if saved and preset:
-        raise click.UsageError("--preset does not go with --stats: it calibrates its own way.")
-    preset = preset or ("paper" if saved or given["method"] else "recovered")
-    own = {n: v for n, v in PRESETS[preset].items() if given.get(n) is None}
+    given = {name: value for name, value in given.items() if value not in (None, ())}
+    preset = preset or ("paper" if "method" in given else "recovered")
+    own = PRESETS[preset]
     # Codes alone are rounded; with a floating --values the head is left floating, too.
-    if given["values"] == "float":
-        own |= {name: PAPER[name] for name in ("rounding", "head") if name in own}
-    chosen = given | own
+    if given.get("values") == "float":
+        own = {name: value for name, value in own.items() if name not in ("rounding", "head")}
+    chosen = own | given
     if preset != "paper":
         steps = ", reconstructed" if chosen.get("reconstruct") else ""
         steps += f", recovered on {chosen['recover']} tokens" if chosen.get("recover") else ""
         logger.info(
             "preset %s: %s, %s, %s, on %d samples of %d tokens%s",
-            preset, chosen["method"], chosen["pattern"], chosen["values"],
+            preset, chosen["method"], chosen["pattern"], chosen.get("values", "float"),
             chosen["num_samples"], chosen["seq_len"], steps,
         )  # fmt: skip
     return chosen
 
 
-def _fields(**given: Any) -> dict[str, Any]:
+def _fields(**chosen: Any) -> dict[str, Any]:
     """Turn the options that a command has into fields of a Recipe; the others keep its defaults."""
     from gblm.methods import flags
     from gblm.sparse.patterns import parse
     from gblm.sparse.values import parse_values
 
-    if not given["model"]:
+    if "model" not in chosen:
         raise click.UsageError("Missing argument 'MODEL'.")
-    fields = {name: given[name] for name in PLAIN if name in given}
-    text = {name: given[name] for name in CALIBRATION_OPTIONS[1:] if name in given}
-    own = {flag.name: given.get(flag.name) for flag in flags()}
-    if given.get("refit"):
+    fields = {name: chosen[name] for name in PLAIN if name in chosen}
+    text = {name: chosen[name] for name in CALIBRATION if name in chosen}
+    source = chosen.get("calibration", Calibration().source)
+    if "pattern" in chosen:
+        fields["pattern"] = str(parse(chosen["pattern"]))
+    if "values" in chosen:
+        fields["values"] = str(parse_values(chosen["values"]))
+    if chosen.get("refit"):
         fields["refit"] = {}
-    if given.get("reconstruct"):
-        fields["reconstruct"] = {"epochs": given["reconstruct"]}
-    if given.get("recover"):
-        fields["recover"] = {
-            "tokens": given["recover"], "text": given["calibration"],
-            "seed": given["seed"], "bos": given["bos"],
-        }  # fmt: skip
-    return fields | {
-        "pattern": str(parse(given["pattern"])),
-        "values": str(parse_values(given["values"])),
-        "options": {name: value for name, value in own.items() if value is not None},
-        "calibration": {"source": given["calibration"], **text},
-    }
+    if chosen.get("reconstruct"):
+        fields["reconstruct"] = {"epochs": chosen["reconstruct"]}
+    if chosen.get("recover"):
+        same = {name: text[name] for name in ("seed", "bos") if name in text}
+        fields["recover"] = {"tokens": chosen["recover"], "text": source, **same}
+    own = {flag.name: chosen[flag.name] for flag in flags() if flag.name in chosen}
+    return fields | {"options": own, "calibration": {"source": source, **text}}

@@ -15,58 +15,20 @@ from gblm.commands.common import (
     progress_bars,
     table,
 )
-from gblm.commands.recipe_options import MIX
+from gblm.commands.recipe_options import field_options
+from gblm.recipe import Recovering
 
 HEADER = ("text", "KL, nats", "same top-1", "perplexity", "dense")
+FIELDS = (
+    "tokens", "text", "held_out", "train", "learning_rate", "seq_len", "batch_size", "seed",
+)  # fmt: skip
 
 
 @click.command("recover", cls=Command)
 @click.argument("packed")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to make.")
 @click.option("--baseline", help="The dense model. Default: the one that recipe.json names.")
-@click.option(
-    "--tokens", type=click.IntRange(1), default=65536, show_default=True, help="To train on."
-)
-@click.option(
-    "--minutes",
-    type=click.FloatRange(min=0, min_open=True),
-    help="As many of the tokens as fit into this time, by an estimate.",
-)
-@click.option(
-    "--text",
-    default=MIX,
-    show_default=True,
-    help="Sources and their shares: files, pydoc, wikitext2, c4, and self, what the dense model "
-    "writes.",
-)
-@click.option(
-    "--held-out",
-    multiple=True,
-    default=("pydoc", "self"),
-    show_default=True,
-    help="Text to measure KL on, before and after; again for each domain.",
-)
-@click.option(
-    "--train",
-    type=click.Choice(["auto", "weights", "scales"]),
-    default="auto",
-    show_default=True,
-    help="All kept values; or norms and scales only, at almost no memory; auto takes weights where "
-    "the machine can hold them.",
-)
-@click.option(
-    "--learning-rate",
-    type=click.FloatRange(min=0, min_open=True),
-    default=1.5e-3,
-    show_default=True,
-    help="Of a weight's values, relative to their size; norms and factors take multiples of it.",
-)
-@click.option("--seq-len", type=click.IntRange(2), default=256, show_default=True)
-@click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option(
-    "--bos/--no-bos", default=True, show_default=True, help="Begin windows as prompts do."
-)
+@field_options(Recovering, *FIELDS)
 @device_option
 @overwrite_option
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where it was.")
@@ -81,7 +43,6 @@ def command(
     that it was not trained on; if it won nothing, the folder keeps the weights as they were.
     """
     with progress_bars(ctx) as progress:
-        from gblm.recipe import Recovering
         from gblm.recover.run import recover
 
         how = Recovering(**given)

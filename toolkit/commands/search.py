@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from gblm.commands.common import Command, emit, progress_bars, table
-from gblm.commands.recipe_options import read_recipe, search_options
+from gblm.commands.recipe_options import is_given, read_recipe, search_options
+from gblm.files import write_json
 
 if TYPE_CHECKING:
     from gblm.search.candidates import Question
 
-MEASURE = ("output", "limit", "keep_all", "text", "eval_seq_len", "max_windows")
-OWN = frozenset({"budget", "measure", "write", *MEASURE})
+MEASURE = ("limit", "text")
+OWN = frozenset({"budget", "output", "write", *MEASURE})
 # What candidates are made with as far as no option, preset or recipe says otherwise.
 PRESET, ROUNDING = "fast", "obs"
 
@@ -30,17 +31,16 @@ PRESET, ROUNDING = "fast", "obs"
     "2.1GB (all of it).",
 )
 @click.option(
-    "--measure/--no-measure",
-    default=True,
-    show_default=True,
-    help="Make and measure candidates, or only rank them by prediction.",
-)
-@click.option(
     "--write",
     type=click.Path(path_type=Path, dir_okay=False, writable=True),
     help="File for the recipe of the best candidate; gblm prune --recipe takes it.",
 )
-@click.option("--output", type=click.Path(path_type=Path), help="Folder to make and measure in.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder to make the best candidates in and measure them; without it they are only ranked "
+    "by prediction.",
+)
 @click.option(
     "--limit",
     type=click.IntRange(1),
@@ -48,19 +48,11 @@ PRESET, ROUNDING = "fast", "obs"
     show_default=True,
     help="Candidates within the budget, the best predicted ones; dense models come on top.",
 )
-@click.option("--keep-all", is_flag=True, help="Keep every packed model, not the best alone.")
 @click.option(
-    "--text", default="pydoc", show_default=True, help="Held-out text, as in `gblm eval --text`."
-)
-@click.option(
-    "--eval-seq-len",
-    type=click.IntRange(2),
-    default=512,
+    "--text",
+    default="pydoc",
     show_default=True,
-    help="Tokens per window of the held-out text.",
-)
-@click.option(
-    "--max-windows", type=click.IntRange(1), default=32, show_default=True, help="Of that text."
+    help="Held-out text, as in `gblm eval --text`, of which 32 windows of 512 tokens are measured.",
 )
 @search_options
 @click.pass_context
@@ -68,7 +60,7 @@ def command(
     ctx: click.Context,
     /,
     budget: str,
-    measure: bool,
+    output: Path | None,
     write: Path | None,
     recipe: Path | None,
     **given: Any,
@@ -76,20 +68,20 @@ def command(
     """Spread a budget over the linears of MODEL, and measure the best ways to do it.
 
     Candidates are ranked by a prediction, which takes one pass forward and backward over a little
-    text; the best are pruned, and the perplexity of each is measured. The same command goes on
-    where it was cut off; a larger --limit adds candidates.
+    text. With --output the best are pruned, the perplexity of each is measured, and the best is
+    kept. The same command goes on where it was cut off; a larger --limit adds candidates.
     """
     settings = {name: given.pop(name) for name in MEASURE}
-    if measure and settings["output"] is None:
-        raise click.UsageError("Missing option '--output'; with --no-measure nothing is made.")
-    if not measure and (name := next((n for n in MEASURE if _is_given(ctx, n)), None)):
-        raise click.UsageError(f"--{name.replace('_', '-')} does not go with --no-measure.")
+    if output is None and (name := next((n for n in MEASURE if is_given(ctx, n)), None)):
+        raise click.UsageError(
+            f"--{name.replace('_', '-')} says how candidates are measured: give --output, too."
+        )
     with progress_bars(ctx) as progress:
         question = _question(ctx, budget, recipe, given)
-        if measure:
-            _measure(ctx, question, settings, write, progress)
-        else:
+        if output is None:
             _predict(ctx, question, write, progress)
+        else:
+            _measure(ctx, question, output, settings, write, progress)
 
 
 def _predict(ctx: click.Context, question: Question, write: Path | None, progress: Any) -> None:
@@ -97,27 +89,26 @@ def _predict(ctx: click.Context, question: Question, write: Path | None, progres
 
     result = answer(question, progress)
     if write is not None:
-        _write_recipe(write, result["rows"][0]["recipe"])
+        write_json(write, result["rows"][0]["recipe"])
     emit(ctx, result, lambda: _print_answer(result))
 
 
 def _measure(
     ctx: click.Context,
     question: Question,
+    folder: Path,
     settings: dict[str, Any],
     write: Path | None,
     progress: Any,
 ) -> None:
-    from gblm.evaluate.perplexity import Protocol
     from gblm.search.run import Measuring, best, search, slug
 
-    folder = settings["output"]
-    protocol = Protocol(settings["text"], settings["eval_seq_len"], settings["max_windows"])
-    how = Measuring(folder, settings["limit"], protocol, settings["keep_all"])
+    protocol = replace(Measuring(folder).protocol, source=settings["text"])
+    how = Measuring(folder, settings["limit"], protocol)
     record = search(question, how, progress)
     name = best(record)
     if write is not None:
-        _write_recipe(write, record.sides[name]["recipe"])
+        write_json(write, record.sides[name]["recipe"])
     found = {"best": {"name": name, "folder": str(folder / slug(name))}}
 
     def text() -> None:
@@ -163,18 +154,6 @@ def _patterns(text: str | None) -> tuple[str, ...]:
         f"--pattern {text} does not go with a budget, which decides the sparsity: give "
         "unstructured, N:M or dense."
     )
-
-
-def _is_given(ctx: click.Context, name: str) -> bool:
-    from click.core import ParameterSource
-
-    return ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE
-
-
-def _write_recipe(path: Path, recipe: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(recipe, indent=2, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
 
 
 def _title(name: str, fits: bool) -> str:

@@ -9,7 +9,6 @@ from gblm.errors import UsageError
 from gblm.methods.alps import ALPS
 from gblm.methods.base import Method, ScoredMethod, Stats
 from gblm.methods.gblm import GBLM
-from gblm.methods.gradient import Gradient
 from gblm.methods.magnitude import Magnitude
 from gblm.methods.sparsegpt import SparseGPT
 from gblm.methods.wanda import Wanda
@@ -21,7 +20,6 @@ METHODS: dict[str, type[Method]] = {
     "wanda": Wanda,
     "sparsegpt": SparseGPT,
     "alps": ALPS,
-    "gradient": Gradient,
     "gblm": GBLM,
 }
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from gblm.errors import UsageError
 from gblm.methods.base import ScoredMethod, Stats
-from gblm.methods.gradient import GradientNorm
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,8 @@ class GBLM(ScoredMethod):
     needs: ClassVar[frozenset[str]] = frozenset({"act_norm", "grad_norm"})
 
     alpha: float = field(default=100.0, metadata={"about": "weight of the gradient term"})
-    gradient_norm: GradientNorm = field(default="l2", metadata={"about": "norm over the samples"})
-    gradient_mode: Literal["mean", "reference"] = field(
-        default="mean", metadata={"about": "mean over the samples, or the published code's sum"}
-    )
+    gradient_norm: Literal["l1", "l2"] = "l2"
+    gradient_mode: Literal["mean", "reference"] = "mean"
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha < math.inf:

@@ -57,8 +57,6 @@ def round_obs(
     values: ValueType,
     stats: Stats,
     name: str = "",
-    *,
-    limit: int | None = None,
 ) -> SparseWeight:
     """Round the kept weights of a fixed mask; with a mask that keeps all, this is GPTQ.
 
@@ -72,7 +70,6 @@ def round_obs(
         values: a kind with codes, `resolve`d for `in`.
         stats: as `prepare_obs` returns them.
         name: of the linear, for messages.
-        limit: the largest code, if not that of the value type: 3 measures int3.
 
     Returns:
         The mask, codes, scales, zero points, and as `weight` what they stand for, in the given
@@ -84,7 +81,7 @@ def round_obs(
     """
     columns = weight.shape[1]
     values.check_columns(name, columns)
-    grid = Grid(values.group(columns), limit or values.limit)
+    grid = Grid(values.group(columns), values.limit)
     sweep = Sweep(weight, stats, grid=grid, mask=mask)
     # A block may be part of a group or hold several, but not cut one in two.
     block = BLOCK // grid.size * grid.size or BLOCK

@@ -52,10 +52,9 @@ class Pipeline:
         return isinstance(self.method, ScoredMethod) and self.refit is None
 
     @property
-    def gradient_norm(self) -> str | None:
-        """Which norm of the gradients the method reads; None when it reads none."""
-        reads = "grad_norm" in self.method.needs
-        return getattr(self.method, "gradient_norm", "l2") if reads else None
+    def gradient_norm(self) -> str:
+        """Which norm of the gradients the method reads, if it reads any."""
+        return getattr(self.method, "gradient_norm", "l2")
 
     def prepare(self, stats: Stats, name: str = "") -> Stats:
         """Derive what several linears with the same input share; see `Method.prepare`.

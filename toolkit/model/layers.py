@@ -6,6 +6,7 @@ layers and the gradients are written once.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -53,6 +54,10 @@ class Layers:
 
     def load_frame(self, head: bool) -> None:
         """Load everything outside the decoder layers; the output head only with `head`."""
+
+    def in_float32(self) -> Layers:
+        """Return the same model, computing in float32."""
+        return Layers(copy.deepcopy(self.model).float())
 
 
 class StreamedLayers(Layers):
@@ -112,6 +117,10 @@ class StreamedLayers(Layers):
                 _assign(self.model, name, self._read(name).to(self.device))
         if head:
             self.model.tie_weights()
+
+    def in_float32(self) -> Layers:
+        """Return the same model, computing in float32; it reads the same open checkpoint."""
+        return StreamedLayers(self.reader, torch.float32, self.device)
 
     def _drop_outside(self) -> None:
         for name, parameter in self.model.named_parameters(remove_duplicate=False):

@@ -41,48 +41,30 @@ def hidden_size(model: nn.Module) -> int:
     return int(config.get_text_config().hidden_size)
 
 
-def head_dim(model: nn.Module) -> int | None:
-    """Return the rows of a query projection per attention head; None if config.json is silent."""
-    config: Any = model.config
-    text = config.get_text_config()
-    if found := getattr(text, "head_dim", None):
-        return int(found)
-    heads = getattr(text, "num_attention_heads", None)
-    return int(text.hidden_size) // int(heads) if heads else None
-
-
 def linears(layer: nn.Module) -> dict[str, nn.Linear]:
     """Return every nn.Linear of a decoder layer by its local name, such as "self_attn.q_proj"."""
     return {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
 
 
-def prunable(
-    model: nn.Module, targets: tuple[str, ...] = (), ignore: tuple[str, ...] = ()
-) -> dict[str, nn.Linear]:
+def prunable(model: nn.Module, ignore: tuple[str, ...] = ()) -> dict[str, nn.Linear]:
     """Choose the linears to prune, by full name.
 
     Args:
         model: a causal language model.
-        targets: glob patterns that choose names; all if empty.
-        ignore: glob patterns that leave names out; wins over `targets`.
+        ignore: glob patterns that leave names out.
 
     Raises:
         UsageError: a pattern matches no linear, or none is left.
     """
     names = dict(_named_linears(model))
-    for flag, globs in (("--targets", targets), ("--ignore", ignore)):
-        for glob in globs:
-            if not any(matches(name, (glob,)) for name in names):
-                raise UsageError(
-                    f"{flag} {glob!r} matches no linear; the first one is {next(iter(names))}."
-                )
-    chosen = {
-        name: linear
-        for name, linear in names.items()
-        if (not targets or matches(name, targets)) and not matches(name, ignore)
-    }
+    for glob in ignore:
+        if not any(matches(name, (glob,)) for name in names):
+            raise UsageError(
+                f"--ignore {glob!r} matches no linear; the first one is {next(iter(names))}."
+            )
+    chosen = {name: linear for name, linear in names.items() if not matches(name, ignore)}
     if not chosen:
-        raise UsageError("--targets and --ignore leave no linear to prune.")
+        raise UsageError("--ignore leaves no linear to prune.")
     return chosen
 
 

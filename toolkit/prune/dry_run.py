@@ -19,24 +19,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gblm.calibrate.activations import fits
-from gblm.calibrate.frame import capture, loss
-from gblm.calibrate.gradients import folding
-from gblm.calibrate.saved import LayerStats, StatsFolder
-from gblm.calibrate.walk import DecoderLayer, walk
+from gblm.calibrate.activations import fits, stream_bytes
+from gblm.calibrate.gradients import all_fit, itemsize
+from gblm.calibrate.walk import DecoderLayer
 from gblm.checkpoint.pack import Packing
 from gblm.checkpoint.write import SHARD_BYTES
 from gblm.errors import UsageError
 from gblm.model.linears import hidden_size, linears
 from gblm.progress import Progress, no_progress
 from gblm.prune.job import Job, open_job
-from gblm.prune.layer import prune_layer
-from gblm.prune.run import Output, extent
-from gblm.prune.statistics import all_layers_fit, how_to_walk, stored
-from gblm.recipe import Choice, Recipe
+from gblm.prune.layer import LayerStats, prune_layer
+from gblm.prune.run import Output, extent, extra_bytes
+from gblm.recipe import Recipe, Recovering
 from gblm.recover.needs import settle
 from gblm.recover.run import check_texts
-from gblm.sparse.formats.size import is_exact, most_bytes
+from gblm.sparse.formats import Format
+from gblm.sparse.formats.size import is_exact
 
 # Text that the timed decoder layer sees at most, unless one batch has more.
 TOKENS = 8192
@@ -45,6 +43,8 @@ MARGIN, SLACK = 1.15, 64 << 20
 # Float32 values that one token needs in a decoder layer, of the hidden and of the widest size: on
 # the way up, and kept for the way down.
 FORWARD, KEPT = (8, 4), (12, 6)
+# Passes up that gradients take: one, and one down, which costs two; and one again layer by layer.
+PASSES_AT_ONCE, PASSES_BY_LAYER = 3, 4
 
 
 def dry_run(recipe: Recipe, output: Output, progress: Progress = no_progress) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def dry_run(recipe: Recipe, output: Output, progress: Progress = no_progress) ->
         seconds = time.perf_counter() - began + _seconds(job, Path(scratch))
         step()
         reader = job.layers.reader
-        packed = {name: _packed_bytes(job, name, choice) for name, choice in job.choices.items()}
+        packed = {name: job.most_bytes(name) for name in job.formats}
         pruned = sum(reader.num_bytes(f"{name}.weight") for name in packed)
         dense = sum(map(reader.num_bytes, reader))
         size = dense - pruned + sum(packed.values()) + (job.head.added_bytes if job.head else 0)
@@ -89,26 +89,24 @@ def dry_run(recipe: Recipe, output: Output, progress: Progress = no_progress) ->
             "bits_per_weight": round(8 * sum(packed.values()) / _weights(job, packed), 4),
             "bytes_dense": dense,
             "bytes_packed": size,
-            "exact": all(is_exact(c.pattern, c.values, scope) for c in job.choices.values()),
-            "disk_bytes": size + output.extra_bytes(job),
+            "exact": all(is_exact(fmt, scope) for fmt in job.formats.values()),
+            "disk_bytes": size + extra_bytes(job),
             "memory_bytes": memory,
             "gpu_bytes": gpu,
             "seconds": round(seconds, 3),
-            "recover": _recovery(job, recipe),
+            "recover": _recovery(job, recipe.recover) if recipe.recover is not None else None,
         }
 
 
-def _recovery(job: Job, recipe: Recipe) -> dict[str, int] | None:
-    """Tell what a recovery will take; None where there is none."""
-    if recipe.recover is None:
-        return None
-    check_texts(recipe.recover)
+def _recovery(job: Job, how: Recovering) -> dict[str, int]:
+    """Tell what a recovery will take."""
+    check_texts(how)
     size = extent(job)
-    how = settle(recipe.recover, size, recipe.device)
+    how = settle(how, size, str(job.layers.device))
     return {
         "tokens": how.tokens,
-        "memory_bytes": size.memory(how, how.train),
-        "disk_bytes": size.disk(how, how.train),
+        "memory_bytes": size.memory(how),
+        "disk_bytes": size.disk(how),
     }
 
 
@@ -118,24 +116,18 @@ def _weights(job: Job, names: Iterable[str]) -> int:
     return sum(prod(headers[f"{name}.weight"][0]) for name in names)
 
 
-def _packed_bytes(job: Job, name: str, choice: Choice) -> int:
-    (rows, columns), dtype = job.layers.reader.headers[f"{name}.weight"]
-    scope = job.pipeline.method.scope
-    return most_bytes(choice.pattern, choice.values, (rows, columns), dtype, scope)
-
-
 def _groups(job: Job, packed: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Sum up the choices by what linears become."""
-    names: dict[Choice, list[str]] = {}
-    for name, choice in job.choices.items():
-        names.setdefault(choice, []).append(name)
+    """Sum up the linears that will be stored alike."""
+    names: dict[Format, list[str]] = {}
+    for name, fmt in job.formats.items():
+        names.setdefault(fmt, []).append(name)
     rows = []
-    for choice, own in names.items():
+    for fmt, own in names.items():
         weights = _weights(job, own)
         rows.append({
-            "format": choice.fmt.name,
-            "pattern": str(choice.pattern),
-            "values": str(choice.values),
+            "format": fmt.name,
+            "pattern": str(fmt.pattern),
+            "values": str(fmt.values),
             "linears": len(own),
             "weights": weights,
             "bits_per_weight": round(8 * sum(packed[name] for name in own) / weights, 4),
@@ -143,35 +135,33 @@ def _groups(job: Job, packed: Mapping[str, int]) -> list[dict[str, Any]]:
     return rows
 
 
-def _seconds(job: Job, scratch: Path) -> float:
-    """Estimate the run's time by its heaviest decoder layer, and the gradients if it takes any."""
-    prefixes = [f"{job.layers.name(index)}." for index in range(len(job.layers))]
-    names = [[n for n in job.choices if n.startswith(prefix)] for prefix in prefixes]
-    heaviest = max(range(len(names)), key=lambda index: _weights(job, names[index]))
-    seconds = _layers_seconds(job, heaviest, sum(map(bool, names)), scratch)
-    if "grad_norm" in job.pipeline.needs and job.saved is None:
-        seconds += _gradient_seconds(job, heaviest)
-    return seconds
-
-
 @torch.no_grad()
-def _layers_seconds(job: Job, index: int, num_pruned: int, scratch: Path) -> float:
-    """Prune one decoder layer on a part of the text, and estimate all of them on all of it."""
-    batches, every = _part(job), sum(batch.numel() for batch in job.batches())
-    share = sum(batch.numel() for batch in batches) / every if every else 1.0
-    opening = _timed(job, lambda: _open(job, index))
-    walking = walk(job.layers, batches, how_to_walk(job, scratch, index), job.ranks)
-    layer = next(layer for layer in walking if layer.index == index)
+def _seconds(job: Job, scratch: Path) -> float:
+    """Prune the heaviest decoder layer on a part of the text; estimate all layers on all text."""
+    prefixes = [f"{job.layers.name(index)}." for index in range(len(job.layers))]
+    names = [[n for n in job.formats if n.startswith(prefix)] for prefix in prefixes]
+    heaviest = max(range(len(names)), key=lambda index: _weights(job, names[index]))
+    part, every = _part(job), sum(batch.numel() for batch in job.batches())
+    share = sum(batch.numel() for batch in part) / every if every else 1.0
+    opening = _timed(job, lambda: _open(job, heaviest))
+    walking = job.walk(scratch, part)  # the layer is open as long as the walk is
+    layer = next(layer for layer in walking if layer.index == heaviest)
     layer.run(keep=False)  # the first pass sets up what later ones find ready
-    running = _timed(job, lambda: layer.run(keep=False))
+    running = _timed(job, lambda: layer.run(keep=False)) / share
     observing = _timed(job, lambda: layer.visit(lambda local, stats: None))
     # Pruning observes the same text once more.
     own = max(_timed(job, lambda: _prune(job, layer)) - observing, 0.0)
-    text = job.recipe.calibration
-    twice = text is not None and (text.prefix, text.order) == ("pruned", "layer")
-    passes = (observing + (twice + (job.training is not None)) * running) / share
-    own /= share if job.training is not None else 1.0
-    return len(job.layers) * (opening + passes) + num_pruned * own
+    text, trains = job.recipe.calibration, job.recipe.reconstruct is not None
+    passes = observing / share + running * ((text is not None and text.order == "layer") + trains)
+    seconds = len(job.layers) * (opening + passes)
+    seconds += sum(map(bool, names)) * own / (share if trains else 1.0)
+    if "grad_norm" in job.pipeline.needs:
+        # The head counts like a decoder layer of its size.
+        inside = sum(p.numel() for p in job.layers.modules.parameters())
+        size = sum(p.numel() for p in job.layers.model.parameters()) / inside
+        times = PASSES_AT_ONCE if _takes_gradients_at_once(job) else PASSES_BY_LAYER
+        seconds += times * size * len(job.layers) * running
+    return seconds
 
 
 def _open(job: Job, index: int) -> None:
@@ -189,44 +179,15 @@ def _part(job: Job) -> list[Tensor]:
 
 def _prune(job: Job, layer: DecoderLayer) -> None:
     packing = Packing(job.layers, job.recipe.to_dict(), {}, job.keeps_values, job.head)
-    made_up = "grad_norm" in job.pipeline.needs and job.saved is None
-    more = stored(job, StatsFolder(Path())) if not made_up else lambda index: _ones(layer)
-    for name, weight in prune_layer(job, layer, more).weights.items():
-        packing.pack(name, weight, job.choices[name].fmt)
-
-
-def _ones(layer: DecoderLayer) -> LayerStats:
-    """Stand in for gradient norms, which have not been taken."""
-    return {
-        local: {"grad_norm": torch.ones(linear.weight.shape), "num_samples": torch.tensor(1.0)}
-        for local, linear in layer.linears.items()
-    }
-
-
-@torch.no_grad()
-def _gradient_seconds(job: Job, index: int) -> float:
-    """Time one sample up and down one decoder layer, and its loss; estimate all of them."""
-    if job.windows is None:
-        return 0.0
-    layers, row = job.layers, job.windows[:1]
-    layers.load_frame(head=True)
-    states, call = next(capture(layers, [row]))
-    with layers.open(index) as module:
-        prefix = f"{layers.name(index)}."
-        wanted = {n: m for n, m in linears(module).items() if prefix + n in job.choices}
-
-        def down() -> None:
-            out = call.run(module, index, states.detach().requires_grad_(True))
-            torch.autograd.backward(out, torch.ones_like(out))
-
-        with torch.enable_grad(), folding(wanted, job.pipeline.gradient_norm or "l2"):
-            down()
-            both = _timed(job, down)
-        up = 0.0 if all_layers_fit(job) else _timed(job, lambda: call.run(module, index, states))
-    with torch.enable_grad():
-        last = states.detach().requires_grad_(True)
-        head = _timed(job, lambda: loss(layers, row, last).backward())
-    return len(job.windows) * (len(layers) * (both + up) + head)
+    ones: LayerStats = {}
+    if "grad_norm" in job.pipeline.needs:
+        # They stand in for gradient norms, which have not been taken.
+        ones = {
+            local: {"grad_norm": torch.ones(linear.weight.shape), "num_samples": torch.tensor(1.0)}
+            for local, linear in layer.linears.items()
+        }
+    for name, weight in prune_layer(job, layer, lambda index: ones).weights.items():
+        packing.pack(name, weight, job.formats[name])
 
 
 def _timed(job: Job, work: Callable[[], Any]) -> float:
@@ -245,28 +206,39 @@ def _memory_bytes(job: Job, output: int) -> tuple[int, int]:
     Later come: all of the text at once, all decoder layers where gradients are taken with them in
     memory, and the shard that is being written.
     """
-    device, layers = job.layers.device, job.layers
-    cpu, inputs = torch.device("cpu"), job.activation_bytes()
-    streams = inputs * (1 if job.training is None else 2)
+    device, layers, text = job.layers.device, job.layers, job.recipe.calibration
+    cpu, inputs = torch.device("cpu"), stream_bytes(layers, job.batches())
+    streams = inputs * (1 if job.recipe.reconstruct is None else 2)
     here = streams if fits(streams, cpu) else 0
-    there, text = 0, job.recipe.calibration
+    there = 0
     if text is not None and text.order == "sequential":
-        tokens = sum(batch.numel() for batch in job.batches())
-        there = _pass_bytes(job, tokens, FORWARD)
-    if "grad_norm" in job.pipeline.needs and job.saved is None:
-        if all_layers_fit(job):
-            every = sum(p.numel() for p in layers.modules.parameters())
-            sums = 4 * _weights(job, job.choices)
-            kept = len(layers) * _pass_bytes(job, text.seq_len if text else 0, KEPT)
-            there = max(there, every * layers.dtype.itemsize + sums + kept)
-        else:
-            stored_inputs = (len(layers) + 2) * inputs
-            here = max(here, stored_inputs if fits(stored_inputs, cpu) else 0)
+        there = _pass_bytes(job, sum(batch.numel() for batch in job.batches()), FORWARD)
+    if text is not None and "grad_norm" in job.pipeline.needs:
+        at_once = _takes_gradients_at_once(job)
+        there = max(there, _gradient_bytes(job, text.seq_len, len(layers) if at_once else 1))
+        stored = 0 if at_once else (len(layers) + 2) * inputs
+        here = max(here, stored if fits(stored, cpu) else 0)
     shard = min(output, SHARD_BYTES) + (job.head.num_bytes if job.head else 0)
     if device.type == "cuda":
         gpu = int(MARGIN * (torch.cuda.max_memory_reserved(device) + there)) + SLACK
         return int(MARGIN * (_peak() + max(here, shard))) + SLACK, gpu
     return int(MARGIN * (_peak() + max(here + there, shard))) + SLACK, 0
+
+
+def _takes_gradients_at_once(job: Job) -> bool:
+    return all_fit(job.layers, job.formats, job.pipeline.gradient_norm)
+
+
+def _gradient_bytes(job: Job, tokens: int, num_layers: int) -> int:
+    """Count what gradients hold with so many layers in memory: weights, sums, states, the head."""
+    model, modules, size = job.layers.model, job.layers.modules, itemsize(job.layers)
+    inside = sum(p.numel() for p in modules.parameters())
+    outside = int(sum(p.numel() for p in model.parameters())) - inside
+    of_layers = inside * size + 4 * _weights(job, job.formats)
+    # Logits, their softmax and its gradient.
+    logits = 12 * tokens * int(model.config.get_text_config().vocab_size)
+    kept = num_layers * _pass_bytes(job, tokens, KEPT)
+    return of_layers * num_layers // len(modules) + outside * size + logits + kept
 
 
 def _pass_bytes(job: Job, tokens: int, values: tuple[int, int]) -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,9 +13,9 @@ from torch import Tensor
 
 from gblm import data
 from gblm.calibrate.ranks import ALONE, Ranks, rank_device
-from gblm.calibrate.reconstruct import Training
-from gblm.calibrate.saved import StatsFolder
+from gblm.calibrate.stats import STATS
 from gblm.calibrate.text import draw
+from gblm.calibrate.walk import DecoderLayer, Walk, walk
 from gblm.checkpoint.head import Head, output_head
 from gblm.checkpoint.pack import check_packable
 from gblm.errors import UsageError
@@ -25,12 +24,13 @@ from gblm.methods.pipeline import Pipeline, make_pipeline
 from gblm.methods.sparsegpt import SparseGPT
 from gblm.model.folder import ModelFolder
 from gblm.model.layers import StreamedLayers, stream
-from gblm.model.linears import hidden_size, prunable
+from gblm.model.linears import prunable
 from gblm.model.loading import load_tokenizer
-from gblm.recipe import Calibration, Choice, Recipe, choose
+from gblm.prune.choose import choose
+from gblm.recipe import Calibration, Recipe
+from gblm.sparse.formats import Format
+from gblm.sparse.formats.size import most_bytes
 from gblm.sparse.patterns import Dense, parse
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,20 +38,19 @@ class Job:
     """A recipe, the dense model that it prunes, and what follows from the two.
 
     Attributes:
-        recipe: of the run; its calibration is None where no step runs text through the model.
+        recipe: of the run, which ends before a recovery; its calibration is None where no step
+            runs text through the model.
         layers: the dense model, read one decoder layer at a time.
-        choices: what each linear is pruned and rounded to, by full name; others stay dense.
+        formats: what each linear is pruned and rounded to, by full name; others stay dense.
         pipeline: what happens to each linear.
-        training: what happens to each decoder layer afterwards; None leaves it as it is.
         head: the output head as it is to be packed; None leaves it floating.
         ranks: the processes that share the calibration samples.
     """
 
     recipe: Recipe
     layers: StreamedLayers
-    choices: Mapping[str, Choice]
+    formats: Mapping[str, Format]
     pipeline: Pipeline
-    training: Training | None = None
     head: Head | None = None
     ranks: Ranks = ALONE
 
@@ -63,7 +62,7 @@ class Job:
     @property
     def keeps_values(self) -> bool:
         """Whether kept weights stay bit for bit, until they are rounded to codes."""
-        return self.pipeline.keeps_values and self.training is None
+        return self.pipeline.keeps_values and self.recipe.reconstruct is None
 
     @cached_property
     def model_sha256(self) -> str:
@@ -71,65 +70,57 @@ class Job:
         return self.layers.reader.sha256()
 
     @cached_property
-    def saved(self) -> StatsFolder | None:
-        """Statistics of an earlier run that stand for calibration text, checked; or None.
-
-        Raises:
-            InputError: they are of another model.
-            UsageError: they lack something that the pipeline needs.
-        """
-        if self.recipe.stats is None or not self.pipeline.needs:
-            return None
-        found, names = StatsFolder(Path(self.recipe.stats)), frozenset(self.choices)
-        needs, norm = self.pipeline.needs, self.pipeline.gradient_norm
-        found.check(self.model_sha256, len(self.layers), names, needs, norm)
-        if (prefix := found.facts().get("prefix")) != "dense":
-            logger.warning("the statistics were taken behind layers pruned by %s", prefix)
-        return found
-
-    @cached_property
     def windows(self) -> Tensor | None:
-        """Calibration token ids [samples, tokens] of all ranks; None where no text is run.
+        """All token ids of the calibration text, [samples, tokens] int64; None without any.
 
         Raises:
             InputError: the text cannot be read.
             UsageError: there is too little of it.
         """
-        wanted = self.recipe.calibration
-        if wanted is None:
+        text = self.recipe.calibration
+        if text is None:
             return None
+        tokenizer = load_tokenizer(self.folder)
         return draw(
-            wanted.source,
-            self.folder.path,
-            load_tokenizer(self.folder),
-            wanted.num_samples,
-            wanted.seq_len,
-            wanted.seed,
-            wanted.bos,
-        )
+            text.source, self.folder.path, tokenizer, text.num_samples, text.seq_len, text.seed,
+            text.bos,
+        )  # fmt: skip
 
     @cached_property
     def calibration_sha256(self) -> str | None:
         """The hash of the token ids that the statistics are taken on; None without any."""
-        if self.saved is not None:
-            found: str | None = self.saved.facts().get("calibration_sha256")
-            return found
         return data.fingerprint(self.windows) if self.windows is not None else None
 
     def batches(self) -> list[Tensor]:
         """Return this rank's token ids, each [samples, tokens] int64."""
-        wanted = self.recipe.calibration
-        if self.windows is None or wanted is None:
+        text = self.recipe.calibration
+        if self.windows is None or text is None:
             return []
-        if wanted.order == "sequential":
-            own = self.ranks.share(list(self.windows))
-            return [torch.stack(own)] if own else []
-        return self.ranks.share(self.windows.split(wanted.batch_size))
+        own = self.ranks.share(list(self.windows.split(1)))
+        return [torch.cat(own)] if own and text.order == "sequential" else own
 
-    def activation_bytes(self) -> int:
-        """Count the bytes of this rank's samples at the input of one decoder layer."""
-        tokens = sum(batch.numel() for batch in self.batches())
-        return tokens * hidden_size(self.layers.model) * self.layers.dtype.itemsize
+    def walk(
+        self, scratch: Path, batches: Sequence[Tensor] | None = None
+    ) -> Iterator[DecoderLayer]:
+        """Visit the decoder layers with the statistics that the pipeline reads.
+
+        Args:
+            scratch: folder for activations, if memory is short.
+            batches: the text; all of it if None.
+        """
+        text = self.recipe.calibration
+        how = Walk(
+            needs=frozenset(STATS) & self.pipeline.needs,
+            order=text.order if text else "layer",
+            scratch=scratch,
+            keep_dense=self.recipe.reconstruct is not None,
+        )
+        return walk(self.layers, self.batches() if batches is None else batches, how, self.ranks)
+
+    def most_bytes(self, name: str) -> int:
+        """Bound the bytes of a linear as it will be packed."""
+        (rows, columns), dtype = self.layers.reader.headers[f"{name}.weight"]
+        return most_bytes(self.formats[name], (rows, columns), dtype, self.pipeline.method.scope)
 
 
 @contextmanager
@@ -144,15 +135,14 @@ def open_job(recipe: Recipe, ranks: Ranks = ALONE) -> Iterator[Job]:
         GblmError: the run would be refused: a method, pattern or value type is unknown or does not
             fit the model, or the model is none that can be pruned.
     """
-    pipeline, training = _pipeline(recipe), _training(recipe)
-    recipe = recipe.model_copy(update={"calibration": _text(recipe, pipeline)})
+    pipeline = _pipeline(recipe)
+    recipe = recipe.model_copy(update={"calibration": _text(recipe, pipeline), "recover": None})
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     with stream(ModelFolder.open(recipe.model), dtype, rank_device(recipe.device)) as layers:
-        choices = choose(recipe, prunable(layers.model, recipe.targets, recipe.ignore))
-        _check_steps(recipe, pipeline, choices, ranks)
-        check_packable(layers.reader, choices)
-        head = output_head(layers, recipe.head)
-        yield Job(recipe, layers, choices, pipeline, training, head, ranks)
+        formats = choose(recipe, prunable(layers.model, recipe.ignore))
+        _check_steps(recipe, pipeline, formats, ranks)
+        check_packable(layers.reader, formats)
+        yield Job(recipe, layers, formats, pipeline, output_head(layers, recipe.head), ranks)
 
 
 def _pipeline(recipe: Recipe) -> Pipeline:
@@ -165,14 +155,9 @@ def _pipeline(recipe: Recipe) -> Pipeline:
     return pipeline
 
 
-def _training(recipe: Recipe) -> Training | None:
-    wanted = recipe.reconstruct
-    return Training(**wanted.model_dump()) if wanted is not None else None
-
-
 def _text(recipe: Recipe, pipeline: Pipeline) -> Calibration | None:
     """Return the text that is run through the model; None if no step needs any."""
-    if recipe.stats is not None or not (pipeline.needs or recipe.reconstruct):
+    if not (pipeline.needs or recipe.reconstruct):
         return None
     if recipe.calibration is None:
         what = "refit" if pipeline.refit is not None else f"rounding {pipeline.rounding}"
@@ -183,15 +168,15 @@ def _text(recipe: Recipe, pipeline: Pipeline) -> Calibration | None:
 
 
 def _check_steps(
-    recipe: Recipe, pipeline: Pipeline, choices: Mapping[str, Choice], ranks: Ranks
+    recipe: Recipe, pipeline: Pipeline, formats: Mapping[str, Format], ranks: Ranks
 ) -> None:
     """Refuse a refit that has nothing to do, and ranks that are left without a sample."""
-    dense = all(isinstance(choice.pattern, Dense) for choice in choices.values())
+    dense = all(isinstance(fmt.pattern, Dense) for fmt in formats.values())
     if pipeline.refit is not None and dense:
         raise UsageError("refit moves what pruning leaves, and the pattern dense prunes nothing.")
     text = recipe.calibration
-    if text is not None and text.num_batches < ranks.size:
+    if text is not None and text.num_samples < ranks.size:
         raise UsageError(
-            f"{ranks.size} ranks cannot share {text.num_samples} samples: give each a batch of its "
+            f"{ranks.size} ranks cannot share {text.num_samples} samples: give each one of its "
             "own (--num-samples)."
         )

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gblm.calibrate.reconstruct import Training, reconstruct
-from gblm.calibrate.saved import LayerStats
+from gblm.calibrate.reconstruct import reconstruct
 from gblm.calibrate.walk import DecoderLayer
 from gblm.errors import InputError
 from gblm.prune.job import Job
+from gblm.recipe import Reconstruction
 from gblm.sparse.values import SCALE_DTYPE
 from gblm.sparse.weights import SparseWeight
 
 logger = logging.getLogger(__name__)
+# Statistics by name, by local name of the linear.
+LayerStats = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -35,99 +37,77 @@ class Pruned:
 
 @torch.no_grad()
 def prune_layer(
-    job: Job,
-    layer: DecoderLayer,
-    more: Callable[[int], LayerStats] = lambda index: {},
-    save: Callable[[int, LayerStats], None] | None = None,
+    job: Job, layer: DecoderLayer, gradients: Callable[[int], LayerStats] = lambda index: {}
 ) -> Pruned:
     """Prune one decoder layer in place; every rank calls this, and rank 0 chooses.
 
     Args:
         job: what to do with each linear and with the layer.
         layer: as the walk gives it.
-        more: further statistics of a layer by index, such as gradient norms.
-        save: takes the statistics of the layer, to be used again; None keeps none.
+        gradients: statistics of a layer by index that the walk does not give.
 
     Raises:
         InputError: a weight was never used on the calibration text.
     """
-    pruning = _Pruning(job, layer, more, keeps=save is not None)
+    chosen = [local for local in layer.linears if f"{layer.name}.{local}" in job.formats]
+    pruning = _Pruning(job, layer, gradients(layer.index) if job.ranks.leads and chosen else {})
     layer.visit(pruning.prune)
-    if save is not None and job.ranks.leads:
-        save(layer.index, pruning.seen)
     weights = pruning.weights
     # Hessians are large, and training needs none.
     del pruning
-    chosen, others = _chosen(job, layer), dict[str, Tensor]()
+    others = dict[str, Tensor]()
     # A layer that is left dense altogether is left alone.
-    if job.training is not None and chosen:
-        weights, others = _train(job, layer, job.training, weights)
+    if job.recipe.reconstruct is not None and chosen:
+        if job.ranks.size > 1:
+            weights = {name: _from_rank_0(job, layer, name, weights.get(name)) for name in chosen}
+        weights, others = _train(job, layer, job.recipe.reconstruct, weights)
     if not job.ranks.leads:
         return Pruned({})
     # Not in the order of the calls: what is written should not depend on it.
     return Pruned({f"{layer.name}.{local}": weights[local] for local in chosen}, others)
 
 
-def _chosen(job: Job, layer: DecoderLayer) -> list[str]:
-    """Name the linears to prune, locally."""
-    return [local for local in layer.linears if f"{layer.name}.{local}" in job.choices]
-
-
 class _Pruning:
     """The linears of one decoder layer, and what those with the same input share."""
 
-    def __init__(
-        self, job: Job, layer: DecoderLayer, more: Callable[[int], LayerStats], keeps: bool
-    ) -> None:
+    def __init__(self, job: Job, layer: DecoderLayer, gradients: LayerStats) -> None:
         self.weights: dict[str, SparseWeight] = {}
-        self.seen: LayerStats = {}
-        self._job, self._layer, self._keeps = job, layer, keeps
-        self._read, self._more = more, LayerStats()
+        self._job, self._layer, self._gradients = job, layer, gradients
         self._input: Mapping[str, Tensor] | None = None
         self._prepared: Mapping[str, Tensor] = {}
-        self._whole: dict[str, Tensor] = {}
 
     def prune(self, local: str, stats: dict[str, Tensor] | None) -> None:
         """Prune one linear in place, with the statistics of its input, unless it stays dense."""
-        if f"{self._layer.name}.{local}" not in self._job.choices:
+        job, name, linear = self._job, f"{self._layer.name}.{local}", self._layer.linears[local]
+        if name not in job.formats:
             return
-        linear = self._layer.linears[local]
-        if self._job.ranks.leads:
-            self.weights[local] = self._choose(local, linear, stats)
-            linear.weight.copy_(self.weights[local].weight)
-        self._job.ranks.broadcast_(linear.weight.data)
+        if job.ranks.leads:
+            own = self._prepare(local, linear.weight.device, {} if stats is None else stats)
+            fmt = job.formats[name]
+            weight = job.pipeline.prune(linear.weight, own, fmt.pattern, fmt.values, name)
+            self.weights[local] = weight
+            linear.weight.copy_(weight.weight)
+        job.ranks.broadcast_(linear.weight.data)
 
-    def _choose(
-        self, local: str, linear: nn.Linear, observed: dict[str, Tensor] | None
-    ) -> SparseWeight:
-        if not self._more:
-            self._more = self._read(self._layer.index)
-        more = self._more.get(local, {})
-        # Statistics from a file stand alone; linears with the same input share a dict there, too.
-        stats = more if observed is None else observed
-        name, device = f"{self._layer.name}.{local}", linear.weight.device
+    def _prepare(
+        self, local: str, device: torch.device, stats: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return all statistics of a linear; what follows from its input is derived once."""
+        name, gradients = f"{self._layer.name}.{local}", self._gradients.get(local, {})
         if self._input is not stats:
-            self._check(name, stats.keys() | more.keys())
-            self._whole = dict(stats) if self._keeps else {}
+            if self._job.pipeline.needs - (stats.keys() | gradients.keys()):
+                raise InputError(
+                    f"{name} was never used on the calibration text; leave it dense: --ignore."
+                )
             prepared = self._job.pipeline.prepare(_on(device, stats), name)
             self._input, self._prepared = stats, prepared
             # Half a gigabyte at 11,008 inputs, and used up by `prepare`.
             stats.pop("hessian", None)
-        if self._keeps:
-            self.seen[local] = {**self._whole, **more}
-        own = {**self._prepared, **_on(device, stats), **_on(device, more)}
-        choice = self._job.choices[name]
-        return self._job.pipeline.prune(linear.weight, own, choice.pattern, choice.values, name)
-
-    def _check(self, name: str, found: Set[str]) -> None:
-        if self._job.pipeline.needs - found:
-            raise InputError(
-                f"{name} was never used on the calibration text; leave it dense: --ignore."
-            )
+        return {**self._prepared, **_on(device, stats), **_on(device, gradients)}
 
 
 def _train(
-    job: Job, layer: DecoderLayer, training: Training, weights: dict[str, SparseWeight]
+    job: Job, layer: DecoderLayer, how: Reconstruction, weights: dict[str, SparseWeight]
 ) -> tuple[dict[str, SparseWeight], dict[str, Tensor]]:
     """Train the pruned layer in place.
 
@@ -136,9 +116,7 @@ def _train(
     """
     if layer.streams is None:
         raise RuntimeError("training needs a walk that keeps the dense stream.")
-    if job.ranks.size > 1:
-        weights = {n: _from_rank_0(job, layer, n, weights.get(n)) for n in _chosen(job, layer)}
-    done = reconstruct(layer.module, weights, layer.streams, training, job.ranks, layer.name)
+    done = reconstruct(layer.module, weights, layer.streams, how, job.ranks, layer.name)
     logger.debug("%s: reconstruction loss %.4g → %.4g", layer.name, *done.loss)
     parameters = dict(layer.module.named_parameters())
     for local, weight in done.weights.items():
@@ -155,7 +133,7 @@ def _from_rank_0(
     linear, ranks = layer.linears[local], job.ranks
     mask = linear.weight != 0 if own is None else own.mask
     ranks.broadcast_(mask := mask.to(torch.uint8))
-    values = job.choices[f"{layer.name}.{local}"].values
+    values = job.formats[f"{layer.name}.{local}"].values
     if values.is_float:
         return SparseWeight(linear.weight.detach(), mask.bool())
     groups = linear.in_features // values.group(linear.in_features)

@@ -17,23 +17,23 @@ from torch import Tensor
 
 from gblm import __version__
 from gblm.calibrate.ranks import rank_device, ranks_from_environment
-from gblm.calibrate.saved import StatsFolder
-from gblm.calibrate.walk import DecoderLayer, walk
+from gblm.calibrate.walk import DecoderLayer
 from gblm.checkpoint.pack import Packing, check_room, write_packed
-from gblm.checkpoint.resume import WorkFolder, is_complete, open_work, remove_leftovers, work_path
+from gblm.checkpoint.resume import GRADIENTS, WorkFolder, open_work, remove_leftovers, work_path
 from gblm.checkpoint.write import check_output, folder_bytes
-from gblm.errors import InputError, UsageError
 from gblm.files import read_json
 from gblm.model.loading import check_device
 from gblm.model.packed_reader import MANIFEST_FILE, RECIPE_FILE, REPORT_FILE
 from gblm.progress import Progress, no_progress
 from gblm.provenance import versions
+from gblm.prune.gradients import GradientNorms
 from gblm.prune.job import Job, open_job
 from gblm.prune.layer import Pruned, prune_layer
-from gblm.prune.statistics import facts, how_to_walk, make_gradients, stored
 from gblm.recipe import Recipe, Recovering
 from gblm.recover.needs import Extent, settle
 from gblm.recover.run import check_texts, recover
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,62 +44,47 @@ class Output:
         folder: the packed folder to make; it appears complete or not at all.
         overwrite: replace an existing folder.
         resume: go on after the finished layers of an earlier run of the same recipe.
-        save_stats: a folder for the statistics, to be used by other recipes.
     """
 
     folder: Path
     overwrite: bool = False
     resume: bool = True
-    save_stats: Path | None = None
 
     def check(self, job: Job) -> None:
         """Refuse what is in the way, and a disk that cannot hold finished layers and the folder.
 
         Raises:
-            GblmError: an output is not free, the disk has no room, or the head cannot be packed.
+            GblmError: the output is not free, the disk has no room, or the head cannot be packed.
         """
         remove_leftovers(self.folder)
-        self._check_save_stats(job)
-        reader, head = job.layers.reader, job.head
-        if head is not None:
-            head.check(reader)
-        extra = self.extra_bytes(job) - folder_bytes(work_path(self.folder))
-        check_room(reader, self.folder, self.overwrite, extra)
-
-    def extra_bytes(self, job: Job) -> int:
-        """Bound the bytes that lie on disk at the end of a run besides the folder itself."""
-        reader = job.layers.reader
-        sizes = {name: math.prod(reader.headers[f"{name}.weight"][0]) for name in job.choices}
-        layers = int(1.1 * sum(reader.num_bytes(f"{name}.weight") for name in job.choices))
-        # Updated values are kept unrounded as well; codes are exact.
-        floats = sum(sizes[name] for name, choice in job.choices.items() if choice.values.is_float)
-        exact = 0 if job.keeps_values else 4 * floats
-        collects = "grad_norm" in job.pipeline.needs and job.recipe.stats is None
-        gradients = 4 * sum(sizes.values()) if collects else 0
-        saved = gradients if self.save_stats is not None else 0
-        return layers + exact + gradients + saved + (job.head.num_bytes if job.head else 0)
-
-    def _check_save_stats(self, job: Job) -> None:
-        target = self.save_stats
-        if target is None:
-            return
-        if not job.pipeline.needs:
-            raise UsageError("--save-stats: this method collects no statistics.")
-        if job.recipe.stats is not None:
-            raise UsageError("--save-stats does not go with --stats: nothing new is collected.")
-        folder, place = self.folder.resolve(), target.resolve()
-        if place.is_relative_to(folder) or folder.is_relative_to(place):
-            raise UsageError(
-                f"--save-stats {target} and --output {self.folder} lie in one another."
-            )
-        if is_complete(self.folder) and target.exists():
-            return
-        if target.exists():
-            raise InputError(f"{target} exists; choose another --save-stats, or remove it.")
-        check_output(target, overwrite=False)
+        if job.head is not None:
+            job.head.check(job.layers.reader)
+        extra = extra_bytes(job) - folder_bytes(work_path(self.folder))
+        check_room(job.layers.reader, self.folder, self.overwrite, extra)
 
 
-logger = logging.getLogger(__name__)
+def extra_bytes(job: Job) -> int:
+    """Bound the bytes that lie on disk at the end of a run besides the folder itself."""
+    reader = job.layers.reader
+    sizes = {name: math.prod(reader.headers[f"{name}.weight"][0]) for name in job.formats}
+    layers = int(1.1 * sum(reader.num_bytes(f"{name}.weight") for name in job.formats))
+    # Updated values are kept unrounded as well; codes are exact.
+    floats = sum(sizes[name] for name, fmt in job.formats.items() if fmt.values.is_float)
+    exact = 0 if job.keeps_values else 4 * floats
+    gradients = 4 * sum(sizes.values()) if "grad_norm" in job.pipeline.needs else 0
+    return layers + exact + gradients + (job.head.num_bytes if job.head else 0)
+
+
+def extent(job: Job) -> Extent:
+    """Tell how large the pruned model will be."""
+    reader = job.layers.reader
+    shapes = {name: reader.headers[f"{name}.weight"][0] for name in job.formats}
+    kept = sum(
+        math.prod(shape) * (1 - job.formats[name].pattern.sparsity)
+        for name, shape in shapes.items()
+    )
+    dense = sum(map(reader.num_bytes, reader))
+    return Extent(job.folder.config, list(shapes.values()), math.ceil(kept), dense)
 
 
 def prune(
@@ -121,16 +106,23 @@ def prune(
     Raises:
         GblmError: see the error classes; nothing is left under the output's name.
     """
-    began = time.monotonic()
+    began, device = time.monotonic(), rank_device(recipe.device)
     target = output if isinstance(output, Output) else Output(Path(output))
-    if recipe.recover is not None:
-        return _prune_and_recover(recipe, recipe.recover, target, progress)
-    device = rank_device(recipe.device)
     check_device(device)
-    with ranks_from_environment(device) as ranks, open_job(recipe, ranks) as job:
-        if ranks.leads:
-            target.check(job)
-        report = _Run.of(job, target).execute(progress)
+    with ranks_from_environment(device) as ranks:
+        with open_job(recipe, ranks) as job:
+            if recipe.recover is None:
+                report = _Run.of(job, target).execute(progress)
+            else:
+                pruned = _prune_beside(job, recipe.recover, target, progress)
+        if recipe.recover is not None:
+            recover(
+                pruned, target.folder, recipe.recover, recipe.model, device=device,
+                overwrite=target.overwrite, resume=target.resume, progress=progress, ranks=ranks,
+            )  # fmt: skip
+            if ranks.leads:
+                shutil.rmtree(pruned)
+                report = read_json(target.folder / REPORT_FILE)
     if not ranks.leads:
         return {}
     logger.info(
@@ -142,48 +134,25 @@ def prune(
     return report | {"output": str(target.folder), "seconds": round(time.monotonic() - began, 1)}
 
 
-def _prune_and_recover(
-    recipe: Recipe, how: Recovering, target: Output, progress: Progress
-) -> dict[str, Any]:
-    """Prune into a folder beside the output, which goes away once the recovered one is there."""
-    began, pruned = time.monotonic(), target.folder.parent / f".{target.folder.name}.pruned"
+def _prune_beside(job: Job, how: Recovering, target: Output, progress: Progress) -> Path:
+    """Prune into a folder beside the output, unless an earlier run has; returns the folder."""
+    folder = target.folder.parent / f".{target.folder.name}.pruned"
     check_texts(how)
     check_output(target.folder, target.overwrite)
-    plain = recipe.model_copy(update={"recover": None})
-    with open_job(plain) as job:
-        settle(how, extent(job), rank_device(recipe.device))
-    if not (target.resume and _is_pruned(pruned, plain)):
-        prune(plain, replace(target, folder=pruned, overwrite=True), progress)
-    found = recover(
-        pruned, target.folder, how, recipe.model, device=recipe.device,
-        overwrite=target.overwrite, resume=target.resume, progress=progress,
-    )  # fmt: skip
-    if not found:
-        return {}
-    shutil.rmtree(pruned)
-    report = read_json(target.folder / REPORT_FILE)
-    return report | {"output": str(target.folder), "seconds": round(time.monotonic() - began, 1)}
+    settle(how, extent(job), str(job.layers.device))
+    done = job.ranks.leads and target.resume and _is_pruned(folder, job)
+    if not job.ranks.agree(int(done)):
+        _Run.of(job, replace(target, folder=folder, overwrite=True)).execute(progress)
+    return folder
 
 
-def extent(job: Job) -> Extent:
-    """Tell how large the pruned model will be."""
-    reader = job.layers.reader
-    shapes = {name: reader.headers[f"{name}.weight"][0] for name in job.choices}
-    sparsity = {name: choice.pattern.sparsity for name, choice in job.choices.items()}
-    kept = sum(math.prod(shape) * (1 - sparsity[name]) for name, shape in shapes.items())
-    dense = sum(map(reader.num_bytes, reader))
-    return Extent(job.folder.config, list(shapes.values()), math.ceil(kept), dense)
-
-
-def _is_pruned(folder: Path, recipe: Recipe) -> bool:
+def _is_pruned(folder: Path, job: Job) -> bool:
     """Tell whether an earlier run of the same recipe, on the same model and text, ended here."""
     if not (folder / RECIPE_FILE).exists():
         return False
-    notes = read_json(folder / MANIFEST_FILE)
-    with open_job(recipe) as job:
-        now = (job.recipe.to_dict(), job.model_sha256, job.calibration_sha256)
-    found = read_json(folder / RECIPE_FILE)
-    return now == (found, notes.get("model_sha256"), notes.get("calibration_sha256"))
+    notes, recipe = read_json(folder / MANIFEST_FILE), read_json(folder / RECIPE_FILE)
+    found = (recipe, notes.get("model_sha256"), notes.get("calibration_sha256"))
+    return found == (job.recipe.to_dict(), job.model_sha256, job.calibration_sha256)
 
 
 @dataclass(frozen=True)
@@ -196,7 +165,9 @@ class _Run:
 
     @classmethod
     def of(cls, job: Job, output: Output) -> _Run:
-        """Read the text and the model's files, as far as they tell one run from another."""
+        """Check the output, then read the text and the model's files, which name the run."""
+        if job.ranks.leads:
+            output.check(job)
         notes = {"calibration_sha256": job.calibration_sha256, "model_sha256": job.model_sha256}
         packing = Packing(job.layers, job.recipe.to_dict(), notes, job.keeps_values, job.head)
         return cls(job, output, packing)
@@ -206,37 +177,27 @@ class _Run:
         job = self.job
         with self._work() as work, self._scratch() as scratch:
             first = job.ranks.agree(len(work.finished) if work else 0)
-            gradients = StatsFolder(work_path(self.output.folder) / "gradients")
             if first < len(job.layers):
-                self._gradients(gradients, scratch, progress)
+                gradients = GradientNorms(job, work_path(self.output.folder) / GRADIENTS)
+                gradients.take(scratch, progress)
                 step = progress("pruning", len(job.layers) - first)
-                how = how_to_walk(job, scratch, first)
-                for layer in walk(job.layers, job.batches(), how, job.ranks):
+                for layer in job.walk(scratch):
                     if layer.index < first:
                         self._restore(layer, work)
-                    else:
-                        self._prune(layer, gradients, work)
-                        step()
+                        continue
+                    pruned = prune_layer(job, layer, gradients.read)
+                    if work is not None:
+                        self._keep(pruned, work)
+                    step()
             return self._publish(work) if work is not None else {}
 
-    def _gradients(self, folder: StatsFolder, scratch: Path, progress: Progress) -> None:
-        """Take gradient norms unless they are saved, or an earlier run has finished them."""
-        if "grad_norm" not in self.job.pipeline.needs or self.job.saved is not None:
-            return
-        if not self.job.ranks.agree(int(folder.complete)):
-            make_gradients(self.job, folder, scratch, progress)
-
-    def _prune(self, layer: DecoderLayer, gradients: StatsFolder, work: WorkFolder | None) -> None:
-        """Prune a decoder layer; rank 0 makes it durable."""
-        save = StatsFolder(work.path / "stats").write if work and self.output.save_stats else None
-        pruned = prune_layer(self.job, layer, stored(self.job, gradients), save)
-        if work is None:
-            return
+    def _keep(self, pruned: Pruned, work: WorkFolder) -> None:
+        """Make a pruned decoder layer durable."""
         reader = self.job.layers.reader
         tensors = {n: t.to(reader.headers[n][1]) for n, t in pruned.others.items()}
         rows: list[dict[str, Any]] = []
         for name, weight in pruned.weights.items():
-            parts, own_rows = self.packing.pack(name, weight, self.job.choices[name].fmt)
+            parts, own_rows = self.packing.pack(name, weight, self.job.formats[name])
             tensors |= parts
             rows += own_rows
         work.add(tensors, rows, self._exact_values(pruned))
@@ -253,7 +214,7 @@ class _Run:
         if self.job.keeps_values:
             return others
         return others | {
-            f"{name}.values": self.job.choices[name].fmt.pack(name, weight)["values"]
+            f"{name}.values": self.job.formats[name].pack(name, weight)["values"]
             for name, weight in pruned.weights.items()
             if weight.codes is None and narrowed(f"{name}.weight", weight.weight)
         }
@@ -267,7 +228,7 @@ class _Run:
             for local, linear in layer.linears.items():
                 name = f"{layer.name}.{local}"
                 if f"{name}.values" in tensors:
-                    fmt = self.job.choices[name].fmt
+                    fmt = self.job.formats[name]
                     parts = {part: tensors[f"{name}.{part}"] for part in fmt.parts}
                     linear.weight.copy_(fmt.expand(parts, linear.weight.dtype))
             for local, parameter in layer.module.named_parameters():
@@ -280,11 +241,6 @@ class _Run:
     def _publish(self, work: WorkFolder) -> dict[str, Any]:
         target = self.output
         work.mark_complete(target.folder)
-        stats = StatsFolder(work.path / "stats")
-        # Gone already when an earlier run was cut off after it.
-        if target.save_stats is not None and stats.path.exists():
-            stats.finish(facts(self.job, self.job.pipeline.needs))
-            stats.publish(target.save_stats.resolve())
         pieces = ((layer.packed(), layer.rows) for layer in work.finished)
         return write_packed(self.packing, pieces, target.folder, target.overwrite, work.path)
 
@@ -294,12 +250,9 @@ class _Run:
         if not self.job.ranks.leads:
             yield None
             return
-        saved = self.job.saved
         fingerprint = {
             **{f"recipe.{key}": value for key, value in self.packing.recipe.items()},
             **self.packing.notes,
-            "save_stats": self.output.save_stats is not None,
-            "statistics": saved.facts() if saved else None,
             "ranks": self.job.ranks.size,
             "versions": {"gblm": __version__}
             | {key: versions()[key] for key in ("torch", "transformers")},

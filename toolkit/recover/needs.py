@@ -38,28 +38,28 @@ class Extent:
     kept: int
     bytes_dense: int
 
-    def memory(self, how: Recovering, train: str) -> int:
+    def memory(self, how: Recovering) -> int:
         """Bound the bytes of memory: the model, parts with two moments, activations."""
         config = self.config.get("text_config", self.config)
         width, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
         sizes = [prod(shape) for shape in self.shapes]
         # Beside a part lie the places of its values and its codes, or the weight that it scales.
         # One weight at a time is scattered and has a gradient.
-        beside = 4 * self.kept + sum(sizes) if train == "weights" else 5 * sum(sizes)
+        beside = 5 * sum(sizes) if how.train == "scales" else 4 * self.kept + sum(sizes)
         activations = how.batch_size * how.seq_len * width * layers * KEPT_PER_LAYER + (1 << 28)
-        return self.bytes_dense + self.state(train) + beside + 16 * max(sizes) + activations
+        return self.bytes_dense + self.state(how) + beside + 16 * max(sizes) + activations
 
-    def disk(self, how: Recovering, train: str) -> int:
+    def disk(self, how: Recovering) -> int:
         """Bound the bytes on disk: the teacher's hidden states, two saved states, the folder."""
         config = self.config.get("text_config", self.config)
         held_out = HELD_OUT_WINDOWS * len(how.held_out) * how.seq_len
         teacher = 4 * (how.tokens + held_out) * int(config["hidden_size"])
-        return teacher + 2 * self.state(train) + self.bytes_dense
+        return teacher + 2 * self.state(how) + self.bytes_dense
 
-    def state(self, train: str) -> int:
+    def state(self, how: Recovering) -> int:
         """Bound the bytes of what is trained: a float32 value and two moments each."""
         scales = sum(map(prod, self.shapes)) // GROUP
-        return 12 * (scales + (self.kept if train == "weights" else 0))
+        return 12 * (scales if how.train == "scales" else scales + self.kept)
 
 
 def settle(how: Recovering, extent: Extent, device: str) -> Recovering:
@@ -72,9 +72,9 @@ def settle(how: Recovering, extent: Extent, device: str) -> Recovering:
     """
     memory = psutil.virtual_memory()
     if how.train == "auto":
-        fits = device != "cpu" or extent.memory(how, "weights") < memory.total
+        fits = device != "cpu" or extent.memory(how) < memory.total
         how = how.model_copy(update={"train": "weights" if fits else "scales"})
-    need, disk = extent.memory(how, how.train), extent.disk(how, how.train)
+    need, disk = extent.memory(how), extent.disk(how)
     logger.info(
         "recovery of %s on %d tokens needs up to %.1f GB of memory and %.1f GB of disk",
         how.train, how.tokens, need / 1e9, disk / 1e9,

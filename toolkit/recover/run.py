@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,14 +21,9 @@ from gblm.calibrate.text import SELF, draw, parse_mix
 from gblm.checkpoint.pack import write_side_files
 from gblm.checkpoint.report import summary, weight_row
 from gblm.checkpoint.resume import open_work, remove_leftovers, work_path
-from gblm.checkpoint.write import (
-    ShardWriter,
-    check_output,
-    folder_bytes,
-    new_folder,
-)
+from gblm.checkpoint.write import ShardWriter, check_output, folder_bytes, new_folder
 from gblm.errors import CheckpointError, InputError, UsageError
-from gblm.files import read_json, write_json
+from gblm.files import read_json
 from gblm.model.folder import ModelFolder
 from gblm.model.loading import check_device, load, load_tokenizer
 from gblm.model.packed_reader import (
@@ -42,7 +38,7 @@ from gblm.progress import Progress, no_progress
 from gblm.recipe import Recovering
 from gblm.recover.needs import HELD_OUT_WINDOWS, Extent, settle
 from gblm.recover.teacher import Head, Hidden, compare
-from gblm.recover.train import Schedule, Trainer, seconds_per_token
+from gblm.recover.train import Trainer, batches
 
 logger = logging.getLogger(__name__)
 TRAINING = "training"
@@ -89,6 +85,7 @@ def recover(
     overwrite: bool = False,
     resume: bool = True,
     progress: Progress = no_progress,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Train a packed model towards its dense self and write it packed, with the same masks.
 
@@ -103,6 +100,7 @@ def recover(
         overwrite: replace an existing folder.
         resume: go on after the last saved step of the same command.
         progress: for progress bars.
+        ranks: the processes that share each batch; those that torchrun started if None.
 
     Returns:
         "before" and "after", by text: see `gblm.recover.teacher.compare`; "kept", whether the
@@ -118,11 +116,16 @@ def recover(
     device = rank_device(device)
     check_device(device)
     source = ModelFolder.open(packed)
-    with ranks_from_environment(device) as ranks, PackedReader(source) as reader:
+    joined: AbstractContextManager[Ranks]
+    joined = ranks_from_environment(device) if ranks is None else nullcontext(ranks)
+    with joined as ranks, PackedReader(source) as reader:
         task = Task(reader, _dense_folder(source, dense), how, device, ranks)
         task = replace(task, how=_check(task, target, overwrite))
-        with open_work(target, task.fingerprint(), resume) as work:
-            found = _Run(task, work.path, progress).execute()
+        work: AbstractContextManager[Any]
+        work = open_work(target, task.fingerprint(), resume) if ranks.leads else nullcontext()
+        with work:
+            ranks.agree(0)  # the others wait for the folder
+            found = _Run(task, work_path(target), progress).execute()
             report = _write(task, found, target, overwrite) if ranks.leads else {}
     return report | {"seconds": round(time.monotonic() - began, 1)} if report else {}
 
@@ -165,15 +168,15 @@ class _Run:
     def execute(self) -> _Found:
         """Take the teacher's states, then train, measuring before and after."""
         task, how = self.task, self.task.how
-        texts = self._texts(self._tokens())
-        model: Any = self._load()
+        texts = self._texts()
+        model: Any = load(task.dense, task.packed.dtype, task.device)
         dense_head = Head(model)
         dense_head.check(model, texts[TRAINING])
         hidden = self._teach(model, texts)
         parts = become(model, task)
-        schedule = Schedule(how.learning_rate, how.batch_size, how.seed)
-        trainer = Trainer(model, parts, schedule, task.ranks)
-        held_out = [name for name in texts if name != TRAINING]
+        trainer = Trainer(model, parts, how, task.ranks)
+        # Rank 0 measures: the others read no state after the last step, when it removes them.
+        held_out = [name for name in texts if name != TRAINING and task.ranks.leads]
 
         def measured() -> dict[str, dict[str, float]]:
             return {
@@ -182,35 +185,16 @@ class _Run:
             }
 
         before, windows = measured(), texts[TRAINING]
-        told = self._told(len(schedule.batches(len(windows))), windows.shape[1])
+        told = self._told(len(batches(how, len(windows))), windows.shape[1])
         trainer.run(windows, hidden[TRAINING], dense_head, self.work, told)
         return _Found(
             parts, before, measured(), trainer.losses, data.fingerprint(windows), windows.numel()
         )
 
-    def _load(self) -> Any:
-        how = self.task.how
-        dtype = self.task.packed.dtype if how.dtype == "auto" else getattr(torch, how.dtype)
-        return load(self.task.dense, dtype, self.task.device)
-
-    def _tokens(self) -> int:
-        """Give the tokens to train on; those of a time are estimated once, and kept."""
-        how, kept = self.task.how, self.work / "tokens.json"
-        if how.minutes is None:
-            return how.tokens
-        if self.task.ranks.leads and not kept.exists():
-            each = seconds_per_token(self._load(), how.batch_size, how.seq_len)
-            tokens = int(60 * how.minutes * self.task.ranks.size / each)
-            write_json(kept, {"tokens": min(how.tokens, tokens)})
-        self.task.ranks.agree(0)  # the others wait for the file
-        tokens = int(read_json(kept)["tokens"])
-        logger.info("%g minutes: about %d tokens", how.minutes, tokens)
-        return tokens
-
-    def _texts(self, tokens: int) -> dict[str, Tensor]:
+    def _texts(self) -> dict[str, Tensor]:
         """Token ids of the training windows and of each held-out text."""
         how, folder, tokenizer = self.task.how, self.task.dense, self.tokenizer
-        count = max(how.batch_size, tokens // how.seq_len)
+        count = max(how.batch_size, how.tokens // how.seq_len)
         found = {
             TRAINING: draw(how.text, folder.path, tokenizer, count, how.seq_len, how.seed, how.bos),
         }
@@ -239,22 +223,20 @@ class _Run:
         return found
 
     def _told(self, steps: int, seq_len: int) -> Callable[[int, float], None]:
-        began, first, logged, losses = time.monotonic(), 0, 0.0, []
+        """Give what is called after each step: it writes a line every 15 seconds."""
+        tokens = self.task.how.batch_size * seq_len
+        logged, since = time.monotonic(), 0
 
         def told(number: int, loss: float) -> None:
-            nonlocal first, logged
-            losses.append(loss)
-            first = first or number - 1
-            spent = time.monotonic() - began
-            if spent - logged < 15 and number < steps:
+            nonlocal logged, since
+            since += tokens
+            spent = time.monotonic() - logged
+            if spent < 15 and number < steps:
                 return
-            logged = spent
-            rate = (number - first) * self.task.how.batch_size * seq_len / spent
-            left = (steps - number) * spent / (number - first)
-            recent = losses[-8:]
+            rate, logged, since = since / spent, time.monotonic(), 0
             logger.info(
                 "step %d of %d: KL %.3f nats, %.0f tokens/s, %.0f s left",
-                number, steps, sum(recent) / len(recent), rate, left,
+                number, steps, loss, rate, (steps - number) * tokens / rate,
             )  # fmt: skip
 
         return told
@@ -295,9 +277,24 @@ def _dense_folder(packed: ModelFolder, given: str | Path | None) -> ModelFolder:
 
 
 def _check(task: Task, output: Path, overwrite: bool) -> Recovering:
-    """Refuse a teacher that does not match, and a disk or memory that is too small."""
+    """Refuse what cannot go well, and decide what is trained."""
+    packed, ranks = task.packed, task.ranks
+    if task.how.batch_size < ranks.size:
+        raise UsageError(f"{ranks.size} ranks cannot share {task.how.batch_size} windows a step.")
+    linears = [packed.linears[name] for name in task.trained]
+    shapes, kept = [linear.shape for linear in linears], sum(map(_kept, linears))
+    extent = Extent(packed.folder.config, shapes, kept, _check_teacher(task))
+    how = settle(task.how, extent, task.device)
+    if ranks.leads:
+        remove_leftovers(output)
+        need = extent.disk(how) - folder_bytes(work_path(output))
+        check_output(output, overwrite, need, packed.folder.path)
+    return how
+
+
+def _check_teacher(task: Task) -> int:
+    """Refuse a dense model that is not the packed one's; gives the bytes of its tensors."""
     packed = task.packed
-    remove_leftovers(output)
     task.dense.check_dense()
     with Reader(task.dense) as dense:
         wanted: dict[str, tuple[int, ...]]
@@ -310,18 +307,7 @@ def _check(task: Task, output: Path, overwrite: bool) -> Recovering:
                     f"{task.dense} is not the dense model of {packed.folder}: its {name} is "
                     f"{'missing' if found is None else list(found)}, not {list(shape)}."
                 )
-        dense_bytes = sum(map(dense.num_bytes, dense))
-    how = settle(task.how, _extent(task, dense_bytes), task.device)
-    need = _extent(task, dense_bytes).disk(how, how.train) - folder_bytes(work_path(output))
-    check_output(output, overwrite, need, packed.folder.path)
-    return how
-
-
-def _extent(task: Task, bytes_dense: int) -> Extent:
-    linears = [task.packed.linears[name] for name in task.trained]
-    kept = sum(_kept(linear) for linear in linears)
-    shapes = [linear.shape for linear in linears]
-    return Extent(task.packed.folder.config, shapes, kept, bytes_dense)
+        return sum(map(dense.num_bytes, dense))
 
 
 def _kept(linear: PackedLinear) -> int:
@@ -388,5 +374,4 @@ def _pieces(
             tensors = linear.fmt.pack(name, weight)
             zeros = int(weight.is_zero.sum())
             row = weight_row(name, linear.fmt, linear.shape, dtype, zeros, tensors)
-            row |= {"structure": rows[name]["structure"]}
         yield name, {f"{name}.{local}": tensor for local, tensor in tensors.items()}, row

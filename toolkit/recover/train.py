@@ -12,7 +12,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from gblm.checkpoint.resume import STATE
 from gblm.data import fingerprint
 from gblm.errors import InputError
 from gblm.files import write_tensors
+from gblm.recipe import Recovering
 from gblm.recover.teacher import Head, Hidden, divergence, last_hidden
 
 logger = logging.getLogger(__name__)
@@ -37,46 +37,37 @@ RATES: dict[Kind, float] = {"value": 1.0, "norm": 4.0, "factor": 2.0}
 SAVE_SECONDS = 120.0
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """How far and how fast parts are trained.
+def share_of_rate(step: int, total: int) -> float:
+    """Return what share of the highest learning rate a step has, counted from 0.
 
-    Attributes:
-        learning_rate: of AdamW, relative to the size of what is trained, without weight decay,
-            after a linear warm-up over 5 % of the steps; from there it follows a cosine to zero.
-        batch_size: windows per step, over all ranks.
-        seed: of the order of the windows.
+    It rises linearly over 5 % of the steps; from there it follows a cosine to zero.
     """
+    warm = max(2, round(WARM_UP * total))
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    done = (step - warm) / max(1, total - warm)
+    return 0.5 * (1 + math.cos(math.pi * done))
 
-    learning_rate: float
-    batch_size: int = 4
-    seed: int = 0
 
-    def rate(self, step: int, total: int) -> float:
-        """Return the learning rate of a step, counted from 0."""
-        warm = max(2, round(WARM_UP * total))
-        if step < warm:
-            return self.learning_rate * (step + 1) / (warm + 1)
-        done = (step - warm) / max(1, total - warm)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-
-    def batches(self, num_windows: int) -> list[Tensor]:
-        """Return the indices of each step's windows; what fills no whole batch is left out."""
-        order = torch.randperm(num_windows, generator=torch.Generator().manual_seed(self.seed))
-        whole = num_windows - num_windows % self.batch_size
-        return list(order[:whole].split(self.batch_size))
+def batches(how: Recovering, num_windows: int) -> list[Tensor]:
+    """Return the indices of each step's windows; what fills no whole batch is left out."""
+    order = torch.randperm(num_windows, generator=torch.Generator().manual_seed(how.seed))
+    whole = num_windows - num_windows % how.batch_size
+    return list(order[:whole].split(how.batch_size))
 
 
 class Trainer:
     """A model whose parts are trained towards the hidden states of its dense self."""
 
-    def __init__(self, model: Any, parts: Mapping[str, Part], how: Schedule, ranks: Ranks) -> None:
+    def __init__(
+        self, model: Any, parts: Mapping[str, Part], how: Recovering, ranks: Ranks
+    ) -> None:
         """Freeze the model but for the tensors that have parts.
 
         Args:
             model: a transformers model in the dtype of the computation.
             parts: by full name of the tensor.
-            how: see Schedule.
+            how: learning rate, batch size and seed.
             ranks: the processes that share each batch.
         """
         self.model, self.parts, self.how, self.ranks = model, parts, how, ranks
@@ -111,12 +102,12 @@ class Trainer:
             InputError: the loss is not finite; the last saved state is kept.
             MachineError: the disk is full.
         """
-        batches, text = self.how.batches(len(windows)), fingerprint(windows)
+        steps, text = batches(self.how, len(windows)), fingerprint(windows)
         self._load(work, text)
         saved = time.monotonic()
-        for step in range(len(self.losses), len(batches)):
-            self._rate = self.how.rate(step, len(batches))
-            loss = self._step(windows, hidden, dense_head, batches[step])
+        for step in range(len(self.losses), len(steps)):
+            self._rate = self.how.learning_rate * share_of_rate(step, len(steps))
+            loss = self._step(windows, hidden, dense_head, steps[step])
             if not math.isfinite(loss):
                 raise InputError(
                     f"recovery diverged at step {step + 1} (loss {loss}): lower --learning-rate."
@@ -201,22 +192,3 @@ class Trainer:
 def _adam(part: Part) -> torch.optim.AdamW:
     groups = [{"params": [each.parameter]} for each in part.parameters]
     return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPS, weight_decay=0.0)
-
-
-def seconds_per_token(model: Any, batch_size: int, seq_len: int) -> float:
-    """Estimate what a token of training takes, the dense model's reading included.
-
-    A pass down and its gradients take three passes up; the rest, with the updates, a quarter more.
-    """
-    head = Head(model)
-    device = head.weight.device
-    ids = torch.zeros(batch_size, seq_len, dtype=torch.int64, device=device)
-    seconds = 0.0
-    for _ in range(2):  # the first time sets up what later ones find ready
-        began = time.monotonic()
-        with torch.inference_mode():
-            hidden = last_hidden(model, ids).flatten(0, 1)
-        passed = time.monotonic() - began
-        divergence(hidden.clone(), hidden, head, head)
-        seconds = 1.25 * (4 * passed + time.monotonic() - began - passed)
-    return seconds / ids.numel()

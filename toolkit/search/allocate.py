@@ -14,8 +14,8 @@ from math import prod
 import torch
 
 from gblm.model.reader import Reader
-from gblm.recipe import FUSED, Choice
-from gblm.sparse.formats import Shape
+from gblm.recipe import FUSED
+from gblm.sparse.formats import Format, Shape
 from gblm.sparse.formats.size import most_bytes
 from gblm.sparse.patterns import Scope, Unstructured
 
@@ -43,13 +43,13 @@ class LinearSpec:
         """Count the weights."""
         return prod(self.shape)
 
-    def num_bytes(self, choice: Choice) -> int:
+    def num_bytes(self, fmt: Format) -> int:
         """Give the most bytes that it takes when it is packed, masks and scales included."""
-        return most_bytes(choice.pattern, choice.values, self.shape, self.dtype, self.scope)
+        return most_bytes(fmt, self.shape, self.dtype, self.scope)
 
 
-Allocation = dict[str, Choice]
-Loss = Callable[[LinearSpec, Choice], float]
+Allocation = dict[str, Format]
+Loss = Callable[[LinearSpec, Format], float]
 
 
 def linears_of(reader: Reader, names: Iterable[str], scope: Scope) -> tuple[LinearSpec, ...]:
@@ -70,19 +70,19 @@ def linears_of(reader: Reader, names: Iterable[str], scope: Scope) -> tuple[Line
     return tuple(found)
 
 
-def total_bytes(linears: Iterable[LinearSpec], allocation: Mapping[str, Choice]) -> int:
+def total_bytes(linears: Iterable[LinearSpec], allocation: Mapping[str, Format]) -> int:
     """Give the most bytes that all linears take when they are packed."""
     return sum(linear.num_bytes(allocation[linear.name]) for linear in linears)
 
 
 def uniform(
-    linears: Sequence[LinearSpec], make: Callable[[LinearSpec, float], Choice], limit: float
+    linears: Sequence[LinearSpec], make: Callable[[LinearSpec, float], Format], limit: float
 ) -> Allocation | None:
     """Give all linears the same sparsity, the lowest that holds the budget.
 
     Args:
         linears: to allocate to.
-        make: gives the choice of a linear at a sparsity.
+        make: gives the format of a linear at a sparsity.
         limit: bytes of all linears together.
 
     Returns:
@@ -101,7 +101,7 @@ def uniform(
 class Option:
     """One thing that a linear may become: its bytes, and the loss that it brings."""
 
-    choice: Choice
+    fmt: Format
     cost: int
     loss: float
 
@@ -113,7 +113,7 @@ Picked = dict[str, Option]
 
 def measured(
     linears: Sequence[LinearSpec],
-    choices: Callable[[LinearSpec], Iterable[Choice]],
+    ways: Callable[[LinearSpec], Iterable[Format]],
     limit: float,
     loss: Loss,
 ) -> Allocation | None:
@@ -125,14 +125,14 @@ def measured(
 
     Args:
         linears: to allocate to.
-        choices: gives what a linear may become.
+        ways: gives what a linear may become.
         limit: bytes of all linears together.
         loss: the loss of a linear that becomes something.
 
     Returns:
         None if even the smallest options cost too much.
     """
-    units = _units(linears, choices, loss)
+    units = _units(linears, ways, loss)
 
     def total(picks: Iterable[Picked]) -> int:
         return sum(option.cost for picked in picks for option in picked.values())
@@ -151,11 +151,11 @@ def measured(
         else:
             low = middle
     _spend(units, best, limit - total(best))
-    return {name: option.choice for picked in best for name, option in picked.items()}
+    return {name: option.fmt for picked in best for name, option in picked.items()}
 
 
 def _units(
-    linears: Sequence[LinearSpec], choices: Callable[[LinearSpec], Iterable[Choice]], loss: Loss
+    linears: Sequence[LinearSpec], ways: Callable[[LinearSpec], Iterable[Format]], loss: Loss
 ) -> list[Families]:
     """Sort the options by unit and family, without families that a part of a unit cannot have."""
     members: dict[str, list[LinearSpec]] = {}
@@ -165,19 +165,17 @@ def _units(
     for own in members.values():
         families: dict[str, dict[str, list[Option]]] = {}
         for linear in own:
-            for choice in choices(linear):
-                option = Option(choice, linear.num_bytes(choice), loss(linear, choice))
-                of_family = families.setdefault(family(choice), {})
+            for fmt in ways(linear):
+                option = Option(fmt, linear.num_bytes(fmt), loss(linear, fmt))
+                of_family = families.setdefault(family(fmt), {})
                 of_family.setdefault(linear.name, []).append(option)
         units.append({key: rows for key, rows in families.items() if len(rows) == len(own)})
     return units
 
 
-def family(choice: Choice) -> str:
-    """Give a name that is equal for choices that parts of one served linear may have together."""
-    if isinstance(choice.pattern, Unstructured):
-        return f"bitmask/{choice.values}"
-    return choice.fmt.spec
+def family(fmt: Format) -> str:
+    """Give a name that is equal for formats that parts of one served linear may have together."""
+    return f"bitmask/{fmt.values}" if isinstance(fmt.pattern, Unstructured) else fmt.spec
 
 
 def _pick(unit: Families, price: float) -> Picked:
@@ -214,7 +212,7 @@ def _spend(units: Sequence[Families], picks: list[Picked], spare: float) -> None
 
 def _changes(unit: Families, picked: Picked) -> Iterable[Picked]:
     """Offer another option for one linear, or one of another family for the whole unit."""
-    now = family(next(iter(picked.values())).choice)
+    now = family(next(iter(picked.values())).fmt)
     for key, own in unit.items():
         if key == now:
             for name, options in own.items():

@@ -9,7 +9,7 @@ from typing import Any
 
 from gblm.errors import UsageError
 from gblm.progress import Progress, no_progress
-from gblm.recipe import Choice, LayerChoice, Recipe
+from gblm.recipe import LayerChoice, Recipe
 from gblm.search.allocate import (
     MAX_SPARSITY,
     Allocation,
@@ -20,6 +20,7 @@ from gblm.search.allocate import (
 )
 from gblm.search.budget import Budget
 from gblm.search.examine import Examined, Space, examine
+from gblm.sparse.formats import Format, format_for
 from gblm.sparse.formats.manifest import group_targets
 from gblm.sparse.patterns import NM, Dense, Unstructured
 
@@ -54,7 +55,7 @@ def answer(question: Question, progress: Progress = no_progress) -> dict[str, An
         Plain JSON types. "rows": the candidates that hold the budget, the least predicted loss
         first, then the dense ones that do not. Each has "name", "fits", "what" in words,
         "bits_per_weight" and "bytes" (at most), "loss" (the predicted rise in nats per token),
-        "ratio" (of perplexities, exp of it), "groups" and "recipe". "verdict": whether a dense
+        "ratio" (of perplexities, exp of it) and "recipe". "verdict": whether a dense
         model is the better answer. "notes": what was left out.
 
     Raises:
@@ -72,8 +73,6 @@ def answer(question: Question, progress: Progress = no_progress) -> dict[str, An
         raise UsageError(_too_small(question.budget, model))
     others = [row for row in every if not row["fits"]]
     rows = [*fits, *sorted(others, key=lambda row: float(row["bits_per_weight"]))]
-    for rank, row in enumerate(rows, start=1):
-        row["rank"] = rank
     return {
         "budget": str(question.budget),
         "method": question.recipe.method,
@@ -96,7 +95,7 @@ def allocations(model: Examined, limit: float) -> dict[str, Allocation]:
         model: to allocate to.
         limit: bytes of all linears together.
     """
-    found: dict[tuple[Choice, ...], tuple[str, Allocation]] = {}
+    found: dict[tuple[Format, ...], tuple[str, Allocation]] = {}
     for name, allocation in [*_controls(model), *_within(model, limit)]:
         if allocation is not None:
             key = tuple(allocation[linear.name] for linear in model.linears)
@@ -122,13 +121,13 @@ def _within(model: Examined, limit: float) -> Iterator[tuple[str, Allocation | N
     steps = STEPS if model.has_unstructured else ()
     for kind in model.specs:
         for pattern in model.patterns:
-            every = {x.name: Choice(pattern, model.values[kind][x.name]) for x in model.linears}
+            every = {x.name: format_for(pattern, model.values[kind][x.name]) for x in model.linears}
             holds = total_bytes(model.linears, every) <= limit
             yield f"{kind} {pattern}", every if holds else None
             yield f"{kind} {pattern} or dense, measured", least_loss([kind], [pattern])
         if steps:
 
-            def make(linear: LinearSpec, sparsity: float, kind: str = kind) -> Choice:
+            def make(linear: LinearSpec, sparsity: float, kind: str = kind) -> Format:
                 return model.sparse(linear, kind, sparsity)
 
             yield f"{kind} uniform", uniform(model.linears, make, limit)
@@ -138,12 +137,12 @@ def _within(model: Examined, limit: float) -> Iterator[tuple[str, Allocation | N
 
 def _options(
     model: Examined, linear: LinearSpec, kinds: list[str], patterns: list[NM], steps: list[float]
-) -> Iterator[Choice]:
+) -> Iterator[Format]:
     """List what a linear may become."""
     for kind in kinds:
         yield model.dense(linear, kind)
         for pattern in patterns:
-            yield Choice(pattern, model.values[kind][linear.name])
+            yield format_for(pattern, model.values[kind][linear.name])
         for sparsity in steps:
             yield model.sparse(linear, kind, sparsity)
 
@@ -154,23 +153,21 @@ def _row(
     size = total_bytes(model.linears, allocation)
     loss = sum(model.loss(linear, allocation[linear.name]) for linear in model.linears)
     zeros = sum(x.weights * allocation[x.name].pattern.sparsity for x in model.linears)
-    alike = groups(model, allocation)
     return {
         "name": name,
-        "dense": all(isinstance(choice.pattern, Dense) for choice in allocation.values()),
+        "dense": all(isinstance(fmt.pattern, Dense) for fmt in allocation.values()),
         "fits": size <= limit,
-        "what": in_words(alike),
+        "what": in_words(model.linears, allocation),
         "bits_per_weight": round(8 * size / model.weights, 4),
         "bytes": size + model.rest_bytes,
         "sparsity": round(zeros / model.weights, 4),
         "loss": round(loss, 6),
         "ratio": round(math.exp(min(loss, 700.0)), 6),
-        "groups": alike,
         "recipe": recipe_for(base, model, allocation).to_dict(),
     }
 
 
-def recipe_for(base: Recipe, model: Examined, allocation: Mapping[str, Choice]) -> Recipe:
+def recipe_for(base: Recipe, model: Examined, allocation: Mapping[str, Format]) -> Recipe:
     """Give the recipe of an allocation, without steps that would have nothing to do.
 
     Args:
@@ -181,8 +178,8 @@ def recipe_for(base: Recipe, model: Examined, allocation: Mapping[str, Choice]) 
     names: dict[tuple[str, str], list[str]] = {}
     weights: dict[tuple[str, str], int] = {}
     for linear in model.linears:
-        choice = allocation[linear.name]
-        way = (str(choice.pattern), model.specs[choice.values.kind])
+        fmt = allocation[linear.name]
+        way = (str(fmt.pattern), model.specs[fmt.values.kind])
         names.setdefault(way, []).append(linear.name)
         weights[way] = weights.get(way, 0) + linear.weights
     most = max(weights, key=lambda way: weights[way])
@@ -191,8 +188,8 @@ def recipe_for(base: Recipe, model: Examined, allocation: Mapping[str, Choice]) 
         for (pattern, values), own in names.items()
         if (pattern, values) != most
     )
-    rounded = any(not choice.values.is_float for choice in allocation.values())
-    pruned = any(not isinstance(choice.pattern, Dense) for choice in allocation.values())
+    rounded = any(not fmt.values.is_float for fmt in allocation.values())
+    pruned = any(not isinstance(fmt.pattern, Dense) for fmt in allocation.values())
     changes = {
         "pattern": most[0],
         "values": most[1],
@@ -203,37 +200,20 @@ def recipe_for(base: Recipe, model: Examined, allocation: Mapping[str, Choice]) 
     return base.model_copy(update=changes)
 
 
-def groups(model: Examined, allocation: Allocation) -> list[dict[str, Any]]:
-    """Sum up the linears by pattern and values as plain JSON types, the most weights first."""
-    found: dict[tuple[str, str], list[LinearSpec]] = {}
-    for linear in model.linears:
-        choice = allocation[linear.name]
-        loose = isinstance(choice.pattern, Unstructured)
-        way = ("unstructured" if loose else str(choice.pattern), choice.values.kind)
-        found.setdefault(way, []).append(linear)
-    rows = []
-    for (pattern, kind), own in found.items():
-        sparsities = [allocation[linear.name].pattern.sparsity for linear in own]
-        rows.append({
-            "pattern": pattern,
-            "values": kind,
-            "linears": len(own),
-            "weights": sum(linear.weights for linear in own),
-            "sparsity_min": min(sparsities),
-            "sparsity_max": max(sparsities),
-        })  # fmt: skip
-    return sorted(rows, key=lambda row: -int(row["weights"]))
-
-
-def in_words(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Say groups in a few words, such as "int4 0.35 to 0.7, int8 dense"."""
+def in_words(linears: Iterable[LinearSpec], allocation: Allocation) -> str:
+    """Say an allocation in a few words, such as "int4 0.35 to 0.7, int8 dense"."""
+    alike: dict[tuple[str, str], list[LinearSpec]] = {}
+    for linear in linears:
+        fmt = allocation[linear.name]
+        pattern = "" if isinstance(fmt.pattern, Unstructured) else str(fmt.pattern)
+        alike.setdefault((fmt.values.kind, pattern), []).append(linear)
     words = []
-    for row in rows:
-        pattern = row["pattern"]
-        if pattern == "unstructured":
-            low, high = row["sparsity_min"], row["sparsity_max"]
-            pattern = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-        words.append(f"{row['values']} {pattern}")
+    for (kind, pattern), own in sorted(
+        alike.items(), key=lambda item: -sum(linear.weights for linear in item[1])
+    ):
+        shares = sorted({allocation[linear.name].pattern.sparsity for linear in own})
+        ends = f"{shares[0]:g}" if len(shares) == 1 else f"{shares[0]:g} to {shares[-1]:g}"
+        words.append(f"{kind} {pattern or ends}")
     return ", ".join(words)
 
 
@@ -246,16 +226,10 @@ def verdict(rows: list[dict[str, Any]], budget: Budget) -> str:
     """
     dense = next((row for row in rows if row["fits"] and row["dense"]), None)
     sparse = next((row for row in rows if row["fits"] and not row["dense"]), None)
-    if dense is not None and sparse is None:
-        return f"{_named(dense)} is the answer at {budget}: nothing with zeros holds it."
-    if sparse is None:
-        return f"nothing holds {budget}."
     if dense is None:
-        smallest = min(
-            (row for row in rows if row["dense"]), key=lambda row: row["bytes"], default=None
-        )
-        beside = f"; {_named(smallest)} needs more" if smallest is not None else ""
-        return f"no dense model holds {budget}{beside}: the best with zeros is {_named(sparse)}."
+        return f"no dense model holds {budget}: the best with zeros is {_named(rows[0])}."
+    if sparse is None:
+        return f"{_named(dense)} is the answer at {budget}: nothing with zeros holds it."
     if dense["ratio"] <= sparse["ratio"] * (1 + MARGIN):
         return (
             f"{_named(dense)} is the better answer at {budget}: the best with zeros is "

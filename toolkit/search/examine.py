@@ -20,9 +20,10 @@ from gblm.model.linears import prunable
 from gblm.model.loading import load_tokenizer
 from gblm.progress import Progress, no_progress
 from gblm.prune.job import Job, open_job
-from gblm.recipe import Choice, Recipe
+from gblm.recipe import Recipe
 from gblm.search.allocate import LinearSpec, linears_of
 from gblm.search.sensitivity import Curve, Judgement, measure
+from gblm.sparse.formats import Format, format_for
 from gblm.sparse.patterns import NM, Dense, Unstructured, parse
 from gblm.sparse.values import ValueType, parse_values
 
@@ -82,13 +83,13 @@ class Examined:
         """Count the weights of all linears to prune."""
         return sum(linear.weights for linear in self.linears)
 
-    def loss(self, linear: LinearSpec, choice: Choice) -> float:
+    def loss(self, linear: LinearSpec, fmt: Format) -> float:
         """Predict the rise of the loss in nats per token.
 
         Whoever takes the least sum of estimates takes those that err low. Sensitivities are
         therefore drawn towards their mean before anything is chosen or told.
         """
-        return self._drawn[linear.name] * self.curves[linear.name].loss(choice)
+        return self._drawn[linear.name] * self.curves[linear.name].loss(fmt)
 
     @cached_property
     def _drawn(self) -> dict[str, float]:
@@ -106,13 +107,13 @@ class Examined:
             x.name: factor * sum(own.values()) / max(total, TINY) for x, factor in drawn.items()
         }
 
-    def dense(self, linear: LinearSpec, kind: str) -> Choice:
-        """Give the choice without zeros."""
-        return Choice(Dense(), self.values[kind][linear.name])
+    def dense(self, linear: LinearSpec, kind: str) -> Format:
+        """Give the format without zeros."""
+        return format_for(Dense(), self.values[kind][linear.name])
 
-    def sparse(self, linear: LinearSpec, kind: str, sparsity: float) -> Choice:
-        """Give the choice with zeros anywhere."""
-        return Choice(Unstructured(round(sparsity, 4)), self.values[kind][linear.name])
+    def sparse(self, linear: LinearSpec, kind: str, sparsity: float) -> Format:
+        """Give the format with zeros anywhere."""
+        return format_for(Unstructured(round(sparsity, 4)), self.values[kind][linear.name])
 
 
 def examine(recipe: Recipe, space: Space, progress: Progress = no_progress) -> Examined:
@@ -130,7 +131,7 @@ def examine(recipe: Recipe, space: Space, progress: Progress = no_progress) -> E
     typical = {"pattern": str(Unstructured(TYPICAL)), "values": "float", "layers": ()}
     with open_job(recipe.model_copy(update=typical)) as job:
         reader, model = job.layers.reader, job.layers.model
-        linears = linears_of(reader, job.choices, job.pipeline.method.scope)
+        linears = linears_of(reader, job.formats, job.pipeline.method.scope)
         values, left_out = _values(space, linears)
         patterns, more = _patterns(space, linears)
         curves, facts = _pass(job, _windows(recipe, job), values, patterns, progress)
@@ -185,7 +186,7 @@ def _values(
         try:
             own = {x.name: values.resolve(x.name, x.shape[1]) for x in linears}
             for linear in linears:
-                Choice(Dense(), own[linear.name]).fmt.check_shape(linear.name, linear.shape)
+                format_for(Dense(), own[linear.name]).check_shape(linear.name, linear.shape)
         except PatternError as error:
             notes.append(f"{spec} is left out: {error}")
             continue

@@ -32,7 +32,7 @@ from gblm.search.candidates import Question, answer
 logger = logging.getLogger(__name__)
 STATE, UNPRUNED, METRIC = "search.json", "unpruned", "perplexity"
 PREDICTED = ("bits_per_weight", "bytes", "loss", "ratio")
-FACTS = ("dense", "fits", "what", "groups", "recipe")
+FACTS = ("dense", "fits", "what", "recipe")
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,11 @@ class Measuring:
         folder: to be made, or that of an earlier call with the same question and protocol.
         limit: candidates that hold the budget, the best predicted ones; dense models come on top.
         protocol: of the perplexity.
-        keep_all: keep every packed model, not the best alone.
     """
 
     folder: Path
     limit: int = 4
     protocol: Protocol = field(default_factory=lambda: Protocol(seq_len=512, max_windows=32))
-    keep_all: bool = False
 
 
 def search(question: Question, how: Measuring, progress: Progress = no_progress) -> Record:
@@ -82,8 +80,7 @@ def search(question: Question, how: Measuring, progress: Progress = no_progress)
         facts = _make(folder, record.sides[name], progress)
         row = _perplexity(name, folder, how.protocol, device, progress)
         record = _save(how, record, row, facts)
-    if not how.keep_all:
-        _remove_others(how, record)
+    _remove_others(how, record)
     return record
 
 

@@ -15,15 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gblm.calibrate.activations import place
-from gblm.calibrate.gradients import OUTPUT, Gradients, gradient_norms, num_steps, resident_fits
+from gblm.calibrate.gradients import OUTPUT, Gradients, gradient_norms
 from gblm.calibrate.walk import DecoderLayer, Walk, walk
 from gblm.errors import InputError
 from gblm.methods.refit import damped
 from gblm.model.layers import Layers
-from gblm.model.linears import hidden_size
 from gblm.progress import Progress, no_progress
-from gblm.recipe import Choice
+from gblm.sparse.formats import Format
 from gblm.sparse.patterns import NM, Dense, Unstructured
 from gblm.sparse.values import ValueType, quantize
 
@@ -66,9 +64,9 @@ class Curve:
     sparse: Mapping[str, tuple[float, ...]]
     fixed: Mapping[tuple[str, str], float]
 
-    def loss(self, choice: Choice) -> float:
-        """Give the loss of a choice whose values and pattern are among those that were judged."""
-        kind, pattern = choice.values.kind, choice.pattern
+    def loss(self, fmt: Format) -> float:
+        """Give the loss of a format whose values and pattern are among those that were judged."""
+        kind, pattern = fmt.values.kind, fmt.pattern
         if isinstance(pattern, Dense):
             return self.sparse[kind][0]
         if not isinstance(pattern, Unstructured):
@@ -101,19 +99,14 @@ def measure(
     Raises:
         InputError: a loss, gradient or activation is not finite.
     """
-    names = frozenset(judgement.values)
-    size = windows.numel() * hidden_size(layers.model) * layers.dtype.itemsize
-    resident = _resident(layers, names)
-    step = progress("sensitivity", num_steps(layers, len(windows), resident) + len(layers))
-    how = Gradients(
-        OUTPUT, names, place(scratch, size * (len(layers) + 2)), resident=resident, on_step=step
-    )
+    how = Gradients(OUTPUT, frozenset(judgement.values), scratch, progress)
     outputs: dict[str, Tensor] = {}
     for _, found in gradient_norms(layers, list(windows), how):
         outputs |= {name: total / len(windows) for name, total in found.items()}
     curves: dict[str, Curve] = {}
-    way = Walk(needs=frozenset({"hessian"}), prefix="dense", scratch=place(scratch, size))
-    for layer in walk(layers, windows.split(1), way):
+    step = progress("sensitivity", len(layers))
+    way = Walk(needs=frozenset({"hessian"}), order="sequential", scratch=scratch)
+    for layer in walk(layers, [windows], way):
         curves |= dict(_curves(layer, outputs, judgement))
         step()
     return curves
@@ -152,16 +145,17 @@ def _curves(
 ) -> Iterator[tuple[str, Curve]]:
     """Judge the linears of one decoder layer; those with the same input share a factorisation."""
     known: dict[int, dict[bool, Tensor]] = {}
-    stats = layer.observe()
+    stats: dict[str, dict[str, Tensor] | None] = {}
+    layer.visit(stats.__setitem__)
     for local, linear in layer.linears.items():
         name = f"{layer.name}.{local}"
         if name not in judgement.values:
             continue
-        if local not in stats:
+        if (own := stats[local]) is None:
             raise InputError(
                 f"{name} was never used on the calibration text; leave it dense: --ignore."
             )
-        hessian = stats[local]["hessian"]
+        hessian = own["hessian"]
         costs = known.setdefault(id(hessian), {})
         obs = judgement.rounding == "obs"
         for way in {judgement.makes_up, obs} - costs.keys():
@@ -170,14 +164,6 @@ def _curves(
             linear.weight.detach(), outputs[name], costs[judgement.makes_up], costs[obs],
             judgement.values[name], judgement,
         )  # fmt: skip
-
-
-def _resident(layers: Layers, names: frozenset[str]) -> bool:
-    """Tell whether there is room for all decoder layers at once."""
-    model, prefix = layers.model, layers.prefix
-    count = sum(p.numel() for n, p in model.named_parameters() if n.startswith(prefix))
-    outputs = sum(model.get_submodule(name).out_features for name in names)
-    return resident_fits(count, outputs, layers.dtype, layers.device)
 
 
 def curve(

@@ -195,7 +195,6 @@ def quantize(
     *,
     rounding: Literal["nearest", "mse"] = "nearest",
     importance: Tensor | None = None,
-    limit: int | None = None,
 ) -> SparseWeight:
     """Round kept weights to the nearest code, with one scale a group.
 
@@ -209,7 +208,6 @@ def quantize(
         name: of the linear, for messages.
         rounding: "nearest" has scales that reach the largest weight, "mse" those of `mse_scales`.
         importance: [in] ≥ 0, what "mse" weighs squared errors with, such as the diagonal of H.
-        limit: the largest code, if not that of the value type: 3 measures int3.
 
     Returns:
         Codes, scales, and as `weight` what they stand for, in the given dtype.
@@ -220,7 +218,7 @@ def quantize(
     """
     rows, columns = weight.shape
     values.check_columns(name, columns)
-    size, limit = values.group(columns), limit or values.limit
+    size, limit = values.group(columns), values.limit
     groups = torch.where(mask, weight, torch.zeros_like(weight)).float()
     groups = groups.reshape(rows, columns // size, size)
     if rounding == "nearest":

@@ -63,6 +63,12 @@ class Format(ABC):
         # A plain string, made once, so that torch.compile sees a constant.
         self.spec = f"{self.name}/{pattern}" + ("" if values.is_float else f"/{values}")
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Format) and self.spec == other.spec
+
+    def __hash__(self) -> int:
+        return hash(self.spec)
+
     @classmethod
     @abstractmethod
     def holds(cls, pattern: Pattern) -> bool:

@@ -6,25 +6,21 @@ from math import prod
 
 import torch
 
-from gblm.sparse.formats import Shape, format_for
+from gblm.sparse.formats import Format, Shape
 from gblm.sparse.patterns import Pattern, Scope, Unstructured
-from gblm.sparse.values import ValueType
 
 
-def most_bytes(
-    pattern: Pattern, values: ValueType, shape: Shape, dtype: torch.dtype, scope: Scope
-) -> int:
+def most_bytes(fmt: Format, shape: Shape, dtype: torch.dtype, scope: Scope) -> int:
     """Give the bytes of all parts of a packed weight; exact where `is_exact` says so, else at most.
 
     Args:
-        pattern: which positions are kept.
-        values: how they are stored, `resolve`d for the columns.
+        fmt: how it is packed.
         shape: [out, in].
         dtype: of floating values.
         scope: whether an unstructured sparsity counts zeros by row or over the matrix.
     """
-    fmt, kept = format_for(pattern, values), _kept(pattern, shape, scope)
-    if values.in_nibbles:
+    kept = _kept(fmt.pattern, shape, scope)
+    if fmt.values.in_nibbles:
         # A row of 4-bit codes begins at a byte, so that each may waste half a byte.
         rows = shape[0]
         kept = rows * -(-(kept // rows) // 2) if scope == "row" else (kept + rows) // 2
@@ -35,9 +31,10 @@ def most_bytes(
     )
 
 
-def is_exact(pattern: Pattern, values: ValueType, scope: Scope) -> bool:
+def is_exact(fmt: Format, scope: Scope) -> bool:
     """Tell whether `most_bytes` is exact: it is not for 4-bit rows that keep different counts."""
-    return not (isinstance(pattern, Unstructured) and values.in_nibbles and scope == "matrix")
+    loose = isinstance(fmt.pattern, Unstructured) and scope == "matrix"
+    return not (loose and fmt.values.in_nibbles)
 
 
 def _kept(pattern: Pattern, shape: Shape, scope: Scope) -> int:
