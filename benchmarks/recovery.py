@@ -1,7 +1,7 @@
 """Recovery on real models: how far pruned and rounded models come back, dense integers alike.
 
     python benchmarks/recovery.py [--model smollm2|gemma3-270m] [--cells "8:16 int8" …]
-        [--preset recovered] [--tokens 65536] [--seed 0] [--methods sparsegpt …]
+        [--preset recovered] [--dense-ends 1] [--tokens 65536] [--seed 0] [--methods sparsegpt …]
         [--wikitext test.txt]
 
 Each cell prunes (`gblm prune --preset …`) and recovers (`gblm recover`) with one thread. KL and
@@ -41,9 +41,10 @@ def record_of(model: str) -> Path:
     return pages.RESULTS / f"recovery-{model}.json"
 
 
-def side_name(pattern: str, values: str, method: str, epochs: int, tokens: int) -> str:
+def side_name(pattern: str, values: str, ends: int, method: str, epochs: int, tokens: int) -> str:
     """Name a row, such as "int8 8:16, sparsegpt, reconstructed, recovered on 65536 tokens"."""
-    words = [f"{values} {pattern}", "GPTQ" if pattern == "dense" else method]
+    words = [f"{values} {pattern}" + f", {ends} layers at each end dense" * bool(ends)]
+    words += ["GPTQ" if pattern == "dense" else method]
     words += ["reconstructed" + (f" {epochs} times" if epochs != 2 else "")] * bool(epochs)
     return ", ".join(words + [f"recovered on {tokens} tokens"] * bool(tokens))
 
@@ -64,6 +65,8 @@ def measure(
     pruned, recovered, held_out = folder / "pruned", folder / "recovered", texts(given, folder)
     how = f"--preset {given.preset} --recover 0 --method {method} --pattern {pattern}"
     how += f" --values {values} --head float --seed {given.seed}"
+    if given.dense_ends is not None or pattern == "dense":
+        how += f" --dense-ends {given.dense_ends or 0}"
     first, cpu = gblm(f"prune {model} {how} --output {pruned}")
     if given.tokens:
         others = " ".join(f"--held-out {path}" for path in held_out.values())
@@ -71,14 +74,15 @@ def measure(
         then, cpu_more = gblm(f"recover {pruned} {more} {others} --output {recovered}")
     else:
         more, then, cpu_more = "", evaluated(pruned, model, held_out), 0.0
-    steps = json.loads((pruned / "recipe.json").read_text())["reconstruct"]
-    epochs = 0 if steps is None else steps["epochs"]
+    recipe = json.loads((pruned / "recipe.json").read_text())
+    epochs = 0 if recipe["reconstruct"] is None else recipe["reconstruct"]["epochs"]
+    ends = recipe["dense_ends"]
     facts = {
         "bits_per_weight": first["bits_per_weight"], "bytes": first["bytes_packed"],
         "commit": provenance()["commit"], "prune": f"gblm prune {how}",
     }  # fmt: skip
     counts = sorted({0, given.tokens})
-    names = [side_name(pattern, values, method, epochs, tokens) for tokens in counts]
+    names = [side_name(pattern, values, ends, method, epochs, tokens) for tokens in counts]
     sides = {
         names[0]: facts | {"cpu_seconds": cpu},
         DENSE: {"bits_per_weight": 16.0, "bytes": first["bytes_dense"]},
@@ -213,6 +217,7 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", default=CELLS)
     parser.add_argument("--methods", nargs="+", default=("sparsegpt",))
     parser.add_argument("--preset", choices=("fast", "recovered", "best"), default="recovered")
+    parser.add_argument("--dense-ends", type=int)
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--wikitext", type=Path)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Run
+from torch import nn
 
 import gblm.packed
 from gblm.checkpoint.inspect import inspect, verify
@@ -151,7 +152,31 @@ def test_the_first_choice_that_matches_decides(recipe: Recipe) -> None:
 
 def chosen(recipe: Recipe) -> Any:
     with Reader(ModelFolder.open(Path(recipe.model))) as reader:
-        return choose(recipe, prunable(StreamedLayers(reader).model, recipe.ignore))
+        names = [f"model.layers.{index}" for index in range(2)]
+        return choose(recipe, prunable(StreamedLayers(reader).model, recipe.ignore), names)
+
+
+def test_ends_stay_dense_where_the_model_has_enough_layers(
+    recipe: Recipe, caplog: pytest.LogCaptureFixture
+) -> None:
+    linears = {
+        f"model.layers.{index}.{part}": nn.Linear(64, 64)
+        for index in range(16)
+        for part in ("self_attn.q_proj", "mlp.down_proj")
+    }
+    names = [f"model.layers.{index}" for index in range(16)]
+    own = LayerChoice(targets=("0.mlp.down_proj",), pattern="2:4")
+    two = recipe.model_copy(update={"layers": (own,), "dense_ends": 2})
+    formats = choose(two, linears, names)
+    dense = [name for name, fmt in formats.items() if fmt.spec == "dense/dense/int4:64"]
+    ends = [f"model.layers.{index}.self_attn.q_proj" for index in (0, 1, 14, 15)]
+    assert [name for name in dense if "q_proj" in name] == ends
+    assert len(dense) == 7  # the recipe's own exception decides first
+    three = two.model_copy(update={"dense_ends": 3})
+    with caplog.at_level("INFO", logger="gblm"):
+        pruned = choose(three, linears, names)
+    assert not any(fmt.spec.startswith("dense") for fmt in pruned.values())
+    assert "all of the 16 decoder layers are pruned" in caplog.text
 
 
 @pytest.mark.parametrize(

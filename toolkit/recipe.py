@@ -152,6 +152,12 @@ class Recipe(Fields):
     layers: tuple[LayerChoice, ...] = Field(
         default=(), description="Exceptions; the first that matches a linear decides."
     )
+    dense_ends: int = Field(
+        default=0,
+        ge=0,
+        description="First and last decoder layers, so many of each, that are rounded but not "
+        "pruned, which they bear worst; at most a quarter of all layers.",
+    )
     head: Literal["float", "int8", "int4"] = Field(
         default="float",
         description="How the output head is stored: as it is, or rounded to codes. A head that is "

@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 CALIBRATION = ("num_samples", "seq_len", "seed", "bos", "order")
 # Options that are fields of a recipe as they are.
-PLAIN = ("model", "method", "rounding", "head", "ignore", "dtype", "device")
+PLAIN = ("model", "method", "dense_ends", "rounding", "head", "ignore", "dtype", "device")
 FAST: dict[str, Any] = {
     "method": "sparsegpt", "pattern": "8:16", "values": "int8", "head": "int8",
-    "rounding": "obs", "calibration": MIX, "num_samples": 64, "seq_len": 512,
+    "dense_ends": 1, "rounding": "obs", "calibration": MIX, "num_samples": 64, "seq_len": 512,
     "order": "sequential",
 }  # fmt: skip
 # The steps follow docs/methods.md, the choice docs/results.md. What the papers did is what a recipe
@@ -149,7 +149,7 @@ search_options = options(
 )
 recipe_options = options(
     search_options,
-    field_options(Recipe, "rounding", defaults=False),
+    field_options(Recipe, "dense_ends", "rounding", defaults=False),
     click.option("--refit", is_flag=True, help="Least squares on the weights that stay."),
     click.option(
         "--reconstruct",
@@ -198,12 +198,12 @@ def is_given(ctx: click.Context, name: str) -> bool:
     return ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE
 
 
-def _with_preset(preset: str | None, **given: Any) -> dict[str, Any]:
+def _with_preset(preset: str | None, **options: Any) -> dict[str, Any]:
     """The options that were given, and the preset's own in the place of those that were not.
 
     Who names a method gets what the papers did.
     """
-    given = {name: value for name, value in given.items() if value not in (None, ())}
+    given = {name: value for name, value in options.items() if value not in (None, ())}
     preset = preset or ("paper" if "method" in given else "recovered")
     own = PRESETS[preset]
     # Codes alone are rounded; with a floating --values the head is left floating, too.
@@ -211,11 +211,14 @@ def _with_preset(preset: str | None, **given: Any) -> dict[str, Any]:
         own = {name: value for name, value in own.items() if name not in ("rounding", "head")}
     chosen = own | given
     if preset != "paper":
+        # A search decides itself which layers stay dense.
+        ends = chosen["dense_ends"] if "dense_ends" in options else 0
         steps = ", reconstructed" if chosen.get("reconstruct") else ""
         steps += f", recovered on {chosen['recover']} tokens" if chosen.get("recover") else ""
         logger.info(
-            "preset %s: %s, %s, %s, on %d samples of %d tokens%s",
+            "preset %s: %s, %s, %s%s, on %d samples of %d tokens%s",
             preset, chosen["method"], chosen["pattern"], chosen.get("values", "float"),
+            f", {ends} layers dense at each end" if ends else "",
             chosen["num_samples"], chosen["seq_len"], steps,
         )  # fmt: skip
     return chosen

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -13,13 +14,21 @@ from gblm.sparse.formats.manifest import MAX_GROUPS
 from gblm.sparse.patterns import parse
 from gblm.sparse.values import parse_values
 
+logger = logging.getLogger(__name__)
+# With more, what is left to prune is no longer what the recipe's pattern says.
+DENSE_SHARE = 0.25
 
-def choose(recipe: Recipe, linears: Mapping[str, nn.Linear]) -> dict[str, Format]:
+
+def choose(
+    recipe: Recipe, linears: Mapping[str, nn.Linear], decoder_layers: Sequence[str]
+) -> dict[str, Format]:
     """Settle the pattern and the value type of every linear to prune.
 
     Args:
-        recipe: its `layers` decide, the first that matches; else its own pattern and values.
+        recipe: its `layers` decide, the first that matches; then `dense_ends`; else its own
+            pattern and values.
         linears: to prune, by full name, in order.
+        decoder_layers: full names of the modules, in order.
 
     Returns:
         A format for each of them, which says both, in the same order.
@@ -30,11 +39,11 @@ def choose(recipe: Recipe, linears: Mapping[str, nn.Linear]) -> dict[str, Format
             together.
     """
     _check_globs(recipe.layers, linears)
-    own = LayerChoice(targets=("*",))
+    rest = [*_ends(recipe.dense_ends, decoder_layers), LayerChoice(targets=("*",))]
     decided: set[LayerChoice] = set()
     chosen = {}
     for name, linear in linears.items():
-        layer = next((layer for layer in recipe.layers if matches(name, layer.targets)), own)
+        layer = next(each for each in (*recipe.layers, *rest) if matches(name, each.targets))
         decided.add(layer)
         values = parse_values(layer.values or recipe.values)
         pattern = parse(layer.pattern or recipe.pattern)
@@ -48,6 +57,17 @@ def choose(recipe: Recipe, linears: Mapping[str, nn.Linear]) -> dict[str, Format
     _check_fused(chosen)
     _check_count(chosen)
     return chosen
+
+
+def _ends(count: int, decoder_layers: Sequence[str]) -> list[LayerChoice]:
+    """Leave so many first and last decoder layers dense, where the model has enough of them."""
+    if not count:
+        return []
+    if 2 * count > DENSE_SHARE * len(decoder_layers):
+        logger.info("all of the %d decoder layers are pruned, also the ends", len(decoder_layers))
+        return []
+    names = (*decoder_layers[:count], *decoder_layers[-count:])
+    return [LayerChoice(targets=tuple(f"{name}.*" for name in names), pattern="dense")]
 
 
 def _check_globs(layers: Iterable[LayerChoice], names: Iterable[str]) -> None:

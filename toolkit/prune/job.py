@@ -139,7 +139,8 @@ def open_job(recipe: Recipe, ranks: Ranks = ALONE) -> Iterator[Job]:
     recipe = recipe.model_copy(update={"calibration": _text(recipe, pipeline), "recover": None})
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     with stream(ModelFolder.open(recipe.model), dtype, rank_device(recipe.device)) as layers:
-        formats = choose(recipe, prunable(layers.model, recipe.ignore))
+        names = [layers.name(index) for index in range(len(layers))]
+        formats = choose(recipe, prunable(layers.model, recipe.ignore), names)
         _check_steps(recipe, pipeline, formats, ranks)
         check_packable(layers.reader, formats)
         yield Job(recipe, layers, formats, pipeline, output_head(layers, recipe.head), ranks)

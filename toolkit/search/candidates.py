@@ -171,7 +171,7 @@ def recipe_for(base: Recipe, model: Examined, allocation: Mapping[str, Format]) 
     """Give the recipe of an allocation, without steps that would have nothing to do.
 
     Args:
-        base: gives everything but pattern, values and layers.
+        base: gives everything but pattern, values, layers and ends.
         model: the linears that were allocated to.
         allocation: what each becomes.
     """
@@ -194,6 +194,7 @@ def recipe_for(base: Recipe, model: Examined, allocation: Mapping[str, Format]) 
         "pattern": most[0],
         "values": most[1],
         "layers": layers,
+        "dense_ends": 0,
         "rounding": base.rounding if rounded else "nearest",
         "refit": base.refit if pruned else None,
     }
