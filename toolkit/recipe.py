@@ -102,9 +102,15 @@ class Reconstruction(Fields):
 class Recovering(Fields):
     """Training the whole pruned model towards the dense one; see `gblm.recover`."""
 
-    gone: ClassVar[dict[str, Any]] = {"minutes": None, "dtype": "auto"}
+    gone: ClassVar[dict[str, Any]] = {"dtype": "auto"}
 
     tokens: int = Field(default=65536, ge=1, description="Tokens to train on, each once.")
+    minutes: float | None = Field(
+        default=None,
+        gt=0,
+        description="Take as many of the tokens as the machine trains on in this time, by an "
+        "estimate.",
+    )
     text: str = Field(
         default=MIX,
         description="Sources and their shares: files, pydoc, wikitext2, c4, and self, what the "

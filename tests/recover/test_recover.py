@@ -395,3 +395,13 @@ def test_a_dry_run_tells_what_the_recovery_takes(
     assert done.code == 0, done
     assert "then recovery on 65536 tokens" in done.out
     assert not (tmp_path / "out").exists()
+
+
+def test_minutes_decide_how_many_tokens_there_are(
+    pack_tiny: Pack, how: Recovering, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "seconds_per_token", lambda *args: 60 / 640)
+    short = recover(pack_tiny(), tmp_path / "one", how.model_copy(update={"minutes": 1.0}))
+    assert short["tokens"] == 640
+    long = recover(pack_tiny(), tmp_path / "all", how.model_copy(update={"minutes": 100.0}))
+    assert long["tokens"] == how.tokens

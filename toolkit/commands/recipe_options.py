@@ -86,6 +86,7 @@ def _field_option(name: str, field: FieldInfo, default: bool) -> Callable[[Any],
 
 def _typed(kind: Any, bounds: Sequence[Any] = ()) -> dict[str, Any]:
     """Give the arguments of click.Option for the declared type of a field and its bounds."""
+    kind = next(iter(get_args(kind))) if type(None) in get_args(kind) else kind
     if kind is bool:
         return {"is_flag": True, "default": None}
     if get_origin(kind) is Literal:

@@ -20,7 +20,8 @@ from gblm.recipe import Recovering
 
 HEADER = ("text", "KL, nats", "same top-1", "perplexity", "dense")
 FIELDS = (
-    "tokens", "text", "held_out", "train", "learning_rate", "seq_len", "batch_size", "seed",
+    "tokens", "minutes", "text", "held_out", "train", "learning_rate", "seq_len", "batch_size",
+    "seed",
 )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from gblm.checkpoint.report import summary, weight_row
 from gblm.checkpoint.resume import open_work, remove_leftovers, work_path
 from gblm.checkpoint.write import ShardWriter, check_output, folder_bytes, new_folder
 from gblm.errors import CheckpointError, InputError, UsageError
-from gblm.files import read_json
+from gblm.files import read_json, write_json
 from gblm.model.folder import ModelFolder
 from gblm.model.loading import check_device, load, load_tokenizer
 from gblm.model.packed_reader import (
@@ -38,7 +38,7 @@ from gblm.progress import Progress, no_progress
 from gblm.recipe import Recovering
 from gblm.recover.needs import HELD_OUT_WINDOWS, Extent, settle
 from gblm.recover.teacher import Head, Hidden, compare
-from gblm.recover.train import Trainer, batches
+from gblm.recover.train import Trainer, batches, seconds_per_token
 
 logger = logging.getLogger(__name__)
 TRAINING = "training"
@@ -168,7 +168,7 @@ class _Run:
     def execute(self) -> _Found:
         """Take the teacher's states, then train, measuring before and after."""
         task, how = self.task, self.task.how
-        texts = self._texts()
+        texts = self._texts(self._tokens())
         model: Any = load(task.dense, task.packed.dtype, task.device)
         dense_head = Head(model)
         dense_head.check(model, texts[TRAINING])
@@ -191,10 +191,25 @@ class _Run:
             parts, before, measured(), trainer.losses, data.fingerprint(windows), windows.numel()
         )
 
-    def _texts(self) -> dict[str, Tensor]:
+    def _tokens(self) -> int:
+        """Give the tokens to train on; those of a time are estimated once, and kept."""
+        how, kept = self.task.how, self.work / "tokens.json"
+        if how.minutes is None:
+            return how.tokens
+        if self.task.ranks.leads and not kept.exists():
+            model: Any = load(self.task.dense, self.task.packed.dtype, self.task.device)
+            each = seconds_per_token(model, how.batch_size, how.seq_len)
+            tokens = int(60 * how.minutes * self.task.ranks.size / each)
+            write_json(kept, {"tokens": min(how.tokens, tokens)})
+        self.task.ranks.agree(0)  # the others wait for the file
+        tokens = int(read_json(kept)["tokens"])
+        logger.info("%g minutes: about %d tokens", how.minutes, tokens)
+        return tokens
+
+    def _texts(self, tokens: int) -> dict[str, Tensor]:
         """Token ids of the training windows and of each held-out text."""
         how, folder, tokenizer = self.task.how, self.task.dense, self.tokenizer
-        count = max(how.batch_size, how.tokens // how.seq_len)
+        count = max(how.batch_size, tokens // how.seq_len)
         found = {
             TRAINING: draw(how.text, folder.path, tokenizer, count, how.seq_len, how.seed, how.bos),
         }
