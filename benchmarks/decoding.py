@@ -36,7 +36,7 @@ BASELINE = "dense bf16 (vLLM)"
 LLAMA_CPP = {"float": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 # vLLM's own integers, where they are at their best.
 VLLM = {"int8": "W8A8"}
-PATTERNS = ("dense", "2:4", "4:8", "8:16", "0.5")
+PATTERNS = ("dense", "2:4", "4:8", "8:16", "8:16 ends", "0.5")
 SHORT = {"float": "bf16", "int8": "int8", "int4": "int4"}
 # What a column says, its load, its metric and what a millisecond of that stands for, in tokens.
 LOADS = {
@@ -60,7 +60,7 @@ def make_folders(
     folders = {BASELINE: model}
     head = "float" if values == "float" else "int8"
     for pattern in patterns:
-        folder = root / f"{shape}-{pattern}-{values}-{head}"
+        folder = root / f"{shape}-{pattern.replace(' ', '-')}-{values}-{head}"
         if not folder.exists():
             make_packed(model, pattern, values, head, folder)
         folders[row_name(pattern, values)] = folder
@@ -73,8 +73,11 @@ def make_folders(
 
 
 def row_name(pattern: str, values: str) -> str:
-    """Name a row, such as "int4 8:16"; the dense control is "dense int4"."""
-    label = "50 %" if pattern == "0.5" else pattern
+    """Name a row, such as "int4 8:16"; the dense control is "dense int4".
+
+    "8:16 ends" is what the presets of `gblm prune` make: its first and last layer are dense.
+    """
+    label = {"0.5": "50 %", "8:16 ends": "8:16, ends dense"}.get(pattern, pattern)
     return f"dense {SHORT[values]}" if pattern == "dense" else f"{SHORT[values]} {label}"
 
 

@@ -31,9 +31,13 @@ def model_folder(root: Path, name: str) -> Path:
 
 
 def make_packed(model: Path, pattern: str, values: str, head: str, folder: Path) -> None:
-    """Pack a model, its zeros chosen by magnitude: speed and size do not depend on the method."""
+    """Pack a model, its zeros chosen by magnitude: speed and size do not depend on the method.
+
+    A pattern that ends in " ends" leaves the first and the last decoder layer dense.
+    """
+    pattern, ends, _ = pattern.partition(" ends")
     command = "export pack" if pattern == "dense" else "prune"
-    method = "" if pattern == "dense" else "--method magnitude "
+    method = "" if pattern == "dense" else f"--method magnitude --dense-ends {int(bool(ends))} "
     gblm(
         f"{command} '{model}' {method}--pattern {pattern} --values {values} --head {head} "
         f"--output '{folder}'"

@@ -14,12 +14,17 @@ TOKENS = 65536
 # By values, which were measured in rounds of their own: label, pattern, side of the recovery.
 ROWS = {
     "int8": (
-        ("dense int8, GPTQ", "dense", side_name("dense", "int8", "sparsegpt", 0, 0)),
-        ("int8 8:16, recovered", "8:16", side_name("8:16", "int8", "sparsegpt", 2, TOKENS)),
+        ("dense int8, GPTQ", "dense", side_name("dense", "int8", 0, "sparsegpt", 0, 0)),
+        ("int8 8:16, recovered", "8:16", side_name("8:16", "int8", 0, "sparsegpt", 2, TOKENS)),
+        (
+            "the same, ends dense: `gblm prune`",
+            "8:16 ends",
+            side_name("8:16", "int8", 1, "sparsegpt", 2, TOKENS),
+        ),
     ),
     "int4": (
-        ("dense int4, GPTQ", "dense", side_name("dense", "int4", "sparsegpt", 0, 0)),
-        ("int4 8:16, SparseGPT", "8:16", side_name("8:16", "int4", "sparsegpt", 0, 0)),
+        ("dense int4, GPTQ", "dense", side_name("dense", "int4", 0, "sparsegpt", 0, 0)),
+        ("int4 8:16, SparseGPT", "8:16", side_name("8:16", "int4", 0, "sparsegpt", 0, 0)),
     ),
 }
 TEXTS = ("descriptions", "WikiText-2", "pydoc")
