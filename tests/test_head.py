@@ -209,16 +209,21 @@ def test_what_cannot_be_rounded_is_refused_before_anything_runs(
 
 def test_head_on_the_command_line(gblm: Run, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    done = gblm("prune", tiny, "--method", "magnitude", "--head", "int8", "--output", out)
+    words = ("--method", "magnitude", "--values", "int8:32", "--head", "int8", "--output", out)
+    done = gblm("prune", tiny, *words)
     assert done.code == 0, done
+    assert "magnitude 2:4 int8:32" in done.out
     assert "output head int8:64, 8.25 bits per weight, a copy of the embeddings" in done.out
-    assert json.loads((out / "recipe.json").read_text())["head"] == "int8"
+    recipe = json.loads((out / "recipe.json").read_text())
+    assert (recipe["values"], recipe["head"]) == ("int8:32", "int8")
     rows = [line.split() for line in gblm("inspect", out).out.splitlines()]
     assert ["dense", "dense", "int8:64", "lm_head", "16,512", "0.0%", "8.25"] in rows
     assert gblm("inspect", out, "--verify").code == 0
     packed = tmp_path / "packed"
-    done = gblm("export", "pack", tiny, "--pattern", "dense", "--head", "int4", "--output", packed)
+    words = ("--pattern", "dense", "--values", "int4:64", "--head", "int4", "--output", packed)
+    done = gblm("export", "pack", tiny, *words)
     assert done.code == 0, done
+    assert "int4:64" in gblm("inspect", packed).out
     assert "output head int4:64" in done.out
     done = gblm("prune", tiny, "--head", "fp8", "--output", tmp_path / "no")
     assert done.code == 2

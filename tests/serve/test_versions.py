@@ -72,14 +72,16 @@ def test_override_and_dense_models_pass(
 @pytest.mark.vllm
 def test_plugin_refuses_when_a_packed_model_is_loaded(untested: dict[str, str]) -> None:
     code = (
-        "import gblm.serve.vllm_plugin as p; p.register()\n"
+        "import os, gblm.serve.vllm_plugin as p; p.register()\n"
         "from vllm.model_executor.layers.quantization import get_quantization_config as g\n"
-        "try: g('gblm').from_config({})\n"
-        "except Exception as error: print(type(error).__name__, error)"
+        "for _ in range(2):\n"
+        "    try: g('gblm').from_config({})\n"
+        "    except Exception as error: print(type(error).__name__, error)\n"
+        "    os.environ['GBLM_ALLOW_UNTESTED_VLLM'] = '1'"
     )
-    assert f"MachineError {SENTENCE}" in run(code, untested)
-    allowed = run(code, untested | {"GBLM_ALLOW_UNTESTED_VLLM": "1"})
-    assert "CheckpointError" in allowed
+    told = run(code, untested)
+    assert told.count(f"MachineError {SENTENCE}") == 1
+    assert "\nCheckpointError " in told
 
 
 @pytest.mark.vllm
