@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 
 import torch
@@ -176,25 +175,3 @@ def assert_within(got: Tensor, expected: tuple[Tensor, Tensor]) -> None:
     want, bound = expected
     worst = ((got.double() - want).abs() / bound).max() if got.numel() else torch.zeros(())
     assert worst <= 1, f"{float(worst)} times the bound"
-
-
-class _Info(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "group", "bytes")),
-        *((name, ctypes.c_int32) for name in ("values", "mask")),
-    )
-
-
-def unpack(panels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Undo `native.prepare`: values or codes and the mask, [out, in], and the panels' scales."""
-    library, info = native._library(), _Info()
-    size = panels.numel()
-    native._check(library.gblm_inspect(panels.data_ptr(), size, ctypes.byref(info)), "panels")
-    shape = (info.rows, info.columns)
-    values = torch.empty(shape, dtype=torch.int8 if info.group else torch.bfloat16)
-    mask, scales = torch.empty(shape, dtype=torch.uint8), None
-    if info.group:
-        scales = torch.empty((info.rows, info.columns // info.group), dtype=torch.bfloat16)
-    pointers = (values.data_ptr(), mask.data_ptr(), native._pointer(scales))
-    native._check(library.gblm_unpack(panels.data_ptr(), size, *pointers), "panels")
-    return values, mask.bool(), scales

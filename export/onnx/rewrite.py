@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,9 @@ from gblm.sparse.weights import SparseWeight
 LAYER_WEIGHT = re.compile(r"model\.layers\.(\d+)\.(attn|mlp)\.(\w+)\.MatMul\.weight")
 HEAD_WEIGHT = "lm_head.MatMul.weight"
 EMBEDDINGS, TABLE = "model.embed_tokens.weight", "model.embed_tokens.table"
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
+QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+# What graphs or checkpoints join to one linear.
+FUSED = {"qkv_proj": QKV, "gate_up_proj": GATE_UP}
 LINEAR, GATED = "Linear", "GatedLinear"
 
 
@@ -144,11 +146,14 @@ class _Rewriter:
         weights = [node.input[1] for node in matmuls]
         if not all(name in self.graph.tensors for name in weights):
             return ()
-        linears = tuple(name for weight in weights for name in _linears(weight))
+        linears = linears_behind(weights, self._is_stored)
         if any(name in self.reader.linears for name in linears):
             return linears
         exact = all(_fits(self._stored(name)) for name in weights) if linears else False
         return linears if exact else ()
+
+    def _is_stored(self, name: str) -> bool:
+        return name in self.reader.linears or f"{name}.weight" in self.reader.headers
 
     def _panels(self, matmuls: Sequence[Any], linears: tuple[str, ...]) -> Panels:
         stored = torch.cat([self._stored(node.input[1]) for node in matmuls])
@@ -210,17 +215,31 @@ def _fits(weight: Tensor) -> bool:
     return is_bfloat16(weight) and weight.shape[1] % 8 == 0
 
 
-def _linears(weight: str) -> tuple[str, ...]:
-    """Name the checkpoint's linears behind a weight of the graph, in the order of their rows."""
-    if weight == HEAD_WEIGHT:
-        return ("lm_head",)
-    found = LAYER_WEIGHT.fullmatch(weight)
-    if found is None:
-        return ()
-    block = "self_attn" if found[2] == "attn" else "mlp"
-    return tuple(
-        f"model.layers.{found[1]}.{block}.{name}" for name in FUSED.get(found[3], (found[3],))
-    )
+def linears_behind(weights: Sequence[str], known: Callable[[str], bool]) -> tuple[str, ...]:
+    """Name a checkpoint's linears behind weights of a graph, in the order of their rows.
+
+    Args:
+        weights: names of initializers that are to be one weight.
+        known: whether the checkpoint has a linear of that name.
+
+    Returns:
+        Names; none when a weight is no linear's.
+    """
+    names: tuple[str, ...] = ()
+    for weight in weights:
+        if weight.startswith(HEAD_WEIGHT):
+            names += ("lm_head",)
+            continue
+        found = LAYER_WEIGHT.match(weight)
+        if found is None:
+            return ()
+        stem = f"model.layers.{found[1]}.{'self_attn' if found[2] == 'attn' else 'mlp'}"
+        names += tuple(f"{stem}.{part}" for part in FUSED.get(found[3], (found[3],)))
+    stem = names[0].rpartition(".")[0]
+    for fused, parts in FUSED.items():
+        if names == tuple(f"{stem}.{part}" for part in parts) and known(f"{stem}.{fused}"):
+            return (f"{stem}.{fused}",)
+    return names
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from gblm.errors import MachineError
 from gblm.kernels import native
 
+BUILDER = "onnxruntime_genai.models.builder"
 DOMAIN, DOMAIN_VERSION = "ai.gblm", 1
 MODEL_FILE = "model.onnx"
 CONFIG_FILE = "genai_config.json"

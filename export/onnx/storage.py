@@ -64,8 +64,15 @@ class StoredGraph:
         return self._data[start:stop]
 
     def floats(self, name: str) -> np.ndarray[Any, Any]:
-        """Read a float32 initializer in its shape."""
-        return self.raw(name).view(np.float32).reshape(tuple(self.tensors[name].dims))
+        """Read an initializer in its shape as float32."""
+        tensor = self.raw(name).view(self.dtype(name)).reshape(tuple(self.tensors[name].dims))
+        return tensor.astype(np.float32, copy=False)
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """Give the dtype of an initializer."""
+        import onnx
+
+        return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(self.tensors[name].data_type))
 
 
 class DataFile:

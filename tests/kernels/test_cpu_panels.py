@@ -19,7 +19,6 @@ from cpu_cases import (
     keep_mask,
     multiply,
     seeded,
-    unpack,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -57,7 +56,7 @@ def weights(draw: st.DrawFn) -> Case:
 @settings(max_examples=300, deadline=None)
 @given(weights())
 def test_unpack_is_the_exact_inverse_of_prepare(weight: Case) -> None:
-    stored, mask, scales = unpack(weight.panels)
+    stored, mask, scales = native.unpack(weight.panels)
     assert torch.equal(mask, weight.mask)
     if weight.scales is None:
         assert scales is None
@@ -193,7 +192,7 @@ def test_a_weight_without_any_kept_value_gives_zeros(values: str) -> None:
 )
 def test_what_are_no_panels_is_refused(panels: Tensor) -> None:
     with pytest.raises(native.KernelError, match="panels"):
-        unpack(panels)
+        native.unpack(panels)
 
 
 def test_the_operator_refuses_arguments_that_do_not_fit() -> None:

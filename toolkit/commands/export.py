@@ -18,7 +18,6 @@ from gblm.commands.common import (
     progress_bars,
 )
 from gblm.commands.recipe_options import field_options
-from gblm.errors import GateError
 from gblm.recipe import Recipe
 from gblm.record import command_line
 
@@ -143,21 +142,9 @@ def onnx(ctx: click.Context, /, source: str, output: Path, overwrite: bool, **wa
     with progress_bars(ctx) as progress:
         from gblm.export.onnx.export import Wanted, export_onnx
 
-        try:
-            result = export_onnx(source, output, Wanted(**wanted), overwrite, progress)
-        except GateError:
-            _add_command(output)
-            raise
-        _add_command(output)
+        asked = Wanted(**wanted, command=command_line(sys.argv[1:]))
+        result = export_onnx(source, output, asked, overwrite, progress)
     emit(ctx, result, lambda: click.echo(_onnx_line(output, result)))
-
-
-def _add_command(output: Path) -> None:
-    """Put this call into the report of the export that it made."""
-    from gblm.files import read_json, write_json
-
-    path = output / "onnx_report.json"
-    write_json(path, {"command": command_line(sys.argv[1:]), **read_json(path)})
 
 
 def _onnx_line(output: Path, report: dict[str, Any]) -> str:
@@ -169,8 +156,8 @@ def _onnx_line(output: Path, report: dict[str, Any]) -> str:
         parts.append(f"{len(report['linears'])} linears packed, {megabytes(packed)}")
     if found := report.get("validation"):
         parts.append(
-            f"{found['equal_greedy_tokens']} of {found['tokens']} greedy tokens as in torch, same "
-            f"next token in {found['top1_agreement']:.0%} of places, largest logit difference "
-            f"{found['max_logit_difference']:.2g}"
+            f"{found['equal_greedy_tokens']} of {found['tokens']} greedy tokens as in torch with "
+            f"these weights, logits {found['logit_deviation']:.2g} off (allowed: "
+            f"{found['allowed_logit_deviation']:.2g})"
         )
     return "; ".join(parts)

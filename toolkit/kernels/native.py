@@ -44,6 +44,13 @@ class _Source(ctypes.Structure):
     )
 
 
+class _Info(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "group", "bytes")),
+        *((name, ctypes.c_int32) for name in ("values", "mask")),
+    )
+
+
 @dataclass(frozen=True)
 class Source:
     """A weight as it lies on disk.
@@ -114,6 +121,31 @@ def prepare(source: Source, name: str = "weight") -> Tensor:
     panels = allocate(count.value)
     _check(library.gblm_prepare(ctypes.byref(held[0]), pool, panels.data_ptr(), count.value), name)
     return panels
+
+
+def unpack(panels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Undo `prepare`.
+
+    Args:
+        panels: [bytes] uint8.
+
+    Returns:
+        Values [out, in], bfloat16 or int8 codes, 0 where none is kept; their mask [out, in] bool;
+        and the scales of codes [out, in/group] bfloat16, of the groups in the panels.
+
+    Raises:
+        KernelError: these are no panels, or damaged ones.
+    """
+    library, info, size = _library(), _Info(), panels.numel()
+    _check(library.gblm_inspect(panels.data_ptr(), size, ctypes.byref(info)), "panels")
+    shape = (info.rows, info.columns)
+    values = torch.empty(shape, dtype=torch.int8 if info.group else torch.bfloat16)
+    mask, scales = torch.empty(shape, dtype=torch.uint8), None
+    if info.group:
+        scales = torch.empty((info.rows, info.columns // info.group), dtype=torch.bfloat16)
+    pointers = (values.data_ptr(), mask.data_ptr(), _pointer(scales))
+    _check(library.gblm_unpack(panels.data_ptr(), size, *pointers), "panels")
+    return values, mask.bool(), scales
 
 
 def allocate(size: int) -> Tensor:
