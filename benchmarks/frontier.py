@@ -48,8 +48,7 @@ from gblm.packed import load_any
 from gblm.provenance import provenance
 from gblm.prune import prune
 from gblm.recipe import Recipe
-from gblm.search.budget import parse_budget
-from gblm.search.candidates import Question, answer
+from gblm.search.candidates import Question, answer, parse_budget
 from gblm.search.examine import Space
 from gblm.sparse.patterns import Pattern, parse
 from gblm.sparse.values import ValueType

@@ -27,8 +27,15 @@ from gblm.recipe import FUSED, Calibration, Recipe, Refitting
 from gblm.record import Record, Row
 from gblm.search import run as running
 from gblm.search.allocate import LinearSpec, family, measured, total_bytes, uniform
-from gblm.search.budget import parse_budget
-from gblm.search.candidates import STEPS, Question, allocations, answer, recipe_for, verdict
+from gblm.search.candidates import (
+    STEPS,
+    Question,
+    allocations,
+    answer,
+    parse_budget,
+    recipe_for,
+    verdict,
+)
 from gblm.search.examine import Examined, Space, examine
 from gblm.search.run import METRIC, UNPRUNED, Measuring, best, is_measured, ranked, search, slug
 from gblm.search.sensitivity import GRID, SHARE, Curve, Judgement, column_costs, curve

@@ -191,11 +191,6 @@ class Recipe(Fields):
     )
     device: str = Field(default="cpu", description="cpu, cuda, cuda:N")
 
-    @property
-    def patterns(self) -> tuple[str, ...]:
-        """Every pattern that it names, its own first."""
-        return tuple(dict.fromkeys([self.pattern, *(x.pattern for x in self.layers if x.pattern)]))
-
     @model_validator(mode="after")
     def _steps_fit(self) -> Recipe:
         kinds = {self.values, *(choice.values or self.values for choice in self.layers)}

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, Protocol, cast
+from typing import IO, Any, cast
 
 import torch
 
@@ -31,19 +31,9 @@ logger = logging.getLogger(__name__)
 LENGTH, ROUND = 512, 16
 
 
-class Sampler(Protocol):
-    """Continues prompts at temperature 1, from the whole distribution."""
-
-    def __call__(
-        self, prompts: Sequence[Sequence[int]], seed: int, ends: Sequence[bool]
-    ) -> list[list[int]]:
-        """Return up to LENGTH further tokens of each prompt.
-
-        Args:
-            prompts: token ids.
-            seed: of the draw.
-            ends: whether a sequence stops behind the end-of-text or end-of-turn token.
-        """
+# Continues prompts (token ids) at temperature 1 by up to LENGTH tokens, given a seed and, for each
+# prompt, whether it stops behind the end-of-text or end-of-turn token.
+Sampler = Callable[[Sequence[Sequence[int]], int, Sequence[bool]], list[list[int]]]
 
 
 def own_text(folder: Path, tokenizer: Any, num_tokens: int, seed: int) -> list[int]:

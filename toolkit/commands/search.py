@@ -122,8 +122,7 @@ def _question(
     ctx: click.Context, budget: str, recipe: Path | None, given: dict[str, Any]
 ) -> Question:
     """Give what the command line asks, with `given` as the values of `search_options`."""
-    from gblm.search.budget import parse_budget
-    from gblm.search.candidates import Question
+    from gblm.search.candidates import Question, parse_budget
     from gblm.search.examine import Space
     from gblm.sparse.values import parse_values
 

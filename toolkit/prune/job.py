@@ -30,7 +30,7 @@ from gblm.prune.choose import choose
 from gblm.recipe import Calibration, Recipe
 from gblm.sparse.formats import Format
 from gblm.sparse.formats.size import most_bytes
-from gblm.sparse.patterns import Dense, parse
+from gblm.sparse.patterns import Dense
 
 
 @dataclass(frozen=True)
@@ -135,25 +135,32 @@ def open_job(recipe: Recipe, ranks: Ranks = ALONE) -> Iterator[Job]:
         GblmError: the run would be refused: a method, pattern or value type is unknown or does not
             fit the model, or the model is none that can be pruned.
     """
-    pipeline = _pipeline(recipe)
-    recipe = recipe.model_copy(update={"calibration": _text(recipe, pipeline), "recover": None})
+    refit = recipe.refit.model_dump() if recipe.refit is not None else None
+    pipeline = make_pipeline(recipe.method, recipe.options, refit, recipe.rounding)
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     with stream(ModelFolder.open(recipe.model), dtype, rank_device(recipe.device)) as layers:
         names = [layers.name(index) for index in range(len(layers))]
         formats = choose(recipe, prunable(layers.model, recipe.ignore), names)
-        _check_steps(recipe, pipeline, formats, ranks)
+        if all(isinstance(fmt.pattern, Dense) for fmt in formats.values()):
+            pipeline = _without_a_mask(pipeline)
+        text = _text(recipe, pipeline)
+        if text is not None and text.num_samples < ranks.size:
+            raise UsageError(
+                f"{ranks.size} ranks cannot share {text.num_samples} samples: give each one of its "
+                "own (--num-samples)."
+            )
         check_packable(layers.reader, formats)
+        recipe = recipe.model_copy(update={"calibration": text, "recover": None})
         yield Job(recipe, layers, formats, pipeline, output_head(layers, recipe.head), ranks)
 
 
-def _pipeline(recipe: Recipe) -> Pipeline:
-    """Build the steps of one linear; where all patterns are dense no method is asked."""
-    refit = recipe.refit.model_dump() if recipe.refit is not None else None
-    pipeline = make_pipeline(recipe.method, recipe.options, refit, recipe.rounding)
-    factored = isinstance(pipeline.method, SparseGPT) and recipe.rounding == "obs"
-    if not factored and all(isinstance(parse(text), Dense) for text in recipe.patterns):
-        return replace(pipeline, method=Magnitude())
-    return pipeline
+def _without_a_mask(pipeline: Pipeline) -> Pipeline:
+    """Return the steps where all patterns are dense: no method is asked, and nothing to refit."""
+    if pipeline.refit is not None:
+        raise UsageError("refit moves what pruning leaves, and the pattern dense prunes nothing.")
+    # SparseGPT factors what its rounding reads, with a damping of its own.
+    factored = isinstance(pipeline.method, SparseGPT) and pipeline.rounding == "obs"
+    return pipeline if factored else replace(pipeline, method=Magnitude())
 
 
 def _text(recipe: Recipe, pipeline: Pipeline) -> Calibration | None:
@@ -166,18 +173,3 @@ def _text(recipe: Recipe, pipeline: Pipeline) -> Calibration | None:
             what = f"method {recipe.method}"
         raise UsageError(f"{what} needs calibration text.")
     return recipe.calibration
-
-
-def _check_steps(
-    recipe: Recipe, pipeline: Pipeline, formats: Mapping[str, Format], ranks: Ranks
-) -> None:
-    """Refuse a refit that has nothing to do, and ranks that are left without a sample."""
-    dense = all(isinstance(fmt.pattern, Dense) for fmt in formats.values())
-    if pipeline.refit is not None and dense:
-        raise UsageError("refit moves what pruning leaves, and the pattern dense prunes nothing.")
-    text = recipe.calibration
-    if text is not None and text.num_samples < ranks.size:
-        raise UsageError(
-            f"{ranks.size} ranks cannot share {text.num_samples} samples: give each one of its "
-            "own (--num-samples)."
-        )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from gblm.errors import UsageError
 from gblm.progress import Progress, no_progress
@@ -18,16 +19,66 @@ from gblm.search.allocate import (
     total_bytes,
     uniform,
 )
-from gblm.search.budget import Budget
 from gblm.search.examine import Examined, Space, examine
-from gblm.sparse.formats import Format, format_for
+from gblm.sparse.formats import Format
 from gblm.sparse.formats.manifest import group_targets
 from gblm.sparse.patterns import NM, Dense, Unstructured
 
+Unit = Literal["bits", "bytes"]
+WORDS: dict[str, tuple[Unit, float]] = {
+    "bit": ("bits", 1), "bits": ("bits", 1),
+    "kb": ("bytes", 1e3), "mb": ("bytes", 1e6), "gb": ("bytes", 1e9), "tb": ("bytes", 1e12),
+    "kib": ("bytes", 2**10), "mib": ("bytes", 2**20), "gib": ("bytes", 2**30),
+    "tib": ("bytes", 2**40),
+}  # fmt: skip
 # Sparsities that a measured allocation chooses among: few groups, and no worse than all.
 STEPS = tuple(round(0.05 * step, 2) for step in range(4, 18))
 # Predictions of two candidates that differ by less than this share say nothing.
 MARGIN = 0.02
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A budget bounds a packed model; str() gives the text it was read from.
+
+    "bits" are counted per weight of the linears to prune, with masks and scales; "bytes" are those
+    of all tensors of the packed folder.
+    """
+
+    unit: Unit
+    amount: float
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    def limit(self, weights: int, rest: int) -> float:
+        """Give the bytes that all packed linears together may take.
+
+        Args:
+            weights: how many weights the linears have.
+            rest: bytes of the packed folder's other tensors.
+        """
+        return self.amount * weights / 8 if self.unit == "bits" else self.amount - rest
+
+
+def parse_budget(text: str) -> Budget:
+    """Read `3.5bits`, `150MB`, `2.1GB` or `1.9GiB`.
+
+    Raises:
+        UsageError: the text is none of these, or the amount is not above 0.
+    """
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?|\.\d{1,6})\s*([A-Za-z]{2,4})", text.strip())
+    word = WORDS.get(match[2].lower()) if match else None
+    if match is None or word is None:
+        raise UsageError(
+            f"budget {text[:40]!r} is unknown: give bits per pruned weight (3.5bits) or bytes of "
+            "the packed model (150MB, 2.1GB)."
+        )
+    amount = float(match[1]) * word[1]
+    if amount <= 0:
+        raise UsageError(f"budget {text[:40]!r}: the amount must be above 0.")
+    return Budget(word[0], amount, text.strip())
 
 
 @dataclass(frozen=True)
@@ -106,7 +157,7 @@ def allocations(model: Examined, limit: float) -> dict[str, Allocation]:
 def _controls(model: Examined) -> Iterator[tuple[str, Allocation]]:
     for kind in model.specs:
         if kind != "float":
-            yield f"{kind} dense", {x.name: model.dense(x, kind) for x in model.linears}
+            yield f"{kind} dense", {x.name: model.fmt(x, kind, Dense()) for x in model.linears}
 
 
 def _within(model: Examined, limit: float) -> Iterator[tuple[str, Allocation | None]]:
@@ -120,8 +171,8 @@ def _within(model: Examined, limit: float) -> Iterator[tuple[str, Allocation | N
 
     steps = STEPS if model.has_unstructured else ()
     for kind in model.specs:
-        for pattern in model.patterns:
-            every = {x.name: format_for(pattern, model.values[kind][x.name]) for x in model.linears}
+        for pattern in model.judgement.patterns:
+            every = {x.name: model.fmt(x, kind, pattern) for x in model.linears}
             holds = total_bytes(model.linears, every) <= limit
             yield f"{kind} {pattern}", every if holds else None
             yield f"{kind} {pattern} or dense, measured", least_loss([kind], [pattern])
@@ -132,7 +183,7 @@ def _within(model: Examined, limit: float) -> Iterator[tuple[str, Allocation | N
 
             yield f"{kind} uniform", uniform(model.linears, make, limit)
             yield f"{kind} measured", least_loss([kind], steps=steps)
-    yield "mixed measured", least_loss(model.specs, model.patterns, steps)
+    yield "mixed measured", least_loss(model.specs, model.judgement.patterns, steps)
 
 
 def _options(
@@ -140,9 +191,9 @@ def _options(
 ) -> Iterator[Format]:
     """List what a linear may become."""
     for kind in kinds:
-        yield model.dense(linear, kind)
+        yield model.fmt(linear, kind, Dense())
         for pattern in patterns:
-            yield format_for(pattern, model.values[kind][linear.name])
+            yield model.fmt(linear, kind, pattern)
         for sparsity in steps:
             yield model.sparse(linear, kind, sparsity)
 

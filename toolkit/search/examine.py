@@ -24,7 +24,7 @@ from gblm.recipe import Recipe
 from gblm.search.allocate import LinearSpec, linears_of
 from gblm.search.sensitivity import Curve, Judgement, measure
 from gblm.sparse.formats import Format, format_for
-from gblm.sparse.patterns import NM, Dense, Unstructured, parse
+from gblm.sparse.patterns import NM, Dense, Pattern, Unstructured, parse
 from gblm.sparse.values import ValueType, parse_values
 
 # Text of the cheap pass: more of it moves the curves by less than they are off anyway.
@@ -57,10 +57,9 @@ class Examined:
     Attributes:
         linears: the linears to prune.
         every: the names of all linears of the decoder layers.
-        values: resolved value types by kind, and then by full name of the linear.
-        specs: the same value types as they were asked for, by kind.
-        patterns: the N:M patterns that every linear can have.
+        specs: the value types as they were asked for, by kind.
         has_unstructured: whether zeros may stand anywhere.
+        judgement: what else they may become.
         curves: the predicted losses by full name of the linear.
         rest_bytes: of the packed folder's tensors besides the linears.
         notes: sentences on what was left out, and why.
@@ -69,10 +68,9 @@ class Examined:
 
     linears: tuple[LinearSpec, ...]
     every: tuple[str, ...]
-    values: Mapping[str, Mapping[str, ValueType]]
     specs: Mapping[str, str]
-    patterns: tuple[NM, ...]
     has_unstructured: bool
+    judgement: Judgement
     curves: Mapping[str, Curve]
     rest_bytes: int
     notes: tuple[str, ...]
@@ -107,13 +105,13 @@ class Examined:
             x.name: factor * sum(own.values()) / max(total, TINY) for x, factor in drawn.items()
         }
 
-    def dense(self, linear: LinearSpec, kind: str) -> Format:
-        """Give the format without zeros."""
-        return format_for(Dense(), self.values[kind][linear.name])
+    def fmt(self, linear: LinearSpec, kind: str, pattern: Pattern) -> Format:
+        """Give the format of a linear with a pattern and a kind of values."""
+        return format_for(pattern, self.judgement.values[linear.name][kind])
 
     def sparse(self, linear: LinearSpec, kind: str, sparsity: float) -> Format:
-        """Give the format with zeros anywhere."""
-        return format_for(Unstructured(round(sparsity, 4)), self.values[kind][linear.name])
+        """Give the format of a linear with zeros anywhere."""
+        return self.fmt(linear, kind, Unstructured(round(sparsity, 4)))
 
 
 def examine(recipe: Recipe, space: Space, progress: Progress = no_progress) -> Examined:
@@ -134,17 +132,19 @@ def examine(recipe: Recipe, space: Space, progress: Progress = no_progress) -> E
         linears = linears_of(reader, job.formats, job.pipeline.method.scope)
         values, left_out = _values(space, linears)
         patterns, more = _patterns(space, linears)
-        curves, facts = _pass(job, _windows(recipe, job), values, patterns, progress)
+        pipeline = job.pipeline
+        makes_up = "hessian" in pipeline.method.needs or pipeline.refit is not None
+        judgement = Judgement(values, patterns, makes_up, pipeline.rounding)
+        curves, facts = _pass(job, _windows(recipe, job), judgement, progress)
         pruned = sum(reader.num_bytes(f"{linear.name}.weight") for linear in linears)
         every = sum(map(reader.num_bytes, reader)) + (job.head.added_bytes if job.head else 0)
         specs = {parse_values(spec).kind: spec for spec in space.values}
         return Examined(
             linears=linears,
             every=tuple(prunable(model)),
-            values=values,
-            specs={kind: spec for kind, spec in specs.items() if kind in values},
-            patterns=patterns,
+            specs={kind: specs[kind] for kind in values[linears[0].name]},
             has_unstructured=space.has_unstructured,
+            judgement=judgement,
             curves=curves,
             rest_bytes=every - pruned,
             notes=(*left_out, *more),
@@ -155,16 +155,11 @@ def examine(recipe: Recipe, space: Space, progress: Progress = no_progress) -> E
 def _pass(
     job: Job,
     windows: Tensor,
-    values: Mapping[str, Mapping[str, ValueType]],
-    patterns: tuple[NM, ...],
+    judgement: Judgement,
     progress: Progress,
 ) -> tuple[dict[str, Curve], dict[str, Any]]:
     """Run the text through the model; also give its facts, and the time it took, for JSON."""
-    began, pipeline = time.monotonic(), job.pipeline
-    names = next(iter(values.values()))
-    by_name = {name: {kind: own[name] for kind, own in values.items()} for name in names}
-    makes_up = "hessian" in pipeline.method.needs or pipeline.refit is not None
-    judgement = Judgement(by_name, patterns, makes_up, pipeline.rounding)
+    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gblm-search-") as scratch:
         found = measure(job.layers, windows, judgement, Path(scratch), progress)
     return found, {
@@ -178,8 +173,8 @@ def _pass(
 def _values(
     space: Space, linears: tuple[LinearSpec, ...]
 ) -> tuple[dict[str, dict[str, ValueType]], list[str]]:
-    """Resolve value types by kind and linear; those that a linear cannot have get a note."""
-    found: dict[str, dict[str, ValueType]] = {}
+    """Resolve value types by linear and kind; those that a linear cannot have get a note."""
+    found: dict[str, dict[str, ValueType]] = {linear.name: {} for linear in linears}
     notes = []
     for spec in space.values:
         values = parse_values(spec)
@@ -190,8 +185,9 @@ def _values(
         except PatternError as error:
             notes.append(f"{spec} is left out: {error}")
             continue
-        found[values.kind] = own
-    if not found:
+        for name, resolved in own.items():
+            found[name][values.kind] = resolved
+    if not found[linears[0].name]:
         raise UsageError(f"no value type fits this model. {' '.join(notes)}")
     return found, notes
 
