@@ -1,11 +1,11 @@
-"""Who can reach the server: its address and API key, checked before vLLM starts."""
+"""Who can reach the server: its address, its ports and its API key, checked before vLLM starts."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,31 @@ import yaml
 
 from gblm.errors import InputError, UsageError
 from gblm.network import KEY_VARIABLE, is_loopback, read_key
-from gblm.serve.guard import ALWAYS_OPEN, settings
+from gblm.serve.guard import ALWAYS_OPEN, EVERY_ROUTE, settings
 
 logger = logging.getLogger(__name__)
 
 PROXY = "deploy/nginx.conf"
-# In `--open-routes`: no route asks for a key, but those of vLLM under /v1.
-EVERY_ROUTE = "all"
 ROUTE = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
-# Options of vLLM that listen on ports of their own, and where; None: on --host. None knows a key.
-DOORS = {"--grpc": None, "--grpc-port": None, "--kv-events-config": "*"}
-RUST_VARIABLE = "VLLM_USE_RUST_FRONTEND"
+# Options and variables of vLLM that open ports where nobody is asked for a key, and their values
+# that open none. The engines of --data-parallel-size meet on a port of all addresses.
+DOORS: dict[str, tuple[str, ...]] = {
+    "--grpc": (),
+    "--grpc-port": (),
+    "VLLM_USE_RUST_FRONTEND": ("", "0"),
+    "--kv-events-config": (),
+    "--kv-transfer-config": (),
+    "--ec-transfer-config": (),
+    "--kv-offloading-backend": ("native",),
+    "--nnodes": ("1",),
+    "--data-parallel-size": ("1",),
+    "--data-parallel-backend": ("mp",),
+    "--distributed-executor-backend": ("mp", "uni"),
+    "VLLM_DP_SIZE": ("", "1"),
+}
+SHORT = {"-n": "--nnodes", "-dp": "--data-parallel-size", "-dpb": "--data-parallel-backend"}
+# These stand in the place of the server that asks for the key, on --host.
+PAST_THE_KEY = ("--grpc", "--grpc-port", "VLLM_USE_RUST_FRONTEND")
 
 
 def check_address(
@@ -77,7 +91,7 @@ def check_address(
 def check_doors(
     host: str, has_key: bool, insecure: bool, words: Sequence[str], environment: Mapping[str, str]
 ) -> None:
-    """Refuse what makes vLLM answer past the API key and `Guard`.
+    """Refuse what makes vLLM listen where nobody is asked for the API key.
 
     Args:
         host: address to bind.
@@ -87,21 +101,30 @@ def check_doors(
         environment: of vLLM.
 
     Raises:
-        UsageError: there is a key, or other machines would get in though `insecure` is not set.
+        UsageError: clients would get past a key; or other machines would get in though `insecure`
+            is not set.
     """
-    for door, address in DOORS.items():
-        is_allowed = not has_key and (insecure or is_loopback(address or host))
-        if not is_allowed and any(_is_short_for(door, word) for word in words):
+    for door in open_doors(words, environment):
+        if door in PAST_THE_KEY and has_key:
             raise UsageError(
-                f"vLLM's {door} listens on a port that asks for no API key: leave it out, of a "
-                "--config file, too, or serve without a key: this machine alone, or others with "
-                "--insecure."
+                f"{door} lets vLLM answer without asking for the API key: leave it out, of a "
+                "--config file, too, or serve without a key."
             )
-    if has_key and environment.get(RUST_VARIABLE, "").strip() not in ("", "0"):
-        raise UsageError(
-            f"{RUST_VARIABLE}={environment[RUST_VARIABLE]} puts another server in the place of the "
-            "one that gblm guards with the API key: unset it, or serve without a key."
-        )
+        if not insecure and not (door in PAST_THE_KEY and is_loopback(host)):
+            raise UsageError(
+                f"{door} opens ports that ask for no API key, to other machines too: leave it out, "
+                "of a --config file, too, or pass --insecure if the network is yours."
+            )
+
+
+def open_doors(words: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """List those of DOORS that vLLM's options and variables open; see `check_doors`."""
+    given = [*_options(words), *environment.items()]
+    return [
+        door
+        for door, harmless in DOORS.items()
+        if any(_is_for(door, name) and value.strip() not in harmless for name, value in given)
+    ]
 
 
 def with_config(options: Sequence[str]) -> list[str]:
@@ -121,6 +144,19 @@ def with_config(options: Sequence[str]) -> list[str]:
             f"--config {path} is no readable YAML file of options: {error}."
         ) from error
     return [word for key, value in found for word in _words(key, value)] + words
+
+
+def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Give each word as if it was an option, with what would be its value."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if word[:2] == "-n" and word[2:].isdigit():  # argparse takes -n2 for -n 2
+            name, equals, value = "-n", "=", word[2:]
+        yield name, value if equals else following
+
+
+def _is_for(option: str, name: str) -> bool:
+    return name == option or SHORT.get(name) == option or _is_short_for(option, name)
 
 
 def _is_short_for(option: str, word: str) -> bool:
@@ -153,17 +189,12 @@ def open_paths(routes: Sequence[str]) -> list[str]:
 def api_keys(
     file: Path | None, options: Sequence[str], environment: Mapping[str, str]
 ) -> list[str]:
-    """Find the keys that vLLM will accept: of its own options, else of the file or variable.
+    """Find the keys that open the server: of vLLM's options, else of the file or variable.
 
     Raises:
         InputError: the file cannot be read or is empty.
     """
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    parser.add_argument("--api-key", "--api_key", nargs="*", action="extend", default=[])
-    try:
-        given = [key for key in parser.parse_known_args(list(options))[0].api_key if key]
-    except argparse.ArgumentError as error:
-        raise UsageError(f"options for vLLM: {error}.") from error
+    given, _ = split_keys(options)
     if given:
         return given
     if file is not None:
@@ -171,9 +202,26 @@ def api_keys(
     return [key for key in [environment.get(KEY_VARIABLE, "")] if key]
 
 
+def split_keys(options: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Part the keys among vLLM's options from all others.
+
+    Raises:
+        UsageError: vLLM could not read them.
+    """
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--api-key", "--api_key", nargs="*", action="extend", default=[])
+    try:
+        found, others = parser.parse_known_args(list(options))
+    except argparse.ArgumentError as error:
+        raise UsageError(f"options for vLLM: {error}.") from error
+    return [key for key in found.api_key if key], others
+
+
 def guard_settings(
     host: str, keys: Sequence[str], routes: Sequence[str], max_body_mib: int
 ) -> dict[str, str]:
-    """Make the environment of `Guard`; keys are asked for beyond this machine only."""
-    asks = not is_loopback(host) and EVERY_ROUTE not in routes
-    return settings(keys if asks else (), open_paths(routes), max_body_mib << 20)
+    """Make the environment of `Guard`; on this machine only vLLM's API asks for the key."""
+    opened = open_paths(routes)
+    if is_loopback(host) or EVERY_ROUTE in routes:
+        opened.append(EVERY_ROUTE)
+    return settings(keys, opened, max_body_mib << 20)

@@ -2,7 +2,8 @@
 
 vLLM asks for the API key under some prefixes only and takes bodies of any size. `gblm serve` hands
 this class to vLLM's option --middleware. vLLM makes it without arguments, so that its settings are
-environment variables; see `settings`. Plain ASGI: knows nothing of vLLM.
+environment variables; see `settings`. Those of a process can be read by others of its user, and by
+whoever sees its core dumps: they hold digests of the keys. Plain ASGI: knows nothing of vLLM.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -20,12 +22,16 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 MIDDLEWARE = "gblm.serve.guard.Guard"
-# The keys, one a line; without this variable every route is open.
+# A line for each key: what `digest` makes of it; without this variable every route is open.
 KEYS_VARIABLE = "GBLM_SERVE_KEYS"
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 ROUTES_VARIABLE = "GBLM_SERVE_OPEN_ROUTES"
 BODY_VARIABLE = "GBLM_SERVE_MAX_BODY_BYTES"
 # What probes ask.
 ALWAYS_OPEN = ("/health", "/ping")
+# Among the open routes: all but those where vLLM itself asks for its key.
+EVERY_ROUTE = "all"
+API_PREFIXES = ("/v1", "/v2", "/inference", "/cohere")
 MAX_DIGITS = 18
 
 
@@ -36,11 +42,17 @@ def settings(
 
     Args:
         keys: any of them opens every route; none: nobody is asked for one.
-        open_routes: paths that are open without a key, beside ALWAYS_OPEN.
+        open_routes: paths that are open without a key, beside ALWAYS_OPEN; or EVERY_ROUTE.
         max_body_bytes: of a request.
     """
     found = {ROUTES_VARIABLE: "\n".join(open_routes), BODY_VARIABLE: str(max_body_bytes)}
-    return found | ({KEYS_VARIABLE: "\n".join(keys)} if keys else {})
+    digests = "\n".join(digest(key.encode()) for key in keys)
+    return found | ({KEYS_VARIABLE: digests} if keys else {})
+
+
+def digest(key: bytes) -> str:
+    """Write a key so that it can be checked but not read."""
+    return f"sha256:{hashlib.sha256(key).hexdigest()}"
 
 
 class Guard:
@@ -54,17 +66,17 @@ class Guard:
             environment: with the variables of `settings`.
 
         Raises:
-            ValueError: there is a variable for keys, but no key in it, or no size.
+            ValueError: there is a variable for keys, but something else than digests in it, or no
+                size.
         """
         self.app = app
         self.limit = int(environment[BODY_VARIABLE])
         self.open = {*ALWAYS_OPEN, *environment.get(ROUTES_VARIABLE, "").split("\n")} - {""}
-        self.digests: list[bytes] | None = None
+        self.digests: list[str] | None = None
         if KEYS_VARIABLE in environment:
-            keys = [key for key in environment[KEYS_VARIABLE].split("\n") if key]
-            if not keys:
-                raise ValueError(f"{KEYS_VARIABLE} holds no key.")
-            self.digests = [_digest(key.encode()) for key in keys]
+            self.digests = environment[KEYS_VARIABLE].split()
+            if not self.digests or not all(map(DIGEST.fullmatch, self.digests)):
+                raise ValueError(f"{KEYS_VARIABLE} must hold sha256: and the digest of each key.")
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Refuse a request, or hand it on."""
@@ -80,17 +92,17 @@ class Guard:
     def _may_pass(self, scope: Mapping[str, Any]) -> bool:
         if self.digests is None or self._has_key(scope):
             return True
-        if scope["type"] != "http":
-            return False
         path = str(scope["path"]).removeprefix(scope.get("root_path", ""))
-        return path in self.open or _is_preflight(scope)
+        if EVERY_ROUTE in self.open and not path.startswith(API_PREFIXES):
+            return True
+        return scope["type"] == "http" and (path in self.open or _is_preflight(scope))
 
     def _has_key(self, scope: Mapping[str, Any]) -> bool:
         scheme, _, key = (_header(scope, b"authorization") or b"").partition(b" ")
-        digest, found = _digest(key), False
+        given, found = digest(key), False
         # All are compared, so that the time tells nothing.
         for known in self.digests or ():
-            found |= hmac.compare_digest(digest, known)
+            found |= hmac.compare_digest(given, known)
         return found and scheme.lower() == b"bearer"
 
 
@@ -167,7 +179,3 @@ def _is_preflight(scope: Mapping[str, Any]) -> bool:
     """Tell whether a browser asks before a request; vLLM's CORS middleware answers, no route."""
     asks = (b"origin", b"access-control-request-method")
     return scope["method"] == "OPTIONS" and all(_header(scope, name) is not None for name in asks)
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()

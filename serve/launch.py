@@ -18,13 +18,15 @@ from gblm.export.pack import MIN_SPARSITY
 from gblm.kernels import BACKEND_VARIABLE, BACKENDS
 from gblm.model.folder import ModelFolder
 from gblm.model.reader import Reader
-from gblm.network import KEY_VARIABLE, read_key
+from gblm.network import KEY_VARIABLE
 from gblm.packed import check_loadable
 from gblm.serve.access import (
     api_keys,
     check_address,
     check_doors,
     guard_settings,
+    open_doors,
+    split_keys,
     with_config,
 )
 from gblm.serve.guard import KEYS_VARIABLE, MIDDLEWARE
@@ -41,6 +43,7 @@ MAX_SEQUENCES = 64
 MAX_BODY_MIB = 8
 # vLLM serves norms and biases that the checkpoint lacks as they were made, unless told to look.
 LOADER_CONFIG = {"enable_weights_track": True}
+LOOPBACK = "lo"  # the name of the interface on Linux
 # Of a dense folder, to say whether packing it would pay.
 SAMPLED_ROWS, SAMPLED_TENSORS = 64, 8
 
@@ -84,9 +87,10 @@ def command(server: Server, loading: Sequence[str] = ()) -> list[str]:
         "--port", str(server.port),
         "--served-model-name", server.name or server.folder.resolve().name,
         "--shutdown-timeout", str(server.shutdown_timeout),
-        "--middleware", MIDDLEWARE,
         *loading,
-        *server.options,
+        *split_keys(server.options)[1],
+        # The last one sees a request first.
+        "--middleware", MIDDLEWARE,
     ]  # fmt: skip
 
 
@@ -102,11 +106,18 @@ def environment(server: Server, base: Mapping[str, str]) -> dict[str, str]:
     env["PYTHONSAFEPATH"] = "1"
     if server.backend is not None:
         env[BACKEND_VARIABLE] = server.backend
-    if server.api_key_file is not None:
-        env[KEY_VARIABLE] = read_key(server.api_key_file)
+    # vLLM's server would run the model.py of /opt/ml/model, where containers put models.
+    env.setdefault("SAGEMAKER_MODEL_PATH", os.devnull)
+    words = with_config(server.options)
+    # Who reads the environment of a worker learns no key.
     env.pop(KEYS_VARIABLE, None)
-    keys = api_keys(server.api_key_file, with_config(server.options), base)
+    env.pop(KEY_VARIABLE, None)
+    keys = api_keys(server.api_key_file, words, base)
     env |= guard_settings(server.host, keys, server.open_routes, server.max_body_size)
+    if not open_doors(words, base):
+        # Workers of one machine need no other address to meet.
+        env.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
+        env.setdefault("NCCL_SOCKET_IFNAME", LOOPBACK)
     if on_cpu():
         free = psutil.virtual_memory().available / 2**30
         size = max(1, min(MAX_KV_CACHE_GIB, int(KV_CACHE_SHARE * free)))

@@ -13,13 +13,18 @@ from gblm.errors import InputError, UsageError
 from gblm.network import is_loopback
 from gblm.serve.access import (
     DOORS,
-    RUST_VARIABLE,
+    PAST_THE_KEY,
+    SHORT,
     api_keys,
     check_address,
     check_doors,
+    open_doors,
+    split_keys,
     with_config,
 )
 from gblm.serve.launch import Server, check_options, environment
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -57,10 +62,12 @@ def test_an_address_among_vllms_options_is_refused(word: str) -> None:
     check_address("127.0.0.1", True, False, ("--hf-overrides", "--h11-max-header-count=9"))
 
 
-def refuses(*words: str, host: str = "127.0.0.1", key: bool = True, insecure: bool = False) -> bool:
+def refuses(
+    *words: str, host: str = "127.0.0.1", key: bool = True, insecure: bool = False, **variables: str
+) -> bool:
     """Whether vLLM's options open a door past the key."""
     try:
-        check_doors(host, key, insecure, words, {})
+        check_doors(host, key, insecure, words, variables)
     except UsageError:
         return True
     return False
@@ -69,24 +76,48 @@ def refuses(*words: str, host: str = "127.0.0.1", key: bool = True, insecure: bo
 @pytest.mark.parametrize(
     "words",
     [("--grpc",), ("--grpc=true",), ("--grpc.x=1",), ("--gr",), ("--grpc-port", "9"),
-     ("--grpc_port=9",), ("--kv-events-config", "{}"), ("--kv_events_config.publisher=zmq",),
-     ("--kv-e={}",)],
+     ("--grpc_port=9",)],
 )  # fmt: skip
-def test_ports_that_ask_for_no_key_are_refused_beside_one(words: tuple[str, ...]) -> None:
-    assert refuses(words[0])
-    assert refuses(words[0], host="::", key=False)
-    for asked in ({"key": False, "insecure": True}, {"key": False, "host": "::", "insecure": True}):
-        assert not refuses(*words, **asked)
-    # Whatever --host says, key-value events go out on every address.
-    assert refuses(words[0], key=False) is words[0].startswith("--kv")
+def test_servers_past_the_key_are_refused_beside_one(words: tuple[str, ...]) -> None:
+    assert refuses(*words)
+    assert refuses(*words, insecure=True)
+    assert refuses(*words, host="::", key=False)
+    assert not refuses(*words, key=False)
+    assert not refuses(*words, host="::", key=False, insecure=True)
 
 
-def test_the_frontend_without_middleware_is_refused_beside_a_key() -> None:
+@pytest.mark.parametrize(
+    "words",
+    [("--kv-events-config", "{}"), ("--kv_events_config.publisher=zmq",), ("--kv-e={}",),
+     ("--kv-transfer-config", "{}"), ("--ec-transfer-config={}",), ("--nnodes", "2"), ("-n2",),
+     ("-n=2",), ("--data-parallel-size=2",), ("-dp", "2"), ("--data_parallel_size", "4"),
+     ("--distributed-executor-backend", "ray"), ("-dpb=ray",), ("--kv-offloading-b", "lmcache"),
+     ("--data-parallel-size", "1", "-dp", "2")],
+)  # fmt: skip
+def test_ports_between_machines_need_a_network_of_ones_own(words: tuple[str, ...]) -> None:
+    for key in (True, False):
+        assert refuses(*words, key=key)  # whatever --host says, they listen elsewhere
+        assert not refuses(*words, host="::", key=key, insecure=True)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--nnodes=1",), ("-n", "1"), ("--data-parallel-size", "1"), ("-tp", "2"), ("--uds", "x"),
+     ("--distributed-executor-backend", "mp"), ("--kv-offloading-backend", "native"),
+     ("--kv-cache-dtype", "auto"), ("--data-parallel-rpc-port", "2"), ("--node-rank", "0")],
+)  # fmt: skip
+def test_what_listens_on_this_machine_alone_is_no_door(words: tuple[str, ...]) -> None:
+    assert not refuses(*words, host="::")
+
+
+def test_variables_that_open_a_door_are_refused() -> None:
     for value in ("1", "2"):
-        with pytest.raises(UsageError, match=f"{RUST_VARIABLE}={value} puts another server"):
-            check_doors("::", True, False, (), {RUST_VARIABLE: value})
-        check_doors("127.0.0.1", False, False, (), {RUST_VARIABLE: value})
-    check_doors("::", True, False, (), {RUST_VARIABLE: "0"})
+        assert refuses(host="::", VLLM_USE_RUST_FRONTEND=value, insecure=True)
+        assert not refuses(key=False, VLLM_USE_RUST_FRONTEND=value)
+    assert refuses(VLLM_DP_SIZE="2")
+    assert not refuses(host="::", VLLM_USE_RUST_FRONTEND=" 0", VLLM_DP_SIZE="1")
+    with pytest.raises(UsageError, match="VLLM_DP_SIZE opens ports that ask for no API key"):
+        check_doors("::", True, False, (), {"VLLM_DP_SIZE": "2"})
 
 
 CONFIG = """
@@ -106,12 +137,17 @@ def test_doors_and_keys_are_found_as_vllm_parses_them(tmp_path: Path) -> None:
 
     parser = make_arg_parser(FlexibleArgumentParser(exit_on_error=False))
     names = {name for action in parser._actions for name in action.option_strings}
-    assert names >= DOORS.keys()
-    assert {name for name in names if refuses(name)} == DOORS.keys()
-    for door in DOORS:
+    doors = {door for door in DOORS if door.startswith("--")}
+    assert names >= doors
+    assert {name for name in names if open_doors([name, "x"], {})} == doors | SHORT.keys()
+    for door in doors:
+        (action,) = (a for a in parser._actions if door in a.option_strings)
+        assert {s for s in action.option_strings if s in SHORT} == {
+            short for short, long in SHORT.items() if long == door
+        }
         for length in range(3, len(door)):
             found = parser._get_option_tuples(door[:length])
-            assert refuses(door[:length]) or len(found) > 1, door[:length]
+            assert door in open_doors([door[:length], "x"], {}) or len(found) > 1, door[:length]
     for value, refused in (("true", True), ("yes", True), ("false", False), ("--grpc", True)):
         path = tmp_path / "vllm.yaml"
         path.write_text(CONFIG.format(value))
@@ -119,6 +155,24 @@ def test_doors_and_keys_are_found_as_vllm_parses_them(tmp_path: Path) -> None:
         assert words == [*parser.load_config_file(str(path)), "--config", str(path)]
         assert any(refuses(word) for word in words) is refused
         assert api_keys(None, words, {}) == ["first", "second"]
+
+
+@pytest.mark.vllm
+def test_every_door_is_listed_in_the_docs_and_known_to_vllm() -> None:
+    from vllm import envs
+
+    text = (ROOT / "docs" / "serving.md").read_text()
+    for door in DOORS:
+        assert f"`{door}" in text, door
+        assert door.startswith("--") or door in envs.environment_variables
+    assert DOORS.keys() > {*PAST_THE_KEY}
+
+
+def test_keys_are_parted_from_the_other_options() -> None:
+    others = ["--seed", "-1", "--x", '{"a": 1}', "-asc", "2"]
+    for keys in (["--api-key", "a", "b"], ["--api_key=a", "--api-key=b"]):
+        for options in (keys + others, others + keys, [*others[:2], *keys, *others[2:]]):
+            assert split_keys(options) == (["a", "b"], others)
 
 
 def test_a_configuration_that_cannot_be_read_is_refused(tmp_path: Path) -> None:

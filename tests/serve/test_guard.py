@@ -13,7 +13,7 @@ import pytest
 
 from gblm.errors import UsageError
 from gblm.serve.access import api_keys, guard_settings
-from gblm.serve.guard import KEYS_VARIABLE, MIDDLEWARE, Guard, settings
+from gblm.serve.guard import API_PREFIXES, KEYS_VARIABLE, MIDDLEWARE, Guard, settings
 from gblm.serve.launch import Server, command, environment
 
 KEY = {"authorization": "Bearer secret"}
@@ -125,8 +125,9 @@ def test_routes_that_were_opened_are_open_and_no_others() -> None:
 def test_without_keys_nobody_is_asked_and_bodies_have_their_limit() -> None:
     assert ask(guard(App(), keys=()), "/pause")[0] == 200
     assert ask(guard(App(), keys=()), "/pause", chunks=[b"x" * 10])[0] == 413
-    with pytest.raises(ValueError, match="holds no key"):
-        Guard(App(), settings((), (), 9) | {KEYS_VARIABLE: ""})
+    for left in ("", "secret", "sha256:secret", settings(["a"], (), 9)[KEYS_VARIABLE] + "\nsecret"):
+        with pytest.raises(ValueError, match="must hold sha256: and the digest of each key"):
+            Guard(App(), settings((), (), 9) | {KEYS_VARIABLE: left})
 
 
 def test_a_preflight_passes_and_a_bare_options_does_not() -> None:
@@ -209,7 +210,7 @@ def test_serve_hands_the_guard_to_vllm_with_its_settings(tmp_path: Path) -> None
     (tmp_path / "key").write_text("secret\n")
     server = Server(tmp_path, host="0.0.0.0", api_key_file=tmp_path / "key", max_body_size=3)
     words = command(server)
-    assert words[words.index("--middleware") + 1] == MIDDLEWARE
+    assert words[-2:] == ["--middleware", MIDDLEWARE]  # of several the last one comes first
     made = Guard(App(), environment(server, {}))
     assert (made.limit, made.open) == (3 << 20, {"/health", "/ping"})
     assert ask(made, "/metrics")[0] == 401
@@ -224,18 +225,33 @@ def test_serve_hands_the_guard_to_vllm_with_its_settings(tmp_path: Path) -> None
     ("host", "routes", "closed"),
     [("0.0.0.0", (), {"/metrics", "/pause"}), ("0.0.0.0", ("metrics",), {"/pause"}),
      ("0.0.0.0", ("/metrics", "pause"), set()), ("0.0.0.0", ("all",), set()),
-     ("127.0.0.1", (), set())],
+     ("127.0.0.1", (), set()), ("127.0.0.1", ("metrics",), set())],
 )  # fmt: skip
 def test_keys_are_asked_for_beyond_this_machine_unless_routes_are_opened(
     host: str, routes: tuple[str, ...], closed: set[str]
 ) -> None:
     made = Guard(App(), guard_settings(host, ["secret"], routes, 8))
     assert {path for path in ("/metrics", "/pause") if ask(made, path)[0] == 401} == closed
+    for path in ("/v1/models", "/v2/embed", "/inference/v1/generate"):
+        assert ask(made, path)[0] == 401
+        assert ask(made, path, KEY)[0] == 200
 
 
-def test_a_key_left_in_the_environment_is_not_asked_for_by_itself(tmp_path: Path) -> None:
-    found = environment(Server(tmp_path), {KEYS_VARIABLE: "old", "VLLM_API_KEY": "secret"})
-    assert KEYS_VARIABLE not in found
+def test_the_environment_holds_digests_and_no_key(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("secret")
+    left = {KEYS_VARIABLE: "old", "VLLM_API_KEY": "secret"}
+    for server, key in (
+        (Server(tmp_path), "secret"),
+        (Server(tmp_path, host="::", api_key_file=tmp_path / "key"), "secret"),
+        (Server(tmp_path, options=("--api-key", "other", "--seed", "1")), "other"),
+    ):
+        found = environment(server, left)
+        assert not any(one in value for value in found.values() for one in ("secret", "other"))
+        made = Guard(App(), found)
+        assert ask(made, headers={"Authorization": f"Bearer {key}"})[0] == 200
+        assert ask(made)[0] == 401
+        assert "other" not in command(server)
+    assert KEYS_VARIABLE not in environment(Server(tmp_path), {KEYS_VARIABLE: "old"})
 
 
 def test_where_keys_come_from(tmp_path: Path) -> None:
@@ -259,8 +275,10 @@ def test_vllm_puts_it_before_its_own_middleware_and_routes(monkeypatch: pytest.M
     from fastapi import FastAPI
     from fastapi.testclient import TestClient
     from starlette.responses import JSONResponse
+    from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX
     from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
 
+    assert API_PREFIXES == GUARDED_PREFIX
     for name, value in settings(["secret"], (), 64).items():
         monkeypatch.setenv(name, value)
 

@@ -35,7 +35,7 @@ def test_command_is_vllms_own_server_with_safe_defaults(tmp_path: Path) -> None:
     assert pairs["--host"] == "127.0.0.1"
     assert pairs["--served-model-name"] == "model-a"
     assert pairs["--shutdown-timeout"] == "30"
-    assert words[-1] == "--enforce-eager"
+    assert words[-3] == "--enforce-eager"
 
 
 def test_vllm_is_told_to_miss_what_a_packed_folder_lacks(packed: Path, tiny: Path) -> None:
@@ -43,7 +43,8 @@ def test_vllm_is_told_to_miss_what_a_packed_folder_lacks(packed: Path, tiny: Pat
     server = Server(packed, options=(option, "{}"))
     assert loading_options(server) == [option, '{"enable_weights_track": true}']
     # The user's comes later and wins.
-    assert command(server, loading_options(server))[-4:] == [*loading_options(server), option, "{}"]
+    words = command(server, loading_options(server))
+    assert words[-6:-2] == [*loading_options(server), option, "{}"]
     assert loading_options(Server(tiny)) == []
     assert loading_options(Server(packed, options=("--load-format", "fastsafetensors"))) == []
 
@@ -66,6 +67,8 @@ def test_what_the_user_set_wins(tmp_path: Path) -> None:
         "VLLM_CPU_KVCACHE_SPACE": "7",
         "VLLM_CPU_OMP_THREADS_BIND": "0",
         "VLLM_NO_USAGE_STATS": "0",
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "SAGEMAKER_MODEL_PATH": "/mine",
     }
     env = environment(Server(tmp_path), mine)
     assert {key: env[key] for key in mine} == mine
@@ -78,6 +81,16 @@ def test_gpu_environment_sets_no_cpu_variables(
     assert not [key for key in environment(Server(tmp_path), {}) if key.startswith("VLLM_CPU")]
 
 
+def test_workers_of_one_machine_meet_on_it_alone(tmp_path: Path) -> None:
+    for options, expected in ((("-tp", "2"), "lo"), (("--nnodes", "2"), None)):
+        env = environment(Server(tmp_path, options=options), {})
+        assert (env.get("GLOO_SOCKET_IFNAME"), env.get("NCCL_SOCKET_IFNAME")) == (expected,) * 2
+
+
+def test_no_code_beside_a_model_is_run(tmp_path: Path) -> None:
+    assert environment(Server(tmp_path), {})["SAGEMAKER_MODEL_PATH"] == "/dev/null"
+
+
 @pytest.mark.parametrize(
     ("cores", "text"), [([0, 1], "0-1"), ([0, 2, 3, 4, 7], "0,2-4,7"), ([5], "5")]
 )
@@ -88,7 +101,6 @@ def test_core_lists_are_written_as_ranges(cores: list[int], text: str) -> None:
 def test_api_key_never_stands_on_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("secret\n")
     server = Server(tmp_path, api_key_file=tmp_path / "key")
-    assert environment(server, {})["VLLM_API_KEY"] == "secret"
     assert not [word for word in command(server) if "secret" in word]
     (tmp_path / "key").write_text("\n")
     with pytest.raises(InputError, match="one line of ASCII"):

@@ -86,7 +86,7 @@ def test_a_port_without_the_key_is_refused_before_one_is_opened(
     with process.stderr as stream:
         said = stream.read().decode()
     assert (process.returncode, opened) == (2, set()), said
-    assert said.startswith("gblm: error: vLLM's --grpc listens on a port that asks for no API key")
+    assert said.startswith("gblm: error: --grpc lets vLLM answer without asking for the API key")
     assert said.count("\n") == 1
 
 

@@ -30,7 +30,11 @@ from gblm.commands.common import Command, backend_option, progress_bars
 )
 @click.option("--name", help="Model name in the API (default: the folder's name).")
 @click.option("--api-key-file", type=click.Path(path_type=Path), help="File with the API key.")
-@click.option("--insecure", is_flag=True, help="Serve other machines without an API key.")
+@click.option(
+    "--insecure",
+    is_flag=True,
+    help="Serve other machines without an API key, or open ports to them that ask for none.",
+)
 @click.option(
     "--open-routes",
     multiple=True,
