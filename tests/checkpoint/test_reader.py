@@ -42,6 +42,30 @@ def test_headers_are_known_before_data_is_read(folder: Path) -> None:
             reader.tensor("c")
 
 
+class OtherThread(dict):
+    """Handles that another thread lets go of as soon as one is looked for or kept."""
+
+    def __contains__(self, key: object) -> bool:
+        found = super().__contains__(key)
+        self.clear()
+        return found
+
+    def get(self, key: object, default: object = None) -> object:
+        found = super().get(key, default)
+        self.clear()
+        return found
+
+    def __setitem__(self, key: object, value: object) -> None:
+        self.clear()
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_another_thread_may_let_go_of_the_files(folder: Path, is_open: bool) -> None:
+    with Reader(ModelFolder(folder, {})) as reader:
+        reader._handles = OtherThread(reader._handles if is_open else {})
+        assert torch.equal(reader.tensor("a"), torch.ones(4, 4))
+
+
 def test_shards_are_read_through_the_index(folder: Path) -> None:
     shard(folder, {"a": "part.safetensors", "b": "part.safetensors"})
     with Reader(ModelFolder(folder, {})) as reader:

@@ -190,8 +190,12 @@ def _publish(work: Path, output: Path, overwrite: bool) -> None:
 
 def _open_modes(folder: Path) -> None:
     """Let others read: mkdtemp and safetensors write for the owner, a server is often another."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
+    # What a new folder gets tells the umask. os.umask can only be read by changing it, which the
+    # files of other threads would feel.
+    probe = folder / "probe"
+    probe.mkdir()
+    mode = probe.stat().st_mode & 0o777
+    probe.rmdir()
+    folder.chmod(mode)
     for path in folder.iterdir():
-        path.chmod(0o666 & ~mask)
+        path.chmod(mode & 0o666)

@@ -136,13 +136,14 @@ class Reader:
         return math.prod(shape) * dtype.itemsize
 
     def _open(self, file: str) -> Any:
-        if file in self._handles:
-            return self._handles[file]
+        # Layers are read ahead in a thread, and any thread may let go of the files meanwhile.
+        if (handle := self._handles.get(file)) is not None:
+            return handle
         path = self.folder.file(file)
         if path.exists() and not path.is_file():
             raise CheckpointError(f"{path} is no ordinary file.")
         try:
-            self._handles[file] = safe_open(path, framework="pt")
+            handle = self._handles[file] = safe_open(path, framework="pt")
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} is missing.") from error
         except (SafetensorError, OSError) as error:
@@ -153,7 +154,7 @@ class Reader:
             raise MachineError(
                 f"{path} cannot be mapped into memory ({error}): store the model in smaller shards."
             ) from error
-        return self._handles[file]
+        return handle
 
     def _header(self, file: str, handle: Any, name: str) -> Header:
         part = handle.get_slice(name)
