@@ -39,6 +39,8 @@ def _look_at_the_hub_again() -> None:
     from huggingface_hub import constants
 
     constants.HF_HUB_OFFLINE = os.environ.get("HF_HUB_OFFLINE") == "1"
+    constants.HF_HUB_DISABLE_XET = os.environ.get("HF_HUB_DISABLE_XET") == "1"
+    constants.ENDPOINT = os.environ.get("HF_ENDPOINT", constants.ENDPOINT)
 
 
 def _write_without_vllm() -> None:

@@ -27,6 +27,8 @@ Run = Callable[..., Outcome]
         "export dense",
         "export pack",
         "export legacy",
+        "export onnx",
+        "export hub",
     ],
 )
 def test_every_command_has_help(gblm: Run, command: str) -> None:

@@ -26,22 +26,24 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sparse": {"errors"},
     "kernels": {"cache", "errors", "sparse"},
     "methods": {"errors", "sparse"},
-    "recipe": {"errors", "files"},
+    "recipe": {"cache", "errors", "files"},
     "record": {"errors", "files", "provenance"},
     "doctor": {"kernels", "provenance", "sparse"},
     "model": {"errors", "files", "recipe", "sparse"},
     "calibrate": {
         "cache", "data", "errors", "files", "model", "progress", "recipe", "sparse",
     },
-    "checkpoint": {"errors", "files", "model", "progress", "provenance", "recipe", "sparse"},
+    "checkpoint": {
+        "cache", "errors", "files", "model", "progress", "provenance", "recipe", "sparse",
+    },
     "packed": {"errors", "kernels", "model", "sparse"},
     "bench": {
         "errors", "kernels", "model", "network", "packed", "progress", "provenance",
         "record", "sparse",
     },
     "evaluate": {
-        "checkpoint", "data", "errors", "files", "model", "network", "packed", "progress",
-        "record",
+        "cache", "checkpoint", "data", "errors", "files", "model", "network", "packed",
+        "progress", "recipe", "record",
     },
     "fetch": {"cache", "checkpoint", "errors"},
     "prune": {
@@ -50,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "report": {"__init__", "checkpoint", "errors", "files", "model", "record"},
     "export": {
-        "bench", "checkpoint", "errors", "evaluate", "files", "kernels", "model", "packed",
+        "bench", "cache", "checkpoint", "errors", "evaluate", "files", "kernels", "model", "packed",
         "progress", "provenance", "recipe", "sparse",
     },
     "recover": {

@@ -16,8 +16,7 @@ import psutil
 
 from gblm.bench.server import free_port
 
-TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
-OPTIONS = ["--enforce-eager", "--max-model-len", "256", "--chat-template", TEMPLATE]
+OPTIONS = ["--enforce-eager", "--max-model-len", "256"]
 Running = tuple[str, "subprocess.Popen[bytes]", Path]
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 VARIABLE = "GBLM_CACHE"
+# Files of the folders that gblm makes which are alike in no two of them.
+UNIQUE = ("MANIFEST.json", "onnx_report.json")
 
 
 def cache_folder() -> Path:
@@ -31,3 +36,26 @@ def keep(path: Path, content: bytes) -> bool:
             part.unlink(missing_ok=True)
         return False
     return True
+
+
+def remember(folder: Path, facts: dict[str, Any]) -> None:
+    """Keep facts that only this machine should know of a folder, which others may be given."""
+    if (place := _memory(folder)) is not None:
+        keep(place, json.dumps(facts).encode())
+
+
+def recall(folder: Path) -> dict[str, Any]:
+    """Give what `remember` kept of a folder, wherever that lies by now; else nothing."""
+    place = _memory(folder)
+    if place is None or not place.is_file():
+        return {}
+    found: dict[str, Any] = json.loads(place.read_bytes())
+    return found
+
+
+def _memory(folder: Path) -> Path | None:
+    for name in UNIQUE:
+        if (folder / name).is_file():
+            digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            return cache_folder() / "made" / f"{digest}.json"
+    return None

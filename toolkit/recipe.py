@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from gblm.cache import recall
 from gblm.errors import UsageError
 from gblm.files import read_json
 
@@ -225,7 +226,35 @@ class Recipe(Fields):
     @classmethod
     def from_file(cls, path: Path) -> Recipe:
         """Read a recipe.json, such as the one inside every packed checkpoint."""
-        return cls.from_dict(read_json(path))
+        return cls.from_dict(read_recipe(path))
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Read a recipe.json; in a folder that this machine made, with its paths as they were here."""
+    found, kept = read_json(path), recall(path.parent)
+    return kept if published(kept) == found else found
+
+
+def published(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Give a recipe as others may read it: names of local folders and files, but not their places.
+
+    Args:
+        recipe: with an absolute path or a hub id for its model.
+    """
+    shown = dict(recipe)
+    if Path(recipe.get("model", "")).is_absolute():
+        shown["model"] = Path(recipe["model"]).name
+    for step, *keys in (("calibration", "source"), ("recover", "text", "held_out")):
+        if fields := recipe.get(step):
+            shown[step] = fields | {key: _names(fields[key]) for key in keys}
+    return shown
+
+
+def _names(text: Any) -> Any:
+    """Leave out the folders of the files in a mix of texts, or in a list of texts."""
+    if isinstance(text, str):
+        return ",".join(Path(one).name for one in text.split(","))
+    return [_names(one) for one in text]
 
 
 def matches(name: str, globs: Iterable[str]) -> bool:

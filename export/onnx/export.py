@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from gblm import packed
+from gblm.cache import remember
 from gblm.checkpoint.write import check_output, copy_side_files, new_folder
 from gblm.errors import GateError, InputError, MachineError, UsageError
 from gblm.export.dense import export_dense
@@ -110,6 +111,7 @@ def export_onnx(
             report["validation"] = validate(model, prompt, made, wanted.validate, replaced)
             step()
         write_json(made / REPORT_FILE, report)
+        remember(made, {"source": str(folder.path.resolve())})
     _judge(report, output)
     return report
 
@@ -289,7 +291,7 @@ def _correct_graph(path: Path, config: dict[str, Any], head_size: int) -> None:
 def _report(
     source: ModelFolder, made: Path, wanted: Wanted, precision: str, replaced: list[Replaced]
 ) -> dict[str, Any]:
-    """Collect sizes and where it all comes from."""
+    """Collect sizes and where it all comes from; of a local folder the name alone."""
     files = {file.name: file.stat().st_size for file in sorted(made.iterdir())}
     return {
         "kind": "onnx export",

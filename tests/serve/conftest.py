@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,14 @@ def server(
     pack_tiny: Pack, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, subprocess.Popen, Path]]:
     """URL, process and log; test_server_stops.py, which comes last, kills its engine."""
-    with served(pack_tiny(), tmp_path_factory.mktemp("serve") / "log") as running:
+    folder = tmp_path_factory.mktemp("serve")
+    model = Path(shutil.copytree(pack_tiny(), folder / "model"))
+    # What a chat model has besides: prompts are made so, and of the tokens the likeliest is taken.
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    )
+    (model / "generation_config.json").write_text(json.dumps({"do_sample": True, "top_k": 1}))
+    with served(model, folder / "log") as running:
         yield running
 
 

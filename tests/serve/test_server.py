@@ -26,10 +26,14 @@ def test_completion(client: object) -> None:
     assert done.usage.completion_tokens == 5
 
 
-def test_chat(client: object) -> None:
+def test_chat_template_and_generation_settings_are_the_folders(client: object) -> None:
     messages = [{"role": "user", "content": "hello"}]
-    done = client.chat.completions.create(model="tiny", messages=messages, max_tokens=4)
+    done = client.chat.completions.create(model="tiny", messages=messages, max_tokens=8)
+    ask = {"model": "tiny", "prompt": "[user]hello", "max_tokens": 8, "temperature": 0}
+    plain = client.completions.create(**ask)
     assert done.choices[0].message.role == "assistant"
+    assert done.choices[0].message.content == plain.choices[0].text
+    assert done.usage.prompt_tokens == plain.usage.prompt_tokens == len("[user]hello")
 
 
 def test_streaming_gives_the_same_text(client: object) -> None:

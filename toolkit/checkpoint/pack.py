@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from gblm.cache import remember
 from gblm.checkpoint.head import Head, untied
-from gblm.checkpoint.report import model_card, summary, weight_row
+from gblm.checkpoint.report import licence_of, model_card, summary, weight_row
 from gblm.checkpoint.write import (
     ShardWriter,
     check_output,
@@ -26,6 +28,7 @@ from gblm.model.linears import prunable
 from gblm.model.packed_reader import MANIFEST_FILE, RECIPE_FILE, REPORT_FILE
 from gblm.model.reader import Reader
 from gblm.provenance import provenance
+from gblm.recipe import published
 from gblm.sparse.formats import Format
 from gblm.sparse.formats.manifest import Group, Manifest, group_targets
 from gblm.sparse.weights import SparseWeight
@@ -195,14 +198,19 @@ def write_side_files(
         folder: the folder that is being made.
         source: the folder whose tokenizer and the like go along.
         config: for config.json.
-        recipe: for recipe.json and the model card.
+        recipe: for recipe.json and the model card, which do not tell its paths; the cache does.
         report: for sparsity_report.json and the model card.
         notes: further facts for MANIFEST.json.
     """
+    if (place := Path(recipe["model"]).expanduser()).is_dir():
+        recipe = recipe | {"model": os.path.abspath(place)}  # noqa: PTH100 (links keep their names)
+    shown = published(recipe)
     copy_side_files(source.path, folder)
     write_json(folder / "config.json", config)
-    write_json(folder / RECIPE_FILE, recipe)
+    write_json(folder / RECIPE_FILE, shown)
     write_json(folder / REPORT_FILE, report)
-    (folder / "README.md").write_text(model_card(recipe, report), encoding="utf-8")
+    card = model_card(shown, report, licence_of(source.path))
+    (folder / "README.md").write_text(card, encoding="utf-8")
     facts = {"schema": 1, "provenance": provenance(), **notes}
     write_json(folder / MANIFEST_FILE, facts | {"files": file_hashes(folder)})
+    remember(folder, recipe)

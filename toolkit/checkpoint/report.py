@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCardData, metadata_load
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from yaml import YAMLError
 
 from gblm.sparse.formats import Format, Parts, Shape
 
@@ -95,13 +98,10 @@ def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 DENSE = "dense"
+LICENCE = ("license", "license_name", "license_link")
 CARD = """\
 ---
-base_model: {base}
-base_model_relation: quantized
-library_name: transformers
-pipeline_tag: text-generation
-tags: [{tags}]
+{facts}
 ---
 # {base}, {title}
 
@@ -134,15 +134,29 @@ model = gblm.packed.load(".")
 """
 
 
-def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
-    """Write the model card: Markdown with a metadata header for model hubs."""
+def model_card(recipe: dict[str, Any], report: dict[str, Any], licence: dict[str, str]) -> str:
+    """Write the model card: Markdown with a metadata header for model hubs.
+
+    Args:
+        recipe: as it is published.
+        report: see `summary`.
+        licence: of the dense model, see `licence_of`.
+    """
     options = _fields(recipe.get("options", {}))
     groups = report["groups"]
     patterns = list(dict.fromkeys(group["pattern"] for group in groups))
     values = list(dict.fromkeys(group["values"] for group in groups if "values" in group))
     kinds = dict.fromkeys(spec.partition(":")[0] for spec in values)
+    facts = ModelCardData(
+        base_model=_hub_name(recipe["model"]),
+        base_model_relation="quantized",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=[*_tags(patterns, list(kinds), recipe["method"]), "gblm", "vllm"],
+        **licence,
+    )
     return CARD.format(
-        tags=", ".join([*_tags(patterns, list(kinds), recipe["method"]), "gblm", "vllm"]),
+        facts=facts.to_yaml(),
         title=_title(patterns, recipe["method"], values),
         included=_included(kinds),
         values=f"\n| values | {', '.join(values)} (codes, columns that share a scale) |"
@@ -151,7 +165,7 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
         groups=_groups(groups) if len(groups) > 1 else "",
         quality=_quality(report.get("recover")),
         head=_head(report.get("head")),
-        base=_public_name(str(recipe["model"])),
+        base=recipe["model"],
         method=recipe["method"],
         options=f"({options})" if options else "",
         steps=_steps(recipe),
@@ -165,16 +179,42 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
     )
 
 
+def licence_of(folder: Path) -> dict[str, str]:
+    """Find what a model's card says of its licence; where it has none, whether a licence is there.
+
+    Returns:
+        Fields for the header of another card.
+    """
+    card = folder / "README.md"
+    try:
+        found = metadata_load(card) if card.is_file() else None
+    except (OSError, ValueError, YAMLError):
+        found = None
+    if found and isinstance(found.get("license"), str):
+        return {key: value for key in LICENCE if isinstance(value := found.get(key), str)}
+    file = next((path.name for path in sorted(folder.glob("LICENSE*")) if path.is_file()), None)
+    return {"license": "other", "license_link": file} if file else {}
+
+
+def _hub_name(model: str) -> str | None:
+    """Give what can be the name of a model on the hub; folders may be called anything."""
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        return None
+    return model
+
+
 def _included(kinds: Iterable[str]) -> str:
     """Say what the bits per weight count."""
     return "mask, codes and scales" if set(kinds) else "mask"
 
 
 def _tags(patterns: list[str], kinds: list[str], method: str) -> list[str]:
+    bits = [f"{kind.removeprefix('int')}-bit" for kind in kinds]
     if patterns == [DENSE]:
-        return kinds
-    named = [f'"{pattern}"' for pattern in patterns[:MAX_NAMED]]
-    return ["sparse", "pruned", *named, *kinds, method]
+        return [*kinds, *bits]
+    return ["sparse", "pruned", *patterns[:MAX_NAMED], *kinds, *bits, method]
 
 
 def _title(patterns: list[str], method: str, values: list[str]) -> str:
@@ -193,7 +233,7 @@ def _steps(recipe: dict[str, Any]) -> str:
     if reconstruct := recipe.get("reconstruct"):
         steps.append(f"reconstruct ({_fields(reconstruct)}; norms and biases changed, too)")
     if recover := recipe.get("recover"):
-        text = ", ".join(map(_public_name, recover["text"].split(",")))
+        text = ", ".join(recover["text"].split(","))
         steps.append(f"recover ({recover['tokens']} tokens of {text}; norms and biases, too)")
     return f"\n| steps | {', '.join(steps)} |" if steps else ""
 
@@ -240,11 +280,4 @@ def _head(row: dict[str, Any] | None) -> str:
 def _calibration(fields: dict[str, Any] | None) -> str:
     if fields is None:
         return "none"
-    source = _public_name(fields["source"])
-    return f"{fields['num_samples']} samples × {fields['seq_len']} tokens of {source}"
-
-
-def _public_name(model: str) -> str:
-    """Keep a hub id; of a local path keep the last part, which says nothing of the machine."""
-    local = Path(model).expanduser().exists() or model.startswith((".", "/", "~"))
-    return Path(model).expanduser().resolve().name if local else model
+    return f"{fields['num_samples']} samples × {fields['seq_len']} tokens of {fields['source']}"

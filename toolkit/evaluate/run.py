@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gblm.cache import recall
 from gblm.checkpoint.inspect import sizes
 from gblm.errors import UsageError
 from gblm.evaluate.perplexity import Protocol, measure
@@ -25,6 +26,7 @@ from gblm.model.folder import ModelFolder, model_name
 from gblm.model.loading import load_tokenizer
 from gblm.model.packed_reader import RECIPE_FILE
 from gblm.progress import Progress, no_progress
+from gblm.recipe import read_recipe
 from gblm.record import Record, Verdict
 
 if TYPE_CHECKING:
@@ -205,21 +207,23 @@ def known_baseline(folder: ModelFolder) -> tuple[ModelFolder | None, str]:
         The folder or None, and where it comes from or why there is none.
     """
     if folder_kind(folder) == "onnx":
-        file, key = folder.path / ONNX_REPORT, "source"
+        file = folder.path / ONNX_REPORT
+        found = read_json(file) | recall(folder.path) if file.is_file() else {}
+        named = found.get("source")
     elif folder.kind == "packed":
-        file, key = folder.path / RECIPE_FILE, "model"
+        file = folder.path / RECIPE_FILE
+        named = read_recipe(file).get("model") if file.is_file() else None
     else:
         return None, "MODEL is a dense folder, which names no model it was made from"
-    named = read_json(file).get(key) if file.is_file() else None
     if not isinstance(named, str):
         return None, f"{file.name} names no source model; give --baseline"
     for place in (Path(named).expanduser(), folder.path.parent / named):
         if (place / "config.json").is_file():
-            found = ModelFolder.open(place)
+            source = ModelFolder.open(place)
             # An export of a packed folder: on to what that one was made from.
-            if found.kind == "packed" and place.resolve() != folder.path.resolve():
-                return known_baseline(found)
-            return found, f"named by {file.name}"
+            if source.kind == "packed" and place.resolve() != folder.path.resolve():
+                return known_baseline(source)
+            return source, f"named by {file.name}"
     return None, f"{file.name} names {named}, which is not here; give --baseline"
 
 

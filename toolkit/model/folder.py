@@ -13,7 +13,9 @@ from typing import Any, Literal
 from gblm.errors import CheckpointError, InputError
 from gblm.files import read_json
 
-HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+HUB_FILES = [
+    "*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md",
+]  # fmt: skip
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 PACKED_METHOD = "gblm"
 # How compressed-tensors wrote sparse weights until it dropped them. The list is closed: elsewhere a

@@ -29,7 +29,7 @@ from gblm.provenance import versions
 from gblm.prune.gradients import GradientNorms
 from gblm.prune.job import Job, open_job
 from gblm.prune.layer import Pruned, prune_layer
-from gblm.recipe import Recipe, Recovering
+from gblm.recipe import Recipe, Recovering, published
 from gblm.recover.needs import Extent, settle
 from gblm.recover.run import check_texts, recover
 
@@ -150,9 +150,11 @@ def _is_pruned(folder: Path, job: Job) -> bool:
     """Tell whether an earlier run of the same recipe, on the same model and text, ended here."""
     if not (folder / RECIPE_FILE).exists():
         return False
-    notes, recipe = read_json(folder / MANIFEST_FILE), read_json(folder / RECIPE_FILE)
+    notes = read_json(folder / MANIFEST_FILE)
+    recipe = read_json(folder / RECIPE_FILE) | {"model": ""}
     found = (recipe, notes.get("model_sha256"), notes.get("calibration_sha256"))
-    return found == (job.recipe.to_dict(), job.model_sha256, job.calibration_sha256)
+    now = published(job.recipe.to_dict() | {"model": ""})
+    return found == (now, job.model_sha256, job.calibration_sha256)
 
 
 @dataclass(frozen=True)

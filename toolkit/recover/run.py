@@ -35,7 +35,7 @@ from gblm.model.packed_reader import (
 )
 from gblm.model.reader import Reader
 from gblm.progress import Progress, no_progress
-from gblm.recipe import Recovering
+from gblm.recipe import Recovering, read_recipe
 from gblm.recover.needs import HELD_OUT_WINDOWS, Extent, settle
 from gblm.recover.teacher import Head, Hidden, compare
 from gblm.recover.train import Trainer, batches, seconds_per_token
@@ -282,7 +282,7 @@ def become(model: Any, task: Task) -> dict[str, Part]:
 
 
 def _dense_folder(packed: ModelFolder, given: str | Path | None) -> ModelFolder:
-    recipe = read_json(packed.path / RECIPE_FILE) if (packed.path / RECIPE_FILE).exists() else {}
+    recipe = read_recipe(packed.path / RECIPE_FILE) if (packed.path / RECIPE_FILE).exists() else {}
     if recipe.get("recover"):
         raise InputError(f"{packed} was recovered already: start from the folder it was made from.")
     named = given or recipe.get("model")
@@ -357,7 +357,7 @@ def _write(task: Task, found: _Found, output: Path, overwrite: bool) -> dict[str
             for local, tensor in packed.parts(task.head_name).items():
                 shards.add(f"{task.head_name}.{local}", tensor)
         shards.finish()
-        recipe = read_json(source / RECIPE_FILE) | {"recover": task.how.model_dump(mode="json")}
+        recipe = read_recipe(source / RECIPE_FILE) | {"recover": task.how.model_dump(mode="json")}
         report = summary(
             list(rows.values()), old.get("head"), old["bytes_dense"], shards.total_bytes
         )
