@@ -28,7 +28,7 @@ FIELDS = (
 @click.command("recover", cls=Command)
 @click.argument("packed")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to make.")
-@click.option("--baseline", help="The dense model. Default: the one that recipe.json names.")
+@click.option("--baseline", help="The dense model. Default: the one it was made from.")
 @field_options(Recovering, *FIELDS)
 @device_option
 @overwrite_option

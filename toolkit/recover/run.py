@@ -95,7 +95,7 @@ def recover(
         packed: a packed folder, as `gblm prune` writes it.
         output: the folder to make.
         how: what is trained, on which text, for how long.
-        dense: the dense model; the one that recipe.json names if None.
+        dense: the dense model; the one that `packed` was made from if None.
         device: a torch device.
         overwrite: replace an existing folder.
         resume: go on after the last saved step of the same command.
@@ -288,6 +288,8 @@ def _dense_folder(packed: ModelFolder, given: str | Path | None) -> ModelFolder:
     named = given or recipe.get("model")
     if named is None:
         raise UsageError(f"{packed} names no dense model: give --baseline.")
+    if not given and "/" not in named and not Path(named).is_dir():
+        raise UsageError(f"{packed} was made from {named}, which is not here: give --baseline.")
     return ModelFolder.open(str(named))
 
 
