@@ -35,7 +35,7 @@ def export_hub(source: ModelFolder, repo: str, public: bool = False) -> dict[str
     hub = HfApi()
     try:
         name = hub.create_repo(repo, private=not public, exist_ok=True).repo_id
-        private = bool(hub.repo_info(name).private)
+        private = bool(hub.model_info(name).private)
         if not private and not public:
             raise UsageError(
                 f"{name} is there already, and everybody can read it: pass --public, or choose "

@@ -134,7 +134,7 @@ model = gblm.packed.load(".")
 """
 
 
-def model_card(recipe: dict[str, Any], report: dict[str, Any], licence: dict[str, str]) -> str:
+def model_card(recipe: dict[str, Any], report: dict[str, Any], licence: dict[str, Any]) -> str:
     """Write the model card: Markdown with a metadata header for model hubs.
 
     Args:
@@ -179,7 +179,7 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any], licence: dict[str
     )
 
 
-def licence_of(folder: Path) -> dict[str, str]:
+def licence_of(folder: Path) -> dict[str, Any]:
     """Find what a model's card says of its licence; where it has none, whether a licence is there.
 
     Returns:
