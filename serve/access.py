@@ -6,6 +6,7 @@ import argparse
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ def with_config(options: Sequence[str]) -> list[str]:
 
 def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Give each word as if it was an option, with what would be its value."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in pairwise([*words, ""]):
         name, equals, value = word.partition("=")
         if word[:2] == "-n" and word[2:].isdigit():  # argparse takes -n2 for -n 2
             name, equals, value = "-n", "=", word[2:]

@@ -100,7 +100,7 @@ def test_an_export_for_onnx_tells_no_path(
 ) -> None:
     pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai: make dev installs it")
     done = gblm("export", "onnx", chat_model, "--output", tmp_path / "onnx", "--validate", 0,
-                GBLM_CACHE=own_cache)  # fmt: skip
+                GBLM_CACHE=str(own_cache))  # fmt: skip
     assert done.code == 0, done
     for path in (tmp_path / "onnx").iterdir():
         assert str(tmp_path).encode() not in path.read_bytes(), path

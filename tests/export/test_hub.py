@@ -110,6 +110,9 @@ class Call(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length")
         body = self.rfile.read(int(length)) if length else self._chunks()
         path = self.path.partition("?")[0]
+        if path == "/api/agent-harnesses":  # the client asks for itself, whatever it does
+            self.send_error(404)
+            return
         self.server.calls.append(f"{self.command} {path}")
         if self.command != "PUT":
             self.server.tokens.add(self.headers.get("Authorization"))
@@ -149,7 +152,7 @@ def hub() -> Iterator[Hub]:
 def push(gblm: Callable[..., Outcome], hub: Hub) -> Callable[..., Outcome]:
     def run(*words: object, **environment: str) -> Outcome:
         known = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
-        return gblm("export", "hub", *words, **known, **{"HF_TOKEN": TOKEN} | environment)
+        return gblm("export", "hub", *words, **{**known, "HF_TOKEN": TOKEN, **environment})
 
     return run
 

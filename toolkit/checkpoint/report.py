@@ -5,13 +5,13 @@ The output head stands beside the pruned weights: sparsity and bits per weight a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import ModelCardData, metadata_load
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from yaml import YAMLError
 
 from gblm.sparse.formats import Format, Parts, Shape
@@ -98,6 +98,8 @@ def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 DENSE = "dense"
+# What a model on a hub can be called; folders may be called anything.
+HUB_NAME = re.compile(r"([\w.-]{1,96}/)?[\w.-]{1,96}", re.ASCII)
 LICENCE = ("license", "license_name", "license_link")
 CARD = """\
 ---
@@ -148,7 +150,7 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any], licence: dict[str
     values = list(dict.fromkeys(group["values"] for group in groups if "values" in group))
     kinds = dict.fromkeys(spec.partition(":")[0] for spec in values)
     facts = ModelCardData(
-        base_model=_hub_name(recipe["model"]),
+        base_model=recipe["model"] if HUB_NAME.fullmatch(recipe["model"]) else None,
         base_model_relation="quantized",
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -194,15 +196,6 @@ def licence_of(folder: Path) -> dict[str, Any]:
         return {key: value for key in LICENCE if isinstance(value := found.get(key), str)}
     file = next((path.name for path in sorted(folder.glob("LICENSE*")) if path.is_file()), None)
     return {"license": "other", "license_link": file} if file else {}
-
-
-def _hub_name(model: str) -> str | None:
-    """Give what can be the name of a model on the hub; folders may be called anything."""
-    try:
-        validate_repo_id(model)
-    except HFValidationError:
-        return None
-    return model
 
 
 def _included(kinds: Iterable[str]) -> str:

@@ -288,7 +288,7 @@ def _dense_folder(packed: ModelFolder, given: str | Path | None) -> ModelFolder:
     named = given or recipe.get("model")
     if named is None:
         raise UsageError(f"{packed} names no dense model: give --baseline.")
-    if not given and "/" not in named and not Path(named).is_dir():
+    if not given and "/" not in str(named) and not Path(named).is_dir():
         raise UsageError(f"{packed} was made from {named}, which is not here: give --baseline.")
     return ModelFolder.open(str(named))
 
