@@ -26,14 +26,17 @@ def test_completion(client: object) -> None:
     assert done.usage.completion_tokens == 5
 
 
-def test_chat_template_and_generation_settings_are_the_folders(client: object) -> None:
+def test_chat_template_and_generation_settings_are_the_folders(
+    client: object, server: tuple
+) -> None:
+    ask = {"model": "tiny", "max_tokens": 8, "temperature": 0}
     messages = [{"role": "user", "content": "hello"}]
-    done = client.chat.completions.create(model="tiny", messages=messages, max_tokens=8)
-    ask = {"model": "tiny", "prompt": "[user]hello", "max_tokens": 8, "temperature": 0}
-    plain = client.completions.create(**ask)
+    done = client.chat.completions.create(messages=messages, **ask)
+    plain = client.completions.create(prompt="[user]hello", **ask)
     assert done.choices[0].message.role == "assistant"
     assert done.choices[0].message.content == plain.choices[0].text
     assert done.usage.prompt_tokens == plain.usage.prompt_tokens == len("[user]hello")
+    assert "`{'top_k': 7}`" in server[2].read_text()  # what requests take that do not say
 
 
 def test_streaming_gives_the_same_text(client: object) -> None:
