@@ -6,12 +6,11 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Outcome, content
+from conftest import Run, content
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
@@ -96,7 +95,7 @@ def test_a_cache_that_cannot_be_written_fails_nothing(
 
 
 def test_an_export_for_onnx_tells_no_path(
-    gblm: Callable[..., Outcome], chat_model: Path, tmp_path: Path, own_cache: Path
+    gblm: Run, chat_model: Path, tmp_path: Path, own_cache: Path
 ) -> None:
     pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai: make dev installs it")
     done = gblm("export", "onnx", chat_model, "--output", tmp_path / "onnx", "--validate", 0,

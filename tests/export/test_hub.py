@@ -6,13 +6,13 @@ import base64
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Outcome
+from conftest import Outcome, Run
 from huggingface_hub import ModelCard
 
 TOKEN = "hf_of_the_test"
@@ -149,7 +149,7 @@ def hub() -> Iterator[Hub]:
 
 
 @pytest.fixture
-def push(gblm: Callable[..., Outcome], hub: Hub) -> Callable[..., Outcome]:
+def push(gblm: Run, hub: Hub) -> Run:
     def run(*words: object, **environment: str) -> Outcome:
         known = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
         return gblm("export", "hub", *words, **{**known, "HF_TOKEN": TOKEN, **environment})
@@ -157,9 +157,7 @@ def push(gblm: Callable[..., Outcome], hub: Hub) -> Callable[..., Outcome]:
     return run
 
 
-def test_every_file_arrives_in_a_private_repository(
-    push: Callable[..., Outcome], hub: Hub, packed: Path
-) -> None:
+def test_every_file_arrives_in_a_private_repository(push: Run, hub: Hub, packed: Path) -> None:
     done = push(packed, "tiny")
     assert done.code == 0, done
     assert done.out == f"{hub.url}/me/tiny/commit/1: you and who you let can read it\n"
@@ -172,7 +170,7 @@ def test_every_file_arrives_in_a_private_repository(
 
 
 def test_a_second_push_replaces_weights_and_keeps_what_others_added(
-    push: Callable[..., Outcome], hub: Hub, packed: Path
+    push: Run, hub: Hub, packed: Path
 ) -> None:
     hub.visibility = "private"
     left = "model-00001-of-00002.safetensors"
@@ -185,9 +183,7 @@ def test_a_second_push_replaces_weights_and_keeps_what_others_added(
     }  # fmt: skip
 
 
-def test_public_is_asked_for_each_time(
-    push: Callable[..., Outcome], hub: Hub, packed: Path
-) -> None:
+def test_public_is_asked_for_each_time(push: Run, hub: Hub, packed: Path) -> None:
     done = push(packed, "tiny", "--public")
     assert done.out.endswith(": everybody can read it\n"), done
     assert hub.visibility == "public"
@@ -198,9 +194,7 @@ def test_public_is_asked_for_each_time(
     assert hub.calls == ["POST /api/repos/create", "GET /api/models/me/tiny"]
 
 
-def test_a_damaged_folder_is_not_pushed(
-    push: Callable[..., Outcome], hub: Hub, packed: Path
-) -> None:
+def test_a_damaged_folder_is_not_pushed(push: Run, hub: Hub, packed: Path) -> None:
     with (packed / "tokenizer.json").open("a") as file:
         file.write(" ")
     done = push(packed, "tiny")
@@ -213,7 +207,7 @@ def test_a_damaged_folder_is_not_pushed(
      ("tiny", 0, {"HF_ENDPOINT": "http://127.0.0.1:1"})],
 )  # fmt: skip
 def test_what_the_hub_or_the_way_to_it_refuses_is_one_sentence(
-    push: Callable[..., Outcome], hub: Hub, packed: Path, name: str, status: int,
+    push: Run, hub: Hub, packed: Path, name: str, status: int,
     environment: dict[str, str],
 ) -> None:  # fmt: skip
     hub.refuses = status

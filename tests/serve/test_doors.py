@@ -8,11 +8,12 @@ import shutil
 import socket
 import ssl
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from conftest import Pack
 from vllm_server import listening, served
 
 from gblm.network import is_loopback
@@ -56,7 +57,7 @@ def trusting(certificate: Path) -> ssl.SSLContext:
 
 @pytest.fixture(scope="module")
 def server(
-    pack_tiny: Callable[..., Path], certificate: Path, trusting: ssl.SSLContext
+    pack_tiny: Pack, certificate: Path, trusting: ssl.SSLContext
 ) -> Iterator[tuple[int, subprocess.Popen, str]]:
     """Port, process and log of a server with as many processes, routes and ports as it can have."""
     (certificate / "api-key").write_text(KEY)
