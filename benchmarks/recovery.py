@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument("--model", choices=("smollm2", "gemma3-270m"), default="smollm2")
     parser.add_argument("--cells", nargs="+", default=CELLS)
     parser.add_argument("--methods", nargs="+", default=("sparsegpt",))
-    parser.add_argument("--preset", choices=("fast", "recovered", "best"), default="recovered")
+    parser.add_argument("--preset", choices=("fast", "recovered"), default="recovered")
     parser.add_argument("--dense-ends", type=int)
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--seed", type=int, default=0)

@@ -33,7 +33,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "fast": FAST,
     "recovered": FAST | {"reconstruct": 2, "recover": 65536},
-    "best": FAST | {"num_samples": 128, "reconstruct": 4, "recover": 262144},
 }
 
 
