@@ -71,13 +71,16 @@ def device_name() -> str:
     return _cpu_model()
 
 
+def cpuinfo() -> dict[str, str]:
+    """Read what Linux says of the first processor; nothing elsewhere."""
+    file = Path("/proc/cpuinfo")
+    first = file.read_text().partition("\n\n")[0] if file.exists() else ""
+    fields = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in fields}
+
+
 def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:

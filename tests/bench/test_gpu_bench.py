@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,17 +18,18 @@ from conftest import Outcome
 from gpu_emulated import emulated_backends, missing
 from torch import Tensor
 
-from gblm.bench import gpu as bench
-from gblm.bench.gpu import DENSE, TWO_FOUR, Decoder, Gpu, Side, Sizes, bench_gpu, graph_timer
-from gblm.bench.kernels import Settings
+from gblm.bench import kernels as bench
+from gblm.bench.decoding import Decoder, Model
+from gblm.bench.devices import MAX_GRAPH, Device, gpu, graph_timer
+from gblm.bench.kernels import Settings, measure
+from gblm.bench.linears import DENSE, TWO_FOUR, Linear
 from gblm.cli import cli
 from gblm.errors import UsageError
 from gblm.kernels import BACKENDS
 from gblm.record import Record
 
-TINY = Sizes(layers=2, hidden=64, inner=96, heads=4, vocabulary=50, context=6, read_bytes=1 << 10,
-             square=8)  # fmt: skip
-SETTINGS = Settings(shapes=((32, 64),), tokens=(1, 70), backends=(), rounds=3,
+TINY = Model(layers=2, hidden=64, inner=96, heads=4, vocabulary=50, context=6)
+SETTINGS = Settings(shapes=((32, 64),), tokens=(1, 70), device="cuda", rounds=3, allow_noise=True,
                     formats=("nm/2:4", "nm/2:4/int4:32", "bitmask/0.5"))  # fmt: skip
 
 
@@ -48,18 +50,23 @@ def dense_two_four(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda weight: weight.clone())
 
 
-def host(**backends: Any) -> Gpu:
-    return Gpu(torch.device("cpu"), backends, 0, host_timer, {"capability": "9.0"})
+def host(*usual: str) -> Device:
+    return Device(torch.device("cpu"), usual, 0, time.perf_counter, host_timer,
+                  lambda size: lambda: 20.0, {"capability": "9.0"})  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
-def test_every_side_on_the_emulated_gpu_has_its_rows(tmp_path: Path) -> None:
-    record = bench_gpu(SETTINGS, gpu=host(**emulated_backends()), sizes=TINY)
+def test_every_side_on_the_emulated_gpu_has_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, backend in emulated_backends().items():
+        monkeypatch.setitem(BACKENDS, name, backend)
+    record = measure(host("mma_sp", "delta"), SETTINGS, model=TINY)
     assert record.verdict.reasons == ()
-    packed = {"mma_sp nm/2:4", "mma_sp nm/2:4/int4:32", "delta nm/2:4", "delta nm/2:4/int4:32",
-              "delta bitmask/0.5"}  # fmt: skip
-    assert set(record.sides) == {"device", DENSE, TWO_FOUR, *packed}
+    packed = {"nm/2:4 on mma_sp", "nm/2:4/int4:32 on mma_sp", "nm/2:4 on delta",
+              "nm/2:4/int4:32 on delta", "bitmask/0.5 on delta"}  # fmt: skip
+    assert set(record.sides) == {"memory", DENSE, TWO_FOUR, *packed}
     for tokens in (1, 70):
         load = f"32x64, {tokens} tokens"
         for side in (DENSE, TWO_FOUR, *packed):
@@ -69,58 +76,57 @@ def test_every_side_on_the_emulated_gpu_has_its_rows(tmp_path: Path) -> None:
             assert record.ratio(side, load, "us") is not None
     decoded = {row.side for row in record.rows if row.load == "decode loop, batch 8"}
     # Of each format the backend that gblm itself would take.
-    assert decoded == {DENSE, "mma_sp nm/2:4", "mma_sp nm/2:4/int4:32", "delta bitmask/0.5"}
-    assert record.value("device", "read", "gb_s")
-    dense, half = (record.row(side, "32x64, 1 tokens", "gb_s") for side in (DENSE, "mma_sp nm/2:4"))
-    micro = record.row("mma_sp nm/2:4", "32x64, 1 tokens", "us")
-    assert dense is not None
-    assert half is not None
-    assert micro is not None
+    assert decoded == {DENSE, "nm/2:4 on mma_sp", "nm/2:4/int4:32 on mma_sp",
+                       "bitmask/0.5 on delta"}  # fmt: skip
+    assert record.value("memory", "32x64, 1 tokens", "read_limit_gb_s") == 20
     # Tiles hold 9 of 16 bits, beside one scale that is not used.
-    assert half.rounds[0] * micro.rounds[0] == pytest.approx((32 * 64 * 9 / 8 + 2) / 1e3)
+    assert record.value("nm/2:4 on mma_sp", "32x64", "bytes") == 32 * 64 * 9 / 8 + 2
     record.write(tmp_path / "gpu.json")
     assert Record.read(tmp_path / "gpu.json").rows == record.rows
 
 
-def test_what_raises_costs_its_own_figures_alone() -> None:
+def test_what_raises_costs_its_own_figures_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken(type(BACKENDS["reference"])):  # type: ignore[misc]
+        name = "broken"
+
         def linear(self, *arguments: Any, **named: Any) -> Tensor:
             raise ValueError("no such kernel\nsecond line")
 
-    record = bench_gpu(SETTINGS, gpu=host(broken=Broken(), dense=BACKENDS["dense"]), sizes=TINY)
+    monkeypatch.setitem(BACKENDS, "broken", Broken())
+    record = measure(host("broken", "dense"), SETTINGS, model=TINY)
     assert not record.verdict.valid
-    assert "broken nm/2:4, 32x64, 1 tokens: ValueError: no such kernel" in record.verdict.reasons
-    assert {row.side for row in record.rows if row.load == "32x64, 70 tokens"} == {
-        DENSE, TWO_FOUR, "dense nm/2:4", "dense nm/2:4/int4:32", "dense bitmask/0.5",
-    }  # fmt: skip
+    assert "nm/2:4 on broken, 32x64, 1 tokens: ValueError: no such kernel" in record.verdict.reasons
+    timed = {row.side for row in record.rows if row.load == "32x64, 70 tokens"}
+    assert timed == {"memory", DENSE, TWO_FOUR, "nm/2:4 on dense", "nm/2:4/int4:32 on dense",
+                     "bitmask/0.5 on dense"}  # fmt: skip
 
 
 def test_nothing_begins_when_the_time_is_over() -> None:
-    record = bench_gpu(SETTINGS, -1, gpu=host(dense=BACKENDS["dense"]), sizes=TINY)
+    record = measure(host("dense"), replace(SETTINGS, minutes=-1), model=TINY)
     assert record.rows == ()
-    assert record.verdict.reasons[0] == "limits: no time was left"
+    assert record.verdict.reasons[0] == f"{DENSE}, 32x64: no time was left"
     assert not record.verdict.valid
 
 
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
-        ({"backends": ("cpu",)}, "backend 'cpu' is none of those for GPUs: give dense"),
+        ({"backends": ("gpu",)}, "backend 'gpu' is unknown"),
+        ({"backends": ("mma_sp",)}, "no backend can serve nm/2:4"),
         ({"formats": ("nm/2:4/int8:96",)}, "64 columns"),
         ({"formats": ("nm/2",)}, "nm/2"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before(changed: dict[str, Any], sentence: str) -> None:
-    settings = Settings(**{**SETTINGS.__dict__, **changed})
     with pytest.raises(UsageError, match=sentence):
-        bench_gpu(settings, gpu=host(dense=BACKENDS["dense"]), sizes=TINY)
+        measure(host("dense"), replace(SETTINGS, **changed), model=TINY)
 
 
 def test_sides_take_turns_in_alternating_order() -> None:
     seen: list[str] = []
-    sides = [Side(name, 8, ()) for name in "ab"]
-    prepared = {side: lambda name=side.name: seen.append(name) or 1.0 for side in sides}
-    bench.take_turns(prepared, "load", 3)
+    run = bench.Run(host(), SETTINGS, lambda: 1.0)
+    timed = {name: lambda name=name: seen.append(name) or 1.0 for name in "ab"}
+    run.rounds(timed, "load")
     assert "".join(seen) == "abbaab"
 
 
@@ -134,8 +140,8 @@ def test_the_decoder_is_a_transformer() -> None:
 
         return call
 
-    sides = [Side("zero", 0, (linear(rows),) * 2) for rows, _ in TINY.linears]
-    decoder = Decoder(host(), TINY, 3, sides)
+    linears = [Linear("zero", "torch", 0, (linear(rows),) * 2) for rows, _ in TINY.linears]
+    decoder = Decoder(host(), TINY, 3, linears)
     tokens = decoder.step()
     assert tokens.shape == (3,)
     assert tokens.dtype == torch.int64
@@ -196,15 +202,15 @@ def test_a_graph_repeats_short_calls_and_is_replayed(fake_cuda: SimpleNamespace)
     made: list[bool] = []
     timed = graph_timer([lambda: made.append(fake_cuda.capturing)] * 2)
     assert made[:4] == [False] * 4
-    assert made[4:] == [True] * bench.MAX_CALLS
+    assert made[4:] == [True] * MAX_GRAPH
     assert timed() >= 0
     assert fake_cuda.replays == 2
 
 
 def test_the_current_device_has_all_backends_for_gpus(fake_cuda: SimpleNamespace) -> None:
-    here = Gpu.current()
-    assert list(here.backends) == ["mma_sp", "delta", "triton"]
-    assert here.cold_bytes == 3 << 10
+    here = gpu()
+    assert here.usual == ["mma_sp", "delta", "triton"]
+    assert here.cold == 3 << 10
     assert here.facts["capability"] == "9.0"
     assert json.dumps(here.facts)
 
@@ -222,13 +228,8 @@ def test_without_a_device_the_command_refuses_in_one_sentence(
     assert "--device cuda needs a CUDA device; PyTorch sees none." in done.err
 
 
-@pytest.mark.parametrize(
-    "words", [["--device", "cuda", "--threads", "2"], ["--minutes", "3"]], ids=str
-)
-def test_options_that_say_nothing_are_refused(
-    gblm: Callable[..., Outcome], words: list[str]
-) -> None:
-    done = gblm("bench", "kernels", *words)
+def test_options_that_say_nothing_are_refused(gblm: Callable[..., Outcome]) -> None:
+    done = gblm("bench", "kernels", "--device", "cuda", "--threads", "2")
     assert done.code == 2
     assert "does not go with --device" in done.err
 
@@ -236,12 +237,12 @@ def test_options_that_say_nothing_are_refused(
 def test_the_command_writes_the_record_and_prints_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record = bench_gpu(SETTINGS, gpu=host(dense=BACKENDS["dense"]), sizes=TINY)
-    monkeypatch.setattr(bench, "bench_gpu", lambda settings, minutes, progress: record)
+    record = measure(host("dense"), SETTINGS, model=TINY)
+    monkeypatch.setattr(bench, "bench_kernels", lambda settings, progress: record)
     path = tmp_path / "r.json"
     words = ["bench", "kernels", "--device", "cuda", "--output", str(path)]
     done = click.testing.CliRunner().invoke(cli, words, obj={})
     assert done.exit_code == 0, done.output
     assert "decode loop, batch 32" in done.output
-    assert "dense bitmask/0.5" in done.output
+    assert "bitmask/0.5 on dense" in done.output
     assert Record.read(path).rows == record.rows

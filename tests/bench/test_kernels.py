@@ -2,49 +2,59 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import Outcome
 
 from gblm.bench import kernels as bench
+from gblm.bench.devices import Device, block_timer
 from gblm.bench.linears import Asked, Linear, num_copies, packed_linear, sparse_weight
 from gblm.errors import MachineError, UsageError
 from gblm.kernels import native
 from gblm.record import Record
 
 Run = Callable[..., Outcome]
-ANY_NOISE = ("--max-steal", 100, "--max-other-load", 100, "--max-slow-read", 100)
 needs_kernels = pytest.mark.skipif(
     native.refusal() is not None, reason="no CPU kernels: make dev builds them"
 )
 
 
-def measured_with(monkeypatch: pytest.MonkeyPatch, heard: list[dict[str, float]]) -> bench._Bench:
-    """A case of two linears with made-up seconds of calls, and the noise that is given."""
+def host(timer: Any = None, cold: int = 0) -> Device:
+    return Device(torch.device("cpu"), ("cpu",), cold, lambda: 0.0, timer, lambda _: lambda: 1.0)
+
+
+def measured_with(reads: list[float], **more: Any) -> bench.Run:
+    """A case of two linears with made-up seconds of calls, and the speeds of memory given."""
+    times = {"torch_bf16": [4.0, 8.0, 2.0], "nm/2:4": [1.0, 1.0, 2.0]}
     linears = [
-        Linear("torch_bf16", "torch", "", 64, []),
-        Linear("nm/2:4", "cpu", "nm/2:4", 36, []),
+        Linear(name, "torch", size, (lambda x, name=name: name,))
+        for name, size in (("torch_bf16", 64), ("nm/2:4", 36))
     ]
-    times = {
-        "torch_bf16": [[4.0, 4.0, 400.0], [8.0], [2.0]],
-        "nm/2:4": [[1.0, 1.0, 9.0], [1.0], [2.0]],
-    }
-    monkeypatch.setattr(bench, "_rounds", lambda *_: (times, heard))
-    found = bench._Bench(bench.Settings(((4, 8),), (1,)), [], None, 0, lambda: 0.0)
-    found._case(linears, (4, 8), 1, torch.empty(0))
-    return found
+    taken = {name: iter(seconds) for name, seconds in times.items()}
+    device = host(lambda calls: lambda: next(taken[calls[0]()]))
+    settings = bench.Settings(((4, 8),), (1,), rounds=3, **more)
+    run = bench.Run(device, settings, iter(reads).__next__)
+    run.time(linears, bench.name_of((4, 8), 1), torch.empty(1, 8))
+    return run
 
 
-def test_rows_are_medians_of_rounds_and_shares_of_the_best_read(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    reads = [{"read_limit_gb_s": read} for read in (36e-9, 40e-9, 36e-9)]
-    rows = measured_with(monkeypatch, reads).rows
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else is on the machine."""
+    monkeypatch.setattr(bench.noise, "measured", lambda: nullcontext({}))
+
+
+@pytest.mark.usefixtures("quiet")
+def test_rows_are_medians_of_rounds_and_shares_of_the_best_read() -> None:
+    rows = measured_with([36e-9, 40e-9, 36e-9]).rows
     record = Record("kernels", {}, tuple(rows), "torch_bf16")
     load = bench.name_of((4, 8), 1)
     ratio = record.ratio("torch_bf16", load, "us", "nm/2:4")
@@ -54,26 +64,28 @@ def test_rows_are_medians_of_rounds_and_shares_of_the_best_read(
     assert record.value("nm/2:4", load, "share_of_read_limit") == pytest.approx(36 / 40)
 
 
-def test_rounds_of_slow_memory_are_left_out_and_with_most_of_them_the_case(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    found = measured_with(monkeypatch, [{"read_limit_gb_s": read} for read in (20.0, 10.0, 20.0)])
+@pytest.mark.usefixtures("quiet")
+def test_rounds_of_slow_memory_are_left_out_and_with_most_of_them_the_case() -> None:
+    found = measured_with([20.0, 10.0, 20.0])
     (row,) = [row for row in found.rows if (row.side, row.metric) == ("torch_bf16", "us")]
     assert row.rounds == (4e6, 2e6)
-    assert "round 2 is left out: 4x8, 1 tokens: memory was read at 10.0 GB/s" in found.notes[0]
-    lost = measured_with(monkeypatch, [{"read_limit_gb_s": read} for read in (20.0, 10.0, 10.0)])
+    assert "4x8, 1 tokens: round 2 is left out: memory was read at 10.0 GB/s" in found.notes[0]
+    lost = measured_with([20.0, 10.0, 10.0])
     assert lost.rows == []
-    assert lost.reasons[0].startswith("only 1 of 3 rounds were quiet; 4x8, 1 tokens: memory")
+    assert lost.reasons[0].startswith("4x8, 1 tokens: only 1 of 3 rounds were quiet; memory")
+    kept = measured_with([20.0, 10.0, 10.0], allow_noise=True)
+    assert len(kept.rows[-1].rounds) == 3
+    assert len(kept.notes) == 2
 
 
-def test_every_call_takes_the_next_copy() -> None:
+def test_every_call_takes_the_next_copy_and_the_median_block_counts() -> None:
     seen: list[int] = []
-    copies = [lambda x, i=i: seen.append(i) or x for i in range(3)]
-    linear = Linear("a", "torch", "", 1, copies)
-    ticks = iter(range(100))
-    assert linear.time(torch.zeros(1), 4, lambda: float(next(ticks))) == [1, 1, 1, 1]
-    linear.time(torch.zeros(1), 1, lambda: 0.0)
-    assert seen == [0, 1, 2, 0, 1]
+    now = itertools.count()
+    timed = block_timer(lambda: float(next(now)), [lambda i=i: seen.append(i) for i in range(3)])
+    # Each copy once, then three calls to see how long one takes.
+    assert seen == [0, 1, 2, 0, 1, 2]
+    assert timed() == 1
+    assert seen[6:] == [0, 1, 2]
 
 
 def test_copies_fill_more_than_the_cache() -> None:
@@ -93,7 +105,7 @@ def test_a_drawn_weight_follows_its_format(text: str) -> None:
 @needs_kernels
 @pytest.mark.parametrize("text", ["nm/2:4", "bitmask/0.5/int8", "dense/dense/int4:32"])
 def test_all_copies_give_the_same_product(text: str) -> None:
-    linear = packed_linear(Asked(text), "cpu", torch.randn(32, 64), 20_000, lambda: 0.0)
+    linear = packed_linear(Asked(text), "cpu", torch.randn(32, 64), host(cold=20_000))
     assert len(linear.copies) * linear.size >= 20_000
     x = torch.randn(2, 64).bfloat16()
     assert len({call(x).float().sum().item() for call in linear.copies}) == 1
@@ -101,7 +113,7 @@ def test_all_copies_give_the_same_product(text: str) -> None:
 
 @pytest.mark.vllm
 def test_vllm_baselines_are_linears() -> None:
-    from gblm.bench.linears import vllm_linears, vllm_operators
+    from gblm.bench.linears import vllm_bf16, vllm_operators, vllm_w8a8
 
     environment = dict(os.environ)
 
@@ -110,7 +122,8 @@ def test_vllm_baselines_are_linears() -> None:
     if operators is None:
         pytest.skip("no oneDNN linears of vLLM")
     weight, x = torch.randn(64, 128), torch.randn(3, 128).bfloat16()
-    for linear in vllm_linears(operators, weight, 0):
+    for make in (vllm_bf16, vllm_w8a8):
+        linear = make(operators, weight, 0)
         got, want = linear.copies[0](x).float(), x.float() @ weight.t()
         assert (got - want).norm() < 0.02 * want.norm(), linear.name
 
@@ -121,7 +134,7 @@ def test_the_command_measures_a_tiny_shape(gblm: Run, tmp_path: Path) -> None:
     done = gblm(
         "bench", "kernels", "--shapes", "48x64", "--tokens", "1,2", "--rounds", 2, "--no-vllm",
         "--formats", "nm/2:4/int8,bitmask/0.5", "--formats", "bitmask/0.5",
-        *ANY_NOISE, "--output", "out.json", "--json",
+        "--allow-noise", "--output", "out.json", "--json",
     )  # fmt: skip
     assert done.code == 0, done
     record = Record.read(tmp_path / "out.json")
@@ -145,7 +158,7 @@ def test_the_command_measures_a_tiny_shape(gblm: Run, tmp_path: Path) -> None:
 @needs_kernels
 def test_the_table_names_every_linear(gblm: Run) -> None:
     done = gblm("bench", "kernels", "--shapes", "16x32", "--tokens", 1, "--rounds", 1, "--no-vllm",
-                "--formats", "nm/2:4", "--isa", "portable", *ANY_NOISE)  # fmt: skip
+                "--formats", "nm/2:4", "--isa", "portable", "--allow-noise")  # fmt: skip
     assert done.code == 0, done
     assert "16x32, 1 tokens" in done.out
     assert "x dense control" in done.out
@@ -189,7 +202,7 @@ def test_without_kernels_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) 
 def test_a_missing_instruction_set_is_a_fact_of_the_machine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    settings = bench.Settings(((16, 32),), (1,), ("nm/2:4",), isa="neon", vllm=False, cold=0)
+    settings = bench.Settings(((16, 32),), (1,), isa="neon", cold=0)
     with pytest.raises(MachineError, match="'neon' is not available"):
         bench.bench_kernels(settings)
 

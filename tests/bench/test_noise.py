@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from gblm.bench import noise
-from gblm.bench.noise import Limits, measured, own_seconds, shares
+from gblm.bench.noise import judge, measured, own_seconds, shares
 
 BEFORE = {"user": 10.0, "nice": 0.0, "system": 5.0, "idle": 100.0, "iowait": 0.0, "irq": 0.0,
           "softirq": 0.0, "steal": 1.0, "guest": 3.0, "guest_nice": 0.0}  # fmt: skip
@@ -112,13 +112,21 @@ QUIET = {"steal": 0.0, "other_load": 0.01, "cpu_throttles": 0, "gpu_throttle_s":
 )
 def test_a_round_is_noisy_for_one_reason(changed: dict[str, float], sentence: str) -> None:
     rounds = [{"a": QUIET, "b": QUIET}, {"a": QUIET, "b": QUIET | changed}]
-    found = noise.noisy_rounds(rounds, Limits())
-    assert list(found) == [1]
-    assert found[1].startswith(f"b: {sentence}")
+    kept, (note,), reasons = judge("load", rounds)
+    assert (kept, reasons) == ([0], [])
+    assert note.startswith(f"load: round 2 is left out: b: {sentence}")
 
 
-def test_quiet_rounds_are_kept_and_limits_can_be_raised() -> None:
+def test_quiet_rounds_are_kept_and_noise_can_be_allowed() -> None:
     heard = QUIET | {"steal": 0.05, "other_load": 0.25, "read_limit_gb_s": 17.1}
-    assert noise.noisy_rounds([{"a": QUIET}, {"a": QUIET}], Limits()) == {}
-    assert noise.noisy_rounds([{"a": QUIET}, {"a": heard}], Limits(0.1, 0.3)) == {}
-    assert list(noise.noisy_rounds([{"a": QUIET}, {"a": heard}], Limits())) == [1]
+    assert judge("load", [{"a": QUIET}, {"a": QUIET}]) == ([0, 1], [], [])
+    kept, (note,), reasons = judge("load", [{"a": QUIET}, {"a": heard}], allow_noise=True)
+    assert (kept, reasons) == ([0, 1], [])
+    assert note.startswith("load: round 2 is noisy: a: 5.0% of the CPU time was stolen")
+
+
+def test_where_most_rounds_are_noisy_none_counts() -> None:
+    noisy = QUIET | {"steal": 0.05}
+    kept, _, (reason,) = judge("load", [{"a": QUIET}, {"a": noisy}, {"a": noisy}])
+    assert kept == []
+    assert reason.startswith("load: only 1 of 3 rounds were quiet; a: 5.0% of the CPU")

@@ -15,8 +15,7 @@ from gblm.export.onnx.export import Wanted, export_onnx
 from gblm.record import Record
 
 SMALL = ("--rounds", 1, "--num-prompts", 2, "--prompt-len", 4, "--output-len", 2, "--threads", 1,
-         "--max-steal", 100, "--max-other-load", 100, "--max-slow-read", 100,
-         "--log", "log")  # fmt: skip
+         "--allow-noise", "--log", "log")  # fmt: skip
 
 
 @pytest.mark.slow

@@ -1,44 +1,48 @@
 """Kernels against the memory limit, PyTorch and vLLM: interleaved rounds on weights out of memory.
 
-With one thread times are CPU time of the thread, so that other processes count less; with more,
-wall time. What is measured stands in linears.py.
+What is measured stands in linears.py, how calls are timed in devices.py. On a GPU a decode loop of
+a whole model is measured, too.
 """
 
 from __future__ import annotations
 
-import os
-import platform
+import logging
+import math
 import re
-import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
 
 import psutil
 import torch
 from torch import Tensor
 
 from gblm.bench import noise
+from gblm.bench.decoding import BATCHES, LLAMA_7B, Decoder, Model
+from gblm.bench.devices import Device, Timed, cpu, gpu
 from gblm.bench.linears import (
+    DENSE,
+    TWO_FOUR,
     Asked,
-    Clock,
     Linear,
-    check,
-    last_level_cache,
     packed_linear,
+    serving,
     torch_linear,
-    vllm_linears,
+    torch_two_four,
+    vllm_bf16,
     vllm_operators,
+    vllm_w8a8,
 )
 from gblm.errors import MachineError, UsageError
-from gblm.kernels import native
 from gblm.progress import Progress, no_progress
-from gblm.provenance import machine, provenance
+from gblm.provenance import provenance
 from gblm.record import Record, Row, Verdict
 from gblm.sparse.formats import Shape
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # [out, in] of the linears of one decoder layer, without repetitions.
 SHAPE_SETS: dict[str, tuple[Shape, ...]] = {
@@ -46,18 +50,18 @@ SHAPE_SETS: dict[str, tuple[Shape, ...]] = {
     "llama-1b": ((2048, 2048), (512, 2048), (8192, 2048), (2048, 8192)),
     "smollm2": ((576, 576), (192, 576), (1536, 576), (576, 1536)),
 }
-FORMATS = (
-    "dense/dense", "bitmask/0.5", "nm/2:4", "nm/4:8", "nm/8:16", "bitmask/0.7", "bitmask/0.8",
-    "dense/dense/int8", "bitmask/0.5/int8", "nm/2:4/int8", "nm/4:8/int8", "nm/8:16/int8",
-    "dense/dense/int4", "bitmask/0.5/int4", "nm/2:4/int4", "nm/4:8/int4", "nm/8:16/int4",
-)  # fmt: skip
-MIN_COLD, MIN_READ = 128 << 20, 1 << 20
-BASELINES = ("torch_bf16", "vllm_bf16", "vllm_w8a8")
-# A block is the calls of one linear in one round.
-BLOCK_SECONDS, MIN_CALLS, MAX_CALLS = 0.02, 3, 1000
-READS, OVERHEAD_CALLS = 3, 500
-CALL = "a call on 16x32"
-OVERHEAD_SHAPE, OVERHEAD_FORMATS = (16, 32), ("dense/dense", "dense/dense/int8")
+FORMATS = {
+    "cpu": (
+        "dense/dense", "bitmask/0.5", "nm/2:4", "nm/4:8", "nm/8:16", "bitmask/0.7", "bitmask/0.8",
+        "dense/dense/int8", "bitmask/0.5/int8", "nm/2:4/int8", "nm/4:8/int8", "nm/8:16/int8",
+        "dense/dense/int4", "bitmask/0.5/int4", "nm/2:4/int4", "nm/4:8/int4", "nm/8:16/int4",
+    ),
+    "cuda": ("nm/2:4", "bitmask/0.5", "nm/2:4/int8", "nm/2:4/int4", "bitmask/0.7"),
+}  # fmt: skip
+BASELINES = (DENSE, "vllm_bf16", "vllm_w8a8")
+MIN_READ = 1 << 20
+CALL, CALL_SHAPE = "a call on 16x32", (16, 32)
+CALL_FORMATS = (Asked("dense/dense"), Asked("dense/dense/int8"))
 
 
 @dataclass(frozen=True)
@@ -65,20 +69,23 @@ class Settings:
     """The settings say what is measured.
 
     `shapes` are [out, in] of the weights, `tokens` the rows of x, `formats` specs, in which an
-    integer type without a group size takes the one that `auto` means. PyTorch's `threads` are those
-    of every linear here; an `isa` of None is the best one. In each round every linear runs for a
-    short block. `cold` are the bytes of all copies of a weight; None: more than the caches hold.
+    integer type without a group size takes the one that `auto` means; formats and backends are the
+    device's usual ones if empty. Threads, the instruction set `isa` (None: the best) and vLLM's
+    linears are about CPUs. Nothing begins after so many minutes. With `allow_noise` noisy rounds
+    count, too. `cold` are the bytes of all copies of a weight; None: more than the caches hold.
     """
 
     shapes: tuple[Shape, ...]
     tokens: tuple[int, ...]
-    formats: tuple[str, ...] = FORMATS
-    backends: tuple[str, ...] = ("cpu",)
+    formats: tuple[str, ...] = ()
+    backends: tuple[str, ...] = ()
+    device: str = "cpu"
     threads: int = 1
     isa: str | None = None
     rounds: int = 7
     vllm: bool = True
-    limits: noise.Limits = field(default_factory=noise.Limits)
+    minutes: float | None = None
+    allow_noise: bool = False
     cold: int | None = None
 
 
@@ -103,176 +110,220 @@ def parse_shapes(words: Sequence[str]) -> tuple[Shape, ...]:
 
 
 def bench_kernels(settings: Settings, progress: Progress = no_progress) -> Record:
-    """Measure every shape × number of tokens × linear.
+    """Measure every shape × number of tokens × linear on the device of the settings.
+
+    Raises:
+        UsageError: a format, shape or backend does not exist, or they do not fit each other.
+        MachineError: there is no such device, the kernels are not built, the CPU lacks the
+            instruction set, or memory.
+    """
+    if settings.device == "cuda":
+        return measure(gpu(), settings, progress)
+    with cpu(settings.threads, settings.isa, settings.cold) as device:
+        return measure(device, settings, progress)
+
+
+def measure(
+    device: Device, settings: Settings, progress: Progress = no_progress, model: Model = LLAMA_7B
+) -> Record:
+    """Measure on a device that is there; a GPU decodes with a model of the given shape, too.
 
     Returns:
         The record. Its loads are "OUTxIN, N tokens"; its sides are linears, and "memory", whose
         read limit says what no linear can pass. "us" is the time of a call, "prepare_gb_s" how fast
         a weight gets its layout in memory, in bytes of bfloat16. On CALL a weight is so small that
-        only the call itself counts.
-
-    Raises:
-        UsageError: a format, shape or backend does not exist, or they do not fit each other.
-        MachineError: the kernels are not built, the CPU lacks the instruction set, or memory.
+        only the call itself counts. It is invalid when anything failed, and says what.
     """
-    if reason := native.refusal():
-        raise MachineError(f"there are no CPU kernels to measure: {reason}.")
-    wanted = _linears_wanted(settings)
-    cold = max(MIN_COLD, 2 * last_level_cache()) if settings.cold is None else settings.cold
-    _check_memory(settings, len(wanted) + len(BASELINES), cold)
-    operators = vllm_operators() if settings.vllm else None
-    clock = time.thread_time if settings.threads == 1 else time.perf_counter
-    origin = provenance()
-    bench = _Bench(settings, wanted, operators, cold, clock)
-    with _threads_and_isa(settings):
-        facts = _facts(clock, cold)
-        bench.run(progress)
-    reasons = tuple(bench.reasons)
+    on_gpu = settings.device == "cuda"
+    formats = asked_formats(settings)
+    check(device, settings, formats, [*settings.shapes, *(model.linears if on_gpu else [])])
+    origin = {**provenance(), "settings": asdict(settings), "cold_bytes": device.cold,
+              **device.facts}  # fmt: skip
+    run = Run(device, settings, device.reader(max(device.cold, MIN_READ)))
+    step = progress("measuring", len(settings.shapes) + 1)
+    for shape in settings.shapes:
+        linears = run.make(shape, formats)
+        run.describe(linears, shape)
+        for tokens in settings.tokens:
+            run.time(linears, name_of(shape, tokens), device.normal(tokens, shape[1]))
+        del linears
+        torch.cuda.empty_cache()
+        step()
+    if on_gpu:
+        run.decode(model, formats)
+    else:
+        run.device = replace(device, cold=0)
+        run.time(run.make(CALL_SHAPE, CALL_FORMATS), CALL, device.normal(1, CALL_SHAPE[1]))
+        run.rows = [row for row in run.rows if row.load != CALL or row.metric == "us"]
+    step()
+    reasons = tuple(run.reasons)
     return Record(
-        kind="kernels",
-        sides=bench.sides,
-        rows=tuple(bench.rows),
-        baseline="torch_bf16",
-        verdict=Verdict(not reasons, reasons, tuple(bench.notes + noise.unchecked(bench.heard))),
-        provenance=origin | {"settings": asdict(settings), **facts},
-    )
+        kind="kernels", sides=run.sides, rows=tuple(run.rows), baseline=DENSE,
+        verdict=Verdict(not reasons, reasons, tuple(run.notes + noise.unchecked(run.heard))),
+        provenance=origin,
+    )  # fmt: skip
 
 
-@dataclass
-class _Bench:
-    """A run holds what is asked and what has been found so far."""
+class Run:
+    """A run holds what has been found so far on a device."""
 
-    settings: Settings
-    wanted: Sequence[tuple[Asked, str]]
-    operators: Any
-    cold: int
-    clock: Clock
-    sides: dict[str, dict[str, Any]] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
-    reasons: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    heard: list[dict[str, Any]] = field(default_factory=list)
+    def __init__(self, device: Device, settings: Settings, read: Callable[[], float]) -> None:
+        """Begin with nothing; `read` says how fast memory is now, in GB/s."""
+        self.device, self.settings, self.read = device, settings, read
+        self.deadline = time.monotonic() + 60 * (settings.minutes or math.inf)
+        self.sides: dict[str, dict[str, Any]] = {"memory": {}}
+        self.rows: list[Row] = []
+        self.reasons: list[str] = []
+        self.notes: list[str] = []
+        self.heard: list[dict[str, Any]] = []
 
-    def run(self, progress: Progress) -> None:
-        """Measure all cases, then what a call costs."""
-        memory = native.allocate(max(self.cold, MIN_READ)).fill_(1)
-        step = progress("measuring", len(self.settings.shapes) * len(self.settings.tokens))
-        for shape in self.settings.shapes:
-            linears = _build(shape, self.wanted, self.operators, self.cold, self.clock)
-            self._describe(linears, shape)
-            for tokens in self.settings.tokens:
-                self._case(linears, shape, tokens, memory)
-                step()
-        tiny = [(Asked(text), "cpu") for text in OVERHEAD_FORMATS]
-        self._calls(_build(OVERHEAD_SHAPE, tiny, self.operators, 0, self.clock))
-
-    def _describe(self, linears: Sequence[Linear], shape: Shape) -> None:
-        size = name_of(shape)
-        self.sides.setdefault("memory", {})
+    def make(self, shape: Shape, formats: Sequence[Asked]) -> list[Linear]:
+        """Make every linear of one random weight; those that fail become reasons."""
+        device, cold = self.device, self.device.cold
+        weight = device.normal(*shape, dtype=torch.float32).mul_(0.02)
+        makers: dict[str, Callable[[], Linear]] = {DENSE: partial(torch_linear, weight, device)}
+        if self.settings.device == "cuda":
+            makers[TWO_FOUR] = partial(torch_two_four, weight, device)
+        elif self.settings.vllm and (operators := vllm_operators()) is not None:
+            makers["vllm_bf16"] = partial(vllm_bf16, operators, weight, cold)
+            makers["vllm_w8a8"] = partial(vllm_w8a8, operators, weight, cold)
+        for asked in formats:
+            for name in serving(device, self.settings.backends, asked, shape):
+                makers[asked.on(name)] = partial(packed_linear, asked, name, weight, device)
+        made = [self.attempt(f"{name}, {name_of(shape)}", make) for name, make in makers.items()]
+        linears = [linear for linear in made if linear is not None]
         for linear in linears:
-            self.sides[linear.name] = {"backend": linear.backend, "spec": linear.spec,
-                                       "control": linear.control}  # fmt: skip
-            self._row(linear.name, size, "bytes", "bytes", [linear.size])
-            bits = 8 * linear.size / (shape[0] * shape[1])
-            self._row(linear.name, size, "bits_per_weight", "bits", [bits])
+            facts = {"backend": linear.backend, "spec": linear.spec, "control": linear.control}
+            self.sides.setdefault(linear.name, facts)
+        return linears
+
+    def attempt(self, what: str, work: Callable[[], T]) -> T | None:
+        """Do a piece of work unless the time is over; what it raises costs its figures alone."""
+        if time.monotonic() > self.deadline:
+            self.reasons.append(f"{what}: no time was left")
+            return None
+        try:
+            return work()
+        except Exception as error:
+            logger.debug("gblm: %s", what, exc_info=True)
+            text = (str(error).splitlines() or [""])[0]
+            self.reasons.append(f"{what}: {type(error).__name__}: {text[:200]}")
+        return None
+
+    def describe(self, linears: Sequence[Linear], shape: Shape) -> None:
+        """Add what is known of the weights without a call."""
+        load, weights = name_of(shape), shape[0] * shape[1]
+        for linear in linears:
+            self._row(linear.name, load, "bytes", "bytes", [linear.size])
+            self._row(linear.name, load, "bits_per_weight", "bits", [8 * linear.size / weights])
             if linear.prepare_seconds is not None:
                 # Users know the size of the dense bfloat16 weight.
-                speed = 2 * shape[0] * shape[1] / linear.prepare_seconds / 1e9
-                self._row(linear.name, size, "prepare_gb_s", "GB/s", [speed])
+                speed = 2 * weights / linear.prepare_seconds / 1e9
+                self._row(linear.name, load, "prepare_gb_s", "GB/s", [speed])
 
-    def _case(self, linears: Sequence[Linear], shape: Shape, tokens: int, memory: Tensor) -> None:
-        """Run rounds of all linears and add rows; disturbed rounds are left out."""
-        load = name_of(shape, tokens)
-        x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(1)).bfloat16()
-        times, heard = _rounds(linears, x, self.settings.rounds, self.clock, memory)
-        self.heard += heard
-        noisy = noise.noisy_rounds([{load: one} for one in heard], self.settings.limits)
-        quiet = [number for number in range(len(heard)) if number not in noisy]
-        self.notes += [f"round {number + 1} is left out: {why}." for number, why in noisy.items()]
-        if 2 * len(quiet) < len(heard):
-            first = next(iter(noisy.values()))
-            self.reasons.append(f"only {len(quiet)} of {len(heard)} rounds were quiet; {first}")
-            return
-        reads = [heard[number]["read_limit_gb_s"] for number in quiet]
-        self._row("memory", load, "read_limit_gb_s", "GB/s", reads)
+    def time(self, linears: Sequence[Linear], load: str, x: Tensor) -> None:
+        """Multiply x [tokens, in] by all linears in turn, and add rows of the quiet rounds."""
+        timed: dict[str, Timed] = {}
         for linear in linears:
-            seconds = [statistics.median(times[linear.name][number]) for number in quiet]
-            self._row(linear.name, load, "us", "us", [1e6 * each for each in seconds])
-            speeds = [linear.size / each / 1e9 for each in seconds]
-            self._row(linear.name, load, "gb_s", "GB/s", speeds)
+            calls = [partial(call, x) for call in linear.copies]
+            timer = self.attempt(f"{linear.name}, {load}", partial(self.device.timer, calls))
+            if timer is not None:
+                timed[linear.name] = timer
+        found, reads = self.rounds(timed, load) if timed else ({}, [])
+        if not reads:
+            return
+        self._row("memory", load, "read_limit_gb_s", "GB/s", reads)
+        sizes = {linear.name: linear.size for linear in linears}
+        for name, seconds in found.items():
+            self._row(name, load, "us", "us", [1e6 * each for each in seconds])
+            speeds = [sizes[name] / each / 1e9 for each in seconds]
+            self._row(name, load, "gb_s", "GB/s", speeds)
             # A limit is what the machine can do, so a slower round of reading does not lower it.
             parts = [speed / max(reads) for speed in speeds]
-            self._row(linear.name, load, "share_of_read_limit", "", parts)
+            self._row(name, load, "share_of_read_limit", "", parts)
 
-    def _calls(self, linears: Sequence[Linear]) -> None:
-        """Time calls on a weight so small that only the call itself counts."""
-        x = torch.randn(1, OVERHEAD_SHAPE[1]).bfloat16()
-        found: dict[str, list[float]] = {linear.name: [] for linear in linears}
-        for number in range(self.settings.rounds + 1):
-            for linear in linears:
-                call, began = linear.copies[0], self.clock()
-                for _ in range(OVERHEAD_CALLS):
-                    call(x)
-                # The first round warms up.
-                if number:
-                    found[linear.name].append(1e6 * (self.clock() - began) / OVERHEAD_CALLS)
-        for linear in linears:
-            self.sides.setdefault(linear.name, {"backend": linear.backend, "spec": linear.spec})
-            self._row(linear.name, CALL, "us", "us", found[linear.name])
+    def rounds(
+        self, timed: Mapping[str, Timed], load: str
+    ) -> tuple[dict[str, list[float]], list[float]]:
+        """Time all sides in turn; gives seconds by side, and read limits, of the quiet rounds."""
+        seconds: dict[str, list[float]] = {name: [] for name in timed}
+        heard = []
+        for number in range(self.settings.rounds):
+            limit = self.read()
+            with noise.measured() as found:
+                # The order alternates, so that drift of the machine hits all alike.
+                for name in timed if number % 2 == 0 else reversed(timed):
+                    seconds[name].append(timed[name]())
+            heard.append(found | {"read_limit_gb_s": limit})
+        self.heard += heard
+        kept, notes, reasons = noise.judge(load, [{"": one} for one in heard],
+                                           self.settings.allow_noise)  # fmt: skip
+        self.notes += notes
+        self.reasons += reasons
+        quiet = {name: [times[number] for number in kept] for name, times in seconds.items()}
+        return quiet, [heard[number]["read_limit_gb_s"] for number in kept]
+
+    def decode(self, model: Model, formats: Sequence[Asked]) -> None:
+        """Decode with the dense model, then with each format on its first backend.
+
+        Models are too large to lie in memory together, so these sides don't take turns.
+        """
+        makers: dict[str, Callable[[Tensor], Linear]] = {
+            DENSE: partial(torch_linear, device=self.device, copies=model.layers)
+        }
+        for asked in formats:
+            shared = [serving(self.device, self.settings.backends, asked, shape)
+                      for shape in model.linears]  # fmt: skip
+            for name in [name for name in shared[0] if all(name in one for one in shared)][:1]:
+                makers[asked.on(name)] = partial(
+                    packed_linear, asked, name, device=self.device, copies=model.layers
+                )
+        for name, make in makers.items():
+            self._decode_with(model, name, make)
+            torch.cuda.empty_cache()
+
+    def _decode_with(self, model: Model, name: str, make: Callable[[Tensor], Linear]) -> None:
+        def linears() -> list[Linear]:
+            return [make(self.device.normal(*shape).float()) for shape in model.linears]
+
+        made = self.attempt(f"{name}, decode loop", linears)
+        for batch in BATCHES if made is not None else ():
+            load = f"decode loop, batch {batch}"
+            decoder = partial(Decoder, self.device, model, batch, made)
+            timed = self.attempt(f"{name}, {load}", lambda d=decoder: self.device.timer([d().step]))
+            if timed is not None:
+                found, _ = self.rounds({name: timed}, load)
+                if rates := [batch / each for each in found[name]]:
+                    self._row(name, load, "tok_s", "tok/s", rates)
 
     def _row(self, side: str, load: str, metric: str, unit: str, rounds: Sequence[float]) -> None:
         self.rows.append(Row.of_rounds(side, load, metric, unit, rounds))
+
+
+def asked_formats(settings: Settings) -> list[Asked]:
+    """List the formats that are measured; on a CPU each follows its dense control."""
+    wanted = list(map(Asked, settings.formats or FORMATS[settings.device]))
+    if settings.device == "cpu":
+        wanted = [each for asked in wanted for each in (asked.control, asked)]
+    return list(dict.fromkeys(wanted))
+
+
+def check(
+    device: Device, settings: Settings, formats: Sequence[Asked], shapes: Sequence[Shape]
+) -> None:
+    """Refuse what cannot be measured, before anything is."""
+    count = len(BASELINES)
+    for asked in formats:
+        names = [serving(device, settings.backends, asked, shape) for shape in shapes]
+        count += max(map(len, names), default=0)
+    if settings.device == "cpu":
+        _check_memory(settings, count, device.cold)
 
 
 def name_of(shape: Shape, tokens: int | None = None) -> str:
     """Name a shape, or a shape and a number of tokens, as the loads of the record do."""
     size = f"{shape[0]}x{shape[1]}"
     return size if tokens is None else f"{size}, {tokens} tokens"
-
-
-def _rounds(
-    linears: Sequence[Linear], x: Tensor, rounds: int, clock: Clock, memory: Tensor
-) -> tuple[dict[str, list[list[float]]], list[dict[str, Any]]]:
-    """Run interleaved rounds.
-
-    Returns:
-        Seconds of the calls by linear and round; the noise of each round, with its read limit.
-    """
-    counts = {linear.name: _warm_up(linear, x, clock) for linear in linears}
-    times: dict[str, list[list[float]]] = {linear.name: [] for linear in linears}
-    heard = []
-    for number in range(rounds):
-        limit = noise.read_limit(memory, READS, clock)
-        with noise.measured() as found:
-            # The order alternates, so that drift of the machine hits all alike.
-            for linear in linears if number % 2 == 0 else reversed(linears):
-                times[linear.name].append(linear.time(x, counts[linear.name], clock))
-        heard.append(found | {"read_limit_gb_s": limit})
-    return times, heard
-
-
-def _warm_up(linear: Linear, x: Tensor, clock: Clock) -> int:
-    """Call every copy once (oneDNN compiles for each), and give the calls that fill a block."""
-    calls = len(linear.copies) if linear.backend == "vllm" else 1
-    linear.time(x, calls, clock)
-    seconds = max(1e-7, statistics.median(linear.time(x, MIN_CALLS, clock)))
-    return min(MAX_CALLS, max(MIN_CALLS, round(BLOCK_SECONDS / seconds)))
-
-
-def _linears_wanted(settings: Settings) -> list[tuple[Asked, str]]:
-    """List formats and backends once each, dense controls included, and check them."""
-    cores = machine()["cores"]
-    if settings.threads > cores:
-        raise UsageError(f"{settings.threads} threads: this process may use {cores} cores.")
-    wanted: dict[tuple[str, str], Asked] = {}
-    for backend in settings.backends:
-        for asked in map(Asked, settings.formats):
-            for each in (asked.control, asked):
-                wanted.setdefault((each.text, backend), each)
-    for (_, backend), asked in wanted.items():
-        for shape in settings.shapes:
-            check(asked, shape, backend)
-    return [(asked, backend) for (_, backend), asked in wanted.items()]
 
 
 def _check_memory(settings: Settings, linears: int, cold: int) -> None:
@@ -286,58 +337,3 @@ def _check_memory(settings: Settings, linears: int, cold: int) -> None:
             f"measuring needs {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free: "
             "give fewer --formats or smaller --shapes."
         )
-
-
-def _build(
-    shape: Shape, wanted: Sequence[tuple[Asked, str]], operators: Any, cold: int, clock: Clock
-) -> list[Linear]:
-    """Make every linear of one random weight."""
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul_(0.02)
-    linears = [torch_linear(weight, cold)]
-    if operators is not None:
-        linears += vllm_linears(operators, weight, cold)
-    return linears + [packed_linear(asked, to, weight, cold, clock) for asked, to in wanted]
-
-
-@contextmanager
-def _threads_and_isa(settings: Settings) -> Iterator[None]:
-    """Set threads and instruction set for the block, and set them back."""
-    threads, isa = torch.get_num_threads(), native.instruction_set()
-    try:
-        native.use_instruction_set(settings.isa or isa)
-    except native.KernelError as error:
-        raise MachineError(str(error)) from error
-    torch.set_num_threads(settings.threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        native.use_instruction_set(isa)
-
-
-def _facts(clock: Clock, cold: int) -> dict[str, Any]:
-    """Collect what decides about speed besides the provenance."""
-    huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    return {
-        "instruction_set": native.instruction_set(),
-        "compiler": native.compiler(),
-        "cpu_model": _cpu_model(),
-        "threads": torch.get_num_threads(),
-        "clock": "CPU time of the thread" if clock is time.thread_time else "wall time",
-        "cold_bytes": cold,
-        "last_level_cache": last_level_cache(),
-        "huge_pages": huge.read_text().strip() if huge.exists() else None,
-        "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
-        "load_average": os.getloadavg()[0],
-    }
-
-
-def _cpu_model() -> str:
-    """Find family and model number: what virtual machines call their CPU says little."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    found = {
-        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
-    }
-    family, model = found.get("cpu family"), found.get("model")
-    return f"family {family} model {model}" if family and model else platform.processor()

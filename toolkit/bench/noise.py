@@ -15,12 +15,10 @@ import statistics
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
-from torch import Tensor
 
 from gblm.kernels import native
 
@@ -29,19 +27,9 @@ BUSY = ("user", "nice", "system", "irq", "softirq")
 # Microseconds since the driver was loaded; drivers before 555 do not know these fields.
 GPU_FIELDS = ("sw_thermal_slowdown", "hw_thermal_slowdown")
 HEAT = ("cpu_throttles", "gpu_throttle_s")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The limits say how much noise a round may have, all as shares.
-
-    A hypervisor may take `steal` and other processes `other_load` of the machine's CPU time; memory
-    may be slower than in the best round by `slow_read`.
-    """
-
-    steal: float = 0.02
-    other_load: float = 0.10
-    slow_read: float = 0.15
+# Of a round, all as shares: the machine's CPU time that a hypervisor and other processes may take,
+# and by how much memory may be slower than in the best round.
+STEAL, OTHER_LOAD, SLOW_READ = 0.02, 0.10, 0.15
 
 
 @contextmanager
@@ -70,18 +58,17 @@ def measured(own: Sequence[psutil.Process] = (), cpus: Path = CPUS) -> Iterator[
                   "gpu_throttle_s": None if gpu is None else gpu / 1e6}  # fmt: skip
 
 
-def reasons(noise: Mapping[str, Any], limits: Limits, best_read: float | None = None) -> list[str]:
+def reasons(noise: Mapping[str, Any], best_read: float | None = None) -> list[str]:
     """Say what speaks against a round.
 
     Args:
         noise: as `measured` gives it, and "read_limit_gb_s" where that was measured.
-        limits: how much may be.
         best_read: the fastest read limit of all rounds, GB/s.
     """
     found = []
     for key, limit, words in (
-        ("steal", limits.steal, "of the CPU time was stolen by the hypervisor"),
-        ("other_load", limits.other_load, "of the CPU time went to other processes"),
+        ("steal", STEAL, "of the CPU time was stolen by the hypervisor"),
+        ("other_load", OTHER_LOAD, "of the CPU time went to other processes"),
     ):
         share = noise.get(key, 0.0)
         if share > limit:
@@ -91,31 +78,39 @@ def reasons(noise: Mapping[str, Any], limits: Limits, best_read: float | None = 
     if seconds := noise.get("gpu_throttle_s"):
         found.append(f"a GPU ran slower for heat for {seconds:.3g} s")
     read = noise.get("read_limit_gb_s")
-    if read and best_read and read < (1 - limits.slow_read) * best_read:
+    if read and best_read and read < (1 - SLOW_READ) * best_read:
         found.append(f"memory was read at {read:.1f} GB/s, {best_read:.1f} GB/s in the best round")
     return found
 
 
-def noisy_rounds(
-    rounds: Sequence[Mapping[str, Mapping[str, Any]]], limits: Limits
-) -> dict[int, str]:
-    """Find the rounds in which the machine did other things, too.
+def judge(
+    load: str, rounds: Sequence[Mapping[str, Mapping[str, Any]]], allow_noise: bool = False
+) -> tuple[list[int], list[str], list[str]]:
+    """Choose the rounds of a load in which the machine did nothing else.
 
     Args:
+        load: for the sentences.
         rounds: what `measured` gave in each round by side, and "read_limit_gb_s".
-        limits: how much noise may be.
+        allow_noise: noisy rounds count, too.
 
     Returns:
-        The number of each such round, with the side and the first reason.
+        The numbers of the rounds that count, a note on each noisy one, and the reason why none
+        counts where fewer than half were quiet.
     """
     reads = [heard.get("read_limit_gb_s") for one in rounds for heard in one.values()]
     best = max((read for read in reads if read is not None), default=None)
-    found = {}
+    noisy = {}
     for number, one in enumerate(rounds):
         for side, heard in one.items():
-            if why := reasons(heard, limits, best):
-                found[number] = f"{side}: {why[0]}"
-    return found
+            if why := reasons(heard, best):
+                noisy[number] = f"{side}: {why[0]}" if side else why[0]
+    fate = "is noisy" if allow_noise else "is left out"
+    notes = [f"{load}: round {number + 1} {fate}: {why}." for number, why in noisy.items()]
+    kept = [number for number in range(len(rounds)) if allow_noise or number not in noisy]
+    if 2 * len(kept) >= len(rounds):
+        return kept, notes, []
+    words = f"only {len(kept)} of {len(rounds)} rounds were quiet; {next(iter(noisy.values()))}"
+    return [], notes, [f"{load}: {words}"]
 
 
 def unchecked(every: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -147,22 +142,27 @@ def shares(
     return grown.get("steal", 0.0) / total, max(0.0, busy - own) / total
 
 
-def read_limit(memory: Tensor, reads: int, clock: Callable[[], float]) -> float:
-    """Measure how fast PyTorch's threads read a tensor now, in GB/s.
+def reader(clock: Callable[[], float], reads: int, size: int) -> Callable[[], float]:
+    """Fill memory, and give what measures how fast PyTorch's threads read it now, in GB/s.
 
     The fastest read may have found part of it in a large cache, so the median counts.
 
     Args:
-        memory: is read as a whole.
-        reads: how often.
         clock: gives seconds.
+        reads: how often it is read as a whole.
+        size: of the memory in bytes.
     """
-    seconds = []
-    for _ in range(reads):
-        began = clock()
-        native.read_seconds(memory)
-        seconds.append(clock() - began)
-    return memory.nbytes / statistics.median(seconds) / 1e9
+    memory = native.allocate(size).fill_(1)
+
+    def read() -> float:
+        seconds = []
+        for _ in range(reads):
+            began = clock()
+            native.read_seconds(memory)
+            seconds.append(clock() - began)
+        return memory.nbytes / statistics.median(seconds) / 1e9
+
+    return read
 
 
 def own_seconds(processes: Sequence[psutil.Process]) -> float:

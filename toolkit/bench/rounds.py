@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from gblm.bench import noise
@@ -36,14 +36,15 @@ Round = dict[str, Seen]
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan says how often each load is put on every side, and how much noise a round may have.
+    """The plan says how often each load is put on every side.
 
-    With `restart` every side starts anew in every round, so that one at a time is in memory.
+    With `restart` every side starts anew in every round, so that one at a time is in memory; with
+    `allow_noise` rounds count in which the machine did other things, too.
     """
 
     rounds: int = 7
     restart: bool = False
-    limits: noise.Limits = field(default_factory=noise.Limits)
+    allow_noise: bool = False
 
 
 def bench(
@@ -127,13 +128,13 @@ def reader() -> Callable[[], float | None]:
     """Give what measures how fast the threads read memory now, in GB/s; None without kernels."""
     if native.refusal():
         return lambda: None
-    memory = native.allocate(READ_BYTES).fill_(1)
+    now = noise.reader(time.perf_counter, READS, READ_BYTES)
 
-    def read() -> float:
+    def settled() -> float:
         time.sleep(SETTLE_SECONDS)
-        return noise.read_limit(memory, READS, time.perf_counter)
+        return now()
 
-    return read
+    return settled
 
 
 def record_of(
@@ -148,7 +149,7 @@ def record_of(
     reasons: list[str] = []
     notes = caveats(sides, setup, plan, found)
     for load, rounds in found.items():
-        good, why, left_out = rows_of(load, rounds, plan.limits)
+        good, why, left_out = rows_of(load, rounds, plan.allow_noise)
         rows += good
         reasons += why
         notes += left_out
@@ -164,38 +165,32 @@ def record_of(
 
 
 def rows_of(
-    load: Load, rounds: Sequence[Round], limits: noise.Limits
+    load: Load, rounds: Sequence[Round], allow_noise: bool = False
 ) -> tuple[list[Row], list[str], list[str]]:
     """Judge one load.
 
     Args:
         load: what was asked.
         rounds: what was seen, by the names of the sides, which are the same in all rounds.
-        limits: of noise.
+        allow_noise: noisy rounds count, too.
 
     Returns:
-        The rows that stand, the reasons why others don't, and notes on rounds that are left out.
+        The rows that stand, the reasons why others don't, and notes on noisy rounds.
     """
     flaws = _flaws(load, rounds)
     reasons = [f"{side}, {load.words}, {why}" for side, all_ in flaws.items() for why in all_]
     heard = [{side: seen.noise for side, seen in one.items()} for one in rounds]
-    noisy = noise.noisy_rounds(heard, limits)
-    notes = [f"{load.words}: round {n + 1} is left out: {why}." for n, why in noisy.items()]
-    quiet = [one for number, one in enumerate(rounds) if number not in noisy]
-    if 2 * len(quiet) < len(rounds):
-        first = next(iter(noisy.values()))
-        words = f"{load.words}: only {len(quiet)} of {len(rounds)} rounds were quiet; {first}"
-        return [], [*reasons, words], notes
+    kept, notes, noisy = noise.judge(load.words, heard, allow_noise)
     rows = []
-    for side in rounds[0]:
+    for side in rounds[0] if kept else ():
         if side not in flaws:
-            metrics = [metrics_of(one[side]) for one in quiet]
+            metrics = [metrics_of(rounds[number][side]) for number in kept]
             rows += [
                 Row.of_rounds(side, load.words, name, unit_of(name), [m[name] for m in metrics])
                 for name in metrics[0]
                 if all(name in m for m in metrics)
             ]
-    return rows, reasons, notes
+    return rows, reasons + noisy, notes
 
 
 def caveats(
@@ -212,9 +207,6 @@ def caveats(
     fewest = min(load.num_prompts for load in setup.loads)
     if fewest < 100:
         notes.append(f"p99 of {fewest} requests is all but their slowest: raise --num-prompts.")
-    usual, limits = asdict(noise.Limits()), asdict(plan.limits)
-    if raised := [f"{key} {limits[key]:.0%}" for key in usual if limits[key] > usual[key]]:
-        notes.append(f"limits of noise were raised: {', '.join(raised)}.")
     if plan.rounds < 6 and len(sides) > 1:
         notes.append(
             f"the interval of {plan.rounds} rounds is their range: raise --rounds to 6 or more."

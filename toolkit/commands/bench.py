@@ -14,7 +14,7 @@ import click
 from gblm.commands.bench_kernels import command as kernels
 from gblm.commands.bench_watch import command as watch
 from gblm.commands.common import Command, backend_option, emit, progress_bars, table
-from gblm.commands.verdict import fail_if_invalid, limits_of, noise_options, print_verdict
+from gblm.commands.verdict import fail_if_invalid, noise_option, print_verdict
 from gblm.record import Record
 
 # Metric → heading and digits.
@@ -129,7 +129,7 @@ command.add_command(watch)
     help="Start each side anew in every round. Default: all stay in memory together.",
 )  # fmt: skip
 @click.option("--slo", callback=slo, help="Limits for goodput in ms, such as ttft:500,tpot:30.")
-@noise_options
+@noise_option
 @click.option("--threads", type=click.IntRange(1), help="Of engines without a server.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @backend_option
@@ -174,7 +174,7 @@ def asked_for(vllm_options: tuple[str, ...], log: Path, given: dict[str, Any]) -
     )  # fmt: skip
     setup = Setup(loads, log, given["seed"], given["threads"], given["backend"], vllm_options,
                   given["slo"])  # fmt: skip
-    return setup, Plan(given["rounds"], given["restart"], limits_of(given))
+    return setup, Plan(given["rounds"], given["restart"], given["allow_noise"])
 
 
 def print_record(record: Record) -> None:

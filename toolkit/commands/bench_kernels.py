@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,10 @@ import click
 from click.core import ParameterSource
 
 from gblm.commands.common import Command, emit, progress_bars, record_option, table
-from gblm.commands.verdict import fail_if_invalid, limits_of, noise_options, print_verdict
+from gblm.commands.verdict import fail_if_invalid, noise_option, print_verdict
 from gblm.record import Record
 
 ISAS = ("amx", "avx512", "avx2", "neon_bf16", "neon", "portable")
-LIMITS = ("max_steal", "max_other_load", "max_slow_read")
 # Metric → heading and how it is printed.
 FIGURES = {
     "us": ("us", "{:.1f}"), "tok_s": ("tok/s", "{:.1f}"), "tflop_s": ("TFLOP/s", "{:.1f}"),
@@ -54,14 +52,17 @@ def words(ctx: click.Context, option: click.Parameter, value: tuple[str, ...]) -
 )  # fmt: skip
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
               help="cuda measures a decode loop, too.")  # fmt: skip
-@click.option("--minutes", type=click.FloatRange(0, min_open=True),
-              help="On a GPU: nothing begins afterwards.")  # fmt: skip
+@click.option(
+    "--minutes",
+    type=click.FloatRange(0, min_open=True),
+    help="Nothing begins afterwards; the record then lacks something, and is invalid.",
+)
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--isa", type=click.Choice(ISAS), help="Instruction set of cpu. Default: the best.")
 @click.option("--rounds", type=click.IntRange(1), default=7, show_default=True)
 @click.option("--vllm/--no-vllm", default=True, show_default=True,
               help="Measure vLLM's linears, too, if it is installed.")  # fmt: skip
-@noise_options
+@noise_option
 @record_option
 @click.pass_context
 def command(
@@ -69,10 +70,6 @@ def command(
     /,
     shapes: tuple[str, ...],
     tokens: tuple[str, ...],
-    formats: tuple[str, ...],
-    backends: tuple[str, ...],
-    device: str,
-    minutes: float | None,
     output: Path | None,
     **rest: Any,
 ) -> None:
@@ -80,24 +77,14 @@ def command(
 
     Weights are read from memory, not from caches. Ratios are medians over interleaved rounds.
     """
-    for name in ("threads", "isa", "vllm", *LIMITS) if device == "cuda" else ("minutes",):
+    for name in ("threads", "isa", "vllm") if rest["device"] == "cuda" else ():
         if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            option = name.replace("_", "-")
-            raise click.UsageError(f"--{option} does not go with --device {device}.")
-    limits = limits_of({name: rest.pop(name) for name in LIMITS})
-    asked: dict[str, Any] = {"tokens": _numbers(tokens), "formats": formats, "backends": backends,
-                             "limits": limits, **rest}  # fmt: skip
+            raise click.UsageError(f"--{name} does not go with --device cuda.")
     with progress_bars(ctx) as progress:
-        from gblm.bench.kernels import FORMATS, Settings, bench_kernels, parse_shapes
+        from gblm.bench.kernels import Settings, bench_kernels, parse_shapes
 
-        if device == "cuda":
-            from gblm.bench.gpu import bench_gpu
-
-            settings = Settings(shapes=parse_shapes(shapes), **asked)
-            record = bench_gpu(settings, math.inf if minutes is None else minutes, progress)
-        else:
-            asked |= {"formats": formats or FORMATS, "backends": backends or ("cpu",)}
-            record = bench_kernels(Settings(shapes=parse_shapes(shapes), **asked), progress)
+        settings = Settings(parse_shapes(shapes), _numbers(tokens), **rest)
+        record = bench_kernels(settings, progress)
     if output is not None:
         record.write(output)
     emit(ctx, record.as_json(), lambda: print_record(record))
