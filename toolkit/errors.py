@@ -47,8 +47,3 @@ class GateError(GblmError):
 
 # What taking apart JSON that is not as it must be raises; huge integers are no floats.
 DAMAGE = (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError)
-
-
-def damage(error: Exception) -> str:
-    """Put one of DAMAGE into words for a message."""
-    return f"{error} is missing" if isinstance(error, KeyError) else str(error)

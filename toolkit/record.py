@@ -22,11 +22,13 @@ import shlex
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from gblm.errors import DAMAGE, InputError, damage
+from pydantic import TypeAdapter, ValidationError
+
+from gblm.errors import InputError
 from gblm.files import read_json
 from gblm.provenance import provenance
 
@@ -37,18 +39,13 @@ LOCAL_PATH = re.compile(r"(^|[=:,])(?!//)~?/(?:[^/=:,]*/)*([^/=:,]*)")
 
 @dataclass(frozen=True)
 class Row:
-    """A row is one figure.
+    """A row is one figure of a side under a load.
 
-    Attributes:
-        side: what was measured: a model, a kernel, a candidate; a key of the record's sides.
-        load: what it was asked to do: requests, a shape and tokens, a text. Rows of two records
-            can be compared where this is equal.
-        metric: such as "ttft_ms_p99" or "perplexity".
-        unit: such as "ms", "tok/s", "bytes"; "" for a number without one.
-        value: over all rounds; None where the measurement gave no finite number.
-        rounds: the figure of each round, in order, so that two sides pair up; empty without rounds.
-        interval: between which bounds the value lies with 95 % confidence, if that is known
-            otherwise than from the rounds.
+    The side is a key of the record's sides: a model, a kernel, a candidate. The load is what it was
+    asked to do: requests, a shape and tokens, a text; rows of two records can be compared where it
+    is equal. The value is None where the measurement gave no finite number. The figures of the
+    rounds are in order, so that two sides pair up. The interval holds the value with 95 %
+    confidence, if that is known otherwise than from the rounds.
     """
 
     side: str
@@ -75,7 +72,7 @@ class Verdict:
     `notes` say what to mind although the figures stand.
     """
 
-    valid: bool = True
+    valid: bool
     reasons: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -98,21 +95,16 @@ class Ratio:
 class Record:
     """A record holds what one command measured.
 
-    Attributes:
-        kind: a title for people.
-        sides: facts about each side by its name, as plain JSON: folder, recipe, bytes, backend.
-        rows: the figures.
-        baseline: the side that ratios refer to; None where nothing is compared.
-        verdict: whether the figures stand.
-        provenance: machine, versions, commit, time, and the settings of the measurement.
-        command: the call that repeats it, without private folders.
+    The sides hold facts of each, as plain JSON; the baseline is the side that ratios refer to. The
+    provenance is machine, versions, commit, time, and the settings of the measurement. The command
+    repeats it, and names no private folders.
     """
 
     kind: str
     sides: Mapping[str, Mapping[str, Any]]
     rows: tuple[Row, ...]
     baseline: str | None = None
-    verdict: Verdict = field(default_factory=Verdict)
+    verdict: Verdict = field(default_factory=lambda: Verdict(True))
     provenance: Mapping[str, Any] = field(default_factory=provenance)
     command: str = field(default_factory=lambda: this_command())
 
@@ -125,11 +117,14 @@ class Record:
         """
         found = read_json(path)
         try:
-            return _parse(found)
-        except DAMAGE as error:
-            raise InputError(
-                f"{path} is not a record of this version of gblm ({damage(error)}): measure again."
-            ) from error
+            # What a file lacks shall not be filled with the defaults of this class.
+            return _RECORD.validate_python({part.name: found[part.name] for part in fields(cls)})
+        except KeyError as error:
+            flaw = f"{error} is missing"
+        except ValidationError as error:
+            first = error.errors()[0]
+            flaw = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise InputError(f"{path} is not a record of this version of gblm ({flaw}): measure again.")
 
     def write(self, path: Path) -> None:
         """Write the record as JSON; a folder that is missing is made."""
@@ -138,20 +133,9 @@ class Record:
         path.write_text(text + "\n", encoding="utf-8")
 
     def as_json(self) -> dict[str, Any]:
-        """Give the record as plain JSON types."""
-        return {
-            "kind": self.kind,
-            "command": self.command,
-            "provenance": dict(self.provenance),
-            "baseline": self.baseline,
-            "sides": {name: dict(facts) for name, facts in self.sides.items()},
-            "verdict": {
-                "valid": self.verdict.valid,
-                "reasons": list(self.verdict.reasons),
-                "notes": list(self.verdict.notes),
-            },
-            "rows": [_row_as_json(row) for row in self.rows],
-        }
+        """Give the record as plain JSON types; numbers that are not finite become None."""
+        found: dict[str, Any] = json.loads(_RECORD.dump_json(self))
+        return found
 
     def row(self, side: str, load: str, metric: str) -> Row | None:
         """Find a row; None if it was not measured, or did not stand."""
@@ -199,20 +183,6 @@ class Record:
         return list(dict.fromkeys(row.metric for row in self.rows))
 
 
-def quantile(values: Sequence[float], share: float) -> float:
-    """Interpolate linearly between the ordered values, as numpy's default does.
-
-    Args:
-        values: at least one.
-        share: of the values that lie below the quantile, in [0, 1].
-    """
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
-
-
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
     """Bound the true median with 95 % confidence, whatever the distribution.
 
@@ -248,42 +218,4 @@ def without_folders(word: str) -> str:
     return LOCAL_PATH.sub(r"\1\2", word)
 
 
-def _row_as_json(row: Row) -> dict[str, Any]:
-    found = asdict(row) | {"rounds": list(row.rounds)}
-    if row.value is not None and not math.isfinite(row.value):
-        found["value"] = None
-    if row.interval is None:
-        del found["interval"]
-    else:
-        found["interval"] = list(row.interval)
-    return found
-
-
-def _parse(found: dict[str, Any]) -> Record:
-    verdict = found["verdict"]
-    return Record(
-        kind=str(found["kind"]),
-        sides={str(name): dict(facts) for name, facts in found["sides"].items()},
-        rows=tuple(_parse_row(row) for row in found["rows"]),
-        baseline=None if found["baseline"] is None else str(found["baseline"]),
-        verdict=Verdict(
-            verdict["valid"] is True,
-            tuple(map(str, verdict["reasons"])),
-            tuple(map(str, verdict.get("notes", ()))),
-        ),
-        provenance=dict(found["provenance"]),
-        command=str(found["command"]),
-    )
-
-
-def _parse_row(found: dict[str, Any]) -> Row:
-    value, interval = found["value"], found.get("interval")
-    return Row(
-        str(found["side"]),
-        str(found["load"]),
-        str(found["metric"]),
-        str(found["unit"]),
-        None if value is None else float(value),
-        tuple(map(float, found["rounds"])),
-        None if interval is None else (float(interval[0]), float(interval[1])),
-    )
+_RECORD = TypeAdapter(Record)

@@ -6,11 +6,12 @@ request. ITL is each gap between tokens. So `vllm bench serve` defines them; oth
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gblm.record import quantile
+import numpy as np
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 # Metric → unit; metrics over requests have their quantile behind the name.
@@ -106,7 +107,7 @@ def metrics_of(seen: Seen) -> dict[str, float]:
     }
     if tpots:
         # Of one stream after its first token.
-        found["decode_tok_s"] = 1 / quantile(tpots, 0.5)
+        found["decode_tok_s"] = 1 / statistics.median(tpots)
     noise = {key: seen.noise[key] for key in ("steal", "other_load", "read_limit_gb_s")
              if seen.noise.get(key) is not None}  # fmt: skip
     return found | seen.extra | noise
@@ -121,4 +122,5 @@ def unit_of(metric: str) -> str:
 def _quantiles(name: str, seconds: Sequence[float]) -> dict[str, float]:
     if not seconds:
         return {}
-    return {f"{name}_{word}": 1e3 * quantile(seconds, share) for word, share in QUANTILES.items()}
+    values = 1e3 * np.quantile(seconds, list(QUANTILES.values()))
+    return dict(zip((f"{name}_{word}" for word in QUANTILES), values.tolist(), strict=True))

@@ -6,11 +6,11 @@ Noise of the machine is judged by `gblm.bench.noise`: it condemns a round, not a
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gblm.bench.requests import Load, Request, Seen
-from gblm.record import quantile
 
 # Below this share of the rate or concurrency asked for, the load was another one.
 RATE, CONCURRENCY = 0.9, 0.7
@@ -63,7 +63,7 @@ def _rate(load: Load, seen: Seen) -> Iterable[str]:
     sending = starts[-1] - starts[0]
     sent = (len(starts) - 1) / sending if sending > 0 else float("inf")
     # The last requests still run when nothing is sent any more.
-    tail = quantile([r.latency for r in requests], 0.5)
+    tail = statistics.median(r.latency for r in requests)
     done = len(requests) / max(seen.seconds - tail, 1e-9)
     if sent < RATE * rate:
         yield f"{rate:g} requests/s were asked for, {sent:.2f} were sent"

@@ -91,7 +91,7 @@ def watch(a: Target, b: Target, window: Window, progress: Progress = no_progress
         sides=sides,
         rows=tuple(rows),
         baseline="A",
-        verdict=Verdict(notes=(*sentences, *problems)),
+        verdict=Verdict(True, notes=(*sentences, *problems)),
         provenance=provenance() | {"settings": settings},
     )
 

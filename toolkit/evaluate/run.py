@@ -115,7 +115,7 @@ def run_evaluation(asked: Evaluation, progress: Progress = no_progress) -> Recor
 
             rows += run_tasks(asked.tasks, sides, tokenizer, length)
     notes = (f"baseline: {base or 'none'} ({note})",)
-    return Record("eval", facts, tuple(rows), base, Verdict(notes=notes))
+    return Record("eval", facts, tuple(rows), base, Verdict(True, notes=notes))
 
 
 @contextlib.contextmanager

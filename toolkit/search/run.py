@@ -136,7 +136,7 @@ def _open(question: Question, how: Measuring, progress: Progress) -> Record:
         sides={UNPRUNED: {}} | sides,
         rows=(),
         baseline=UNPRUNED,
-        verdict=Verdict(notes=(found["verdict"], *found["notes"])),
+        verdict=Verdict(True, notes=(found["verdict"], *found["notes"])),
         provenance=provenance() | {"search": asked, "pass": found["pass"]},
     )
 
