@@ -28,18 +28,17 @@ from gblm.bench.metrics import (
     TPOT,
     TTFT,
     Growth,
-    Histogram,
 )
-from gblm.bench.requests import QUANTILES
 from gblm.record import CONFIDENCE, Row
 
 LOAD = "live traffic"
 LATENCIES = {"ttft_ms": TTFT, "tpot_ms": TPOT, "itl_ms": ITL, "e2e_ms": E2E}
-# Metric → counter, label, what it is counted of.
+# Metric → counter, the labels that count (what begins so), all labels, what it is counted of.
+# Clients' own errors (4xx) say nothing about the server.
 SHARES = {
-    "aborted_percent": (FINISHED, "abort", "requests that ended"),
-    "failed_percent": (FINISHED, "error", "requests that ended"),
-    "http_5xx_percent": (HTTP, "5", "HTTP requests"),
+    "aborted_percent": (FINISHED, "abort", ("",), "requests that ended"),
+    "failed_percent": (FINISHED, "error", ("",), "requests that ended"),
+    "http_5xx_percent": (HTTP, "5", ("2", "5"), "HTTP requests"),
 }
 SPEEDUP, POINTS = "_speedup", "_points"
 MIN_REQUESTS, MIN_INTERVALS = 30, 8
@@ -64,26 +63,22 @@ def compare(pairs: Pairs) -> tuple[list[Row], dict[str, dict[str, Any]], list[st
         share less A's). What was asked of each server. Sentences: a verdict on every metric, then
         what to mind.
     """
-    servers = {"A": [a for a, _ in pairs], "B": [b for _, b in pairs]}
-    facts = {side: _load(growths) for side, growths in servers.items()}
-    rows, verdicts = [], []
+    facts = {side: _load([pair[index] for pair in pairs]) for index, side in enumerate("AB")}
+    ended = _columns(pairs, lambda growth: [growth.of(FINISHED)])
+    rows: list[Row] = []
+    verdicts = []
     for metric, name in LATENCIES.items():
-        for side, growths in servers.items():
-            rows += _latency_rows(side, metric, _merged(growths, name))
-        both = [(a.histograms[name], b.histograms[name]) for a, b in pairs]
-        columns = np.array([[a.total, a.count, b.total, b.count] for a, b in both])
+        columns = _columns(pairs, lambda g, n=name: [g.of(f"{n}_sum"), g.of(f"{n}_count")])
+        _means(rows, f"{metric}_mean", "ms", 1e3, columns)
         # Tokens of one request are no independent observations: requests are what counts.
-        counted = columns[:, [1, 3]] if name != ITL else _ended(pairs)
+        counted = columns[:, [1, 3]] if name != ITL else ended
         verdicts.append(_speedup(rows, metric, columns, counted, ("is faster", "is slower")))
-    for side, growths in servers.items():
-        speed = _total(growths, GENERATED, "") / facts[side]["seconds"]
-        rows.append(Row(side, LOAD, "output_tok_s", "tok/s", speed))
-    columns = np.array([[_total([b], GENERATED, ""), b.seconds, _total([a], GENERATED, ""),
-                         a.seconds] for a, b in pairs])  # fmt: skip
+    columns = _columns(pairs, lambda growth: [growth.of(GENERATED), growth.seconds])
+    _means(rows, "output_tok_s", "tok/s", 1, columns)
     words = ("generates more", "generates less")
-    verdicts.append(_speedup(rows, "output_tok_s", columns, _ended(pairs), words))
+    verdicts.append(_speedup(rows, "output_tok_s", columns[:, [2, 3, 0, 1]], ended, words))
     verdicts += [_share(rows, metric, pairs) for metric in SHARES]
-    return rows, facts, [*verdicts, *_caveats(facts, pairs)]
+    return rows, facts, [*verdicts, *_caveats(facts)]
 
 
 def ratio_interval(columns: Columns) -> tuple[float, float, float] | None:
@@ -132,31 +127,36 @@ def _blocks(columns: Columns) -> Columns:
 
 def _load(growths: Sequence[Growth]) -> dict[str, Any]:
     """Describe what was asked of one server."""
-    seconds = sum(growth.seconds for growth in growths)
-    finished = sum(growth.finished() for growth in growths)
+
+    def total(name: str) -> float:
+        return sum(growth.of(name) for growth in growths)
+
+    def mean(name: str) -> float | None:
+        count = total(f"{name}_count")
+        return total(f"{name}_sum") / count if count else None
+
+    seconds, finished = sum(growth.seconds for growth in growths), total(FINISHED)
     return {
         "seconds": seconds,
-        "begun": _merged(growths, TTFT).count,
+        "begun": total(f"{TTFT}_count"),
         "finished": finished,
-        "rejected": _total(growths, REJECTED, ""),
+        "rejected": total(REJECTED),
         "requests_per_s": finished / seconds,
-        "prompt_tokens": _merged(growths, PROMPT).mean,
-        "generated_tokens": _merged(growths, OUTPUT).mean,
+        "prompt_tokens": mean(PROMPT),
+        "generated_tokens": mean(OUTPUT),
     }
 
 
-def _latency_rows(side: str, metric: str, histogram: Histogram) -> list[Row]:
-    """Make the rows of mean and quantiles in ms; a quantile's interval is its bucket."""
-    if histogram.mean is None:
-        return []
-    rows = [Row(side, LOAD, f"{metric}_mean", "ms", 1e3 * histogram.mean)]
-    for word, share in QUANTILES.items():
-        found = histogram.quantile(share)
-        # Nothing is known of the last bucket but where it begins.
-        if found is not None and math.isfinite(found.high):
-            value, low, high = (1e3 * each for each in found)
-            rows.append(Row(side, LOAD, f"{metric}_{word}", "ms", value, interval=(low, high)))
-    return rows
+def _columns(pairs: Pairs, parts: Callable[[Growth], list[float]]) -> Columns:
+    """Tabulate parts of what happened on both servers: [intervals, A's parts and then B's]."""
+    return np.array([parts(a) + parts(b) for a, b in pairs])
+
+
+def _means(rows: list[Row], metric: str, unit: str, scale: float, columns: Columns) -> None:
+    """Add sum over count of each server, where anything was counted."""
+    for side, (total, count) in zip("AB", columns.sum(axis=0).reshape(2, 2), strict=True):
+        if count:
+            rows.append(Row(side, LOAD, metric, unit, scale * float(total / count)))
 
 
 def _speedup(
@@ -185,9 +185,11 @@ def _speedup(
 
 
 def _share(rows: list[Row], metric: str, pairs: Pairs) -> str:
-    """Add how large a part of a counter one label's values are, and the difference B − A."""
-    name, label, of = SHARES[metric]
-    columns = np.array([[n for side in pair for n in _parts(side, name, label)] for pair in pairs])
+    """Add how large a part of a counter some labels are, and the difference B − A."""
+    name, label, every, of = SHARES[metric]
+    columns = _columns(
+        pairs, lambda g: [g.of(name, label), sum(g.of(name, each) for each in every)]
+    )
     bad_a, all_a, bad_b, all_b = map(float, columns.sum(axis=0))
     for side, bad, all_ in (("A", bad_a, all_a), ("B", bad_b, all_b)):
         rows.append(Row(side, LOAD, metric, "%", 100 * bad / all_ if all_ else None))
@@ -215,32 +217,7 @@ def _too_few(counted: Columns, of: str = "requests") -> str | None:
     return None
 
 
-def _parts(growth: Growth, name: str, label: str) -> tuple[float, float]:
-    """Count one label (a status: all that begin so), and all that could have had it."""
-    found = {word: n for (counter, word), n in growth.counters.items() if counter == name}
-    if name != HTTP:
-        return found.get(label, 0.0), sum(found.values())
-    # Clients' own errors (4xx) say nothing about the server.
-    bad = sum(n for status, n in found.items() if status.startswith(label))
-    return bad, bad + sum(n for status, n in found.items() if status.startswith("2"))
-
-
-def _ended(pairs: Pairs) -> Columns:
-    return np.array([[a.finished(), b.finished()] for a, b in pairs])
-
-
-def _total(growths: Sequence[Growth], name: str, label: str) -> float:
-    return sum(growth.counters.get((name, label), 0.0) for growth in growths)
-
-
-def _merged(growths: Sequence[Growth], name: str) -> Histogram:
-    first, *others = (growth.histograms[name] for growth in growths)
-    for other in others:
-        first = first + other
-    return first
-
-
-def _caveats(facts: dict[str, dict[str, Any]], pairs: Pairs) -> list[str]:
+def _caveats(facts: dict[str, dict[str, Any]]) -> list[str]:
     """Say what makes the verdicts less than they look."""
     found = []
     for key, words in {
@@ -261,7 +238,4 @@ def _caveats(facts: dict[str, dict[str, Any]], pairs: Pairs) -> list[str]:
                 f"{values['finished']:.0f} ended: the window is short beside a request, or clients "
                 "hung up, which vLLM counts nowhere; TPOT and end-to-end latency miss these."
             )
-    a, b = pairs[0]
-    if any(a.histograms[name].bounds != b.histograms[name].bounds for name in a.histograms):
-        found.append("the servers' histograms have different buckets: do not compare quantiles.")
     return found

@@ -1,4 +1,4 @@
-"""A server's /metrics: one bounded GET, vLLM's counters and histograms in it, and their growth.
+"""A server's /metrics: one bounded GET, vLLM's counters in it, and their growth.
 
 The server is not trusted: none of its words reach a message. Names are those of
 vllm/v1/metrics/loggers.py, version 0.32; prometheus_client parses the text.
@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from gblm.errors import GblmError, InputError, MachineError
 from gblm.network import exchange, read_key, split_address, warn_of_plain_key
@@ -28,7 +28,8 @@ ITL = "vllm:inter_token_latency_seconds"
 E2E = "vllm:e2e_request_latency_seconds"
 PROMPT = "vllm:request_prompt_tokens"
 OUTPUT = "vllm:request_generation_tokens"
-HISTOGRAMS = (TTFT, TPOT, ITL, E2E, PROMPT, OUTPUT)
+# Histograms, of which only what gives the mean is read: it is exact, and no quantile is.
+MEANS = (TTFT, TPOT, ITL, E2E, PROMPT, OUTPUT)
 
 GENERATED = "vllm:generation_tokens_total"
 FINISHED = "vllm:request_success_total"
@@ -36,7 +37,9 @@ REJECTED = "vllm:admission_rejections_total"
 # Of the API server, not of the engine; it alone sees requests that never reach the engine.
 HTTP = "http_requests_total"
 # Counter → the label whose values are counted apart.
-COUNTERS = {GENERATED: "", FINISHED: "finished_reason", REJECTED: "", HTTP: "status"}
+COUNTERS = {GENERATED: "", FINISHED: "finished_reason", REJECTED: "", HTTP: "status"} | {
+    f"{name}_{part}": "" for name in MEANS for part in ("sum", "count")
+}
 START = "process_start_time_seconds"
 
 SECONDS = 10.0
@@ -128,79 +131,20 @@ class RestartError(Exception):
     """A counter went down or is gone, so its growth is unknown."""
 
 
-class Quantile(NamedTuple):
-    """This is an interpolated quantile and the bucket it lies in; infinite in the last bucket."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """A histogram counts observations in buckets, each for itself, and keeps their sum.
-
-    The upper bounds of the buckets rise, and the last one is infinite.
-    """
-
-    bounds: tuple[float, ...]
-    counts: tuple[float, ...]
-    total: float
-
-    @property
-    def count(self) -> float:
-        """Count the observations."""
-        return sum(self.counts)
-
-    @property
-    def mean(self) -> float | None:
-        """Give the exact mean, as the sum is kept beside the buckets; None without observations."""
-        return self.total / self.count if self.count else None
-
-    def __add__(self, other: Histogram) -> Histogram:
-        counts = tuple(a + b for a, b in zip(self.counts, other.counts, strict=True))
-        return Histogram(self.bounds, counts, self.total + other.total)
-
-    def quantile(self, share: float) -> Quantile | None:
-        """Interpolate linearly in the bucket that holds the quantile, as Prometheus does.
-
-        This is as coarse as the buckets: nothing is known about where in its bucket the quantile
-        lies. vLLM's have bounds at 10, 25, 50, 75 and 100 ms for tokens (all below 10 ms is one
-        bucket), at 100, 250, 500 ms for first tokens, at 0.3, 0.5, 0.8, 1 s for requests.
-
-        Args:
-            share: of the observations that are not above the quantile, in (0, 1).
-
-        Returns:
-            None without observations.
-        """
-        wanted, seen, low = share * self.count, 0.0, 0.0
-        if not self.count:
-            return None
-        for bound, count in zip(self.bounds, self.counts, strict=True):
-            if count and seen + count >= wanted:
-                break
-            seen, low = seen + count, bound
-        if math.isinf(bound):
-            return Quantile(bound, low, bound)
-        return Quantile(low + (bound - low) * (wanted - seen) / count, low, bound)
-
-
 @dataclass(frozen=True)
 class Growth:
     """The growth says what happened on one server between two times.
 
-    Counters are increases by name and the value of the label ("" without one), histograms hold the
-    observations made meanwhile.
+    It holds by how much each counter grew, by its name and the value of its label ("" without one).
     """
 
     seconds: float
     counters: Mapping[tuple[str, str], float]
-    histograms: Mapping[str, Histogram]
 
-    def finished(self) -> float:
-        """Count the requests that ended, for whatever reason."""
-        return sum(n for (name, _), n in self.counters.items() if name == FINISHED)
+    def of(self, name: str, label: str = "") -> float:
+        """Count what begins with a label; all of a counter if that is "", 0 if there is none."""
+        grown = self.counters.items()
+        return sum(n for (known, word), n in grown if known == name and word.startswith(label))
 
 
 @dataclass(frozen=True)
@@ -209,7 +153,6 @@ class Snapshot:
 
     seconds: float
     series: Mapping[Series, float]
-    bounds: Mapping[str, tuple[float, ...]]
     started: float | None
 
     @classmethod
@@ -229,18 +172,16 @@ class Snapshot:
         for sample in samples(text):
             if sample.name == START:
                 started = sample.value
-            elif _is_counted(sample):
+            elif sample.name in COUNTERS:
                 if not 0 <= sample.value < math.inf:
                     raise InputError(f"{sample.name} is not a count.")
                 series[sample.name, tuple(sorted(sample.labels.items()))] = sample.value
-        names = {name for name, _ in series}
-        needed = {GENERATED, FINISHED, *(f"{name}_bucket" for name in HISTOGRAMS)}
-        if missing := sorted(needed - names):
+        if missing := sorted(COUNTERS.keys() - {REJECTED, HTTP} - {name for name, _ in series}):
             raise InputError(
                 f"there is no {missing[0]}; this must be a vLLM server (0.32 or newer) that runs "
                 "without --disable-log-stats."
             )
-        return cls(seconds, series, {name: _bounds(name, series) for name in HISTOGRAMS}, started)
+        return cls(seconds, series, started)
 
     def growth_since(self, before: Snapshot) -> Growth:
         """Subtract all earlier counters; engines and models are summed.
@@ -249,18 +190,13 @@ class Snapshot:
             RestartError: the server was started anew in between.
         """
         lost = [key for key, value in before.series.items() if self.series.get(key, -1) < value]
-        if lost or (before.started, before.bounds) != (self.started, self.bounds):
+        if lost or before.started != self.started:
             raise RestartError
-        grown = {key: value - before.series.get(key, 0) for key, value in self.series.items()}
         counters: dict[tuple[str, str], float] = defaultdict(float)
-        for (name, labels), value in grown.items():
-            if name in COUNTERS:
-                counters[name, dict(labels).get(COUNTERS[name], "")] += value
-        return Growth(
-            self.seconds - before.seconds,
-            dict(counters),
-            {name: _histogram(name, bounds, grown) for name, bounds in self.bounds.items()},
-        )
+        for (name, labels), value in self.series.items():
+            label = dict(labels).get(COUNTERS[name], "")
+            counters[name, label] += value - before.series.get((name, labels), 0)
+        return Growth(self.seconds - before.seconds, dict(counters))
 
 
 def samples(text: str) -> Iterator[Sample]:
@@ -282,35 +218,3 @@ def samples(text: str) -> Iterator[Sample]:
         raise InputError("this is not Prometheus' text format.") from error
     for family in families:
         yield from family.samples
-
-
-def _is_counted(sample: Sample) -> bool:
-    parts = ("_bucket", "_sum")
-    return sample.name in COUNTERS or any(
-        sample.name == name + part for name in HISTOGRAMS for part in parts
-    )
-
-
-def _bounds(name: str, series: Mapping[Series, float]) -> tuple[float, ...]:
-    words = {dict(labels).get("le", "") for key, labels in series if key == f"{name}_bucket"}
-    try:
-        bounds = tuple(sorted(map(float, words)))
-    except ValueError:
-        bounds = ()
-    if not bounds or bounds[-1] != math.inf:
-        raise InputError(f"{name} lacks its bucket without a bound.")
-    return bounds
-
-
-def _histogram(name: str, bounds: tuple[float, ...], grown: Mapping[Series, float]) -> Histogram:
-    cumulative: dict[float, float] = defaultdict(float)
-    total = 0.0
-    for (sample, labels), value in grown.items():
-        if sample == f"{name}_bucket":
-            cumulative[float(dict(labels)["le"])] += value
-        elif sample == f"{name}_sum":
-            total += value
-    below = (0.0, *(cumulative[bound] for bound in bounds[:-1]))
-    # A scrape may fall into an observation: a bucket then lags behind the one below it.
-    counts = tuple(max(0.0, cumulative[b] - low) for b, low in zip(bounds, below, strict=True))
-    return Histogram(bounds, counts, total)

@@ -10,10 +10,11 @@ from gblm.commands.common import Command, emit, progress_bars, record_option, ta
 from gblm.record import Record
 
 LABELS = {
-    "ttft_ms": "TTFT (ms)",
-    "tpot_ms": "TPOT (ms)",
-    "itl_ms": "inter-token latency (ms)",
-    "e2e_ms": "end to end (ms)",
+    "ttft_ms_mean": "TTFT (ms)",
+    "tpot_ms_mean": "TPOT (ms)",
+    "itl_ms_mean": "inter-token latency (ms)",
+    "e2e_ms_mean": "end to end (ms)",
+    "output_tok_s": "generated (tok/s)",
 }
 
 
@@ -60,32 +61,17 @@ def command(
 
 def print_record(record: Record) -> None:
     """Print both sides, then a verdict per metric and what to mind."""
-    words = ("mean", "p50", "p99")
-    rows = [
-        [label, *(_cell(record, side, f"{metric}_{word}") for word in words for side in "AB")]
+    figures = {
+        label: [record.value(side, record.loads[0], metric) for side in "AB"]
         for metric, label in LABELS.items()
-    ]
-    rows.append(["generated (tok/s)", *(_cell(record, side, "output_tok_s") for side in "AB"),
-                 *["–"] * 4])  # fmt: skip
-    table(["", *(f"{side} {word}" for word in words for side in "AB")], rows)
+    }
+    cells = [[label, *("–" if value is None else f"{value:.4g}" for value in both)]
+             for label, both in figures.items()]  # fmt: skip
+    table(["mean", "A", "B"], cells)
     window = record.provenance["settings"]
     requests = ", ".join(f"{s} {record.sides[s]['finished']:.0f} requests" for s in "AB")
     click.echo(
-        f"{requests}; {window['valid']} of {window['intervals']} intervals; 95 % confidence. "
-        "Quantiles lie anywhere in the bucket in brackets."
+        f"{requests}; {window['valid']} of {window['intervals']} intervals; 95 % confidence."
     )
     for sentence in record.verdict.notes:
         click.echo(sentence)
-
-
-def _cell(record: Record, side: str, metric: str) -> str:
-    """Format a figure, with its bucket if it is a quantile."""
-    from gblm.bench.compare import LOAD
-
-    row = record.row(side, LOAD, metric)
-    if row is None or row.value is None:
-        return "–"
-    if row.interval is None:
-        return f"{row.value:.4g}"
-    low, high = row.interval
-    return f"{row.value:.3g} ({low:g}–{high:g})"
