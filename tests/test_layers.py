@@ -93,7 +93,7 @@ ONLY_IN = {
     "datasets": ("gblm.data",),
     "lm_eval": ("gblm.evaluate.harness",),
     "pyarrow": ("gblm.data",),
-    "matplotlib": ("gblm.report.charts",),
+    "matplotlib": ("gblm.report.figures",),
     "click": ("gblm.cli", "gblm.commands"),
     "rich": ("gblm.commands",),
 }

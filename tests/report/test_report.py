@@ -17,9 +17,8 @@ from record_cases import PYDOC, quality_record, speed_record
 
 from gblm.errors import InputError, MachineError
 from gblm.record import Record, Row
-from gblm.report import charts, figures
-from gblm.report.markdown import markdown
-from gblm.report.page import html
+from gblm.report import figures
+from gblm.report.page import html, markdown
 from gblm.report.sources import Sources, read_sources
 from gblm.report.tables import cell, number, record_tables
 
@@ -204,7 +203,7 @@ def test_a_damaged_mask_is_refused(packed: Path) -> None:
 def test_a_mask_picture_is_the_mean_of_its_cells() -> None:
     mask = torch.rand(144, 192, generator=torch.Generator().manual_seed(0)) < 0.3
     mask[:, :50] = False
-    cells = charts.downsample(mask)
+    cells = figures.downsample(mask)
     assert tuple(cells.shape) == (72, 96)
     assert float(cells[3, 70]) == float(mask[6:8, 140:142].float().mean())
     assert float(cells[:, :25].max()) == 0

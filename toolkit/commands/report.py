@@ -46,8 +46,8 @@ def command(
     """
     if html is None and markdown is None:
         raise click.UsageError("give --html FILE, --markdown FILE, or both.")
-    from gblm.report.markdown import markdown as in_markdown
     from gblm.report.page import html as in_html
+    from gblm.report.page import markdown as in_markdown
     from gblm.report.sources import read_sources
 
     sources = read_sources(runs, sorted(set(layers)))

@@ -1,22 +1,44 @@
-"""Which charts a report shows. No chart without data."""
+"""The charts of a report, as inline SVG by matplotlib. No chart without data.
+
+Names are drawn as shapes, so a page needs no font.
+"""
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Iterator, Sequence
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from markupsafe import Markup
+from torch import Tensor
 
+from gblm.errors import MachineError
 from gblm.record import Record
-from gblm.report import charts
 from gblm.report.sources import Folder
 from gblm.report.tables import label
 
+# Okabe and Ito's colours, told apart by most eyes; the shapes differ, too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+SHAPES = "osD^vP"
+STYLE = {
+    "svg.fonttype": "path", "svg.hashsalt": "gblm", "text.parse_math": False, "font.size": 9,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
+    "axes.axisbelow": True,
+}  # fmt: skip
+WIDTH = 5.2
+# A name longer than this is cut in a picture; tables have it whole.
+LONGEST = 34
+# Of a mask's picture: at most so many cells down and across.
+CELLS = (72, 96)
 # More lines than this are no chart; the table has them.
 MOST_LINES = 40
 QUALITY, TIME = "perplexity", "tpot_ms_p50"
+Series = Mapping[str, Mapping[str, tuple[float, float, float]]]
 
 
 @dataclass(frozen=True)
@@ -26,6 +48,44 @@ class Figure:
     title: str
     picture: Markup
     note: str = ""
+
+
+def draw(title: str, note: str, height: float, paint: Callable[[Any], None]) -> Figure:
+    """Draw a figure.
+
+    Args:
+        title: what it shows, also for those who cannot see it.
+        note: to stand under it.
+        height: in inches; it is WIDTH wide.
+        paint: draws on matplotlib's figure.
+
+    Raises:
+        MachineError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure as Canvas
+    except ImportError as error:
+        raise MachineError(
+            "the pictures of a page need matplotlib: pip install 'gblm-toolkit[report]', or write "
+            "--markdown alone."
+        ) from error
+    with mpl.rc_context(STYLE), warnings.catch_warnings():
+        # Of signs that the font does not have.
+        warnings.simplefilter("ignore")
+        canvas = Canvas(figsize=(WIDTH, height), layout="constrained")
+        paint(canvas)
+        file = io.StringIO()
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        canvas.savefig(file, format="svg", transparent=True, metadata=metadata)
+    # What belongs into a file of its own, and what was drawn in words, is left out.
+    text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", file.getvalue(), flags=re.DOTALL)
+    size = re.search(r'viewBox="[^"]*"', text)
+    head = Markup('<svg xmlns:xlink="http://www.w3.org/1999/xlink" {} role="img" aria-label="{}">')
+    inner = text[text.index(">", text.index("<svg")) + 1 :]
+    # Both are matplotlib's own, which escapes what it writes.
+    box, body = Markup(size.group() if size else ""), Markup(inner)  # noqa: S704
+    return Figure(title, head.format(box, title) + body, note)
 
 
 def frontiers(records: Sequence[Record]) -> Iterator[Figure]:
@@ -47,6 +107,7 @@ def frontiers(records: Sequence[Record]) -> Iterator[Figure]:
 def _against(records: Sequence[Record], x: str, known: dict[str, float]) -> Iterator[Figure]:
     """Draw a chart of each text; figures of different protocols never share one."""
     loads = dict.fromkeys(r.load for one in records for r in one.rows if r.metric == QUALITY)
+    axis = x.partition(",")[0]
     for load in loads:
         marks = {
             row.side: (known[row.side], row.value)
@@ -56,9 +117,23 @@ def _against(records: Sequence[Record], x: str, known: dict[str, float]) -> Iter
         }
         finite = {name: mark for name, mark in marks.items() if all(map(math.isfinite, mark))}
         if len(finite) > 1:
-            title = f"Perplexity against {x.partition(',')[0]}"
-            note = "; ".join((load, x))
-            yield Figure(title, charts.scatter(title, finite, x.partition(",")[0], QUALITY), note)
+            yield _scatter(f"Perplexity against {axis}", f"{load}; {x}", finite, axis)
+
+
+def _scatter(title: str, note: str, marks: Mapping[str, tuple[float, float]], x: str) -> Figure:
+    """Draw named points, on logarithmic axes where values differ much."""
+
+    def paint(canvas: Any) -> None:
+        axes = canvas.subplots()
+        for index, (name, point) in enumerate(marks.items()):
+            axes.plot(*point, **_look(index), linestyle="", markersize=7, label=short(name))
+        for scale, place in ((axes.set_xscale, 0), (axes.set_yscale, 1)):
+            values = [point[place] for point in marks.values()]
+            scale("log" if max(values) > 4 * min(values) else "linear")
+        axes.set(xlabel=x, ylabel=QUALITY)
+        _legend(canvas, len(marks))
+
+    return draw(title, note, 3.2 + 0.18 * len(marks), paint)
 
 
 def of_record(record: Record) -> Iterator[Figure]:
@@ -66,28 +141,15 @@ def of_record(record: Record) -> Iterator[Figure]:
     sides = [side for side in record.sides if side != record.baseline]
     for load in record.loads:
         series = {side: _ratios(record, side, load) for side in sides}
-        yield from _dots("Ratio to the baseline", series, f"times {record.baseline}", load, 1.0)
+        yield from _dots("Ratio to the baseline", load, series, f"times {record.baseline}", 1.0)
     for metric in record.metrics:
         loads = list(dict.fromkeys(row.load for row in record.rows if row.metric == metric))
         if len(loads) > 2:
             over = {side: _over_loads(record, side, loads, metric) for side in record.sides}
-            yield from _dots(metric, over, label(record, metric), "")
+            yield from _dots(metric, "", over, label(record, metric))
 
 
-def _dots(
-    title: str,
-    series: dict[str, dict[str, charts.Interval]],
-    x: str,
-    note: str,
-    one: float | None = None,
-) -> Iterator[Figure]:
-    known = {side: found for side, found in series.items() if found}
-    lines = list(dict.fromkeys(line for found in known.values() for line in found))
-    if 0 < len(lines) <= MOST_LINES:
-        yield Figure(title, charts.dots(title, lines, known, x, one), note)
-
-
-def _ratios(record: Record, side: str, load: str) -> dict[str, charts.Interval]:
+def _ratios(record: Record, side: str, load: str) -> dict[str, tuple[float, float, float]]:
     found = {metric: record.ratio(side, load, metric) for metric in record.metrics}
     return {
         metric: (ratio.median, ratio.low, ratio.high)
@@ -98,7 +160,7 @@ def _ratios(record: Record, side: str, load: str) -> dict[str, charts.Interval]:
 
 def _over_loads(
     record: Record, side: str, loads: Sequence[str], metric: str
-) -> dict[str, charts.Interval]:
+) -> dict[str, tuple[float, float, float]]:
     rows = (record.row(side, load, metric) for load in loads)
     return {
         row.load: (row.value, *(row.interval or (row.value, row.value)))
@@ -107,29 +169,128 @@ def _over_loads(
     }
 
 
+def _dots(
+    title: str, note: str, series: Series, x: str, one: float | None = None
+) -> Iterator[Figure]:
+    """Draw a line for each name, with a mark and its interval for each series that has any.
+
+    Args:
+        title: what it shows.
+        note: to stand under it.
+        series: name → line → middle, low and high.
+        x: label of the axis across, logarithmic where values differ much.
+        one: where to draw a line at which nothing differs.
+    """
+    known = {side: found for side, found in series.items() if found}
+    lines = list(dict.fromkeys(line for found in known.values() for line in found))
+
+    def paint(canvas: Any) -> None:
+        axes = canvas.subplots()
+        for index, (name, found) in enumerate(known.items()):
+            shift = 0.6 * ((index + 0.5) / len(known) - 0.5)
+            places = [lines.index(line) + shift for line in found]
+            middles = [value[0] for value in found.values()]
+            spread = [[max(0.0, m - low) for m, low, _ in found.values()],
+                      [max(0.0, high - m) for m, _, high in found.values()]]  # fmt: skip
+            axes.errorbar(middles, places, xerr=spread, **_look(index), linestyle="", markersize=5,
+                          label=short(name))  # fmt: skip
+        every = [v for found in known.values() for value in found.values() for v in value]
+        if min(every) > 0 and max(every) > 20 * min(every):
+            axes.set_xscale("log")
+        if one is not None:
+            axes.axvline(one, color="black", linestyle=":", linewidth=1)
+        axes.set_yticks(range(len(lines)), [short(line) for line in lines])
+        axes.set_ylim(len(lines) - 0.4, -0.6)
+        axes.set(xlabel=x)
+        _legend(canvas, len(known))
+
+    if 0 < len(lines) <= MOST_LINES:
+        height = 1.1 + (0.16 + 0.14 * len(known)) * len(lines) + 0.2 * len(known)
+        yield draw(title, note, height, paint)
+
+
 def sparsities(folders: Sequence[Folder]) -> Iterator[Figure]:
     """Draw sparsity over projections and decoder layers, all folders on one scale."""
     every = [share for folder in folders for share in folder.sparsity.values()]
     for folder in folders:
-        parts = list(dict.fromkeys(part for part, _ in folder.sparsity))
-        depth = sorted({layer for _, layer in folder.sparsity})
-        if parts:
-            values = [[folder.sparsity.get((part, n), math.nan) for n in depth] for part in parts]
-            names = [part.rpartition(".")[2] for part in parts]
-            title, limits = f"Sparsity, {folder.name}", (min(every), max(every))
-            picture = charts.heat(title, names, list(map(str, depth)), values, limits)
-            yield Figure(title, picture, "share of the weights that is not stored")
+        if folder.sparsity:
+            yield _sparsity(folder, *_scale(min(every), max(every)))
+
+
+def _sparsity(folder: Folder, low: float, high: float) -> Figure:
+    parts = list(dict.fromkeys(part for part, _ in folder.sparsity))
+    depth = sorted({layer for _, layer in folder.sparsity})
+    values = [[folder.sparsity.get((part, n), math.nan) for n in depth] for part in parts]
+
+    def paint(canvas: Any) -> None:
+        axes = canvas.subplots()
+        image = _cells(axes, values, low, high)
+        axes.set_yticks(range(len(parts)), [part.rpartition(".")[2] for part in parts])
+        every = max(1, math.ceil(len(depth) / 12))
+        axes.set_xticks(range(0, len(depth), every), depth[::every])
+        axes.set(xlabel="decoder layer")
+        canvas.colorbar(image, ax=axes)
+
+    note = "share of the weights that is not stored"
+    return draw(f"Sparsity, {folder.name}", note, 0.9 + 0.22 * len(parts), paint)
 
 
 def masks(folders: Sequence[Folder]) -> Iterator[Figure]:
     """Draw each folder's masks, linear by linear on one scale."""
     for place in dict.fromkeys(place for folder in folders for place in folder.masks):
         own = {folder.name: folder.masks[place] for folder in folders if place in folder.masks}
-        cells = torch.cat([charts.downsample(mask).flatten() for mask in own.values()])
+        cells = torch.cat([downsample(mask).flatten() for mask in own.values()])
         # All but the rarest cells.
         low, high = (float(torch.quantile(cells, share)) for share in (0.02, 0.98))
-        limits = (low, high) if high > low else (0.0, 1.0)
         for name, mask in own.items():
-            title = f"Layer {place[1]}, {place[0]}, {name}"
-            scale = f"white {limits[0]:.0%} kept or less, blue {limits[1]:.0%} or more"
-            yield Figure(title, charts.mask_picture(f"Mask: {title}", mask, limits), scale)
+            yield _mask(f"Layer {place[1]}, {place[0]}, {name}", mask, *_scale(low, high))
+
+
+def _mask(title: str, mask: Tensor, low: float, high: float) -> Figure:
+    """Draw a mask [out, in] bool from above, the kept share of its columns over it."""
+    rows, columns = mask.shape
+    tall = min(4.0, max(1.2, 4.4 * rows / columns))
+
+    def paint(canvas: Any) -> None:
+        top, axes = canvas.subplots(2, 1, sharex=True, height_ratios=(0.6, tall))
+        kept = mask.float().mean(dim=0)
+        top.fill_between(range(columns), kept, step="mid", color=COLOURS[0], linewidth=0)
+        top.set(ylim=(0, 1), ylabel="kept")
+        _cells(axes, downsample(mask), low, high, extent=(-0.5, columns - 0.5, rows - 0.5, -0.5))
+        axes.set(xlabel="column", ylabel="row")
+
+    note = f"white {low:.0%} kept or less, blue {high:.0%} or more"
+    return draw(title, note, 1.4 + tall, paint)
+
+
+def downsample(mask: Tensor) -> Tensor:
+    """Average a mask [out, in] to kept shares [at most CELLS] float32."""
+    size = (min(mask.shape[0], CELLS[0]), min(mask.shape[1], CELLS[1]))
+    pooled: Tensor = torch.nn.functional.adaptive_avg_pool2d(mask.float()[None, None], size)
+    return pooled[0, 0]
+
+
+def short(name: str) -> str:
+    """Cut a name to what fits a picture."""
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
+
+
+def _scale(low: float, high: float) -> tuple[float, float]:
+    """Give limits of colours; where all is the same they are those of any share."""
+    return (low, high) if high > low else (0.0, 1.0)
+
+
+def _cells(axes: Any, values: Any, low: float, high: float, **more: Any) -> Any:
+    """Draw a table as colours; NaN leaves a gap."""
+    axes.grid(visible=False)
+    return axes.imshow(values, cmap="Blues", vmin=low, vmax=high, aspect="auto",
+                       interpolation="none", **more)  # fmt: skip
+
+
+def _look(index: int) -> dict[str, str]:
+    shape = SHAPES[(index + index // len(COLOURS)) % len(SHAPES)]
+    return {"color": COLOURS[index % len(COLOURS)], "marker": shape}
+
+
+def _legend(canvas: Any, count: int) -> None:
+    canvas.legend(loc="outside lower center", ncols=1 if count > 3 else count, frameon=False)

@@ -1,15 +1,25 @@
-"""One self-contained HTML page: no scripts, nothing loaded, text from files escaped."""
+"""The pages of a report: HTML without scripts, which loads nothing, and Markdown for READMEs.
+
+Both show the same tables; text from files is escaped.
+"""
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 
 from jinja2 import Environment, StrictUndefined
 
 from gblm import __version__
+from gblm.record import Record
 from gblm.report import figures
 from gblm.report.sources import Sources
-from gblm.report.tables import record_tables
+from gblm.report.tables import Table, record_tables
+
+# What a model card shows of a model.
+INDEXED = ("perplexity", "acc", "acc_norm", "exact_match", "word_perplexity")
 
 
 def html(sources: Sources, title: str) -> str:
@@ -38,3 +48,75 @@ def html(sources: Sources, title: str) -> str:
         masks=list(figures.masks(sources.folders)),
         environments=list(sources.environments()),
     ) + "\n"  # fmt: skip
+
+
+def markdown(sources: Sources, title: str) -> str:
+    """Make a page of tables; with perplexities or tasks it begins with their model-index.
+
+    Args:
+        sources: what it shows.
+        title: of the page.
+    """
+    lines = [*model_index([record for _, record in sources.records]), f"# {escape(title)}", ""]
+    for heading, words in (
+        ("**INVALID measurements:**", sources.invalid),
+        ("To be kept in mind:", sources.notes),
+    ):
+        if words:
+            lines += [heading, "", *(f"- {escape(one)}" for one in words), ""]
+    for file, record in sources.records:
+        lines += [f"## {escape(record.kind)}: {escape(file)}", ""]
+        lines += [line for table in record_tables(record) for line in show(table)]
+    for folder in sources.folders:
+        lines += show(folder.table)
+    lines += ["## How to repeat it", ""]
+    # An indented block, which no recorded command can close.
+    lines += [*(f"    {' '.join(command.split())}" for command in sources.commands), ""]
+    lines += [line for table in sources.environments() for line in show(table)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def model_index(records: Sequence[Record]) -> list[str]:
+    """Write the front matter that model hubs read: finite figures, each with its protocol."""
+    rows = [
+        row
+        for record in records
+        for row in record.rows
+        if row.metric in INDEXED and row.value is not None and math.isfinite(row.value)
+    ]
+    if not rows:
+        return []
+    lines = ["---", "model-index:"]
+    for side in dict.fromkeys(row.side for row in rows):
+        # JSON's strings are YAML's, too.
+        lines += [f"- name: {json.dumps(side)}", "  results:"]
+        for row in rows:
+            if row.side == side:
+                name, said = row.load.partition(",")[0], f"{row.metric} ({row.load})"
+                lines += [
+                    "  - task: {type: text-generation}",
+                    f"    dataset: {{name: {json.dumps(name)}, type: {json.dumps(name)}}}",
+                    "    metrics:",
+                    f"    - {{type: {row.metric}, value: {row.value:.4f}, "
+                    f"name: {json.dumps(said)}}}",
+                ]
+    return [*lines, "---", ""]
+
+
+def show(table: Table) -> Iterator[str]:
+    """Write a table, numbers to the right."""
+    yield from (f"### {escape(table.title)}", "")
+    if table.note:
+        yield from (escape(table.note), "")
+    rule = ["---", *["---:"] * (len(table.header) - 1)]
+    lines = [[escape(cell) for cell in row] for row in (table.header, *table.rows)]
+    lines.insert(1, rule)
+    yield from (f"| {' | '.join(cells)} |" for cells in lines)
+    yield ""
+
+
+def escape(text: str) -> str:
+    """Keep text what it is: no markup, no HTML, no new cell."""
+    for sign in "\\`*_[]<>|":
+        text = text.replace(sign, f"\\{sign}")
+    return " ".join(text.split())
