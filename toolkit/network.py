@@ -1,4 +1,4 @@
-"""Addresses, and one exchange over HTTP: bounded in time and size, no redirects, no proxies.
+"""Addresses, and a GET over HTTP: bounded in time and size, no redirects, no proxies.
 
 A server is not trusted: none of its words reach a message here.
 """
@@ -13,9 +13,9 @@ import socket
 import threading
 import time
 from pathlib import Path
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
-from gblm.errors import InputError, UsageError
+from gblm.errors import InputError, MachineError, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +46,14 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def split_address(what: str, url: str) -> SplitResult:
-    """Check the address of a server.
+def server_address(what: str, url: str, key: str | None, ending: str) -> str:
+    """Check the address of a server, and say when its key would be read on the way.
 
     Args:
         what: the server is called in messages.
         url: scheme, host, port and path.
+        key: that will be sent to it, if any.
+        ending: of the path, which is left out.
 
     Raises:
         UsageError: this is not an http or https address, or it has more than host and path.
@@ -68,41 +70,55 @@ def split_address(what: str, url: str) -> SplitResult:
             f"{what}: the address may hold host, port and path only; "
             "a key goes into --api-key-file."
         )
-    return parts
-
-
-def warn_of_plain_key(what: str, parts: SplitResult) -> None:
-    """Say when a key would be read by everybody on the way to a server."""
-    if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
+    if key is not None and parts.scheme == "http" and not is_loopback(parts.hostname or ""):
         logger.warning("%s: its API key is sent over http, unencrypted", what)
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix(ending)}"
 
 
-def exchange(
-    url: str, key: str | None, limit: float, max_bytes: int, body: bytes | None = None
-) -> tuple[int, bytes]:
-    """One GET, or one POST of JSON.
+def get(what: str, url: str, key: str | None, seconds: float, max_bytes: int) -> bytes:
+    """Ask a server once.
 
     Args:
-        url: checked with `split_address`.
+        what: the server is called in messages.
+        url: made from a `server_address`.
         key: sent as a bearer token; none if None.
-        limit: of `time.monotonic()`, when the connection is cut off.
-        max_bytes: of the answer; one more is read, so that the caller sees a longer one.
-        body: JSON to POST; None is a GET.
-
-    Returns:
-        Status and answer.
+        seconds: for everything from connecting to the last byte.
+        max_bytes: of the answer.
 
     Raises:
-        OSError, http.client.HTTPException, ValueError: there is no whole answer.
+        MachineError: there is no whole answer, not in time, or it is not 200.
+        InputError: the answer is too large.
     """
+    limit = time.monotonic() + seconds
+    try:
+        status, answer = _exchange(url, key, limit, max_bytes)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        if time.monotonic() < limit and not isinstance(error, TimeoutError):
+            raise MachineError(f"{what} cannot be reached at {url}: {reason}.") from error
+        status = None
+    if status is None or time.monotonic() >= limit:
+        raise MachineError(f"{what}: {url} did not answer within {seconds:g} s.")
+    if status != 200:
+        hint = "is this the address of a vLLM server?"
+        if 300 <= status < 400:
+            hint = "redirects are not followed: give the final address."
+        elif status in (401, 403):
+            hint = "give the API key with --api-key-file."
+        raise MachineError(f"{what}: {url} answers HTTP {status}; {hint}")
+    if len(answer) > max_bytes:
+        raise InputError(
+            f"{what}: {url} gives more than {max_bytes >> 20} MiB; no vLLM server answers so."
+        )
+    return answer
+
+
+def _exchange(url: str, key: str | None, limit: float, max_bytes: int) -> tuple[int, bytes]:
+    """Give status and answer; of an answer that is too long one byte more than is allowed."""
     parts = urlsplit(url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname or "", parts.port, timeout=limit - time.monotonic())
-    headers = {"Accept": "text/plain; version=0.0.4" if body is None else "application/json"}
-    if body is not None:
-        headers["Content-Type"] = "application/json"
-    if key is not None:
-        headers["Authorization"] = f"Bearer {key}"
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     with contextlib.closing(connection):
         connection.connect()
         # A socket's own timeout starts anew with every byte of a slow server.
@@ -110,7 +126,7 @@ def exchange(
         timer.daemon = True
         timer.start()
         try:
-            connection.request("GET" if body is None else "POST", parts.path, body, headers)
+            connection.request("GET", parts.path, headers=headers)
             response = connection.getresponse()
             answer = response.read(max_bytes + 1)
         finally:

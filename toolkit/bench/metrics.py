@@ -6,17 +6,15 @@ vllm/v1/metrics/loggers.py, version 0.32; prometheus_client parses the text.
 
 from __future__ import annotations
 
-import http.client
 import math
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gblm.errors import GblmError, InputError, MachineError
-from gblm.network import exchange, read_key, split_address, warn_of_plain_key
+from gblm.errors import InputError, MachineError
+from gblm.network import get, read_key, server_address
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
@@ -73,12 +71,8 @@ class Target:
             UsageError: this is not an http or https address, or it has more than host and path.
             InputError: the file holds no key.
         """
-        parts = split_address(f"server {name}", url)
         key = None if key_file is None else read_key(key_file)
-        if key is not None:
-            warn_of_plain_key(f"server {name}", parts)
-        path = parts.path.rstrip("/").removesuffix("/metrics")
-        return cls(name, f"{parts.scheme}://{parts.netloc}{path}/metrics", key)
+        return cls(name, server_address(f"server {name}", url, key, "/metrics") + "/metrics", key)
 
     def fetch(self, seconds: float = SECONDS) -> str:
         """Fetch the text of the metrics.
@@ -90,41 +84,11 @@ class Target:
             MachineError: there is no answer, not in time, or it is not 200.
             InputError: the answer is too large or not UTF-8.
         """
-        limit = time.monotonic() + seconds
-        try:
-            status, body = exchange(self.url, self.key, limit, MAX_BYTES)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            if time.monotonic() >= limit or isinstance(error, TimeoutError):
-                raise self._late(seconds) from error
-            reason = getattr(error, "strerror", None) or type(error).__name__
-            raise MachineError(
-                f"server {self.name} cannot be reached at {self.url}: {reason}."
-            ) from error
-        if time.monotonic() >= limit:
-            raise self._late(seconds)
-        if status != 200:
-            raise self._refused(status)
-        if len(body) > MAX_BYTES:
-            raise InputError(
-                f"server {self.name}: {self.url} gives more than {MAX_BYTES >> 20} MiB; "
-                "that is not vLLM's metrics."
-            )
+        body = get(f"server {self.name}", self.url, self.key, seconds, MAX_BYTES)
         try:
             return body.decode("utf-8")
         except UnicodeDecodeError as error:
             raise InputError(f"server {self.name}: {self.url} is not UTF-8 text.") from error
-
-    def _late(self, seconds: float) -> MachineError:
-        return MachineError(f"server {self.name}: {self.url} did not answer within {seconds:g} s.")
-
-    def _refused(self, status: int) -> GblmError:
-        if 300 <= status < 400:
-            hint = "redirects are not followed: give the final address"
-        elif status in (401, 403):
-            hint = "give the API key with --api-key-file"
-        else:
-            hint = "is this the address of a vLLM server?"
-        return MachineError(f"server {self.name}: {self.url} answers HTTP {status}; {hint}.")
 
 
 class RestartError(Exception):

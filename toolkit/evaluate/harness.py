@@ -7,13 +7,12 @@ is scored as windows of tokens.
 from __future__ import annotations
 
 import functools
-import http.client
 import json
 import math
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from lm_eval import simple_evaluate
@@ -27,7 +26,7 @@ from gblm.errors import DAMAGE, InputError, MachineError, UsageError
 from gblm.evaluate.subjects import Scores, Subject, TorchSubject
 from gblm.evaluate.tasks import Tasks
 from gblm.model.folder import ModelFolder
-from gblm.network import exchange, is_loopback, split_address, warn_of_plain_key
+from gblm.network import get, is_loopback, server_address
 from gblm.record import Row
 
 SECONDS, MAX_BYTES = 60.0, 2**20
@@ -111,16 +110,12 @@ class ServedSubject(Subject):
             InputError: the answer is not that of an OpenAI server.
             MachineError: there is no answer, or it is not 200.
         """
-        parts = split_address("MODEL", url)
-        self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
-        self._key = key
-        if key is not None:
-            warn_of_plain_key("MODEL", parts)
+        self.url, self._key = server_address("MODEL", url, key, "/v1"), key
         card = self._card()
         self.name: str = card["id"]
         self.max_tokens: int | None = card.get("max_model_len")
         root = Path(str(card.get("root")))
-        here = is_loopback(parts.hostname or "") and root.is_absolute()
+        here = is_loopback(urlsplit(self.url).hostname or "") and root.is_absolute()
         found = here and (root / "config.json").is_file()
         self.folder = ModelFolder.open(root) if found else None
 
@@ -173,17 +168,7 @@ class ServedSubject(Subject):
     def _card(self) -> dict[str, Any]:
         """Ask what the server says of its first model."""
         url = f"{self.url}/v1/models"
-        try:
-            status, answer = exchange(url, self._key, time.monotonic() + SECONDS, MAX_BYTES)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise MachineError(f"{url} cannot be reached: {type(error).__name__}.") from error
-        if status != 200:
-            hint = (
-                "give the API key with --api-key-file, or in VLLM_API_KEY"
-                if status in (401, 403)
-                else "is this the address of a vLLM server?"
-            )
-            raise MachineError(f"{url} answers HTTP {status}; {hint}.")
+        answer = get("MODEL", url, self._key, SECONDS, MAX_BYTES)
         try:
             card: dict[str, Any] = json.loads(answer)["data"][0]
             if isinstance(card["id"], str) and isinstance(card.get("max_model_len", 0), int):
