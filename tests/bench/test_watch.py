@@ -512,7 +512,7 @@ def test_the_command(
                 "--output", tmp_path / "watch.json")  # fmt: skip
     assert done.code == 0, done
     assert "ttft_ms: B is faster by 2.0" in done.out
-    assert "inter-token latency (ms)" in done.out
+    assert "itl_ms_mean, ms" in done.out
     record = Record.read(tmp_path / "watch.json")
     assert record.baseline == "A"
     assert record.sides["B"]["url"] == f"{b.url}/metrics"

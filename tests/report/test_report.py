@@ -85,6 +85,24 @@ def test_one_metric_under_many_loads_is_one_table() -> None:
     assert figure.title == "us"
 
 
+def test_many_sides_stand_below_each_other_beside_their_controls() -> None:
+    sides = {f"s{n}": {"control": "s0" if n else None} for n in range(7)}
+    rows = [Row.of_rounds(side, "8x8, 1 token", metric, "", [2.0 + n, 2.0 + 2 * n])
+            for n, side in enumerate(sides) for metric in ("us", "gb_s")]  # fmt: skip
+    _, one = record_tables(Record("kernels", sides, tuple(rows), "s1"))
+    assert one.header == ("", "us", "gb_s", "us, times its control")
+    assert one.rows[0] == ("s0", "2 (0.583 [0.5, 0.667])", "2 (0.583 [0.5, 0.667])", "–")
+    assert one.rows[1] == ("s1", "3.5", "3.5", "1.75 [1.5, 2]")
+    assert len(one.rows) == 7
+
+
+def test_only_the_metrics_that_are_asked_for_are_shown() -> None:
+    record = speed_record({"dense": 20.0, "half": 10.0}, loads=("1", "4"))
+    _, one = record_tables(record, ["tpot_ms_p50"])
+    assert (one.title, one.header) == ("tpot_ms_p50, ms", ("", "dense", "half"))
+    assert one.rows[0] == ("1", "20", "10 (0.5 [0.5, 0.5])")
+
+
 def test_ratios_over_rounds_and_metrics_over_loads_are_drawn() -> None:
     record = speed_record({"dense": 20.0, "half": 10.0}, loads=("1", "4", "16"))
     found = [(figure.title, figure.note) for figure in figures.of_record(record)]

@@ -13,28 +13,15 @@ import click
 
 from gblm.commands.bench_kernels import command as kernels
 from gblm.commands.bench_watch import command as watch
-from gblm.commands.common import Command, backend_option, emit, progress_bars, table
-from gblm.commands.verdict import fail_if_invalid, noise_option, print_verdict
-from gblm.record import Record
+from gblm.commands.common import Command, backend_option, progress_bars
+from gblm.commands.records import hand_out, noise_option
 
-# Metric → heading and digits.
-COLUMNS = {
-    "ttft_ms_p50": ("TTFT p50", 1),
-    "ttft_ms_p99": ("p99", 1),
-    "tpot_ms_p50": ("TPOT p50", 2),
-    "tpot_ms_p99": ("p99", 2),
-    "itl_ms_p99": ("ITL p99", 2),
-    "e2e_ms_p50": ("E2E p50", 0),
-    "requests_per_s": ("req/s", 2),
-    "output_tok_s": ("tok/s", 1),
-    "decode_tok_s": ("decode tok/s", 1),
-    "goodput_requests_per_s": ("goodput", 2),
-    "memory_mb": ("MB", 0),
-    "peak_memory_mb": ("peak MB", 0),
-    "load_s": ("load s", 1),
-}
-# The ratio that is printed: the first that every side tells.
-RATIOS = ("tpot_ms_p50", "e2e_ms_p50")
+# What is printed; the record has more.
+SHOWN = (
+    "ttft_ms_p50", "ttft_ms_p99", "tpot_ms_p50", "tpot_ms_p99", "itl_ms_p99", "e2e_ms_p50",
+    "requests_per_s", "output_tok_s", "decode_tok_s", "goodput_requests_per_s", "memory_mb",
+    "peak_memory_mb", "load_s",
+)  # fmt: skip
 LIMIT = re.compile(r"(ttft|tpot|e2e):(\d+(?:\.\d+)?)")
 
 
@@ -155,9 +142,7 @@ def sides(
         record = bench(parse_sides(words[:first], setup), setup, plan, progress)
     if log is None:
         kept.unlink(missing_ok=True)
-    record.write(output)
-    emit(ctx, record.as_json(), lambda: print_record(record))
-    fail_if_invalid(record, output)
+    hand_out(ctx, record, output, SHOWN)
 
 
 def asked_for(vllm_options: tuple[str, ...], log: Path, given: dict[str, Any]) -> Any:
@@ -175,30 +160,3 @@ def asked_for(vllm_options: tuple[str, ...], log: Path, given: dict[str, Any]) -
     setup = Setup(loads, log, given["seed"], given["threads"], given["backend"], vllm_options,
                   given["slo"])  # fmt: skip
     return setup, Plan(given["rounds"], given["restart"], given["allow_noise"])
-
-
-def print_record(record: Record) -> None:
-    """Print a table for each load, then what to mind."""
-    for load in record.loads:
-        known = [name for name in COLUMNS if name in record.metrics]
-        told = [r for r in RATIOS if record.value(str(record.baseline), load, r) is not None]
-        ratio = (told or RATIOS)[0]
-        click.echo(load)
-        header = ["", *(COLUMNS[name][0] for name in known), f"{ratio} ratio (95 %)"]
-        table(header, [_cells(record, side, load, known, ratio) for side in record.sides])
-        click.echo()
-    click.echo(
-        f"{record.provenance['settings']['rounds']} rounds; medians; ms; ratios to "
-        f"{record.baseline}, paired by round; {record.provenance['device']}"
-    )
-    print_verdict(record)
-
-
-def _cells(record: Record, side: str, load: str, known: list[str], ratio: str) -> list[str]:
-    values = {name: record.value(side, load, name) for name in known}
-    if not any(value is not None for value in values.values()):
-        return [side, "INVALID", *[""] * len(known)]
-    cells = ["–" if v is None else f"{v:.{COLUMNS[name][1]}f}" for name, v in values.items()]
-    found = None if side == record.baseline else record.ratio(side, load, ratio)
-    last = f"{found.median:.3f} ({found.low:.3f}–{found.high:.3f})" if found else "–"
-    return [side, *cells, last]

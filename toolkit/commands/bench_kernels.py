@@ -8,18 +8,10 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from gblm.commands.common import Command, emit, progress_bars, record_option, table
-from gblm.commands.verdict import fail_if_invalid, noise_option, print_verdict
-from gblm.record import Record
+from gblm.commands.common import Command, progress_bars, record_option
+from gblm.commands.records import hand_out, noise_option
 
 ISAS = ("amx", "avx512", "avx2", "neon_bf16", "neon", "portable")
-# Metric → heading and how it is printed.
-FIGURES = {
-    "us": ("us", "{:.1f}"), "tok_s": ("tok/s", "{:.1f}"), "tflop_s": ("TFLOP/s", "{:.1f}"),
-    "gb_s": ("GB/s", "{:.1f}"), "share_of_read_limit": ("of limit", "{:.0%}"),
-}  # fmt: skip
-RATIOS, CONTROL = ("torch_bf16", "torch_2:4", "vllm_bf16", "vllm_w8a8"), "dense control"
-FACTS = ("device", "cpu_model", "threads", "instruction_set", "compiler", "clock", "load_average")
 
 
 def words(ctx: click.Context, option: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -85,66 +77,7 @@ def command(
 
         settings = Settings(parse_shapes(shapes), _numbers(tokens), **rest)
         record = bench_kernels(settings, progress)
-    if output is not None:
-        record.write(output)
-    emit(ctx, record.as_json(), lambda: print_record(record))
-    fail_if_invalid(record, output)
-
-
-def print_record(record: Record) -> None:
-    """Print a table for each load that was timed, then of the weights, and what to mind."""
-    for load in record.loads:
-        rows = [row for row in record.rows if row.load == load and row.metric in FIGURES]
-        sides = list(dict.fromkeys(row.side for row in rows))
-        known = {row.metric for row in rows}
-        figures = [name for name in FIGURES if name in known]
-        beside = [name for name in RATIOS if name in sides and len(sides) > 1]
-        if any(_control(record, side) in sides for side in sides):
-            beside.append(CONTROL)
-        if sides:
-            header = [load, *(FIGURES[name][0] for name in figures), *(f"x {n}" for n in beside)]
-            table(header, [_cells(record, side, load, figures, beside) for side in sides])
-            click.echo()
-    stored = [row for row in record.rows if row.metric == "bits_per_weight"]
-    if stored:
-        table(["a weight", "bits", "prepare, GB/s of dense bf16"],
-              [[f"{row.side} {row.load}", f"{row.value:.2f}",
-                _figure(record, row.side, row.load, "prepare_gb_s", "{:.2f}")]
-               for row in stored])  # fmt: skip
-        click.echo()
-    facts = record.provenance
-    known_facts = (f"{name.replace('_', ' ')} {facts[name]}" for name in FACTS if name in facts)
-    click.echo(
-        f"{facts['settings']['rounds']} interleaved rounds; medians, ratios paired by round "
-        f"(95 %), above 1 is faster; weights read from memory; {', '.join(known_facts)}"
-    )
-    print_verdict(record)
-
-
-def _control(record: Record, side: str) -> str | None:
-    """Name the dense linear of the same value type; baselines and GPUs have none."""
-    name: str | None = record.sides[side].get("control")
-    return name
-
-
-def _figure(record: Record, side: str, load: str, metric: str, digits: str) -> str:
-    value = record.value(side, load, metric)
-    return "–" if value is None else digits.format(value)
-
-
-def _cells(
-    record: Record, side: str, load: str, figures: list[str], beside: list[str]
-) -> list[str]:
-    """Format one side; what it is compared by is its time, or its tokens per second."""
-    cells = [side, *(_figure(record, side, load, name, FIGURES[name][1]) for name in figures)]
-    for name in beside:
-        other = _control(record, side) if name == CONTROL else name
-        found = None
-        if other not in (None, side):
-            faster = record.ratio(str(other), load, "us", side)
-            found = faster or record.ratio(side, load, "tok_s", other)
-        cells.append(f"{found.median:.2f} ({found.low:.2f}–{found.high:.2f})" if found else "–")
-    return cells
+    hand_out(ctx, record, output)
 
 
 def _numbers(texts: tuple[str, ...]) -> tuple[int, ...]:

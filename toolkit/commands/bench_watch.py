@@ -6,16 +6,8 @@ from pathlib import Path
 
 import click
 
-from gblm.commands.common import Command, emit, progress_bars, record_option, table
-from gblm.record import Record
-
-LABELS = {
-    "ttft_ms_mean": "TTFT (ms)",
-    "tpot_ms_mean": "TPOT (ms)",
-    "itl_ms_mean": "inter-token latency (ms)",
-    "e2e_ms_mean": "end to end (ms)",
-    "output_tok_s": "generated (tok/s)",
-}
+from gblm.commands.common import Command, progress_bars, record_option
+from gblm.commands.records import hand_out
 
 
 @click.command("watch", cls=Command)
@@ -54,24 +46,4 @@ def command(
 
         a, b = Target.of("A", url_a, key_a), Target.of("B", url_b, key_b)
         record = watch(a, b, Window(duration, interval), progress)
-    if output is not None:
-        record.write(output)
-    emit(ctx, record.as_json(), lambda: print_record(record))
-
-
-def print_record(record: Record) -> None:
-    """Print both sides, then a verdict per metric and what to mind."""
-    figures = {
-        label: [record.value(side, record.loads[0], metric) for side in "AB"]
-        for metric, label in LABELS.items()
-    }
-    cells = [[label, *("–" if value is None else f"{value:.4g}" for value in both)]
-             for label, both in figures.items()]  # fmt: skip
-    table(["mean", "A", "B"], cells)
-    window = record.provenance["settings"]
-    requests = ", ".join(f"{s} {record.sides[s]['finished']:.0f} requests" for s in "AB")
-    click.echo(
-        f"{requests}; {window['valid']} of {window['intervals']} intervals; 95 % confidence."
-    )
-    for sentence in record.verdict.notes:
-        click.echo(sentence)
+    hand_out(ctx, record, output)

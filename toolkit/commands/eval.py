@@ -14,18 +14,16 @@ from gblm.commands.common import (
     backend_option,
     device_option,
     dtype_option,
-    emit,
     options,
     progress_bars,
     record_option,
-    table,
 )
+from gblm.commands.records import hand_out
 from gblm.errors import UsageError
 
 if TYPE_CHECKING:
     from gblm.evaluate.perplexity import Protocol
     from gblm.evaluate.tasks import Tasks
-    from gblm.record import Record, Row
 
 ENGINES = ("hf", "packed", "vllm", "onnx")
 TEXT_KEYS = ("sources", "name", "seq_len", "stride", "max_windows", "bos")
@@ -134,9 +132,7 @@ def command(
     outcomes = judge(parsed, record, bench, model)
     notes = (*record.verdict.notes, *(one.sentence() for one in outcomes))
     record = replace(record, verdict=replace(record.verdict, notes=notes))
-    if output is not None:
-        record.write(output)
-    emit(ctx, record.as_json(), lambda: _show(record))
+    hand_out(ctx, record, output)
     failed = [one for one in outcomes if not one.passed]
     for one in failed:
         click.echo(f"gblm: {one.sentence()}", err=True)
@@ -203,35 +199,3 @@ def _api_key(file: Path | None, served: bool) -> str | None:
     if file is not None:
         return read_key(file)
     return os.environ.get(KEY_VARIABLE) or None if served else None
-
-
-def _show(record: Record) -> None:
-    """Print a block for each text and task, the protocol under it, then the notes."""
-    for load in record.loads:
-        rows = [row for row in record.rows if row.load == load]
-        cells = [
-            [metric, *(_cell(record.row(side, load, metric)) for side in record.sides)]
-            + ([_ratio(record, load, metric)] if record.baseline else [])
-            for metric in dict.fromkeys(row.metric for row in rows)
-        ]
-        name = load.partition(",")[0]
-        table([name, *record.sides, *(["ratio"] if record.baseline else [])], cells)
-        click.echo(f"protocol: {load}")
-    for side, facts in record.sides.items():
-        click.echo(f"{side}: {facts['engine']}, {facts['dtype']}")
-    for note in record.verdict.notes:
-        click.echo(note)
-
-
-def _cell(row: Row | None) -> str:
-    if row is None:
-        return "–"
-    value = "not finite" if row.value is None else f"{row.value:.4f}"
-    unit = f" {row.unit}" if row.unit == "nats" else ""
-    error = "" if row.interval is None else f" ({row.interval[0]:.4f} to {row.interval[1]:.4f})"
-    return value + unit + error
-
-
-def _ratio(record: Record, load: str, metric: str) -> str:
-    ratio = record.ratio(next(iter(record.sides)), load, metric)
-    return "" if ratio is None else f"{ratio.median:.3f}"
