@@ -117,7 +117,7 @@ def test_engines_refuse_what_they_cannot_run(tiny: Path, exported: Path) -> None
 def test_a_model_has_no_drift_from_itself_and_some_from_another(
     tiny: Path, pack_tiny: Pack, text_file: Path
 ) -> None:
-    protocol = Protocol(str(text_file), 32, 2, "float32")
+    protocol = Protocol(str(text_file), 32, 2)
     dense, packed = (
         open_subject(ModelFolder.open(folder), dtype="float32") for folder in (tiny, pack_tiny())
     )
@@ -195,7 +195,7 @@ def test_drift_refuses_another_vocabulary() -> None:
 def test_stride_counts_every_token_once(tiny: Path, text_file: Path) -> None:
     tokenizer = load_tokenizer(tiny)
     subject = open_subject(ModelFolder.open(tiny), dtype="float32")
-    protocol = Protocol(str(text_file), 32, 4, "float32", stride=8)
+    protocol = Protocol(str(text_file), 32, 4, stride=8)
     (row,) = measure({"tiny": subject}, [protocol], tokenizer)
     assert "stride 8" in row.load
     ids = torch.tensor(data.encode(tokenizer, text_file.read_text())[:56])

@@ -51,8 +51,6 @@ def test_weights_that_only_another_engine_reads_have_bytes(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--protocol", "gblm", "--seq-len", "64"], "windows of 2048 tokens"),
-        (["--protocol", "wanda", "--stride", "64"], "windows of 4096 tokens"),
         (["--seq-len", "32", "--stride", "64"], "would leave out tokens"),
         (["--limit", "3"], "--tasks only"),
         (["--baseline", "x", "--no-baseline"], "do not go together"),

@@ -71,10 +71,10 @@ def test_a_needed_baseline_that_is_not_there_is_missed_before_anything_is_measur
 def test_packed_model_is_measured_on_the_same_tokens(
     tiny: Path, text_file: Path, pack_tiny: Callable[..., Path], backend: str
 ) -> None:
-    protocol = Protocol(source=str(text_file), seq_len=32, max_windows=2, dtype="float32")
+    protocol = Protocol(source=str(text_file), seq_len=32, max_windows=2)
     folder = pack_tiny()
     record = run_evaluation(
-        Evaluation(str(folder), (protocol,), baseline=str(tiny), backend=backend)
+        Evaluation(str(folder), (protocol,), baseline=str(tiny), dtype="float32", backend=backend)
     )
     ours, theirs = (row for row in record.rows if row.metric == "perplexity")
     assert (ours.side, theirs.side) == (folder.name, "tiny")

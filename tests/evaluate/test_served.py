@@ -198,7 +198,7 @@ def test_what_a_server_answers_is_not_believed(
     [
         ({"engine": "onnx"}, "do not go with a server"),
         ({"backend": "dense"}, "do not go with a server"),
-        ({"protocols": (Protocol("pydoc", 32, 1, "float32"),)}, "do not go with a server"),
+        ({"dtype": "float32"}, "do not go with a server"),
         ({"protocols": (Protocol("pydoc", 257, 1),)}, "takes 256 tokens and one to generate"),
         ({"model": "http://user@x"}, "host, port and path only"),
         ({"model": "./x", "tokenizer": "y"}, "go with the address of a server only"),

@@ -26,30 +26,25 @@ if TYPE_CHECKING:
     from gblm.evaluate.tasks import Tasks
 
 ENGINES = ("hf", "packed", "vllm", "onnx")
-TEXT_KEYS = ("sources", "name", "seq_len", "stride", "max_windows", "bos")
+TEXT_KEYS = ("sources", "seq_len", "stride", "max_windows", "bos")
 TASK_KEYS = ("tasks", "path", "limit", "seed")
 
 text_options = options(
     click.option(
         "--text", "sources", multiple=True,
         help="A .txt, .jsonl or .parquet file, or pydoc, wikitext2, c4 (held-out part); again for "
-        "each domain. Default: pydoc, the papers' wikitext2 with their protocols, none with "
-        "--tasks.",
+        "each domain. Default: pydoc, none with --tasks.",
     ),
-    click.option(
-        "--protocol", "name", type=click.Choice(("gblm", "wanda", "own")), default="own",
-        show_default=True, help="Windows of 2048 tokens (gblm), 4096 (wanda), or --seq-len.",
-    ),
-    click.option("--seq-len", type=click.IntRange(2), help="Tokens per window. Default: 2048."),
+    click.option("--seq-len", type=click.IntRange(2), default=2048, show_default=True,
+                 help="Tokens per window."),
     click.option(
         "--stride", type=click.IntRange(1),
         help="Tokens from window to window; only new ones count. Default: --seq-len.",
     ),
     click.option("--max-windows", type=click.IntRange(1), help="Use the first so many windows."),
     click.option(
-        "--bos/--no-bos", default=None,
-        help="Begin windows with what the tokenizer puts before a prompt. Default: yes, but not "
-        "with --protocol gblm or wanda: the papers leave it out.",
+        "--bos/--no-bos", default=True, show_default=True,
+        help="Begin windows with what the tokenizer puts before a prompt; the papers leave it out.",
     ),
 )  # fmt: skip
 
@@ -99,7 +94,6 @@ def command(
     speed: Path | None,
     output: Path | None,
     api_key_file: Path | None,
-    dtype: str,
     **given: Any,
 ) -> None:
     """Measure MODEL's quality on texts and tasks, its dense baseline and the protocol beside it.
@@ -120,7 +114,7 @@ def command(
         tasks = tasks_of(**asked_tasks)
         served = is_address(given["model"])
         asked = Evaluation(
-            protocols=protocols(tasks=tasks is not None, dtype=dtype, **texts), tasks=tasks,
+            protocols=protocols(tasks=tasks is not None, **texts), tasks=tasks,
             needs_baseline=any(gate.needs_baseline for gate in parsed),
             api_key=_api_key(api_key_file, served), **given,
         )  # fmt: skip
@@ -140,36 +134,21 @@ def command(
         ctx.exit(5)
 
 
-def protocols(
-    sources: tuple[str, ...],
-    name: str,
-    seq_len: int | None,
-    bos: bool | None,
-    tasks: bool,
-    **rest: Any,
-) -> tuple[Protocol, ...]:
+def protocols(sources: tuple[str, ...], tasks: bool, **how: Any) -> tuple[Protocol, ...]:
     """Make one protocol for each text.
 
     Raises:
         UsageError: options contradict each other.
     """
-    from gblm.evaluate.perplexity import SEQ_LENS, Protocol
+    from gblm.evaluate.perplexity import Protocol
 
-    fixed = SEQ_LENS.get(name)
-    if fixed and (seq_len or rest["stride"]):
+    if (how["stride"] or 1) > how["seq_len"]:
         raise UsageError(
-            f"--protocol {name} is windows of {fixed} tokens without overlap: leave --seq-len and "
-            "--stride out, or take --protocol own."
+            f"--stride {how['stride']} would leave out tokens: at most --seq-len {how['seq_len']}."
         )
-    length = fixed or seq_len or 2048
-    if (rest["stride"] or 1) > length:
-        raise UsageError(
-            f"--stride {rest['stride']} would leave out tokens: at most --seq-len {length}."
-        )
-    if not sources and not (tasks and name == "own"):
-        sources = ("wikitext2",) if fixed else ("pydoc",)
-    bos = not fixed if bos is None else bos
-    made = tuple(Protocol(source, length, name=name, bos=bos, **rest) for source in sources)
+    if not sources and not tasks:
+        sources = ("pydoc",)
+    made = tuple(Protocol(source, **how) for source in sources)
     if len({protocol.text for protocol in made}) < len(made):
         raise UsageError("--text: the texts must have different names, which name the figures.")
     return made

@@ -22,8 +22,6 @@ from gblm.evaluate.subjects import Scores, Subject, TorchSubject
 from gblm.progress import Progress, no_progress
 from gblm.record import Row
 
-# The papers' windows; `own` takes what is asked for.
-SEQ_LENS = {"gblm": 2048, "wanda": 4096}
 # Figure of a drift → its unit.
 UNITS = {
     "drift_mean": "nats",
@@ -41,24 +39,17 @@ UNITS = {
 class Protocol:
     """A protocol says how a perplexity is measured.
 
-    Attributes:
-        source: a text file or a name of `gblm.data.NAMED_SETS`, of which the held-out part is read.
-        seq_len: tokens per window.
-        max_windows: the first so many windows; all if None.
-        dtype: of weights and activations; "auto" is the checkpoint's.
-        stride: tokens between the starts of two windows, of which only the last so many of a later
-            window count; `seq_len`, no overlap, if None.
-        name: "gblm", "wanda" or "own".
-        bos: windows begin with what the tokenizer puts before a prompt, as a server's prompts do;
-            the papers' code leaves it out.
+    The source is a text file or a name of `gblm.data.NAMED_SETS`, of which the held-out part is
+    read, the first `max_windows` windows of `seq_len` tokens or all. `stride` tokens lie between
+    the starts of two windows, of which only the last so many of a later window count; None is
+    `seq_len`, no overlap. With `bos` windows begin with what the tokenizer puts before a prompt, as
+    a server's prompts do; the papers' code leaves it out.
     """
 
     source: str = "pydoc"
     seq_len: int = 2048
     max_windows: int | None = None
-    dtype: str = "auto"
     stride: int | None = None
-    name: str = "own"
     bos: bool = True
 
     @property
@@ -72,13 +63,12 @@ class Protocol:
         Args:
             windows: what is measured, [num_windows, seq_len] int64.
         """
-        name = "" if self.name == "own" else f"protocol {self.name}, "
         part = "test split" if self.source == "wikitext2" else "held-out text"
         stride = self.stride or self.seq_len
         overlap = "no overlap" if stride == self.seq_len else f"stride {stride}"
         start = "start tokens of the tokenizer" if self.bos else "no special tokens"
         return (
-            f"{self.text}, {name}{part} as one stream, {len(windows)} windows × {self.seq_len} "
+            f"{self.text}, {part} as one stream, {len(windows)} windows × {self.seq_len} "
             f"tokens, {overlap}, {start}, sha256 {data.fingerprint(windows)[:12]}"
         )
 

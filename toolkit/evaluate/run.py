@@ -37,20 +37,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation says what is asked.
+    """An evaluation says what is asked of a model: a folder, hub id, or address of a vLLM server.
 
-    Attributes:
-        model: a folder or hub id, or the address of a running vLLM server.
-        protocols: one per text; all of one dtype.
-        tasks: of lm-evaluation-harness, if any.
-        engine: a key of `subjects.ENGINES`; by the folder if None.
-        baseline: the dense model; if None, the one that the folder names.
-        without_baseline: measure none.
-        needs_baseline: refuse to go on without one.
-        device: of torch.
-        backend: of packed weights in torch.
-        tokenizer: folder of a served model's, where the server does not run on this machine.
-        api_key: of the server.
+    There is a protocol for each text. The engine is a key of `subjects.ENGINES`, by the folder if
+    None. The baseline is the dense model, by default the one that the folder names; `needs_baseline`
+    refuses to go on without one. The device and the backend are those of torch. A server may need
+    the folder of its tokenizer, where it does not run on this machine, and its API key.
     """
 
     model: str
@@ -60,15 +52,11 @@ class Evaluation:
     baseline: str | None = None
     without_baseline: bool = False
     needs_baseline: bool = False
+    dtype: str = "auto"
     device: str = "cpu"
     backend: str | None = None
     tokenizer: str | None = None
     api_key: str | None = None
-
-    @property
-    def dtype(self) -> str:
-        """Name the dtype that the model computes in; "auto" is the checkpoint's."""
-        return self.protocols[0].dtype if self.protocols else "auto"
 
 
 def run_evaluation(asked: Evaluation, progress: Progress = no_progress) -> Record:
