@@ -91,10 +91,6 @@ class Target:
             raise InputError(f"server {self.name}: {self.url} is not UTF-8 text.") from error
 
 
-class RestartError(Exception):
-    """A counter went down or is gone, so its growth is unknown."""
-
-
 @dataclass(frozen=True)
 class Growth:
     """The growth says what happened on one server between two times.
@@ -147,15 +143,15 @@ class Snapshot:
             )
         return cls(seconds, series, started)
 
-    def growth_since(self, before: Snapshot) -> Growth:
+    def growth_since(self, before: Snapshot) -> Growth | None:
         """Subtract all earlier counters; engines and models are summed.
 
-        Raises:
-            RestartError: the server was started anew in between.
+        Returns:
+            None where a counter went down or is gone: the server was started anew in between.
         """
         lost = [key for key, value in before.series.items() if self.series.get(key, -1) < value]
         if lost or before.started != self.started:
-            raise RestartError
+            return None
         counters: dict[tuple[str, str], float] = defaultdict(float)
         for (name, labels), value in self.series.items():
             label = dict(labels).get(COUNTERS[name], "")

@@ -5,15 +5,14 @@ No request is sent to a model: the traffic is what the servers' users send.
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 
 from gblm.bench.compare import MIN_INTERVALS, compare
-from gblm.bench.metrics import Growth, RestartError, Snapshot, Target
+from gblm.bench.metrics import Growth, Snapshot, Target
 from gblm.errors import GblmError, MachineError, UsageError
 from gblm.progress import Progress, no_progress
 from gblm.provenance import provenance
@@ -45,14 +44,6 @@ class Window:
             )
 
 
-@dataclass(frozen=True)
-class Reading:
-    """A reading holds both servers at one time."""
-
-    clock: str
-    sides: tuple[Snapshot, Snapshot]
-
-
 def watch(a: Target, b: Target, window: Window, progress: Progress = no_progress) -> Record:
     """Compare two live vLLM servers over a window.
 
@@ -77,43 +68,62 @@ def watch(a: Target, b: Target, window: Window, progress: Progress = no_progress
     window.check()
     if a.url == b.url:
         raise UsageError(f"A and B are the same server: {a.url}.")
-    problems: list[str] = []
-    readings = _readings(a, b, window, problems, progress)
-    every = _intervals(readings, problems)
-    valid = [growth for growth in every if growth is not None]
-    if not valid:
+    pairs, problems, count = _readings(a, b, window, progress)
+    if not pairs:
         raise MachineError(f"no interval of this window can be used: {'; '.join(problems)}.")
-    rows, facts, sentences = compare(valid)
-    sides = {name: {"url": at.url, **facts[name]} for name, at in (("A", a), ("B", b))}
-    settings = {**asdict(window), "intervals": len(every), "valid": len(valid)}
+    rows, facts, sentences = compare(pairs)
     return Record(
         kind="watch",
-        sides=sides,
+        sides={name: {"url": at.url, **facts[name]} for name, at in (("A", a), ("B", b))},
         rows=tuple(rows),
         baseline="A",
         verdict=Verdict(True, notes=(*sentences, *problems)),
-        provenance=provenance() | {"settings": settings},
+        provenance=provenance()
+        | {"settings": {**asdict(window), "intervals": count, "valid": len(pairs)}},
     )
 
 
 def _readings(
-    a: Target, b: Target, window: Window, problems: list[str], progress: Progress
-) -> list[Reading]:
-    """Collect all readings that succeed; the first must."""
-    readings: list[Reading] = []
+    a: Target, b: Target, window: Window, progress: Progress
+) -> tuple[list[tuple[Growth, Growth]], list[str], int]:
+    """Read both servers all the time.
+
+    Returns:
+        What happened in each valid interval; sentences on what went wrong; how many intervals there
+        were. An interval ends with a reading that succeeds; the first one must.
+    """
+    pairs: list[tuple[Growth, Growth]] = []
+    problems: list[str] = []
+    count, last = 0, None
     step = progress("readings", window.intervals + 1)
     with ThreadPoolExecutor(2) as pool:
         for _ in _ticks(window):
             clock = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            first, second = pool.map(_read, (a, b))
-            if isinstance(first, Snapshot) and isinstance(second, Snapshot):
-                readings.append(Reading(clock, (first, second)))
-            errors = [answer for answer in (first, second) if isinstance(answer, GblmError)]
-            if errors and not readings:
+            now = list(pool.map(_read, (a, b)))
+            errors = [answer for answer in now if isinstance(answer, GblmError)]
+            if errors and last is None:
                 raise errors[0]
             problems += [f"{clock}: {str(error).rstrip('.')}" for error in errors]
+            first, second = now
+            if isinstance(first, Snapshot) and isinstance(second, Snapshot):
+                if last is not None:
+                    count += 1
+                    grown = (first.growth_since(last[0]), second.growth_since(last[1]))
+                    problems += _restarts(clock, grown)
+                    if grown[0] is not None and grown[1] is not None:
+                        pairs.append((grown[0], grown[1]))
+                last = (first, second)
             step()
-    return readings
+    return pairs, problems, count
+
+
+def _restarts(clock: str, grown: Sequence[Growth | None]) -> list[str]:
+    return [
+        f"before {clock}: server {side} restarted, or is several behind one address; this interval "
+        "does not count"
+        for side, growth in zip("AB", grown, strict=True)
+        if growth is None
+    ]
 
 
 def _ticks(window: Window) -> Iterator[None]:
@@ -135,20 +145,3 @@ def _read(target: Target) -> Snapshot | GblmError:
         return Snapshot.parse(text, time.monotonic())
     except GblmError as error:
         return type(error)(f"server {target.name}, {target.url}: {error}")
-
-
-def _intervals(readings: list[Reading], problems: list[str]) -> list[tuple[Growth, Growth] | None]:
-    """Subtract neighbouring readings; None where a server restarted, which is a problem."""
-    found: list[tuple[Growth, Growth] | None] = []
-    for before, after in itertools.pairwise(readings):
-        growth: list[Growth] = []
-        for side, earlier, later in zip("AB", before.sides, after.sides, strict=True):
-            try:
-                growth.append(later.growth_since(earlier))
-            except RestartError:
-                problems.append(
-                    f"{before.clock} to {after.clock}: server {side} restarted, or is "
-                    "several behind one address; this interval does not count"
-                )
-        found.append((growth[0], growth[1]) if len(growth) == 2 else None)
-    return found

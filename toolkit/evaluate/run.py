@@ -40,9 +40,9 @@ class Evaluation:
     """An evaluation says what is asked of a model: a folder, hub id, or address of a vLLM server.
 
     There is a protocol for each text. The engine is a key of `subjects.ENGINES`, by the folder if
-    None. The baseline is the dense model, by default the one that the folder names; `needs_baseline`
-    refuses to go on without one. The device and the backend are those of torch. A server may need
-    the folder of its tokenizer, where it does not run on this machine, and its API key.
+    None. The baseline is the dense model, by default the one that the folder names, and needed with
+    `needs_baseline`. The device and the backend are those of torch. A server may need the folder of
+    its tokenizer, where it does not run on this machine, and its API key.
     """
 
     model: str
