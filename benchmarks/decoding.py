@@ -1,12 +1,12 @@
 """Tokens per second in vLLM of one value type: dense, its sparse patterns, and rivals.
 
     python benchmarks/decoding.py --values int4 [--patterns dense 8:16 …]
-        [--shape tinyllama|smollm2] [--threads 1] [--eager] [--rounds 7] [--llama-cpp]
+        [--shape tinyllama|smollm2] [--threads 1] [--rounds 7] [--llama-cpp]
 
 The 1.1B shape has random weights: speed does not depend on them. All sides are `gblm bench`'s and
 stay loaded, so that one round runs each of them once; its limits of noise hold. With --llama-cpp a
 GGUF file of the same bits is a side; it runs one sequence at a time, so eight are compared without
-it. Writes benchmarks/results/decoding-<shape>-<values>-<threads>-<eager|compiled>.json.
+it. Writes benchmarks/results/decoding-<shape>-<values>-<threads>-compiled.json.
 """
 
 from __future__ import annotations
@@ -82,12 +82,11 @@ def row_name(pattern: str, values: str) -> str:
 
 
 def measure(
-    folders: Mapping[str, Path], gguf: Mapping[str, Path], threads: int, eager: bool, rounds: int
+    folders: Mapping[str, Path], gguf: Mapping[str, Path], threads: int, rounds: int
 ) -> Record:
     """Put all loads on all sides, round after round; GGUF files have one sequence at a time."""
-    options = ("--dtype", "bfloat16", *(["--enforce-eager"] if eager else []))
-    first = _bench(folders, gguf, ("decode 1", "prefill 512"), threads, options, rounds)
-    second = _bench(folders, {}, ("decode 8",), threads, options, rounds)
+    first = _bench(folders, gguf, ("decode 1", "prefill 512"), threads, rounds)
+    second = _bench(folders, {}, ("decode 8",), threads, rounds)
     verdict = Verdict(
         first.verdict.valid and second.verdict.valid,
         first.verdict.reasons + second.verdict.reasons,
@@ -104,12 +103,11 @@ def _bench(
     gguf: Mapping[str, Path],
     works: Sequence[str],
     threads: int,
-    options: tuple[str, ...],
     rounds: int,
 ) -> Record:
     with tempfile.TemporaryDirectory() as work:
         loads = tuple(LOADS[name][0] for name in works)
-        setup = Setup(loads, Path(work) / "log", threads=threads, options=options)
+        setup = Setup(loads, Path(work) / "log", threads=threads, options=("--dtype", "bfloat16"))
         sides = [LoopSide(name, "vllm-offline", ModelFolder.open(path), setup)
                  for name, path in folders.items()]  # fmt: skip
         sides += [LoopSide(name, "llama.cpp", path, setup) for name, path in gguf.items()]
@@ -195,7 +193,6 @@ def main() -> None:
                         help="all engines have to find room in memory")  # fmt: skip
     parser.add_argument("--shape", choices=SHAPES, default=SHAPES[0])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "gblm-shapes")
     parser.add_argument("--llama-cpp", action="store_true", help="needs gguf, llama-cpp-python")
@@ -207,14 +204,12 @@ def main() -> None:
         if not path.exists():
             llama_cpp_files.make_gguf(folders[BASELINE], kind, path)
         gguf[f"llama.cpp {kind}"] = path
-    record = measure(folders, gguf, given.threads, given.eager, given.rounds)
+    record = measure(folders, gguf, given.threads, given.rounds)
     if gguf:
         version = importlib.metadata.version("llama-cpp-python")
         record = replace(record, provenance={**record.provenance, "llama_cpp": version})
-    mode = "eager" if given.eager else "compiled"
-    record.write(
-        pages.RESULTS / f"decoding-{given.shape}-{given.values}-{given.threads}-{mode}.json"
-    )
+    name = f"decoding-{given.shape}-{given.values}-{given.threads}-compiled.json"
+    record.write(pages.RESULTS / name)
 
 
 if __name__ == "__main__":

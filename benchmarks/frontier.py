@@ -1,7 +1,7 @@
 """Quality per byte of SmolLM2-135M: every case of frontier_cases.py, dense and sparse alike.
 
     python benchmarks/frontier.py --wikitext FOLDER [--cases NAME …] [--samples 16 64]
-        [--seeds 0 1 2] [--jobs 1] [--full] [--model FOLDER] [--output FILE]
+        [--seeds 0 1 2] [--full] [--model FOLDER] [--output FILE]
 
 FOLDER holds WikiText-2 as `valid` and `test`, .txt or .parquet; without it, the named set
 `wikitext2` is taken, whose calibration text is the training split. Calibration: SAMPLES × 256
@@ -19,13 +19,9 @@ import json
 import math
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -228,44 +224,6 @@ def keys(given: argparse.Namespace) -> list[Key]:
     return list(wanted)
 
 
-def child(key: Key, arguments: list[str]) -> Run:
-    """Make one run in a fresh process.
-
-    Raises:
-        CalledProcessError: it failed; its messages went to stderr.
-    """
-    one = ["--one", *map(str, key)]
-    done = subprocess.run(
-        [sys.executable, __file__, *one, *arguments],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    return dict(json.loads(done.stdout.splitlines()[-1]))
-
-
-def run_all(wanted: list[Key], jobs: int, output: Path, arguments: list[str]) -> list[Key]:
-    """Run what is missing, so many at once; returns what failed."""
-    lock, failed = threading.Lock(), []
-
-    def run(key: Key) -> None:
-        try:
-            found = child(key, arguments)
-        except subprocess.CalledProcessError:
-            failed.append(key)
-            print(*key, "FAILED", flush=True)
-            return
-        with lock:
-            add(output, found)
-        figures = {name: round(value, 2) for name, value in found["perplexity"].items()}
-        print(*key, found["bits_per_weight"], figures, found.get("cpu_seconds"), flush=True)
-
-    with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(run, wanted))
-    return failed
-
-
 @dataclass(frozen=True)
 class Row:
     """A row of the table is a case at one calibration size (0 without), one run per seed."""
@@ -345,7 +303,6 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="NAME")
     parser.add_argument("--samples", nargs="+", type=int, default=SAMPLES)
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
-    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--wikitext", type=Path)
     parser.add_argument("--model", type=Path, help="SmolLM2-135M as a folder, if not fetched")
     parser.add_argument("--full", action="store_true", help="all of the test text, too")
@@ -363,13 +320,14 @@ def main() -> None:
     runs = pages.read_runs(given.output)
     missing = [key for key in keys(given) if not is_there(runs, key, given.full)]
     print(f"{len(missing)} runs", flush=True)
-    arguments = []
+    words = ["--full"] * given.full
     for flag in ("wikitext", "model"):
         if path := getattr(given, flag):
-            arguments += [f"--{flag}", str(path)]
-    failed = run_all(missing, given.jobs, given.output, arguments + ["--full"] * given.full)
-    if failed:
-        sys.exit(f"{len(failed)} runs failed: {', '.join(' '.join(map(str, k)) for k in failed)}")
+            words += [f"--{flag}", str(path)]
+    for key in missing:
+        found = pages.alone(__file__, "--one", *map(str, key), *words)
+        add(given.output, found)
+        print(*key, found["bits_per_weight"], found["perplexity"], flush=True)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-PARTS = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}  # fmt: skip
 HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
-OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
 def make_gguf(model: Path, kind: str, target: Path) -> Path:
@@ -45,6 +38,7 @@ def make_gguf(model: Path, kind: str, target: Path) -> Path:
     writer.add_rope_freq_base(with_rope_theta(config)["rope_theta"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("none")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     with Reader(ModelFolder.open(model)) as reader:
         for name in reader.headers:
             tensor = reader.tensor(name).to(torch.float32).numpy()
@@ -52,7 +46,7 @@ def make_gguf(model: Path, kind: str, target: Path) -> Path:
                 tensor = neighbours(tensor, heads)
             quantised = gguf.GGMLQuantizationType[kind if tensor.ndim > 1 else "F32"]
             data = gguf.quants.quantize(tensor, quantised)
-            writer.add_tensor(gguf_name(name), data, raw_dtype=quantised)
+            writer.add_tensor(names.get_name(name, [".weight"]), data, raw_dtype=quantised)
             reader.release()
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -64,15 +58,6 @@ def make_gguf(model: Path, kind: str, target: Path) -> Path:
 def neighbours(weight: Any, heads: int) -> Any:
     """Rows of q or k [heads × 2 × half, in] so that each pair that is rotated lies together."""
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
-
-
-def gguf_name(name: str) -> str:
-    """`model.layers.3.mlp.up_proj.weight` → `blk.3.ffn_up.weight`."""
-    stem = name.removesuffix(".weight")
-    if stem in OUTSIDE:
-        return f"{OUTSIDE[stem]}.weight"
-    _, _, index, part = stem.split(".", 3)
-    return f"blk.{index}.{PARTS[part]}.weight"
 
 
 def mean_loss(path: Path, windows: list[list[int]], threads: int = 2) -> float:

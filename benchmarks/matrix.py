@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -212,12 +209,7 @@ def main() -> None:
         if cells_of_record(given.model).keys() >= set(cells_of(*family)):
             continue
         print(*family, flush=True)
-        done = subprocess.run(
-            [sys.executable, __file__, "--model", given.model, "--one", *family],
-            check=True, stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        add(given.model, json.loads(done.stdout.splitlines()[-1]))
+        add(given.model, pages.alone(__file__, "--model", given.model, "--one", *family))
 
 
 if __name__ == "__main__":

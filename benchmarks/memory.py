@@ -1,7 +1,6 @@
 """Memory, disk and time of `gblm prune` for three sizes of model.
 
-    python benchmarks/memory.py [--sizes smollm2 tinyllama llama2] [--methods …] [--append]
-        [--folder DIR] [--keep]
+    python benchmarks/memory.py [--sizes smollm2 tinyllama llama2] [--methods …] [--folder DIR]
 
 SmolLM2-135M is real; the others are LLaMA shapes with random bf16 weights, made once in the
 folder, which takes 14 GB for llama2 and up to 41 GB more during its gblm run. Each run is a process
@@ -13,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -95,9 +93,9 @@ def used(folder: Path) -> int:
     return total
 
 
-def save(facts: dict[str, Any], rows: list[Row], append: bool) -> None:
+def save(facts: dict[str, Any], rows: list[Row]) -> None:
     """Put a run into the record, in the place of an older one of the same name."""
-    older = Record.read(RECORD) if append and RECORD.exists() else None
+    older = Record.read(RECORD) if RECORD.exists() else None
     name = rows[0].side
     known = {**(older.sides if older else {}), name: facts}
     order = sorted(known, key=lambda side: (SIZES.index(known[side]["size"]),
@@ -135,23 +133,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--append", action="store_true", help="keep the other rows of the record")
     parser.add_argument(
         "--folder", type=Path, default=Path(tempfile.gettempdir()) / "gblm-shapes",
         help="for models and runs",
     )  # fmt: skip
-    parser.add_argument("--keep", action="store_true", help="keep the models that were made")
     chosen = parser.parse_args()
     chosen.folder.mkdir(parents=True, exist_ok=True)
-    append = chosen.append
     for size in chosen.sizes:
         for method in chosen.methods:
             facts, rows = measure(chosen.folder, size, method)
-            save(facts, rows, append)
-            append = True
+            save(facts, rows)
             print(size, method, {row.metric: row.value for row in rows}, flush=True)
-        if not chosen.keep:
-            shutil.rmtree(chosen.folder / size, ignore_errors=True)
 
 
 if __name__ == "__main__":

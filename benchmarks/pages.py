@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.resources
+import json
 import math
+import os
 import shlex
 import subprocess
 import sys
@@ -104,3 +106,12 @@ def descriptions(folder: Path) -> Path:
 def gblm(line: str) -> None:
     """Run a command of gblm in a process of its own."""
     subprocess.run([sys.executable, "-m", "gblm", *shlex.split(line)], check=True)
+
+
+def alone(script: str, *words: str) -> Any:
+    """Run a script in a fresh process with one thread, and read the JSON of its last line."""
+    done = subprocess.run(
+        [sys.executable, script, *words], check=True, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1])

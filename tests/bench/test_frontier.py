@@ -101,11 +101,11 @@ def test_runs_that_are_there_are_skipped(
     frontier.add(record, older)
     started = []
 
-    def child(key: frontier.Key, arguments: list[str]) -> dict[str, Any]:
-        started.append((*key, arguments[0]))
-        return run(*key, 40.0)
+    def alone(script: str, one: str, name: str, *words: str) -> dict[str, Any]:
+        started.append((name, *map(int, words[:2]), words[2]))
+        return run(name, int(words[0]), int(words[1]), 40.0)
 
-    monkeypatch.setattr(frontier, "child", child)
+    monkeypatch.setattr(pages, "alone", alone)
     command = ["frontier.py", "--output", str(record), "--wikitext", str(text_file.parent),
                "--cases", "dense", "sparsegpt-24", "alps-24-rec", "--samples", "64",
                "--seeds", "0", "3"]  # fmt: skip
