@@ -21,6 +21,7 @@ class OnnxSubject(Subject):
         Raises:
             UsageError: another dtype than that of the graph was asked for.
         """
+        self.folder = folder
         self._decoder = OnnxDecoder(folder.path)
         self.dtype = self._decoder.dtype
         if dtype not in ("auto", self.dtype):

@@ -132,13 +132,16 @@ def test_a_served_model_gets_the_figures_of_the_model(
 
 
 def test_a_served_model_gets_the_scores_of_the_model(fake: Fake, tiny: Path) -> None:
-    from gblm.evaluate.harness import ServedSubject, SubjectLM
+    from lm_eval.models.huggingface import HFLM
+
+    from gblm.evaluate.harness import ServedSubject
 
     served, tokenizer = ServedSubject(fake.url), load_tokenizer(tiny)
     served.connect(ModelFolder.open(tiny))
     pair = ("The quick brown fox", " jumps over")
     asked = [(pair, *(tokenizer(text)["input_ids"] for text in pair))]
-    ((want, greedy),) = SubjectLM(fake.subject, tokenizer, 256)._loglikelihood_tokens(asked)
+    own = HFLM(pretrained=fake.subject.model, tokenizer=tokenizer, batch_size=1)
+    ((want, greedy),) = own._loglikelihood_tokens(asked, disable_tqdm=True)
     assert served.client._loglikelihood_tokens(asked) == [(pytest.approx(want), greedy)]
 
 

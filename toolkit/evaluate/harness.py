@@ -1,7 +1,7 @@
 """lm-evaluation-harness, unchanged: our models behind its classes, and its client as a subject.
 
-HF and packed models are its HFLM and a running server is its own client; what has no torch model
-is scored as windows of tokens.
+HF and packed models are its HFLM, exported ones its ONNXRuntimeGenAILM, and a running server is its
+own client.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 
 import torch
 from lm_eval import simple_evaluate
-from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.onnxruntime_genai import ONNXRuntimeGenAILM
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from lm_eval.tasks import TaskManager
 from torch import Tensor
@@ -34,58 +34,6 @@ SECONDS, MAX_BYTES = 60.0, 2**20
 METRICS = {"acc": "share", "acc_norm": "share", "exact_match": "share", "word_perplexity": ""}
 # Standard errors on both sides of a mean, for an interval of 95 %.
 ERRORS = 1.96
-
-
-class SubjectLM(TemplateLM):
-    """Log-likelihood tasks on anything that scores windows."""
-
-    def __init__(self, subject: Subject, tokenizer: Any, max_length: int) -> None:
-        super().__init__()
-        self.subject = subject
-        self.tokenizer = tokenizer
-        self.max_length = max_length
-
-    @property
-    def eot_token_id(self) -> int:
-        """Give what stands before a continuation without context: the start token, if any."""
-        own = self.tokenizer
-        return int(own.eos_token_id if own.bos_token_id is None else own.bos_token_id)
-
-    def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
-    ) -> list[int]:
-        """Give token ids, without special tokens unless they are asked for, as HFLM does."""
-        ids: list[int] = self.tokenizer(string, add_special_tokens=bool(add_special_tokens))[
-            "input_ids"
-        ]
-        return ids
-
-    def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
-    ) -> list[tuple[float, bool]]:
-        found = []
-        for _, context, continuation in requests:
-            # As HFLM: what does not fit is cut from the left.
-            tokens = torch.tensor((context + continuation)[-self.max_length :])
-            scores = self.subject.score(tokens)
-            count = min(len(continuation), len(tokens) - 1)
-            best = scores.top1
-            greedy = best is not None and bool((best[-count:] == tokens[-count:]).all())
-            found.append((float(scores.logprobs[-count:].sum()), greedy))
-        return found
-
-    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Refuse rolling log-likelihood: perplexity has protocols of its own here."""
-        raise UsageError(
-            f"--engine {self.subject.engine}: tasks of rolling log-likelihood (perplexity) need hf "
-            "or packed; use --text for perplexity."
-        )
-
-    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Refuse tasks that generate: a scorer generates nothing."""
-        raise UsageError(
-            f"--engine {self.subject.engine}: tasks that generate text need --engine hf or packed."
-        )
 
 
 class ServedSubject(Subject):
@@ -184,8 +132,12 @@ def _manager(task_path: Path | None) -> Any:
     return TaskManager(include_path=str(task_path) if task_path else None)
 
 
-def check_known(tasks: Tasks) -> None:
-    """Raise UsageError for a task that the harness does not know."""
+def check_tasks(tasks: Tasks, engine: str | None) -> None:
+    """Raise UsageError for a task that the harness does not know, or an engine that runs none."""
+    if engine == "vllm":
+        raise UsageError(
+            "--engine vllm runs no tasks: start `gblm serve` and give its address as MODEL."
+        )
     unknown = [task for task in tasks.names if not _manager(tasks.path).match_tasks([task])]
     if unknown:
         raise UsageError(
@@ -240,7 +192,7 @@ def _as_lm(subject: Subject, tokenizer: Any, max_length: int) -> Any:
         return subject.client
     if isinstance(subject, TorchSubject):
         return HFLM(pretrained=subject.model, tokenizer=tokenizer, batch_size=1)
-    return SubjectLM(subject, tokenizer, max_length)
+    return ONNXRuntimeGenAILM(str(subject.folder), max_length=max_length)
 
 
 def _rows(side: str, tasks: Tasks, task: str, values: dict[str, Any]) -> Iterator[Row]:

@@ -74,9 +74,9 @@ def run_evaluation(asked: Evaluation, progress: Progress = no_progress) -> Recor
         raise UsageError("nothing to evaluate: give --text or --tasks.")
     if asked.tasks is not None:
         require_harness("--tasks")
-        from gblm.evaluate.harness import check_known
+        from gblm.evaluate.harness import check_tasks
 
-        check_known(asked.tasks)
+        check_tasks(asked.tasks, asked.engine)
     served = _served(asked)
     model = served or ModelFolder.open(asked.model)
     folder = model if isinstance(model, ModelFolder) else model.folder

@@ -28,13 +28,10 @@ TOP = 20
 class Scores:
     """The scores are what a model says of one window of tokens; row i is about token i + 1.
 
-    Attributes:
-        logprobs: of the window's own tokens [seq_len − 1] float32.
-        top1: the likeliest tokens [seq_len − 1] int64; None where the engine does not name them.
-        full: log-probs of all tokens [seq_len − 1, vocabulary] float32; None where the engine gives
-            only some.
-        some: those: the likeliest tokens [seq_len − 1, k] int64, from the likeliest down, and
-            their log-probs [seq_len − 1, k] float32; None where `full` is there.
+    `logprobs` are of the window's own tokens [seq_len − 1] float32, `top1` the likeliest tokens
+    [seq_len − 1] int64, `full` the log-probs of all [seq_len − 1, vocabulary] float32. Where an
+    engine gives only some, they are in `some`: the likeliest tokens [seq_len − 1, k] int64, from
+    the likeliest down, and their log-probs. What an engine does not tell is None.
     """
 
     logprobs: Tensor
@@ -68,10 +65,14 @@ class Scores:
 
 
 class Subject(ABC):
-    """A subject is a model that scores; it names its engine and the dtype of its computation."""
+    """A subject is a model that scores; it names its engine and the dtype of its computation.
+
+    The folder is that of the model, if it is on this machine and someone has to know it.
+    """
 
     engine: str
     dtype: str
+    folder: ModelFolder | None = None
 
     @abstractmethod
     def score(self, window: Tensor) -> Scores:
