@@ -84,7 +84,7 @@ ONLY_IN = {
         "gblm.serve.vllm_cli",
         "gblm.serve.sample",
         "gblm.bench.linears",
-        "gblm.bench.loop_vllm",
+        "gblm.bench.loops",
     ),
     "onnx": ("gblm.export.onnx",),
     "onnxruntime": (),

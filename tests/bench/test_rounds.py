@@ -19,8 +19,9 @@ from gblm.bench.requests import Load, Request, Seen
 from gblm.bench.rounds import Plan, bench, one_round, order, record_of, rows_of
 from gblm.bench.server import seen_of
 from gblm.bench.sides import Setup, Side
+from gblm.commands.bench import limit, rate, width
 from gblm.commands.bench import sides as command
-from gblm.commands.bench import slo, widths
+from gblm.commands.common import commas
 from gblm.errors import InputError, UsageError
 from gblm.record import Record
 
@@ -171,24 +172,29 @@ def test_with_restart_one_side_at_a_time_is_there() -> None:
     assert found[LOAD]["b"].noise["read_limit_gb_s"] == 9.0
 
 
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [("1.5", "1.5 is not a whole number"), ("0", "'0' is not a positive number"),
-     ("1,x", "'x' is not a positive number"), ("nan", "'nan' is not a positive number")],
-)  # fmt: skip
-def test_concurrency_is_a_whole_number_or_has_no_limit(text: str, sentence: str) -> None:
-    context, option = click.Context(command), click.Option(["--concurrency"])
-    assert widths(context, option, "4,1,inf,4") == (4, 1, float("inf"))
-    with pytest.raises(click.BadParameter, match=sentence):
-        widths(context, option, text)
+CONTEXT, OPTION = click.Context(command), click.Option(["--x"])
+
+
+@pytest.mark.parametrize("text", ["1.5", "0", "1,x", "nan", "-1", ""])
+def test_concurrency_is_a_whole_number_or_has_no_limit(text: str) -> None:
+    assert commas(width)(CONTEXT, OPTION, "4,1,inf,4") == (4, 1, None)
+    with pytest.raises(click.BadParameter, match="is not a positive whole number"):
+        commas(width)(CONTEXT, OPTION, text)
+
+
+@pytest.mark.parametrize("text", ["0", "1,x", "nan", "inf", "1e3"])
+def test_a_rate_is_a_positive_number(text: str) -> None:
+    assert commas(rate)(CONTEXT, OPTION, "0.5, 2") == (0.5, 2)
+    assert commas(rate)(CONTEXT, OPTION, None) == ()
+    with pytest.raises(click.BadParameter, match="is not a positive number"):
+        commas(rate)(CONTEXT, OPTION, text)
 
 
 @pytest.mark.parametrize("text", ["", "ttft", "ttft:", "ttft:x", "ttft:-1", "ttft:inf", "itl:3"])
 def test_limits_of_goodput_are_read_into_vllms_words(text: str) -> None:
-    context, option = click.Context(command), click.Option(["--slo"])
-    assert slo(context, option, "ttft:500,e2e:1.5") == ("ttft:500", "e2el:1.5")
+    assert commas(limit)(CONTEXT, OPTION, "ttft:500,e2e:1.5") == ("ttft:500", "e2el:1.5")
     with pytest.raises(click.BadParameter, match="is no limit such as ttft:500"):
-        slo(context, option, text)
+        commas(limit)(CONTEXT, OPTION, text)
 
 
 def test_sides_are_named_and_their_engine_is_guessed(tiny: Path, tmp_path: Path) -> None:

@@ -30,10 +30,10 @@ from gblm.errors import MachineError, UsageError
 
 # Engine → the module that runs its loop in a process of its own.
 LOOPS = {
-    "vllm-offline": "gblm.bench.loop_vllm",
-    "transformers": "gblm.bench.loop_hf",
+    "vllm-offline": "gblm.bench.loops",
+    "transformers": "gblm.bench.loops",
     "onnx": "gblm.export.onnx.decoder",
-    "llama.cpp": "gblm.bench.loop_llama",
+    "llama.cpp": "gblm.bench.loops",
 }
 MARK = b"GBLM-LOOP "
 BATCHED = "vllm-offline"
@@ -63,7 +63,8 @@ class LoopSide(Side):
         settings = {
             "context": max(load.prompt_len + load.output_len for load in setup.loads) + 8,
             "sequences": max(load.concurrency or 1 for load in setup.loads),
-            "threads": setup.threads, "backend": self.backend, "options": setup.options,
+            "engine": self.engine, "threads": setup.threads, "backend": self.backend,
+            "options": setup.options,
         }  # fmt: skip
         with log.open("ab") as stream:
             self._process = subprocess.Popen(
@@ -184,8 +185,8 @@ def serve(open_engine: Callable[[Path, dict[str, Any]], Engine]) -> None:
     """Run the main program of a loop: load the model, then answer each line of standard input.
 
     Args:
-        open_engine: takes the model's path and the settings: "context", tokens of the longest
-            request; "sequences", requests at once; "threads"; "backend"; "options" for vLLM.
+        open_engine: takes the model's path and the settings of `LoopSide.start`: "context" are the
+            tokens of the longest request, "sequences" the requests at once.
     """
     path, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
     # Engines print on standard output; only our lines may reach the pipe that is read.

@@ -204,26 +204,12 @@ def run_vllm_bench(words: list[str], file: Path) -> dict[str, Any]:
 
 def seen_of(result: dict[str, Any]) -> Seen:
     """Take the requests and the goodput out of a detailed result of `vllm bench serve`."""
-    columns = [
-        result[key]
-        for key in (
-            "start_times",
-            "latencies",
-            "input_lens",
-            "output_lens",
-            "ttfts",
-            "itls",
-            "errors",
-        )
-    ]
-    requests = [
-        Request(start, latency, prompt, output, ttft, tuple(itls))
-        for start, latency, prompt, output, ttft, itls, error in zip(*columns, strict=True)
-        if not error
-    ]  # fmt: skip
+    keys = ("start_times", "latencies", "input_lens", "output_lens", "ttfts", "itls", "errors")
+    rows = list(zip(*(result[key] for key in keys), strict=True))
+    requests = [Request(*row, tuple(itls)) for *row, itls, error in rows if not error]
     good = result.get("request_goodput")
     extra = {} if good is None else {"goodput_requests_per_s": float(good)}
-    failed = len(columns[0]) - len(requests)
+    failed = len(rows) - len(requests)
     return Seen(requests, result["duration"], failed=failed, extra=extra)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import tempfile
@@ -13,7 +12,13 @@ import click
 
 from gblm.commands.bench_kernels import command as kernels
 from gblm.commands.bench_watch import command as watch
-from gblm.commands.common import Command, backend_option, progress_bars
+from gblm.commands.common import (
+    Command,
+    backend_option,
+    commas,
+    progress_bars,
+    whole_number,
+)
 from gblm.commands.records import hand_out, noise_option
 
 # What is printed; the record has more.
@@ -47,40 +52,25 @@ class Bench(click.Group):
         self.format_commands(ctx, formatter)
 
 
-def numbers(ctx: click.Context, option: click.Parameter, value: str | None) -> tuple[float, ...]:
-    """Read positive numbers between commas; "inf" is no limit."""
-    if value is None:
-        return ()
-    found = []
-    for word in value.split(","):
-        try:
-            number = float(word)
-        except ValueError:
-            number = math.nan
-        if not number > 0:
-            raise click.BadParameter(f"{word[:40]!r} is not a positive number.", ctx, option)
-        found.append(number)
-    return tuple(dict.fromkeys(found))
+def width(word: str) -> int | None:
+    """Read how many requests are in flight; "inf" is no limit."""
+    return None if word == "inf" else whole_number(word)
 
 
-def widths(ctx: click.Context, option: click.Parameter, value: str | None) -> tuple[float, ...]:
-    """Read whole positive numbers between commas, or "inf"."""
-    found = numbers(ctx, option, value)
-    if broken := [number for number in found if not (number.is_integer() or math.isinf(number))]:
-        raise click.BadParameter(f"{broken[0]:g} is not a whole number.", ctx, option)
-    return found
+def rate(word: str) -> float:
+    """Read requests per second."""
+    if not re.fullmatch(r"\d+(\.\d+)?", word) or not float(word):
+        raise ValueError(f"{word[:40]!r} is not a positive number.")
+    return float(word)
 
 
-def slo(ctx: click.Context, option: click.Parameter, value: str | None) -> tuple[str, ...]:
-    """Read limits such as "ttft:500,tpot:30" into the words of `vllm bench serve`."""
-    words = [] if value is None else value.split(",")
-    for word in words:
-        if not LIMIT.fullmatch(word):
-            raise click.BadParameter(
-                f"{word[:40]!r} is no limit such as ttft:500 (ttft, tpot or e2e; milliseconds).",
-                ctx, option,
-            )  # fmt: skip
-    return tuple(word.replace("e2e", "e2el") for word in words)
+def limit(word: str) -> str:
+    """Read a limit such as "ttft:500" into the words of `vllm bench serve`."""
+    if not LIMIT.fullmatch(word):
+        raise ValueError(
+            f"{word[:40]!r} is no limit such as ttft:500 (ttft, tpot or e2e; milliseconds)."
+        )
+    return word.replace("e2e", "e2el")
 
 
 @click.group("bench", cls=Bench, context_settings={"ignore_unknown_options": True})
@@ -103,11 +93,11 @@ command.add_command(watch)
 @click.option("--prompt-len", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--output-len", type=click.IntRange(2), default=32, show_default=True)
 @click.option(
-    "--concurrency", callback=widths, default="1", show_default=True,
+    "--concurrency", callback=commas(width), default="1", show_default=True,
     help="Requests in flight; several, between commas, are a sweep; inf is no limit.",
 )  # fmt: skip
 @click.option(
-    "--request-rate", callback=numbers,
+    "--request-rate", callback=commas(rate),
     help="Requests per second; several, between commas, are a sweep. Default: no pause.",
 )  # fmt: skip
 @click.option("--rounds", type=click.IntRange(1), default=7, show_default=True)
@@ -115,7 +105,9 @@ command.add_command(watch)
     "--restart", is_flag=True,
     help="Start each side anew in every round. Default: all stay in memory together.",
 )  # fmt: skip
-@click.option("--slo", callback=slo, help="Limits for goodput in ms, such as ttft:500,tpot:30.")
+@click.option(
+    "--slo", callback=commas(limit), help="Limits for goodput in ms, such as ttft:500,tpot:30."
+)
 @noise_option
 @click.option("--threads", type=click.IntRange(1), help="Of engines without a server.")
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -153,9 +145,9 @@ def asked_for(vllm_options: tuple[str, ...], log: Path, given: dict[str, Any]) -
 
     loads = tuple(
         Load(given["num_prompts"], given["prompt_len"], given["output_len"],
-             None if math.isinf(width) else int(width), rate)
-        for width in given["concurrency"]
-        for rate in given["request_rate"] or (None,)
+             at_once, per_second)
+        for at_once in given["concurrency"]
+        for per_second in given["request_rate"] or (None,)
     )  # fmt: skip
     setup = Setup(loads, log, given["seed"], given["threads"], given["backend"], vllm_options,
                   given["slo"])  # fmt: skip

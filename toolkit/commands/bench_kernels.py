@@ -8,37 +8,29 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from gblm.commands.common import Command, progress_bars, record_option
+from gblm.commands.common import Command, commas, progress_bars, record_option, whole_number
 from gblm.commands.records import hand_out, noise_option
 
 ISAS = ("amx", "avx512", "avx2", "neon_bf16", "neon", "portable")
 
 
-def words(ctx: click.Context, option: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
-    """Read a repeatable option whose values may be words between commas: each word once."""
-    found = dict.fromkeys(word.strip() for text in value for word in text.split(","))
-    if "" in found:
-        raise click.BadParameter("a word is empty.", ctx, option)
-    return tuple(found)
-
-
 @click.command("kernels", cls=Command)
 @click.option(
-    "--shapes", callback=words, multiple=True, default=["llama-7b"], show_default=True,
+    "--shapes", callback=commas(str), multiple=True, default=["llama-7b"], show_default=True,
     help="OUTxIN, or the linears of llama-7b, llama-1b (Llama 3.2), smollm2. Repeatable.",
 )  # fmt: skip
 @click.option(
-    "--tokens", callback=words, multiple=True, default=["1,4,8,16,64,256"], show_default=True,
+    "--tokens", callback=commas(whole_number), default="1,4,8,16,64,256", show_default=True,
     help="Numbers of tokens that are multiplied at once.",
 )  # fmt: skip
 @click.option(
-    "--formats", callback=words, multiple=True,
+    "--formats", callback=commas(str), multiple=True,
     help="FORMAT/PATTERN[/VALUES], such as nm/2:4/int8:128; on CPU dense controls are added. "
     "Default: dense, 50 %, 2:4, 4:8, 8:16 of each value type, and 70 and 80 % of bf16; on a GPU "
     "2:4 of each value type, 50 and 70 %.",
 )  # fmt: skip
 @click.option(
-    "--backends", callback=words, multiple=True,
+    "--backends", callback=commas(str), multiple=True,
     help="Of gblm: cpu, reference, dense; on a GPU mma_sp, delta, triton. Default: cpu, or all of "
     "a GPU's.",
 )  # fmt: skip
@@ -61,7 +53,6 @@ def command(
     ctx: click.Context,
     /,
     shapes: tuple[str, ...],
-    tokens: tuple[str, ...],
     output: Path | None,
     **rest: Any,
 ) -> None:
@@ -75,15 +66,6 @@ def command(
     with progress_bars(ctx) as progress:
         from gblm.bench.kernels import Settings, bench_kernels, parse_shapes
 
-        settings = Settings(parse_shapes(shapes), _numbers(tokens), **rest)
+        settings = Settings(parse_shapes(shapes), **rest)
         record = bench_kernels(settings, progress)
     hand_out(ctx, record, output)
-
-
-def _numbers(texts: tuple[str, ...]) -> tuple[int, ...]:
-    for text in texts:
-        if not (text.isascii() and text.isdigit() and 0 < int(text) < 10**6):
-            raise click.BadParameter(
-                f"{text[:40]!r} is not a positive number.", param_hint="--tokens"
-            )
-    return tuple(map(int, texts))

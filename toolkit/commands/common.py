@@ -61,6 +61,35 @@ def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return apply
 
 
+def commas(read: Callable[[str], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    """Make the callback of an option whose words stand between commas, or that is repeated.
+
+    Args:
+        read: a word; it raises ValueError with a sentence. Each value counts once.
+    """
+
+    def callback(ctx: click.Context, option: click.Parameter, value: Any) -> tuple[Any, ...]:
+        texts = value if isinstance(value, tuple) else () if value is None else (value,)
+        try:
+            words = (word.strip() for text in texts for word in text.split(","))
+            return tuple(dict.fromkeys(map(read, words)))
+        except ValueError as error:
+            raise click.BadParameter(str(error), ctx, option) from error
+
+    return callback
+
+
+def whole_number(word: str) -> int:
+    """Read a positive whole number.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not (word.isascii() and word.isdigit() and 0 < int(word) < 10**6):
+        raise ValueError(f"{word[:40]!r} is not a positive whole number.")
+    return int(word)
+
+
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing folder.")
 device_option = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N")
 dtype_option = click.option(

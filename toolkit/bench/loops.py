@@ -1,6 +1,6 @@
-"""The loop over a model in vLLM without its server: `python -m` of gblm.bench.loop.
+"""Engines that run inside a process of their own, which `gblm.bench.loop` starts.
 
-vLLM's engine runs in this process, step by step, as many requests at once as the load says.
+Nothing of an engine is imported before it is chosen: what others need would count in its memory.
 """
 
 from __future__ import annotations
@@ -8,13 +8,81 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gblm.bench.loop import serve
+from gblm.bench.loop import Decoder, Engine, serve
 from gblm.bench.requests import Request
-from gblm.kernels import BACKEND_VARIABLE
+from gblm.errors import MachineError
+
+
+class HfDecoder(Decoder):
+    """This decoder runs transformers, in the checkpoint's dtype, on CPU, with the model's cache."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        import torch
+
+        from gblm import packed
+
+        if settings["threads"] is not None:
+            torch.set_num_threads(settings["threads"])
+        torch.set_grad_enabled(False)
+        self._torch: Any = torch
+        self._model: Any = packed.load_any(folder, settings["backend"], None, "cpu")
+        self.reset()
+
+    @property
+    def vocabulary(self) -> int:
+        """Count the tokens that the model knows."""
+        return int(self._model.config.vocab_size)
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self._cache: Any = None
+
+    def run(self, tokens: Sequence[int]) -> int:
+        """Append tokens; gives the most likely next one."""
+        ids = self._torch.tensor([list(tokens)])
+        out = self._model(
+            input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1
+        )
+        self._cache = out.past_key_values
+        return int(out.logits[0, -1].argmax())
+
+
+class LlamaDecoder(Decoder):
+    """This decoder runs a GGUF file in llama.cpp.
+
+    It needs llama-cpp-python, built for the machine: CMAKE_ARGS=-DGGML_NATIVE=ON.
+    """
+
+    def __init__(self, file: Path, settings: dict[str, Any]) -> None:
+        try:
+            import llama_cpp
+        except ImportError as error:
+            raise MachineError(
+                "llama-cpp-python is not installed: pip install llama-cpp-python."
+            ) from error
+        threads = settings["threads"]
+        self._llama = llama_cpp.Llama(
+            str(file), n_ctx=settings["context"], n_batch=512, n_threads=threads,
+            n_threads_batch=threads, verbose=False,
+        )  # fmt: skip
+
+    @property
+    def vocabulary(self) -> int:
+        """Count the tokens that the model knows."""
+        return int(self._llama.n_vocab())
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self._llama.reset()
+
+    def run(self, tokens: Sequence[int]) -> int:
+        """Append tokens; gives the most likely next one."""
+        self._llama.eval(list(tokens))
+        return int(self._llama.scores[self._llama.n_tokens - 1].argmax())
 
 
 class VllmEngine:
@@ -26,6 +94,8 @@ class VllmEngine:
             os.environ["OMP_NUM_THREADS"] = str(settings["threads"])
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{settings['threads'] - 1}"
         if settings["backend"] is not None:
+            from gblm.kernels import BACKEND_VARIABLE
+
             os.environ[BACKEND_VARIABLE] = settings["backend"]
         from vllm.engine.arg_utils import EngineArgs
         from vllm.sampling_params import SamplingParams
@@ -72,5 +142,9 @@ def _request(began: float, prompt_len: int, times: list[float], clock: float) ->
     return Request(began - clock, times[-1] - began, prompt_len, len(times), times[0] - began, gaps)
 
 
+ENGINES: dict[str, Callable[[Path, dict[str, Any]], Engine]] = {
+    "transformers": HfDecoder, "llama.cpp": LlamaDecoder, "vllm-offline": VllmEngine,
+}  # fmt: skip
+
 if __name__ == "__main__":
-    serve(VllmEngine)
+    serve(lambda path, settings: ENGINES[settings["engine"]](path, settings))
