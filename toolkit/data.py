@@ -117,7 +117,6 @@ def evaluation_windows(
     tokenizer: Any,
     seq_len: int,
     max_windows: int | None = None,
-    stride: int | None = None,
     bos: bool = True,
 ) -> Tensor:
     """Cut the text, joined by blank lines, into windows; the tail is dropped.
@@ -127,7 +126,6 @@ def evaluation_windows(
         tokenizer: of the model.
         seq_len: tokens per window.
         max_windows: the first so many; all if None.
-        stride: tokens of text from one window's start to the next; no overlap if None.
         bos: each window begins with `start_tokens`, as a server's prompts do; the papers' code
             leaves them out.
 
@@ -137,14 +135,13 @@ def evaluation_windows(
     ids = encode(tokenizer, "\n\n".join(documents))
     first = torch.tensor(start_tokens(tokenizer) if bos else [], dtype=torch.int64)
     seq_len -= len(first)
-    stride = min(stride or seq_len, seq_len)
-    count = (len(ids) - seq_len) // stride + 1 if len(ids) >= seq_len else 0
+    count = len(ids) // seq_len
     if count == 0:
         raise InputError(
             f"evaluation text has {len(ids)} tokens, fewer than one window of {seq_len}."
         )
     count = min(count, max_windows or count)
-    windows = torch.tensor(ids, dtype=torch.int64).unfold(0, seq_len, stride)
+    windows = torch.tensor(ids, dtype=torch.int64).unfold(0, seq_len, seq_len)
     return torch.cat([first.expand(count, -1), windows[:count]], dim=1)
 
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from vllm_run import environment
 
-from gblm import data
 from gblm.errors import InputError, UsageError
 from gblm.evaluate.perplexity import Drift, Protocol, measure, perplexity
 from gblm.evaluate.run import known_baseline
@@ -142,7 +141,7 @@ def test_drift_is_that_of_a_loop() -> None:
     window = torch.randint(7, (12,), generator=generator)
     ours, theirs = torch.randn(2, 12, 7, generator=generator)
     drift = Drift()
-    drift.add(Scores.of(ours, window), Scores.of(theirs, window), slice(0, None))
+    drift.add(Scores.of(ours, window), Scores.of(theirs, window))
     q, p = ours.double().softmax(-1).tolist(), theirs.double().softmax(-1).tolist()
     changes, kls, same = [], [], 0
     for t in range(11):
@@ -168,8 +167,8 @@ def test_kl_over_the_likeliest_tokens_is_a_lower_bound_and_called_so() -> None:
     best = [dict(zip(t, v, strict=True))
             for t, v in zip(tokens.tolist(), logprobs.tolist(), strict=True)]  # fmt: skip
     drift, whole = Drift(), Drift()
-    drift.add(Scores.likeliest(full.logprobs.tolist(), best), dense, slice(0, None))
-    whole.add(full, dense, slice(0, None))
+    drift.add(Scores.likeliest(full.logprobs.tolist(), best), dense)
+    whole.add(full, dense)
     kls = []
     for q, p in zip(full.full.double().exp(), dense.full.double().exp(), strict=True):
         top = q.argsort(descending=True)[:3]
@@ -182,30 +181,14 @@ def test_kl_over_the_likeliest_tokens_is_a_lower_bound_and_called_so() -> None:
     assert "kl_mean" not in found
     few = [{999: -0.1}] * 11
     with pytest.raises(InputError, match="a token 999 and the baseline 7 tokens"):
-        drift.add(Scores.likeliest(full.logprobs.tolist(), few), dense, slice(0, None))
+        drift.add(Scores.likeliest(full.logprobs.tolist(), few), dense)
 
 
 def test_drift_refuses_another_vocabulary() -> None:
     window = torch.tensor([0, 1, 2])
     ours, theirs = (Scores.of(torch.zeros(3, size), window) for size in (5, 6))
     with pytest.raises(InputError, match="5 tokens"):
-        Drift().add(ours, theirs, slice(0, None))
-
-
-def test_stride_counts_every_token_once(tiny: Path, text_file: Path) -> None:
-    tokenizer = load_tokenizer(tiny)
-    subject = open_subject(ModelFolder.open(tiny), dtype="float32")
-    protocol = Protocol(str(text_file), 32, 4, stride=8)
-    (row,) = measure({"tiny": subject}, [protocol], tokenizer)
-    assert "stride 8" in row.load
-    ids = torch.tensor(data.encode(tokenizer, text_file.read_text())[:56])
-    losses = []
-    for end in range(1, 56):
-        # The first window, or the one that ends with the block of 8 that holds the token.
-        start = 0 if end < 32 else (end - 32) // 8 * 8 + 8
-        scores = subject.score(ids[start : start + 32])
-        losses.append(-float(scores.logprobs[end - start - 1]))
-    assert row.value == pytest.approx(math.exp(sum(losses) / 55), rel=1e-5)
+        Drift().add(ours, theirs)
 
 
 def test_the_dense_model_is_found_from_what_was_made_of_it(

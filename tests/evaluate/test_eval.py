@@ -51,7 +51,6 @@ def test_weights_that_only_another_engine_reads_have_bytes(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--seq-len", "32", "--stride", "64"], "would leave out tokens"),
         (["--limit", "3"], "--tasks only"),
         (["--baseline", "x", "--no-baseline"], "do not go together"),
         (["--text", "a.txt", "--text", "b/a.txt"], "different names"),

@@ -2,7 +2,7 @@
 
 Steal is time that the hypervisor gave to others; other load is CPU time of processes that are not
 part of the run. Both are shares of the whole machine's CPU time, from /proc/stat by psutil. Heat is
-counted by the kernel (Intel) and by NVIDIA's driver; where nothing counts it, it is not checked.
+counted by the kernel (Intel); where nothing counts it, and on GPUs, it is not checked.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-import shutil
 import statistics
-import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,9 +22,6 @@ from gblm.kernels import native
 
 CPUS = Path("/sys/devices/system/cpu")
 BUSY = ("user", "nice", "system", "irq", "softirq")
-# Microseconds since the driver was loaded; drivers before 555 do not know these fields.
-GPU_FIELDS = ("sw_thermal_slowdown", "hw_thermal_slowdown")
-HEAT = ("cpu_throttles", "gpu_throttle_s")
 # Of a round, all as shares: the machine's CPU time that a hypervisor and other processes may take,
 # and by how much memory may be slower than in the best round.
 STEAL, OTHER_LOAD, SLOW_READ = 0.02, 0.10, 0.15
@@ -43,8 +38,7 @@ def measured(own: Sequence[psutil.Process] = (), cpus: Path = CPUS) -> Iterator[
 
     Yields:
         A dictionary that holds at the end: "steal" and "other_load", shares; "cpu_throttles", how
-        often heat slowed a CPU, and "gpu_throttle_s", seconds that it slowed a GPU, both None where
-        nothing counts them.
+        often heat slowed a CPU, None where nothing counts that.
     """
     found: dict[str, Any] = {}
     heat, before, ours = _heat(cpus), psutil.cpu_times()._asdict(), own_seconds(own)
@@ -53,9 +47,7 @@ def measured(own: Sequence[psutil.Process] = (), cpus: Path = CPUS) -> Iterator[
     finally:
         used = own_seconds(own) - ours
         steal, other = shares(before, psutil.cpu_times()._asdict(), used)
-        cpu, gpu = map(_growth, heat, _heat(cpus))
-        found |= {"steal": steal, "other_load": other, "cpu_throttles": cpu,
-                  "gpu_throttle_s": None if gpu is None else gpu / 1e6}  # fmt: skip
+        found |= {"steal": steal, "other_load": other, "cpu_throttles": _growth(heat, _heat(cpus))}
 
 
 def reasons(noise: Mapping[str, Any], best_read: float | None = None) -> list[str]:
@@ -75,8 +67,6 @@ def reasons(noise: Mapping[str, Any], best_read: float | None = None) -> list[st
             found.append(f"{share:.1%} {words} (at most {limit:.0%})")
     if count := noise.get("cpu_throttles"):
         found.append(f"heat throttled the CPU {count} times")
-    if seconds := noise.get("gpu_throttle_s"):
-        found.append(f"a GPU ran slower for heat for {seconds:.3g} s")
     read = noise.get("read_limit_gb_s")
     if read and best_read and read < (1 - SLOW_READ) * best_read:
         found.append(f"memory was read at {read:.1f} GB/s, {best_read:.1f} GB/s in the best round")
@@ -116,8 +106,8 @@ def judge(
 def unchecked(every: Sequence[Mapping[str, Any]]) -> list[str]:
     """Say which checks had nothing to look at in all that was heard."""
     found = []
-    if not any(one.get(key) is not None for one in every for key in HEAT):
-        found.append("heat was not checked: neither kernel nor driver counts it.")
+    if not any(one.get("cpu_throttles") is not None for one in every):
+        found.append("heat was not checked: the kernel does not count it.")
     if not any(one.get("read_limit_gb_s") for one in every):
         found.append("the speed of memory was not checked: the CPU kernels are not built.")
     return found
@@ -179,24 +169,13 @@ def own_seconds(processes: Sequence[psutil.Process]) -> float:
     return total
 
 
-def _heat(cpus: Path) -> tuple[dict[str, int], dict[str, int]]:
-    """Read the counters of throttling: of each CPU, and microseconds of each GPU."""
+def _heat(cpus: Path) -> dict[str, int]:
+    """Read the counters of throttling of each CPU."""
     found = {}
     for path in sorted(cpus.glob("cpu[0-9]*/thermal_throttle/*_throttle_count")):
         with contextlib.suppress(OSError, ValueError):
             found[f"{path.parent.parent.name}/{path.name}"] = int(path.read_text())
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return found, {}
-    fields = ",".join(f"clocks_event_reasons_counters.{field}" for field in GPU_FIELDS)
-    command = [program, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    gpus = {}
-    for index, line in enumerate(done.stdout.splitlines()):
-        for field, value in zip(GPU_FIELDS, line.split(","), strict=False):
-            with contextlib.suppress(ValueError):
-                gpus[f"GPU {index}/{field}"] = int(value)
-    return found, gpus
+    return found
 
 
 def _growth(before: Mapping[str, int], after: Mapping[str, int]) -> int | None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from gblm.evaluate.tasks import Tasks
 
 ENGINES = ("hf", "packed", "vllm", "onnx")
-TEXT_KEYS = ("sources", "seq_len", "stride", "max_windows", "bos")
+TEXT_KEYS = ("sources", "seq_len", "max_windows", "bos")
 TASK_KEYS = ("tasks", "path", "limit", "seed")
 
 text_options = options(
@@ -37,10 +37,6 @@ text_options = options(
     ),
     click.option("--seq-len", type=click.IntRange(2), default=2048, show_default=True,
                  help="Tokens per window."),
-    click.option(
-        "--stride", type=click.IntRange(1),
-        help="Tokens from window to window; only new ones count. Default: --seq-len.",
-    ),
     click.option("--max-windows", type=click.IntRange(1), help="Use the first so many windows."),
     click.option(
         "--bos/--no-bos", default=True, show_default=True,
@@ -138,14 +134,10 @@ def protocols(sources: tuple[str, ...], tasks: bool, **how: Any) -> tuple[Protoc
     """Make one protocol for each text.
 
     Raises:
-        UsageError: options contradict each other.
+        UsageError: two texts have one name.
     """
     from gblm.evaluate.perplexity import Protocol
 
-    if (how["stride"] or 1) > how["seq_len"]:
-        raise UsageError(
-            f"--stride {how['stride']} would leave out tokens: at most --seq-len {how['seq_len']}."
-        )
     if not sources and not tasks:
         sources = ("pydoc",)
     made = tuple(Protocol(source, **how) for source in sources)

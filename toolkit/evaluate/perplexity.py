@@ -40,16 +40,14 @@ class Protocol:
     """A protocol says how a perplexity is measured.
 
     The source is a text file or a name of `gblm.data.NAMED_SETS`, of which the held-out part is
-    read, the first `max_windows` windows of `seq_len` tokens or all. `stride` tokens lie between
-    the starts of two windows, of which only the last so many of a later window count; None is
-    `seq_len`, no overlap. With `bos` windows begin with what the tokenizer puts before a prompt, as
-    a server's prompts do; the papers' code leaves it out.
+    read, the first `max_windows` windows of `seq_len` tokens or all. With `bos` windows begin with
+    what the tokenizer puts before a prompt, as a server's prompts do; the papers' code leaves it
+    out.
     """
 
     source: str = "pydoc"
     seq_len: int = 2048
     max_windows: int | None = None
-    stride: int | None = None
     bos: bool = True
 
     @property
@@ -64,19 +62,17 @@ class Protocol:
             windows: what is measured, [num_windows, seq_len] int64.
         """
         part = "test split" if self.source == "wikitext2" else "held-out text"
-        stride = self.stride or self.seq_len
-        overlap = "no overlap" if stride == self.seq_len else f"stride {stride}"
         start = "start tokens of the tokenizer" if self.bos else "no special tokens"
         return (
             f"{self.text}, {part} as one stream, {len(windows)} windows × {self.seq_len} "
-            f"tokens, {overlap}, {start}, sha256 {data.fingerprint(windows)[:12]}"
+            f"tokens, no overlap, {start}, sha256 {data.fingerprint(windows)[:12]}"
         )
 
     def windows(self, tokenizer: Any) -> Tensor:
         """Read the text as token ids [num_windows, seq_len] int64."""
         return data.evaluation_windows(
             data.read_documents(self.source, "held-out"),
-            tokenizer, self.seq_len, self.max_windows, self.stride, self.bos,
+            tokenizer, self.seq_len, self.max_windows, self.bos,
         )  # fmt: skip
 
 
@@ -105,19 +101,15 @@ def _text(
     sides: Mapping[str, Subject], protocol: Protocol, windows: Tensor, progress: Progress
 ) -> list[Row]:
     step = progress(f"perplexity, {protocol.text}", len(windows))
-    drift, losses, count = Drift(), dict.fromkeys(sides, 0.0), 0
-    for number, window in enumerate(windows):
-        # Of a window that overlaps the one before, the tokens that were not scored there.
-        new = protocol.stride if protocol.stride and number else len(window) - 1
-        counted = slice(len(window) - 1 - min(new, len(window) - 1), None)
+    drift, losses = Drift(), dict.fromkeys(sides, 0.0)
+    for window in windows:
         scores = {name: subject.score(window) for name, subject in sides.items()}
         for name, found in scores.items():
-            losses[name] -= float(found.logprobs[counted].double().sum())
-        count += len(window) - 1 - counted.start
+            losses[name] -= float(found.logprobs.double().sum())
         if len(sides) > 1:
-            ours, dense = scores.values()
-            drift.add(ours, dense, counted)
+            drift.add(*scores.values())
         step()
+    count = len(windows) * (windows.shape[1] - 1)
     load = protocol.line(windows)
     rows = [
         Row(name, load, "perplexity", "", of_loss(loss / count)) for name, loss in losses.items()
@@ -147,7 +139,7 @@ def of_loss(mean: float) -> float:
 
 @dataclass
 class Drift:
-    """A drift collects windows, as float32 differences for each token that is counted.
+    """A drift collects windows, as float32 differences for each token.
 
     KL is over the `of_likeliest` tokens of the model and the rest as one; None: over all tokens.
     """
@@ -157,34 +149,33 @@ class Drift:
     divergences: list[Tensor] = field(default_factory=list)
     of_likeliest: int | None = None
 
-    def add(self, model: Scores, dense: Scores, counted: slice) -> None:
+    def add(self, model: Scores, dense: Scores) -> None:
         """Take one window of both.
 
         Args:
             model: what is judged.
             dense: what it is held against, on the same window.
-            counted: the places that count.
 
         Raises:
             InputError: their vocabularies differ.
         """
-        self.changes.append((model.logprobs - dense.logprobs)[counted].abs())
+        self.changes.append((model.logprobs - dense.logprobs).abs())
         if model.top1 is not None and dense.top1 is not None:
-            self.same.append((model.top1 == dense.top1)[counted])
+            self.same.append(model.top1 == dense.top1)
         if dense.full is None:
             return
         if model.full is None:
             if model.some is not None:
                 self.of_likeliest = model.some[0].shape[1]
-                self.divergences.append(coarse_kl(model.some, dense.full)[counted])
+                self.divergences.append(coarse_kl(model.some, dense.full))
             return
         if model.full.shape != dense.full.shape:
             raise InputError(
                 f"the model has {model.full.shape[-1]} tokens and the baseline "
                 f"{dense.full.shape[-1]}: give the dense model that it was made from."
             )
-        ours, theirs = model.full[counted], dense.full[counted].to(model.full.device)
-        self.divergences.append((theirs.exp() * (theirs - ours)).sum(-1).cpu())
+        theirs = dense.full.to(model.full.device)
+        self.divergences.append((theirs.exp() * (theirs - model.full)).sum(-1).cpu())
 
     def summary(self) -> dict[str, float]:
         """Give the figures by the names of UNITS, of those that both models allow.
