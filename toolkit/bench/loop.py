@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import psutil
@@ -131,26 +131,29 @@ class LoopSide(Side):
         return MachineError(f"{self.name}: {self.engine} ended with code {code}: {last}")
 
 
-class Engine(Protocol):
+class Engine(ABC):
     """An engine is what runs inside the process."""
 
     @property
+    @abstractmethod
     def vocabulary(self) -> int:
         """Count the tokens that the model knows."""
 
+    @abstractmethod
     def generate(
         self, prompts: Sequence[Sequence[int]], output_len: int, concurrency: int
     ) -> list[Request]:
         """Decode every prompt to the full length; the end-of-text token is one like others."""
 
 
-class Decoder(ABC):
-    """An engine that runs one request after the other, token by token, with a cache."""
+def request_of(began: float, prompt_len: int, times: list[float], clock: float) -> Request:
+    """Make a request of the times of its tokens, in seconds of the clock that its load began at."""
+    gaps = tuple(after - before for before, after in itertools.pairwise(times))
+    return Request(began - clock, times[-1] - began, prompt_len, len(times), times[0] - began, gaps)
 
-    @property
-    @abstractmethod
-    def vocabulary(self) -> int:
-        """Count the tokens that the model knows."""
+
+class Decoder(Engine):
+    """An engine that runs one request after the other, token by token, with a cache."""
 
     @abstractmethod
     def reset(self) -> None:
@@ -175,10 +178,7 @@ class Decoder(ABC):
         for _ in range(output_len - 1):
             token = self.run([token])
             times.append(time.perf_counter())
-        gaps = tuple(after - before for before, after in itertools.pairwise(times))
-        return Request(
-            began - clock, times[-1] - began, len(prompt), len(times), times[0] - began, gaps
-        )
+        return request_of(began, len(prompt), times, clock)
 
 
 def serve(open_engine: Callable[[Path, dict[str, Any]], Engine]) -> None:

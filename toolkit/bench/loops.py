@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gblm.bench.loop import Decoder, Engine, serve
+from gblm.bench.loop import Decoder, Engine, request_of, serve
 from gblm.bench.requests import Request
 from gblm.errors import MachineError
 
@@ -85,7 +85,7 @@ class LlamaDecoder(Decoder):
         return int(self._llama.scores[self._llama.n_tokens - 1].argmax())
 
 
-class VllmEngine:
+class VllmEngine(Engine):
     """This engine is vLLM's, without a prefix cache; on CPU it is bound to the first cores."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
@@ -134,12 +134,7 @@ class VllmEngine:
                 own += [now] * (len(output.outputs[0].token_ids) - len(own))
                 if output.finished:
                     unfinished.discard(output.request_id)
-        return [_request(*began[name], times[name], clock) for name in began]
-
-
-def _request(began: float, prompt_len: int, times: list[float], clock: float) -> Request:
-    gaps = tuple(after - before for before, after in itertools.pairwise(times))
-    return Request(began - clock, times[-1] - began, prompt_len, len(times), times[0] - began, gaps)
+        return [request_of(*began[name], times[name], clock) for name in began]
 
 
 ENGINES: dict[str, Callable[[Path, dict[str, Any]], Engine]] = {

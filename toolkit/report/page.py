@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
@@ -84,23 +85,18 @@ def model_index(records: Sequence[Record]) -> list[str]:
         for row in record.rows
         if row.metric in INDEXED and row.value is not None and math.isfinite(row.value)
     ]
-    if not rows:
-        return []
-    lines = ["---", "model-index:"]
-    for side in dict.fromkeys(row.side for row in rows):
-        # JSON's strings are YAML's, too.
-        lines += [f"- name: {json.dumps(side)}", "  results:"]
-        for row in rows:
-            if row.side == side:
-                name, said = row.load.partition(",")[0], f"{row.metric} ({row.load})"
-                lines += [
-                    "  - task: {type: text-generation}",
-                    f"    dataset: {{name: {json.dumps(name)}, type: {json.dumps(name)}}}",
-                    "    metrics:",
-                    f"    - {{type: {row.metric}, value: {row.value:.4f}, "
-                    f"name: {json.dumps(said)}}}",
-                ]
-    return [*lines, "---", ""]
+    results: dict[str, list[dict[str, Any]]] = {row.side: [] for row in rows}
+    for row in rows:
+        name, said = row.load.partition(",")[0], f"{row.metric} ({row.load})"
+        results[row.side].append({
+            "task": {"type": "text-generation"},
+            "dataset": {"name": name, "type": name},
+            "metrics": [{"type": row.metric, "value": round(row.value or 0.0, 4), "name": said}],
+        })  # fmt: skip
+    index = [{"name": side, "results": found} for side, found in results.items()]
+    # JSON is YAML, too.
+    text = json.dumps({"model-index": index}, indent=2, ensure_ascii=False)
+    return ["---", text, "---", ""] if index else []
 
 
 def show(table: Table) -> Iterator[str]:
