@@ -25,7 +25,7 @@ from shapes import make_packed, model_folder
 
 from gblm.bench.loop import LoopSide
 from gblm.bench.requests import Load
-from gblm.bench.rounds import Plan, bench
+from gblm.bench.rounds import bench
 from gblm.bench.sides import Setup
 from gblm.checkpoint.inspect import inspect
 from gblm.model.folder import ModelFolder
@@ -111,7 +111,7 @@ def _bench(
         sides = [LoopSide(name, "vllm-offline", ModelFolder.open(path), setup)
                  for name, path in folders.items()]  # fmt: skip
         sides += [LoopSide(name, "llama.cpp", path, setup) for name, path in gguf.items()]
-        return bench(sides, setup, Plan(rounds))
+        return bench(sides)
 
 
 def bits_per_weight(folder: Path) -> float:

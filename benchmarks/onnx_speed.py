@@ -30,7 +30,7 @@ from shapes import make_packed, model_folder
 
 from gblm.bench.engines import parse_sides
 from gblm.bench.requests import Load
-from gblm.bench.rounds import Plan, bench
+from gblm.bench.rounds import bench
 from gblm.bench.sides import Setup
 from gblm.record import Record, Row
 
@@ -81,9 +81,9 @@ def measure(folders: dict[str, Path], model: str, threads: int, given: Any) -> R
     """Compare the folders of a model; ratios of all pairs of rows are rows of their own."""
     load = Load(num_prompts=1, prompt_len=given.prompt_len, output_len=OUTPUT_LEN)
     with tempfile.TemporaryDirectory() as work:
-        setup = Setup((load,), Path(work) / "log", threads=threads)
+        setup = Setup((load,), Path(work) / "log", threads=threads, rounds=given.rounds)
         sides = parse_sides([f"{row}={path}" for row, path in folders.items()], setup)
-        record = bench(sides, setup, Plan(given.rounds))
+        record = bench(sides)
     asked = {"model": model, "threads": threads, "prompt_len": given.prompt_len,
              "output_len": OUTPUT_LEN}  # fmt: skip
     reports = {

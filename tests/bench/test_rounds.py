@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from vllm_server import OPTIONS
 from gblm.bench.engines import parse_sides
 from gblm.bench.loop import Decoder, prompts
 from gblm.bench.requests import Load, Request, Seen
-from gblm.bench.rounds import Plan, bench, one_round, order, record_of, rows_of
+from gblm.bench.rounds import bench, one_round, order, record_of, rows_of
 from gblm.bench.server import seen_of
 from gblm.bench.sides import Setup, Side
 from gblm.commands.bench import limit, rate, width
@@ -61,9 +62,9 @@ def seen(tpot: float, **changed: Any) -> Seen:
 
 
 def record(*rounds: dict[str, Seen], allow_noise: bool = False) -> Record:
-    plan = Plan(len(rounds), allow_noise=allow_noise)
-    sides = [Fake(name, []) for name in rounds[0]]
-    return record_of(sides, SETUP, plan, {LOAD: list(rounds)}, {})
+    setup = replace(SETUP, rounds=len(rounds), allow_noise=allow_noise)
+    sides = [Fake(name, [], setup) for name in rounds[0]]
+    return record_of(sides, {LOAD: list(rounds)}, {})
 
 
 def test_ratios_are_paired_by_round() -> None:
@@ -156,9 +157,10 @@ def test_no_side_always_stands_before_another(count: int) -> None:
 
 def test_all_sides_stay_and_alternate_under_each_load() -> None:
     diary: list[str] = []
-    setup = Setup((LOAD, Load(4, 10, 5, concurrency=2)), Path("log"))
+    loads = (LOAD, Load(4, 10, 5, concurrency=2))
+    setup = Setup(loads, Path("log"), rounds=2, allow_noise=True)
     sides = [Fake("a", diary, setup), Fake("b", diary, setup)]
-    found = bench(sides, setup, Plan(2, allow_noise=True))
+    found = bench(sides)
     assert diary == ["start a", "start b", "a 1", "b 1", "a 2", "b 2", "b 1", "a 1", "b 2", "a 2",
                      "stop b", "stop a"]  # fmt: skip
     assert found.loads[0] == LOAD.words
@@ -166,8 +168,8 @@ def test_all_sides_stay_and_alternate_under_each_load() -> None:
 
 def test_with_restart_one_side_at_a_time_is_there() -> None:
     diary: list[str] = []
-    sides = [Fake("a", diary), Fake("b", diary)]
-    found = one_round(sides, [LOAD], True, lambda: 9.0, lambda: None)
+    sides = [Fake(name, diary, replace(SETUP, restart=True)) for name in "ab"]
+    found = one_round(sides, lambda: 9.0, lambda: None)
     assert diary == ["start a", "a 1", "stop a", "start b", "b 1", "stop b"]
     assert found[LOAD]["b"].noise["read_limit_gb_s"] == 9.0
 

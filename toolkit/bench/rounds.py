@@ -11,12 +11,12 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from gblm.bench import noise
 from gblm.bench.requests import Load, Seen, metrics_of, unit_of
-from gblm.bench.sides import Setup, Side
+from gblm.bench.sides import Side
 from gblm.bench.validity import check_alike, check_work
 from gblm.kernels import native
 from gblm.progress import Progress, no_progress
@@ -34,46 +34,29 @@ SETTLE_SECONDS = 1.0
 Round = dict[str, Seen]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The plan says how often each load is put on every side.
-
-    With `restart` every side starts anew in every round, so that one at a time is in memory; with
-    `allow_noise` rounds count in which the machine did other things, too.
-    """
-
-    rounds: int = 7
-    restart: bool = False
-    allow_noise: bool = False
-
-
-def bench(
-    sides: Sequence[Side], setup: Setup, plan: Plan, progress: Progress = no_progress
-) -> Record:
-    """Measure all sides in turn; the first one is the baseline of all ratios.
+def bench(sides: Sequence[Side], progress: Progress = no_progress) -> Record:
+    """Measure all sides of one setup in turn; the first one is the baseline of all ratios.
 
     Args:
-        sides: of `parse_sides`, with the same setup.
-        setup: loads and options.
-        plan: rounds and limits.
+        sides: of `parse_sides`.
         progress: for a progress bar.
 
     Raises:
         MachineError: an engine or a load generator failed.
     """
-    origin = provenance()
-    step = progress("rounds", plan.rounds * len(sides) * len(setup.loads))
+    origin, setup = provenance(), sides[0].setup
+    step = progress("rounds", setup.rounds * len(sides) * len(setup.loads))
     found: dict[Load, list[Round]] = {load: [] for load in setup.loads}
     read_limit = reader()
     with ExitStack() as stack:
-        if not plan.restart:
+        if not setup.restart:
             for side in sides:
                 stack.enter_context(started(side))
-        for number in range(plan.rounds):
-            seen = one_round(order(sides, number), setup.loads, plan.restart, read_limit, step)
+        for number in range(setup.rounds):
+            seen = one_round(order(sides, number), read_limit, step)
             for load, by_side in seen.items():
                 found[load].append(by_side)
-    return record_of(sides, setup, plan, found, origin)
+    return record_of(sides, found, origin)
 
 
 @contextmanager
@@ -95,13 +78,10 @@ def order(sides: Sequence[Side], number: int) -> list[Side]:
 
 
 def one_round(
-    sides: Sequence[Side],
-    loads: Sequence[Load],
-    restart: bool,
-    read_limit: Callable[[], float | None],
-    step: Callable[[], None],
+    sides: Sequence[Side], read_limit: Callable[[], float | None], step: Callable[[], None]
 ) -> dict[Load, Round]:
     """Put every load on every side once; loads on the outside where all sides run already."""
+    loads = sides[0].setup.loads
     found: dict[Load, Round] = {load: {} for load in loads}
 
     def put(side: Side, load: Load) -> None:
@@ -112,7 +92,7 @@ def one_round(
         found[load][side.name] = seen
         step()
 
-    if restart:
+    if sides[0].setup.restart:
         for side in sides:
             with started(side):
                 for load in loads:
@@ -138,29 +118,26 @@ def reader() -> Callable[[], float | None]:
 
 
 def record_of(
-    sides: Sequence[Side],
-    setup: Setup,
-    plan: Plan,
-    found: dict[Load, list[Round]],
-    origin: dict[str, Any],
+    sides: Sequence[Side], found: dict[Load, list[Round]], origin: dict[str, Any]
 ) -> Record:
     """Judge all rounds and make the record."""
+    setup = sides[0].setup
     rows: list[Row] = []
     reasons: list[str] = []
-    notes = caveats(sides, setup, plan, found)
+    notes = caveats(sides, found)
     for load, rounds in found.items():
-        good, why, left_out = rows_of(load, rounds, plan.allow_noise)
+        good, why, left_out = rows_of(load, rounds, setup.allow_noise)
         rows += good
         reasons += why
         notes += left_out
-    asked = {"seed": setup.seed, "options": list(setup.options), "slo": list(setup.slo)}
+    settings = {key: value for key, value in asdict(setup).items() if key not in ("loads", "log")}
     return Record(
         kind="bench",
         sides={side.name: side.facts() for side in sides},
         rows=tuple(rows),
         baseline=sides[0].name,
         verdict=Verdict(not reasons, tuple(reasons), tuple(notes)),
-        provenance=origin | {"settings": asdict(plan) | asked},
+        provenance=origin | {"settings": settings},
     )
 
 
@@ -193,11 +170,9 @@ def rows_of(
     return rows, reasons + noisy, notes
 
 
-def caveats(
-    sides: Sequence[Side], setup: Setup, plan: Plan, found: dict[Load, list[Round]]
-) -> list[str]:
+def caveats(sides: Sequence[Side], found: dict[Load, list[Round]]) -> list[str]:
     """Say what makes the figures less than they look, though they stand."""
-    notes = []
+    notes, setup = [], sides[0].setup
     engines = {side.engine for side in sides}
     if "vllm" in engines and len(engines) > 1:
         notes.append(
@@ -207,9 +182,9 @@ def caveats(
     fewest = min(load.num_prompts for load in setup.loads)
     if fewest < 100:
         notes.append(f"p99 of {fewest} requests is all but their slowest: raise --num-prompts.")
-    if plan.rounds < 6 and len(sides) > 1:
+    if setup.rounds < 6 and len(sides) > 1:
         notes.append(
-            f"the interval of {plan.rounds} rounds is their range: raise --rounds to 6 or more."
+            f"the interval of {setup.rounds} rounds is their range: raise --rounds to 6 or more."
         )
     heard = [seen.noise for rounds in found.values() for one in rounds for seen in one.values()]
     return notes + noise.unchecked(heard)

@@ -130,25 +130,19 @@ def sides(
         from gblm.bench.engines import parse_sides
         from gblm.bench.rounds import bench
 
-        setup, plan = asked_for(words[first:], kept, given)
-        record = bench(parse_sides(words[:first], setup), setup, plan, progress)
+        setup = asked_for(words[first:], kept, given)
+        record = bench(parse_sides(words[:first], setup), progress)
     if log is None:
         kept.unlink(missing_ok=True)
     hand_out(ctx, record, output, SHOWN)
 
 
 def asked_for(vllm_options: tuple[str, ...], log: Path, given: dict[str, Any]) -> Any:
-    """Make setup and plan from the options: every concurrency at every rate."""
+    """Make the setup from the options: every concurrency at every rate."""
     from gblm.bench.requests import Load
-    from gblm.bench.rounds import Plan
     from gblm.bench.sides import Setup
 
-    loads = tuple(
-        Load(given["num_prompts"], given["prompt_len"], given["output_len"],
-             at_once, per_second)
-        for at_once in given["concurrency"]
-        for per_second in given["request_rate"] or (None,)
-    )  # fmt: skip
-    setup = Setup(loads, log, given["seed"], given["threads"], given["backend"], vllm_options,
-                  given["slo"])  # fmt: skip
-    return setup, Plan(given["rounds"], given["restart"], given["allow_noise"])
+    lengths = [given.pop(name) for name in ("num_prompts", "prompt_len", "output_len")]
+    widths, rates = given.pop("concurrency"), given.pop("request_rate") or (None,)
+    loads = tuple(Load(*lengths, at_once, each) for at_once in widths for each in rates)
+    return Setup(loads, log, options=vllm_options, **given)
