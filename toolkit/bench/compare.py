@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import NormalDist
 from typing import Any
 
@@ -68,7 +69,7 @@ def compare(pairs: Pairs) -> tuple[list[Row], dict[str, dict[str, Any]], list[st
     rows: list[Row] = []
     verdicts = []
     for metric, name in LATENCIES.items():
-        columns = _columns(pairs, lambda g, n=name: [g.of(f"{n}_sum"), g.of(f"{n}_count")])
+        columns = _columns(pairs, partial(_sum_and_count, name))
         _means(rows, f"{metric}_mean", "ms", 1e3, columns)
         # Tokens of one request are no independent observations: requests are what counts.
         counted = columns[:, [1, 3]] if name != ITL else ended
@@ -150,6 +151,10 @@ def _load(growths: Sequence[Growth]) -> dict[str, Any]:
 def _columns(pairs: Pairs, parts: Callable[[Growth], list[float]]) -> Columns:
     """Tabulate parts of what happened on both servers: [intervals, A's parts and then B's]."""
     return np.array([parts(a) + parts(b) for a, b in pairs])
+
+
+def _sum_and_count(name: str, growth: Growth) -> list[float]:
+    return [growth.of(f"{name}_sum"), growth.of(f"{name}_count")]
 
 
 def _means(rows: list[Row], metric: str, unit: str, scale: float, columns: Columns) -> None:

@@ -10,7 +10,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -243,7 +243,7 @@ class Run:
             self._row(name, load, "share_of_read_limit", "", parts)
 
     def rounds(
-        self, timed: Mapping[str, Timed], load: str
+        self, timed: dict[str, Timed], load: str
     ) -> tuple[dict[str, list[float]], list[float]]:
         """Time all sides in turn; gives seconds by side, and read limits, of the quiet rounds."""
         seconds: dict[str, list[float]] = {name: [] for name in timed}
@@ -286,11 +286,13 @@ class Run:
         def linears() -> list[Linear]:
             return [make(self.device.normal(*shape).float()) for shape in model.linears]
 
+        def prepare(batch: int, made: Sequence[Linear]) -> Timed:
+            return self.device.timer([Decoder(self.device, model, batch, made).step])
+
         made = self.attempt(f"{name}, decode loop", linears)
         for batch in BATCHES if made is not None else ():
             load = f"decode loop, batch {batch}"
-            decoder = partial(Decoder, self.device, model, batch, made)
-            timed = self.attempt(f"{name}, {load}", lambda d=decoder: self.device.timer([d().step]))
+            timed = self.attempt(f"{name}, {load}", partial(prepare, batch, made or ()))
             if timed is not None:
                 found, _ = self.rounds({name: timed}, load)
                 if rates := [batch / each for each in found[name]]:

@@ -206,7 +206,11 @@ def seen_of(result: dict[str, Any]) -> Seen:
     """Take the requests and the goodput out of a detailed result of `vllm bench serve`."""
     keys = ("start_times", "latencies", "input_lens", "output_lens", "ttfts", "itls", "errors")
     rows = list(zip(*(result[key] for key in keys), strict=True))
-    requests = [Request(*row, tuple(itls)) for *row, itls, error in rows if not error]
+    requests = [
+        Request(start, latency, prompt, output, ttft, tuple(itls))
+        for start, latency, prompt, output, ttft, itls, error in rows
+        if not error
+    ]
     good = result.get("request_goodput")
     extra = {} if good is None else {"goodput_requests_per_s": float(good)}
     failed = len(rows) - len(requests)

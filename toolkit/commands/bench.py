@@ -142,7 +142,9 @@ def asked_for(vllm_options: tuple[str, ...], log: Path, given: dict[str, Any]) -
     from gblm.bench.requests import Load
     from gblm.bench.sides import Setup
 
-    lengths = [given.pop(name) for name in ("num_prompts", "prompt_len", "output_len")]
+    prompts, before, after = map(given.pop, ("num_prompts", "prompt_len", "output_len"))
     widths, rates = given.pop("concurrency"), given.pop("request_rate") or (None,)
-    loads = tuple(Load(*lengths, at_once, each) for at_once in widths for each in rates)
+    loads = tuple(
+        Load(prompts, before, after, at_once, each) for at_once in widths for each in rates
+    )
     return Setup(loads, log, options=vllm_options, **given)

@@ -5,12 +5,12 @@ Both show the same tables; text from files is escaped.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from typing import Any
 
+import yaml
 from jinja2 import Environment, StrictUndefined
 
 from gblm import __version__
@@ -94,9 +94,8 @@ def model_index(records: Sequence[Record]) -> list[str]:
             "metrics": [{"type": row.metric, "value": round(row.value or 0.0, 4), "name": said}],
         })  # fmt: skip
     index = [{"name": side, "results": found} for side, found in results.items()]
-    # JSON is YAML, too.
-    text = json.dumps({"model-index": index}, indent=2, ensure_ascii=False)
-    return ["---", text, "---", ""] if index else []
+    text = yaml.safe_dump({"model-index": index}, allow_unicode=True, sort_keys=False)
+    return ["---", text.rstrip(), "---", ""] if index else []
 
 
 def show(table: Table) -> Iterator[str]:

@@ -58,8 +58,7 @@ def _figures(record: Record, title: str, load: str, lines: Sequence[tuple[str, s
     cells = {side: tuple(cell(record, side, *line[1:]) for line in lines) for side in sides}
     if len(sides) <= MOST_COLUMNS:
         names = tuple(name for name, _, _ in lines)
-        rows = zip(names, *cells.values(), strict=True)
-        return Table(title, note, ("", *sides), tuple(rows))
+        return Table(title, note, ("", *sides), tuple(zip(names, *cells.values(), strict=True)))
     header = ("", *(name for name, _, _ in lines), f"{lines[0][2]}, times its control")
     controls = [record.sides[side].get("control") for side in sides]
     found = [control and record.ratio(side, *lines[0][1:], control)
