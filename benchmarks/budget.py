@@ -1,6 +1,6 @@
 """What `gblm search` measures beside what it predicted, on the real model.
 
-    python benchmarks/budget.py [--budget 3.1bits] [--limit 7]
+    python benchmarks/budget.py
 
 Writes benchmarks/results/budget.json, which is the search's own record; goes on where it was cut
 off.
@@ -8,7 +8,6 @@ off.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from pathlib import Path
 
@@ -19,14 +18,15 @@ from gblm.record import Record
 from gblm.search.run import METRIC, STATE, UNPRUNED, ranked
 
 RECORD = pages.RESULTS / "budget.json"
+BUDGET = "3.1bits"
 RECIPE = "--preset fast --calibration pydoc --num-samples 16 --seq-len 256"
 TEXT = "--text pydoc"
 
 
-def measure(budget: str, limit: int, folder: Path) -> None:
+def measure(folder: Path) -> None:
     """Search, and keep its record."""
     pages.gblm(
-        f"search '{fetch('smollm2')}' --budget {budget} --limit {limit} {RECIPE} {TEXT} "
+        f"search '{fetch('smollm2')}' --budget {BUDGET} --limit 7 {RECIPE} {TEXT} "
         f"--output '{folder}'"
     )
     shutil.copy(folder / STATE, RECORD)
@@ -54,14 +54,5 @@ def table() -> str:
     )
 
 
-def main() -> None:
-    """Search and keep the record."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--budget", default="3.1bits")
-    parser.add_argument("--limit", type=int, default=7)
-    given = parser.parse_args()
-    measure(given.budget, given.limit, pages.ROOT / "runs" / "budget" / given.budget)
-
-
 if __name__ == "__main__":
-    main()
+    measure(pages.ROOT / "runs" / "budget" / BUDGET)

@@ -1,6 +1,6 @@
 """The engines of `gblm eval` on one text: against each other and against the dense model.
 
-    python benchmarks/evaluation.py [--windows 8] [--folder DIR]
+    python benchmarks/evaluation.py [--folder DIR]
 
 SmolLM2-135M-Instruct, Wanda 2:4: packed in torch (float32 and bfloat16), its ONNX export with
 packed weights, and vLLM's offline engine; pydoc, windows of 512 tokens. Folders are made once, in
@@ -34,7 +34,7 @@ ROWS = (
 )
 # Nats a token, in the mean, that engines may differ from `packed` on the real model, by dtype.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-3}
-SEQ_LEN = 512
+TEXT = "--text pydoc --seq-len 512 --max-windows 8"
 CALIBRATION = "--method wanda --pattern 2:4 --num-samples 16 --seq-len 256 --seed 0"
 # What makes the folders, in a reader's words.
 COMMANDS = (
@@ -51,14 +51,13 @@ def make_folders(root: Path) -> None:
         gblm(f"export onnx '{root / 'packed'}' --sparse --output '{root / 'onnx'}'")
 
 
-def measure(root: Path, windows: int) -> Record:
+def measure(root: Path) -> Record:
     """Run `gblm eval` with each engine, the dense model in torch beside it."""
     sides: dict[str, dict[str, Any]] = {}
     dense: dict[str, dict[str, Any]] = {}
     rows: dict[tuple[str, str, str], Row] = {}
     for engine, folder, dtype in ROWS:
-        words = ["--engine", engine, "--text", "pydoc", "--seq-len", str(SEQ_LEN),
-                 "--max-windows", str(windows)]  # fmt: skip
+        words = ["--engine", engine, *TEXT.split()]
         if engine != "onnx":  # a graph has the dtype that it was exported in
             words += ["--dtype", dtype]
         file = root / "eval.json"
@@ -125,12 +124,11 @@ def apart(record: Record) -> dict[tuple[str, str], float]:
 def main() -> None:
     """Make the folders, measure, write the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "gblm-eval")
     chosen = parser.parse_args()
     chosen.folder.mkdir(parents=True, exist_ok=True)
     make_folders(chosen.folder)
-    measure(chosen.folder, chosen.windows).write(RECORD)
+    measure(chosen.folder).write(RECORD)
 
 
 if __name__ == "__main__":

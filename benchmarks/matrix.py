@@ -1,6 +1,6 @@
 """Every method × pattern × value type on a real model: perplexity, size, cost.
 
-    python benchmarks/matrix.py [--model smollm2|gemma3-270m] [--methods NAME …] [--patterns P …]
+    python benchmarks/matrix.py [--model smollm2|gemma3-270m]
 
 Only commands of gblm are used, those of the README. A method that only chooses a mask prunes once
 per pattern; its zeros are then packed again with rounded values (`gblm export pack`). Methods that
@@ -42,9 +42,9 @@ Cell = dict[str, Any]
 Cells = dict[tuple[str, str, str], Cell]
 
 
-def families(methods: tuple[str, ...], patterns: tuple[str, ...]) -> list[tuple[str, str]]:
+def families() -> list[tuple[str, str]]:
     """Give method and pattern of each process; the dense model and its roundings come first."""
-    masked = [(method, pattern) for pattern in patterns for method in methods]
+    masked = [(method, pattern) for pattern in PATTERNS for method in METHODS]
     return [("none", "dense"), *((name, "dense") for name in ROUNDINGS), *masked]
 
 
@@ -197,15 +197,13 @@ def main() -> None:
     """Run the families that are missing; with --one a single one, its cells printed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="smollm2")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--patterns", nargs="+", default=PATTERNS)
     parser.add_argument("--one", nargs=2, metavar=("METHOD", "PATTERN"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
         with tempfile.TemporaryDirectory() as root:
             print(json.dumps(Family(given.model, Path(root), *given.one).measure()))
         return
-    for family in families(tuple(given.methods), tuple(given.patterns)):
+    for family in families():
         if cells_of_record(given.model).keys() >= set(cells_of(*family)):
             continue
         print(*family, flush=True)

@@ -1,7 +1,7 @@
 """Packed weights in ONNX Runtime on CPU: SmolLM2 and a 1.1B LLaMA shape against its own types.
 
     python benchmarks/onnx_speed.py [--models smollm2 tinyllama] [--threads 1 2] [--rounds 7]
-        [--rows NAME …] [--prompt-len 64] [--folder DIR] [--name NAME]
+        [--rows NAME …] [--folder DIR] [--name NAME]
 
 Rows: ONNX Runtime's fp32, int8 and int4 of the dense model, then ai.gblm::Linear with bf16, int8
 and int4 values, each dense (the control, no sparsity) and sparse by magnitude. Heads: ONNX
@@ -43,7 +43,7 @@ PREFILL, DECODE, OVER = "ttft_ms_p50", "tpot_ms_p50", "_speedup/"
 MODELS = ("smollm2", "tinyllama")
 PRECISIONS = ("fp32", "int8", "int4")
 PATTERNS = {"dense": "dense", "half": "0.5", "2of4": "2:4", "8of16": "8:16"}
-OUTPUT_LEN = 32
+PROMPT_LEN, OUTPUT_LEN = 64, 32
 # Names of the rows, those of a value type behind ONNX Runtime's own.
 ROWS = tuple(
     row
@@ -79,12 +79,12 @@ def export(model: Path, row: str, folder: Path, tokens: int) -> None:
 
 def measure(folders: dict[str, Path], model: str, threads: int, given: Any) -> Record:
     """Compare the folders of a model; ratios of all pairs of rows are rows of their own."""
-    load = Load(num_prompts=1, prompt_len=given.prompt_len, output_len=OUTPUT_LEN)
+    load = Load(num_prompts=1, prompt_len=PROMPT_LEN, output_len=OUTPUT_LEN)
     with tempfile.TemporaryDirectory() as work:
         setup = Setup((load,), Path(work) / "log", threads=threads, rounds=given.rounds)
         sides = parse_sides([f"{row}={path}" for row, path in folders.items()], setup)
         record = bench(sides)
-    asked = {"model": model, "threads": threads, "prompt_len": given.prompt_len,
+    asked = {"model": model, "threads": threads, "prompt_len": PROMPT_LEN,
              "output_len": OUTPUT_LEN}  # fmt: skip
     reports = {
         row: json.loads((folder / "onnx_report.json").read_text())
@@ -182,7 +182,6 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
     parser.add_argument("--threads", nargs="+", type=int, default=(1, 2))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--prompt-len", type=int, default=64)
     parser.add_argument("--name", default="onnx", help="what the records are called")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "gblm-onnx")
     given = parser.parse_args()

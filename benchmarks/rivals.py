@@ -1,6 +1,6 @@
 """Rivals on the text of matrix.py: llama.cpp, ONNX Runtime, vLLM with SmolLM2-135M, unpruned.
 
-    python benchmarks/rivals.py [--model FOLDER]
+    python benchmarks/rivals.py
 
 Needs gguf and llama-cpp-python. GGUF files are made of the same weights, every matrix of one type,
 the embeddings, which are the head, too. ONNX Runtime's graphs are those of `gblm export onnx`,
@@ -9,7 +9,6 @@ vLLM's folders those of vllm_rivals.py. Writes benchmarks/results/rivals.json.
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import math
 import tempfile
@@ -105,10 +104,7 @@ def table() -> str:
 
 def main() -> None:
     """Make the files, measure, write the record."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, help="SmolLM2-135M as a folder, if not fetched")
-    given = parser.parse_args()
-    model, origin = given.model or fetch("smollm2"), provenance()
+    model, origin = fetch("smollm2"), provenance()
     with tempfile.TemporaryDirectory() as work:
         rows = measure(model, Path(work))
     load = PROTOCOL.line(PROTOCOL.windows(load_tokenizer(model)))

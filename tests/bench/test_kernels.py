@@ -202,7 +202,7 @@ def test_without_kernels_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) 
 def test_a_missing_instruction_set_is_a_fact_of_the_machine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    settings = bench.Settings(((16, 32),), (1,), isa="neon", cold=0)
+    settings = bench.Settings(((16, 32),), (1,), isa="neon")
     with pytest.raises(MachineError, match="'neon' is not available"):
         bench.bench_kernels(settings)
 

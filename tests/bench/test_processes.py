@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from gblm.bench import server
 from gblm.bench.processes import (
-    child_environment,
     given_back,
     last_error,
     memory_metrics,
-    run_child,
     size_of,
 )
 from gblm.errors import MachineError
@@ -52,10 +51,19 @@ def test_the_last_error_of_this_run_is_quoted(tmp_path: Path) -> None:
     assert last_error(log, size_of(log)).startswith("no output")
 
 
-def test_a_failed_program_ends_in_its_last_words() -> None:
-    command = [sys.executable, "-c", "import sys; sys.exit('no such thing')"]
-    with pytest.raises(MachineError, match="the tool ended with code 1: no such thing"):
-        run_child(command, "the tool", 60, child_environment())
-    command = [sys.executable, "-c", "import time; time.sleep(9)"]
-    with pytest.raises(MachineError, match=r"the tool was not done after 0\.1 s"):
-        run_child(command, "the tool", 0.1, child_environment())
+@pytest.mark.parametrize(
+    ("program", "sentence"),
+    [("import sys; sys.exit('no such thing')", "ended with code 1: no such thing"),
+     ("import time; time.sleep(9)", "was not done after"),
+     ("pass", "ended with code 0: no message")],
+)  # fmt: skip
+def test_a_failed_load_generator_ends_in_its_last_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, sentence: str
+) -> None:
+    fake = tmp_path / "python"
+    fake.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{program}"\n')
+    fake.chmod(0o755)
+    monkeypatch.setattr(server.sys, "executable", str(fake))
+    monkeypatch.setattr(server, "LOAD_SECONDS", 2)
+    with pytest.raises(MachineError, match=f"vllm bench serve {sentence}"):
+        server.run_vllm_bench([], tmp_path / "result.json")

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from gblm.bench.requests import Load, Request, Seen
-from gblm.bench.validity import check_alike, check_work
+from gblm.bench.rounds import check_alike, check_work
 
 ASKED = Load(num_prompts=8, prompt_len=10, output_len=5, concurrency=1)
 

@@ -20,7 +20,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from gblm.bench import metrics
 from gblm.bench import watch as watching
-from gblm.bench.compare import LOAD, ratio_interval, student
 from gblm.bench.metrics import (
     COUNTERS,
     E2E,
@@ -34,7 +33,7 @@ from gblm.bench.metrics import (
     Snapshot,
     Target,
 )
-from gblm.bench.watch import Window, watch
+from gblm.bench.watch import LOAD, Window, ratio_interval, student, watch
 from gblm.errors import InputError, MachineError, UsageError
 from gblm.record import Record, Row
 

@@ -30,10 +30,9 @@ import faults
 from pages import made_by
 from soak_load import SPREAD, load_for, one_run, resident_bytes, sampled, slope, warm_up
 
-from gblm.bench.compare import LOAD
 from gblm.bench.metrics import Target
 from gblm.bench.server import RunningServer, running_server
-from gblm.bench.watch import Window, watch
+from gblm.bench.watch import LOAD, Window, watch
 from gblm.fetch import fetch
 from gblm.model.folder import resolve
 from gblm.provenance import provenance

@@ -21,9 +21,9 @@ import psutil
 from faults import in_flight
 from vllm.benchmarks import serve as bench
 
-from gblm.bench.compare import student
 from gblm.bench.requests import Load
 from gblm.bench.server import bench_words
+from gblm.bench.watch import student
 
 # Prompt and generated tokens of the kinds of request, each ± SPREAD.
 SHAPES = ((256, 8), (16, 48), (64, 24), (128, 16))

@@ -64,13 +64,12 @@ class Device:
 
 
 @contextmanager
-def cpu(threads: int, isa: str | None, cold: int | None) -> Iterator[Device]:
+def cpu(threads: int, isa: str | None) -> Iterator[Device]:
     """Set threads and instruction set for the block, and set them back.
 
     Args:
         threads: of PyTorch.
         isa: instruction set of gblm's kernels; the best one if None.
-        cold: bytes of all copies of a weight; more than the caches hold if None.
 
     Raises:
         UsageError: there are not so many cores.
@@ -87,7 +86,7 @@ def cpu(threads: int, isa: str | None, cold: int | None) -> Iterator[Device]:
         raise MachineError(str(error)) from error
     torch.set_num_threads(threads)
     clock = time.thread_time if threads == 1 else time.perf_counter
-    cold = max(MIN_COLD, 2 * last_level_cache()) if cold is None else cold
+    cold = max(MIN_COLD, 2 * last_level_cache())
     try:
         yield Device(
             torch.device("cpu"), ("cpu",), cold, clock, partial(block_timer, clock),

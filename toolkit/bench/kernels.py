@@ -72,7 +72,7 @@ class Settings:
     integer type without a group size takes the one that `auto` means; formats and backends are the
     device's usual ones if empty. Threads, the instruction set `isa` (None: the best) and vLLM's
     linears are about CPUs. Nothing begins after so many minutes. With `allow_noise` noisy rounds
-    count, too. `cold` are the bytes of all copies of a weight; None: more than the caches hold.
+    count, too.
     """
 
     shapes: tuple[Shape, ...]
@@ -86,7 +86,6 @@ class Settings:
     vllm: bool = True
     minutes: float | None = None
     allow_noise: bool = False
-    cold: int | None = None
 
 
 def parse_shapes(words: Sequence[str]) -> tuple[Shape, ...]:
@@ -119,7 +118,7 @@ def bench_kernels(settings: Settings, progress: Progress = no_progress) -> Recor
     """
     if settings.device == "cuda":
         return measure(gpu(), settings, progress)
-    with cpu(settings.threads, settings.isa, settings.cold) as device:
+    with cpu(settings.threads, settings.isa) as device:
         return measure(device, settings, progress)
 
 

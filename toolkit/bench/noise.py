@@ -50,27 +50,26 @@ def measured(own: Sequence[psutil.Process] = (), cpus: Path = CPUS) -> Iterator[
         found |= {"steal": steal, "other_load": other, "cpu_throttles": _growth(heat, _heat(cpus))}
 
 
-def reasons(noise: Mapping[str, Any], best_read: float | None = None) -> list[str]:
-    """Say what speaks against a round.
+def reason(noise: Mapping[str, Any], best_read: float | None = None) -> str | None:
+    """Say what speaks against a round, if anything does.
 
     Args:
         noise: as `measured` gives it, and "read_limit_gb_s" where that was measured.
         best_read: the fastest read limit of all rounds, GB/s.
     """
-    found = []
     for key, limit, words in (
         ("steal", STEAL, "of the CPU time was stolen by the hypervisor"),
         ("other_load", OTHER_LOAD, "of the CPU time went to other processes"),
     ):
         share = noise.get(key, 0.0)
         if share > limit:
-            found.append(f"{share:.1%} {words} (at most {limit:.0%})")
+            return f"{share:.1%} {words} (at most {limit:.0%})"
     if count := noise.get("cpu_throttles"):
-        found.append(f"heat throttled the CPU {count} times")
+        return f"heat throttled the CPU {count} times"
     read = noise.get("read_limit_gb_s")
     if read and best_read and read < (1 - SLOW_READ) * best_read:
-        found.append(f"memory was read at {read:.1f} GB/s, {best_read:.1f} GB/s in the best round")
-    return found
+        return f"memory was read at {read:.1f} GB/s, {best_read:.1f} GB/s in the best round"
+    return None
 
 
 def judge(
@@ -92,8 +91,8 @@ def judge(
     noisy = {}
     for number, one in enumerate(rounds):
         for side, heard in one.items():
-            if why := reasons(heard, best):
-                noisy[number] = f"{side}: {why[0]}" if side else why[0]
+            if why := reason(heard, best):
+                noisy[number] = f"{side}: {why}" if side else why
     fate = "is noisy" if allow_noise else "is left out"
     notes = [f"{load}: round {number + 1} {fate}: {why}." for number, why in noisy.items()]
     kept = [number for number in range(len(rounds)) if allow_noise or number not in noisy]

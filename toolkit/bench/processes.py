@@ -8,12 +8,9 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
-
-from gblm.errors import MachineError
 
 logger = logging.getLogger(__name__)
 
@@ -27,32 +24,6 @@ def child_environment() -> dict[str, str]:
     user sets another size: one that follows the free memory would differ between sides.
     """
     return {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ | {"PYTHONSAFEPATH": "1"}
-
-
-def run_child(
-    command: Sequence[str], what: str, seconds: float, environment: dict[str, str]
-) -> str:
-    """Run a program to its end and give what it wrote to its standard output.
-
-    Args:
-        command: the program and its arguments.
-        what: its name for messages.
-        seconds: that it may take.
-        environment: of the process.
-
-    Raises:
-        MachineError: it took longer, or failed; its last line is quoted.
-    """
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, env=environment, timeout=seconds
-        )
-    except subprocess.TimeoutExpired as error:
-        raise MachineError(f"{what} was not done after {seconds} s.") from error
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise MachineError(f"{what} ended with code {done.returncode}: {last}")
-    return done.stdout
 
 
 def memory_metrics(pid: int) -> dict[str, float]:

@@ -25,7 +25,6 @@ from gblm.bench.processes import (
     child_environment,
     last_error,
     memory_metrics,
-    run_child,
     size_of,
     stop,
 )
@@ -194,9 +193,14 @@ def run_vllm_bench(words: list[str], file: Path) -> dict[str, Any]:
     # vLLM divides by the seconds of its progress bar, which are 0 where bars are switched off.
     environment.pop("TQDM_DISABLE", None)
     command = [sys.executable, "-m", "gblm.serve.vllm_cli", "bench", "serve", *words]
-    run_child(command, "vllm bench serve", LOAD_SECONDS, environment)
-    if not file.exists():
-        raise MachineError("vllm bench serve wrote no result.")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False,
+                              env=environment, timeout=LOAD_SECONDS)  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise MachineError(f"vllm bench serve was not done after {LOAD_SECONDS} s.") from error
+    if done.returncode or not file.exists():
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise MachineError(f"vllm bench serve ended with code {done.returncode}: {last}")
     result: dict[str, Any] = json.loads(file.read_text())
     file.unlink()
     return result

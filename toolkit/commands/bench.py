@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from gblm.commands.bench_kernels import command as kernels
-from gblm.commands.bench_watch import command as watch
 from gblm.commands.common import (
     Command,
     backend_option,
     commas,
     progress_bars,
+    record_option,
     whole_number,
 )
 from gblm.commands.records import hand_out, noise_option
@@ -27,6 +27,7 @@ SHOWN = (
     "requests_per_s", "output_tok_s", "decode_tok_s", "goodput_requests_per_s", "memory_mb",
     "peak_memory_mb", "load_s",
 )  # fmt: skip
+ISAS = ("amx", "avx512", "avx2", "neon_bf16", "neon", "portable")
 LIMIT = re.compile(r"(ttft|tpot|e2e):(\d+(?:\.\d+)?)")
 
 
@@ -81,10 +82,6 @@ def command() -> None:
     exported folder), llama.cpp (a GGUF file). Options behind -- go to vLLM. What breaks a check
     gets no figure, and the exit code is 5.
     """
-
-
-command.add_command(kernels)
-command.add_command(watch)
 
 
 @click.command("bench", cls=Command)
@@ -148,3 +145,99 @@ def asked_for(vllm_options: tuple[str, ...], log: Path, given: dict[str, Any]) -
         Load(prompts, before, after, at_once, each) for at_once in widths for each in rates
     )
     return Setup(loads, log, options=vllm_options, **given)
+
+
+@command.command("kernels", cls=Command)
+@click.option(
+    "--shapes", callback=commas(str), multiple=True, default=["llama-7b"], show_default=True,
+    help="OUTxIN, or the linears of llama-7b, llama-1b (Llama 3.2), smollm2. Repeatable.",
+)  # fmt: skip
+@click.option(
+    "--tokens", callback=commas(whole_number), default="1,4,8,16,64,256", show_default=True,
+    help="Numbers of tokens that are multiplied at once.",
+)  # fmt: skip
+@click.option(
+    "--formats", callback=commas(str), multiple=True,
+    help="FORMAT/PATTERN[/VALUES], such as nm/2:4/int8:128; on CPU dense controls are added. "
+    "Default: dense, 50 %, 2:4, 4:8, 8:16 of each value type, and 70 and 80 % of bf16; on a GPU "
+    "2:4 of each value type, 50 and 70 %.",
+)  # fmt: skip
+@click.option(
+    "--backends", callback=commas(str), multiple=True,
+    help="Of gblm: cpu, reference, dense; on a GPU mma_sp, delta, triton. Default: cpu, or all of "
+    "a GPU's.",
+)  # fmt: skip
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
+              help="cuda measures a decode loop, too.")  # fmt: skip
+@click.option(
+    "--minutes",
+    type=click.FloatRange(0, min_open=True),
+    help="Nothing begins afterwards; the record then lacks something, and is invalid.",
+)
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--isa", type=click.Choice(ISAS), help="Instruction set of cpu. Default: the best.")
+@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True)
+@click.option("--vllm/--no-vllm", default=True, show_default=True,
+              help="Measure vLLM's linears, too, if it is installed.")  # fmt: skip
+@noise_option
+@record_option
+@click.pass_context
+def kernels(
+    ctx: click.Context,
+    /,
+    shapes: tuple[str, ...],
+    output: Path | None,
+    **rest: Any,
+) -> None:
+    """Time packed weights against PyTorch, vLLM and the speed of this machine's memory.
+
+    Weights are read from memory, not from caches. Ratios are medians over interleaved rounds.
+    """
+    for name in ("threads", "isa", "vllm") if rest["device"] == "cuda" else ():
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name} does not go with --device cuda.")
+    with progress_bars(ctx) as progress:
+        from gblm.bench.kernels import Settings, bench_kernels, parse_shapes
+
+        settings = Settings(parse_shapes(shapes), **rest)
+        record = bench_kernels(settings, progress)
+    hand_out(ctx, record, output)
+
+
+@command.command("watch", cls=Command)
+@click.argument("url_a")
+@click.argument("url_b")
+@click.option("--duration", type=click.FloatRange(1), default=600, show_default=True,
+              help="Seconds to watch.")  # fmt: skip
+@click.option("--interval", type=click.FloatRange(0.1), default=10, show_default=True,
+              help="Seconds between readings.")  # fmt: skip
+@click.option(
+    "--api-key-file", "key_files", type=click.Path(path_type=Path, dir_okay=False), multiple=True,
+    help="File with the key for /metrics; twice: A's and B's.",
+)  # fmt: skip
+@record_option
+@click.pass_context
+def watch(
+    ctx: click.Context,
+    /,
+    url_a: str,
+    url_b: str,
+    duration: float,
+    interval: float,
+    key_files: tuple[Path, ...],
+    output: Path | None,
+) -> None:
+    """Compare two live vLLM servers by their /metrics; sends them no requests of its own.
+
+    URL_A is the server to compare with, URL_B the candidate, both under real traffic.
+    """
+    if len(key_files) > 2:
+        raise click.UsageError("--api-key-file: give one file for both servers, or two.")
+    key_a, key_b = (key_files * 2)[:2] if key_files else (None, None)
+    with progress_bars(ctx) as progress:
+        from gblm.bench import watch as watching
+        from gblm.bench.metrics import Target
+
+        a, b = Target.of("A", url_a, key_a), Target.of("B", url_b, key_b)
+        record = watching.watch(a, b, watching.Window(duration, interval), progress)
+    hand_out(ctx, record, output)

@@ -177,8 +177,6 @@ def _run(subject: Subject, tokenizer: Any, max_length: int, tasks: Tasks) -> dic
             limit=tasks.limit, task_manager=_manager(tasks.path), log_samples=False,
             **dict.fromkeys(seeds, tasks.seed),
         )  # fmt: skip
-    except UsageError:
-        raise
     except Exception as error:
         raise InputError(
             f"tasks {', '.join(tasks.names)} could not be run by lm-evaluation-harness: {error}"
