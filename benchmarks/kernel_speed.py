@@ -1,6 +1,6 @@
 """The kernels' speed for docs/kernels.md on this machine: `gblm bench kernels`, some five minutes.
 
-    python benchmarks/kernel_speed.py [--rounds N]
+    python benchmarks/kernel_speed.py
 
 For one and for two threads: a square LLaMA-7B weight with up to 256 tokens; with one thread the
 lesser instruction sets, too. Writes benchmarks/results/kernels-CPU-THREADS-ISA.json. Run it while
@@ -9,7 +9,6 @@ nothing else runs.
 
 from __future__ import annotations
 
-import argparse
 import re
 import tempfile
 from collections.abc import Sequence
@@ -32,11 +31,8 @@ NAMES = {"torch_bf16": "torch bf16", "vllm_bf16": "vLLM bf16", "vllm_w8a8": "vLL
 
 def main() -> None:
     """Run the command several times; each run has a record of its own."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, help="in every run, for a quick trial")
-    rounds = parser.parse_args().rounds
     for line in lines():
-        record = measure(line + (f" --rounds {rounds}" if rounds else ""))
+        record = measure(line)
         record.write(path_of(record))
 
 

@@ -1,6 +1,6 @@
 """Packed weights in ONNX Runtime on CPU: SmolLM2 and a 1.1B LLaMA shape against its own types.
 
-    python benchmarks/onnx_speed.py [--models smollm2 tinyllama] [--threads 1 2] [--rounds 7]
+    python benchmarks/onnx_speed.py [--models smollm2 tinyllama] [--threads 1 2]
         [--rows NAME …] [--folder DIR] [--name NAME]
 
 Rows: ONNX Runtime's fp32, int8 and int4 of the dense model, then ai.gblm::Linear with bf16, int8
@@ -21,7 +21,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pages
 from decoding import SHORT
@@ -77,11 +76,11 @@ def export(model: Path, row: str, folder: Path, tokens: int) -> None:
         gblm(f"export onnx '{packed}' --sparse --precision fp32 {options}")
 
 
-def measure(folders: dict[str, Path], model: str, threads: int, given: Any) -> Record:
+def measure(folders: dict[str, Path], model: str, threads: int) -> Record:
     """Compare the folders of a model; ratios of all pairs of rows are rows of their own."""
     load = Load(num_prompts=1, prompt_len=PROMPT_LEN, output_len=OUTPUT_LEN)
     with tempfile.TemporaryDirectory() as work:
-        setup = Setup((load,), Path(work) / "log", threads=threads, rounds=given.rounds)
+        setup = Setup((load,), Path(work) / "log", threads=threads)
         sides = parse_sides([f"{row}={path}" for row, path in folders.items()], setup)
         record = bench(sides)
     asked = {"model": model, "threads": threads, "prompt_len": PROMPT_LEN,
@@ -181,7 +180,6 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
     parser.add_argument("--threads", nargs="+", type=int, default=(1, 2))
-    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--name", default="onnx", help="what the records are called")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "gblm-onnx")
     given = parser.parse_args()
@@ -189,7 +187,7 @@ def main() -> None:
     for model in given.models:
         folders = make_folders(given.folder, model, given.rows)
         for threads in given.threads:
-            record = measure(folders, model, threads, given)
+            record = measure(folders, model, threads)
             record.write(pages.RESULTS / f"{given.name}-{model}-{threads}.json")
 
 

@@ -108,10 +108,10 @@ def gblm(line: str) -> None:
     subprocess.run([sys.executable, "-m", "gblm", *shlex.split(line)], check=True)
 
 
-def alone(script: str, *words: str) -> Any:
-    """Run a script in a fresh process with one thread, and read the JSON of its last line."""
+def alone(*words: str) -> Any:
+    """Run Python in a fresh process with one thread, and read the JSON of its last line."""
     done = subprocess.run(
-        [sys.executable, script, *words], check=True, stdout=subprocess.PIPE, text=True,
+        [sys.executable, *words], check=True, stdout=subprocess.PIPE, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     return json.loads(done.stdout.splitlines()[-1])

@@ -15,11 +15,8 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -125,16 +122,8 @@ def evaluated(pruned: Path, model: Path, held_out: dict[str, str]) -> dict[str, 
 def gblm(arguments: str) -> tuple[dict[str, Any], float]:
     """Run a command with one thread; gives what it says and the seconds of CPU it took."""
     began = resource.getrusage(resource.RUSAGE_CHILDREN)
-    words = [sys.executable, "-m", "gblm", "--json", "--no-progress", *arguments.split()]
-    done = subprocess.run(
-        words,
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    found = pages.alone("-m", "gblm", "--json", "--no-progress", *arguments.split())
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    found: dict[str, Any] = json.loads(done.stdout)
     return found, round(ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime, 1)
 
 
