@@ -221,10 +221,10 @@ LIST: dict[str, list[tuple[str, str, str]]] = {
         ("ppl-mean", "return of_loss(-float(logprobs.double().mean()))",
          "return of_loss(-float(logprobs.double().median()))"),
         ("kl-partial", '"_at_least" if self.of_likeliest else ""', '""'),
-        ("drift-sign", "(model.logprobs - dense.logprobs)[counted].abs()",
-         "(model.logprobs - dense.logprobs)[counted]"),
-        ("kl-direction", "(theirs.exp() * (theirs - ours)).sum(-1).cpu()",
-         "(ours.exp() * (ours - theirs)).sum(-1).cpu()"),
+        ("drift-sign", "(model.logprobs - dense.logprobs).abs()",
+         "(model.logprobs - dense.logprobs)"),
+        ("kl-direction", "(theirs.exp() * (theirs - model.full)).sum(-1).cpu()",
+         "(model.full.exp() * (model.full - theirs)).sum(-1).cpu()"),
     ],
     "bench/test_validity.py bench/test_noise.py": [
         ("failed-requests", "if seen.failed or done != load.num_prompts:", "if seen.failed:"),
@@ -236,7 +236,7 @@ LIST: dict[str, list[tuple[str, str, str]]] = {
     "test_record.py": [
         ("paired", "tuple(a / b for a, b in zip(ours.rounds, theirs.rounds, strict=True))",
          "tuple(b / a for a, b in zip(ours.rounds, theirs.rounds, strict=True))"),
-        ("quantile", "place = share * (len(ordered) - 1)", "place = share * len(ordered) - 1"),
+        ("interval", "if below > (1 - CONFIDENCE) / 2:", "if below > 1 - CONFIDENCE:"),
     ],
     "export/test_onnx.py": [
         ("onnx-weights", '"passed": worst <= allowed and not wrong', '"passed": worst <= allowed'),
