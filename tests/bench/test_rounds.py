@@ -310,7 +310,7 @@ def test_a_loop_that_fails_is_one_sentence(
     gguf.write_bytes(b"GGUF")
     done = gblm("bench", gguf, *SMALL, "--rounds", 1, "--log", "log")
     assert done.code == 3, done
-    assert done.err.startswith("gblm: error: x.gguf: llama.cpp ended with code 1: ")
+    assert "\ngblm: error: x.gguf: llama.cpp ended with code 1: " in done.err
 
 
 @pytest.mark.vllm
