@@ -89,7 +89,8 @@ def packable(reader: LegacyReader, linears: tuple[str, ...]) -> list[str]:
         logger.warning("%s: only weights are taken; activations stay floating.", reader.folder)
     names = []
     for name in linears:
-        if reader.legacy.layout != "dense" and f"{name}.weight" not in reader.packed:
+        in_parts = reader.packed or reader.legacy.layout != "dense"
+        if in_parts and f"{name}.weight" not in reader.packed:
             continue
         columns = reader.headers[f"{name}.weight"][0][1]
         if columns % 8:
@@ -107,10 +108,13 @@ def _pattern(reader: LegacyReader, names: list[str]) -> Pattern:
         return NM(2, 4)
     found = find_pattern((name, reader.mask(name)) for name in names)
     if reader.legacy.layout == "dense" and found.sparsity < MIN_SPARSITY:
+        way_out = "its tensors are plain floats: remove `quantization_config` from config.json and "
+        way_out += "use it as a dense model."
+        if reader.scalings:
+            way_out = "remove `sparsity_config` from config.json and serve it as what it is."
         raise InputError(
             f"{reader.folder}: only {found.sparsity:.2%} of the weights are zero, so packing would "
-            "make it larger; its tensors are plain floats: remove `quantization_config` from "
-            "config.json and use it as a dense model."
+            f"make it larger; {way_out}"
         )
     return found
 

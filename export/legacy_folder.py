@@ -6,7 +6,7 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,21 +15,35 @@ import torch
 from torch import Tensor
 
 from gblm.errors import CheckpointError
-from gblm.export.legacy_layouts import FP8, MARLIN, PARTS, BitmaskTensor, MarlinTensor, Scaling
-from gblm.model.folder import LEGACY_FORMATS, LEGACY_METHOD, ModelFolder, quant_method
+from gblm.export.legacy_layouts import (
+    FP8,
+    INT8,
+    MARLIN,
+    PARTS,
+    BitmaskTensor,
+    DenseCodes,
+    MarlinTensor,
+    Scaling,
+)
+from gblm.model.folder import (
+    CODE_FORMATS,
+    LEGACY_FORMATS,
+    LEGACY_METHOD,
+    ModelFolder,
+    has_pruned_codes,
+    quant_method,
+)
 from gblm.model.reader import Header, Reader
 from gblm.sparse.formats import VALUE_DTYPES
 from gblm.sparse.values import FLOAT, ValueType
 from gblm.sparse.weights import SparseWeight
 
-# How codes may be stored beneath a sparse layout.
-CODE_FORMATS = ("int-quantized", "float-quantized", "naive-quantized")
 SCALE = "weight_scale"
 # Tensors that quantise activations; ours stay floating.
 ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
 FOREIGN = ("compressed", "bitmask", "row_offsets", "weight_packed", "scale_packed")
 REFUSED = {"weight_zero_point": "asymmetric codes", "weight_g_idx": "codes in another column order"}
-PackedTensor = BitmaskTensor | MarlinTensor
+PackedTensor = BitmaskTensor | MarlinTensor | DenseCodes
 
 
 @dataclass(frozen=True)
@@ -107,6 +121,12 @@ class LegacyReader(Reader):
         }
         self.headers = headers | dict(self._dense_headers(headers))
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Call tensors as the model in memory does; see Reader."""
+        super().rename(names)
+        self.packed = {names.get(name, name): tensor for name, tensor in self.packed.items()}
+        self.scalings = {names.get(name, name): scale for name, scale in self.scalings.items()}
+
     def tensor(self, name: str) -> Tensor:
         """Read one tensor, expanded if it is packed; see `Scaling.floats` for codes."""
         if name not in self.packed:
@@ -161,12 +181,16 @@ class LegacyReader(Reader):
         tensor = self.packed[name]
         if isinstance(tensor, MarlinTensor):
             return tensor.scales(self._load(f"{tensor.prefix}.scale_packed"))
-        return self._load(_scale_name(name))
+        return self._load(_scale_name(tensor.name))
 
     def _find(self) -> Iterator[PackedTensor]:
         """Find every tensor that is stored in parts."""
         layout, names = self.legacy.layout, set[str]()
         own = MarlinTensor.parts if layout == MARLIN else PARTS.get(layout, ())
+        if layout == "dense":
+            for name, (shape, dtype) in self.headers.items():
+                if name.endswith(".weight") and dtype in (INT8, FP8):
+                    yield DenseCodes(name, shape, dtype)
         for prefix, headers in self._found(own).items():
             for part in own:
                 if part not in headers:
@@ -256,11 +280,11 @@ def _layout(folder: Path, fields: dict[str, Any]) -> str:
 def _check_codes(folder: Path, layout: str, fields: dict[str, Any]) -> None:
     """Refuse all that is quantised, but for codes beneath a sparse layout."""
     groups, name = fields.get("config_groups"), fields.get("format")
-    if layout == "dense":
-        _refuse(folder, "quantised weights that are stored dense are no sparse checkpoint.")
     if layout != MARLIN and name not in CODE_FORMATS:
         known = ", ".join(CODE_FORMATS)
         _refuse(folder, f"codes stored as {str(name)[:40]!r} are not converted; {known} are.")
+    if layout == "dense" and not has_pruned_codes(fields):
+        _refuse(folder, "codes that are stored dense are converted where they are 2:4 only.")
     if fields.get("kv_cache_scheme"):
         _refuse(folder, "a quantised KV cache is not converted; its scales would be lost.")
     if not isinstance(groups, dict) or not all(isinstance(g, dict) for g in groups.values()):

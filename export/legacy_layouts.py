@@ -238,6 +238,32 @@ class MarlinTensor:
 
 
 @dataclass(frozen=True)
+class DenseCodes:
+    """Describes a weight whose codes are stored dense; the code of a pruned weight is zero.
+
+    Attributes:
+        name: of the dense weight, and of the codes.
+        shape: [out, in].
+        dtype: of the codes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: ClassVar[tuple[str, ...]] = ("weight",)
+
+    @property
+    def prefix(self) -> str:
+        """What the part's name begins with."""
+        return self.name.removesuffix(".weight")
+
+    def dense(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Give the codes and which are not zero, [out, in] bool."""
+        codes = parts["weight"]
+        return codes, codes.float() != 0
+
+
+@dataclass(frozen=True)
 class Scaling:
     """Says how the scales of one weight lie.
 

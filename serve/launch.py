@@ -145,12 +145,25 @@ def check(server: Server) -> None:
             f"{server.folder} is dense: --backend applies to packed folders only; --pack packs the "
             "zeros of a dense one first."
         )
+    _refuse_leftovers(folder)
     # vLLM would open a pickle, or follow a shard name out of the folder
     with Reader(folder) as reader:
         if folder.kind == "dense" and (share := sampled_zeros(reader)) >= MIN_SPARSITY:
             logger.info(
                 "about %.0f %% of the weights are zero: --pack serves it packed", 100 * share
             )
+
+
+def _refuse_leftovers(folder: ModelFolder) -> None:
+    """Refuse what vLLM refuses: compressed-tensors named zeros, but stored the weights dense."""
+    fields = folder.config.get("quantization_config")
+    sparse = fields.get("sparsity_config") if isinstance(fields, dict) else None
+    if isinstance(sparse, dict) and sparse.get("targets"):
+        raise InputError(
+            f"{folder}: vLLM refuses every `sparsity_config` with targets, and gblm converts none "
+            "of this kind. Weights that are stored dense do not need it: remove it from "
+            "config.json, and vLLM serves them."
+        )
 
 
 def sampled_zeros(reader: Reader) -> float:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import save_byte_tokenizer
+from safetensors.torch import load_file, save_file
 
 from gblm import data, packed
 from gblm.calibrate.gradients import Gradients, gradient_norms
 from gblm.calibrate.walk import Walk, walk
-from gblm.errors import InputError
+from gblm.checkpoint.inspect import verify
+from gblm.errors import CheckpointError, InputError
+from gblm.export.dense import export_dense
+from gblm.export.pack import export_pack
 from gblm.methods import make_method
 from gblm.methods.pipeline import Pipeline
+from gblm.model.folder import ModelFolder
 from gblm.model.layers import Layers
 from gblm.model.linears import prunable
-from gblm.model.loading import load, load_tokenizer
+from gblm.model.loading import auto_class, load, load_tokenizer
 from gblm.prune import prune
 from gblm.prune.job import Job
 from gblm.prune.layer import prune_layer
@@ -41,14 +47,51 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", {"sliding_window": 16, "query_pre_attn_scalar": 16}),
     "gemma3 text": ("gemma3_text", {"sliding_window": 16, "query_pre_attn_scalar": 16}),
     "phi3 (fused)": ("phi3", {"pad_token_id": 0}),
-}
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0], "pad_token_id": 0}),
+    "granite": ("granite", {
+        "embedding_multiplier": 12.0, "attention_multiplier": 0.2, "residual_multiplier": 0.22,
+        "logits_scaling": 8.0,
+    }),
+    "gemma3": ("gemma3", {"sliding_window": 16, "query_pre_attn_scalar": 16}),
+    "llava": ("llava", {}),
+}  # fmt: skip
+# Those with a vision tower: the model_type of the text decoder and of the tower, and what else the
+# config says. A tower has as many layers as the decoder.
+TOWERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gemma3": (
+        "gemma3_text", "siglip_vision_model",
+        {"mm_tokens_per_image": 4, "boi_token_index": 259, "eoi_token_index": 260},
+    ),
+    "llava": ("llama", "clip_vision_model", {"image_seq_length": 16}),
+}  # fmt: skip
+IMAGE_TOKEN = 258
+VISION = {
+    "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 7, "projection_dim": 64,
+}  # fmt: skip
+
+
+def make_config(kind: str, fields: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    if kind not in TOWERS:
+        return AutoConfig.for_model(kind, **fields)
+    text, tower, more = TOWERS[kind]
+    return AutoConfig.for_model(
+        kind,
+        text_config={"model_type": text, **fields, "vocab_size": 264},
+        vision_config={
+            "model_type": tower, **VISION, "num_hidden_layers": fields["num_hidden_layers"]
+        },
+        image_token_index=IMAGE_TOKEN,
+        **more,
+    )  # fmt: skip
 
 
 def save_family(
     name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **changed: object
 ) -> Path:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+    """A seeded model with the traits of its family; biases and norms are not all the same."""
     kind, more = FAMILIES[name]
     fields = {
         "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16,
@@ -57,9 +100,56 @@ def save_family(
         "eos_token_id": 257,
     }  # fmt: skip
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **(fields | more | changed))
-    AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder)
-    return save_byte_tokenizer(folder)
+    config = make_config(kind, fields | more | changed)
+    model = auto_class(config).from_config(config).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    save_byte_tokenizer(folder)
+    if kind in TOWERS:
+        name_as_on_the_hub(folder)
+        save_processor(kind, folder)
+    return folder
+
+
+def save_processor(kind: str, folder: Path) -> None:
+    """What makes tokens of text and images; vLLM asks for it."""
+    from transformers import (
+        CLIPImageProcessorPil,
+        Gemma3ImageProcessorPil,
+        Gemma3Processor,
+        LlavaProcessor,
+        PreTrainedTokenizerFast,
+    )
+
+    image = {"image_token": "<image>", "boi_token": "<begin>", "eoi_token": "<end>"}
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, extra_special_tokens=image)
+    assert tokenizer.convert_tokens_to_ids("<image>") == IMAGE_TOKEN
+    size = VISION["image_size"]
+    if kind == "gemma3":
+        pixels = Gemma3ImageProcessorPil(size={"height": size, "width": size})
+        Gemma3Processor(pixels, tokenizer, image_seq_length=4).save_pretrained(folder)
+        return
+    pixels = CLIPImageProcessorPil(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    )
+    LlavaProcessor(
+        pixels, tokenizer, patch_size=VISION["patch_size"], num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def name_as_on_the_hub(folder: Path) -> None:
+    """transformers drops a part of the towers' names that the files on the hub have."""
+    tensors = load_file(folder / "model.safetensors")
+    assert "language_model.model.embed_tokens.weight" in tensors
+    named = {
+        name.replace("vision_tower.", "vision_tower.vision_model."): tensor
+        for name, tensor in tensors.items()
+    }
+    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def pruned_in_memory(recipe: Recipe) -> torch.nn.Module:
@@ -112,6 +202,49 @@ def test_family(family: str, method: str, tmp_path: Path, text_file: Path) -> No
     ids = torch.arange(20).reshape(1, -1) * 7
     with torch.no_grad():
         torch.testing.assert_close(got(ids).logits, want(ids).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", TOWERS)
+def test_towers_stay_as_they_are(
+    family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They have as many layers as the text decoder, and come before it."""
+    source = save_family(family, tmp_path / "model")
+    recipe = Recipe(model=str(source), method="magnitude", calibration=None)
+    with caplog.at_level("INFO"):
+        report = prune(recipe, tmp_path / "out")
+    said = "only the text decoder is pruned: vision_tower and multi_modal_projector stay dense"
+    assert caplog.text.count(said) == 1
+    assert len(report["tensors"]) == 14
+    assert all("language_model.layers" in row["name"] for row in report["tensors"])
+    stored, kept = (load_file(f / "model.safetensors") for f in (source, tmp_path / "out"))
+    beside = [n for n in stored if n.startswith(("vision_tower.", "multi_modal_projector."))]
+    assert sum(".encoder.layers.1." in name for name in beside) == 16
+    assert all(torch.equal(kept[name], stored[name]) for name in beside)
+    # Zeros that are there already, under the names of the hub.
+    export_dense(ModelFolder.open(tmp_path / "out"), tmp_path / "dense")
+    dense, zeros = load_file(tmp_path / "dense/model.safetensors"), tmp_path / "zeros"
+    shutil.copytree(source, zeros)
+    for name in stored:
+        new = name.replace("language_model.model.", "model.language_model.")
+        stored[name] = dense.get(new, stored[name])
+    save_file(stored, zeros / "model.safetensors", metadata={"format": "pt"})
+    verify(ModelFolder.open(tmp_path / "out"), ModelFolder.open(zeros))
+    export_pack(zeros, tmp_path / "packed")
+    again = load_file(tmp_path / "packed/model.safetensors")
+    assert kept.keys() == again.keys()
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+@pytest.mark.parametrize("family", TOWERS)
+def test_a_tower_that_lacks_a_tensor_is_refused(family: str, tmp_path: Path) -> None:
+    source = save_family(family, tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    tensors.pop("vision_tower.vision_model.encoder.layers.1.mlp.fc1.weight")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    recipe = Recipe(model=str(source), method="magnitude", calibration=None)
+    with pytest.raises(CheckpointError, match=r"vision_tower\.\S+fc1.weight is missing"):
+        prune(recipe, tmp_path / "out")
 
 
 @pytest.mark.parametrize("method", ["gblm", "sparsegpt"])

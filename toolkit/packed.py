@@ -19,7 +19,7 @@ from gblm.errors import CheckpointError, GblmError, InputError
 from gblm.kernels import Backend
 from gblm.model import loading
 from gblm.model.folder import ModelFolder
-from gblm.model.loading import check_device, skeleton
+from gblm.model.loading import auto_class, check_device, names_in_memory, skeleton
 from gblm.model.packed_reader import PackedLinear, PackedReader
 from gblm.sparse.formats import VALUE_DTYPES, Format, Shape
 
@@ -131,7 +131,7 @@ def load(
     Raises:
         CheckpointError: the folder is not an intact packed checkpoint.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     source, target = ModelFolder.open(folder), check_device(device)
     check_loadable(source)
@@ -139,7 +139,7 @@ def load(
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
         config.quantization_config |= {"backend": backend, "device": str(target)}
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class(config).from_pretrained(
             path,
             config=config,
             dtype=dtype or "auto",
@@ -164,6 +164,7 @@ def check_loadable(folder: ModelFolder) -> None:
     """
     with PackedReader(folder) as packed:
         model = skeleton(folder, len(packed.headers))
+        packed.rename(names_in_memory(model, packed))
         check_complete(model, packed)
         for linear in packed.linears.values():
             check_linear(model, linear)

@@ -67,6 +67,10 @@ class SparseConfig(QuantizationConfig):
         if hf_config is not None:
             hf_config.gblm_backend = kernels.requested_backend() or "best"
 
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Call what the manifest names as vLLM does, whose multimodal models have other names."""
+        self.manifest = self.manifest.renamed(hf_to_vllm_mapper.map_name)
+
     def get_name(self) -> str:
         """Give the quant_method."""
         return QUANT_METHOD

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import Pack
 from damage import config, damaged, tensors
-from legacy_cases import FIXTURES
+from legacy_cases import FIXTURES, PUBLISHED, published
 from test_families import save_family
 from vllm_run import answers, engine, farthest, is_same, skip_without
 
@@ -95,8 +95,9 @@ def test_folders_with_other_linears_are_served_as_the_dense_model(
     prune_tiny(fused, tmp_path / "floats")
     prune_tiny(fused, tmp_path / "codes", pattern="0.5", values="int4:32")
     monkeypatch.setenv("GBLM_CACHE", str(tmp_path / "cache"))
-    fixtures = [folder_to_serve(FIXTURES / "served" / name)
-                for name in ("24-bitmask", "24-int8-group", "bitmask-0.8")]  # fmt: skip
+    old = [FIXTURES / "served" / name for name in ("24-int8-group", "bitmask-0.8")]
+    old += [published(name, tmp_path / name) for name in PUBLISHED]
+    fixtures = list(map(folder_to_serve, old))
     folders = [*(tmp_path / name for name in ("partly", "floats", "codes")), *fixtures]
     engines = []
     for number, folder in enumerate(folders):

@@ -15,6 +15,7 @@ import torch
 from gblm.errors import CheckpointError
 from gblm.files import read_json, sha256
 from gblm.model.folder import ModelFolder
+from gblm.model.loading import names_in_memory, skeleton
 from gblm.model.packed_reader import MANIFEST_FILE, REPORT_FILE, PackedLinear, PackedReader
 from gblm.model.reader import Reader
 from gblm.progress import Progress, no_progress
@@ -255,6 +256,10 @@ def _check_round_trip(
 
 def _compare(packed: PackedReader, against: ModelFolder) -> None:
     with Reader(against) as dense:
+        if "text_config" in against.config:
+            model = skeleton(against, len(dense.headers))
+            for reader in (packed, dense):
+                reader.rename(names_in_memory(model, reader))
         wanted = {f"{name}.weight" for name in packed.linears} | {*packed.dense_names()}
         if missing := wanted ^ {*dense}:
             raise CheckpointError(f"{sorted(missing)[0]}: is in one of the two folders only.")

@@ -147,7 +147,7 @@ def write_packed(
             done.add(f"{head_row['name']}.weight")
         for tensor_name in reader:
             if tensor_name not in done:
-                shards.add(tensor_name, reader.tensor(tensor_name))
+                shards.add(reader.stored_name(tensor_name), reader.tensor(tensor_name))
         shards.finish()
         dense = sum(map(reader.num_bytes, reader))
         report = summary(rows, head_row, dense, shards.total_bytes)

@@ -22,6 +22,8 @@ PACKED_METHOD = "gblm"
 # format's name was looked up as code (transformers#46342).
 LEGACY_METHOD = "compressed-tensors"
 LEGACY_FORMATS = ("sparse-24-bitmask", "sparse-bitmask", "marlin-24", "dense")
+# How it stored codes, beneath a sparse format or dense.
+CODE_FORMATS = ("int-quantized", "float-quantized", "naive-quantized")
 
 # "dense": weights as transformers stores them. "packed": ours. "legacy": a sparse format that
 # compressed-tensors wrote. "quantised": anything else that config.json declares.
@@ -148,6 +150,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{path} names Python code to run (auto_map); gblm never executes code from a "
             "checkpoint. If transformers knows the architecture, remove the auto_map entry."
         )
+    fields = config.pop("compression_config", None)  # as compressed-tensors called it until 0.6
+    if isinstance(fields, dict):
+        config.setdefault("quantization_config", {"quant_method": LEGACY_METHOD, **fields})
     return config
 
 
@@ -162,7 +167,8 @@ def quant_method(config: dict[str, Any]) -> str | None:
 def legacy_format(config: dict[str, Any]) -> str | None:
     """Return the name in LEGACY_FORMATS of what compressed-tensors wrote; None for all else.
 
-    "dense" are plain weights beside a `sparsity_config`, which vLLM refuses all the same.
+    "dense" are plain weights, or codes of pruned ones, beside a `sparsity_config`, which vLLM
+    refuses all the same.
     """
     if quant_method(config) != LEGACY_METHOD:
         return None
@@ -171,9 +177,16 @@ def legacy_format(config: dict[str, Any]) -> str | None:
         return "marlin-24"
     sparse = fields.get("sparsity_config")
     name = sparse.get("format") if isinstance(sparse, dict) else None
-    if name == "dense" and fields.get("config_groups"):
+    if name == "dense" and fields.get("config_groups") and not has_pruned_codes(fields):
         return None
     return name if isinstance(name, str) and name in LEGACY_FORMATS else None
+
+
+def has_pruned_codes(fields: dict[str, Any]) -> bool:
+    """Tell whether a "quantization_config" is of codes of 2:4 weights that are stored dense."""
+    sparse = fields.get("sparsity_config")
+    structure = sparse.get("sparsity_structure") if isinstance(sparse, dict) else None
+    return structure == "2:4" and fields.get("format") in CODE_FORMATS
 
 
 def check_weights(folder: Path) -> None:

@@ -7,6 +7,7 @@ layers and the gradients are written once.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 
 from gblm.errors import CheckpointError
 from gblm.model.folder import ModelFolder
-from gblm.model.linears import decoder_layers, linears, prunable
-from gblm.model.loading import check_device, skeleton
+from gblm.model.linears import decoder_layers, linears, prunable, towers
+from gblm.model.loading import check_device, names_in_memory, skeleton
 from gblm.model.reader import Reader
+
+logger = logging.getLogger(__name__)
 
 META = torch.device("meta")
 
@@ -82,6 +85,7 @@ class StreamedLayers(Layers):
         target = check_device(device)
         weightless = skeleton(reader.folder, len(reader.headers))
         prunable(weightless)  # says first if the architecture is one that cannot be pruned
+        reader.rename(names_in_memory(weightless, reader))
         _check_headers(reader, weightless)
         super().__init__(skeleton(reader.folder, len(reader.headers), buffers=True))
         self.reader, self.device = reader, target
@@ -168,7 +172,10 @@ def stream(
     """
     folder.check_dense()
     with Reader(folder) as reader:
-        yield StreamedLayers(reader, dtype, device)
+        layers = StreamedLayers(reader, dtype, device)
+        if beside := towers(layers.model):
+            logger.info("only the text decoder is pruned: %s stay dense", " and ".join(beside))
+        yield layers
 
 
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -17,14 +17,18 @@ from gblm.recipe import matches
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Find the decoder layers and their name, such as "model.layers".
 
+    Only the text decoder's own layers count: a tower beside it may have as many.
+
     Raises:
         InputError: no list of `num_hidden_layers` modules that hold an nn.Linear.
     """
-    config: Any = model.config
-    count = getattr(config.get_text_config(), "num_hidden_layers", None)
+    whole: Any = model
+    count = getattr(whole.config.get_text_config(), "num_hidden_layers", None)
+    of_text = set(whole.get_decoder().modules())
     for name, module in model.named_modules():
         if (
-            isinstance(module, nn.ModuleList)
+            module in of_text
+            and isinstance(module, nn.ModuleList)
             and len(module) == count
             and any(isinstance(part, nn.Linear) for part in module.modules())
         ):
@@ -33,6 +37,18 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
         f"{type(model).__name__} has no decoder layers with nn.Linear weights: "
         "gblm prunes LLaMA-like causal language models."
     )
+
+
+def towers(model: nn.Module) -> list[str]:
+    """Name what a multimodal model has beside its text decoder, such as "vision_tower"."""
+    whole: Any = model
+    text, outer = whole.get_decoder(), whole.base_model
+    if text is outer:
+        return []
+    parts = outer.named_children()
+    return [
+        name for name, part in parts if part is not text and any(True for _ in part.parameters())
+    ]
 
 
 def hidden_size(model: nn.Module) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,17 @@ def load(
     Raises:
         InputError: the folder is not a dense causal language model that transformers knows.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     target, folder = check_device(device), ModelFolder.open(model)
     folder.check_dense()
     with Reader(folder):
         pass  # transformers joins shard names unchecked and lets truncated files through
     try:
-        loaded: nn.Module = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(
+            folder.path, trust_remote_code=False, local_files_only=True
+        )
+        loaded: nn.Module = auto_class(config).from_pretrained(
             folder.path,
             dtype=dtype or "auto",
             trust_remote_code=False,
@@ -61,7 +65,7 @@ def skeleton(folder: ModelFolder, num_tensors: int, buffers: bool = False) -> nn
         CheckpointError: config.json describes no model that can be built.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(
@@ -70,7 +74,7 @@ def skeleton(folder: ModelFolder, num_tensors: int, buffers: bool = False) -> nn
         claimed = config.get_text_config().num_hidden_layers
         if 0 < claimed <= num_tensors:
             with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
-                model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+                model: nn.Module = auto_class(config).from_config(config, trust_remote_code=False)
             return model
     except Exception as error:
         raise CheckpointError(
@@ -80,6 +84,36 @@ def skeleton(folder: ModelFolder, num_tensors: int, buffers: bool = False) -> nn
         f"{folder}: config.json claims {claimed} decoder layers; the files hold {num_tensors} "
         "tensors in all."
     )
+
+
+def auto_class(config: Any) -> Any:
+    """Choose transformers' class for a config: that of models with towers, or of plain text."""
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+
+    is_text = config.get_text_config() is config
+    return AutoModelForCausalLM if is_text else AutoModelForMultimodalLM
+
+
+def names_in_memory(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
+    """Map the names of stored tensors to those in a multimodal model, where they differ.
+
+    Files on the hub keep the names of the classes of their time, and transformers translates them.
+    Text models have had one set of names throughout.
+
+    Args:
+        model: with or without weights.
+        stored: names of tensors in the model's files.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    whole: Any = model
+    if whole.config.get_text_config() is whole.config:
+        return {}
+    rules = get_model_conversion_mapping(whole)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    names = {name: rename_source_key(name, renamings, [])[0] for name in stored}
+    return {name: new for name, new in names.items() if new != name}
 
 
 def load_tokenizer(model: str | Path | ModelFolder) -> Any:

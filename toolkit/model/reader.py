@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -38,7 +38,7 @@ class Reader:
 
     Attributes:
         folder: the model folder.
-        headers: shape and dtype by tensor name.
+        headers: shape and dtype by tensor name; see `rename`.
         files: names of the shards and of the index that lists them.
         unlisted: tensors in a shard that the index does not promise there, and are not read.
     """
@@ -57,6 +57,7 @@ class Reader:
         self.unlisted: list[str] = []
         self._handles: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
+        self._stored_names: dict[str, str] = {}
         shards = _shards(folder.path)
         self.files = {*shards} if SINGLE in shards else {*shards, INDEX}
         for file, expected in shards.items():
@@ -89,6 +90,19 @@ class Reader:
     def __contains__(self, name: object) -> bool:
         return name in self.headers
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Call tensors as the model in memory does, see `gblm.model.loading.names_in_memory`.
+
+        Args:
+            names: by the name that a tensor is stored under; others keep theirs.
+        """
+        self._stored_names = {new: stored for stored, new in names.items()}
+        self.headers = {names.get(name, name): header for name, header in self.headers.items()}
+
+    def stored_name(self, name: str) -> str:
+        """Return the name that a tensor is stored under."""
+        return self._stored_names.get(name, name)
+
     def tensor(self, name: str) -> Tensor:
         """Read one tensor into memory."""
         if name not in self.headers:
@@ -96,8 +110,9 @@ class Reader:
         return self._load(name)
 
     def _load(self, name: str) -> Tensor:
+        stored = self.stored_name(name)
         try:
-            tensor: Tensor = self._open(self._file_of[name]).get_tensor(name)
+            tensor: Tensor = self._open(self._file_of[stored]).get_tensor(stored)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise CheckpointError(f"{self.folder}: {name} cannot be read: {error}") from error
         return tensor

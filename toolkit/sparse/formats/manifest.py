@@ -7,7 +7,7 @@ a file and is checked before it is believed.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, Literal
@@ -87,6 +87,20 @@ class Manifest(BaseModel):
                 del group["values"]
         return fields
 
+    def renamed(self, rename: Callable[[str], str | None]) -> Manifest:
+        """Return the manifest of a host that calls tensors otherwise.
+
+        Args:
+            rename: gives the host's name of a tensor.
+        """
+        groups = (
+            group.model_copy(
+                update={"targets": tuple(_renamed(target, rename) for target in group.targets)}
+            )
+            for group in self.groups
+        )
+        return Manifest(groups=tuple(groups))
+
     def format_of(self, module: str) -> Format | None:
         """The format of a module's weight, or None when it is stored dense."""
         first = self._in_full.get(module, len(self.groups))
@@ -108,6 +122,11 @@ class Manifest(BaseModel):
         """Every other target and its group, in order."""
         pairs = [(i, name) for i, group in enumerate(self.groups) for name in group.targets]
         return [(index, name) for index, name in pairs if "*" in name]
+
+
+def _renamed(target: str, rename: Callable[[str], str | None]) -> str:
+    """Rename a module by what a tensor of it would be called."""
+    return (rename(f"{target}.weight") or target).removesuffix(".weight")
 
 
 def group_targets(modules: Iterable[str], all_modules: Iterable[str]) -> tuple[str, ...]:
