@@ -47,7 +47,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", {"sliding_window": 16, "query_pre_attn_scalar": 16}),
     "gemma3 text": ("gemma3_text", {"sliding_window": 16, "query_pre_attn_scalar": 16}),
     "phi3 (fused)": ("phi3", {"pad_token_id": 0}),
-    "smollm3": ("smollm3", {"no_rope_layers": [1, 0], "pad_token_id": 0}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1, 1, 1, 0], "pad_token_id": 0}),
     "granite": ("granite", {
         "embedding_multiplier": 12.0, "attention_multiplier": 0.2, "residual_multiplier": 0.22,
         "logits_scaling": 8.0,
