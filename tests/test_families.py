@@ -67,7 +67,7 @@ TOWERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 IMAGE_TOKEN = 258
 VISION = {
     "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "image_size": 28,
-    "patch_size": 7, "projection_dim": 64,
+    "patch_size": 7, "projection_dim": 64, "vision_use_head": False,
 }  # fmt: skip
 
 
