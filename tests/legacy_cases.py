@@ -72,7 +72,7 @@ LLAMA_31 = {
     "architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16", "rope_theta": 500000.0,
     "rope_scaling": {
         "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
-        "original_max_position_embeddings": 8192, "rope_type": "llama3",
+        "original_max_position_embeddings": 32, "rope_type": "llama3",
     },
     "transformers_version": "4.45.2",
 }  # fmt: skip

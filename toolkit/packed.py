@@ -105,6 +105,9 @@ class SparseLinear(nn.Module):
         """Multiply x [..., in] with the weight: [..., out]."""
         if self.backend is None:
             raise RuntimeError("SparseLinear was used before its weight was loaded.")
+        if not self.backend.packed:
+            # Rounded once, bias included, as in the dense model.
+            return nn.functional.linear(x, self.prepared[0], self.bias)
         out = kernels.linear(x, self.prepared, self.shape, self.fmt, self.backend)
         return out if self.bias is None else out + self.bias
 

@@ -48,13 +48,13 @@ def dense(name: str, folder: Path) -> dict[str, torch.Tensor]:
 def test_shards_hold_what_one_file_held(tmp_path: Path) -> None:
     export_legacy(FIXTURES / "served/24-bitmask", tmp_path / "ours")
     export_dense(ModelFolder.open(tmp_path / "ours"), tmp_path / "dense")
-    assert same_bits(dense("2of4", tmp_path), load_file(tmp_path / "dense/model.safetensors"))
+    assert same_bits(dense("2of4", tmp_path / "shards"), load_file(tmp_path / "dense/model.safetensors"))
 
 
 def test_codes_that_are_stored_dense_are_those_beneath_a_mask(tmp_path: Path) -> None:
     masked, plain = (dense(name, tmp_path / name) for name in PUBLISHED[1:3])
     assert same_bits(masked, plain)
-    original = dense("2of4", tmp_path)[f"{UP}.weight"]
+    original = dense("2of4", tmp_path / "floats")[f"{UP}.weight"]
     assert (plain[f"{UP}.weight"] - original).norm() < 0.05 * original.norm()
 
 
