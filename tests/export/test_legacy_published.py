@@ -48,7 +48,9 @@ def dense(name: str, folder: Path) -> dict[str, torch.Tensor]:
 def test_shards_hold_what_one_file_held(tmp_path: Path) -> None:
     export_legacy(FIXTURES / "served/24-bitmask", tmp_path / "ours")
     export_dense(ModelFolder.open(tmp_path / "ours"), tmp_path / "dense")
-    assert same_bits(dense("2of4", tmp_path / "shards"), load_file(tmp_path / "dense/model.safetensors"))
+    assert same_bits(
+        dense("2of4", tmp_path / "shards"), load_file(tmp_path / "dense/model.safetensors")
+    )
 
 
 def test_codes_that_are_stored_dense_are_those_beneath_a_mask(tmp_path: Path) -> None:

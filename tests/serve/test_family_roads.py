@@ -6,6 +6,7 @@ vLLM answers for all of them.
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def six_ways(family: str, folder: Path) -> None:
 @pytest.fixture
 def folders(family: str, once: Once) -> tuple[Path, Path]:
     """The packed folder and the dense one."""
-    made = once(f"six-{family}".replace(" ", "-"), partial(six_ways, family))
+    made = once(f"six-{re.sub('[^a-z0-9]+', '-', family)}", partial(six_ways, family))
     return made / "packed", made / "dense"
 
 
