@@ -155,7 +155,11 @@ CONFIGS: dict[str, dict[str, tuple[Settings, str]]] = {
         "packed int4": (lambda c: c.update(format="pack-quantized"), "'pack-quantized' are not"),
         "KV cache": (lambda c: c.update(kv_cache_scheme={"num_bits": 8}), "KV cache"),
         "stored dense": (
-            lambda c: c["sparsity_config"].update(format="dense"), "no sparse checkpoint",
+            lambda c: c["sparsity_config"].update(format="dense", sparsity_structure=None),
+            "where they are 2:4 only",
+        ),
+        "masks called dense": (
+            lambda c: c["sparsity_config"].update(format="dense"), "is no part of dense",
         ),
     },
     "marlin-int4": {

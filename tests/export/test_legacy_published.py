@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Outcome
-from legacy_cases import FIXTURES, PUBLISHED, UP, published, same_bits
+from conftest import Run
+from legacy_cases import FIXTURES, PUBLISHED, UP, Tensors, published
 from safetensors.torch import load_file
 
 from gblm import packed
@@ -19,8 +18,8 @@ from gblm.export.dense import export_dense
 from gblm.export.legacy import export_legacy
 from gblm.model.folder import ModelFolder
 from gblm.serve.launch import Server, check
+from gblm.sparse.weights import same_bits
 
-Run = Callable[..., Outcome]
 VALUES = dict.fromkeys(PUBLISHED, "bfloat16") | {"2of4-quantized.w4a16": "int4:row"}
 
 
@@ -32,32 +31,37 @@ def test_one_command_packs_it(name: str, gblm: Run, tmp_path: Path) -> None:
     verify(ModelFolder.open(ours))
     groups = inspect(ModelFolder.open(ours))["groups"]
     assert [(g["linears"], g["pattern"], g["dtype"]) for g in groups] == [(7, "2:4", VALUES[name])]
-    same = "generation_config.json"
-    assert (ours / same).read_text() == (source / same).read_text()
+    settings = "generation_config.json"
+    assert (ours / settings).read_text() == (source / settings).read_text()
     model = packed.load(ours, "dense")
     assert model.config.rope_parameters["rope_type"] == "llama3"
     assert model(torch.arange(8).reshape(1, -1)).logits.isfinite().all()
 
 
-def dense(name: str, folder: Path) -> dict[str, torch.Tensor]:
-    export_legacy(published(name, folder / "source"), folder / "ours")
+def dense(source: Path, folder: Path) -> Tensors:
+    """The weights that a folder becomes."""
+    export_legacy(source, folder / "ours")
     export_dense(ModelFolder.open(folder / "ours"), folder / "dense")
     return load_file(folder / "dense/model.safetensors")
 
 
+def same(a: Tensors, b: Tensors) -> bool:
+    return a.keys() == b.keys() and all(same_bits(a[name], b[name]) for name in a)
+
+
 def test_shards_hold_what_one_file_held(tmp_path: Path) -> None:
-    export_legacy(FIXTURES / "served/24-bitmask", tmp_path / "ours")
-    export_dense(ModelFolder.open(tmp_path / "ours"), tmp_path / "dense")
-    assert same_bits(
-        dense("2of4", tmp_path / "shards"), load_file(tmp_path / "dense/model.safetensors")
-    )
+    shards = dense(published("2of4", tmp_path / "source"), tmp_path / "shards")
+    assert same(shards, dense(FIXTURES / "served/24-bitmask", tmp_path / "file"))
 
 
 def test_codes_that_are_stored_dense_are_those_beneath_a_mask(tmp_path: Path) -> None:
-    masked, plain = (dense(name, tmp_path / name) for name in PUBLISHED[1:3])
-    assert same_bits(masked, plain)
-    original = dense("2of4", tmp_path / "floats")[f"{UP}.weight"]
-    assert (plain[f"{UP}.weight"] - original).norm() < 0.05 * original.norm()
+    original, masked, plain = (
+        dense(published(name, tmp_path / name / "source"), tmp_path / name)
+        for name in PUBLISHED[:3]
+    )
+    assert same(masked, plain)
+    weight = original[f"{UP}.weight"]
+    assert (plain[f"{UP}.weight"] - weight).norm() < 0.05 * weight.norm()
 
 
 def change(folder: Path, **fields: object) -> Path:
