@@ -79,7 +79,7 @@ def make_config(kind: str, fields: dict[str, Any]) -> Any:
     text, tower, more = TOWERS[kind]
     return AutoConfig.for_model(
         kind,
-        text_config={"model_type": text, **fields, "vocab_size": 264},
+        text_config={"model_type": text, **fields, "vocab_size": 272},
         vision_config={
             "model_type": tower, **VISION, "num_hidden_layers": fields["num_hidden_layers"]
         },
@@ -127,6 +127,7 @@ def save_processor(kind: str, folder: Path) -> None:
     image = {"image_token": "<image>", "boi_token": "<begin>", "eoi_token": "<end>"}
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, extra_special_tokens=image)
     assert tokenizer.convert_tokens_to_ids("<image>") == IMAGE_TOKEN
+    tokenizer.add_tokens(["\n" * count for count in range(1, 5)])  # as Gemma's has them
     size = VISION["image_size"]
     if kind == "gemma3":
         pixels = Gemma3ImageProcessorPil(size={"height": size, "width": size})
