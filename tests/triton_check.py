@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from weights import product, weight_of
+from weights import every_code, product, weight_of
 
 from gblm.kernels.triton.backend import Triton
 from gblm.sparse.formats import Format, make_format
@@ -136,26 +136,18 @@ def test_shares_of_columns_add_up_whatever_their_number(tokens: int) -> None:
 def test_every_code_is_widened_exactly(
     name: str, pattern: str, values: str, dtype: torch.dtype
 ) -> None:
-    fmt, shape = make_format(name, pattern, values), (16, 512)
-    mask = torch.arange(512).remainder(4).lt(2).expand(shape)
-    limit = fmt.values.limit
-    codes = torch.arange(256).remainder(2 * limit + 1).sub(limit).expand(16, 256)
-    placed = torch.zeros(shape, dtype=torch.int8)
-    placed[mask] = codes.reshape(-1).to(torch.int8)
-    scales = torch.ones(16, 1, dtype=BF16)
-    weight = SparseWeight.from_codes(placed, scales, mask, dtype)
-    backend = Triton(lambda _: 1)
+    fmt, shape, backend = make_format(name, pattern, values), (16, 512), Triton(lambda _: 1)
+    weight = every_code(fmt, dtype)
     prepared = backend.prepare(fmt, fmt.pack("w", weight), shape, dtype)
-    assert torch.equal(
-        backend.expand(torch.empty(1, 512, dtype=dtype), prepared, fmt, shape), placed.to(dtype)
-    )
+    codes, x = weight.codes.to(dtype), torch.empty(1, 512, dtype=dtype)
+    assert torch.equal(backend.expand(x, prepared, fmt, shape), codes)
     # A token that sees one column has its codes as the sum: nothing is rounded on the way.
     eye = torch.zeros(1, 512, dtype=dtype)
     for column in (1, 508):
         eye.zero_()[0, column] = 1
         for x in (eye, eye.expand(2, 512)):
             got = backend.linear(x, prepared, fmt, shape)
-            assert torch.equal(got, placed[:, column].to(dtype).expand(len(x), 16))
+            assert torch.equal(got, codes[:, column].expand(len(x), 16))
 
 
 def test_a_small_negative_product_is_positive_zero() -> None:

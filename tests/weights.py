@@ -28,6 +28,16 @@ def weight_of(
     return quantize(drawn, mask, fmt.values)
 
 
+def every_code(fmt: Format, dtype: torch.dtype) -> SparseWeight:
+    """Place every code of a 2:4 weight [16, 512] whose scales are one."""
+    mask = torch.arange(512).remainder(4).lt(2).expand(16, 512)
+    least = fmt.values.least
+    placed = torch.zeros(16, 512, dtype=torch.int8)
+    codes = torch.arange(256).remainder(fmt.values.limit - least + 1).add(least)
+    placed[mask] = codes.repeat(16).to(torch.int8)
+    return SparseWeight.from_codes(placed, torch.ones(16, 1).bfloat16(), mask, dtype)
+
+
 def product(weight: SparseWeight, x: torch.Tensor) -> torch.Tensor:
     """Multiply in float64: x [tokens, in] by the weight, whose codes are not rounded to a dtype."""
     exact = weight.weight.double()

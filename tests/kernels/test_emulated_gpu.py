@@ -9,7 +9,7 @@ import test_gpu as wanted
 import torch
 from gpu_emulated import EmulatedDevice, emulated, emulated_backends, missing
 from torch import Tensor
-from weights import product, weight_of
+from weights import every_code, product, weight_of
 
 from gblm.errors import MachineError
 from gblm.kernels import BACKENDS, Backend
@@ -100,18 +100,10 @@ def test_the_kernels_source_gives_the_float64_product(
 def test_every_code_is_widened_exactly(
     gpu: EmulatedDevice, values: str, dtype: torch.dtype
 ) -> None:
-    fmt, shape = make_format("nm", "2:4", values), (16, 512)
-    mask = torch.arange(512).remainder(4).lt(2).expand(shape)
-    lowest = fmt.values.least
-    span = fmt.values.limit - lowest + 1
-    codes = torch.arange(256).remainder(span).add(lowest).expand(16, 256)
-    placed = torch.zeros(shape, dtype=torch.int8)
-    placed[mask] = codes.reshape(-1).to(torch.int8)
-    weight = SparseWeight.from_codes(placed, torch.ones(16, 1, dtype=BF16), mask, dtype)
-    backend, parts = SparseTensorCore(lambda _: gpu), fmt.pack("w", weight)
-    x = torch.empty(1, 512, dtype=dtype)
-    dense = backend.expand(x, backend.prepare(fmt, parts, shape, dtype), fmt, shape)
-    assert torch.equal(dense, placed.to(dtype))
+    fmt, shape, x = make_format("nm", "2:4", values), (16, 512), torch.empty(1, 512, dtype=dtype)
+    weight, backend = every_code(fmt, dtype), SparseTensorCore(lambda _: gpu)
+    prepared = backend.prepare(fmt, fmt.pack("w", weight), shape, dtype)
+    assert torch.equal(backend.expand(x, prepared, fmt, shape), weight.codes.to(dtype))
 
 
 @needs_compiler
