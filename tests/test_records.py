@@ -111,7 +111,8 @@ def test_ratios_of_the_readmes_table_are_those_of_its_speeds() -> None:
             for place, ratio in enumerate(row[number][1:]):
                 assert_divides(row[number][0], ratio, bases[place][number][0])
                 divided += 1
-    rows = [name for name in speeds if not name.startswith("dense bf16")]
+    # A row is measured as a whole, or not yet.
+    rows = [name for name, row in speeds.items() if not name.startswith("dense bf16") and any(row)]
     assert len(rows) >= 2
     assert divided == 2 * 3 * len(rows)
 
