@@ -35,7 +35,7 @@ from gblm.export.onnx.storage import DATA_FILE
 from gblm.export.onnx.validate import PROMPT, validate
 from gblm.files import read_json, write_json
 from gblm.model import loading
-from gblm.model.folder import ModelFolder
+from gblm.model.folder import ModelFolder, model_name
 from gblm.model.packed_reader import PackedReader
 from gblm.model.reader import Reader
 from gblm.progress import Progress, no_progress
@@ -103,7 +103,7 @@ def export_onnx(
         replaced = _make(folder, config, made, wanted, precision)
         step()
         _complete(folder, config, made, wanted.sparse)
-        report = _report(folder, made, wanted, precision, replaced)
+        report = _report(model_name(source), made, wanted, precision, replaced)
         step()
         if wanted.validate:
             prompt = tokenizer(PROMPT, return_tensors="pt")["input_ids"][0]
@@ -289,14 +289,14 @@ def _correct_graph(path: Path, config: dict[str, Any], head_size: int) -> None:
 
 
 def _report(
-    source: ModelFolder, made: Path, wanted: Wanted, precision: str, replaced: list[Replaced]
+    source: str, made: Path, wanted: Wanted, precision: str, replaced: list[Replaced]
 ) -> dict[str, Any]:
     """Collect sizes and where it all comes from; of a local folder the name alone."""
     files = {file.name: file.stat().st_size for file in sorted(made.iterdir())}
     return {
         "kind": "onnx export",
         "command": wanted.command,
-        "source": source.name,
+        "source": source,
         "target": wanted.target,
         "precision": precision,
         "sparse": wanted.sparse,

@@ -39,7 +39,8 @@ pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai: make dev ins
 from gblm.export.onnx.decoder import OnnxDecoder
 from gblm.export.onnx.rewrite import LAYER_WEIGHT, pack_graph
 from gblm.export.onnx.storage import DATA_FILE, StoredGraph
-from gblm.export.onnx.validate import deviation
+from gblm.export.onnx.validate import deviation, rounding
+from gblm.model.loading import load
 from gblm.sparse.formats import Format, Shape
 
 SPARSE = Wanted(sparse=True, validate=16)
@@ -177,6 +178,20 @@ def test_other_arithmetic_is_refused(
     monkeypatch.setattr(export, "graph_config", turned)
     with pytest.raises(GateError, match=r"off .*, where its arithmetic explains"):
         export_onnx(pack_tiny("magnitude", "2:4", values), tmp_path / "out", SPARSE)
+
+
+@torch.no_grad()
+def test_coarser_arithmetic_explains_more(tiny: Path) -> None:
+    model, tokens = load(tiny, dtype=torch.float32), torch.arange(20)
+    exact = model(input_ids=tokens[None]).logits[0]
+    groups = {module: 32 for module in model.modules() if isinstance(module, torch.nn.Linear)}
+    off = [
+        deviation(rounding(model, *how, tokens), exact)
+        for how in (({}, 16, torch.float32), ({}, 11, torch.float32),
+                    (groups, 16, torch.float32), ({}, 16, torch.bfloat16))
+    ]  # fmt: skip
+    assert 0 < 10 * off[0] < off[1] < off[2] < 1
+    assert off[1] < off[3] < 1
 
 
 def test_what_is_no_number_is_infinitely_far_off() -> None:
