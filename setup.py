@@ -68,9 +68,6 @@ class BuildKernels(build_ext):
         return str(Path(*fullname.split(".")).with_suffix(".so"))
 
     def _build(self, ext: Extension) -> None:
-        if sys.platform == "win32":
-            raise RuntimeError("Windows is not supported yet")
-
         def compiled(source: str) -> list[str]:
             return self.compiler.compile(
                 [source],
@@ -94,6 +91,8 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+if sys.platform != "linux":
+    sys.exit(f"gblm runs on Linux alone, not on {sys.platform}.")
 setup(
     ext_modules=[
         Extension(

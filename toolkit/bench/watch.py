@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import partial
 from statistics import NormalDist
 from typing import Any
@@ -141,7 +141,7 @@ def _readings(
     step = progress("readings", window.intervals + 1)
     with ThreadPoolExecutor(2) as pool:
         for _ in _ticks(window):
-            clock = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            clock = datetime.now(UTC).isoformat(timespec="seconds")
             now = list(pool.map(_read, (a, b)))
             errors = [answer for answer in now if isinstance(answer, GblmError)]
             if errors and last is None:

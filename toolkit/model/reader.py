@@ -11,12 +11,11 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from typing_extensions import Self
 
 from gblm.errors import CheckpointError, MachineError
 from gblm.files import read_json, sha256
