@@ -381,7 +381,7 @@ def test_without_a_method_the_command_prunes_and_recovers(
         "int8:auto",
         "int8",
     )
-    assert recipe["recover"]["text"] == str(text_file)
+    assert recipe["recover"]["text"] == text_file.name
     done = gblm("prune", tiny, *short, "--method", "gblm", "--output", tmp_path / "paper")
     recipe = json.loads((tmp_path / "paper" / "recipe.json").read_text())
     assert (recipe["pattern"], recipe["values"], recipe["recover"]) == ("2:4", "float", None)
