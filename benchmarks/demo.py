@@ -30,7 +30,7 @@ PRUNE = "--num-samples 32 --recover 32768"
 # A text of a domain that no step has seen comes first; pydoc's is held out, but of a known one.
 WINDOWS = "--seq-len 512 --max-windows 16 --dtype bfloat16 --backend dense"
 PROMPT = 128
-LOAD = f"--prompt-len {PROMPT} --output-len 32 --num-prompts 8 --concurrency 1,8 --rounds 5"
+LOAD = f"--prompt-len {PROMPT} --output-len 32 --num-prompts 8 --concurrency 1,8 --rounds 3"
 VLLM = "--enforce-eager --max-model-len 1024"
 QUESTIONS = (
     "What is the capital of France?",
@@ -54,8 +54,9 @@ def main() -> None:
     gblm(f"eval {SPARSE} --baseline {MODEL} {texts} {WINDOWS} --output {EVAL}")
     # Without its HTTP server, vLLM starts and answers in half of the time.
     sides = " ".join(f"{folder.name}=vllm-offline:{folder}" for folder in SIDES.values())
-    # On a machine too noisy to measure on, bench ends with 5: the table shows no speed then.
-    gblm(f"bench {sides} {LOAD} --output {BENCH} --log {RUN}/vllm.log -- {VLLM}", (0, 5))
+    # Few machines of newcomers are quiet: noise is told in the notes, and hits all sides alike.
+    files = f"--output {BENCH} --log {RUN}/vllm.log"
+    gblm(f"bench {sides} {LOAD} --allow-noise {files} -- {VLLM}", (0, 5))
     summary = summarise()
     SUMMARY.write_text(json.dumps(summary, indent=2) + "\n")
     print_table(summary)
@@ -78,7 +79,6 @@ def summarise() -> dict[str, Any]:
     control = json.loads((DENSE / "sparsity_report.json").read_text())
     quality, bench = Record.read(EVAL), Record.read(BENCH)
     sizes = (report["bytes_dense"], control["bytes_packed"], report["bytes_packed"])
-    # Where the machine was too noisy the record has no rows, and the table no speeds.
     one, eight = (f"8 prompts of {PROMPT} + 32 tokens, concurrency {width}" for width in (1, 8))
     found = {
         "weights on disk, MB": {n: s / 1e6 for n, s in zip(SIDES, sizes, strict=True)},

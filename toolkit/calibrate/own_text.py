@@ -81,6 +81,7 @@ def _round(sample: Sampler, tokenizer: Any, seed: int) -> list[int]:
     rows = sample(free + [ask] * ROUND, seed, [False] * ROUND + [True] * ROUND)
     questions = tokenizer.batch_decode(rows[ROUND:], skip_special_tokens=True)
     asked = [_ids(tokenizer, _template(tokenizer, question)) for question in questions]
+    logger.info("free text and questions are written; now the answers")
     answers = sample(asked, seed + 1, [True] * ROUND)
     chats = [question + answer for question, answer in zip(asked, answers, strict=True)]
     return _joined(rows[:ROUND] + chats)
