@@ -35,7 +35,8 @@ types: dev ## mypy --strict
 	ln -sfn $(CURDIR)/toolkit/* $(CURDIR)/export $(CURDIR)/serve build/types/gblm/
 	MYPYPATH=build/types $(BIN)/mypy -p gblm
 
-PYTEST := $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
+# Tests wait for processes a third of the time: one worker more than two cores keeps both busy.
+PYTEST := $(BIN)/pytest -n 3 --dist worksteal
 
 check: lint types ## before every commit: lint, types and the quick tests, in three minutes
 	$(PYTEST) -m "not vllm and not real and not slow and not gpu"
