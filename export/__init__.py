@@ -1,1 +1,1 @@
-"""Turning packed folders into other people's layouts, and theirs into ours."""
+"""Exports turn packed folders into other people's layouts, and theirs into ours."""

@@ -1,4 +1,4 @@
-"""Folders that `gblm serve` makes before it serves: once, into gblm's cache, and complete or not.
+"""Make the folders that `gblm serve` serves: once, into gblm's cache, and complete or not at all.
 
 A dense model is pruned (`--prune`), zeros that are there are packed (`--pack`), and a sparse folder
 of compressed-tensors, which nothing else reads any more, is converted. The name of the made folder
@@ -51,8 +51,8 @@ def folder_to_serve(
         progress: for progress bars.
 
     Raises:
-        GblmError: whatever `gblm prune`, `gblm export pack` or `gblm export legacy` refuses, and a
-            vLLM that would refuse the result. The cache then holds nothing new.
+        GblmError: whatever `gblm prune` or `gblm export pack` refuses, and a vLLM that would refuse
+            the result. The cache then holds nothing new.
     """
     recipe = None if pruning is None else recipe_of(model, pruning)
     source = ModelFolder.open(model)

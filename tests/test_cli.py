@@ -26,7 +26,6 @@ Run = Callable[..., Outcome]
         "bench watch",
         "export dense",
         "export pack",
-        "export legacy",
         "export onnx",
         "export hub",
     ],

@@ -1,4 +1,4 @@
-"""`gblm export legacy` on files that compressed-tensors wrote: bit for bit, or rounded once."""
+"""`gblm export pack` on files that compressed-tensors wrote: bit for bit, or rounded once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gblm.checkpoint.inspect import inspect, verify
-from gblm.errors import CheckpointError, InputError, UsageError
+from gblm.errors import CheckpointError, InputError
 from gblm.export.dense import export_dense
 from gblm.export.legacy import export_legacy
 from gblm.model.folder import ModelFolder
@@ -172,10 +172,9 @@ def test_marlin_is_taken_apart_into_the_codes_it_was_made_from(
 
 
 def test_other_folders_are_refused(pack_tiny: Pack, tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="packed by gblm already"):
-        export_legacy(pack_tiny(), tmp_path / "out")
-    with pytest.raises(CheckpointError, match="neither by gblm nor by compressed-tensors"):
-        export_legacy(tiny, tmp_path / "out")
+    for folder in (pack_tiny(), tiny):
+        with pytest.raises(CheckpointError, match="no sparse format of compressed-tensors"):
+            export_legacy(folder, tmp_path / "out")
     ones = altered(
         tmp_path, "dense", lambda t: t.update({n: torch.ones_like(x) for n, x in t.items()})
     )
@@ -191,11 +190,14 @@ def test_other_commands_name_the_way_out(command: str, fixture: str, gblm: Run) 
     words = ["--output", "out"] if command == "prune" else []
     done = gblm(*command.split(), FIXTURES / fixture, *words)
     assert done.code == 4, done
-    assert f"`gblm export legacy {FIXTURES / fixture} --output OUT`" in done.err
+    assert f"`gblm export pack {FIXTURES / fixture} --output OUT`" in done.err
 
 
 def test_the_command_converts_and_says_that_it_rounds(gblm: Run, tmp_path: Path) -> None:
-    done = gblm("export", "legacy", FIXTURES / "24-fp8", "--output", tmp_path / "ours")
+    words = ("export", "pack", FIXTURES / "24-fp8", "--output", tmp_path / "ours")
+    done = gblm(*words, "--values", "int8")
+    assert (done.code, "--values: SOURCE is stored sparse already" in done.err) == (2, True)
+    done = gblm(*words)
     assert done.code == 0, done
-    assert "7 linears converted" in done.out
+    assert "7 linears packed" in done.out
     assert "fp8 codes × scales rounded once to bfloat16" in done.out

@@ -1,4 +1,4 @@
-"""`gblm export legacy` on what is damaged, hostile or not exact: one sentence, never a weight."""
+"""Damaged, hostile or inexact files of compressed-tensors: one sentence, never a weight."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from legacy_cases import UP, Change, Settings, altered, drop, each_scale, put, s
 from torch import Tensor
 
 from gblm.errors import CheckpointError, InputError
-from gblm.export.legacy import export_legacy
-from gblm.export.legacy_folder import LegacyReader
-from gblm.export.legacy_layouts import PARTS, BitmaskTensor
+from gblm.export.legacy import LegacyReader, export_legacy
+from gblm.export.legacy_layouts import LAYOUTS
 from gblm.model.folder import ModelFolder
+
+BITMASK = LAYOUTS["sparse-bitmask"]
 
 
 def flip(tensor: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ TENSORS: dict[str, dict[str, tuple[Change, str]]] = {
     "bitmask": {
         "part missing": (drop("bitmask"), "up_proj.bitmask is missing"),
         "all parts missing": (
-            lambda t: [t.pop(f"{UP}.{part}") for part in PARTS["sparse-bitmask"]],
+            lambda t: [t.pop(f"{UP}.{part}") for part in BITMASK.parts],
             "up_proj.weight is missing",
         ),
         "shape of other size": (put("shape", lambda t: t + 8), "needs"),
@@ -71,7 +72,7 @@ TENSORS: dict[str, dict[str, tuple[Change, str]]] = {
         "offset missing": (put("row_offsets", lambda t: t[:-1]), "needs"),
         "value missing": (put("compressed", lambda t: t[:-1]), "values for"),
         "value too many": (put("compressed", lambda t: torch.cat([t, t[:1]])), "values for"),
-        "more values than places": (put("compressed", lambda t: t.repeat(9)), "needs"),
+        "more values than places": (put("compressed", lambda t: t.repeat(9)), "values for"),
         "values of integers": (put("compressed", lambda t: t.int()), "floats are needed"),
         "stored twice": (
             lambda t: t.update({f"{UP}.weight": torch.zeros(64, 32, dtype=torch.bfloat16)}),
@@ -79,13 +80,13 @@ TENSORS: dict[str, dict[str, tuple[Change, str]]] = {
         ),
         "stored twice in parts": (
             lambda t: t.update(
-                {f"{UP}.weight.{p}": t[f"{UP}.{p}"].clone() for p in PARTS["sparse-bitmask"]}
+                {f"{UP}.weight.{p}": t[f"{UP}.{p}"].clone() for p in BITMASK.parts}
             ),
             "stored twice",
         ),
         "another size than the model": (
             lambda t: t.update(
-                {f"{UP}.{p}": t[f"{UP.replace('up', 'down')}.{p}"] for p in PARTS["sparse-bitmask"]}
+                {f"{UP}.{p}": t[f"{UP.replace('up', 'down')}.{p}"] for p in BITMASK.parts}
             ),
             "config.json makes it",
         ),
@@ -139,7 +140,7 @@ CONFIGS: dict[str, dict[str, tuple[Settings, str]]] = {
     "bitmask": {
         f"format {name!r}": (
             lambda c, n=name: c["sparsity_config"].update(format=n),
-            r"sparsity format .* is unknown; known are sparse-24",
+            "names no sparse format of compressed-tensors that is converted: sparse-24",
         )
         for name in ("os:system", "sparse_bitmask", "../x", "", None, 7, ["sparse-bitmask"], {})
     },
@@ -156,7 +157,7 @@ CONFIGS: dict[str, dict[str, tuple[Settings, str]]] = {
         "KV cache": (lambda c: c.update(kv_cache_scheme={"num_bits": 8}), "KV cache"),
         "stored dense": (
             lambda c: c["sparsity_config"].update(format="dense", sparsity_structure=None),
-            "where they are 2:4 only",
+            "the last of floats and 2:4 codes only",
         ),
         "masks called dense": (
             lambda c: c["sparsity_config"].update(format="dense"), "is no part of dense",
@@ -205,12 +206,12 @@ def test_bits_behind_the_last_column_are_damage() -> None:
         "compressed": ((1,), torch.float32),
         "row_offsets": ((1,), torch.int64),
     }
-    tensor = BitmaskTensor.of("x", "sparse-bitmask", headers, [1, 5])
+    tensor = BITMASK.describe("sparse-bitmask", "x", headers, [1, 5])
     parts = {"compressed": torch.ones(1), "row_offsets": torch.zeros(1, dtype=torch.int64)}
-    good = tensor.mask({"bitmask": torch.tensor([[16]], dtype=torch.uint8), **parts})
-    assert good.tolist() == [[False] * 4 + [True]]
+    good = tensor.raw({"bitmask": torch.tensor([[16]], dtype=torch.uint8), **parts})
+    assert good.mask.tolist() == [[False] * 4 + [True]]
     with pytest.raises(CheckpointError, match="bits behind column 4"):
-        tensor.mask({"bitmask": torch.tensor([[32]], dtype=torch.uint8), **parts})
+        tensor.raw({"bitmask": torch.tensor([[32]], dtype=torch.uint8), **parts})
 
 
 @pytest.mark.parametrize("seed", range(15))

@@ -26,7 +26,7 @@ VALUES = dict.fromkeys(PUBLISHED, "bfloat16") | {"2of4-quantized.w4a16": "int4:r
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_one_command_packs_it(name: str, gblm: Run, tmp_path: Path) -> None:
     source, ours = published(name, tmp_path / "source"), tmp_path / "ours"
-    done = gblm("export", "legacy", source, "--output", ours)
+    done = gblm("export", "pack", source, "--output", ours)
     assert done.code == 0, done
     verify(ModelFolder.open(ours))
     groups = inspect(ModelFolder.open(ours))["groups"]
@@ -92,5 +92,5 @@ def test_what_is_not_sparse_is_refused_before_vllm_starts(tmp_path: Path) -> Non
     assert ModelFolder.open(source).kind == "quantised"
     with pytest.raises(InputError, match=r"remove it from config\.json, and vLLM serves them"):
         check(Server(source))
-    with pytest.raises(InputError, match="'pack-quantized' are not converted"):
+    with pytest.raises(InputError, match="names no sparse format"):
         export_legacy(source, tmp_path / "out")

@@ -1,12 +1,14 @@
-"""`gblm export dense|pack|legacy|onnx SOURCE --output OUT`, `gblm export hub SOURCE REPO`."""
+"""Run `gblm export dense|pack|onnx SOURCE --output OUT` and `gblm export hub SOURCE REPO`."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from gblm.commands.common import (
     Command,
@@ -18,6 +20,7 @@ from gblm.commands.common import (
     progress_bars,
 )
 from gblm.commands.recipe_options import field_options
+from gblm.errors import UsageError
 from gblm.recipe import Recipe
 from gblm.record import command_line
 
@@ -61,49 +64,44 @@ def dense(ctx: click.Context, source: str, output: Path, overwrite: bool) -> Non
 @field_options(Recipe, "values", "head")
 @click.option("--ignore", multiple=True, help="Glob of module names to leave dense; repeatable.")
 @click.pass_context
-def pack(
-    ctx: click.Context,
-    source: str,
-    output: Path,
-    overwrite: bool,
-    pattern: str | None,
-    values: str,
-    head: str,
-    ignore: tuple[str, ...],
-) -> None:
+def pack(ctx: click.Context, /, source: str, output: Path, overwrite: bool, **how: Any) -> None:
     """Pack SOURCE, a dense HF folder whose zeros are already there. Never prunes.
 
     With integer --values the weights are rounded to the nearest code, with --head the output
-    head.
+    head. A sparse checkpoint of compressed-tensors is converted as it is, without options.
     """
     with progress_bars(ctx) as progress:
+        from gblm.export.legacy import export_legacy
         from gblm.export.pack import export_pack
+        from gblm.model.folder import ModelFolder
 
-        result = export_pack(
-            source, output, pattern, ignore, overwrite, progress, values=values, head=head
-        )
+        folder = ModelFolder.open(source)
+        if folder.kind == "legacy":
+            refuse_given(ctx, how)
+            result = export_legacy(folder, output, overwrite, progress)
+        else:
+            result = export_pack(source, output, overwrite=overwrite, progress=progress, **how)
     facts = {key: value for key, value in result.items() if key != "tensors"}
     emit(ctx, facts | {"output": str(output)}, lambda: click.echo(
         f"{output}: {result['linears']} linears packed, {result['sparsity']:.1%} zeros, "
         f"{megabytes(result['bytes_dense'])} dense -> {megabytes(result['bytes_packed'])} packed"
         f"{head_note(result)}"
-    ))  # fmt: skip
-
-
-@command.command("legacy", cls=Command)
-@output_options
-@click.pass_context
-def legacy(ctx: click.Context, source: str, output: Path, overwrite: bool) -> None:
-    """Convert SOURCE, a sparse checkpoint of compressed-tensors, bit for bit."""
-    with progress_bars(ctx) as progress:
-        from gblm.export.legacy import export_legacy
-
-        result = export_legacy(source, output, overwrite, progress)
-    facts = {key: value for key, value in result.items() if key != "tensors"}
-    emit(ctx, facts | {"output": str(output)}, lambda: click.echo(
-        f"{output}: {result['linears']} linears converted, {megabytes(result['bytes_packed'])}"
         f"{'; fp8 codes × scales rounded once to bfloat16' if 'rounded' in result else ''}"
     ))  # fmt: skip
+
+
+def refuse_given(ctx: click.Context, names: Iterable[str]) -> None:
+    """Refuse options where a checkpoint of compressed-tensors leaves no choice.
+
+    Raises:
+        UsageError: one of them was given.
+    """
+    for name in names:
+        if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise UsageError(
+                f"--{name}: SOURCE is stored sparse already, by compressed-tensors, and is "
+                "converted as it is: leave the option out."
+            )
 
 
 @command.command("onnx", cls=Command)

@@ -89,12 +89,12 @@ class ModelFolder:
             raise InputError(f"{self}: the weights are stored as `{self.quant_method}`; {way_out}.")
 
     def check_current(self) -> None:
-        """Raise CheckpointError when only `gblm export legacy` can read the weights."""
+        """Raise CheckpointError when only `gblm export pack` can read the weights."""
         if self.kind == "legacy":
             raise CheckpointError(
                 f"{self}: compressed-tensors wrote the weights as `{self.legacy_format}`, which "
                 "current software no longer reads; convert them first: "
-                f"`gblm export legacy {self} --output OUT`."
+                f"`gblm export pack {self} --output OUT`."
             )
 
     def file(self, name: str) -> Path:
