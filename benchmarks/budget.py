@@ -1,35 +1,69 @@
-"""What `gblm search` measures beside what it predicted, on the real model.
+"""How good the candidates of `gblm search` are beside what it predicted, on the real model.
 
     python benchmarks/budget.py
 
-Writes benchmarks/results/budget.json, which is the search's own record; goes on where it was cut
-off.
+Writes benchmarks/results/budget.json; goes on where it was cut off.
 """
 
 from __future__ import annotations
 
-import shutil
+import json
+import math
+import time
 from pathlib import Path
+from typing import Any
 
 import pages
 
 from gblm.fetch import fetch
-from gblm.record import Record
-from gblm.search.run import METRIC, STATE, UNPRUNED, ranked
+from gblm.provenance import provenance
+from gblm.record import Record, Row
 
 RECORD = pages.RESULTS / "budget.json"
-BUDGET = "3.1bits"
-RECIPE = "--preset fast --calibration pydoc --num-samples 16 --seq-len 256"
-TEXT = "--text pydoc"
+BUDGET, UNPRUNED, METRIC = "3.1bits", "unpruned", "perplexity"
+TEXT = "--text pydoc --seq-len 512 --max-windows 32 --no-baseline"
 
 
 def measure(folder: Path) -> None:
-    """Search, and keep its record."""
-    pages.gblm(
-        f"search '{fetch('smollm2')}' --budget {BUDGET} --limit 7 {RECIPE} {TEXT} "
-        f"--output '{folder}'"
-    )
-    shutil.copy(folder / STATE, RECORD)
+    """Make every candidate, measure it, and write the record."""
+    model = fetch("smollm2")
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    found = pages.alone(
+        "-m", "gblm", "search", str(model), "--budget", BUDGET, "--calibration", "pydoc",
+        "--num-samples", "16", "--seq-len", "256", "--json",
+    )  # fmt: skip
+    seconds = round(time.monotonic() - began, 1)
+    sides: dict[str, dict[str, Any]] = {UNPRUNED: {}}
+    rows = [perplexity(UNPRUNED, model, folder / "unpruned.json")]
+    for number, row in enumerate(found["rows"]):
+        made, recipe = folder / str(number), folder / f"{number}.recipe.json"
+        recipe.write_text(json.dumps(row["recipe"]))
+        if not made.exists():
+            pages.gblm(f"prune --recipe '{recipe}' --output '{made}'")
+        report = json.loads((made / "sparsity_report.json").read_text())
+        sides[row["name"]] = {key: row[key] for key in ("dense", "fits", "what", "recipe")} | {
+            "predicted": {key: row[key] for key in ("bits_per_weight", "bytes", "loss", "ratio")},
+            "bytes": report["bytes_packed"], "bits_per_weight": report["bits_per_weight"],
+        }  # fmt: skip
+        rows.append(perplexity(row["name"], made, folder / f"{number}.json"))
+    origin = provenance() | {"search": {"budget": BUDGET}, "pass": {"seconds": seconds}}
+    record = Record("search", sides, tuple(rows), UNPRUNED, provenance=origin)
+    record.write(RECORD)
+
+
+def perplexity(side: str, model: Path, record: Path) -> Row:
+    """Measure a folder, unless that was done."""
+    if not record.exists():
+        pages.gblm(f"eval '{model}' {TEXT} --output '{record}'")
+    row = next(row for row in Record.read(record).rows if row.metric == METRIC)
+    return Row(side, row.load, METRIC, "", row.value)
+
+
+def ranked(record: Record) -> list[str]:
+    """Name the candidates, the lowest perplexity first."""
+    found = [(r.value or math.inf, r.side) for r in record.rows if r.side != UNPRUNED]
+    return [side for _, side in sorted(found)]
 
 
 def table() -> str:

@@ -32,7 +32,7 @@ from gblm.export.legacy_layouts import (
 )
 from gblm.export.pack import MIN_SPARSITY, find_pattern
 from gblm.model.folder import CODE_FORMATS, LEGACY_FORMATS, ModelFolder
-from gblm.model.layers import StreamedLayers
+from gblm.model.layers import Layers
 from gblm.model.linears import prunable
 from gblm.model.reader import Header, Reader
 from gblm.progress import Progress, no_progress
@@ -82,7 +82,7 @@ def export_legacy(
         rounded = {"rounded": "bfloat16"} if rounds else {}
         if rounds:
             logger.warning("%s: %s.", folder, ROUNDING)
-        layers = StreamedLayers(reader)
+        layers = Layers(reader)
         check_room(reader, output, overwrite)
         names = packable(reader, tuple(prunable(layers.model)))
         pattern = _pattern(reader, names)

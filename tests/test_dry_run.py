@@ -1,20 +1,17 @@
-"""Dry run: bytes are those of the real folder, memory is never less than the real peak."""
+"""Dry run: it says the bytes of the real folder, and refuses what the run would refuse."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Outcome, save_tiny_model
+from conftest import Outcome
 
-from gblm.errors import GblmError, UsageError
-from gblm.prune import Output, prune
-from gblm.prune.dry_run import dry_run
+from gblm.errors import GblmError
+from gblm.prune import Output, dry_run, prune
 from gblm.recipe import Calibration, Recipe
 
 Run = Callable[..., Outcome]
@@ -64,7 +61,6 @@ def test_the_bytes_said_are_the_bytes_written(
     assert sorted(groups) == sorted(
         (g["pattern"], g["linears"], g["bits_per_weight"]) for g in report["groups"]
     )
-    assert facts["seconds"] > 0
 
 
 def test_four_bit_rows_of_any_length_are_bounded(
@@ -75,54 +71,6 @@ def test_four_bit_rows_of_any_length_are_bounded(
     report = prune(wanted, tmp_path / "out")
     assert not facts["exact"]
     assert 0.98 * facts["bytes_packed"] < report["bytes_packed"] <= facts["bytes_packed"]
-
-
-PEAK = """
-import json, resource, sys
-from pathlib import Path
-from gblm.prune import Output, prune
-from gblm.prune.dry_run import dry_run
-from gblm.recipe import Recipe
-recipe, output = Recipe.from_dict(json.loads(sys.argv[2])), Output(Path(sys.argv[3]))
-if sys.argv[1] == "dry":
-    print(dry_run(recipe, output)["memory_bytes"])
-else:
-    prune(recipe, output)
-    unit = 1 if sys.platform == "darwin" else 1024
-    print(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("fields", "order"),
-    [
-        ({"method": "gblm"}, "layer"),
-        ({"method": "sparsegpt", "values": "int4", "rounding": "obs"}, "sequential"),
-        ({"method": "wanda", "reconstruct": {"epochs": 1}}, "layer"),
-    ],
-    ids=str,
-)
-def test_memory_is_no_less_than_the_peak_of_the_run(
-    recipe: Callable[..., Recipe], tmp_path: Path, fields: dict[str, Any], order: str
-) -> None:
-    """Text and weights are tens of megabytes, so that they count beside the libraries."""
-    big = save_tiny_model(
-        tmp_path / "big", hidden_size=512, intermediate_size=2048, num_hidden_layers=4
-    )
-    wanted = recipe(model=str(big), **fields)
-    text = wanted.calibration
-    assert text is not None
-    text = text.model_copy(update={"num_samples": 32, "seq_len": 128, "order": order})
-    words = json.dumps(wanted.model_copy(update={"calibration": text}).to_dict())
-    said, peak = (
-        int(subprocess.run(
-            [sys.executable, "-c", PEAK, way, words, str(tmp_path / "out")],
-            capture_output=True, text=True, check=True,
-        ).stdout)
-        for way in ("dry", "run")
-    )  # fmt: skip
-    assert peak <= said < 3 * peak
 
 
 REFUSED: list[dict[str, Any]] = [
@@ -150,15 +98,10 @@ def test_what_prune_refuses_is_refused(
     assert str(by_dry_run.value) == str(by_prune.value)
 
 
-def test_an_output_in_the_way_and_several_processes_are_refused(
-    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_output_in_the_way_is_refused(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(GblmError, match="exists; choose another name"):
         dry_run(recipe(), Output(tmp_path / "out"))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="without torchrun"):
-        dry_run(recipe(), Output(tmp_path / "free"))
 
 
 def test_the_command_writes_nothing(gblm: Run, tiny: Path, text_file: Path, tmp_path: Path) -> None:
@@ -166,7 +109,7 @@ def test_the_command_writes_nothing(gblm: Run, tiny: Path, text_file: Path, tmp_
              "--seq-len", 32, "--output", "out", "--dry-run"]  # fmt: skip
     done = gblm(*words)
     assert done.code == 0, done
-    for word in ("pattern  values", "packed: exactly", "while it runs, at most", "time: about"):
+    for word in ("pattern  values", "packed: exactly", "disk while it runs, at most"):
         assert word in done.out
     assert done.out.endswith("dry run: nothing was written.\n")
     done = gblm(*words, "--json")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import save_byte_tokenizer
+from resident import Resident
 from safetensors.torch import load_file, save_file
 
 from gblm import data, packed
@@ -22,7 +23,6 @@ from gblm.export.pack import export_pack
 from gblm.methods import make_method
 from gblm.methods.pipeline import Pipeline
 from gblm.model.folder import ModelFolder
-from gblm.model.layers import Layers
 from gblm.model.linears import prunable
 from gblm.model.loading import auto_class, load, load_tokenizer
 from gblm.prune import prune
@@ -165,7 +165,7 @@ def pruned_in_memory(recipe: Recipe) -> torch.nn.Module:
         calibration.seq_len,
         calibration.seed,
     )
-    layers, names = Layers(model), frozenset(prunable(model))
+    layers, names = Resident(model), frozenset(prunable(model))
     method = make_method(recipe.method, {})
     norms: dict[int, dict[str, dict[str, torch.Tensor]]] = {0: {}, 1: {}}
     if "grad_norm" in method.needs:

@@ -98,17 +98,12 @@ def test_head_is_reported_apart_from_the_pruned_linears(pack_tiny: Pack, pattern
     assert facts["groups"] == before["groups"]
     assert (facts["head"]["bits_per_weight"], facts["head"]["weights"]) == (8.25, 258 * 64)
     assert facts["bytes"] - before["bytes"] == head["bytes_packed"]
-    assert (
-        "| output head | int8:64, 8.25 bits per weight; a copy of"
-        in (folder / "README.md").read_text()
-    )
 
 
 def test_a_head_that_stays_floating_is_not_mentioned(pack_tiny: Pack, tiny: Path) -> None:
     folder = pack_tiny()
     assert "lm_head" not in (folder / "config.json").read_text()
     assert '"head"' not in (folder / "sparsity_report.json").read_text()
-    assert "output head" not in (folder / "README.md").read_text()
     assert "head" not in inspect(ModelFolder.open(folder))
     tied = [json.loads((f / "config.json").read_text())["tie_word_embeddings"]
             for f in (folder, tiny)]  # fmt: skip

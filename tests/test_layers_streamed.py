@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from gblm.errors import CheckpointError
 from gblm.model.folder import ModelFolder
-from gblm.model.layers import StreamedLayers, stream
+from gblm.model.layers import stream
 from gblm.model.loading import load
-from gblm.model.reader import Reader
 
 
 def test_open_layers_hold_the_checkpoints_weights_and_closed_ones_nothing(tiny: Path) -> None:
@@ -46,32 +44,6 @@ def test_the_frame_equals_the_models_and_ties_the_head(tiny: Path) -> None:
         assert torch.equal(layers.model.model.norm.weight, model.model.norm.weight)
         rotary, want = layers.model.model.rotary_emb, model.model.rotary_emb
         assert torch.equal(rotary.inv_freq, want.inv_freq)
-
-
-@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0], [0, 1, 2, 3, 3, 2, 1, 0], [2, 0, 3]])
-def test_reading_ahead_gives_the_same_layers(order: list[int], tmp_path: Path) -> None:
-    folder = save_tiny_model(tmp_path / "m", num_hidden_layers=4)
-    with Reader(ModelFolder.open(folder)) as reader, ThreadPoolExecutor(1) as pool:
-        plain, ahead = StreamedLayers(reader), StreamedLayers(reader)
-        ahead._pool = pool
-        for index in order:
-            with plain.open(index) as one, ahead.open(index) as other:
-                for a, b in zip(one.parameters(), other.parameters(), strict=True):
-                    assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0]])
-def test_reading_ahead_guesses_the_next_layer(order: list[int], tmp_path: Path) -> None:
-    folder = save_tiny_model(tmp_path / "m", num_hidden_layers=4)
-    with Reader(ModelFolder.open(folder)) as reader, ThreadPoolExecutor(1) as pool:
-        layers = StreamedLayers(reader)
-        layers._pool = pool
-        layers._last = order[0] + (order[0] - order[1])
-        guessed = []
-        for index in order:
-            with layers.open(index):
-                guessed.append(layers._ahead[0] if layers._ahead else None)
-        assert guessed[:-1] == order[1:]
 
 
 def test_a_checkpoint_that_does_not_fit_its_config_is_refused(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import Pack, Run, save_tiny_model
 from damage import damaged, tensors
+from resident import Resident
 from safetensors.torch import load_file
 
 from gblm.calibrate.walk import Walk, walk
@@ -26,7 +27,6 @@ from gblm.errors import InputError, MachineError, PatternError, UsageError
 from gblm.methods import make_method
 from gblm.methods.pipeline import Pipeline
 from gblm.model.folder import ModelFolder
-from gblm.model.layers import Layers
 from gblm.model.linears import prunable
 from gblm.model.loading import load
 from gblm.model.packed_reader import PackedReader
@@ -99,7 +99,7 @@ def test_ignored_linears_stay_dense(recipe: Recipe, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("values", ["float", "int4:32"])
 def test_later_layers_see_the_weights_as_they_are_stored(tiny: Path, values: str) -> None:
-    layers = Layers(load(tiny))
+    layers = Resident(load(tiny))
     linears = prunable(layers.model)
     formats = dict.fromkeys(linears, format_for(NM(2, 4), parse_values(values)))
     recipe = Recipe(model=str(tiny), calibration=None)

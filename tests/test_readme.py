@@ -67,7 +67,7 @@ def test_the_tours_commands_run_on_a_tiny_model(
     """They are copied in order; a tiny model stands in for the fetched one."""
     (tmp_path / "smollm2").symlink_to(tiny)
     assert ran(gblm, lines("docs/tour.md", "# Tour")) == [
-        "prune", "prune", "inspect", "inspect", "eval", "recover", "prune", "search", "search",
+        "prune", "prune", "inspect", "inspect", "eval", "recover", "prune", "search",
         "report", "export", "export", "export", "doctor",
     ]  # fmt: skip
 

@@ -20,7 +20,7 @@ from gblm import __version__
 COMMANDS: dict[str, tuple[str, str]] = {
     "prune": ("gblm.commands.prune", "Prune a model and write it packed."),
     "eval": ("gblm.commands.eval", "Quality on texts and tasks, beside the dense model; gates."),
-    "search": ("gblm.commands.search", "Make and measure the best ways to hold a budget."),
+    "search": ("gblm.commands.search", "Rank the ways to hold a budget of bits or bytes."),
     "export": ("gblm.commands.export", "Write a packed model for other tools, or pack theirs."),
     "serve": ("gblm.commands.serve", "Serve a model with vLLM's OpenAI server."),
     "bench": ("gblm.commands.bench", "Measure speed: two servers in turn or live, or kernels."),
@@ -40,7 +40,7 @@ class LazyGroup(click.Group):
     """A group whose commands are the COMMANDS table."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names in the table's order."""
+        """List the names in the table's order."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -58,7 +58,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """An unknown name lists the known ones."""
+        """Refuse an unknown name with a list of the known ones."""
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             ctx.fail(f"No such command {args[0]!r}. Commands: {', '.join(COMMANDS)}.")
         return super().resolve_command(ctx, args)

@@ -107,7 +107,7 @@ def calibration_windows(
 
 
 def _hopeless(encoded: dict[int, list[int]], num_documents: int, draws: int, seq_len: int) -> bool:
-    """Whether drawing on would find no document longer than the window."""
+    """Tell whether drawing on would find no document longer than the window."""
     searched = len(encoded) == num_documents or draws >= MAX_DRAWS
     return searched and not any(len(ids) > seq_len for ids in encoded.values())
 
@@ -146,7 +146,7 @@ def evaluation_windows(
 
 
 def start_tokens(tokenizer: Any) -> list[int]:
-    """The ids that the tokenizer puts before a prompt: one <bos> for Gemma, none for SmolLM2.
+    """Find what the tokenizer puts before a prompt: one <bos> for Gemma, nothing for SmolLM2.
 
     Models that were trained with them lose their footing without: Gemma 3 270M has a perplexity of
     143 instead of 56 on WikiText-2.
@@ -164,7 +164,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def fingerprint(windows: Tensor) -> str:
-    """sha256 of token ids, so that two records can be known to rest on the same text."""
+    """Hash token ids, so that two records can be known to rest on the same text."""
     return hashlib.sha256(windows.to(torch.int64).numpy().tobytes()).hexdigest()
 
 

@@ -39,7 +39,7 @@ def read_key(path: Path) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address; unknown names count as reachable."""
+    """Tell whether only this machine can reach an address; of unknown names others can."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -98,7 +98,7 @@ class SparseLinear(nn.Module):
 
     @property
     def prepared(self) -> list[Tensor]:
-        """What the backend multiplies with."""
+        """Give the tensors that the backend multiplies with."""
         return [getattr(self, f"prepared_{index}") for index in range(self.num_prepared)]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -319,10 +319,10 @@ class GblmQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
-        """Returns False: `gblm export dense` writes a packed model out again."""
+        """Say no: `gblm export dense` writes a packed model out again."""
         return False
 
     @property
     def is_trainable(self) -> bool:
-        """False, for packed weights are for inference."""
+        """Say no: packed weights are for inference."""
         return False

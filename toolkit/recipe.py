@@ -78,7 +78,7 @@ class LayerChoice(Fields):
 
 
 class Refitting(Fields):
-    """Least squares on the weights that stay; see `gblm.methods.refit`."""
+    """The weights that stay move to the least squares; see `gblm.methods.refit`."""
 
     iterations: int = Field(default=12, ge=1, le=1000, description="Of conjugate gradients.")
     damping: float = Field(
@@ -87,7 +87,7 @@ class Refitting(Fields):
 
 
 class Reconstruction(Fields):
-    """Training each pruned layer towards the dense one; see `gblm.calibrate.reconstruct`."""
+    """Each pruned layer is trained towards the dense one; see `gblm.calibrate.reconstruct`."""
 
     epochs: int = Field(default=2, ge=1, description="Passes over the calibration samples.")
     learning_rate: float = Field(
@@ -101,17 +101,11 @@ class Reconstruction(Fields):
 
 
 class Recovering(Fields):
-    """Training the whole pruned model towards the dense one; see `gblm.recover`."""
+    """The whole pruned model is trained towards the dense one; see `gblm.recover`."""
 
-    gone: ClassVar[dict[str, Any]] = {"dtype": "auto"}
+    gone: ClassVar[dict[str, Any]] = {"dtype": "auto", "minutes": None, "train": "weights"}
 
     tokens: int = Field(default=65536, ge=1, description="Tokens to train on, each once.")
-    minutes: float | None = Field(
-        default=None,
-        gt=0,
-        description="Take as many of the tokens as the machine trains on in this time, by an "
-        "estimate.",
-    )
     text: str = Field(
         default=MIX,
         description="Sources and their shares: files, pydoc, wikitext2, c4, and self, what the "
@@ -121,11 +115,6 @@ class Recovering(Fields):
         default=("pydoc", "self"),
         min_length=1,
         description="Text to measure KL on, before and after; again for each domain.",
-    )
-    train: Literal["auto", "weights", "scales"] = Field(
-        default="auto",
-        description="All kept values; or norms and factors of rows, columns and groups of codes "
-        "only, at almost no memory; auto takes weights where the machine can hold them.",
     )
     learning_rate: float = Field(
         default=1.5e-3,
@@ -170,10 +159,10 @@ class Recipe(Fields):
         description="How the output head is stored: as it is, or rounded to codes. A head that is "
         "tied to the embeddings becomes a rounded copy, and the embeddings stay.",
     )
-    rounding: Literal["nearest", "mse", "obs"] = Field(
+    rounding: Literal["nearest", "obs"] = Field(
         default="nearest",
-        description="How integer codes are found: to the nearest; with scales of least error; or "
-        "so that the weights not yet rounded make up for it (GPTQ; joint with sparsegpt's mask).",
+        description="How integer codes are found: to the nearest, or so that the weights not yet "
+        "rounded make up for it (GPTQ; joint with sparsegpt's mask).",
     )
     refit: Refitting | None = None
     reconstruct: Reconstruction | None = None

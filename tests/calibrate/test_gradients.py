@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from resident import Resident
 
-from gblm.calibrate import activations, gradients
+from gblm.calibrate import activations
 from gblm.calibrate.gradients import Gradients
 from gblm.calibrate.gradients import gradient_norms as norms_by_layer
 from gblm.errors import InputError, UsageError
-from gblm.model.layers import Layers
 from gblm.model.linears import prunable
 from gblm.model.loading import load
 
@@ -23,7 +23,7 @@ def gradient_norms(
 ) -> dict[str, torch.Tensor]:
     how = Gradients(norm, frozenset(linears), scratch)
     found: dict[str, torch.Tensor] = {}
-    for _, norms in norms_by_layer(Layers(model), samples, how):
+    for _, norms in norms_by_layer(Resident(model), samples, how):
         found |= norms
     return found
 
@@ -33,17 +33,11 @@ def model(tiny: Path) -> torch.nn.Module:
     return load(tiny, torch.float32)
 
 
-def at_once(monkeypatch: pytest.MonkeyPatch, wanted: bool) -> None:
-    """Take gradients with all layers in memory, or one layer at a time."""
-    monkeypatch.setattr(gradients, "all_fit", lambda *asked: wanted)
-
-
 @pytest.fixture
 def samples() -> list[torch.Tensor]:
     return list(torch.randint(256, (3, 16), generator=torch.Generator().manual_seed(0)))
 
 
-@pytest.mark.parametrize("resident", [False, True])
 @pytest.mark.parametrize("norm", ["l1", "l2", "output"])
 @pytest.mark.parametrize(
     "name", ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.gate_proj"]
@@ -53,10 +47,7 @@ def test_gradient_norms_equal_autograd(
     samples: list[torch.Tensor],
     norm: str,
     name: str,
-    resident: bool,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    at_once(monkeypatch, resident)
     linears = prunable(model)
     before = {name: linear.weight.clone() for name, linear in linears.items()}
     got = gradient_norms(model, samples, linears, norm)
@@ -89,19 +80,6 @@ def test_inputs_on_disk_give_the_same(
     monkeypatch.setattr(activations, "MEMORY_SHARE", 0)
     disk = gradient_norms(model, samples, prunable(model), "l2", tmp_path)
     assert all(torch.equal(memory[name], disk[name]) for name in memory)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layer_by_layer_equals_all_at_once_to_the_bit(
-    tiny: Path, samples: list[torch.Tensor], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = load(tiny, dtype)
-    at_once(monkeypatch, False)
-    streamed = gradient_norms(model, samples, prunable(model), "l2")
-    at_once(monkeypatch, True)
-    resident = gradient_norms(model, samples, prunable(model), "l2")
-    assert list(streamed) == list(resident)
-    assert all(torch.equal(streamed[name], resident[name]) for name in streamed)
 
 
 def test_half_precision_keeps_small_gradients(tiny: Path, samples: list[torch.Tensor]) -> None:

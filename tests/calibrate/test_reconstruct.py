@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from resident import Resident
 
 from gblm.calibrate import activations
 from gblm.calibrate.activations import Activations
@@ -13,7 +14,6 @@ from gblm.calibrate.ranks import ALONE, Ranks
 from gblm.calibrate.reconstruct import reconstruct
 from gblm.calibrate.walk import DecoderLayer, Walk, walk
 from gblm.errors import InputError
-from gblm.model.layers import Layers
 from gblm.model.loading import load
 from gblm.recipe import Reconstruction
 from gblm.sparse.patterns import NM
@@ -41,7 +41,7 @@ def pruned_layer(
 ) -> tuple[DecoderLayer, dict[str, SparseWeight]]:  # fmt: skip
     """The first decoder layer, its linears pruned in place, with its streams."""
     how = Walk(frozenset(), keep_dense=True, scratch=scratch)
-    layer = next(walk(Layers(load(tiny, dtype)), batches, how))
+    layer = next(walk(Resident(load(tiny, dtype)), batches, how))
     weights = {name: make(linear.weight) for name, linear in layer.linears.items()}
     with torch.no_grad():
         for name, weight in weights.items():
@@ -102,7 +102,7 @@ def test_the_dense_stream_does_not_see_changes(tiny: Path) -> None:
     with torch.no_grad():
         states = [model(input_ids=b, output_hidden_states=True).hidden_states for b in BATCHES]
     first, second = (torch.cat([states[0][i][:1], states[1][i][1:]]) for i in (0, 1))
-    steps = walk(Layers(model), BATCHES, Walk(frozenset(), keep_dense=True))
+    steps = walk(Resident(model), BATCHES, Walk(frozenset(), keep_dense=True))
     layer = next(steps)
     inputs, targets = layer.streams.batch([0, 3])
     assert torch.allclose(inputs, first, atol=1e-5)

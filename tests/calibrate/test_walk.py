@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from resident import Resident
 
 from gblm.calibrate import activations
 from gblm.calibrate.stats import STATS
 from gblm.calibrate.walk import DecoderLayer, Walk
 from gblm.calibrate.walk import walk as walk_layers
 from gblm.errors import InputError
-from gblm.model.layers import Layers
 from gblm.model.loading import load
 
 NEEDS = frozenset({"act_norm"})
@@ -21,7 +21,7 @@ NEEDS = frozenset({"act_norm"})
 def walk(
     model: torch.nn.Module, batches: list[torch.Tensor], needs: frozenset[str], **how: object
 ) -> Iterator[DecoderLayer]:
-    return walk_layers(Layers(model), batches, Walk(needs, **how))
+    return walk_layers(Resident(model), batches, Walk(needs, **how))
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_ranks_join_statistics_in_one_order(model: torch.nn.Module, order: str) 
     """A set of names has another order in every process, in which ranks would wait for another."""
     needs, seen = frozenset(STATS), []
     how = Walk(needs, order=order)
-    for layer in walk_layers(Layers(model), [torch.cat(BATCHES)], how):
+    for layer in walk_layers(Resident(model), [torch.cat(BATCHES)], how):
         layer.visit(lambda local, own: seen.append(list(own)))
     assert seen == [sorted(needs)] * 14
 

@@ -45,7 +45,7 @@ class Activations:
             write_scratch(self._file(index), {"x": tensor.detach().cpu().contiguous()})
 
     def get(self, index: int, device: torch.device) -> Tensor:
-        """The tensor on a device; in-place changes to it are not kept."""
+        """Give the tensor on a device; in-place changes to it are not kept."""
         if self._folder is None:
             return self._tensors[index].to(device)
         with safe_open(self._file(index), framework="pt") as file:
@@ -53,7 +53,7 @@ class Activations:
             return tensor.to(device) if device.type != "cpu" else tensor.clone()
 
     def sample(self, index: int, row: int, device: torch.device) -> Tensor:
-        """One row of a tensor on a device, [1, ...]; the others are not read or moved."""
+        """Give one row of a tensor on a device, [1, ...]; the others are not read or moved."""
         if self._folder is None:
             return self._tensors[index][row : row + 1].to(device)
         with safe_open(self._file(index), framework="pt") as file:
@@ -74,7 +74,7 @@ class Activations:
 
 
 def fits(num_bytes: int, device: torch.device) -> bool:
-    """Whether this much may be held in a device's memory for the length of a run."""
+    """Tell whether a device's memory may hold so many bytes for the length of a run."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:

@@ -35,7 +35,7 @@ class Call:
 
 @torch.no_grad()
 def capture(layers: Layers, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Call]]:
-    """What reaches the first decoder layer, and what every layer is called with.
+    """Give what reaches the first decoder layer, and what every layer is called with.
 
     Args:
         layers: with its frame loaded.
@@ -69,7 +69,7 @@ def capture(layers: Layers, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor,
 
 
 def loss(layers: Layers, sample: Tensor, hidden: Tensor) -> Tensor:
-    """The model's own mean next-token cross-entropy, from the last decoder layer's output.
+    """Take the model's own mean next-token cross-entropy, from the last decoder layer's output.
 
     Args:
         layers: with its frame and head loaded.

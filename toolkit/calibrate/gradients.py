@@ -2,14 +2,13 @@
 
 G_s is the gradient of the mean next-token cross-entropy of sample s. The backward pass runs one
 decoder layer at a time: inputs of all layers are stored on the way up; on the way down each layer
-is run again from its inputs and differentiated. Only one layer is ever in memory. Where memory
-has room for all layers, that second run is saved: each sample goes up and down at once.
+is run again from its inputs and differentiated. Only one layer is ever in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gblm.calibrate.activations import Activations, fits, place, stream_bytes
+from gblm.calibrate.activations import Activations, place, stream_bytes
 from gblm.calibrate.frame import Call, capture, loss
 from gblm.calibrate.ranks import ALONE, Ranks
 from gblm.errors import InputError, UsageError
@@ -31,7 +30,7 @@ L1, L2, OUTPUT = "l1", "l2", "output"
 
 @dataclass(frozen=True)
 class Gradients:
-    """How to take gradient norms.
+    """The fields say how gradient norms are taken.
 
     Attributes:
         norm: over samples, of a weight's gradients: "l1": Σ|g|, "l2": √Σ g². With "output" it is
@@ -55,7 +54,7 @@ class Gradients:
 def gradient_norms(
     layers: Layers, samples: Sequence[Tensor], how: Gradients, ranks: Ranks = ALONE
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Norms over the samples, decoder layer by decoder layer, the last layer first.
+    """Take norms over the samples, decoder layer by decoder layer, the last layer first.
 
     A float16 model computes in float32: most of its gradients would round to zero.
 
@@ -73,70 +72,37 @@ def gradient_norms(
         InputError: a loss or gradient is not finite.
     """
     layers = layers.in_float32() if layers.dtype == torch.float16 else layers
-    at_once = ranks.agree(int(all_fit(layers, how.names, how.norm))) == 1
     layers.load_frame(head=True)
     rows = [sample.reshape(1, -1) for sample in samples]
-    by_layer = _resident(layers, rows, how) if at_once else _streamed(layers, rows, how)
-    for index, sums in by_layer:
-        for total in sums.values():
-            ranks.sum_(total)
-        yield index, {name: _finish(name, total, how) for name, total in sums.items()}
-
-
-def all_fit(layers: Layers, names: Iterable[str], norm: str) -> bool:
-    """Tell whether memory has room for all decoder layers and the sums of gradients at once."""
-    parameters = sum(parameter.numel() for parameter in layers.modules.parameters())
-    chosen = [layers.model.get_submodule(name) for name in names]
-    sums = sum(m.out_features if norm == OUTPUT else m.weight.numel() for m in chosen)
-    return fits(parameters * itemsize(layers) + 4 * sums, layers.device)
-
-
-def itemsize(layers: Layers) -> int:
-    """Return the bytes of a value while gradients are taken; float16 becomes float32."""
-    return 4 if layers.dtype == torch.float16 else layers.dtype.itemsize
-
-
-def _resident(
-    layers: Layers, rows: Sequence[Tensor], how: Gradients
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Every sample up and down through all layers at once."""
-    with ExitStack() as stack:
-        modules = [stack.enter_context(layers.open(index)) for index in range(len(layers))]
-        wanted = [_wanted(layers, index, module, how) for index, module in enumerate(modules)]
-        every = {name: linear for own in wanted for name, linear in own.items()}
-        sums = stack.enter_context(folding(every, how.norm))
-        step = how.progress("gradients", len(rows))
-        for sample, (hidden, call) in enumerate(capture(layers, rows)):
-            with torch.enable_grad():
-                hidden.requires_grad_(how.norm == OUTPUT)
-                for index, module in enumerate(modules):
-                    hidden = _finite(layers, index, call.run(module, index, hidden), sample)
-                _finite_loss(layers, rows[sample], hidden, sample).backward()
-            step()
-    for index in reversed(range(len(layers))):
-        yield index, {name: sums.pop(name) for name in wanted[index]}
-
-
-def _streamed(
-    layers: Layers, rows: Sequence[Tensor], how: Gradients
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """All samples up, then all samples down, layer by layer."""
     scratch = place(how.scratch, (len(layers) + 2) * stream_bytes(layers, rows))
     step = how.progress("gradients", 2 * len(layers))
     inputs, calls = _forward(layers, rows, scratch, step)
     # The loss's gradient at the current layer's output, per sample.
-    errors = Activations(scratch / "errors" if scratch else None)
-    for index, row in enumerate(rows):
-        hidden = inputs[-1].get(index, layers.device).requires_grad_(True)
-        with torch.enable_grad():
-            (error,) = torch.autograd.grad(_finite_loss(layers, row, hidden, index), hidden)
-        errors.append(error)
-    inputs.pop().clear()
+    errors = _errors_behind(layers, rows, inputs.pop(), scratch)
     for index in reversed(range(len(layers))):
         sums = _backward(layers, index, inputs[index], calls, errors, how)
         inputs.pop().clear()
-        yield index, sums
+        for total in sums.values():
+            ranks.sum_(total)
+        yield index, {name: _finish(name, total, how) for name, total in sums.items()}
         step()
+
+
+def _errors_behind(
+    layers: Layers, rows: Sequence[Tensor], outputs: Activations, scratch: Path | None
+) -> Activations:
+    """Differentiate the loss of each sample by the last decoder layer's output, and forget that."""
+    errors = Activations(scratch / "errors" if scratch else None)
+    for sample, row in enumerate(rows):
+        hidden = outputs.get(sample, layers.device).requires_grad_(True)
+        with torch.enable_grad():
+            value = loss(layers, row, hidden)
+            if not bool(value.isfinite()):
+                raise InputError(f"calibration sample {sample}: the loss is {value.item()}.")
+            (error,) = torch.autograd.grad(value, hidden)
+        errors.append(error)
+    outputs.clear()
+    return errors
 
 
 def _finite(layers: Layers, index: int, hidden: Tensor, sample: int) -> Tensor:
@@ -148,15 +114,8 @@ def _finite(layers: Layers, index: int, hidden: Tensor, sample: int) -> Tensor:
     return hidden
 
 
-def _finite_loss(layers: Layers, row: Tensor, hidden: Tensor, sample: int) -> Tensor:
-    value = loss(layers, row, hidden)
-    if not bool(value.isfinite()):
-        raise InputError(f"calibration sample {sample}: the loss is {value.item()}.")
-    return value
-
-
 def _wanted(layers: Layers, index: int, module: nn.Module, how: Gradients) -> dict[str, nn.Linear]:
-    """The linears to differentiate, by full name."""
+    """Give the linears to differentiate, by full name."""
     named = {f"{layers.name(index)}.{local}": m for local, m in linears(module).items()}
     return {name: linear for name, linear in named.items() if name in how.names}
 

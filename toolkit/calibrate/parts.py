@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from gblm.sparse.weights import SparseWeight
 
-Train = Literal["scales", "weights"]
 Kind = Literal["value", "norm", "factor"]
 # What a norm or a value of zeros alone is taken to be large.
 SMALL = 1e-3
@@ -33,7 +32,7 @@ class Trained(NamedTuple):
 
 
 class Part(ABC):
-    """The trained parameters of one tensor."""
+    """A Part holds the trained parameters of one tensor."""
 
     parameters: list[Trained]
 
@@ -94,21 +93,22 @@ class Places:
 
 
 class Floats(SparsePart):
-    """Floating values V at their places, and a factor for each row and column: (1 + r) V (1 + c).
+    """The weight is (1 + r) V (1 + c): values V, and a factor for each row and column.
 
     Pruned places have no parameter and no state.
     """
 
-    def __init__(self, start: SparseWeight, train: Train) -> None:
+    def __init__(self, start: SparseWeight) -> None:
         self.places = Places(start.mask)
         (rows, columns), device = start.mask.shape, start.mask.device
-        self.values = self.places.gather(start.weight).float()
         self.rows = nn.Parameter(torch.zeros(rows, 1, device=device))
         self.columns = nn.Parameter(torch.zeros(1, columns, device=device))
-        self.parameters = [Trained(self.rows, "factor"), Trained(self.columns, "factor")]
-        if train == "weights":
-            self.values = nn.Parameter(self.values)
-            self.parameters.append(Trained(self.values, "value", _size(self.values)))
+        self.values = nn.Parameter(self.places.gather(start.weight).float())
+        self.parameters = [
+            Trained(self.rows, "factor"),
+            Trained(self.columns, "factor"),
+            Trained(self.values, "value", _size(self.values)),
+        ]
 
     def take(self, grad: Tensor) -> None:
         """See Part: Σⱼ Gᵢⱼ Vᵢⱼ (1 + cⱼ) for a row, Σᵢ Gᵢⱼ Vᵢⱼ (1 + rᵢ) for a column."""
@@ -117,8 +117,7 @@ class Floats(SparsePart):
         product = grad * self.places.scatter(self.values.detach())
         self.rows.grad = (product * columns).sum(1, keepdim=True)
         self.columns.grad = (product * rows).sum(0, keepdim=True)
-        if isinstance(self.values, nn.Parameter):
-            self.values.grad = self.places.gather(grad * rows * columns)
+        self.values.grad = self.places.gather(grad * rows * columns)
 
     def give(self) -> Tensor:
         """See Part."""
@@ -131,37 +130,35 @@ class Floats(SparsePart):
 
 
 class Codes(SparsePart):
-    """Integer codes: their scales, and in front of their rounding the kept values.
+    """What is trained are the scales of codes and, in front of their rounding, the kept values.
 
     A value's gradient passes the rounding as if it were the identity inside the range of the codes
     (Bengio et al. 2013, arXiv 1308.3432); that of a scale follows as in LSQ (Esser et al. 2020,
     arXiv 1902.08153).
     """
 
-    def __init__(self, start: SparseWeight, train: Train) -> None:
+    def __init__(self, start: SparseWeight) -> None:
         if start.codes is None or start.scales is None:
             raise ValueError("this weight has no codes.")
-        self.places, self.scales, self.codes = Places(start.mask), start.scales, start.codes
+        self.places, self.scales = Places(start.mask), start.scales
         # A range of codes that is narrower than their type's stays as narrow as it is.
         self.low, self.high = float(start.codes.min()), float(start.codes.max())
         self.factor = nn.Parameter(torch.zeros_like(start.scales, dtype=torch.float32))
-        self.parameters = [Trained(self.factor, "factor")]
-        self.values: nn.Parameter | None = None
-        if train == "weights":
-            exact = self._grouped(start.codes.float()) * self._scales()
-            self.values = nn.Parameter(self.places.gather(exact.flatten(1)))
-            self.parameters.append(Trained(self.values, "value", _size(self.values)))
+        exact = self._grouped(start.codes.float()) * self._scales()
+        self.values = nn.Parameter(self.places.gather(exact.flatten(1)))
+        self.parameters = [
+            Trained(self.factor, "factor"),
+            Trained(self.values, "value", _size(self.values)),
+        ]
 
     def take(self, grad: Tensor) -> None:
         """See Part."""
         grouped = self._grouped(grad.float())
         exact, codes = self._codes()
         # d(code · scale)/d scale is the code; in front of a rounding, what the rounding adds.
-        slope = codes
-        if self.values is not None:
-            inside = (exact > self.low) & (exact < self.high)
-            slope = torch.where(inside, codes - exact, codes)
-            self.values.grad = self.places.gather((grouped * inside).flatten(1))
+        inside = (exact > self.low) & (exact < self.high)
+        slope = torch.where(inside, codes - exact, codes)
+        self.values.grad = self.places.gather((grouped * inside).flatten(1))
         self.factor.grad = ((grouped * slope).sum(-1, keepdim=True) * self._scales()).squeeze(-1)
 
     def give(self) -> Tensor:
@@ -176,10 +173,7 @@ class Codes(SparsePart):
         return SparseWeight.from_codes(codes, scales, self.places.mask(), dtype)
 
     def _codes(self) -> tuple[Tensor, Tensor]:
-        """The weight in units of its scales, clamped, before and after rounding, by group."""
-        if self.values is None:
-            codes = self._grouped(self.codes.float())
-            return codes, codes
+        """Give the weight in units of its scales, clamped, before and after rounding, by group."""
         exact = self._grouped(self.places.scatter(self.values.detach())) / self._scales()
         exact = exact.clamp_(self.low, self.high)
         return exact, exact.round()
@@ -194,15 +188,9 @@ class Codes(SparsePart):
         return dense.reshape(*self.factor.shape, -1)
 
 
-def sparse_part(weight: SparseWeight, train: Train) -> SparsePart:
-    """Return the part that trains a pruned weight.
-
-    Args:
-        weight: as the format unpacks it.
-        train: "weights", all kept values and factors; "scales", only a factor for each row and
-            column, or for each group of codes.
-    """
-    return Floats(weight, train) if weight.codes is None else Codes(weight, train)
+def sparse_part(weight: SparseWeight) -> SparsePart:
+    """Return the part that trains a pruned weight, given as the format unpacks it."""
+    return Floats(weight) if weight.codes is None else Codes(weight)
 
 
 def _size(tensor: Tensor) -> float:

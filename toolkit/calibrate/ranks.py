@@ -35,15 +35,15 @@ class Ranks:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that prunes and writes."""
+        """Tell whether this is the process that prunes and writes."""
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """This rank's part: every `size`-th item."""
+        """Give this rank its part: every `size`-th item."""
         return list(items[self.rank :: self.size])
 
     def mean(self, mean: Tensor, count: int) -> tuple[Tensor, int]:
-        """The mean over all ranks' samples, from each rank's mean and number of samples.
+        """Take the mean over all ranks' samples, from each rank's mean and number of samples.
 
         Each rank adds in its own order, so the sum differs from a single process's in rounding.
         """
@@ -56,7 +56,7 @@ class Ranks:
         return weighted / int(total), int(total)
 
     def agree(self, value: int) -> int:
-        """Rank 0's value on every rank."""
+        """Give rank 0's value on every rank."""
         if self.size == 1:
             return value
         told = torch.tensor(value, device=self.device)
@@ -119,7 +119,7 @@ def ranks_from_environment(device: str) -> Iterator[Ranks]:
 
 
 def rank_device(device: str) -> str:
-    """Under torchrun a plain `cuda` becomes this rank's own GPU.
+    """Give each rank its own GPU, where under torchrun a plain `cuda` is asked for.
 
     Raises:
         UsageError: one GPU is named for all ranks.

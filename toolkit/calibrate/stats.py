@@ -30,11 +30,11 @@ class Stat(Protocol):
         """Add a batch of inputs [samples, tokens, in], or one sample [tokens, in]."""
 
     def value(self) -> Tensor:
-        """The statistic so far, float32; may be `mean` itself, so read it before the next batch."""
+        """Give it so far, float32; this may be `mean` itself, so read it before the next batch."""
 
 
 class ActNorm:
-    """‖X_j‖₂ per input feature: the root of the mean over samples of Σ over tokens x².
+    """The norm ‖X_j‖₂ of an input is the root of the mean over samples of Σ over tokens x².
 
     It grows with √tokens, as in Wanda's code; only the order within a row matters there.
     """
@@ -59,7 +59,7 @@ class ActNorm:
 
 
 class Hessian:
-    """H = 2 · the mean over samples of Σ over tokens x xᵀ: second derivatives of the output error.
+    """H is twice the mean over samples of Σ over tokens x xᵀ: second derivatives of the error.
 
     Frantar and Alistarh 2023, https://arxiv.org/abs/2301.00774, eq. 2. `mean` is H itself; what
     lies below its diagonal is filled in by `value`.

@@ -48,7 +48,7 @@ class Streams:
 
     @property
     def num_samples(self) -> int:
-        """The number of samples of this rank."""
+        """Count the samples of this rank."""
         return sum(map(len, self._batches))
 
     def advance(self, module: nn.Module, index: int, calls: Sequence[Call]) -> None:

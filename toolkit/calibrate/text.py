@@ -6,6 +6,7 @@ writes itself, see `gblm.calibrate.own_text`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,17 @@ def parse_mix(text: str) -> dict[str, float]:
         shares[source] = number
     total = sum(shares.values())
     return {source: number / total for source, number in shares.items()}
+
+
+def check_sources(sources: Iterable[str]) -> None:
+    """Refuse sources that cannot be read, before anything is computed.
+
+    Raises:
+        GblmError: a source is unknown, missing or empty.
+    """
+    for source in sources:
+        if source != SELF:
+            data.read_documents(source, "held-out")
 
 
 def draw(

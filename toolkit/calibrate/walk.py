@@ -7,7 +7,7 @@ one sees the activations of the pruned prefix (Wanda, SparseGPT and GBLM all cal
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ See = Callable[[str, dict[str, Tensor] | None], None]
 
 @dataclass(frozen=True)
 class Walk:
-    """How to walk.
+    """The fields say how to walk.
 
     Attributes:
         needs: names in STATS; with none, no forward pass is run at all.
@@ -152,13 +152,26 @@ class DecoderLayer:
         """
         if not self._how.needs:
             return {}
-        observer = Observer(set(self.linears), self._how.needs)
-        with before_each_linear(self.module, observer.see):
+        stats: dict[str, dict[str, Stat]] = {}
+        leader_of: dict[str, str] = {}
+        # What each leader was handed in this batch.
+        handed: dict[str, Tensor] = {}
+
+        def see(local: str, inputs: Tensor) -> None:
+            if local not in leader_of:
+                same = (other for other, tensor in handed.items() if tensor is inputs)
+                leader_of[local] = leader = next(same, local)
+                stats[local] = stats.get(leader) or accumulators(self._how.needs)
+            if leader_of[local] == local:
+                handed[local] = inputs
+                for stat in stats[local].values():
+                    stat.update(inputs)
+
+        with before_each_linear(self.module, see):
             for batch, call in enumerate(self._samples.calls):
-                observer.begin()
-                with suppress(Enough):
-                    call.run(self.module, self.index, self._states(batch))
-        return join_values(self.name, observer.stats, self._ranks)
+                handed.clear()
+                call.run(self.module, self.index, self._states(batch))
+        return join_values(self.name, stats, self._ranks)
 
     @torch.no_grad()
     def run(self, keep: bool = True) -> None:
@@ -194,48 +207,8 @@ class DecoderLayer:
         return shown
 
     def _states(self, batch: int) -> Tensor:
-        """Hidden states [samples, tokens, hidden] that enter the layer."""
+        """Give the hidden states [samples, tokens, hidden] that enter the layer."""
         return self._samples.hidden.get(batch, self._device)
-
-
-class Enough(Exception):
-    """Stops a forward pass once every linear has shown its input."""
-
-
-class Observer:
-    """Feeds the inputs of linears to statistics.
-
-    Linears that are handed the very same tensor (q, k, v; gate, up) share one accumulator.
-    """
-
-    def __init__(self, names: set[str], needs: frozenset[str]) -> None:
-        self.stats: dict[str, dict[str, Stat]] = {}
-        self._names, self._needs = names, needs
-        self._leader_of: dict[str, str] = {}
-        self._seen: dict[str, Tensor] = {}
-        self._order: list[str] = []
-        self._last: str | None = None
-
-    def begin(self) -> None:
-        """Start a batch; from the second one on the last linear need not be computed."""
-        # Only when each linear ran exactly once: conditional layers may differ between batches.
-        once = len(self._order) == len(self._names) and set(self._order) == self._names
-        self._last = self._order[-1] if once else None
-        self._order, self._seen = [], {}
-
-    def see(self, name: str, inputs: Tensor) -> None:
-        """Take the input of a linear."""
-        self._order.append(name)
-        if name not in self._leader_of:
-            same = (other for other, tensor in self._seen.items() if tensor is inputs)
-            self._leader_of[name] = leader = next(same, name)
-            self.stats[name] = self.stats.get(leader) or accumulators(self._needs)
-        if self._leader_of[name] == name:
-            self._seen[name] = inputs
-            for stat in self.stats[name].values():
-                stat.update(inputs)
-        if name == self._last:
-            raise Enough
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gblm.checkpoint.report import weight_row
 from gblm.errors import CheckpointError, InputError, PatternError
-from gblm.model.layers import StreamedLayers
+from gblm.model.layers import Layers
 from gblm.model.reader import Reader
 from gblm.sparse.formats import Format, Shape, TensorSpec, format_for
 from gblm.sparse.formats.manifest import Group
@@ -47,22 +47,22 @@ class Head:
 
     @property
     def tied(self) -> bool:
-        """Tells whether it is a copy of the embeddings, which stay."""
+        """Tell whether it is a copy of the embeddings, which stay."""
         return self.source != f"{self.name}.weight"
 
     @property
     def weights(self) -> int:
-        """How many weights it has."""
+        """Count its weights."""
         return self.shape[0] * self.shape[1]
 
     @property
     def num_bytes(self) -> int:
-        """Its size when it is packed."""
+        """Count its bytes when it is packed."""
         return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in self._layout().values())
 
     @property
     def added_bytes(self) -> int:
-        """What the model grows by; negative when the head replaces a weight of its own."""
+        """Tell by how many bytes the model grows; they are negative where the head has a weight."""
         return self.num_bytes - (0 if self.tied else self.weights * self.dtype.itemsize)
 
     @property
@@ -109,7 +109,7 @@ class Head:
             yield start, weight[start : start + step]
 
 
-def output_head(layers: StreamedLayers, values: str) -> Head | None:
+def output_head(layers: Layers, values: str) -> Head | None:
     """Find the output head that is to be packed; None if it stays floating.
 
     Args:

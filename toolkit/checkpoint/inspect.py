@@ -1,7 +1,6 @@
-"""What a model folder holds, how two of them differ, and whether a packed one is intact.
+"""What a model folder holds, and whether a packed one is intact.
 
-To describe a folder its headers are read, the zeros of a dense one and the masks of patterns with a
-rule of their own; to verify it, everything is.
+To describe a folder its headers are read, and a dense one's zeros; to verify it, everything is.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ def inspect(folder: ModelFolder) -> dict[str, Any]:
     the share of zeros in the matrices of numbered layers.
 
     Raises:
-        CheckpointError: the folder is not readable, or a mask of 8:16 breaks its rule.
+        CheckpointError: the folder is not readable.
     """
     folder.check_current()
     if folder.kind == "packed":
@@ -70,23 +69,6 @@ def sizes(folder: ModelFolder) -> dict[str, Any]:
         "values": ", ".join(f"{group['pattern']} {group['dtype']}" for group in groups),
         "bits_per_weight": round(8 * sum(group["bytes"] for group in groups) / weights, 4),
     }
-
-
-def side_by_side(a: ModelFolder, b: ModelFolder) -> dict[str, Any]:
-    """Compare two model folders by their sizes.
-
-    Returns:
-        "a" and "b", and "rows": each with "what", "a", "b" and, for numbers, "ratio" b/a.
-    """
-    first, second = sizes(a), sizes(b)
-    rows: list[dict[str, Any]] = []
-    for what in dict.fromkeys([*first, *second]):
-        values = first.get(what), second.get(what)
-        row = {"what": what, "a": values[0], "b": values[1]}
-        if all(isinstance(value, int | float) for value in values) and values[0]:
-            row["ratio"] = values[1] / values[0]
-        rows.append(row)
-    return {"a": str(a), "b": str(b), "rows": rows}
 
 
 def verify(
@@ -133,7 +115,6 @@ def _packed(packed: PackedReader) -> dict[str, Any]:
     groups: dict[str, dict[str, Any]] = {}
     head: dict[str, Any] | None = None
     for linear in packed.linears.values():
-        _check_rule(packed, linear)
         facts = _linear(packed, linear)
         if head is None and not _in_a_layer(linear.name):
             head = _with_shares({"name": linear.name, **facts})
@@ -157,14 +138,6 @@ def _packed(packed: PackedReader) -> dict[str, Any]:
         "bytes_if_dense": dense,
         "size_ratio": round(total / dense, 4),
     }
-
-
-def _check_rule(packed: PackedReader, linear: PackedLinear) -> None:
-    """Check that what is called 8:16 can be served as 8:16."""
-    if linear.fmt.has_rule:
-        bitmask = packed.tensor(f"{linear.name}.bitmask")
-        linear.fmt.check_rule(linear.name, {"bitmask": bitmask})
-        packed.release()
 
 
 def _linear(packed: PackedReader, linear: PackedLinear) -> dict[str, Any]:

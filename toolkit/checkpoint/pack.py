@@ -23,7 +23,7 @@ from gblm.checkpoint.write import (
 from gblm.errors import CheckpointError, InputError
 from gblm.files import write_json
 from gblm.model.folder import ModelFolder
-from gblm.model.layers import StreamedLayers
+from gblm.model.layers import Layers
 from gblm.model.linears import prunable
 from gblm.model.packed_reader import MANIFEST_FILE, RECIPE_FILE, REPORT_FILE
 from gblm.model.reader import Reader
@@ -51,7 +51,7 @@ class Packing:
         head: the output head, when it is stored as codes.
     """
 
-    source: StreamedLayers
+    source: Layers
     recipe: dict[str, Any]
     notes: dict[str, Any] = field(default_factory=dict)
     keeps_values: bool = True

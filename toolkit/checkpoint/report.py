@@ -5,8 +5,8 @@ The output head stands beside the pruned weights: sparsity and bits per weight a
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -105,21 +105,12 @@ CARD = """\
 ---
 {facts}
 ---
-# {base}, {title}
+# {base}: {ways}
 
 {linears} linears, {sparsity:.1%} of their weights zero, stored packed with
-{bits:.2f} bits per weight including the {included}.
-Tensors: {packed:.1f} MB packed, {dense:.1f} MB dense.
+{bits:.2f} bits per weight including masks, codes and scales.
+Tensors: {packed:.1f} MB packed, {dense:.1f} MB dense. {quality}
 
-| | |
-|---|---|
-| method | {method} {options} |{steps}
-| pattern | {patterns} (N:M = N weights kept of M) |{values}{head}
-| calibration | {calibration} |
-| recipe | `recipe.json` |
-| per tensor | `sparsity_report.json` |
-| integrity | `gblm inspect . --verify` checks `MANIFEST.json` |
-{groups}
 ## Use
 
 ```
@@ -132,7 +123,14 @@ import gblm.packed
 model = gblm.packed.load(".")
 ```
 
-{quality}
+## How it was made
+
+N:M = N weights kept of M. Every weight stands in `sparsity_report.json`; `gblm inspect . --verify`
+checks `MANIFEST.json`. This is `recipe.json`, which `gblm prune --recipe` repeats:
+
+```json
+{recipe}
+```
 """
 
 
@@ -144,40 +142,25 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any], licence: dict[str
         report: see `summary`.
         licence: of the dense model, see `licence_of`.
     """
-    options = _fields(recipe.get("options", {}))
-    groups = report["groups"]
-    patterns = list(dict.fromkeys(group["pattern"] for group in groups))
-    values = list(dict.fromkeys(group["values"] for group in groups if "values" in group))
-    kinds = dict.fromkeys(spec.partition(":")[0] for spec in values)
     facts = ModelCardData(
         base_model=recipe["model"] if HUB_NAME.fullmatch(recipe["model"]) else None,
         base_model_relation="quantized",
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=[*_tags(patterns, list(kinds), recipe["method"]), "gblm", "vllm"],
+        tags=[*_tags(report["groups"], recipe["method"]), "gblm", "vllm"],
         **licence,
     )
     return CARD.format(
         facts=facts.to_yaml(),
-        title=_title(patterns, recipe["method"], values),
-        included=_included(kinds),
-        values=f"\n| values | {', '.join(values)} (codes, columns that share a scale) |"
-        if values
-        else "",
-        groups=_groups(groups) if len(groups) > 1 else "",
-        quality=_quality(report.get("recover")),
-        head=_head(report.get("head")),
         base=recipe["model"],
-        method=recipe["method"],
-        options=f"({options})" if options else "",
-        steps=_steps(recipe),
-        patterns=", ".join(patterns),
-        calibration=_calibration(recipe.get("calibration")),
+        ways=in_words(report),
         linears=report["linears"],
         sparsity=report["sparsity"],
         bits=report["bits_per_weight"],
         packed=report["bytes_packed"] / 1e6,
         dense=report["bytes_dense"] / 1e6,
+        quality=_quality(report.get("recover")),
+        recipe=json.dumps(recipe, indent=2, ensure_ascii=False),
     )
 
 
@@ -198,37 +181,14 @@ def licence_of(folder: Path) -> dict[str, Any]:
     return {"license": "other", "license_link": file} if file else {}
 
 
-def _included(kinds: Iterable[str]) -> str:
-    """Say what the bits per weight count."""
-    return "mask, codes and scales" if set(kinds) else "mask"
-
-
-def _tags(patterns: list[str], kinds: list[str], method: str) -> list[str]:
+def _tags(groups: list[dict[str, Any]], method: str) -> list[str]:
+    patterns = list(dict.fromkeys(group["pattern"] for group in groups))
+    specs = (group["values"] for group in groups if "values" in group)
+    kinds = list(dict.fromkeys(spec.partition(":")[0] for spec in specs))
     bits = [f"{kind.removeprefix('int')}-bit" for kind in kinds]
     if patterns == [DENSE]:
         return [*kinds, *bits]
     return ["sparse", "pruned", *patterns[:MAX_NAMED], *kinds, *bits, method]
-
-
-def _title(patterns: list[str], method: str, values: list[str]) -> str:
-    if patterns == [DENSE]:
-        return f"rounded to {', '.join(values)}" if values else "packed as it is"
-    return f"pruned with {method} to " + in_words({"groups": [{"pattern": p} for p in patterns]})
-
-
-def _steps(recipe: dict[str, Any]) -> str:
-    """Say what followed the method, in order."""
-    steps = []
-    if refit := recipe.get("refit"):
-        steps.append(f"refit ({_fields(refit)})")
-    if (rounding := recipe.get("rounding", "nearest")) != "nearest":
-        steps.append(f"rounding {rounding}")
-    if reconstruct := recipe.get("reconstruct"):
-        steps.append(f"reconstruct ({_fields(reconstruct)}; norms and biases changed, too)")
-    if recover := recipe.get("recover"):
-        text = ", ".join(recover["text"].split(","))
-        steps.append(f"recover ({recover['tokens']} tokens of {text}; norms and biases, too)")
-    return f"\n| steps | {', '.join(steps)} |" if steps else ""
 
 
 def _quality(recovered: dict[str, Any] | None) -> str:
@@ -245,32 +205,3 @@ def _quality(recovered: dict[str, Any] | None) -> str:
         f"KL to the dense model on held-out text, nats, before and after recovery: "
         f"{', '.join(texts)}. More: `gblm eval . --baseline DENSE`."
     )
-
-
-def _fields(values: dict[str, Any]) -> str:
-    return ", ".join(f"{name} = {value}" for name, value in values.items())
-
-
-def _groups(groups: list[dict[str, Any]]) -> str:
-    lines = [
-        f"| {g['pattern']} | {g.get('values', 'float')} | {g['linears']} | {g['sparsity']:.1%} "
-        f"| {g['bits_per_weight']:.2f} |"
-        for g in groups
-    ]
-    head = ["| pattern | values | linears | zeros | bits per weight |", "|---|---|---|---|---|"]
-    return "\n".join(["", *head, *lines, ""])
-
-
-def _head(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return ""
-    copy = "; a copy of the embeddings, which stay" if row["tied"] else ""
-    return (
-        f"\n| output head | {row['values']}, {row['bits_per_weight']:.2f} bits per weight{copy} |"
-    )
-
-
-def _calibration(fields: dict[str, Any] | None) -> str:
-    if fields is None:
-        return "none"
-    return f"{fields['num_samples']} samples × {fields['seq_len']} tokens of {fields['source']}"

@@ -57,7 +57,7 @@ class FinishedLayer:
 
 
 class WorkFolder:
-    """An unfinished run, locked by this process. Made by `open_work`."""
+    """An unfinished run lies here, locked by this process; `open_work` makes it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -65,17 +65,17 @@ class WorkFolder:
 
     @property
     def has_gradients(self) -> bool:
-        """Whether the gradient norms of all layers are there."""
+        """Tell whether the gradient norms of all layers are there."""
         return (self.path / GRADIENTS / COMPLETE).exists()
 
     @property
     def has_training(self) -> bool:
-        """Whether a recovery left a state, or hidden states of the dense model."""
+        """Tell whether a recovery left a state, or hidden states of the dense model."""
         return (self.path / STATE).exists() or any(self.path.glob(TEACHER))
 
     @property
     def kept(self) -> str:
-        """What a later run goes on from, in words; empty if there is nothing."""
+        """Say in words what a later run goes on from; nothing if there is nothing."""
         if self.has_training:
             return "the state of training is"
         if not self.finished and not self.has_gradients:

@@ -94,7 +94,7 @@ def new_folder(output: Path, overwrite: bool = False, within: Path | None = None
 
 
 class ShardWriter:
-    """Collect tensors and write them as shards of at most `shard_bytes`."""
+    """The writer collects tensors and writes them as shards of at most `shard_bytes`."""
 
     def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
         self.folder = folder

@@ -16,13 +16,13 @@ from gblm.commands.common import Command, emit, megabytes, progress_bars, table
     "--verify",
     is_flag=True,
     help="Check the packed FOLDER: hashes, headers, masks, patterns, exact unpacking, config.json; "
-    "and that the dense OTHER, if given, equals the unpacked weights bit for bit.",
+    "and, if OTHER is given, that this dense folder equals the unpacked weights bit for bit.",
 )
 @click.pass_context
 def command(ctx: click.Context, folder: str, other: str | None, verify: bool) -> None:
     """Show what is in FOLDER: pattern, bits per weight including the mask, size against dense.
 
-    With OTHER the two model folders are shown side by side.
+    OTHER is shown below it.
     """
     with progress_bars(ctx) as progress:
         from gblm.checkpoint import inspect
@@ -31,42 +31,26 @@ def command(ctx: click.Context, folder: str, other: str | None, verify: bool) ->
 
         first = ModelFolder.open(folder)
         second = ModelFolder.open(other) if other else None
-        verified = None
+        found: dict[str, Any] = {}
         if verify:
             check_loadable(first)
-            verified = inspect.verify(first, second, progress)
-        facts = inspect.side_by_side(first, second) if second else inspect.inspect(first)
-    if verified is not None:
-        facts["verified"] = verified
+            found["verified"] = inspect.verify(first, second, progress)
+        if second is not None:
+            found["other"] = inspect.inspect(second)
+        facts = inspect.inspect(first) | found
     emit(ctx, facts, lambda: _show(facts))
 
 
 def _show(facts: dict[str, Any]) -> None:
-    if "rows" in facts:
-        _show_both(facts)
-    else:
-        _show_one(facts)
+    _show_one(facts)
+    if "other" in facts:
+        _show_one(facts["other"])
     if (found := facts.get("verified")) is not None:
         equal = f", equal to {found['compared_with']}" if found["compared_with"] else ""
         click.echo(
             f"verified: {found['files']} files, {found['linears']} packed weights, "
             f"{found['dense_tensors']} other tensors{equal}"
         )
-
-
-def _show_both(facts: dict[str, Any]) -> None:
-    rows = [
-        [row["what"].replace("_", " "), _cell(row["a"]), _cell(row["b"]),
-         f"{row['ratio']:.3f}" if "ratio" in row else ""]
-        for row in facts["rows"]
-    ]  # fmt: skip
-    table(["", facts["a"], facts["b"], "second / first"], rows)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def _show_one(facts: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from gblm.commands.common import (
+    Command,
     emit,
     head_note,
     megabytes,
@@ -15,13 +16,13 @@ from gblm.commands.common import (
     progress_bars,
     table,
 )
-from gblm.commands.recipe_options import RecipeCommand, read_recipe, recipe_options
+from gblm.commands.recipe_options import read_recipe, recipe_options
 from gblm.commands.recover import show_recovery
 
 OWN = frozenset({"output", "overwrite", "resume", "dry_run"})
 
 
-@click.command("prune", cls=RecipeCommand)
+@click.command("prune", cls=Command)
 @click.argument("model", required=False)
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to make.")
 @recipe_options
@@ -35,7 +36,7 @@ OWN = frozenset({"output", "overwrite", "resume", "dry_run"})
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Check everything, try one decoder layer, and tell size, memory and time; write nothing.",
+    help="Check everything and tell what would be written; write nothing.",
 )
 @click.pass_context
 def command(
@@ -55,12 +56,11 @@ def command(
     """
     with progress_bars(ctx) as progress:
         from gblm.checkpoint.report import in_words
-        from gblm.prune import Output, prune
-        from gblm.prune.dry_run import dry_run as foresee
+        from gblm.prune import run
 
         chosen = read_recipe(ctx, recipe, given, OWN)
-        target = Output(output, overwrite, resume)
-        report = (foresee if dry_run else prune)(chosen, target, progress)
+        target = run.Output(output, overwrite, resume)
+        report = run.dry_run(chosen, target) if dry_run else run.prune(chosen, target, progress)
     if dry_run:
         return emit(ctx, report, lambda: _print_dry_run(report))
     if not report:
@@ -103,16 +103,5 @@ def _print_dry_run(facts: dict[str, Any]) -> None:
         f"packed: {size} {megabytes(facts['bytes_packed'])} of {megabytes(facts['bytes_dense'])} "
         f"dense, {facts['bits_per_weight']:.2f} bits per pruned weight; head {facts['head']}"
     )
-    card = f", {megabytes(facts['gpu_bytes'])} on the GPU" if facts["gpu_bytes"] else ""
-    click.echo(
-        f"while it runs, at most: {megabytes(facts['memory_bytes'])} of memory{card}, "
-        f"{megabytes(facts['disk_bytes'])} of disk"
-    )
-    click.echo(f"time: about {facts['seconds']:.0f} s, by one decoder layer on this machine")
-    if facts["recover"]:
-        click.echo(
-            f"then recovery on {facts['recover']['tokens']} tokens, with up to "
-            f"{megabytes(facts['recover']['memory_bytes'])} of memory and "
-            f"{megabytes(facts['recover']['disk_bytes'])} of disk"
-        )
+    click.echo(f"disk while it runs, at most: {megabytes(facts['disk_bytes'])}")
     click.echo("dry run: nothing was written.")

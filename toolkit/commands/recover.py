@@ -19,10 +19,8 @@ from gblm.commands.recipe_options import field_options
 from gblm.recipe import Recovering
 
 HEADER = ("text", "KL, nats", "same top-1", "perplexity", "dense")
-FIELDS = (
-    "tokens", "minutes", "text", "held_out", "train", "learning_rate", "seq_len", "batch_size",
-    "seed",
-)  # fmt: skip
+# What else a recovery may be told stands in the field "recover" of a recipe.
+FIELDS = ("tokens", "text", "held_out", "learning_rate", "seq_len")
 
 
 @click.command("recover", cls=Command)

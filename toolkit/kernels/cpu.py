@@ -15,7 +15,7 @@ from torch import Tensor
 from gblm.kernels import native
 from gblm.kernels.base import Backend
 from gblm.sparse.formats import Format, Parts, Shape
-from gblm.sparse.formats.nibbles import byte_offsets
+from gblm.sparse.formats.bits import byte_offsets
 
 # What the library calls values of so many bits.
 VALUES = {16: "float", 8: "int8", 4: "int4"}

@@ -2,8 +2,7 @@
 
 A method sees one linear at a time and knows nothing of models, files or devices. Its class carries
 every fact of it: what it does, in words, which statistics it reads, and its hyper-parameters, which
-are dataclass fields. Recipe keys follow from the fields, and flags of the command line from those
-whose metadata has an "about" for the help.
+are dataclass fields: a recipe's "options", and --option NAME=VALUE on the command line.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ Stats = Mapping[str, Tensor]
 
 
 class Method(ABC):
-    """A training-free pruning method."""
+    """A method prunes one linear at a time, without training."""
 
     about: ClassVar[str]
     """What it does, in the words of the table in docs/methods.md."""

@@ -26,7 +26,7 @@ DAMPING = 0.01
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What happens to a linear.
+    """A pipeline says what happens to a linear.
 
     Attributes:
         method: chooses the mask; with the pattern "dense" nothing is chosen.
@@ -42,18 +42,18 @@ class Pipeline:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Names of the statistics that the steps read."""
+        """Name the statistics that the steps read."""
         own = {"hessian"} if self.refit is not None or self.rounding == "obs" else set()
         return self.method.needs | own
 
     @property
     def keeps_values(self) -> bool:
-        """Whether kept weights stay bit for bit, until they are rounded to codes."""
+        """Tell whether kept weights stay bit for bit, until they are rounded to codes."""
         return isinstance(self.method, ScoredMethod) and self.refit is None
 
     @property
     def gradient_norm(self) -> str:
-        """Which norm of the gradients the method reads, if it reads any."""
+        """Name the norm of the gradients that the method reads, if it reads any."""
         return getattr(self.method, "gradient_norm", "l2")
 
     def prepare(self, stats: Stats, name: str = "") -> Stats:
@@ -75,7 +75,7 @@ class Pipeline:
     def prune(
         self, weight: Tensor, stats: Stats, pattern: Pattern, values: ValueType, name: str = ""
     ) -> SparseWeight:
-        """All steps of one linear.
+        """Take all steps of one linear.
 
         Args:
             weight: [out, in] floating point.
@@ -108,7 +108,7 @@ class Pipeline:
             # The sweep makes up for what the mask drops, too, unless something else has done so.
             start = weight if self.keeps_values else pruned.weight
             return round_obs(start, pruned.mask, values, stats, name)
-        return quantize(pruned.weight, pruned.mask, values, name, rounding=self.rounding)
+        return quantize(pruned.weight, pruned.mask, values, name)
 
 
 def make_pipeline(

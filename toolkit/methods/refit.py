@@ -71,7 +71,7 @@ class Refit:
 
 
 def damped(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """A copy of H with 1 on the diagonal where it is zero, and then with damping.
+    """Copy H, put 1 on its diagonal where that is zero, and then add the damping.
 
     Args:
         hessian: [in, in] float32.

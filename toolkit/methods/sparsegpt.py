@@ -10,7 +10,7 @@ Here the count over the matrix is exactly floor(sparsity · n).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from math import lcm
 from typing import ClassVar
@@ -45,9 +45,7 @@ class SparseGPT(Method):
     )
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
 
-    damping: float = field(
-        default=0.01, metadata={"about": "share of H's mean diagonal that is added to it"}
-    )
+    damping: float = 0.01
     block_size: int = 128
 
     def __post_init__(self) -> None:

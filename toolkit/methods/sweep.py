@@ -64,13 +64,13 @@ class Grid:
         error.addcmul_(column, self.steps, value=-1)
 
     def scales(self) -> Tensor:
-        """[out, groups] bfloat16, of the groups that were opened."""
+        """Give the scales of the groups that were opened: [out, groups] bfloat16."""
         return torch.stack(self._scales, dim=1)
 
 
 @dataclass(frozen=True)
 class Level:
-    """Ranges of `width` columns, and what happens when a sweep reaches one of them.
+    """A level says what happens when a sweep reaches a range of `width` columns.
 
     Attributes:
         choose: what goes of a range; None = that is known, or left to a finer level. A finer level
@@ -84,7 +84,7 @@ class Level:
 
 
 def nest(widths: set[int], choices: Mapping[int, Choose], group: int) -> list[Level]:
-    """Levels from the widest to the narrowest; the caller sees to it that none cuts another.
+    """Order levels from the widest to the narrowest; the caller sees that none cuts another.
 
     Args:
         widths: of all levels.
@@ -164,7 +164,7 @@ class Sweep:
         return (self.drop == 0).t().contiguous()
 
     def rounded(self, grid: Grid, dtype: torch.dtype, values: ValueType, name: str) -> SparseWeight:
-        """What a finished sweep with this grid has made of the weight.
+        """Give what a finished sweep with this grid has made of the weight.
 
         Raises:
             InputError: a weight is NaN or Inf, or becomes so.

@@ -38,19 +38,18 @@ class ModelFolder:
     config: dict[str, Any]
 
     @classmethod
-    def open(cls, model: str | Path | ModelFolder, revision: str | None = None) -> ModelFolder:
+    def open(cls, model: str | Path | ModelFolder) -> ModelFolder:
         """Find a model and read its config.json.
 
         Args:
             model: a local folder, a hub id that is then downloaded, or what was opened before.
-            revision: branch, tag or commit of the hub id.
 
         Raises:
             InputError: there is no such model, or its config.json is unreadable or would run code.
         """
         if isinstance(model, ModelFolder):
             return model
-        path = resolve(model, revision)
+        path = resolve(model)
         return cls(path, _read_config(path))
 
     def __str__(self) -> str:
@@ -58,22 +57,22 @@ class ModelFolder:
 
     @property
     def name(self) -> str:
-        """What to call the model."""
+        """Name the model by its folder."""
         return self.path.resolve().name
 
     @property
     def quant_method(self) -> str | None:
-        """How config.json says the weights are stored; None where it declares nothing."""
+        """Tell how config.json says the weights are stored; None where it declares nothing."""
         return quant_method(self.config)
 
     @property
     def legacy_format(self) -> str | None:
-        """The sparse format that compressed-tensors wrote the weights in, or None."""
+        """Name the sparse format that compressed-tensors wrote the weights in, or None."""
         return legacy_format(self.config)
 
     @property
     def kind(self) -> Kind:
-        """How the weights are stored, which decides who can read them."""
+        """Tell how the weights are stored, which decides who can read them."""
         if self.quant_method is None:
             return "dense"
         if self.quant_method == PACKED_METHOD:
@@ -106,12 +105,8 @@ class ModelFolder:
         return inside(self.path, name)
 
 
-def resolve(model: str | Path, revision: str | None = None) -> Path:
+def resolve(model: str | Path) -> Path:
     """Find the local folder of a model: itself, or a snapshot of a hub id.
-
-    Args:
-        model: a folder or hub id.
-        revision: branch, tag or commit of the hub id.
 
     Raises:
         InputError: neither a folder nor a reachable hub id.
@@ -125,7 +120,7 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(text, revision=revision, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(text, allow_patterns=HUB_FILES))
     except Exception as error:
         raise InputError(
             f"model {text}: no such folder, and the hub could not give it "

@@ -1,15 +1,12 @@
 """Decoder layers one at a time: read from the checkpoint when opened, dropped when closed.
 
-Pruning never holds the model. A resident model offers the same interface, so the walk over decoder
-layers and the gradients are written once.
+Pruning never holds the model.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,45 +25,15 @@ META = torch.device("meta")
 
 
 class Layers:
-    """A model whose decoder layers are all in memory.
+    """The decoder layers of a model are read from safetensors when opened, dropped when closed.
 
     Attributes:
-        model: a causal language model in eval mode.
+        model: a causal language model in eval mode, without weights but for what was loaded.
+        reader: of the checkpoint.
         prefix: name of the list of decoder layers, such as "model.layers".
+        modules: the decoder layers.
         device: where layers compute.
         dtype: of the weights in memory.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model: Any = model.eval().requires_grad_(False)
-        self.prefix, self.modules = decoder_layers(model)
-        self.device = next(model.parameters()).device
-        self.dtype = next(self.modules.parameters()).dtype
-
-    def __len__(self) -> int:
-        return len(self.modules)
-
-    def name(self, index: int) -> str:
-        """Return the full name of a decoder layer."""
-        return f"{self.prefix}.{index}"
-
-    @contextmanager
-    def open(self, index: int) -> Iterator[nn.Module]:
-        """Give a decoder layer with its weights on the device."""
-        yield self.modules[index]
-
-    def load_frame(self, head: bool) -> None:
-        """Load everything outside the decoder layers; the output head only with `head`."""
-
-    def in_float32(self) -> Layers:
-        """Return the same model, computing in float32."""
-        return Layers(copy.deepcopy(self.model).float())
-
-
-class StreamedLayers(Layers):
-    """Decoder layers read from safetensors when opened and dropped when closed.
-
-    On a GPU the layer that follows is read ahead while this one computes.
     """
 
     def __init__(
@@ -82,28 +49,34 @@ class StreamedLayers(Layers):
         Raises:
             CheckpointError: a weight is missing or has another shape.
         """
-        target = check_device(device)
+        self.reader, self.device = reader, check_device(device)
         weightless = skeleton(reader.folder, len(reader.headers))
         prunable(weightless)  # says first if the architecture is one that cannot be pruned
         reader.rename(names_in_memory(weightless, reader))
         _check_headers(reader, weightless)
-        super().__init__(skeleton(reader.folder, len(reader.headers), buffers=True))
-        self.reader, self.device = reader, target
+        model = skeleton(reader.folder, len(reader.headers), buffers=True)
+        self.model: Any = model.eval().requires_grad_(False)
+        self.prefix, self.modules = decoder_layers(model)
         first = next(iter(linears(self.modules[0])))
         self.dtype = dtype or reader.headers[f"{self.name(0)}.{first}.weight"][1]
-        self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
-        self._last = -1
-        self._pool = ThreadPoolExecutor(1) if target.type == "cuda" else None
         for buffer_owner in self.model.modules():
             for name, buffer in buffer_owner.named_buffers(recurse=False):
-                setattr(buffer_owner, name, buffer.to(target))
+                setattr(buffer_owner, name, buffer.to(self.device))
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def name(self, index: int) -> str:
+        """Return the full name of a decoder layer."""
+        return f"{self.prefix}.{index}"
 
     @contextmanager
     def open(self, index: int) -> Iterator[nn.Module]:
         """Give a decoder layer with its weights on the device; they are dropped afterwards."""
         layer = self.modules[index]
-        for name, tensor in self._take(index).items():
-            _assign(layer, name, tensor.to(self.device, non_blocking=True))
+        for name in layer.state_dict():
+            _assign(layer, name, self._read(f"{self.name(index)}.{name}").to(self.device))
+        self.reader.release()
         try:
             yield layer
         finally:
@@ -124,32 +97,12 @@ class StreamedLayers(Layers):
 
     def in_float32(self) -> Layers:
         """Return the same model, computing in float32; it reads the same open checkpoint."""
-        return StreamedLayers(self.reader, torch.float32, self.device)
+        return Layers(self.reader, torch.float32, self.device)
 
     def _drop_outside(self) -> None:
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if not name.startswith(self.prefix + "."):
                 _assign(self.model, name, torch.empty_like(parameter, device=META))
-
-    def _take(self, index: int) -> dict[str, Tensor]:
-        """Return the layer's tensors, read ahead or now, and start to read the next layer's."""
-        if self._pool is None:
-            return self._read_layer(index)
-        ahead, self._ahead = self._ahead, None
-        hit = ahead is not None and ahead[0] == index
-        tensors = ahead[1].result() if ahead is not None and hit else self._read_layer(index)
-        # Backward passes visit the layers from the last to the first.
-        following, self._last = (index - 1 if index == self._last - 1 else index + 1), index
-        if 0 <= following < len(self):
-            self._ahead = (following, self._pool.submit(self._read_layer, following))
-        return tensors
-
-    def _read_layer(self, index: int) -> dict[str, Tensor]:
-        names = self.modules[index].state_dict()
-        tensors = {local: self._read(f"{self.name(index)}.{local}") for local in names}
-        self.reader.release()
-        pin = self.device.type == "cuda"
-        return {local: t.pin_memory() if pin else t for local, t in tensors.items()}
 
     def _read(self, name: str) -> Tensor:
         tensor = self.reader.tensor(name)
@@ -163,8 +116,8 @@ class StreamedLayers(Layers):
 @contextmanager
 def stream(
     folder: ModelFolder, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
-) -> Iterator[StreamedLayers]:
-    """Open a dense model for streaming; see StreamedLayers.
+) -> Iterator[Layers]:
+    """Open a dense model for streaming; see Layers.
 
     Raises:
         InputError: the weights are packed or quantised.
@@ -172,7 +125,7 @@ def stream(
     """
     folder.check_dense()
     with Reader(folder) as reader:
-        layers = StreamedLayers(reader, dtype, device)
+        layers = Layers(reader, dtype, device)
         if beside := towers(layers.model):
             logger.info("only the text decoder is pruned: %s stay dense", " and ".join(beside))
         yield layers

@@ -24,7 +24,7 @@ REPORT_FILE = "sparsity_report.json"
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """One packed weight as the headers describe it."""
+    """A PackedLinear is one packed weight as the headers describe it."""
 
     name: str
     fmt: Format
@@ -56,7 +56,7 @@ class PackedReader(Reader):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that codes are expanded to: what config.json names, or bfloat16."""
+        """Name the dtype that codes are expanded to: what config.json says, or bfloat16."""
         config = self.folder.config
         named = f"torch.{config.get('dtype', config.get('torch_dtype'))}"
         return next((dtype for dtype in VALUE_DTYPES if str(dtype) == named), torch.bfloat16)

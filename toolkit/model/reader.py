@@ -33,7 +33,7 @@ DTYPES = {
 
 
 class Reader:
-    """Open shards of one folder; a context manager.
+    """A reader holds the open shards of one folder, and closes them as a context manager.
 
     Attributes:
         folder: the model folder.
@@ -150,7 +150,6 @@ class Reader:
         return math.prod(shape) * dtype.itemsize
 
     def _open(self, file: str) -> Any:
-        # Layers are read ahead in a thread, and any thread may let go of the files meanwhile.
         if (handle := self._handles.get(file)) is not None:
             return handle
         path = self.folder.file(file)

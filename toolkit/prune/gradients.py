@@ -29,7 +29,7 @@ class GradientNorms:
 
     @property
     def are_needed(self) -> bool:
-        """Whether the method reads them."""
+        """Tell whether the method reads them."""
         return "grad_norm" in self.job.pipeline.needs
 
     def take(self, scratch: Path, progress: Progress) -> None:

@@ -19,23 +19,22 @@ from gblm.calibrate.walk import DecoderLayer, Walk, walk
 from gblm.checkpoint.head import Head, output_head
 from gblm.checkpoint.pack import check_packable
 from gblm.errors import UsageError
-from gblm.methods.magnitude import Magnitude
 from gblm.methods.pipeline import Pipeline, make_pipeline
+from gblm.methods.scores import Magnitude
 from gblm.methods.sparsegpt import SparseGPT
 from gblm.model.folder import ModelFolder
-from gblm.model.layers import StreamedLayers, stream
+from gblm.model.layers import Layers, stream
 from gblm.model.linears import prunable
 from gblm.model.loading import load_tokenizer
 from gblm.prune.choose import choose
 from gblm.recipe import Calibration, Recipe
 from gblm.sparse.formats import Format
-from gblm.sparse.formats.size import most_bytes
 from gblm.sparse.patterns import Dense
 
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe, the dense model that it prunes, and what follows from the two.
+    """A job is a recipe, the dense model that it prunes, and what follows from the two.
 
     Attributes:
         recipe: of the run, which ends before a recovery; its calibration is None where no step
@@ -48,7 +47,7 @@ class Job:
     """
 
     recipe: Recipe
-    layers: StreamedLayers
+    layers: Layers
     formats: Mapping[str, Format]
     pipeline: Pipeline
     head: Head | None = None
@@ -61,17 +60,17 @@ class Job:
 
     @property
     def keeps_values(self) -> bool:
-        """Whether kept weights stay bit for bit, until they are rounded to codes."""
+        """Tell whether kept weights stay bit for bit, until they are rounded to codes."""
         return self.pipeline.keeps_values and self.recipe.reconstruct is None
 
     @cached_property
     def model_sha256(self) -> str:
-        """The hash of the model's config.json and weights; reading them all takes a while."""
+        """Hash the model's config.json and weights; reading them all takes a while."""
         return self.layers.reader.sha256()
 
     @cached_property
     def windows(self) -> Tensor | None:
-        """All token ids of the calibration text, [samples, tokens] int64; None without any.
+        """Draw the token ids of the calibration text, [samples, tokens] int64; None without any.
 
         Raises:
             InputError: the text cannot be read.
@@ -88,7 +87,7 @@ class Job:
 
     @cached_property
     def calibration_sha256(self) -> str | None:
-        """The hash of the token ids that the statistics are taken on; None without any."""
+        """Hash the token ids that the statistics are taken on; None without any."""
         return data.fingerprint(self.windows) if self.windows is not None else None
 
     def batches(self) -> list[Tensor]:
@@ -120,7 +119,7 @@ class Job:
     def most_bytes(self, name: str) -> int:
         """Bound the bytes of a linear as it will be packed."""
         (rows, columns), dtype = self.layers.reader.headers[f"{name}.weight"]
-        return most_bytes(self.formats[name], (rows, columns), dtype, self.pipeline.method.scope)
+        return self.formats[name].most_bytes((rows, columns), dtype, self.pipeline.method.scope)
 
 
 @contextmanager

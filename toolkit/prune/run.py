@@ -6,7 +6,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gblm import __version__
 from gblm.calibrate.ranks import rank_device, ranks_from_environment
+from gblm.calibrate.text import check_sources, parse_mix
 from gblm.calibrate.walk import DecoderLayer
 from gblm.checkpoint.pack import Packing, check_room, write_packed
 from gblm.checkpoint.resume import GRADIENTS, WorkFolder, open_work, remove_leftovers, work_path
@@ -30,8 +31,9 @@ from gblm.prune.gradients import GradientNorms
 from gblm.prune.job import Job, open_job
 from gblm.prune.layer import Pruned, prune_layer
 from gblm.recipe import Recipe, Recovering, published
-from gblm.recover.needs import Extent, settle
-from gblm.recover.run import check_texts, recover
+from gblm.recover.needs import Extent, check_memory
+from gblm.recover.run import recover
+from gblm.sparse.formats import Format
 
 logger = logging.getLogger(__name__)
 
@@ -66,12 +68,11 @@ class Output:
 def extra_bytes(job: Job) -> int:
     """Bound the bytes that lie on disk at the end of a run besides the folder itself."""
     reader = job.layers.reader
-    sizes = {name: math.prod(reader.headers[f"{name}.weight"][0]) for name in job.formats}
     layers = int(1.1 * sum(reader.num_bytes(f"{name}.weight") for name in job.formats))
     # Updated values are kept unrounded as well; codes are exact.
-    floats = sum(sizes[name] for name, fmt in job.formats.items() if fmt.values.is_float)
-    exact = 0 if job.keeps_values else 4 * floats
-    gradients = 4 * sum(sizes.values()) if "grad_norm" in job.pipeline.needs else 0
+    floats = (name for name, fmt in job.formats.items() if fmt.values.is_float)
+    exact = 0 if job.keeps_values else 4 * _weights(job, floats)
+    gradients = 4 * _weights(job, job.formats) if "grad_norm" in job.pipeline.needs else 0
     return layers + exact + gradients + (job.head.num_bytes if job.head else 0)
 
 
@@ -85,6 +86,71 @@ def extent(job: Job) -> Extent:
     )
     dense = sum(map(reader.num_bytes, reader))
     return Extent(job.folder.config, list(shapes.values()), math.ceil(kept), dense)
+
+
+def dry_run(recipe: Recipe, output: Output) -> dict[str, Any]:
+    """Check a pruning run and tell what it will write; nothing is pruned.
+
+    Args:
+        recipe: all inputs of the run.
+        output: where it would write.
+
+    Returns:
+        Plain JSON types. "groups": the linears by pattern and values, with their bits per weight.
+        "bytes_packed": of all tensors of the packed folder, or at most so many if "exact" is False.
+        "disk_bytes": an upper bound while it runs, without the recovery's.
+
+    Raises:
+        GblmError: whatever `prune` would refuse before it computes, but for text that is too short.
+    """
+    with open_job(recipe) as job:
+        output.check(job)
+        if job.recipe.calibration is not None:
+            check_sources(parse_mix(job.recipe.calibration.source))
+        if recipe.recover is not None:
+            _check_recovery(job, recipe.recover)
+        reader, packed = job.layers.reader, {name: job.most_bytes(name) for name in job.formats}
+        dense = sum(map(reader.num_bytes, reader))
+        pruned = sum(reader.num_bytes(f"{name}.weight") for name in packed)
+        size = dense - pruned + sum(packed.values()) + (job.head.added_bytes if job.head else 0)
+        scope = job.pipeline.method.scope
+        return {
+            "groups": _groups(job),
+            "head": str(job.head.fmt.values) if job.head else "float",
+            "bits_per_weight": _bits(job, job.formats),
+            "bytes_dense": dense,
+            "bytes_packed": size,
+            "exact": all(fmt.is_exact(scope) for fmt in job.formats.values()),
+            "disk_bytes": size + extra_bytes(job),
+        }
+
+
+def _groups(job: Job) -> list[dict[str, Any]]:
+    """Sum up the linears that will be stored alike."""
+    names: dict[Format, list[str]] = {}
+    for name, fmt in job.formats.items():
+        names.setdefault(fmt, []).append(name)
+    return [
+        {
+            "pattern": str(fmt.pattern),
+            "values": str(fmt.values),
+            "linears": len(own),
+            "weights": _weights(job, own),
+            "bits_per_weight": _bits(job, own),
+        }
+        for fmt, own in names.items()
+    ]
+
+
+def _weights(job: Job, names: Iterable[str]) -> int:
+    headers = job.layers.reader.headers
+    return sum(math.prod(headers[f"{name}.weight"][0]) for name in names)
+
+
+def _bits(job: Job, names: Iterable[str]) -> float:
+    """Give the bits that a weight of some linears takes when it is packed."""
+    own = list(names)
+    return round(8 * sum(map(job.most_bytes, own)) / _weights(job, own), 4)
 
 
 def prune(
@@ -137,13 +203,18 @@ def prune(
 def _prune_beside(job: Job, how: Recovering, target: Output, progress: Progress) -> Path:
     """Prune into a folder beside the output, unless an earlier run has; returns the folder."""
     folder = target.folder.parent / f".{target.folder.name}.pruned"
-    check_texts(how)
     check_output(target.folder, target.overwrite)
-    settle(how, extent(job), str(job.layers.device))
+    _check_recovery(job, how)
     done = job.ranks.leads and target.resume and _is_pruned(folder, job)
     if not job.ranks.agree(int(done)):
         _Run.of(job, replace(target, folder=folder, overwrite=True)).execute(progress)
     return folder
+
+
+def _check_recovery(job: Job, how: Recovering) -> None:
+    """Refuse a recovery, before anything is pruned, whose text or memory is not there."""
+    check_sources((*parse_mix(how.text), *how.held_out))
+    check_memory(how, extent(job), str(job.layers.device))
 
 
 def _is_pruned(folder: Path, job: Job) -> bool:

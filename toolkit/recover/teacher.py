@@ -43,7 +43,7 @@ class Head:
 
     @property
     def rows(self) -> int:
-        """How many tokens' logits are formed at a time."""
+        """Count the tokens whose logits are formed at a time."""
         return max(1, LOGITS // len(self.weight))
 
     @torch.inference_mode()

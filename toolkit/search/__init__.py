@@ -1,1 +1,1 @@
-"""Search: spread bits or bytes over the linears of a model, and measure the best ways."""
+"""Search: spread bits or bytes over the linears of a model, and rank the ways to do it."""

@@ -1,12 +1,11 @@
 """Allocation: what each linear becomes, so that all of them together hold a budget.
 
-Uniform, or by predicted losses. Linears that servers multiply as one keep the same format and
-values; their unstructured sparsities may differ.
+Linears that servers multiply as one keep the same format and values; their unstructured sparsities
+may differ.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -16,11 +15,8 @@ import torch
 from gblm.model.reader import Reader
 from gblm.recipe import FUSED
 from gblm.sparse.formats import Format, Shape
-from gblm.sparse.formats.size import most_bytes
 from gblm.sparse.patterns import Scope, Unstructured
 
-MAX_SPARSITY = 0.9
-STEPS_TO_ONE = 1000
 BISECTIONS = 60
 
 
@@ -45,7 +41,7 @@ class LinearSpec:
 
     def num_bytes(self, fmt: Format) -> int:
         """Give the most bytes that it takes when it is packed, masks and scales included."""
-        return most_bytes(fmt, self.shape, self.dtype, self.scope)
+        return fmt.most_bytes(self.shape, self.dtype, self.scope)
 
 
 Allocation = dict[str, Format]
@@ -75,28 +71,6 @@ def total_bytes(linears: Iterable[LinearSpec], allocation: Mapping[str, Format])
     return sum(linear.num_bytes(allocation[linear.name]) for linear in linears)
 
 
-def uniform(
-    linears: Sequence[LinearSpec], make: Callable[[LinearSpec, float], Format], limit: float
-) -> Allocation | None:
-    """Give all linears the same sparsity, the lowest that holds the budget.
-
-    Args:
-        linears: to allocate to.
-        make: gives the format of a linear at a sparsity.
-        limit: bytes of all linears together.
-
-    Returns:
-        None if even MAX_SPARSITY costs too much.
-    """
-
-    def allocate(step: int) -> Allocation:
-        return {linear.name: make(linear, step / STEPS_TO_ONE) for linear in linears}
-
-    steps = range(1, int(MAX_SPARSITY * STEPS_TO_ONE) + 1)
-    first = bisect_left(steps, True, key=lambda step: total_bytes(linears, allocate(step)) <= limit)
-    return allocate(steps[first]) if first < len(steps) else None
-
-
 @dataclass(frozen=True)
 class Option:
     """One thing that a linear may become: its bytes, and the loss that it brings."""
@@ -120,8 +94,7 @@ def measured(
     """Find the least total loss that holds the budget.
 
     Lagrange's multiplier λ of the budget is bisected: each unit takes the options of least
-    loss + λ · bytes. What the convex hull leaves of the budget goes to single steps up, the one of
-    the largest gain per byte first.
+    loss + λ · bytes.
 
     Args:
         linears: to allocate to.
@@ -150,7 +123,6 @@ def measured(
             high, best = middle, picks
         else:
             low = middle
-    _spend(units, best, limit - total(best))
     return {name: option.fmt for picked in best for name, option in picked.items()}
 
 
@@ -188,35 +160,3 @@ def _pick(unit: Families, price: float) -> Picked:
         {name: min(options, key=value) for name, options in own.items()} for own in unit.values()
     ]
     return min(every, key=lambda picked: sum(map(value, picked.values())))
-
-
-def _spend(units: Sequence[Families], picks: list[Picked], spare: float) -> None:
-    """Change one linear or unit after another as long as that lowers the loss within `spare`."""
-    while True:
-        best: tuple[float, int, Picked, int] | None = None
-        for index, unit in enumerate(units):
-            for changed in _changes(unit, picks[index]):
-                cost = sum(new.cost - picks[index][name].cost for name, new in changed.items())
-                gain = sum(picks[index][name].loss - new.loss for name, new in changed.items())
-                if gain <= 0 or cost > spare:
-                    continue
-                rate = gain / cost if cost > 0 else float("inf")
-                if best is None or rate > best[0]:
-                    best = (rate, index, changed, cost)
-        if best is None:
-            return
-        _, index, changed, cost = best
-        picks[index] = picks[index] | changed
-        spare -= cost
-
-
-def _changes(unit: Families, picked: Picked) -> Iterable[Picked]:
-    """Offer another option for one linear, or one of another family for the whole unit."""
-    now = family(next(iter(picked.values())).fmt)
-    for key, own in unit.items():
-        if key == now:
-            for name, options in own.items():
-                yield from ({name: option} for option in options)
-        else:
-            steps = zip(*own.values(), strict=False)
-            yield from (dict(zip(own, step, strict=True)) for step in steps)

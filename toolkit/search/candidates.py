@@ -6,23 +6,22 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from gblm.errors import UsageError
 from gblm.progress import Progress, no_progress
 from gblm.recipe import LayerChoice, Recipe
 from gblm.search.allocate import (
-    MAX_SPARSITY,
     Allocation,
     LinearSpec,
     measured,
     total_bytes,
-    uniform,
 )
 from gblm.search.examine import Examined, Space, examine
 from gblm.sparse.formats import Format
 from gblm.sparse.formats.manifest import group_targets
-from gblm.sparse.patterns import NM, Dense, Unstructured
+from gblm.sparse.patterns import Dense, Pattern, Unstructured
 
 Unit = Literal["bits", "bytes"]
 WORDS: dict[str, tuple[Unit, float]] = {
@@ -33,8 +32,6 @@ WORDS: dict[str, tuple[Unit, float]] = {
 }  # fmt: skip
 # Sparsities that a measured allocation chooses among: few groups, and no worse than all.
 STEPS = tuple(round(0.05 * step, 2) for step in range(4, 18))
-# Predictions of two candidates that differ by less than this share say nothing.
-MARGIN = 0.02
 
 
 @dataclass(frozen=True)
@@ -106,8 +103,7 @@ def answer(question: Question, progress: Progress = no_progress) -> dict[str, An
         Plain JSON types. "rows": the candidates that hold the budget, the least predicted loss
         first, then the dense ones that do not. Each has "name", "fits", "what" in words,
         "bits_per_weight" and "bytes" (at most), "loss" (the predicted rise in nats per token),
-        "ratio" (of perplexities, exp of it) and "recipe". "verdict": whether a dense
-        model is the better answer. "notes": what was left out.
+        "ratio" (of perplexities, exp of it) and "recipe".
 
     Raises:
         UsageError: nothing holds the budget.
@@ -124,16 +120,7 @@ def answer(question: Question, progress: Progress = no_progress) -> dict[str, An
         raise UsageError(_too_small(question.budget, model))
     others = [row for row in every if not row["fits"]]
     rows = [*fits, *sorted(others, key=lambda row: float(row["bits_per_weight"]))]
-    return {
-        "budget": str(question.budget),
-        "method": question.recipe.method,
-        "weights": model.weights,
-        "rest_bytes": model.rest_bytes,
-        "pass": model.facts,
-        "rows": rows,
-        "verdict": verdict(rows, question.budget),
-        "notes": list(model.notes),
-    }
+    return {"budget": str(question.budget), "rows": rows}
 
 
 def allocations(model: Examined, limit: float) -> dict[str, Allocation]:
@@ -162,40 +149,25 @@ def _controls(model: Examined) -> Iterator[tuple[str, Allocation]]:
 
 def _within(model: Examined, limit: float) -> Iterator[tuple[str, Allocation | None]]:
     """Spend the budget in several ways; None where nothing of the sort holds it."""
-
-    def least_loss(
-        kinds: Iterable[str], patterns: Iterable[NM] = (), steps: Iterable[float] = ()
-    ) -> Allocation | None:
-        ways = list(kinds), list(patterns), list(steps)
-        return measured(model.linears, lambda x: _options(model, x, *ways), limit, model.loss)
-
-    steps = STEPS if model.has_unstructured else ()
     for kind in model.specs:
         for pattern in model.judgement.patterns:
             every = {x.name: model.fmt(x, kind, pattern) for x in model.linears}
             holds = total_bytes(model.linears, every) <= limit
             yield f"{kind} {pattern}", every if holds else None
-            yield f"{kind} {pattern} or dense, measured", least_loss([kind], [pattern])
-        if steps:
-
-            def make(linear: LinearSpec, sparsity: float, kind: str = kind) -> Format:
-                return model.sparse(linear, kind, sparsity)
-
-            yield f"{kind} uniform", uniform(model.linears, make, limit)
-            yield f"{kind} measured", least_loss([kind], steps=steps)
-    yield "mixed measured", least_loss(model.specs, model.judgement.patterns, steps)
+            ways = partial(_ways, model, kind, [pattern])
+            found = measured(model.linears, ways, limit, model.loss)
+            yield f"{kind} {pattern} or dense, measured", found
+        if model.has_unstructured:
+            ways = partial(_ways, model, kind, [Unstructured(step) for step in STEPS])
+            yield f"{kind} measured", measured(model.linears, ways, limit, model.loss)
 
 
-def _options(
-    model: Examined, linear: LinearSpec, kinds: list[str], patterns: list[NM], steps: list[float]
+def _ways(
+    model: Examined, kind: str, patterns: Iterable[Pattern], linear: LinearSpec
 ) -> Iterator[Format]:
-    """List what a linear may become."""
-    for kind in kinds:
-        yield model.fmt(linear, kind, Dense())
-        for pattern in patterns:
-            yield model.fmt(linear, kind, pattern)
-        for sparsity in steps:
-            yield model.sparse(linear, kind, sparsity)
+    """List what a linear may become: dense, or of one of the patterns."""
+    for pattern in (Dense(), *patterns):
+        yield model.fmt(linear, kind, pattern)
 
 
 def _row(
@@ -269,42 +241,14 @@ def in_words(linears: Iterable[LinearSpec], allocation: Allocation) -> str:
     return ", ".join(words)
 
 
-def verdict(rows: list[dict[str, Any]], budget: Budget) -> str:
-    """Say in one sentence whether zeros are worth it at this budget, by prediction.
-
-    Args:
-        rows: of `answer`.
-        budget: that was asked for.
-    """
-    dense = next((row for row in rows if row["fits"] and row["dense"]), None)
-    sparse = next((row for row in rows if row["fits"] and not row["dense"]), None)
-    if dense is None:
-        return f"no dense model holds {budget}: the best with zeros is {_named(rows[0])}."
-    if sparse is None:
-        return f"{_named(dense)} is the answer at {budget}: nothing with zeros holds it."
-    if dense["ratio"] <= sparse["ratio"] * (1 + MARGIN):
-        return (
-            f"{_named(dense)} is the better answer at {budget}: the best with zeros is "
-            f"{_named(sparse)}, which is no better by more than {MARGIN:.0%}."
-        )
-    return (
-        f"zeros are worth it at {budget}: {_named(sparse)} against {_named(dense)}, the best dense "
-        "model that holds it."
-    )
-
-
-def _named(row: dict[str, Any]) -> str:
-    return f"{row['name']} ({row['bits_per_weight']:.2f} bits, {row['ratio']:.3f}x the perplexity)"
-
-
 def _too_small(budget: Budget, model: Examined) -> str:
     """Say why nothing holds a budget, and what would."""
     least = sum(
-        min(linear.num_bytes(model.sparse(linear, kind, MAX_SPARSITY)) for kind in model.specs)
+        min(linear.num_bytes(model.sparse(linear, kind, STEPS[-1])) for kind in model.specs)
         for linear in model.linears
     )
     if budget.unit == "bits":
         need = f"{8 * least / model.weights:.2f}bits"
     else:
         need = f"{(least + model.rest_bytes) / 1e6:.1f}MB"
-    return f"budget {budget} is too small: nine zeros of ten still take about {need}."
+    return f"budget {budget} is too small: {STEPS[-1]:.0%} of zeros still take about {need}."

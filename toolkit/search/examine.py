@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from gblm import data
 from gblm.calibrate.text import draw
 from gblm.errors import PatternError, UsageError
 from gblm.model.linears import prunable
@@ -27,6 +25,7 @@ from gblm.sparse.formats import Format, format_for
 from gblm.sparse.patterns import NM, Dense, Pattern, Unstructured, parse
 from gblm.sparse.values import ValueType, parse_values
 
+logger = logging.getLogger(__name__)
 # Text of the cheap pass: more of it moves the curves by less than they are off anyway.
 SAMPLES, SEQ_LEN = 16, 256
 # How much of the differences between linears' sensitivities is believed, fitted to SmolLM2-135M;
@@ -46,7 +45,7 @@ class Space:
 
     @property
     def has_unstructured(self) -> bool:
-        """Whether zeros may stand anywhere."""
+        """Tell whether zeros may stand anywhere."""
         return "unstructured" in self.patterns
 
 
@@ -62,8 +61,6 @@ class Examined:
         judgement: what else they may become.
         curves: the predicted losses by full name of the linear.
         rest_bytes: of the packed folder's tensors besides the linears.
-        notes: sentences on what was left out, and why.
-        facts: the text and the time of the pass, as plain JSON types.
     """
 
     linears: tuple[LinearSpec, ...]
@@ -73,8 +70,6 @@ class Examined:
     judgement: Judgement
     curves: Mapping[str, Curve]
     rest_bytes: int
-    notes: tuple[str, ...]
-    facts: dict[str, Any]
 
     @property
     def weights(self) -> int:
@@ -130,12 +125,13 @@ def examine(recipe: Recipe, space: Space, progress: Progress = no_progress) -> E
     with open_job(recipe.model_copy(update=typical)) as job:
         reader, model = job.layers.reader, job.layers.model
         linears = linears_of(reader, job.formats, job.pipeline.method.scope)
-        values, left_out = _values(space, linears)
-        patterns, more = _patterns(space, linears)
+        values, patterns = _values(space, linears), _patterns(space, linears)
         pipeline = job.pipeline
         makes_up = "hessian" in pipeline.method.needs or pipeline.refit is not None
         judgement = Judgement(values, patterns, makes_up, pipeline.rounding)
-        curves, facts = _pass(job, _windows(recipe, job), judgement, progress)
+        with tempfile.TemporaryDirectory(prefix="gblm-search-") as scratch:
+            windows = _windows(recipe, job)
+            curves = measure(job.layers, windows, judgement, Path(scratch), progress)
         pruned = sum(reader.num_bytes(f"{linear.name}.weight") for linear in linears)
         every = sum(map(reader.num_bytes, reader)) + (job.head.added_bytes if job.head else 0)
         specs = {parse_values(spec).kind: spec for spec in space.values}
@@ -147,35 +143,12 @@ def examine(recipe: Recipe, space: Space, progress: Progress = no_progress) -> E
             judgement=judgement,
             curves=curves,
             rest_bytes=every - pruned,
-            notes=(*left_out, *more),
-            facts=facts,
         )
 
 
-def _pass(
-    job: Job,
-    windows: Tensor,
-    judgement: Judgement,
-    progress: Progress,
-) -> tuple[dict[str, Curve], dict[str, Any]]:
-    """Run the text through the model; also give its facts, and the time it took, for JSON."""
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="gblm-search-") as scratch:
-        found = measure(job.layers, windows, judgement, Path(scratch), progress)
-    return found, {
-        "samples": len(windows),
-        "seq_len": windows.shape[1],
-        "calibration_sha256": data.fingerprint(windows),
-        "seconds": round(time.monotonic() - began, 1),
-    }
-
-
-def _values(
-    space: Space, linears: tuple[LinearSpec, ...]
-) -> tuple[dict[str, dict[str, ValueType]], list[str]]:
-    """Resolve value types by linear and kind; those that a linear cannot have get a note."""
+def _values(space: Space, linears: tuple[LinearSpec, ...]) -> dict[str, dict[str, ValueType]]:
+    """Resolve value types by linear and kind; those that a linear cannot have are left out."""
     found: dict[str, dict[str, ValueType]] = {linear.name: {} for linear in linears}
-    notes = []
     for spec in space.values:
         values = parse_values(spec)
         try:
@@ -183,18 +156,18 @@ def _values(
             for linear in linears:
                 format_for(Dense(), own[linear.name]).check_shape(linear.name, linear.shape)
         except PatternError as error:
-            notes.append(f"{spec} is left out: {error}")
+            logger.warning("%s is left out: %s", spec, error)
             continue
         for name, resolved in own.items():
             found[name][values.kind] = resolved
     if not found[linears[0].name]:
-        raise UsageError(f"no value type fits this model. {' '.join(notes)}")
-    return found, notes
+        raise UsageError(f"no value type of {', '.join(space.values)} fits this model.")
+    return found
 
 
-def _patterns(space: Space, linears: tuple[LinearSpec, ...]) -> tuple[tuple[NM, ...], list[str]]:
-    """Give the N:M patterns that every linear can have; the others get a note."""
-    found, notes = [], []
+def _patterns(space: Space, linears: tuple[LinearSpec, ...]) -> tuple[NM, ...]:
+    """Give the N:M patterns that every linear can have; the others are left out."""
+    found = []
     for pattern in map(parse, (text for text in space.patterns if text != "unstructured")):
         if not isinstance(pattern, NM):
             raise UsageError(f"pattern {pattern}: a search takes unstructured and N:M patterns.")
@@ -202,10 +175,10 @@ def _patterns(space: Space, linears: tuple[LinearSpec, ...]) -> tuple[tuple[NM, 
             for linear in linears:
                 pattern.check_shape(linear.name, linear.shape)
         except PatternError as error:
-            notes.append(f"{pattern} is left out: {error}")
+            logger.warning("%s is left out: %s", pattern, error)
             continue
         found.append(pattern)
-    return tuple(found), notes
+    return tuple(found)
 
 
 def _windows(recipe: Recipe, job: Job) -> Tensor:

@@ -22,11 +22,11 @@ HALVES = {(8, 16): 5}
 
 
 class Pattern(Protocol):
-    """A constraint on the positions of the weights that stay."""
+    """A pattern says which positions of a weight may stay."""
 
     @property
     def sparsity(self) -> float:
-        """Fraction of weights that become zero."""
+        """Give the fraction of weights that become zero."""
 
     def keep(self, score: Tensor, scope: Scope) -> Tensor:
         """Choose the highest scores.
@@ -72,7 +72,7 @@ def keep_highest(score: Tensor, num_pruned: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Unstructured:
-    """Any position; floor(sparsity · n) weights go, counted per row or per matrix."""
+    """Any position may stay; floor(sparsity · n) weights go, counted per row or per matrix."""
 
     sparsity: float
 
@@ -91,10 +91,10 @@ class Unstructured:
         return keep_highest(flat, int(flat.shape[1] * self.sparsity)).reshape(score.shape)
 
     def check_shape(self, name: str, shape: tuple[int, int]) -> None:
-        """Every shape will do."""
+        """Take every shape."""
 
     def check_mask(self, name: str, mask: Tensor) -> None:
-        """Every mask will do."""
+        """Take every mask."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,10 @@ class Dense:
         return torch.ones_like(score, dtype=torch.bool)
 
     def check_shape(self, name: str, shape: tuple[int, int]) -> None:
-        """Every shape will do."""
+        """Take every shape."""
 
     def check_mask(self, name: str, mask: Tensor) -> None:
-        """The mask must keep everything."""
+        """Raise PatternError unless the mask keeps everything."""
         if not bool(mask.all()):
             row, col = (int(i) for i in (~mask).nonzero()[0])
             raise PatternError(
@@ -124,7 +124,7 @@ class Dense:
 
 
 def _ranks(places: Tensor) -> Tensor:
-    """How many of its column each score beats, [n, columns] uint8; ties beat the lower index."""
+    """Count the scores of its column that each beats, [n, columns] uint8; later ties win."""
     # A rank by comparison beats a sort of tiny rows; one row per place makes the rows long.
     rank = torch.zeros(places.shape, dtype=torch.uint8, device=places.device)
     last = len(places) - 1
@@ -173,18 +173,18 @@ class NM:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of weights that become zero."""
+        """Give the fraction of weights that become zero."""
         return 1.0 - self.keep_n / self.group_m
 
     @property
     def unit(self) -> int:
-        """Columns within which kept weights may change places: a half of 8:16, else a group."""
+        """Count the columns within which kept weights may change places: a group or a half."""
         halved = (self.keep_n, self.group_m) in HALVES
         return self.group_m // 2 if halved else self.group_m
 
     @property
     def unit_most(self) -> int:
-        """The most weights that a unit keeps."""
+        """Count the weights that a unit keeps at most."""
         return HALVES.get((self.keep_n, self.group_m), self.keep_n)
 
     def keep(self, score: Tensor, scope: Scope) -> Tensor:
@@ -210,7 +210,7 @@ class NM:
             keep[half, wrong] = _ranks(places[half, wrong]) >= self.unit - count
 
     def check_shape(self, name: str, shape: tuple[int, int]) -> None:
-        """Columns must be a multiple of M."""
+        """Raise PatternError unless the columns are a multiple of M."""
         if shape[1] % self.group_m:
             raise PatternError(
                 f"{name}: {shape[1]} columns do not divide into groups of {self.group_m} "
@@ -218,7 +218,7 @@ class NM:
             )
 
     def check_mask(self, name: str, mask: Tensor) -> None:
-        """No group may hold more than N kept weights, no half of 8:16 more than 5."""
+        """Raise PatternError where a group keeps more than N, or a half of 8:16 more than 5."""
         self.check_shape(name, (mask.shape[0], mask.shape[1]))
         if found := first_crowded(mask, self.group_m, self.keep_n):
             row, col, count = found

@@ -17,9 +17,9 @@ from torch import Tensor
 from gblm.errors import InputError, PatternError
 from gblm.sparse.weights import SparseWeight
 
-# nearest: codes reach the largest weight. mse: scale of the least squared error. obs: the columns
-# to the right make up for the error, too (gblm.methods.obs).
-Rounding = Literal["nearest", "mse", "obs"]
+# nearest: codes reach the largest weight. obs: scales of the least squared error, and the columns
+# to the right make up for it, too (gblm.methods.obs).
+Rounding = Literal["nearest", "obs"]
 GROUP_SIZES = (32, 64, 96, 128, 192, 256)
 # Of each linear's columns: the largest of AUTO_SIZES that divides them, and all of them.
 AUTO, ROW = 0, -1
@@ -94,7 +94,7 @@ class ValueType:
 
     @property
     def is_float(self) -> bool:
-        """Whether values are stored as they are, without codes and scales."""
+        """Tell whether values are stored as they are, without codes and scales."""
         return self.kind == "float"
 
     @property
@@ -104,31 +104,31 @@ class ValueType:
 
     @property
     def limit(self) -> int:
-        """The largest code that rounding makes: 127 or 7. Kinds with codes only."""
+        """Give the largest code that rounding makes, 127 or 7; for kinds with codes only."""
         return KINDS[self.kind].limit
 
     @property
     def least(self) -> int:
-        """The least code that may be stored: −128 or −8. Kinds with codes only."""
+        """Give the least code that may be stored, −128 or −8; for kinds with codes only."""
         return KINDS[self.kind].least
 
     @property
     def column_unit(self) -> int:
-        """The CPU kernels take a multiple of so many columns."""
+        """Tell of how many columns the CPU kernels take a multiple."""
         return KINDS[self.kind].column_unit
 
     @property
     def in_nibbles(self) -> bool:
-        """Whether two codes share a byte."""
+        """Tell whether two codes share a byte."""
         return self.bits == 4
 
     @property
     def code_dtype(self) -> torch.dtype:
-        """The dtype of codes on disk: int8, or uint8 where two share a byte."""
+        """Give the dtype of codes on disk: int8, or uint8 where two share a byte."""
         return torch.uint8 if self.in_nibbles else torch.int8
 
     def group(self, columns: int) -> int:
-        """How many of a weight's columns share a scale. Kinds with codes only, `resolve`d."""
+        """Count the columns that share a scale; for kinds with codes only, `resolve`d."""
         return columns if self.group_size == ROW else self.group_size
 
     def resolve(self, name: str, columns: int) -> ValueType:
@@ -235,7 +235,7 @@ def quantize(
 def checked_codes(
     codes: Tensor, scales: Tensor, mask: Tensor, dtype: torch.dtype, values: ValueType, name: str
 ) -> SparseWeight:
-    """SparseWeight.from_codes of codes that were just rounded.
+    """Make a SparseWeight of codes that were just rounded.
 
     Raises:
         InputError: a scale is NaN or Inf, or a weight leaves the range of its dtype.
@@ -252,7 +252,7 @@ def checked_codes(
 
 
 def widest_scales(groups: Tensor, limit: int) -> Tensor:
-    """The scales with which the largest weight of each group has the code ±limit.
+    """Find the scales with which the largest weight of each group has the code ±limit.
 
     Args:
         groups: [..., size] float32.
@@ -265,7 +265,7 @@ def widest_scales(groups: Tensor, limit: int) -> Tensor:
 
 
 def mse_scales(groups: Tensor, limit: int, importance: Tensor | None = None) -> Tensor:
-    """The scales of the least squared error in each group, of SHRINK times the widest ones.
+    """Find the scales of least squared error in each group, of SHRINK times the widest ones.
 
     Finer steps for the many cost the largest their distance: Banner et al. 2018,
     https://arxiv.org/abs/1810.05723, who solve for the clipping that is searched for here.
@@ -294,13 +294,13 @@ def to_codes_(weights: Tensor, scales: Tensor, limit: int) -> Tensor:
 
 
 def _stored(scales: Tensor) -> Tensor:
-    """Scales as they are stored; 1 also where all of a group is too small for a bfloat16 scale."""
+    """Round scales as they are stored; 1 also where a group is too small for a bfloat16 scale."""
     scales = scales.to(SCALE_DTYPE)
     return torch.where(scales == 0, torch.ones_like(scales), scales)
 
 
 def _search(groups: Tensor, limit: int, importance: Tensor | None) -> Tensor:
-    """The scales of `mse_scales` for a few rows."""
+    """Find the scales of `mse_scales` for a few rows."""
     high = groups.abs().amax(dim=-1) / limit
     best, least = _stored(high), torch.full_like(high, torch.inf)
     for factor in SHRINK:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SparseWeight:
-    """A weight and the mask of the positions that stay; quantised, its codes and scales, too.
+    """A SparseWeight is a weight and the mask of what stays; quantised, its codes and scales, too.
 
     Attributes:
         weight: [out, in] floating point, zero wherever `mask` is False. A kept weight may be
@@ -41,7 +41,7 @@ class SparseWeight:
     def from_codes(
         cls, codes: Tensor, scales: Tensor, mask: Tensor, dtype: torch.dtype
     ) -> SparseWeight:
-        """What codes and scales stand for, in a floating dtype."""
+        """Compute what codes and scales stand for, in a floating dtype."""
         return cls(dequantize(codes, scales, dtype), mask, codes, scales)
 
     @classmethod
@@ -58,11 +58,11 @@ class SparseWeight:
 
     @property
     def is_zero(self) -> Tensor:
-        """[out, in] bool, True = zero, kept or not. Does not depend on the dtype of `weight`."""
+        """Give [out, in] bool, True = zero, kept or not, whatever the dtype of `weight`."""
         return (self.weight if self.codes is None else self.codes) == 0
 
     def narrow(self, dim: int, start: int, length: int) -> SparseWeight:
-        """A copy of the rows (`dim` 0) or columns (1) start ≤ i < start + length.
+        """Copy the rows (`dim` 0) or columns (1) start ≤ i < start + length.
 
         Columns must be cut between groups; what belongs to a whole row goes along with every cut.
         """
@@ -81,7 +81,7 @@ class SparseWeight:
         return SparseWeight(weight, mask, codes, scales)
 
     def to(self, dtype: torch.dtype, device: str | torch.device = "cpu") -> SparseWeight:
-        """The same weight in another dtype, on another device; codes and their groups stay."""
+        """Move the weight to another dtype and device; codes and their groups stay."""
         mask = self.mask.to(device)
         if self.codes is None or self.scales is None:
             return SparseWeight(self.weight.to(device, dtype), mask)
@@ -92,7 +92,7 @@ class SparseWeight:
 
 
 def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """What codes stand for: the exact product with the group's scale, rounded once.
+    """Compute what codes stand for: the exact product with the group's scale, rounded once.
 
     Args:
         codes: [out, in] int8.
@@ -110,7 +110,7 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal in dtype, shape and every bit, NaN included."""
+    """Tell whether two tensors are equal in dtype, shape and every bit, NaN included."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))

@@ -22,8 +22,7 @@ from torch.nn import functional
 from gblm.kernels.cuda.device import OLDEST
 from gblm.kernels.few_tokens import FewTokens, weight_refusal
 from gblm.sparse.formats import Format, Parts, Shape
-from gblm.sparse.formats.bits import unpack_bits
-from gblm.sparse.formats.nibbles import byte_offsets
+from gblm.sparse.formats.bits import byte_offsets, unpack_bits
 
 OLDEST_TRITON = (3, 6)
 WORD = 32
@@ -136,7 +135,7 @@ def package_refusal() -> str | None:
 
 
 class Arrays(NamedTuple):
-    """One weight [out, in] as the kernels read it.
+    """The arrays are one weight [out, in] as the kernels read it.
 
     Attributes:
         values: the part, of 2:4 weights a word for each four columns: int32 of floats, int16 of

@@ -224,7 +224,7 @@ def multiply(
     TOKENS: tl.constexpr,
     SPLIT: tl.constexpr,
 ) -> None:
-    """out[s, t, n] = Σ_k x[t, k] · W[n, k] over the columns k of the share s; k in whole tiles.
+    """Compute out[s, t, n] = Σ_k x[t, k] · W[n, k] over the columns k of the share s.
 
     Args:
         x: int64 [tokens, columns/4], each four activations of FLOAT.
@@ -289,7 +289,7 @@ def multiply(
 def add_shares(
     shares: tl.tensor, out: tl.tensor, size: tl.tensor, SPLIT: tl.constexpr, BLOCK: tl.constexpr
 ) -> None:
-    """out[i] = Σ_s shares[s, i], always in the same order.
+    """Add up out[i] = Σ_s shares[s, i], always in the same order.
 
     Args:
         shares: [SPLIT, size] float32.
@@ -323,7 +323,7 @@ def expand(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """out[n, k] = W[n, k]: the value, or code · scale, rounded once; never −0.0.
+    """Write out[n, k] = W[n, k]: the value, or code · scale, rounded once; never −0.0.
 
     Arguments are those of `multiply`, but out is [rows, columns] of FLOAT.
     """

@@ -38,7 +38,7 @@ FORMATS: dict[str, type[Format]] = {
 
 
 def format_for(pattern: Pattern, values: ValueType = FLOAT) -> Format:
-    """The first format of the table that holds a pattern's weights.
+    """Make the first format of the table that holds a pattern's weights.
 
     Args:
         pattern: which positions may be kept.
@@ -54,7 +54,7 @@ def format_for(pattern: Pattern, values: ValueType = FLOAT) -> Format:
 
 
 def join_formats(formats: Iterable[Format]) -> Format | None:
-    """The format of weights that are joined row after row; None if there is none.
+    """Find the format of weights that are joined row after row; None if there is none.
 
     Masks of the format bitmask join whatever their patterns, for it holds any.
     """
@@ -90,6 +90,6 @@ def make_format(name: str, pattern: str, values: str = "float") -> Format:
 
 @lru_cache(maxsize=64)
 def from_spec(spec: str) -> Format:
-    """The inverse of Format.spec."""
+    """Make the format that a Format.spec identifies."""
     name, pattern, *values = spec.split("/")
     return make_format(name, pattern, *values)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from gblm.errors import CheckpointError, PatternError
 from gblm.sparse.formats.bits import expand_bits, unpack_bits
-from gblm.sparse.patterns import Pattern
+from gblm.sparse.patterns import Pattern, Scope, Unstructured
 from gblm.sparse.values import AUTO, FLOAT, SCALE_DTYPE, ValueType
 from gblm.sparse.weights import SparseWeight, dequantize
 
@@ -32,7 +33,7 @@ class TensorSpec(NamedTuple):
     dtype: torch.dtype
 
     def fits(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-        """Whether a tensor of this shape and dtype is what the spec asks for."""
+        """Tell whether a tensor of this shape and dtype is what the spec asks for."""
         same_rank = len(shape) == len(self.shape)
         return (
             dtype == self.dtype
@@ -75,7 +76,7 @@ class Format(ABC):
         """Say whether it stores weights of this pattern."""
 
     def layout(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> dict[str, TensorSpec]:
-        """Every part of a weight [out, in] by local name; needs no data.
+        """Describe every part of a weight [out, in] by local name, without any data.
 
         Args:
             shape: [out, in].
@@ -90,11 +91,35 @@ class Format(ABC):
 
     @abstractmethod
     def values_shape(self, shape: Shape) -> tuple[int, ...]:
-        """Shape of the part `values` of a weight [out, in]; 4-bit codes count as bytes."""
+        """Give the shape of the part `values` of a weight [out, in]; 4-bit codes count as bytes."""
 
     @abstractmethod
     def mask_layout(self, shape: Shape) -> dict[str, TensorSpec]:
-        """The parts of a weight [out, in] that say which positions are kept."""
+        """Describe the parts of a weight [out, in] that say which positions are kept."""
+
+    def most_bytes(self, shape: Shape, dtype: torch.dtype, scope: Scope) -> int:
+        """Bound the bytes of all parts of a packed weight; see `is_exact`.
+
+        Args:
+            shape: [out, in].
+            dtype: of floating values.
+            scope: whether an unstructured sparsity counts zeros by row or over the matrix.
+        """
+        rows, columns = shape if scope == "row" else (1, prod(shape))
+        kept = rows * (columns - int(columns * self.pattern.sparsity))
+        if self.values.in_nibbles:
+            # A row of 4-bit codes begins at a byte, so that each may waste half a byte.
+            rows = shape[0]
+            kept = rows * -(-(kept // rows) // 2) if scope == "row" else (kept + rows) // 2
+        return sum(
+            prod(kept if side == -1 else side for side in spec.shape) * spec.dtype.itemsize
+            for spec in self.layout(shape, dtype).values()
+        )
+
+    def is_exact(self, scope: Scope) -> bool:
+        """Tell whether `most_bytes` is exact: not for 4-bit rows that keep different counts."""
+        loose = isinstance(self.pattern, Unstructured) and scope == "matrix"
+        return not (loose and self.values.in_nibbles)
 
     def shape_of(self, name: str, headers: Headers) -> Shape:
         """Tell [out, in] of the weight from the headers of all its parts.
@@ -124,27 +149,27 @@ class Format(ABC):
         return parts
 
     def stored_mask(self, name: str, mask: Tensor) -> Tensor:
-        """The mask that is written for a keep mask [out, in]; it may keep more zeros."""
+        """Give the mask that is written for a keep mask [out, in]; it may keep more zeros."""
         return mask
 
     @abstractmethod
     def store(self, kept: Tensor, mask: Tensor) -> Tensor:
-        """The part `values`, from the kept values or codes in row order and the mask."""
+        """Make the part `values` from the kept values or codes in row order and the mask."""
 
     @abstractmethod
     def kept(self, parts: Parts) -> Tensor:
-        """The inverse of `store`: values in their dtype, or codes, in row order."""
+        """Undo `store`: give values in their dtype, or codes, in row order."""
 
     @abstractmethod
     def mask_parts(self, mask: Tensor) -> dict[str, Tensor]:
-        """The parts of `mask_layout`."""
+        """Make the parts of `mask_layout`."""
 
     def mask(self, parts: Parts) -> Tensor:
         """Give the mask: [out, in] bool, True = kept."""
         return unpack_bits(parts["bitmask"])
 
     def unpack(self, parts: Parts, dtype: torch.dtype = torch.bfloat16) -> SparseWeight:
-        """The exact inverse of `pack`, on the device of the parts. Trusts them: see `validate`.
+        """Undo `pack` exactly, on the device of the parts, which are trusted: see `validate`.
 
         Args:
             parts: by local name.
@@ -157,20 +182,20 @@ class Format(ABC):
         )
 
     def expand(self, parts: Parts, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """The dense weight [out, in] alone, as fast as PyTorch can; `dtype` as in `unpack`."""
+        """Make the dense weight [out, in] alone, as fast as PyTorch can; `dtype` as in `unpack`."""
         dense = self.scatter(parts)
         return dense if self.values.is_float else dequantize(dense, parts["scales"], dtype)
 
     def scatter(self, parts: Parts) -> Tensor:
-        """Values in their dtype, or codes, at their places: [out, in], zero elsewhere."""
+        """Put values in their dtype, or codes, at their places: [out, in], zero elsewhere."""
         return expand_bits(self.kept(parts), parts["bitmask"])
 
     def rows(self, parts: Parts, start: int, stop: int) -> dict[str, Tensor]:
-        """The parts of the rows start ≤ row < stop, as views where possible."""
+        """Cut out the parts of the rows start ≤ row < stop, as views where possible."""
         return {name: parts[name][start:stop] for name in self.parts}
 
     def join(self, pieces: Sequence[Parts]) -> dict[str, Tensor]:
-        """The parts of weights that are joined row after row; the inverse of `rows`."""
+        """Join the parts of weights row after row; this undoes `rows`."""
         return {name: torch.cat([parts[name] for parts in pieces]) for name in self.parts}
 
     def check_data(self, name: str, parts: Parts, shape: Shape) -> None:
@@ -187,27 +212,12 @@ class Format(ABC):
         self._check_padding(name, parts)
 
     def _check_padding(self, name: str, parts: Parts) -> None:
-        """Every byte and every nibble is a code, but those that fill up a row are zero."""
+        """Refuse nibbles that fill up a row and are not zero; every other one is a code."""
         if self.values.in_nibbles and bool((self.padding(parts) != 0).any()):
             raise CheckpointError(
                 f"{name}.values: the last nibble of a row with an odd number of codes is not 0. "
                 "The file is damaged."
             )
-
-    def check_rule(self, name: str, parts: Parts) -> None:  # noqa: B027
-        """Raise CheckpointError when the mask breaks a rule of the pattern beyond its counts.
-
-        Kernels rely on it; unpacking does without. See `has_rule`.
-
-        Args:
-            name: of the linear, for the message.
-            parts: of these only the bitmask is read; its counts have been checked.
-        """
-
-    @property
-    def has_rule(self) -> bool:
-        """Whether `check_rule` checks anything."""
-        return False
 
     @abstractmethod
     def check_mask_data(self, name: str, parts: Parts, shape: Shape) -> None:
@@ -215,7 +225,7 @@ class Format(ABC):
 
     @abstractmethod
     def padding(self, parts: Parts) -> Tensor:
-        """The nibbles of 4-bit `values` that belong to no code, [any number]."""
+        """Give the nibbles of 4-bit `values` that belong to no code, [any number]."""
 
     def check_shape(self, name: str, shape: Shape) -> None:
         """Raise PatternError when a weight of this shape [out, in] cannot be stored."""
@@ -252,12 +262,7 @@ class Format(ABC):
                 )
 
     def validate(self, name: str, parts: Parts, shape: Shape) -> None:
-        """Check parts that come from a file, as multiplying needs it."""
-        self.check_readable(name, parts, shape)
-        self.check_rule(name, parts)
-
-    def check_readable(self, name: str, parts: Parts, shape: Shape) -> None:
-        """The same as far as unpacking needs it: layout first, then the data itself."""
+        """Check parts that come from a file: the layout first, then the data itself."""
         headers = {part: (tuple(t.shape), t.dtype) for part, t in parts.items()}
         self.check_layout(name, headers, shape)
         self.check_data(name, parts, shape)
@@ -277,7 +282,7 @@ class Format(ABC):
         return cast
 
     def _check_weight(self, name: str, weight: SparseWeight) -> None:
-        """Codes and what belongs to them are there exactly when the value type has it, and fit."""
+        """Refuse codes and scales that the value type does not have, lacks, or cannot hold."""
         if self.values.is_float:
             if weight.codes is not None:
                 raise PatternError(f"{name}: format {self.spec} would lose the weight's codes.")

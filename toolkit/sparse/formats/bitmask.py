@@ -10,8 +10,7 @@ from torch.nn import functional
 
 from gblm.errors import CheckpointError
 from gblm.sparse.formats.base import Format, Parts, Shape, TensorSpec
-from gblm.sparse.formats.bits import pack_bits, row_counts
-from gblm.sparse.formats.nibbles import byte_offsets, pack_ragged, unpack_ragged
+from gblm.sparse.formats.bits import byte_offsets, pack_bits, pack_ragged, row_counts, unpack_ragged
 from gblm.sparse.patterns import Pattern, Unstructured
 
 
@@ -96,5 +95,5 @@ class BitmaskFormat(Format):
             )
 
     def _begins(self, offsets: Tensor) -> Tensor:
-        """Where each row's values begin in the part `values`, and where the last one ends."""
+        """Tell where each row's values begin in the part `values`, and where the last one ends."""
         return byte_offsets(offsets.diff()) if self.values.in_nibbles else offsets

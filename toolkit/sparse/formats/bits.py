@@ -1,10 +1,16 @@
-"""Bits of a mask: bit i, least significant first, of byte b is column 8·b + i."""
+"""Bits of a mask and 4-bit codes, packed into bytes.
+
+Bit i, least significant first, of a mask's byte b is column 8·b + i. Codes lie two a byte, low
+nibble first, in two's complement; every row starts at a byte, and one with an odd number of codes
+ends in a nibble of zero.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -36,5 +42,46 @@ def expand_bits(values: Tensor, bitmask: Tensor) -> Tensor:
 
 
 def row_counts(bitmask: Tensor) -> Tensor:
-    """Set bits per row: [out, in/8] uint8 → [out] int64."""
+    """Count the set bits of each row: [out, in/8] uint8 → [out] int64."""
     return unpack_bits(bitmask).sum(dim=1, dtype=torch.int64)
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """Pack [rows, n] int8 codes of −8..7 to [rows, ceil(n/2)] uint8."""
+    nibbles = functional.pad(codes, (0, codes.shape[-1] % 2)).view(torch.uint8) & 15
+    return nibbles[..., ::2] | nibbles[..., 1::2] << 4
+
+
+def unpack_nibbles(packed: Tensor, count: int) -> Tensor:
+    """Unpack [rows, ceil(count/2)] uint8 to [rows, count] int8."""
+    # Shifts of int8 keep the sign.
+    pairs = torch.stack([(packed << 4).view(torch.int8), packed.view(torch.int8)], -1) >> 4
+    return pairs.reshape(packed.shape[0], -1)[:, :count]
+
+
+def pack_ragged(codes: Tensor, counts: Tensor) -> Tensor:
+    """Pack codes row after row, [kept] int8, of which rows have `counts` [out], to uint8 bytes."""
+    real = _real_nibbles(counts)
+    nibbles = torch.zeros(len(real), dtype=torch.int8, device=codes.device)
+    nibbles[real] = codes
+    return pack_nibbles(nibbles.reshape(1, -1)).reshape(-1)
+
+
+def unpack_ragged(packed: Tensor, counts: Tensor) -> Tensor:
+    """Undo `pack_ragged`: give the codes [kept] int8."""
+    nibbles = unpack_nibbles(packed.reshape(1, -1), 2 * len(packed))
+    return nibbles.reshape(-1)[_real_nibbles(counts)]
+
+
+def byte_offsets(counts: Tensor) -> Tensor:
+    """Tell where rows of `counts` [out] codes begin, and where the last ends: [out + 1] int64."""
+    ends = ((counts + 1) // 2).cumsum(0)
+    return functional.pad(ends, (1, 0))
+
+
+def _real_nibbles(counts: Tensor) -> Tensor:
+    """[nibbles] bool, False for the padding of odd rows."""
+    offsets = byte_offsets(counts)
+    real = torch.ones(2 * int(offsets[-1]), dtype=torch.bool, device=counts.device)
+    real[2 * offsets[1:][counts % 2 == 1] - 1] = False
+    return real

@@ -12,7 +12,7 @@ from gblm.sparse.patterns import Dense, Pattern
 
 
 class DenseFormat(RectangleFormat):
-    """values [out, in], of 4-bit codes [out, in/2] bytes; no mask."""
+    """The format stores values [out, in], of 4-bit codes [out, in/2] bytes, and no mask."""
 
     name = "dense"
     own_parts = ("values",)

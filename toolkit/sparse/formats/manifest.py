@@ -80,7 +80,7 @@ class Manifest(BaseModel):
         return manifest
 
     def to_config(self) -> dict[str, Any]:
-        """The JSON object for config.json; float groups read as before there were others."""
+        """Make the JSON object for config.json; float groups read as before there were others."""
         fields = self.model_dump(mode="json")
         for group in fields["groups"]:
             if group["values"] == "float":
@@ -102,7 +102,7 @@ class Manifest(BaseModel):
         return Manifest(groups=tuple(groups))
 
     def format_of(self, module: str) -> Format | None:
-        """The format of a module's weight, or None when it is stored dense."""
+        """Find the format of a module's weight; None when it is stored dense."""
         first = self._in_full.get(module, len(self.groups))
         globs = (index for index, glob in self._globs if fnmatchcase(module, glob))
         first = min(first, next(globs, first))
@@ -113,13 +113,13 @@ class Manifest(BaseModel):
 
     @cached_property
     def _in_full(self) -> dict[str, int]:
-        """The first group that names a module in full; there may be hundreds of such names."""
+        """Map modules that are named in full to their first group; there may be hundreds."""
         pairs = [(name, i) for i, group in enumerate(self.groups) for name in group.targets]
         return {name: index for name, index in reversed(pairs) if "*" not in name}
 
     @cached_property
     def _globs(self) -> list[tuple[int, str]]:
-        """Every other target and its group, in order."""
+        """List every other target behind its group, in order."""
         pairs = [(i, name) for i, group in enumerate(self.groups) for name in group.targets]
         return [(index, name) for index, name in pairs if "*" in name]
 

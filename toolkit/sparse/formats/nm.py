@@ -17,7 +17,7 @@ from gblm.sparse.patterns import NM, Pattern, first_crowded
 
 
 class NMFormat(RectangleFormat):
-    """values [out, in·N/M], bitmask u8 [out, in/8] with exactly N bits set per M columns.
+    """The format stores values [out, in·N/M] and a bitmask u8 [out, in/8], N bits per M columns.
 
     Of 8:16, 3 to 5 in each half.
     """
@@ -57,7 +57,7 @@ class NMFormat(RectangleFormat):
         return (units | (free <= missing.unsqueeze(-1))).reshape(mask.shape)
 
     def _filled(self, counts: Tensor) -> Tensor:
-        """What units of these counts [out, groups, units of a group] keep when N are kept."""
+        """Tell what units of these counts [out, groups, units of a group] keep when N are kept."""
         keep_n = self.pattern.keep_n
         if counts.shape[-1] == 1:
             return torch.full_like(counts, keep_n)
@@ -80,23 +80,13 @@ class NMFormat(RectangleFormat):
                 f"{int(counts[row, group])} weights; {self.pattern} stores exactly "
                 f"{self.pattern.keep_n}. The file is damaged."
             )
-
-    @property
-    def has_rule(self) -> bool:
-        """See Format.has_rule."""
-        return self.pattern.unit < self.pattern.group_m
-
-    def check_rule(self, name: str, parts: Parts) -> None:
-        """See Format.check_rule: the halves of 8:16."""
         pattern = self.pattern
-        if not self.has_rule:
-            return
-        if found := first_crowded(self.mask(parts), pattern.unit, pattern.unit_most):
+        halved = pattern.unit < pattern.group_m
+        if halved and (found := first_crowded(groups.flatten(1), pattern.unit, pattern.unit_most)):
             row, col, count = found
             raise CheckpointError(
                 f"{name}.bitmask: row {row}, columns {col}..{col + pattern.unit - 1} keep {count} "
                 f"weights; {pattern} keeps {pattern.keep_n - pattern.unit_most} to "
                 f"{pattern.unit_most} in each half of a group. The file is damaged, or older than "
-                "this rule: `gblm export dense` reads it, and `gblm export pack --pattern 0.5` "
-                "packs what that wrote."
+                "this rule: prune again."
             )

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from torch import Tensor
 
 from gblm.sparse.formats.base import Format, Parts, Shape
-from gblm.sparse.formats.nibbles import pack_nibbles, unpack_nibbles
+from gblm.sparse.formats.bits import pack_nibbles, unpack_nibbles
 
 
 class RectangleFormat(Format):
@@ -15,7 +15,7 @@ class RectangleFormat(Format):
 
     @abstractmethod
     def kept_per_row(self, columns: int) -> int:
-        """How many of a row's columns are kept."""
+        """Count the columns of a row that are kept."""
 
     @abstractmethod
     def columns(self, parts: Parts) -> int:

@@ -1,13 +1,13 @@
-"""GBLM: score = |W_ij| · (‖X_j‖₂ + α·‖G_ij‖), compared within each output row.
+"""Methods that score every weight once and cut once: magnitude, Wanda and GBLM.
 
-Das et al. 2023, https://arxiv.org/abs/2311.04902, eq. 3; G is the gradient of the dense model's
-loss on the calibration samples. With alpha = 0 it is Wanda, bit for bit.
+Wanda is Sun et al. 2023, https://arxiv.org/abs/2306.11695, eq. 1; GBLM is Das et al. 2023,
+https://arxiv.org/abs/2311.04902, eq. 3. With alpha = 0 GBLM is Wanda, bit for bit.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -15,14 +15,45 @@ from torch import Tensor
 
 from gblm.errors import UsageError
 from gblm.methods.base import ScoredMethod, Stats
+from gblm.sparse.patterns import Scope
+
+
+@dataclass(frozen=True)
+class Magnitude(ScoredMethod):
+    """score = |W|, compared over the whole matrix. No data.
+
+    The published code prunes everything at or below a threshold and so overshoots when magnitudes
+    tie; here the count is exact.
+    """
+
+    about: ClassVar[str] = "|W|, over the whole matrix; kept weights unchanged"
+    scope: ClassVar[Scope] = "matrix"
+
+    def score(self, weight: Tensor, stats: Stats) -> Tensor:
+        """Score by |W| [out, in]."""
+        return weight.float().abs()
+
+
+@dataclass(frozen=True)
+class Wanda(ScoredMethod):
+    """score = |W_ij| · ‖X_j‖₂, compared within each output row."""
+
+    about: ClassVar[str] = (
+        "|W| · ‖X‖, in each output row; kept weights unchanged (arXiv 2306.11695, eq. 1)"
+    )
+    needs: ClassVar[frozenset[str]] = frozenset({"act_norm"})
+
+    def score(self, weight: Tensor, stats: Stats) -> Tensor:
+        """Score by |W| [out, in] · act_norm [in]."""
+        return weight.float().abs() * stats["act_norm"]
 
 
 @dataclass(frozen=True)
 class GBLM(ScoredMethod):
-    """score = |W| · (‖X‖ + α·‖G‖).
+    """score = |W_ij| · (‖X_j‖₂ + α·‖G_ij‖), compared within each output row.
 
-    ‖X‖ is a mean over the N calibration samples s. The published code adds gradients up instead,
-    so that its effective alpha grows with N.
+    G is the gradient of the dense model's loss on the calibration samples s, ‖X‖ a mean over their
+    number N. The published code adds gradients up, so that its effective alpha grows with N.
 
     Attributes:
         alpha: weight of the gradient term.
@@ -36,7 +67,7 @@ class GBLM(ScoredMethod):
     )
     needs: ClassVar[frozenset[str]] = frozenset({"act_norm", "grad_norm"})
 
-    alpha: float = field(default=100.0, metadata={"about": "weight of the gradient term"})
+    alpha: float = 100.0
     gradient_norm: Literal["l1", "l2"] = "l2"
     gradient_mode: Literal["mean", "reference"] = "mean"
 
