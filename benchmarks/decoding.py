@@ -85,17 +85,19 @@ def measure(
     folders: Mapping[str, Path], gguf: Mapping[str, Path], threads: int, rounds: int
 ) -> Record:
     """Put all loads on all sides, round after round; GGUF files have one sequence at a time."""
-    first = _bench(folders, gguf, ("decode 1", "prefill 512"), threads, rounds)
-    second = _bench(folders, {}, ("decode 8",), threads, rounds)
-    verdict = Verdict(
-        first.verdict.valid and second.verdict.valid,
-        first.verdict.reasons + second.verdict.reasons,
-        first.verdict.notes + second.verdict.notes,
-    )
+    alone = [name for name, (load, *_) in LOADS.items() if load.concurrency == 1]
+    first = _bench(folders, gguf, alone if gguf else list(LOADS), threads, rounds)
+    if gguf:
+        second = _bench(folders, {}, [name for name in LOADS if name not in alone], threads, rounds)
+        verdict = Verdict(
+            first.verdict.valid and second.verdict.valid,
+            first.verdict.reasons + second.verdict.reasons,
+            first.verdict.notes + second.verdict.notes,
+        )
+        first = replace(first, rows=first.rows + second.rows, verdict=verdict)
     found = {name: {"bits_per_weight": bits_per_weight(path)} for name, path in folders.items()}
     sides = {name: {**facts, **found.get(name, {})} for name, facts in first.sides.items()}
-    return replace(first, kind="decoding", command=pages.made_by(), sides=sides,
-                   rows=first.rows + second.rows, verdict=verdict)  # fmt: skip
+    return replace(first, kind="decoding", command=pages.made_by(), sides=sides)
 
 
 def _bench(
@@ -107,7 +109,8 @@ def _bench(
 ) -> Record:
     with tempfile.TemporaryDirectory() as work:
         loads = tuple(LOADS[name][0] for name in works)
-        setup = Setup(loads, Path(work) / "log", threads=threads, options=("--dtype", "bfloat16"))
+        setup = Setup(loads, Path(work) / "log", threads=threads, rounds=rounds,
+                      options=("--dtype", "bfloat16"))  # fmt: skip
         sides = [LoopSide(name, "vllm-offline", ModelFolder.open(path), setup)
                  for name, path in folders.items()]  # fmt: skip
         sides += [LoopSide(name, "llama.cpp", path, setup) for name, path in gguf.items()]

@@ -103,9 +103,15 @@ class Reconstruction(Fields):
 class Recovering(Fields):
     """The whole pruned model is trained towards the dense one; see `gblm.recover`."""
 
-    gone: ClassVar[dict[str, Any]] = {"dtype": "auto", "minutes": None, "train": "weights"}
+    gone: ClassVar[dict[str, Any]] = {"dtype": "auto"}
 
     tokens: int = Field(default=65536, ge=1, description="Tokens to train on, each once.")
+    minutes: float | None = Field(
+        default=None,
+        gt=0,
+        description="Take as many of the tokens as the machine trains on in this time, by an "
+        "estimate.",
+    )
     text: str = Field(
         default=MIX,
         description="Sources and their shares: files, pydoc, wikitext2, c4, and self, what the "
@@ -115,6 +121,11 @@ class Recovering(Fields):
         default=("pydoc", "self"),
         min_length=1,
         description="Text to measure KL on, before and after; again for each domain.",
+    )
+    train: Literal["auto", "weights", "scales"] = Field(
+        default="auto",
+        description="All kept values; or norms and factors of rows, columns and groups of codes "
+        "only, at almost no memory; auto takes weights where the machine can hold them.",
     )
     learning_rate: float = Field(
         default=1.5e-3,

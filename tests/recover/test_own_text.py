@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import torch
 from gblm.calibrate import own_text, text
 from gblm.errors import MachineError
 from gblm.model.loading import load_tokenizer
+from gblm.prune import prune
+from gblm.recipe import Calibration, Recipe, Recovering
+from gblm.recover.texts import TRAINING, read_texts
 
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
@@ -77,22 +81,48 @@ def test_an_engine_that_cannot_start_says_why(tmp_path: Path) -> None:
         pytest.fail("it started")
 
 
-def test_it_is_written_once_and_cut_into_windows(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(own_text, "cache_folder", lambda: tmp_path)
+@pytest.fixture
+def engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Keep the text in a new cache, in short pieces; tells what models were opened to write it."""
+    opened = list[Path]()
+
+    def engine(folder: Path) -> AbstractContextManager[own_text.Sampler]:
+        opened.append(folder)
+        return own_text.in_transformers(folder)
+
+    monkeypatch.setattr(own_text, "cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setattr(own_text, "LENGTH", 16)
-    tokenizer = load_tokenizer(tiny)
     monkeypatch.setattr(own_text, "ROUND", 2)
-    monkeypatch.setattr(own_text, "_engine", lambda: own_text.in_transformers)
+    monkeypatch.setattr(own_text, "_engine", lambda: engine)
+    return opened
+
+
+def test_it_is_written_once_and_cut_into_windows(tiny: Path, engines: list[Path]) -> None:
+    tokenizer = load_tokenizer(tiny)
     windows = text.draw("self", tiny, tokenizer, 3, 20, 0, bos=True)
     assert windows.shape == (3, 20)
-
-    def broken() -> Any:
-        raise AssertionError("it is in the cache")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(own_text, "_engine", broken)
-        assert torch.equal(windows, text.draw("self", tiny, tokenizer, 3, 20, 0, bos=True))
+    assert torch.equal(windows, text.draw("self", tiny, tokenizer, 3, 20, 0, bos=True))
+    assert engines == [tiny]
     longer = text.draw("self", tiny, tokenizer, 6, 20, 0, bos=True)
     assert torch.equal(windows, longer[:3])
+
+
+def test_a_recovery_is_measured_on_text_behind_what_it_trains_on(
+    tiny: Path, text_file: Path, engines: list[Path]
+) -> None:
+    how = Recovering(text=f"{text_file}:1,self:2", held_out=("self",), seq_len=32, bos=False)
+    windows = read_texts(how, tiny, load_tokenizer(tiny), 6 * 32)
+    stream = own_text.own_text(tiny, load_tokenizer(tiny), 20 * 32, how.seed)
+    assert windows[TRAINING][2:].flatten().tolist() == stream[: 4 * 32]
+    assert windows["self"].flatten().tolist() == stream[4 * 32 :]
+    assert engines == [tiny]
+
+
+def test_pruning_and_recovery_open_the_writing_model_once(
+    tiny: Path, tmp_path: Path, engines: list[Path]
+) -> None:
+    how = Recovering(text="self", held_out=("self",), seq_len=32, tokens=4 * 32)
+    own = Calibration(source="self", num_samples=2, seq_len=32)
+    recipe = Recipe(model=str(tiny), method="wanda", calibration=own, recover=how)
+    prune(recipe, tmp_path / "out")
+    assert engines == [tiny]

@@ -25,6 +25,7 @@ from gblm.model.packed_reader import PackedReader
 from gblm.prune import prune
 from gblm.prune import run as prune_module
 from gblm.recipe import Calibration, Recipe, Recovering
+from gblm.recover import needs
 from gblm.recover import run as run_module
 from gblm.recover import train as train_module
 from gblm.recover.run import recover
@@ -48,6 +49,7 @@ def masks(folder: Path) -> dict[str, torch.Tensor]:
         }
 
 
+@pytest.mark.parametrize("train", ["weights", "scales"])
 @pytest.mark.parametrize(
     ("pattern", "values", "head"), [("2:4", "float", "float"), ("0.5", "int4", "int8")]
 )
@@ -58,9 +60,10 @@ def test_it_lowers_kl_and_keeps_every_mask(
     pattern: str,
     values: str,
     head: str,
+    train: str,
 ) -> None:
     start = pack_tiny("wanda", pattern, values, head)
-    report = recover(start, tmp_path / "out", how)
+    report = recover(start, tmp_path / "out", how.model_copy(update={"train": train}))
     (before,), (after,) = report["before"].values(), report["after"].values()
     assert report["kept"]
     assert after["kl"] < 0.9 * before["kl"]
@@ -341,11 +344,23 @@ def test_texts_are_refused_before_anything_is_pruned(
     assert not list(tmp_path.iterdir())
 
 
-def test_too_little_memory_is_said_before_anything_is_computed(
+def test_memory_decides_what_is_trained_and_whether(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    little = psutil.virtual_memory()._replace(available=1000)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: little)
+    config = {"hidden_size": 64, "num_hidden_layers": 2}
+    extent = needs.Extent(config, [(1 << 12, 1 << 12)], 1 << 23, 1 << 25)
+    own = Recovering()
+    memory = psutil.virtual_memory()
+
+    def settled(total: int) -> str:
+        has = memory._replace(total=total, available=total)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: has)
+        return needs.settle(own, extent, "cpu").train
+
+    assert settled(extent.memory(own) + 1) == "weights"
+    assert settled(extent.memory(own)) == "scales"
+    with pytest.raises(MachineError, match="GB are free"):
+        settled(1000)
     with pytest.raises(MachineError, match="GB are free"):
         prune(recipe, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -369,3 +384,13 @@ def test_without_a_method_the_command_prunes_and_recovers(
     done = gblm("prune", tiny, *short, "--method", "gblm", "--output", tmp_path / "paper")
     recipe = json.loads((tmp_path / "paper" / "recipe.json").read_text())
     assert (recipe["pattern"], recipe["values"], recipe["recover"]) == ("2:4", "float", None)
+
+
+def test_minutes_decide_how_many_tokens_there_are(
+    pack_tiny: Pack, how: Recovering, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "seconds_per_token", lambda *args: 60 / 640)
+    short = recover(pack_tiny(), tmp_path / "one", how.model_copy(update={"minutes": 1.0}))
+    assert short["tokens"] == 640
+    long = recover(pack_tiny(), tmp_path / "all", how.model_copy(update={"minutes": 100.0}))
+    assert long["tokens"] == how.tokens

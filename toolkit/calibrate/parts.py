@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gblm.sparse.weights import SparseWeight
 
+Train = Literal["scales", "weights"]
 Kind = Literal["value", "norm", "factor"]
 # What a norm or a value of zeros alone is taken to be large.
 SMALL = 1e-3
@@ -98,17 +99,16 @@ class Floats(SparsePart):
     Pruned places have no parameter and no state.
     """
 
-    def __init__(self, start: SparseWeight) -> None:
+    def __init__(self, start: SparseWeight, train: Train) -> None:
         self.places = Places(start.mask)
         (rows, columns), device = start.mask.shape, start.mask.device
+        self.values = self.places.gather(start.weight).float()
         self.rows = nn.Parameter(torch.zeros(rows, 1, device=device))
         self.columns = nn.Parameter(torch.zeros(1, columns, device=device))
-        self.values = nn.Parameter(self.places.gather(start.weight).float())
-        self.parameters = [
-            Trained(self.rows, "factor"),
-            Trained(self.columns, "factor"),
-            Trained(self.values, "value", _size(self.values)),
-        ]
+        self.parameters = [Trained(self.rows, "factor"), Trained(self.columns, "factor")]
+        if train == "weights":
+            self.values = nn.Parameter(self.values)
+            self.parameters.append(Trained(self.values, "value", _size(self.values)))
 
     def take(self, grad: Tensor) -> None:
         """See Part: Σⱼ Gᵢⱼ Vᵢⱼ (1 + cⱼ) for a row, Σᵢ Gᵢⱼ Vᵢⱼ (1 + rᵢ) for a column."""
@@ -117,7 +117,8 @@ class Floats(SparsePart):
         product = grad * self.places.scatter(self.values.detach())
         self.rows.grad = (product * columns).sum(1, keepdim=True)
         self.columns.grad = (product * rows).sum(0, keepdim=True)
-        self.values.grad = self.places.gather(grad * rows * columns)
+        if isinstance(self.values, nn.Parameter):
+            self.values.grad = self.places.gather(grad * rows * columns)
 
     def give(self) -> Tensor:
         """See Part."""
@@ -137,28 +138,30 @@ class Codes(SparsePart):
     arXiv 1902.08153).
     """
 
-    def __init__(self, start: SparseWeight) -> None:
+    def __init__(self, start: SparseWeight, train: Train) -> None:
         if start.codes is None or start.scales is None:
             raise ValueError("this weight has no codes.")
-        self.places, self.scales = Places(start.mask), start.scales
+        self.places, self.scales, self.codes = Places(start.mask), start.scales, start.codes
         # A range of codes that is narrower than their type's stays as narrow as it is.
         self.low, self.high = float(start.codes.min()), float(start.codes.max())
         self.factor = nn.Parameter(torch.zeros_like(start.scales, dtype=torch.float32))
-        exact = self._grouped(start.codes.float()) * self._scales()
-        self.values = nn.Parameter(self.places.gather(exact.flatten(1)))
-        self.parameters = [
-            Trained(self.factor, "factor"),
-            Trained(self.values, "value", _size(self.values)),
-        ]
+        self.parameters = [Trained(self.factor, "factor")]
+        self.values: nn.Parameter | None = None
+        if train == "weights":
+            exact = self._grouped(start.codes.float()) * self._scales()
+            self.values = nn.Parameter(self.places.gather(exact.flatten(1)))
+            self.parameters.append(Trained(self.values, "value", _size(self.values)))
 
     def take(self, grad: Tensor) -> None:
         """See Part."""
         grouped = self._grouped(grad.float())
         exact, codes = self._codes()
         # d(code · scale)/d scale is the code; in front of a rounding, what the rounding adds.
-        inside = (exact > self.low) & (exact < self.high)
-        slope = torch.where(inside, codes - exact, codes)
-        self.values.grad = self.places.gather((grouped * inside).flatten(1))
+        slope = codes
+        if self.values is not None:
+            inside = (exact > self.low) & (exact < self.high)
+            slope = torch.where(inside, codes - exact, codes)
+            self.values.grad = self.places.gather((grouped * inside).flatten(1))
         self.factor.grad = ((grouped * slope).sum(-1, keepdim=True) * self._scales()).squeeze(-1)
 
     def give(self) -> Tensor:
@@ -174,6 +177,9 @@ class Codes(SparsePart):
 
     def _codes(self) -> tuple[Tensor, Tensor]:
         """Give the weight in units of its scales, clamped, before and after rounding, by group."""
+        if self.values is None:
+            codes = self._grouped(self.codes.float())
+            return codes, codes
         exact = self._grouped(self.places.scatter(self.values.detach())) / self._scales()
         exact = exact.clamp_(self.low, self.high)
         return exact, exact.round()
@@ -188,9 +194,15 @@ class Codes(SparsePart):
         return dense.reshape(*self.factor.shape, -1)
 
 
-def sparse_part(weight: SparseWeight) -> SparsePart:
-    """Return the part that trains a pruned weight, given as the format unpacks it."""
-    return Floats(weight) if weight.codes is None else Codes(weight)
+def sparse_part(weight: SparseWeight, train: Train) -> SparsePart:
+    """Return the part that trains a pruned weight.
+
+    Args:
+        weight: as the format unpacks it.
+        train: "weights", all kept values and factors; "scales", only a factor for each row and
+            column, or for each group of codes.
+    """
+    return Floats(weight, train) if weight.codes is None else Codes(weight, train)
 
 
 def _size(tensor: Tensor) -> float:

@@ -73,7 +73,7 @@ def reconstruct(
         InputError: the loss is not finite.
     """
     parts: dict[str, Part] = {
-        f"{local}.weight": sparse_part(weight) for local, weight in weights.items()
+        f"{local}.weight": sparse_part(weight, "weights") for local, weight in weights.items()
     }
     for local, parameter in module.named_parameters():
         if parameter.ndim == 1 and local not in parts:

@@ -56,6 +56,26 @@ def check_sources(sources: Iterable[str]) -> None:
             data.read_documents(source, "held-out")
 
 
+def count_windows(mix: str, num_samples: int) -> dict[str, int]:
+    """Share windows among the sources of a mix; every source has at least one.
+
+    Raises:
+        UsageError: there are more sources than windows.
+    """
+    shares = parse_mix(mix)
+    if len(shares) > num_samples:
+        raise UsageError(
+            f"text {mix!r}: {num_samples} windows cannot come from {len(shares)} sources."
+        )
+    counts, left, rest = {}, num_samples, 1.0
+    for number, (source, share) in enumerate(shares.items()):
+        others = len(shares) - number - 1
+        count = left if not others else min(left - others, max(1, round(left * share / rest)))
+        left, rest = left - count, rest - share
+        counts[source] = count
+    return counts
+
+
 def draw(
     mix: str, folder: Path, tokenizer: Any, num_samples: int, seq_len: int, seed: int, bos: bool
 ) -> Tensor:
@@ -76,18 +96,10 @@ def draw(
     Raises:
         GblmError: a source cannot be read, or is too short; there are more sources than windows.
     """
-    shares = parse_mix(mix)
-    if len(shares) > num_samples:
-        raise UsageError(
-            f"text {mix!r}: {num_samples} windows cannot come from {len(shares)} sources."
-        )
-    found, left, rest = [], num_samples, 1.0
-    for number, (source, share) in enumerate(shares.items()):
-        others = len(shares) - number - 1
-        count = left if not others else min(left - others, max(1, round(left * share / rest)))
-        left, rest = left - count, rest - share
-        found.append(_one(source, folder, tokenizer, count, seq_len, seed, bos))
-    return torch.cat(found)
+    counts = count_windows(mix, num_samples).items()
+    return torch.cat(
+        [_one(source, folder, tokenizer, count, seq_len, seed, bos) for source, count in counts]
+    )
 
 
 def _one(

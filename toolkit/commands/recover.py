@@ -20,7 +20,9 @@ from gblm.recipe import Recovering
 
 HEADER = ("text", "KL, nats", "same top-1", "perplexity", "dense")
 # What else a recovery may be told stands in the field "recover" of a recipe.
-FIELDS = ("tokens", "text", "held_out", "learning_rate", "seq_len")
+FIELDS = (
+    "tokens", "minutes", "text", "held_out", "train", "learning_rate", "seq_len", "seed",
+)  # fmt: skip
 
 
 @click.command("recover", cls=Command)

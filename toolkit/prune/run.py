@@ -23,7 +23,7 @@ from gblm.checkpoint.pack import Packing, check_room, write_packed
 from gblm.checkpoint.resume import GRADIENTS, WorkFolder, open_work, remove_leftovers, work_path
 from gblm.checkpoint.write import check_output, folder_bytes
 from gblm.files import read_json
-from gblm.model.loading import check_device
+from gblm.model.loading import check_device, load_tokenizer
 from gblm.model.packed_reader import MANIFEST_FILE, RECIPE_FILE, REPORT_FILE
 from gblm.progress import Progress, no_progress
 from gblm.provenance import versions
@@ -31,8 +31,9 @@ from gblm.prune.gradients import GradientNorms
 from gblm.prune.job import Job, open_job
 from gblm.prune.layer import Pruned, prune_layer
 from gblm.recipe import Recipe, Recovering, published
-from gblm.recover.needs import Extent, check_memory
+from gblm.recover.needs import Extent, settle
 from gblm.recover.run import recover
+from gblm.recover.texts import read_texts
 from gblm.sparse.formats import Format
 
 logger = logging.getLogger(__name__)
@@ -205,6 +206,9 @@ def _prune_beside(job: Job, how: Recovering, target: Output, progress: Progress)
     folder = target.folder.parent / f".{target.folder.name}.pruned"
     check_output(target.folder, target.overwrite)
     _check_recovery(job, how)
+    if job.ranks.leads and how.minutes is None:
+        # The model's own text is one stream: written so far, it holds what calibration takes, too.
+        read_texts(how, job.folder.path, load_tokenizer(job.folder), how.tokens)
     done = job.ranks.leads and target.resume and _is_pruned(folder, job)
     if not job.ranks.agree(int(done)):
         _Run.of(job, replace(target, folder=folder, overwrite=True)).execute(progress)
@@ -214,7 +218,7 @@ def _prune_beside(job: Job, how: Recovering, target: Output, progress: Progress)
 def _check_recovery(job: Job, how: Recovering) -> None:
     """Refuse a recovery, before anything is pruned, whose text or memory is not there."""
     check_sources((*parse_mix(how.text), *how.held_out))
-    check_memory(how, extent(job), str(job.layers.device))
+    settle(how, extent(job), str(job.layers.device))
 
 
 def _is_pruned(folder: Path, job: Job) -> bool:

@@ -43,38 +43,46 @@ class Extent:
         config = self.config.get("text_config", self.config)
         width, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
         sizes = [prod(shape) for shape in self.shapes]
-        # Beside a part lie the places of its values and its codes. One weight at a time is
-        # scattered and has a gradient.
-        beside = 4 * self.kept + sum(sizes) + 16 * max(sizes)
+        # Beside a part lie the places of its values and its codes, or the weight that it scales.
+        # One weight at a time is scattered and has a gradient.
+        beside = 5 * sum(sizes) if how.train == "scales" else 4 * self.kept + sum(sizes)
         activations = how.batch_size * how.seq_len * width * layers * KEPT_PER_LAYER + (1 << 28)
-        return self.bytes_dense + self.state + beside + activations
+        return self.bytes_dense + self.state(how) + beside + 16 * max(sizes) + activations
 
     def disk(self, how: Recovering) -> int:
         """Bound the bytes on disk: the teacher's hidden states, two saved states, the folder."""
         config = self.config.get("text_config", self.config)
         held_out = HELD_OUT_WINDOWS * len(how.held_out) * how.seq_len
         teacher = 4 * (how.tokens + held_out) * int(config["hidden_size"])
-        return teacher + 2 * self.state + self.bytes_dense
+        return teacher + 2 * self.state(how) + self.bytes_dense
 
-    @property
-    def state(self) -> int:
+    def state(self, how: Recovering) -> int:
         """Bound the bytes of what is trained: a float32 value and two moments each."""
-        return 12 * (sum(map(prod, self.shapes)) // GROUP + self.kept)
+        scales = sum(map(prod, self.shapes)) // GROUP
+        return 12 * (scales if how.train == "scales" else scales + self.kept)
 
 
-def check_memory(how: Recovering, extent: Extent, device: str) -> None:
-    """Tell what a recovery takes, and refuse what memory cannot hold.
+def settle(how: Recovering, extent: Extent, device: str) -> Recovering:
+    """Decide what is trained, where that was left open, and refuse what memory cannot hold.
+
+    All weights are trained where the machine could hold that, else scales alone.
 
     Raises:
         MachineError: not enough memory is free.
     """
-    need, disk, free = extent.memory(how), extent.disk(how), psutil.virtual_memory().available
+    memory = psutil.virtual_memory()
+    if how.train == "auto":
+        fits = device != "cpu" or extent.memory(how) < memory.total
+        how = how.model_copy(update={"train": "weights" if fits else "scales"})
+    need, disk = extent.memory(how), extent.disk(how)
     logger.info(
-        "recovery on %d tokens needs up to %.1f GB of memory and %.1f GB of disk",
-        how.tokens, need / 1e9, disk / 1e9,
+        "recovery of %s on %d tokens needs up to %.1f GB of memory and %.1f GB of disk",
+        how.train, how.tokens, need / 1e9, disk / 1e9,
     )  # fmt: skip
-    if device == "cpu" and need > free:
+    if device == "cpu" and need > memory.available:
         raise MachineError(
-            f"recovery needs about {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are "
-            "free: take a smaller batch or shorter windows, or prune with --recover 0."
+            f"recovery needs about {need / 1e9:.1f} GB of memory, and "
+            f"{memory.available / 1e9:.1f} GB are free: train scales alone, or take a smaller "
+            "batch or shorter windows."
         )
+    return how

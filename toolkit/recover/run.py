@@ -5,25 +5,24 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from gblm import data
-from gblm.calibrate.parts import Part, SparsePart, Vector, sparse_part
+from gblm.calibrate.parts import Part, SparsePart, Train, Vector, sparse_part
 from gblm.calibrate.ranks import Ranks, rank_device, ranks_from_environment
-from gblm.calibrate.text import SELF, draw
 from gblm.checkpoint.pack import write_side_files
 from gblm.checkpoint.report import summary, weight_row
 from gblm.checkpoint.resume import open_work, remove_leftovers, work_path
 from gblm.checkpoint.write import ShardWriter, check_output, folder_bytes, new_folder
 from gblm.errors import CheckpointError, InputError, UsageError
-from gblm.files import read_json
+from gblm.files import read_json, write_json
 from gblm.model.folder import ModelFolder
 from gblm.model.loading import check_device, load, load_tokenizer
 from gblm.model.packed_reader import (
@@ -36,12 +35,12 @@ from gblm.model.packed_reader import (
 from gblm.model.reader import Reader
 from gblm.progress import Progress, no_progress
 from gblm.recipe import Recovering, read_recipe
-from gblm.recover.needs import HELD_OUT_WINDOWS, Extent, check_memory
+from gblm.recover.needs import Extent, settle
 from gblm.recover.teacher import Head, Hidden, compare
-from gblm.recover.train import Trainer
+from gblm.recover.texts import TRAINING, read_texts
+from gblm.recover.train import Trainer, batches, seconds_per_token
 
 logger = logging.getLogger(__name__)
-TRAINING = "training"
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def recover(
     Args:
         packed: a packed folder, as `gblm prune` writes it.
         output: the folder to make.
-        how: on which text, for how long, at which rate.
+        how: what is trained, on which text, for how long.
         dense: the dense model; the one that `packed` was made from if None.
         device: a torch device.
         overwrite: replace an existing folder.
@@ -120,7 +119,7 @@ def recover(
     joined = ranks_from_environment(device) if ranks is None else nullcontext(ranks)
     with joined as ranks, PackedReader(source) as reader:
         task = Task(reader, _dense_folder(source, dense), how, device, ranks)
-        _check(task, target, overwrite)
+        task = replace(task, how=_check(task, target, overwrite))
         work: AbstractContextManager[Any]
         work = open_work(target, task.fingerprint(), resume) if ranks.leads else nullcontext()
         with work:
@@ -157,7 +156,7 @@ class _Run:
     def execute(self) -> _Found:
         """Take the teacher's states, then train, measuring before and after."""
         task, how = self.task, self.task.how
-        texts = self._texts()
+        texts = read_texts(how, task.dense.path, self.tokenizer, self._tokens())
         model: Any = load(task.dense, task.packed.dtype, task.device)
         dense_head = Head(model)
         dense_head.check(model, texts[TRAINING])
@@ -174,31 +173,26 @@ class _Run:
             }
 
         before, windows = measured(), texts[TRAINING]
-        trainer.run(windows, hidden[TRAINING], dense_head, self.work, self.progress)
+        told = self._told(len(batches(how, len(windows))), windows.shape[1])
+        trainer.run(windows, hidden[TRAINING], dense_head, self.work, told)
         return _Found(
             parts, before, measured(), trainer.losses, data.fingerprint(windows), windows.numel()
         )
 
-    def _texts(self) -> dict[str, Tensor]:
-        """Token ids of the training windows and of each held-out text."""
-        how, folder, tokenizer = self.task.how, self.task.dense, self.tokenizer
-        count = max(how.batch_size, how.tokens // how.seq_len)
-        found = {
-            TRAINING: draw(how.text, folder.path, tokenizer, count, how.seq_len, how.seed, how.bos),
-        }
-        for source in how.held_out:
-            if source == SELF:
-                found[source] = draw(
-                    SELF, folder.path, tokenizer, HELD_OUT_WINDOWS, how.seq_len, ~how.seed, how.bos
-                )
-                continue
-            if Path(source).name in found:
-                raise UsageError(f"two held-out texts are called {Path(source).name}: rename one.")
-            documents = data.read_documents(source, "held-out")
-            found[Path(source).name] = data.evaluation_windows(
-                documents, tokenizer, how.seq_len, HELD_OUT_WINDOWS, bos=how.bos
-            )
-        return found
+    def _tokens(self) -> int:
+        """Give the tokens to train on; those of a time are estimated once, and kept."""
+        how, kept = self.task.how, self.work / "tokens.json"
+        if how.minutes is None:
+            return how.tokens
+        if self.task.ranks.leads and not kept.exists():
+            model: Any = load(self.task.dense, self.task.packed.dtype, self.task.device)
+            each = seconds_per_token(model, how.batch_size, how.seq_len)
+            tokens = int(60 * how.minutes * self.task.ranks.size / each)
+            write_json(kept, {"tokens": min(how.tokens, tokens)})
+        self.task.ranks.agree(0)  # the others wait for the file
+        tokens = int(read_json(kept)["tokens"])
+        logger.info("%g minutes: about %d tokens", how.minutes, tokens)
+        return tokens
 
     def _teach(self, model: Any, texts: Mapping[str, Tensor]) -> dict[str, Hidden]:
         found = {name: Hidden(self.work / f"teacher-{name}") for name in texts}
@@ -210,6 +204,25 @@ class _Run:
         self.task.ranks.agree(0)  # the others wait for the files
         return found
 
+    def _told(self, steps: int, seq_len: int) -> Callable[[int, float], None]:
+        """Give what is called after each step: it writes a line every 15 seconds."""
+        tokens = self.task.how.batch_size * seq_len
+        logged, since = time.monotonic(), 0
+
+        def told(number: int, loss: float) -> None:
+            nonlocal logged, since
+            since += tokens
+            spent = time.monotonic() - logged
+            if spent < 15 and number < steps:
+                return
+            rate, logged, since = since / spent, time.monotonic(), 0
+            logger.info(
+                "step %d of %d: KL %.3f nats, %.0f tokens/s, %.0f s left",
+                number, steps, loss, rate, (steps - number) * tokens / rate,
+            )  # fmt: skip
+
+        return told
+
 
 def become(model: Any, task: Task) -> dict[str, Part]:
     """Turn the loaded dense model into the pruned one and return the parts that train it.
@@ -220,7 +233,7 @@ def become(model: Any, task: Task) -> dict[str, Part]:
     packed, device = task.packed, task.device
     for name in task.trained:
         weight = packed.linears[name].fmt.unpack(packed.parts(name)).to(packed.dtype, device)
-        part = sparse_part(weight)
+        part = sparse_part(weight, cast(Train, task.how.train))
         parts[f"{name}.weight"] = part
         model.get_parameter(f"{name}.weight").data.copy_(part.give())
     if task.head_name is not None:
@@ -247,19 +260,20 @@ def _dense_folder(packed: ModelFolder, given: str | Path | None) -> ModelFolder:
     return ModelFolder.open(str(named))
 
 
-def _check(task: Task, output: Path, overwrite: bool) -> None:
-    """Refuse what cannot go well."""
+def _check(task: Task, output: Path, overwrite: bool) -> Recovering:
+    """Refuse what cannot go well, and decide what is trained."""
     packed, ranks = task.packed, task.ranks
     if task.how.batch_size < ranks.size:
         raise UsageError(f"{ranks.size} ranks cannot share {task.how.batch_size} windows a step.")
     linears = [packed.linears[name] for name in task.trained]
     shapes, kept = [linear.shape for linear in linears], sum(map(_kept, linears))
     extent = Extent(packed.folder.config, shapes, kept, _check_teacher(task))
-    check_memory(task.how, extent, task.device)
+    how = settle(task.how, extent, task.device)
     if ranks.leads:
         remove_leftovers(output)
-        need = extent.disk(task.how) - folder_bytes(work_path(output))
+        need = extent.disk(how) - folder_bytes(work_path(output))
         check_output(output, overwrite, need, packed.folder.path)
+    return how
 
 
 def _check_teacher(task: Task) -> int:

@@ -26,7 +26,6 @@ from gblm.checkpoint.resume import STATE
 from gblm.data import fingerprint
 from gblm.errors import InputError
 from gblm.files import write_tensors
-from gblm.progress import Progress, no_progress
 from gblm.recipe import Recovering
 from gblm.recover.teacher import Head, Hidden, divergence, last_hidden
 
@@ -88,7 +87,7 @@ class Trainer:
         hidden: Hidden,
         dense_head: Head,
         work: Path,
-        progress: Progress = no_progress,
+        told: Callable[[int, float], None],
     ) -> None:
         """Train on all windows once, from the last saved step on.
 
@@ -97,7 +96,7 @@ class Trainer:
             hidden: the dense model's last hidden states of them.
             dense_head: of the dense model.
             work: folder of the state, which is saved every two minutes.
-            progress: for a progress bar.
+            told: called after each step with its number, from 1, and its loss in nats.
 
         Raises:
             InputError: the loss is not finite; the last saved state is kept.
@@ -105,7 +104,7 @@ class Trainer:
         """
         steps, text = batches(self.how, len(windows)), fingerprint(windows)
         self._load(work, text)
-        done, saved = progress("training", len(steps) - len(self.losses)), time.monotonic()
+        saved = time.monotonic()
         for step in range(len(self.losses), len(steps)):
             self._rate = self.how.learning_rate * share_of_rate(step, len(steps))
             loss = self._step(windows, hidden, dense_head, steps[step])
@@ -114,7 +113,7 @@ class Trainer:
                     f"recovery diverged at step {step + 1} (loss {loss}): lower --learning-rate."
                 )
             self.losses.append(round(loss, 4))
-            done()
+            told(step + 1, loss)
             if time.monotonic() - saved > SAVE_SECONDS:
                 self._save(work, text)
                 saved = time.monotonic()
@@ -193,3 +192,22 @@ class Trainer:
 def _adam(part: Part) -> torch.optim.AdamW:
     groups = [{"params": [each.parameter]} for each in part.parameters]
     return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPS, weight_decay=0.0)
+
+
+def seconds_per_token(model: Any, batch_size: int, seq_len: int) -> float:
+    """Estimate what a token of training takes, the dense model's reading included.
+
+    A pass down and its gradients take three passes up; the rest, with the updates, a quarter more.
+    """
+    head = Head(model)
+    device = head.weight.device
+    ids = torch.zeros(batch_size, seq_len, dtype=torch.int64, device=device)
+    seconds = 0.0
+    for _ in range(2):  # the first time sets up what later ones find ready
+        began = time.monotonic()
+        with torch.inference_mode():
+            hidden = last_hidden(model, ids).flatten(0, 1)
+        passed = time.monotonic() - began
+        divergence(hidden.clone(), hidden, head, head)
+        seconds = 1.25 * (4 * passed + time.monotonic() - began - passed)
+    return seconds / ids.numel()
