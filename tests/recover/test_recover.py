@@ -88,7 +88,7 @@ def test_what_is_written_is_what_was_measured(
     model, dense = packed.load(tmp_path / "out", backend="dense"), load(ModelFolder.open(tiny))
     tokenizer = run_module.load_tokenizer(tiny)
     windows = run_module.data.evaluation_windows(
-        [text_file.read_text()], tokenizer, 32, run_module.HELD_OUT_WINDOWS
+        [text_file.read_text()], tokenizer, 32, needs.HELD_OUT_WINDOWS
     )
     with torch.inference_mode():
         logq, logp = (m(windows).logits[:, :-1].float().log_softmax(-1) for m in (model, dense))
