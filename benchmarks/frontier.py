@@ -44,7 +44,7 @@ from gblm.packed import load_any
 from gblm.provenance import provenance
 from gblm.prune import prune
 from gblm.recipe import Recipe
-from gblm.search.candidates import Question, answer, parse_budget
+from gblm.search.candidates import answer, parse_budget
 from gblm.search.examine import Space
 from gblm.sparse.patterns import Pattern, parse
 from gblm.sparse.values import ValueType
@@ -143,7 +143,7 @@ def prune_case(case: Case, recipe: Recipe, output: Path) -> dict[str, float]:
 def spread_out(recipe: Recipe, budget: str) -> Recipe:
     """Spread a recipe's budget over the linears, unstructured, its values as they are."""
     space = Space((recipe.values,), ("unstructured",))
-    rows = answer(Question(recipe, parse_budget(budget), space))["rows"]
+    rows = answer(recipe, parse_budget(budget), space)["rows"]
     kind = recipe.values.partition(":")[0]
     found = next(row for row in rows if row["name"] == f"{kind} measured")
     return Recipe.from_dict(found["recipe"])

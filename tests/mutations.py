@@ -62,7 +62,7 @@ LIST: dict[str, list[tuple[str, str, str]]] = {
     ],
     "calibrate/test_gradients.py": [
         ("l1-gradients", "sums[name] += gradient.abs_()", "sums[name] += gradient"),
-        ("l2-root", "return total.sqrt_() if how.norm == L2 else total", "return total"),
+        ("l2-root", "return total.sqrt_() if norm == L2 else total", "return total"),
     ],
     "calibrate/test_stats.py": [
         ("act-norm-root", "return self.mean.sqrt()", "return self.mean"),

@@ -14,7 +14,7 @@ from resident import Resident
 from safetensors.torch import load_file, save_file
 
 from gblm import data, packed
-from gblm.calibrate.gradients import Gradients, gradient_norms
+from gblm.calibrate.gradients import gradient_norms
 from gblm.calibrate.walk import Walk, walk
 from gblm.checkpoint.inspect import verify
 from gblm.errors import CheckpointError, InputError
@@ -170,7 +170,7 @@ def pruned_in_memory(recipe: Recipe) -> torch.nn.Module:
     norms: dict[int, dict[str, dict[str, torch.Tensor]]] = {0: {}, 1: {}}
     if "grad_norm" in method.needs:
         samples = torch.tensor(float(len(windows)))
-        for index, found in gradient_norms(layers, list(windows), Gradients("l2", names)):
+        for index, found in gradient_norms(layers, list(windows), names, "l2"):
             norms[index] = {
                 name.removeprefix(layers.name(index) + "."): {
                     "grad_norm": norm, "num_samples": samples

@@ -22,7 +22,6 @@ from gblm.recipe import FUSED, Calibration, Recipe, Refitting
 from gblm.search.allocate import LinearSpec, family, measured, total_bytes
 from gblm.search.candidates import (
     STEPS,
-    Question,
     allocations,
     answer,
     parse_budget,
@@ -264,7 +263,7 @@ def test_every_candidate_holds_its_budget_and_becomes_a_recipe(
 def test_a_budget_in_bytes_is_that_of_the_folder(base: Recipe, tmp_path: Path, method: str) -> None:
     """Wanda counts zeros by row, SparseGPT over the matrix."""
     small = base.model_copy(update={"head": "int8", "method": method})
-    result = answer(Question(small, parse_budget("95kB"), Space(("int4:auto",))))
+    result = answer(small, parse_budget("95kB"), Space(("int4:auto",)))
     row = next(row for row in result["rows"] if row["fits"])
     report = prune(Recipe.from_dict(row["recipe"]), tmp_path / "out")
     assert report["bytes_packed"] <= row["bytes"] <= 95_000
@@ -273,13 +272,13 @@ def test_a_budget_in_bytes_is_that_of_the_folder(base: Recipe, tmp_path: Path, m
 
 
 def test_the_answer_ranks_what_holds_the_budget(base: Recipe) -> None:
-    result = answer(Question(base, parse_budget("8.6bits")))
+    result = answer(base, parse_budget("8.6bits"))
     json.dumps(result)
     fits = [row for row in result["rows"] if row["fits"]]
     assert [row["loss"] for row in fits] == sorted(row["loss"] for row in fits)
     assert all(row["ratio"] == pytest.approx(math.exp(row["loss"]), rel=1e-4) for row in fits)
     assert {"int8 dense", "int4 dense"} <= {row["name"] for row in fits}
-    narrow = answer(Question(base, parse_budget("3.3bits"), Space(("int4:auto",), ("2:4",))))
+    narrow = answer(base, parse_budget("3.3bits"), Space(("int4:auto",), ("2:4",)))
     names = [row["name"] for row in narrow["rows"]]
     assert not {*names} & {"int4 measured", "int8 dense"}
     assert (names[-1], narrow["rows"][-1]["fits"]) == ("int4 dense", False)
@@ -289,11 +288,11 @@ def test_what_cannot_be_is_said(
     base: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(UsageError, match=r"too small: 85% of zeros still take about \d"):
-        answer(Question(base, parse_budget("0.3bits")))
+        answer(base, parse_budget("0.3bits"))
     with pytest.raises(UsageError, match="needs calibration text"):
-        answer(Question(base.model_copy(update={"calibration": None}), parse_budget("4bits")))
+        answer(base.model_copy(update={"calibration": None}), parse_budget("4bits"))
     with pytest.raises(UsageError, match="a search takes unstructured and N:M patterns"):
-        answer(Question(base, parse_budget("4bits"), Space(patterns=("0.5",))))
+        answer(base, parse_budget("4bits"), Space(patterns=("0.5",)))
     odd = save_tiny_model(tmp_path / "odd", intermediate_size=88)
     found = examine(base.model_copy(update={"model": str(odd)}), Space())
     assert set(found.specs) == {"float"}

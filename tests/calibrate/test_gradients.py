@@ -7,7 +7,6 @@ import torch
 from resident import Resident
 
 from gblm.calibrate import activations
-from gblm.calibrate.gradients import Gradients
 from gblm.calibrate.gradients import gradient_norms as norms_by_layer
 from gblm.errors import InputError, UsageError
 from gblm.model.linears import prunable
@@ -21,9 +20,8 @@ def gradient_norms(
     norm: str,
     scratch: Path | None = None,
 ) -> dict[str, torch.Tensor]:
-    how = Gradients(norm, frozenset(linears), scratch)
     found: dict[str, torch.Tensor] = {}
-    for _, norms in norms_by_layer(Resident(model), samples, how):
+    for _, norms in norms_by_layer(Resident(model), samples, linears, norm, scratch=scratch):
         found |= norms
     return found
 

@@ -7,9 +7,8 @@ is run again from its inputs and differentiated. Only one layer is ever in memor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,31 +27,15 @@ from gblm.progress import Progress, no_progress
 L1, L2, OUTPUT = "l1", "l2", "output"
 
 
-@dataclass(frozen=True)
-class Gradients:
-    """The fields say how gradient norms are taken.
-
-    Attributes:
-        norm: over samples, of a weight's gradients: "l1": Σ|g|, "l2": √Σ g². With "output" it is
-            that of the linear's outputs, Σ over samples and tokens of (∂L/∂y)², and no gradient of
-            a weight is taken.
-        names: full names of the linears to differentiate.
-        scratch: folder for the layers' inputs, if memory is short; None keeps them in memory.
-        progress: for a progress bar.
-    """
-
-    norm: str
-    names: frozenset[str]
-    scratch: Path | None = None
-    progress: Progress = no_progress
-
-    def __post_init__(self) -> None:
-        if self.norm not in (L1, L2, OUTPUT):
-            raise UsageError(f"gradient norm {self.norm!r} is unknown: use l1 or l2.")
-
-
 def gradient_norms(
-    layers: Layers, samples: Sequence[Tensor], how: Gradients, ranks: Ranks = ALONE
+    layers: Layers,
+    samples: Sequence[Tensor],
+    names: Collection[str],
+    norm: str,
+    *,
+    scratch: Path | None = None,
+    progress: Progress = no_progress,
+    ranks: Ranks = ALONE,
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Take norms over the samples, decoder layer by decoder layer, the last layer first.
 
@@ -61,7 +44,12 @@ def gradient_norms(
     Args:
         layers: of a causal language model; the weights are not changed.
         samples: this rank's token ids, each [tokens] int64. A sample is one calibration sequence.
-        how: see Gradients.
+        names: full names of the linears to differentiate.
+        norm: over samples, of a weight's gradients: "l1": Σ|g|, "l2": √Σ g². With "output" it is
+            that of the linear's outputs, Σ over samples and tokens of (∂L/∂y)², and no gradient of
+            a weight is taken.
+        scratch: folder for the layers' inputs, if memory is short; None keeps them in memory.
+        progress: for a progress bar.
         ranks: the processes that share the samples.
 
     Yields:
@@ -70,21 +58,24 @@ def gradient_norms(
 
     Raises:
         InputError: a loss or gradient is not finite.
+        UsageError: the norm is unknown.
     """
+    if norm not in (L1, L2, OUTPUT):
+        raise UsageError(f"gradient norm {norm!r} is unknown: use l1 or l2.")
     layers = layers.in_float32() if layers.dtype == torch.float16 else layers
     layers.load_frame(head=True)
     rows = [sample.reshape(1, -1) for sample in samples]
-    scratch = place(how.scratch, (len(layers) + 2) * stream_bytes(layers, rows))
-    step = how.progress("gradients", 2 * len(layers))
+    scratch = place(scratch, (len(layers) + 2) * stream_bytes(layers, rows))
+    step = progress("gradients", 2 * len(layers))
     inputs, calls = _forward(layers, rows, scratch, step)
     # The loss's gradient at the current layer's output, per sample.
     errors = _errors_behind(layers, rows, inputs.pop(), scratch)
     for index in reversed(range(len(layers))):
-        sums = _backward(layers, index, inputs[index], calls, errors, how)
+        sums = _backward(layers, index, inputs[index], calls, errors, names, norm)
         inputs.pop().clear()
         for total in sums.values():
             ranks.sum_(total)
-        yield index, {name: _finish(name, total, how) for name, total in sums.items()}
+        yield index, {name: _finish(name, total, norm) for name, total in sums.items()}
         step()
 
 
@@ -114,10 +105,12 @@ def _finite(layers: Layers, index: int, hidden: Tensor, sample: int) -> Tensor:
     return hidden
 
 
-def _wanted(layers: Layers, index: int, module: nn.Module, how: Gradients) -> dict[str, nn.Linear]:
+def _wanted(
+    layers: Layers, index: int, module: nn.Module, names: Collection[str]
+) -> dict[str, nn.Linear]:
     """Give the linears to differentiate, by full name."""
     named = {f"{layers.name(index)}.{local}": m for local, m in linears(module).items()}
-    return {name: linear for name, linear in named.items() if name in how.names}
+    return {name: linear for name, linear in named.items() if name in names}
 
 
 @torch.no_grad()
@@ -149,15 +142,16 @@ def _backward(
     inputs: Activations,
     calls: Sequence[Call],
     errors: Activations,
-    how: Gradients,
+    names: Collection[str],
+    norm: str,
 ) -> dict[str, Tensor]:
     """Run one layer again for every sample and differentiate it; `errors` becomes its input's."""
     with layers.open(index) as module:
-        wanted = _wanted(layers, index, module, how)
-        with folding(wanted, how.norm) as sums:
+        wanted = _wanted(layers, index, module, names)
+        with folding(wanted, norm) as sums:
             for sample, call in enumerate(calls):
                 hidden = inputs.get(sample, layers.device)
-                hidden.requires_grad_(index > 0 or how.norm == OUTPUT)
+                hidden.requires_grad_(index > 0 or norm == OUTPUT)
                 if not wanted and index == 0:
                     break
                 with torch.enable_grad():
@@ -168,10 +162,10 @@ def _backward(
     return sums
 
 
-def _finish(name: str, total: Tensor, how: Gradients) -> Tensor:
+def _finish(name: str, total: Tensor, norm: str) -> Tensor:
     if not bool(total.isfinite().all()):
         raise InputError(f"{name}: its gradient is not finite. Run with --dtype float32.")
-    return total.sqrt_() if how.norm == L2 else total
+    return total.sqrt_() if norm == L2 else total
 
 
 @contextmanager

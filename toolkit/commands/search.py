@@ -13,7 +13,9 @@ from gblm.commands.recipe_options import FAST, read_recipe, search_options
 from gblm.files import write_json
 
 if TYPE_CHECKING:
-    from gblm.search.candidates import Question
+    from gblm.recipe import Recipe
+    from gblm.search.candidates import Budget
+    from gblm.search.examine import Space
 
 OWN = frozenset({"budget", "write"})
 
@@ -49,7 +51,7 @@ def command(
     with progress_bars(ctx) as progress:
         from gblm.search.candidates import answer
 
-        result = answer(_question(ctx, budget, recipe, given), progress)
+        result = answer(*_question(ctx, budget, recipe, given), progress)
     if write is not None:
         write_json(write, result["rows"][0]["recipe"])
     emit(ctx, result, lambda: _show(result))
@@ -57,21 +59,21 @@ def command(
 
 def _question(
     ctx: click.Context, budget: str, recipe: Path | None, given: dict[str, Any]
-) -> Question:
+) -> tuple[Recipe, Budget, Space]:
     """Give what the command line asks, with `given` as the values of `search_options`."""
-    from gblm.search.candidates import Question, parse_budget
+    from gblm.search.candidates import parse_budget
     from gblm.search.examine import Space
     from gblm.sparse.values import parse_values
 
     amount = parse_budget(budget)
     if recipe is not None:
-        return Question(read_recipe(ctx, recipe, given, OWN), amount)
+        return read_recipe(ctx, recipe, given, OWN), amount, Space()
     values = (str(parse_values(given["values"])),) if given["values"] else Space.values
     space = Space(values, _patterns(given["pattern"]))
     # Rounding belongs to integer values; recipes without any leave it out.
     fields = given | {"values": "int8", "pattern": "dense"}
     fields |= {"rounding": FAST["rounding"]} if given["method"] else {"preset": "fast"}
-    return Question(read_recipe(ctx, None, fields, OWN), amount, space)
+    return read_recipe(ctx, None, fields, OWN), amount, space
 
 
 def _patterns(text: str | None) -> tuple[str, ...]:

@@ -63,6 +63,11 @@ class Job:
         """Tell whether kept weights stay bit for bit, until they are rounded to codes."""
         return self.pipeline.keeps_values and self.recipe.reconstruct is None
 
+    @property
+    def reads_gradients(self) -> bool:
+        """Tell whether the method reads gradient norms."""
+        return "grad_norm" in self.pipeline.needs
+
     @cached_property
     def model_sha256(self) -> str:
         """Hash the model's config.json and weights; reading them all takes a while."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from gblm.model.loading import check_device, load_tokenizer
 from gblm.model.packed_reader import MANIFEST_FILE, RECIPE_FILE, REPORT_FILE
 from gblm.progress import Progress, no_progress
 from gblm.provenance import versions
-from gblm.prune.gradients import GradientNorms
+from gblm.prune.gradients import read_gradients, take_gradients
 from gblm.prune.job import Job, open_job
 from gblm.prune.layer import Pruned, prune_layer
 from gblm.recipe import Recipe, Recovering, published
@@ -73,7 +74,7 @@ def extra_bytes(job: Job) -> int:
     # Updated values are kept unrounded as well; codes are exact.
     floats = (name for name, fmt in job.formats.items() if fmt.values.is_float)
     exact = 0 if job.keeps_values else 4 * _weights(job, floats)
-    gradients = 4 * _weights(job, job.formats) if "grad_norm" in job.pipeline.needs else 0
+    gradients = 4 * _weights(job, job.formats) if job.reads_gradients else 0
     return layers + exact + gradients + (job.head.num_bytes if job.head else 0)
 
 
@@ -255,14 +256,15 @@ class _Run:
         with self._work() as work, self._scratch() as scratch:
             first = job.ranks.agree(len(work.finished) if work else 0)
             if first < len(job.layers):
-                gradients = GradientNorms(job, work_path(self.output.folder) / GRADIENTS)
-                gradients.take(scratch, progress)
+                folder = work_path(self.output.folder) / GRADIENTS
+                take_gradients(job, folder, scratch, progress)
+                gradients = partial(read_gradients, job, folder)
                 step = progress("pruning", len(job.layers) - first)
                 for layer in job.walk(scratch):
                     if layer.index < first:
                         self._restore(layer, work)
                         continue
-                    pruned = prune_layer(job, layer, gradients.read)
+                    pruned = prune_layer(job, layer, gradients)
                     if work is not None:
                         self._keep(pruned, work)
                     step()

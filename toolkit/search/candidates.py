@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from gblm.search.allocate import (
     measured,
     total_bytes,
 )
-from gblm.search.examine import Examined, Space, examine
+from gblm.search.examine import EVERYTHING, Examined, Space, examine
 from gblm.sparse.formats import Format
 from gblm.sparse.formats.manifest import group_targets
 from gblm.sparse.patterns import Dense, Pattern, Unstructured
@@ -78,25 +78,17 @@ def parse_budget(text: str) -> Budget:
     return Budget(word[0], amount, text.strip())
 
 
-@dataclass(frozen=True)
-class Question:
-    """A question asks which pattern, values and layers in the space hold a budget best.
-
-    The recipe gives model, text, method and steps of all candidates.
-    """
-
-    recipe: Recipe
-    budget: Budget
-    space: Space = field(default_factory=Space)
-
-
-def answer(question: Question, progress: Progress = no_progress) -> dict[str, Any]:
+def answer(
+    recipe: Recipe, budget: Budget, space: Space = EVERYTHING, progress: Progress = no_progress
+) -> dict[str, Any]:
     """Rank the candidates that hold a budget, with the dense ones that do not behind them.
 
     Weights and calibration text are read, one decoder layer at a time; nothing is written.
 
     Args:
-        question: the model and the budget.
+        recipe: gives model, text, method and steps of all candidates.
+        budget: that they hold.
+        space: the patterns and values that their linears may have.
         progress: for progress bars.
 
     Returns:
@@ -109,18 +101,18 @@ def answer(question: Question, progress: Progress = no_progress) -> dict[str, An
         UsageError: nothing holds the budget.
         GblmError: whatever `prune` would refuse before it computes.
     """
-    model = examine(question.recipe, question.space, progress)
-    limit = question.budget.limit(model.weights, model.rest_bytes)
+    model = examine(recipe, space, progress)
+    limit = budget.limit(model.weights, model.rest_bytes)
     every = [
-        _row(model, question.recipe, limit, name, allocation)
+        _row(model, recipe, limit, name, allocation)
         for name, allocation in allocations(model, limit).items()
     ]
     fits = sorted((row for row in every if row["fits"]), key=lambda row: float(row["loss"]))
     if not fits:
-        raise UsageError(_too_small(question.budget, model))
+        raise UsageError(_too_small(budget, model))
     others = [row for row in every if not row["fits"]]
     rows = [*fits, *sorted(others, key=lambda row: float(row["bits_per_weight"]))]
-    return {"budget": str(question.budget), "rows": rows}
+    return {"budget": str(budget), "rows": rows}
 
 
 def allocations(model: Examined, limit: float) -> dict[str, Allocation]:

@@ -49,6 +49,9 @@ class Space:
         return "unstructured" in self.patterns
 
 
+EVERYTHING = Space()
+
+
 @dataclass(frozen=True)
 class Examined:
     """A model whose linears have been judged, so that budgets can be spread over them.

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gblm.calibrate.gradients import OUTPUT, Gradients, gradient_norms
+from gblm.calibrate.gradients import OUTPUT, gradient_norms
 from gblm.calibrate.walk import DecoderLayer, Walk, walk
 from gblm.errors import InputError
 from gblm.methods.refit import damped
@@ -99,9 +99,10 @@ def measure(
     Raises:
         InputError: a loss, gradient or activation is not finite.
     """
-    how = Gradients(OUTPUT, frozenset(judgement.values), scratch, progress)
     outputs: dict[str, Tensor] = {}
-    for _, found in gradient_norms(layers, list(windows), how):
+    for _, found in gradient_norms(
+        layers, list(windows), judgement.values, OUTPUT, scratch=scratch, progress=progress
+    ):
         outputs |= {name: total / len(windows) for name, total in found.items()}
     curves: dict[str, Curve] = {}
     step = progress("sensitivity", len(layers))
