@@ -20,8 +20,8 @@ def make_gguf(model: Path, kind: str, target: Path) -> Path:
     """
     import gguf
     import torch
+    from transformers import AutoConfig
 
-    from gblm.export.onnx.export import with_rope_theta
     from gblm.model.folder import ModelFolder
     from gblm.model.reader import Reader
 
@@ -35,7 +35,7 @@ def make_gguf(model: Path, kind: str, target: Path) -> Path:
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_dimension_count(config["hidden_size"] // config["num_attention_heads"])
-    writer.add_rope_freq_base(with_rope_theta(config)["rope_theta"])
+    writer.add_rope_freq_base(AutoConfig.from_pretrained(model).rope_parameters["rope_theta"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("none")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])

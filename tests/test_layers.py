@@ -85,7 +85,8 @@ ONLY_IN = {
         "gblm.bench.linears",
         "gblm.bench.loops",
     ),
-    "onnx": ("gblm.export.onnx",),
+    "onnx": (),
+    "onnx_ir": ("gblm.export.onnx",),
     "onnxruntime": (),
     "onnxruntime_genai": ("gblm.export.onnx.decoder",),
     "triton": ("gblm.kernels.triton",),
@@ -172,7 +173,7 @@ def test_help_loads_no_torch() -> None:
 
 
 def test_core_imports_without_any_optional_package() -> None:
-    packages = ["vllm", "onnx", "onnxruntime", "triton", "matplotlib", "lm_eval"]
+    packages = ["vllm", "onnx", "onnx_ir", "onnxruntime", "triton", "matplotlib", "lm_eval"]
     check = (
         f"import sys; sys.modules.update(dict.fromkeys({packages}))\n"
         "import gblm.prune, gblm.packed, gblm.evaluate.perplexity, gblm.export.pack, gblm.doctor\n"

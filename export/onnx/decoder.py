@@ -1,4 +1,4 @@
-"""An exported folder in onnxruntime-genai, one sequence at a time.
+"""Run an exported folder in onnxruntime-genai, one sequence at a time.
 
 `gblm eval` and the validation of exports use it; run as a program it is a loop of `gblm bench`.
 """

@@ -1,4 +1,4 @@
-"""`gblm export onnx`: a graph, its weights, what stands beside them, and proof that it is right."""
+"""Make a folder for ONNX Runtime: a graph, its weights, what else is needed, and proof."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ from gblm.export.onnx.runtime import (
     check_installation,
     library,
 )
-from gblm.export.onnx.storage import DATA_FILE
 from gblm.export.onnx.validate import PROMPT, validate
 from gblm.files import read_json, write_json
 from gblm.model import loading
@@ -183,17 +182,8 @@ def _make(
             dense = work / "dense"
             export_dense(folder, dense, dtype=torch.float32)
             config = config | {"dtype": "float32"}
-        staged = _staged(dense, config, work / "staged")
-        if not wanted.sparse:
-            build(staged, made, precision, wanted.target)
-            return []
-        built = work / "built"
-        build(staged, built, precision, wanted.target)
-        replaced = pack_graph(built, folder, made)
-        for file in built.iterdir():
-            if file.name not in (MODEL_FILE, DATA_FILE):
-                (made / file.name).write_bytes(file.read_bytes())
-        return replaced
+        build(_staged(dense, config, work / "staged"), made, precision, wanted.target)
+    return pack_graph(made, folder) if wanted.sparse else []
 
 
 def _staged(source: Path, config: dict[str, Any], folder: Path) -> Path:
@@ -273,19 +263,24 @@ def _correct_graph(path: Path, config: dict[str, Any], head_size: int) -> None:
     It only names the last dimension of keys and values; lm-eval's `onnxruntime` backend takes a
     name for 1. It writes Gemma's factor of embeddings, the root of their size, to two decimals.
     """
-    import onnx
+    import onnx_ir as ir
 
-    model = onnx.load(str(path), load_external_data=False)
-    for value in (*model.graph.input, *model.graph.output):
-        if value.name.startswith(("past_key_values.", "present.")):
-            value.type.tensor_type.shape.dim[3].dim_value = head_size
+    model = ir.load(path)
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if str(value.name).startswith(("past_key_values.", "present.")) and value.shape is not None:
+            value.shape = ir.Shape([*value.shape[:3], head_size])
     if config["model_type"].startswith("gemma"):
-        scaled = next(n for n in model.graph.node if n.name == "/model/embed_tokens/Mul")
-        constant = next(n for n in model.graph.node if n.output[0] == scaled.input[1])
-        tensor = constant.attribute[0].t
-        exact = np.asarray(config["hidden_size"] ** 0.5, onnx.numpy_helper.to_array(tensor).dtype)
-        tensor.CopyFrom(onnx.numpy_helper.from_array(exact, tensor.name))
-    path.write_bytes(model.SerializeToString())
+        scaled = next(node for node in model.graph if node.name == "/model/embed_tokens/Mul")
+        factor = scaled.inputs[1]
+        constant = factor.producer() if factor is not None else None
+        if constant is None:
+            raise InputError(
+                "the model builder of onnxruntime-genai scales embeddings in a new way."
+            )
+        old = constant.attributes["value"].as_tensor()
+        exact = np.asarray(config["hidden_size"] ** 0.5, old.dtype.numpy())
+        constant.attributes.add(ir.AttrTensor("value", ir.tensor(exact, name=old.name)))
+    ir.save(model, path)
 
 
 def _report(

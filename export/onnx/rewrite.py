@@ -10,24 +10,24 @@ memory: panels, which name their version; see docs/onnx.md.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gblm.errors import CheckpointError, InputError
-from gblm.export.onnx.runtime import DOMAIN, DOMAIN_VERSION, MODEL_FILE
-from gblm.export.onnx.storage import DATA_FILE, DataFile, StoredGraph
+from gblm.export.onnx.runtime import DATA_FILE, DOMAIN, DOMAIN_VERSION, MODEL_FILE
 from gblm.kernels import BACKENDS
 from gblm.model.folder import ModelFolder
 from gblm.model.packed_reader import PackedReader
-from gblm.sparse.formats import Format, Shape, format_for, join_formats
-from gblm.sparse.patterns import Dense
-from gblm.sparse.weights import SparseWeight
+from gblm.sparse.formats import Format, Shape, from_spec, join_formats
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 LAYER_WEIGHT = re.compile(r"model\.layers\.(\d+)\.(attn|mlp)\.(\w+)\.MatMul\.weight")
 HEAD_WEIGHT = "lm_head.MatMul.weight"
@@ -35,7 +35,12 @@ EMBEDDINGS, TABLE = "model.embed_tokens.weight", "model.embed_tokens.table"
 QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 # What graphs or checkpoints join to one linear.
 FUSED = {"qkv_proj": QKV, "gate_up_proj": GATE_UP}
+DENSE = from_spec("dense/dense")
 LINEAR, GATED = "Linear", "GatedLinear"
+# Smaller initializers stay in the graph, where shape inference sees them.
+INLINE_BYTES = 1024
+# ONNX Runtime maps whole pages; the kernels want panels at the beginning of a cache line.
+PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -52,167 +57,157 @@ class Replaced:
     num_bytes: int
 
 
-def pack_graph(built: Path, packed: ModelFolder, output: Path) -> list[Replaced]:
-    """Write a graph whose linears are packed.
+def pack_graph(folder: Path, packed: ModelFolder) -> list[Replaced]:
+    """Put operators with packed weights into a graph.
 
     Args:
-        built: a float32 graph of the model builder, from the unpacked checkpoint.
+        folder: a float32 graph of the model builder, from the unpacked checkpoint; the graph and
+            its data are replaced.
         packed: the packed checkpoint.
-        output: a folder; the graph and its data are written there.
 
     Returns:
-        What was replaced, in the order of the graph.
+        What was replaced.
 
     Raises:
         CheckpointError: the graph is not what the builder makes of this checkpoint.
     """
-    import onnx
+    import onnx_ir as ir
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    graph = StoredGraph(built)
-    if any(entry.domain == DOMAIN for entry in graph.model.opset_import):
-        raise CheckpointError(f"{built}: the graph is rewritten already.")
-    with (
-        PackedReader(packed) as reader,
-        (output / DATA_FILE).open("wb") as stream,
-    ):
-        rewriter = _Rewriter(graph, reader, DataFile(stream))
-        nodes = [made for node in graph.model.graph.node for made in rewriter.rewrite(node)]
-        rewriter.check_complete()
-        kept = rewriter.initializers(nodes)
-    proto = graph.model
-    del proto.graph.node[:], proto.graph.initializer[:]
-    proto.graph.node.extend(nodes)
-    proto.graph.initializer.extend(kept)
-    proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
-    (output / MODEL_FILE).write_bytes(proto.SerializeToString())
+    model, clean = ir.load(folder / MODEL_FILE), RemoveUnusedNodesPass()
+    with PackedReader(packed) as reader:
+        rewriter = _Rewriter(model.graph, reader)
+        rewriter.replace_gates()
+        clean(model)
+        rewriter.replace_others()
+        clean(model)
+        done = {name for one in rewriter.replaced for name in one.linears}
+        if missing := sorted(set(reader.linears) - done):
+            raise CheckpointError(
+                f"{folder}: the graph has no MatMul by the weight of {missing[0]}."
+            )
+    model.graph.opset_imports[DOMAIN] = DOMAIN_VERSION
+    ir.save(
+        model, folder / MODEL_FILE, external_data=DATA_FILE, size_threshold_bytes=INLINE_BYTES,
+        alignment=PAGE_BYTES, align_threshold=0,
+    )  # fmt: skip
     return rewriter.replaced
 
 
+def read(value: ir.Value) -> Tensor:
+    """Read an initializer into memory, floating values as float32."""
+    stored = value.const_value
+    if stored is None:
+        raise CheckpointError(f"the graph has no values for {value.name}.")
+    kind = np.float32 if stored.dtype.is_floating_point() else None
+    return torch.from_numpy(np.array(stored.numpy(), dtype=kind))
+
+
 class _Rewriter:
-    """Rewrites node after node, and makes the tensors that the new nodes need."""
+    """Replaces nodes of a graph, and records in `replaced` what took their place."""
 
-    def __init__(self, graph: StoredGraph, reader: PackedReader, data: DataFile) -> None:
-        self.graph, self.reader, self.data = graph, reader, data
+    def __init__(self, graph: ir.Graph, reader: PackedReader) -> None:
+        self.graph, self.reader = graph, reader
         self.replaced: list[Replaced] = []
-        self._made: dict[str, Any] = {}
-        self._gates: dict[str, tuple[Gate, tuple[str, ...]]] = {}
-        for gate in find_gates(graph.model.graph.node):
-            if linears := self._packable([gate.gate, gate.up]):
-                self._gates[gate.last.name] = gate, linears
-        self._inner = {name for gate, _ in self._gates.values() for name in gate.inner}
-        self._transposed = {
-            node.output[0]: node.input[0]
-            for node in graph.model.graph.node
-            if node.op_type == "Transpose" and node.input[0] in graph.tensors
-        }
 
-    def rewrite(self, node: Any) -> Iterator[Any]:
-        """Give the nodes that take a node's place."""
-        if node.name in self._inner:
+    def replace_gates(self) -> None:
+        """Let one operator compute the gated half of each feed-forward."""
+        for node in tuple(self.graph):
+            if node.op_type == "Sigmoid" and (found := find_gate(node)):
+                self._replace(GATED, *found)
+
+    def replace_others(self) -> None:
+        """Let operators multiply by all other weights, and narrow the embeddings."""
+        for node in tuple(self.graph):
+            if node.op_type == "MatMul":
+                self._replace(LINEAR, [node], node)
+            elif node.op_type == "Gather":
+                self._narrow(node)
+
+    def _replace(self, op: str, matmuls: Sequence[ir.Node], last: ir.Node) -> None:
+        """Put one operator in the place of MatMuls, if they multiply by weights of the checkpoint.
+
+        Args:
+            op: the operator.
+            matmuls: MatMuls of the same input.
+            last: the node whose result the operator gives.
+        """
+        import onnx_ir as ir
+
+        weights = [weight for node in matmuls if (weight := node.inputs[1]) is not None]
+        linears = self._packable(weights)
+        if not linears:
             return
-        if node.name in self._gates:
-            gate, linears = self._gates[node.name]
-            yield self._node(node, GATED, [gate.gate, gate.up], linears)
-        elif node.op_type == "MatMul" and (linears := self._packable([node])):
-            yield self._node(node, LINEAR, [node], linears)
-        elif node.op_type == "Gather" and self._embeddings(node.input[0]) is not None:
-            yield from self._gather(node)
-        elif node.op_type == "Transpose" and node.output[0] in self._transposed:
-            return  # of the tied embeddings, which are now read as they are
-        else:
-            yield node
+        panels = self._panels(torch.cat([_transposed(weight) for weight in weights]), linears)
+        out, into = panels.shape
+        sizes = {"out_features": out // len(matmuls), "in_features": into}
+        data = self._initializer(f"{linears[0]}.panels", panels.data)
+        new = ir.node(op, [matmuls[0].inputs[0], data], sizes, domain=DOMAIN, name=last.name)
+        ir.convenience.replace_nodes_and_values(
+            self.graph, last, [last], [new], last.outputs, new.outputs
+        )
+        self.replaced.append(Replaced(op, linears, panels.spec, panels.shape, panels.data.numel()))
 
-    def check_complete(self) -> None:
-        """Raise CheckpointError when a packed weight has found no MatMul."""
-        done = {name for one in self.replaced for name in one.linears}
-        missing = sorted(set(self.reader.linears) - done)
-        if missing:
-            raise CheckpointError(
-                f"{self.graph.folder}: the graph has no MatMul by the weight of {missing[0]}."
-            )
-
-    def initializers(self, nodes: list[Any]) -> list[Any]:
-        """Give what the nodes use: what was made, and the rest of the old ones."""
-        used = {name for node in nodes for name in node.input}
-        kept = [
-            self.data.tensor(name, tensor.data_type, tensor.dims, self.graph.raw(name).data)
-            for name, tensor in self.graph.tensors.items()
-            if name in used
-        ]
-        return [*self._made.values(), *kept]
-
-    def _packable(self, matmuls: Sequence[Any]) -> tuple[str, ...]:
-        """Name the linears behind MatMuls whose weights can be joined panels, else none."""
-        weights = [node.input[1] for node in matmuls]
-        if not all(name in self.graph.tensors for name in weights):
+    def _packable(self, weights: Sequence[ir.Value]) -> tuple[str, ...]:
+        """Name the linears behind weights that can be joined panels without loss, else none."""
+        if not all(weight.is_initializer() for weight in weights):
             return ()
-        linears = linears_behind(weights, self._is_stored)
+        linears = linears_behind([str(weight.name) for weight in weights], self._is_stored)
         if any(name in self.reader.linears for name in linears):
             return linears
-        exact = all(_fits(self._stored(name)) for name in weights) if linears else False
+        stored = map(_transposed, weights)
+        exact = all(is_bfloat16(weight) and weight.shape[1] % 8 == 0 for weight in stored)
         return linears if exact else ()
 
     def _is_stored(self, name: str) -> bool:
         return name in self.reader.linears or f"{name}.weight" in self.reader.headers
 
-    def _panels(self, matmuls: Sequence[Any], linears: tuple[str, ...]) -> Panels:
-        stored = torch.cat([self._stored(node.input[1]) for node in matmuls])
+    def _panels(self, stored: Tensor, linears: tuple[str, ...]) -> Panels:
+        """Make panels of a weight of the graph, once it is found to be the checkpoint's."""
         if not any(name in self.reader.linears for name in linears):
-            return dense_panels(linears[0], stored)
+            shape = (stored.shape[0], stored.shape[1])
+            return _prepare(linears[0], DENSE, {"values": stored.to(torch.bfloat16)}, shape)
         panels, expected = packed_panels(self.reader, linears)
         if not torch.equal(stored, expected):
             raise CheckpointError(
-                f"{self.graph.folder}: the graph's weight of {', '.join(linears)} is not the "
-                "checkpoint's."
+                f"the graph's weight of {', '.join(linears)} is not the checkpoint's."
             )
         return panels
 
-    def _stored(self, name: str) -> Tensor:
-        """Read a weight of the graph as [out, in] float32."""
-        return torch.from_numpy(self.graph.floats(name).copy()).T.contiguous()
+    def _initializer(self, name: str, data: Tensor) -> ir.Value:
+        import onnx_ir as ir
+        from onnx_ir.tensor_adapters import TorchTensor
 
-    def _node(self, node: Any, op: str, matmuls: Sequence[Any], linears: tuple[str, ...]) -> Any:
-        import onnx
+        value = ir.val(name, const_value=TorchTensor(data, name))
+        self.graph.register_initializer(value)
+        return value
 
-        panels = self._panels(matmuls, linears)
-        name = f"{linears[0]}.panels"
-        array = panels.data.numpy()
-        self._made[name] = self.data.tensor(name, onnx.TensorProto.UINT8, array.shape, array.data)
-        self.replaced.append(Replaced(op, linears, panels.spec, panels.shape, panels.data.numel()))
-        out, into = panels.shape
-        return onnx.helper.make_node(
-            op, [matmuls[0].input[0], name], list(node.output), name=node.name, domain=DOMAIN,
-            out_features=out // (2 if op == GATED else 1), in_features=into,
-        )  # fmt: skip
+    def _narrow(self, node: ir.Node) -> None:
+        """Look bfloat16 rows of the embeddings up and widen those alone, if that loses nothing."""
+        import onnx_ir as ir
 
-    def _embeddings(self, name: str) -> str | None:
-        """Name the initializer behind the table of a Gather, if it is the embeddings."""
-        source = self._transposed.get(name, name)
-        return source if source in (HEAD_WEIGHT, EMBEDDINGS) else None
-
-    def _gather(self, node: Any) -> Iterator[Any]:
-        """Look up bfloat16 rows and widen those alone, where that loses nothing."""
-        import onnx
-
-        source = str(self._embeddings(node.input[0]))
-        table = torch.from_numpy(self.graph.floats(source).copy())
-        table = table.T.contiguous() if source == HEAD_WEIGHT else table
-        rows, dtype = node.output[0], onnx.TensorProto.FLOAT
-        if exact := is_bfloat16(table):
-            table = table.to(torch.bfloat16).view(torch.int16)
-            rows, dtype = f"{rows}/bfloat16", onnx.TensorProto.BFLOAT16
-        self._made[TABLE] = self.data.tensor(TABLE, dtype, table.shape, table.numpy().data)
-        yield onnx.helper.make_node("Gather", [TABLE, node.input[1]], [rows], name=node.name)
-        if exact:
-            yield onnx.helper.make_node(
-                "Cast", [rows], list(node.output), name=f"{node.name}/Cast",
-                to=onnx.TensorProto.FLOAT,
-            )  # fmt: skip
+        table = node.inputs[0]
+        maker = table.producer() if table is not None else None
+        if maker is not None and maker.op_type == "Transpose":  # of a head that is tied to them
+            table = maker.inputs[0]
+        if table is None or table.name not in (HEAD_WEIGHT, EMBEDDINGS):
+            return
+        rows = _transposed(table) if table.name == HEAD_WEIGHT else read(table)
+        if not is_bfloat16(rows):
+            return
+        data = self._initializer(TABLE, rows.to(torch.bfloat16))
+        found = ir.node("Gather", [data, node.inputs[1]], name=node.name)
+        wide = ir.node(
+            "Cast", found.outputs, {"to": int(ir.DataType.FLOAT)}, name=f"{node.name}/Cast"
+        )
+        ir.convenience.replace_nodes_and_values(
+            self.graph, node, [node], [found, wide], node.outputs, wide.outputs
+        )
 
 
-def _fits(weight: Tensor) -> bool:
-    """Tell whether a dense weight [out, in] can be panels without loss."""
-    return is_bfloat16(weight) and weight.shape[1] % 8 == 0
+def _transposed(weight: ir.Value) -> Tensor:
+    """Read a weight of a MatMul [in, out] as [out, in] float32."""
+    return read(weight).T.contiguous()
 
 
 def linears_behind(weights: Sequence[str], known: Callable[[str], bool]) -> tuple[str, ...]:
@@ -279,43 +274,22 @@ def packed_panels(reader: PackedReader, linears: Sequence[str]) -> tuple[Panels,
         parts = reader.parts(linear.name)
         linear.fmt.validate(linear.name, parts, linear.shape)
         if fmt.values.is_float:
-            parts["values"] = exact_bfloat16(linear.name, parts["values"])
+            if not is_bfloat16(parts["values"]):
+                raise InputError(
+                    f"{linear.name}: the values are {parts['values'].dtype} and not exact in "
+                    "bfloat16, which the operator stores. Prune the bfloat16 model, or export "
+                    "without --sparse."
+                )
+            parts["values"] = parts["values"].to(torch.bfloat16)
         pieces.append(parts)
     shape = (sum(linear.shape[0] for linear in packed), packed[0].shape[1])
     joined = fmt.join(pieces)
     return _prepare(linears[0], fmt, joined, shape), fmt.expand(joined, torch.float32).float()
 
 
-def dense_panels(name: str, weight: Tensor) -> Panels:
-    """Make panels of a weight that is not packed; every position is kept.
-
-    Args:
-        name: for messages.
-        weight: [out, in], exact in bfloat16.
-    """
-    exact = exact_bfloat16(name, weight)
-    fmt = format_for(Dense())
-    parts = fmt.pack(name, SparseWeight.cut(exact, torch.ones_like(exact, dtype=torch.bool)))
-    return _prepare(name, fmt, parts, (weight.shape[0], weight.shape[1]))
-
-
 def is_bfloat16(weight: Tensor) -> bool:
     """Tell whether every value is exact in bfloat16."""
     return bool((weight == weight.to(torch.bfloat16)).all())
-
-
-def exact_bfloat16(name: str, values: Tensor) -> Tensor:
-    """Cast floating values to bfloat16, if that loses nothing.
-
-    Raises:
-        InputError: it would.
-    """
-    if not is_bfloat16(values):
-        raise InputError(
-            f"{name}: the values are {values.dtype} and not exact in bfloat16, which the operator "
-            "stores. Prune the bfloat16 model, or export without --sparse."
-        )
-    return values.to(torch.bfloat16)
 
 
 def _prepare(name: str, fmt: Format, parts: dict[str, Tensor], shape: Shape) -> Panels:
@@ -325,51 +299,32 @@ def _prepare(name: str, fmt: Format, parts: dict[str, Tensor], shape: Shape) -> 
     return Panels(shape, backend.prepare(fmt, parts, shape)[0], fmt.spec)
 
 
-@dataclass(frozen=True)
-class Gate:
-    """Names the nodes that compute the first half of a feed-forward.
-
-    The MatMul `gate` goes through silu and is multiplied with the MatMul `up`; the Mul `last` gives
-    the result. `inner` are the names of all nodes but the last.
-    """
-
-    gate: Any
-    up: Any
-    last: Any
-    inner: frozenset[str]
-
-
-def find_gates(nodes: Iterable[Any]) -> list[Gate]:
-    """Find every gate whose inner values nobody else reads.
+def find_gate(sigmoid: ir.Node) -> tuple[list[ir.Node], ir.Node] | None:
+    """Find the first half of a gated feed-forward whose inner values nobody else reads.
 
     Args:
-        nodes: of the graph, with distinct names.
+        sigmoid: the node around which it is.
+
+    Returns:
+        The MatMul that goes through silu and the one that it is multiplied with; and the Mul that
+        gives the result.
     """
-    every = list(nodes)
-    users: dict[str, list[Any]] = defaultdict(list)
-    for node in every:
-        for name in node.input:
-            users[name].append(node)
-    makers = {name: node for node in every for name in node.output}
-    found = (_gate(node, users, makers) for node in every if node.op_type == "Sigmoid")
-    return [gate for gate in found if gate is not None]
+    source, ratio = sigmoid.inputs[0], sigmoid.outputs[0]
+    silu = _only_reader(ratio)
+    if source is None or silu is None or silu.op_type != "Mul":
+        return None
+    last = _only_reader(silu.outputs[0])
+    if {*silu.inputs} != {source, ratio} or last is None or last.op_type != "Mul":
+        return None
+    other = next((value for value in last.inputs if value is not silu.outputs[0]), None)
+    if other is None or _only_reader(other) is None or len(source.uses()) != 2:
+        return None
+    gate, up = source.producer(), other.producer()
+    if gate is None or up is None or {gate.op_type, up.op_type} != {"MatMul"}:
+        return None
+    return ([gate, up], last) if gate.inputs[0] is up.inputs[0] else None
 
 
-def _gate(sigmoid: Any, users: dict[str, list[Any]], makers: dict[str, Any]) -> Gate | None:
-    source = sigmoid.input[0]
-    gate, silu = makers.get(source), _only(users[sigmoid.output[0]])
-    if gate is None or gate.op_type != "MatMul" or silu is None or silu.op_type != "Mul":
-        return None
-    last = _only(users[silu.output[0]])
-    if set(silu.input) != {source, sigmoid.output[0]} or last is None or last.op_type != "Mul":
-        return None
-    up = makers.get(next((name for name in last.input if name != silu.output[0]), ""))
-    if up is None or up.op_type != "MatMul" or up.input[0] != gate.input[0]:
-        return None
-    if len(users[source]) != 2 or _only(users[up.output[0]]) is None:
-        return None
-    return Gate(gate, up, last, frozenset(node.name for node in (gate, up, sigmoid, silu)))
-
-
-def _only(nodes: list[Any]) -> Any | None:
-    return nodes[0] if len(nodes) == 1 else None
+def _only_reader(value: ir.Value) -> ir.Node | None:
+    uses = tuple(value.uses())
+    return uses[0].node if len(uses) == 1 else None

@@ -1,4 +1,4 @@
-"""The names that an exported folder is made of, and the installation of ONNX Runtime."""
+"""Name the files of an exported folder, and check the installation of ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from gblm.kernels import native
 BUILDER = "onnxruntime_genai.models.builder"
 DOMAIN, DOMAIN_VERSION = "ai.gblm", 1
 MODEL_FILE = "model.onnx"
+DATA_FILE = f"{MODEL_FILE}.data"
 CONFIG_FILE = "genai_config.json"
 REPORT_FILE = "onnx_report.json"
 LIBRARY_FILE = "libgblm_ort.so"
@@ -34,7 +35,7 @@ def check_installation() -> None:
         )
     runtime = found[0] if found else "onnxruntime"
     genai = VARIANTS[runtime]
-    missing = [name for name in ("onnx", runtime, genai) if not _version(name)]
+    missing = [name for name in ("onnx-ir", runtime, genai) if not _version(name)]
     if missing:
         raise MachineError(
             f"{', '.join(missing)} is not installed: `pip install 'gblm-toolkit[onnx-cpu]'`, or "

@@ -1,4 +1,4 @@
-"""An exported folder in ONNX Runtime, for `gblm eval`."""
+"""Score texts with an exported folder in ONNX Runtime, for `gblm eval`."""
 
 from __future__ import annotations
 

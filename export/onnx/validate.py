@@ -1,4 +1,4 @@
-"""An export against torch, which runs the very weights that the graph holds.
+"""Hold an export against torch, which runs the very weights that the graph holds.
 
 Two questions are asked apart, as the answer to the second would hide a single wrong block of codes.
 
@@ -32,7 +32,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -40,11 +40,13 @@ from torch.nn import functional
 
 from gblm.errors import CheckpointError
 from gblm.export.onnx.decoder import OnnxDecoder
-from gblm.export.onnx.rewrite import GATE_UP, Replaced, linears_behind
-from gblm.export.onnx.runtime import DOMAIN
-from gblm.export.onnx.storage import StoredGraph
+from gblm.export.onnx.rewrite import GATE_UP, Replaced, linears_behind, read
+from gblm.export.onnx.runtime import DOMAIN, MODEL_FILE
 from gblm.kernels import native
 from gblm.packed import SparseLinear
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 PROMPT = (
     "The steam engine changed how people worked and lived. Before it, most goods were made by "
@@ -71,7 +73,9 @@ def validate(
     Returns:
         Figures, and `passed`.
     """
-    groups, wrong = adopt_weights(model, StoredGraph(folder), replaced)
+    import onnx_ir as ir
+
+    groups, wrong = adopt_weights(model, ir.load(folder / MODEL_FILE).graph, replaced)
     tokens, expected = torch_greedy(model, prompt, count)
     forced = torch.cat([prompt, torch.tensor(tokens[:-1], dtype=torch.long)])
     decoder = OnnxDecoder(folder)
@@ -104,7 +108,7 @@ def deviation(logits: Tensor, expected: Tensor) -> float:
 
 
 def adopt_weights(
-    model: nn.Module, graph: StoredGraph, replaced: Sequence[Replaced]
+    model: nn.Module, graph: ir.Graph, replaced: Sequence[Replaced]
 ) -> tuple[dict[nn.Module, int], list[str]]:
     """Hold the weights of a graph against the model's, which then takes them over.
 
@@ -117,7 +121,7 @@ def adopt_weights(
         How many inputs of a linear share an int8 scale, 0 for none; and the names of linears whose
         weights are further from the model's than their type rounds.
     """
-    if not any(node.op_type == "GatherBlockQuantized" for node in graph.model.graph.node):
+    if not any(node.op_type == "GatherBlockQuantized" for node in graph):
         _untie(model)
     groups: dict[nn.Module, int] = {}
     wrong: list[str] = []
@@ -150,44 +154,46 @@ def _place(model: nn.Module, name: str) -> tuple[nn.Module, Tensor]:
 
 
 def _stored(
-    model: nn.Module, graph: StoredGraph, replaced: Sequence[Replaced]
+    model: nn.Module, graph: ir.Graph, replaced: Sequence[Replaced]
 ) -> Iterator[tuple[Sequence[str], Tensor, Tensor, int]]:
     """Read weights [out, in] back: whose they are, the values, how far they may be off, groups."""
     modules = dict(model.named_modules())
     panels = {f"{one.linears[0]}.panels": one.linears for one in replaced}
-    for node in graph.model.graph.node:
-        if node.domain == DOMAIN:
-            yield panels[node.input[1]], *_panels(graph, node)
-        elif node.op_type == "MatMulNBits":
-            linears = linears_behind(node.input[1:2], modules.__contains__)
-            if not linears:
-                raise CheckpointError(f"{graph.folder}: {node.input[1]} is no linear's weight.")
-            yield linears, *_blocks(graph, node)
+    for node in graph:
+        own = node.domain == DOMAIN
+        if not own and node.op_type != "MatMulNBits":
+            continue
+        data = [value for value in node.inputs[1:] if value is not None]
+        name = str(data[0].name)
+        linears = panels[name] if own else linears_behind([name], modules.__contains__)
+        if not linears:
+            raise CheckpointError(f"the graph's {name} is no linear's weight.")
+        facts = {attribute.name: attribute.value for attribute in node.attributes.values()}
+        yield linears, *(_panels(read(data[0])) if own else _blocks(facts, *data[:2]))
 
 
-def _panels(graph: StoredGraph, node: Any) -> tuple[Tensor, Tensor, int]:
-    """Read the weight of an operator of ours."""
-    values, _, scales = native.unpack(torch.from_numpy(graph.raw(node.input[1]).copy()))
+def _panels(stored: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Unpack the weight of an operator of ours."""
+    values, _, scales = native.unpack(stored)
     if scales is None:
         return values.float(), torch.zeros(()), 0
     group = values.shape[1] // scales.shape[1]
     return values * scales.float().repeat_interleave(group, 1), torch.zeros(()), group
 
 
-def _blocks(graph: StoredGraph, node: Any) -> tuple[Tensor, Tensor, int]:
-    """Read the weight of a MatMulNBits: codes around the middle of their range, times scales."""
-    facts = {attribute.name: attribute.i for attribute in node.attribute}
+def _blocks(facts: dict[str, Any], stored: ir.Value, scale: ir.Value) -> tuple[Tensor, Tensor, int]:
+    """Unpack the weight of a MatMulNBits: codes around the middle of their range, times scales."""
     rows, columns, block = facts["N"], facts["K"], facts["block_size"]
     middle = 1 << facts["bits"] - 1
-    codes = torch.from_numpy(graph.raw(node.input[1]).copy()).reshape(rows, -1)
+    codes = read(stored).reshape(rows, -1)
     if facts["bits"] == 4:
         codes = torch.stack([codes & 15, codes >> 4], -1)
     codes = codes.reshape(rows, -1, block)
-    scales = torch.from_numpy(graph.floats(node.input[2]).copy()).reshape(rows, -1, 1)
+    scales = read(scale).reshape(rows, -1, 1)
     values = (codes.float() - middle) * scales
     cut = codes == 2 * middle - 1
     # And two roundings of the scale's dtype: of itself, and of the quotient.
-    eps = torch.finfo(getattr(torch, str(graph.dtype(node.input[2])))).eps
+    eps = torch.finfo(getattr(torch, str(scale.dtype and scale.dtype.numpy()))).eps
     off = scales.abs() * torch.where(cut, 1.0, 0.5) + 2 * eps * values.abs()
     group = block if facts.get("accuracy_level") == 4 else 0
     return values.flatten(1)[:, :columns], off.flatten(1)[:, :columns], group
