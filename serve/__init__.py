@@ -1,1 +1,1 @@
-"""Serving packed models in the servers people run."""
+"""Packed models are served in the servers that people run."""

@@ -1,20 +1,16 @@
-"""Who can reach the server: its address, its ports and its API key, checked before vLLM starts."""
+"""Check who can reach a server, by its address, ports and API key, before vLLM starts."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from gblm.errors import InputError, UsageError
+from gblm.errors import UsageError
 from gblm.network import KEY_VARIABLE, is_loopback, read_key
-from gblm.serve.guard import ALWAYS_OPEN, EVERY_ROUTE, settings
+from gblm.serve.guard import ALWAYS_OPEN
 
 logger = logging.getLogger(__name__)
 
@@ -37,16 +33,18 @@ DOORS: dict[str, tuple[str, ...]] = {
     "VLLM_DP_SIZE": ("", "1"),
 }
 SHORT = {"-n": "--nnodes", "-dp": "--data-parallel-size", "-dpb": "--data-parallel-backend"}
+# What is wanted from its own place alone, and not among vLLM's options.
+ELSEWHERE = {
+    "--host": "--host before the `--`, where it is checked",
+    "--config": "the options themselves, for those of a file are not checked",
+    "--api-key": f"the key by --api-key-file or {KEY_VARIABLE}, where other users cannot read it",
+}
 # These stand in the place of the server that asks for the key, on --host.
 PAST_THE_KEY = ("--grpc", "--grpc-port", "VLLM_USE_RUST_FRONTEND")
 
 
 def check_address(
-    host: str,
-    has_key: bool,
-    insecure: bool,
-    options: Sequence[str] = (),
-    routes: Sequence[str] = (),
+    host: str, has_key: bool, insecure: bool, options: Sequence[str], opened: Sequence[str]
 ) -> None:
     """Refuse a server that strangers could use; say what a key leaves open.
 
@@ -55,25 +53,19 @@ def check_address(
         has_key: whether there is an API key.
         insecure: whether the user allows other machines without one.
         options: vLLM's own.
-        routes: see `open_paths`.
+        opened: see `open_paths`.
 
     Raises:
-        UsageError: the address is not this machine's own and there is no key, or it is given where
-            it would not be checked.
+        UsageError: the address is not this machine's own and there is no key; or one of them is
+            given where it would not be checked, or where others can read it.
     """
     for word in options:
-        if _is_short_for("--host", word):
-            raise UsageError(f"{word}: give --host before the `--`, where it is checked.")
-    opened = open_paths(routes)
+        for name, way in ELSEWHERE.items():
+            if _is_short_for(name, word):
+                raise UsageError(f"{name} among vLLM's options: give {way}.")
     if is_loopback(host):
         return
-    if has_key and EVERY_ROUTE in routes:
-        logger.warning(
-            "the API key covers vLLM's routes under /v1 only: put a proxy with an allow list, such "
-            "as %s, between this server and a network you do not trust",
-            PROXY,
-        )
-    elif has_key:
+    if has_key:
         logger.info(
             "without the API key only %s are open; nothing here limits how often a client may ask, "
             "a proxy such as %s can",
@@ -90,7 +82,7 @@ def check_address(
 
 
 def check_doors(
-    host: str, has_key: bool, insecure: bool, words: Sequence[str], environment: Mapping[str, str]
+    host: str, has_key: bool, insecure: bool, options: Sequence[str], environment: Mapping[str, str]
 ) -> None:
     """Refuse what makes vLLM listen where nobody is asked for the API key.
 
@@ -98,53 +90,34 @@ def check_doors(
         host: address to bind.
         has_key: whether there is an API key.
         insecure: whether the user allows other machines without one.
-        words: vLLM's options, see `with_config`.
+        options: vLLM's own.
         environment: of vLLM.
 
     Raises:
         UsageError: clients would get past a key; or other machines would get in though `insecure`
             is not set.
     """
-    for door in open_doors(words, environment):
+    for door in open_doors(options, environment):
         if door in PAST_THE_KEY and has_key:
             raise UsageError(
-                f"{door} lets vLLM answer without asking for the API key: leave it out, of a "
-                "--config file, too, or serve without a key."
+                f"{door} lets vLLM answer without asking for the API key: leave it out, or serve "
+                "without a key."
             )
         if not insecure and not (door in PAST_THE_KEY and is_loopback(host)):
             raise UsageError(
                 f"{door} opens ports that ask for no API key, to other machines too: leave it out, "
-                "of a --config file, too, or pass --insecure if the network is yours."
+                "or pass --insecure if the network is yours."
             )
 
 
-def open_doors(words: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+def open_doors(options: Sequence[str], environment: Mapping[str, str]) -> list[str]:
     """List those of DOORS that vLLM's options and variables open; see `check_doors`."""
-    given = [*_options(words), *environment.items()]
+    given = [*_options(options), *environment.items()]
     return [
         door
         for door, harmless in DOORS.items()
         if any(_is_for(door, name) and value.strip() not in harmless for name, value in given)
     ]
-
-
-def with_config(options: Sequence[str]) -> list[str]:
-    """Put vLLM's options behind those that it reads from the file of `--config`.
-
-    Raises:
-        InputError: the file cannot be read, or is no YAML with options.
-    """
-    words = list(options)
-    if "--config" not in words[:-1]:
-        return words
-    path = Path(words[words.index("--config") + 1])
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8")).items()
-    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-        raise InputError(
-            f"--config {path} is no readable YAML file of options: {error}."
-        ) from error
-    return [word for key, value in found for word in _words(key, value)] + words
 
 
 def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -166,15 +139,6 @@ def _is_short_for(option: str, word: str) -> bool:
     return len(name) > 3 and option.startswith(name)
 
 
-def _words(key: Any, value: Any) -> list[str]:
-    """Give the words that vLLM makes of one line of its configuration file."""
-    if value is False or value == []:
-        return []
-    if value is True:
-        return [f"--{key}"]
-    return [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
-
-
 def open_paths(routes: Sequence[str]) -> list[str]:
     """List the paths that `--open-routes` names, "metrics" for "/metrics".
 
@@ -184,45 +148,13 @@ def open_paths(routes: Sequence[str]) -> list[str]:
     for route in routes:
         if not ROUTE.fullmatch(route.removeprefix("/")):
             raise UsageError(f"--open-routes {route!r} is no path: give one such as metrics.")
-    return [f"/{route.removeprefix('/')}" for route in routes if route != EVERY_ROUTE]
+    return [f"/{route.removeprefix('/')}" for route in routes]
 
 
-def api_keys(
-    file: Path | None, options: Sequence[str], environment: Mapping[str, str]
-) -> list[str]:
-    """Find the keys that open the server: of vLLM's options, else of the file or variable.
+def api_key(file: Path | None, environment: Mapping[str, str]) -> str | None:
+    """Find the key that opens the server: that of the file, else of the variable.
 
     Raises:
         InputError: the file cannot be read or is empty.
     """
-    given, _ = split_keys(options)
-    if given:
-        return given
-    if file is not None:
-        return [read_key(file)]
-    return [key for key in [environment.get(KEY_VARIABLE, "")] if key]
-
-
-def split_keys(options: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Part the keys among vLLM's options from all others.
-
-    Raises:
-        UsageError: vLLM could not read them.
-    """
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    parser.add_argument("--api-key", "--api_key", nargs="*", action="extend", default=[])
-    try:
-        found, others = parser.parse_known_args(list(options))
-    except argparse.ArgumentError as error:
-        raise UsageError(f"options for vLLM: {error}.") from error
-    return [key for key in found.api_key if key], others
-
-
-def guard_settings(
-    host: str, keys: Sequence[str], routes: Sequence[str], max_body_mib: int
-) -> dict[str, str]:
-    """Make the environment of `Guard`; on this machine only vLLM's API asks for the key."""
-    opened = open_paths(routes)
-    if is_loopback(host) or EVERY_ROUTE in routes:
-        opened.append(EVERY_ROUTE)
-    return settings(keys, opened, max_body_mib << 20)
+    return read_key(file) if file is not None else environment.get(KEY_VARIABLE) or None

@@ -1,4 +1,4 @@
-"""Guard: what vLLM's server lets in, before any of its own code: who may ask, and how much at once.
+"""Decide what vLLM's server lets in, before any of its own code: whose requests, and how large.
 
 vLLM asks for the API key under some prefixes only and takes bodies of any size. `gblm serve` hands
 this class to vLLM's option --middleware. vLLM makes it without arguments, so that its settings are
@@ -29,9 +29,6 @@ ROUTES_VARIABLE = "GBLM_SERVE_OPEN_ROUTES"
 BODY_VARIABLE = "GBLM_SERVE_MAX_BODY_BYTES"
 # What probes ask.
 ALWAYS_OPEN = ("/health", "/ping")
-# Among the open routes: all but those where vLLM itself asks for its key.
-EVERY_ROUTE = "all"
-API_PREFIXES = ("/v1", "/v2", "/inference", "/cohere")
 MAX_DIGITS = 18
 
 
@@ -42,7 +39,7 @@ def settings(
 
     Args:
         keys: any of them opens every route; none: nobody is asked for one.
-        open_routes: paths that are open without a key, beside ALWAYS_OPEN; or EVERY_ROUTE.
+        open_routes: paths that are open without a key, beside ALWAYS_OPEN.
         max_body_bytes: of a request.
     """
     found = {ROUTES_VARIABLE: "\n".join(open_routes), BODY_VARIABLE: str(max_body_bytes)}
@@ -93,8 +90,6 @@ class Guard:
         if self.digests is None or self._has_key(scope):
             return True
         path = str(scope["path"]).removeprefix(scope.get("root_path", ""))
-        if EVERY_ROUTE in self.open and not path.startswith(API_PREFIXES):
-            return True
         return scope["type"] == "http" and (path in self.open or _is_preflight(scope))
 
     def _has_key(self, scope: Mapping[str, Any]) -> bool:

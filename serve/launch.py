@@ -21,15 +21,13 @@ from gblm.model.reader import Reader
 from gblm.network import KEY_VARIABLE
 from gblm.packed import check_loadable
 from gblm.serve.access import (
-    api_keys,
+    api_key,
     check_address,
     check_doors,
-    guard_settings,
     open_doors,
-    split_keys,
-    with_config,
+    open_paths,
 )
-from gblm.serve.guard import KEYS_VARIABLE, MIDDLEWARE
+from gblm.serve.guard import KEYS_VARIABLE, MIDDLEWARE, settings
 from gblm.serve.vllm_cli import check_version
 
 logger = logging.getLogger(__name__)
@@ -50,27 +48,17 @@ SAMPLED_ROWS, SAMPLED_TENSORS = 64, 8
 
 @dataclass(frozen=True)
 class Server:
-    """What to serve and where.
+    """Says what to serve and where; the fields are the options of `gblm serve`.
 
-    Attributes:
-        folder: a packed or dense model folder; see `gblm.serve.cached.folder_to_serve`.
-        host: address to bind.
-        port: TCP port.
-        backend: a name of `gblm.kernels.BACKENDS` for packed weights; the best one if None.
-        name: model name in the API; the folder's name if None.
-        api_key_file: a file that holds the API key; it never appears on a command line.
-        insecure: allow other machines without an API key.
-        open_routes: paths that other machines reach without the key; "all" for every one.
-        max_body_size: MiB that the body of a request may have.
-        shutdown_timeout: seconds that running requests get after SIGTERM.
-        options: further options for vLLM, handed through as they are.
+    `folder` is one that vLLM can load, see `gblm.serve.cached.folder_to_serve`, and `name` what the
+    API calls it, unless the options say otherwise; `options` go to vLLM as they are.
     """
 
     folder: Path
     host: str = "127.0.0.1"
     port: int = 8000
     backend: str | None = None
-    name: str | None = None
+    name: str = "model"
     api_key_file: Path | None = None
     insecure: bool = False
     open_routes: tuple[str, ...] = ()
@@ -80,15 +68,20 @@ class Server:
 
 
 def command(server: Server, loading: Sequence[str] = ()) -> list[str]:
-    """Write the command line that starts vLLM; see `loading_options`."""
+    """Write the command line that starts vLLM, whose own options come last and win.
+
+    Args:
+        server: what to serve.
+        loading: see `loading_options`.
+    """
     return [
         sys.executable, "-m", "gblm.serve.supervise", "serve", str(server.folder),
         "--host", server.host,
         "--port", str(server.port),
-        "--served-model-name", server.name or server.folder.resolve().name,
+        "--served-model-name", server.name,
         "--shutdown-timeout", str(server.shutdown_timeout),
         *loading,
-        *split_keys(server.options)[1],
+        *server.options,
         # The last one sees a request first.
         "--middleware", MIDDLEWARE,
     ]  # fmt: skip
@@ -108,13 +101,13 @@ def environment(server: Server, base: Mapping[str, str]) -> dict[str, str]:
         env[BACKEND_VARIABLE] = server.backend
     # vLLM's server would run the model.py of /opt/ml/model, where containers put models.
     env.setdefault("SAGEMAKER_MODEL_PATH", os.devnull)
-    words = with_config(server.options)
     # Who reads the environment of a worker learns no key.
     env.pop(KEYS_VARIABLE, None)
     env.pop(KEY_VARIABLE, None)
-    keys = api_keys(server.api_key_file, words, base)
-    env |= guard_settings(server.host, keys, server.open_routes, server.max_body_size)
-    if not open_doors(words, base):
+    key = api_key(server.api_key_file, base)
+    opened = open_paths(server.open_routes)
+    env |= settings([key] if key else [], opened, server.max_body_size << 20)
+    if not open_doors(server.options, base):
         # Workers of one machine need no other address to meet.
         env.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
         env.setdefault("NCCL_SOCKET_IFNAME", LOOPBACK)
@@ -198,10 +191,11 @@ def check_options(server: Server) -> None:
         raise UsageError(
             f"backend {server.backend!r} is unknown: choose from {', '.join(BACKENDS)}."
         )
-    words = with_config(server.options)
-    has_key = bool(api_keys(server.api_key_file, words, os.environ))
-    check_address(server.host, has_key, server.insecure, server.options, server.open_routes)
-    check_doors(server.host, has_key, server.insecure, words, os.environ)
+    has_key = api_key(server.api_key_file, os.environ) is not None
+    check_address(
+        server.host, has_key, server.insecure, server.options, open_paths(server.open_routes)
+    )
+    check_doors(server.host, has_key, server.insecure, server.options, os.environ)
 
 
 def serve(server: Server) -> None:

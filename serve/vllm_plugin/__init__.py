@@ -1,4 +1,4 @@
-"""vLLM plugin: `quant_method: gblm`. Uses vLLM's public registration calls only."""
+"""The plugin teaches vLLM `quant_method: gblm`, by its public registration calls only."""
 
 from __future__ import annotations
 

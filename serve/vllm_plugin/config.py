@@ -1,4 +1,4 @@
-"""SparseConfig: from a manifest to a method for each of vLLM's layers."""
+"""Choose a method for each of vLLM's layers by the manifest of a packed checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Embeddings and the output head: floating or codes, at the speed of memory where a kernel can."""
+"""Serve embeddings and the output head, floating or codes, with a kernel of ours where it can."""
 
 from __future__ import annotations
 

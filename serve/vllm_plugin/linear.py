@@ -1,4 +1,4 @@
-"""SparseLinearMethod: create the parts, let vLLM load and shard them, prepare, multiply."""
+"""Serve a packed linear: create its parts, let vLLM load and cut them, prepare, multiply."""
 
 from __future__ import annotations
 
@@ -139,17 +139,19 @@ class SparseLinearMethod(LinearMethodBase):
 
     def _check_shard(self, input_size: int) -> None:
         """Refuse a cut through a byte of a part or through a group; name sizes that work."""
+        num_ranks = input_size // self.shape[1]
+        why = self._refusal(self.shape[1], num_ranks)
+        if why is None:
+            return
         fits = [
-            ranks
+            str(ranks)
             for ranks in range(1, MAX_RANKS + 1)
             if input_size % ranks == 0 and self._refusal(input_size // ranks, ranks) is None
         ]
-        why = self._refusal(self.shape[1], input_size // self.shape[1])
-        if why is not None:
-            raise CheckpointError(
-                f"{why} {input_size} columns were split over {input_size // self.shape[1]} "
-                f"tensor-parallel ranks; sizes that work: {', '.join(map(str, fits)) or 'none'}."
-            )
+        raise CheckpointError(
+            f"{why} {input_size} columns were split over {num_ranks} tensor-parallel ranks; sizes "
+            f"that work: {', '.join(fits) or 'none'}."
+        )
 
     def _refusal(self, columns: int, num_ranks: int) -> str | None:
         """Say why one of so many ranks cannot hold its columns; None when it can."""

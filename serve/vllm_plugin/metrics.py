@@ -1,4 +1,4 @@
-"""gblm's metrics beside vLLM's: which backends the workers run, and what the checkpoint holds.
+"""Add gblm's metrics to vLLM's: which backends the workers run, and what the checkpoint holds.
 
 vLLM hands the SparseConfig of the process that answers /metrics to its workers. It names a folder:
 each worker leaves one small file there when its weights are prepared, and scrapes read these. A

@@ -1,4 +1,4 @@
-"""Loading ragged parts (bitmask format) through vLLM's loader: q/k/v, gate/up, tensor parallel.
+"""Load ragged parts (format bitmask) through vLLM's loader: q/k/v, gate/up, tensor parallel.
 
 The number of kept values is known only when a tensor arrives. So each part of each piece is kept
 as it comes; once a piece is complete it is cut to this rank, and with the last one the pieces are
@@ -153,7 +153,7 @@ def give_back_memory() -> None:
 
 
 class RaggedParameter(BasevLLMParameter):
-    """One part of all pieces of a linear; hands what vLLM loads to the linear's `Pieces`."""
+    """Stands for one part of all pieces of a linear; hands what vLLM loads to its `Pieces`."""
 
     output_dim = 0  # along which vLLM cuts what is fused on disk
 

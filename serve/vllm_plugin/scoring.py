@@ -1,4 +1,4 @@
-"""A dense or packed folder in vLLM's offline engine, scored by the log-probs of prompts.
+"""Score texts with a folder in vLLM's offline engine, by the log-probs of prompts.
 
 vLLM gives those of the prompt's own tokens and of the likeliest ones, not of all tokens.
 """

@@ -345,7 +345,7 @@ def test_weight_that_is_not_the_checkpoints_is_refused(
 
     genuine = export.build
     monkeypatch.setattr(export, "build", build_other)
-    with pytest.raises(CheckpointError, match=r"q_proj.* is not the checkpoint's"):
+    with pytest.raises(CheckpointError, match=r"gate_proj.* is not the checkpoint's"):
         export_onnx(pack_tiny("wanda", "2:4"), tmp_path / "out", SPARSE)
 
 

@@ -15,12 +15,9 @@ from gblm.serve.access import (
     DOORS,
     PAST_THE_KEY,
     SHORT,
-    api_keys,
     check_address,
     check_doors,
     open_doors,
-    split_keys,
-    with_config,
 )
 from gblm.serve.launch import Server, check_options, environment
 
@@ -37,29 +34,40 @@ def test_which_addresses_only_this_machine_reaches(host: str, expected: bool) ->
 
 
 def test_other_machines_need_a_key_or_insecure(caplog: pytest.LogCaptureFixture) -> None:
-    check_address("127.0.0.1", has_key=False, insecure=False)
+    check_address("127.0.0.1", False, False, (), ())
     assert not caplog.records
     with pytest.raises(UsageError, match=r"without an API key: give --api-key-file"):
-        check_address("0.0.0.0", has_key=False, insecure=False)
+        check_address("0.0.0.0", False, False, (), ())
     with caplog.at_level(logging.WARNING):
-        check_address("0.0.0.0", has_key=True, insecure=False)
+        check_address("0.0.0.0", True, False, (), ())
         assert not caplog.records
-        check_address("0.0.0.0", has_key=True, insecure=False, routes=("all",))
-        assert "/v1 only" in caplog.text
-        assert "deploy/nginx.conf" in caplog.text
-        caplog.clear()
-        check_address("0.0.0.0", has_key=False, insecure=True)
+        check_address("0.0.0.0", False, True, (), ())
         assert "no API key" in caplog.text
     with caplog.at_level(logging.INFO):
-        check_address("0.0.0.0", has_key=True, insecure=False, routes=("metrics",))
+        check_address("0.0.0.0", True, False, (), ("/metrics",))
     assert "only /health, /ping, /metrics are open" in caplog.text
+    assert "deploy/nginx.conf" in caplog.text
 
 
-@pytest.mark.parametrize("word", ["--host", "--host=0.0.0.0", "--hos"])
-def test_an_address_among_vllms_options_is_refused(word: str) -> None:
-    with pytest.raises(UsageError, match="before the `--`"):
-        check_address("127.0.0.1", True, False, (word, "0.0.0.0"))
-    check_address("127.0.0.1", True, False, ("--hf-overrides", "--h11-max-header-count=9"))
+@pytest.mark.parametrize(
+    ("word", "way"),
+    [("--host", "before the `--`"), ("--host=0.0.0.0", "before the `--`"),
+     ("--hos", "before the `--`"), ("--config", "the options themselves"),
+     ("--api-key", "--api-key-file or VLLM_API_KEY"),
+     ("--api_key=x", "--api-key-file or VLLM_API_KEY"), ("--api-k", "where other users cannot")],
+)  # fmt: skip
+def test_what_has_another_place_is_refused_among_vllms_options(word: str, way: str) -> None:
+    with pytest.raises(UsageError, match=way):
+        check_address("127.0.0.1", True, False, (word, "x"), ())
+    others = (
+        "--config-format",
+        "hf",
+        "--hf-overrides",
+        "--h11-max-header-count=9",
+        "--api-server-count",
+        "2",
+    )
+    check_address("127.0.0.1", True, False, others, ())
 
 
 def refuses(
@@ -120,18 +128,8 @@ def test_variables_that_open_a_door_are_refused() -> None:
         check_doors("::", True, False, (), {"VLLM_DP_SIZE": "2"})
 
 
-CONFIG = """
-grpc: {}
-seed: 3
-api-key: [first, second]
-served-model-name: name
-enforce-eager: true
-compilation-config: []
-"""
-
-
 @pytest.mark.vllm
-def test_doors_and_keys_are_found_as_vllm_parses_them(tmp_path: Path) -> None:
+def test_doors_are_found_as_vllm_parses_them() -> None:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -148,13 +146,6 @@ def test_doors_and_keys_are_found_as_vllm_parses_them(tmp_path: Path) -> None:
         for length in range(3, len(door)):
             found = parser._get_option_tuples(door[:length])
             assert door in open_doors([door[:length], "x"], {}) or len(found) > 1, door[:length]
-    for value, refused in (("true", True), ("yes", True), ("false", False), ("--grpc", True)):
-        path = tmp_path / "vllm.yaml"
-        path.write_text(CONFIG.format(value))
-        words = with_config(["--config", str(path)])
-        assert words == [*parser.load_config_file(str(path)), "--config", str(path)]
-        assert any(refuses(word) for word in words) is refused
-        assert api_keys(None, words, {}) == ["first", "second"]
 
 
 @pytest.mark.vllm
@@ -168,28 +159,11 @@ def test_every_door_is_listed_in_the_docs_and_known_to_vllm() -> None:
     assert DOORS.keys() > {*PAST_THE_KEY}
 
 
-def test_keys_are_parted_from_the_other_options() -> None:
-    others = ["--seed", "-1", "--x", '{"a": 1}', "-asc", "2"]
-    for keys in (["--api-key", "a", "b"], ["--api_key=a", "--api-key=b"]):
-        for options in (keys + others, others + keys, [*others[:2], *keys, *others[2:]]):
-            assert split_keys(options) == (["a", "b"], others)
-
-
-def test_a_configuration_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
-    for content in (None, "", "[1", "- grpc"):
-        if content is not None:
-            (tmp_path / "c.yaml").write_text(content)
-        with pytest.raises(InputError, match=r"--config .*c\.yaml is no readable YAML"):
-            with_config(["--config", str(tmp_path / "c.yaml")])
-    assert with_config(["--config"]) == ["--config"]  # vLLM says what it lacks
-
-
 @pytest.mark.vllm
 def test_every_way_to_give_a_key_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     (tmp_path / "key").write_text("secret")
     check_options(Server(tmp_path, host="::", api_key_file=tmp_path / "key"))
-    check_options(Server(tmp_path, host="::", options=("--api-key", "secret")))
     with pytest.raises(UsageError, match="without an API key"):
         check_options(Server(tmp_path, host="::"))
     monkeypatch.setenv("VLLM_API_KEY", "secret")

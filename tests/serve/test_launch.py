@@ -23,7 +23,7 @@ from gblm.serve.launch import (
 
 
 def test_command_is_vllms_own_server_with_safe_defaults(tmp_path: Path) -> None:
-    words = command(Server(tmp_path / "model-a", options=("--enforce-eager",)))
+    words = command(Server(tmp_path / "model-a", name="a", options=("--enforce-eager",)))
     assert words[:5] == [
         sys.executable,
         "-m",
@@ -33,7 +33,7 @@ def test_command_is_vllms_own_server_with_safe_defaults(tmp_path: Path) -> None:
     ]
     pairs = dict(itertools.pairwise(words))
     assert pairs["--host"] == "127.0.0.1"
-    assert pairs["--served-model-name"] == "model-a"
+    assert pairs["--served-model-name"] == "a"
     assert pairs["--shutdown-timeout"] == "30"
     assert words[-3] == "--enforce-eager"
 

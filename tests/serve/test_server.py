@@ -75,16 +75,12 @@ def test_nothing_beside_the_server_listens_to_other_machines(server: tuple) -> N
     assert all(is_loopback(host) for host, _ in found)
 
 
-@pytest.mark.parametrize("option", ["--grpc", "--config"])
 def test_a_port_without_the_key_is_refused_before_one_is_opened(
-    pack_tiny: Pack, tmp_path: Path, option: str
+    pack_tiny: Pack, tmp_path: Path
 ) -> None:
     (tmp_path / "key").write_text("secret")
-    (tmp_path / "vllm.yaml").write_text("grpc: true\n")
     words = [sys.executable, "-m", "gblm", "serve", pack_tiny(), "--port", str(free_port()),
-             "--api-key-file", tmp_path / "key", "--", option]  # fmt: skip
-    if option == "--config":
-        words.append(tmp_path / "vllm.yaml")
+             "--api-key-file", tmp_path / "key", "--", "--grpc"]  # fmt: skip
     process = subprocess.Popen(words, stderr=subprocess.PIPE)
     opened = set()
     while process.poll() is None:

@@ -31,6 +31,7 @@ from gblm.bench.processes import (
 from gblm.bench.requests import Load, Request, Seen
 from gblm.bench.sides import Side
 from gblm.errors import MachineError
+from gblm.network import KEY_VARIABLE
 
 START_SECONDS, LOAD_SECONDS = 900, 3600
 PREEMPTIONS = "vllm:num_preemptions_total"
@@ -82,15 +83,17 @@ def running_server(
     """
     port = free_port()
     command = [sys.executable, "-m", "gblm", "serve", str(folder), "--port", str(port),
-               "--name", "model", "--shutdown-timeout", str(shutdown_timeout)]  # fmt: skip
+               "--shutdown-timeout", str(shutdown_timeout)]  # fmt: skip
     if backend is not None:
         command += ["--backend", backend]
+    command += ["--", "--served-model-name", "model", *options]
     began, log_start = time.monotonic(), size_of(log)
+    env = child_environment()
+    env.pop(KEY_VARIABLE, None)  # nobody else reaches the server, and the load has no key
     with log.open("ab") as stream:
         process = subprocess.Popen(
-            [*command, "--", *options], stdout=stream, stderr=stream, start_new_session=True,
-            env=child_environment(),
-        )  # fmt: skip
+            command, stdout=stream, stderr=stream, start_new_session=True, env=env
+        )
     try:
         url = f"http://127.0.0.1:{port}"
         _await_health(process, url, log, log_start)

@@ -1,4 +1,4 @@
-"""`gblm serve DIR -- vLLM options`."""
+"""Start vLLM's server: `gblm serve DIR -- vLLM options`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ from gblm.commands.common import Command, backend_option, progress_bars
     is_flag=True,
     help="Pack the zeros of a dense FOLDER into the cache first, once; every value stays as it is.",
 )
-@click.option("--name", help="Model name in the API (default: the folder's name).")
 @click.option("--api-key-file", type=click.Path(path_type=Path), help="File with the API key.")
 @click.option(
     "--insecure",
@@ -39,8 +38,8 @@ from gblm.commands.common import Command, backend_option, progress_bars
     "--open-routes",
     multiple=True,
     metavar="PATH",
-    help="A route that other machines reach without the API key, such as metrics; repeatable. "
-    "all: every route but vLLM's under /v1. /health and /ping always are.",
+    help="A route that is open without the API key, such as metrics; repeatable. /health and /ping "
+    "always are.",
 )
 @click.option(
     "--max-body-size",
@@ -64,7 +63,6 @@ def command(
     vllm_options: tuple[str, ...],
     prune: str | None,
     pack: bool,
-    name: str | None,
     **given: Any,
 ) -> None:
     """Serve FOLDER (or a hub id) with vLLM's OpenAI server; options behind -- go to vLLM."""
@@ -75,8 +73,7 @@ def command(
 
     if pack and prune is not None:
         raise UsageError("--prune makes a packed folder: leave --pack out.")
-    name = name or model_name(folder)
-    server = Server(folder=Path(folder), name=name, options=vllm_options, **given)
+    server = Server(Path(folder), name=model_name(folder), options=vllm_options, **given)
     check_options(server)
     with progress_bars(ctx) as progress:
         found = folder_to_serve(folder, prune, pack, progress)
