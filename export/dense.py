@@ -43,7 +43,7 @@ def export_dense(
         step = progress("unpacking", len(packed.linears))
         for name, linear in packed.linears.items():
             parts = packed.parts(name)
-            linear.fmt.validate(name, parts, linear.shape)
+            linear.fmt.check_readable(name, parts, linear.shape)
             shards.add(f"{name}.weight", linear.fmt.expand(parts, dtype or packed.dtype))
             step()
         for name in packed.dense_names():

@@ -50,7 +50,7 @@ def test_help_lists_every_command(gblm: Run) -> None:
         (["prune", "MODEL", "--output", "o", "--method", "wunda"], 2, "choose from magnitude"),
         (["prune", "MODEL", "--output", "o", "--pattern", "4:2"], 4, "N weights kept of M"),
         (
-            ["prune", "MODEL", "--output", "o", "--option", "alpha=1", "--method", "wanda"],
+            ["prune", "MODEL", "--output", "o", "--alpha", "1", "--method", "wanda"],
             2,
             "it takes no options",
         ),
@@ -146,6 +146,7 @@ def test_the_help_names_every_method_and_kind_of_value(gblm: Run) -> None:
     text = " ".join(gblm("prune", "--help").out.split())
     assert ", ".join(METHODS) in text
     assert all(f"{name} ({kind.about})" in text for name, kind in KINDS.items())
+    assert "--damping FLOAT alps, sparsegpt: " in text
 
 
 def test_serving_the_current_folder_runs_none_of_its_files(packed: Path, tmp_path: Path) -> None:

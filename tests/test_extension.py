@@ -7,7 +7,7 @@ all the way with them: pruned, packed, verified, loaded, evaluated.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gblm.checkpoint.inspect import inspect, verify
+from gblm.commands.recipe_options import method_flags
 from gblm.evaluate.perplexity import Protocol
 from gblm.evaluate.run import Evaluation, run_evaluation
 from gblm.export.dense import export_dense
@@ -40,7 +41,7 @@ class Largest(ScoredMethod):
 
     about: ClassVar[str] = "|W|^power"
 
-    power: float = 1.0
+    power: float = field(default=1.0, metadata={"about": "of the absolute weight"})
 
     def score(self, weight: Tensor, stats: Stats) -> Tensor:
         return weight.float().abs() ** self.power
@@ -142,3 +143,8 @@ def test_a_new_kind_of_value_goes_into_every_format_and_backend(
         best = load(tmp_path / "out")(input_ids=ids).logits.float()
     assert torch.equal(got, want)
     assert float((best - want).norm() / want.norm()) < 0.05
+
+
+def test_the_command_line_has_the_flags_of_a_new_method() -> None:
+    found = {flag.name: flag for flag in method_flags()}
+    assert found["power"].help == "largest: of the absolute weight (default 1.0)."

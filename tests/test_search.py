@@ -278,10 +278,13 @@ def test_the_answer_ranks_what_holds_the_budget(base: Recipe) -> None:
     assert [row["loss"] for row in fits] == sorted(row["loss"] for row in fits)
     assert all(row["ratio"] == pytest.approx(math.exp(row["loss"]), rel=1e-4) for row in fits)
     assert {"int8 dense", "int4 dense"} <= {row["name"] for row in fits}
+    assert fits[0]["dense"]
+    assert result["verdict"].endswith("nothing with zeros is better.")
     narrow = answer(base, parse_budget("3.3bits"), Space(("int4:auto",), ("2:4",)))
     names = [row["name"] for row in narrow["rows"]]
     assert not {*names} & {"int4 measured", "int8 dense"}
     assert (names[-1], narrow["rows"][-1]["fits"]) == ("int4 dense", False)
+    assert narrow["verdict"].startswith("zeros are worth it at 3.3bits, by prediction: int4 2:4")
 
 
 def test_what_cannot_be_is_said(

@@ -33,13 +33,18 @@ def test_packing_a_dense_export_gives_the_packed_weights_back(
     assert all(ours[name].equal(again[name]) for name in ours)
 
 
-def test_masks_older_than_the_rule_of_8_16_are_refused(pack_tiny: Pack, tmp_path: Path) -> None:
+def test_masks_older_than_the_rule_of_8_16_become_any_masks(
+    pack_tiny: Pack, tmp_path: Path
+) -> None:
     base, damage, match = DAMAGES["six of eight kept in a half"]
-    old = ModelFolder.open(damaged(pack_tiny("magnitude", *base), tmp_path / "old", damage))
+    old = damaged(pack_tiny("magnitude", *base), tmp_path / "old", damage)
     with pytest.raises(CheckpointError, match=match):
-        verify(old)
-    with pytest.raises(CheckpointError, match=match):
-        export_dense(old, tmp_path / "dense")
+        verify(ModelFolder.open(old))
+    export_dense(ModelFolder.open(old), tmp_path / "dense")
+    with pytest.raises(PatternError, match=r"hold 6 non-zeros; 8:16 .* `--pattern 0\.5`"):
+        export_pack(tmp_path / "dense", tmp_path / "again", pattern="8:16")
+    export_pack(tmp_path / "dense", tmp_path / "again", pattern="0.5")
+    verify(ModelFolder.open(tmp_path / "again"), against=ModelFolder.open(tmp_path / "dense"))
 
 
 def test_packing_never_prunes(tiny: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from correlated import problem
 from pairs import pairwise
 
 from gblm.errors import UsageError
-from gblm.methods import METHODS, ScoredMethod, make_method
+from gblm.methods import METHODS, ScoredMethod, flags, make_method
 from gblm.methods.pipeline import make_pipeline
 from gblm.sparse.patterns import NM, Pattern, parse
 from gblm.sparse.values import Rounding, parse_values
@@ -150,6 +150,13 @@ def test_the_docs_list_every_method() -> None:
     text = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
     table = "".join(f"{documented(name)}\n" for name in METHODS)
     assert table in text, table
+
+
+def test_flags_say_which_methods_take_them() -> None:
+    found = {flag.name: flag for flag in flags()}
+    assert found["damping"].help.startswith("alps, sparsegpt: ")
+    assert (found["alpha"].kind, found["alpha"].help[-16:]) == (float, "(default 100.0).")
+    assert "block_size" not in found
 
 
 def test_unknown_method_lists_the_known_ones() -> None:

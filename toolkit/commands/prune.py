@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from gblm.commands.common import (
-    Command,
     emit,
     head_note,
     megabytes,
@@ -16,13 +15,13 @@ from gblm.commands.common import (
     progress_bars,
     table,
 )
-from gblm.commands.recipe_options import read_recipe, recipe_options
+from gblm.commands.recipe_options import RecipeCommand, read_recipe, recipe_options
 from gblm.commands.recover import show_recovery
 
 OWN = frozenset({"output", "overwrite", "resume", "dry_run"})
 
 
-@click.command("prune", cls=Command)
+@click.command("prune", cls=RecipeCommand)
 @click.argument("model", required=False)
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to make.")
 @recipe_options

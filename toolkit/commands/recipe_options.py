@@ -5,7 +5,6 @@ Options of fields have type, bounds, help and default from the fields of gblm.re
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from click.core import ParameterSource
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from gblm.commands.common import device_option, dtype_option, options
+from gblm.commands.common import Command, device_option, dtype_option, options
 from gblm.recipe import MIX, Calibration, Recipe
 
 logger = logging.getLogger(__name__)
@@ -36,6 +35,29 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast": FAST,
     "recovered": FAST | {"reconstruct": 2, "recover": 65536},
 }
+
+
+class RecipeCommand(Command):
+    """A command that takes a recipe, with the flags that the tables of methods and values give.
+
+    The tables need torch, so the flags are made when the command is used, not when it is imported.
+    """
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Add the flags at the first call."""
+        own = {parameter.name for parameter in self.params}
+        self.params += [flag for flag in method_flags() if flag.name not in own]
+        return super().get_params(ctx)
+
+
+def method_flags() -> list[click.Option]:
+    """Make an option of each hyper-parameter that a method offers; what is not given is None."""
+    from gblm.methods import flags
+
+    return [
+        click.Option([f"--{flag.name.replace('_', '-')}"], help=flag.help, **_typed(flag.kind))
+        for flag in flags()
+    ]
 
 
 def field_options(
@@ -128,13 +150,6 @@ recipe_options = options(
         help="Sets what no option does. Default: recovered; paper where a --method is named.",
     ),
     search_options,
-    click.option(
-        "--option",
-        "options",
-        multiple=True,
-        metavar="NAME=VALUE",
-        help="A field of the method's own, such as alpha=100 or damping=0.1; repeatable.",
-    ),
     field_options(Recipe, "dense_ends", "rounding", defaults=False),
     click.option("--refit", is_flag=True, help="Least squares on the weights that stay."),
     click.option(
@@ -205,6 +220,7 @@ def _with_preset(preset: str | None = None, **options: Any) -> dict[str, Any]:
 
 def _fields(**chosen: Any) -> dict[str, Any]:
     """Turn the options that a command has into fields of a Recipe; the others keep its defaults."""
+    from gblm.methods import flags
     from gblm.sparse.patterns import parse
     from gblm.sparse.values import parse_values
 
@@ -224,16 +240,5 @@ def _fields(**chosen: Any) -> dict[str, Any]:
     if chosen.get("recover"):
         same = {name: text[name] for name in ("seed", "bos") if name in text}
         fields["recover"] = {"tokens": chosen["recover"], "text": source, **same}
-    own = dict(map(_method_option, chosen.get("options", ())))
+    own = {flag.name: chosen[flag.name] for flag in flags() if flag.name in chosen}
     return fields | {"options": own, "calibration": {"source": source, **text}}
-
-
-def _method_option(text: str) -> tuple[str, Any]:
-    """Read NAME=VALUE; the value is a number or a word, and the method checks it."""
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise click.UsageError(f"--option {text}: write it as alpha=100.")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value

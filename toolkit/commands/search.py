@@ -105,4 +105,5 @@ def _show(result: Mapping[str, Any]) -> None:
         for row in result["rows"]
     ]
     table(["candidate", "bits", "MB", "ppl ratio", "what"], rows)
+    click.echo(result["verdict"])
     click.echo("ppl ratio: predicted, against the unpruned model; it ranks, it is no measurement.")

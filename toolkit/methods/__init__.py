@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from gblm.errors import UsageError
 from gblm.methods.alps import ALPS
@@ -11,7 +11,7 @@ from gblm.methods.base import Method, ScoredMethod, Stats
 from gblm.methods.scores import GBLM, Magnitude, Wanda
 from gblm.methods.sparsegpt import SparseGPT
 
-__all__ = ["METHODS", "Method", "ScoredMethod", "Stats", "make_method"]
+__all__ = ["METHODS", "Flag", "Method", "ScoredMethod", "Stats", "flags", "make_method"]
 
 METHODS: dict[str, type[Method]] = {
     "magnitude": Magnitude,
@@ -20,6 +20,34 @@ METHODS: dict[str, type[Method]] = {
     "alps": ALPS,
     "gblm": GBLM,
 }
+
+
+class Flag(NamedTuple):
+    """A hyper-parameter that the command line offers, for all methods that have it.
+
+    Attributes:
+        name: of the dataclass field.
+        kind: its declared type: float, int, bool or a Literal of strings.
+        help: which methods take it, and what it does there.
+    """
+
+    name: str
+    kind: Any
+    help: str
+
+
+def flags() -> list[Flag]:
+    """Give every field with an "about" once, in the order of METHODS."""
+    found: dict[str, Flag] = {}
+    for method, kind in METHODS.items():
+        types = get_type_hints(kind)
+        for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+            if "about" in field.metadata:
+                first = found.get(field.name)
+                own = f"{method}: {field.metadata['about']} (default {field.default})."
+                text = own if first is None else f"{method}, {first.help}"
+                found[field.name] = Flag(field.name, types[field.name], text)
+    return list(found.values())
 
 
 def make_method(name: str, options: dict[str, Any]) -> Method:

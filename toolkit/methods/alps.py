@@ -13,7 +13,7 @@ few weights enter or leave the support at first, but not below 1e-4.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -52,7 +52,9 @@ class ALPS(Method):
     )
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
 
-    damping: float = 0.01
+    damping: float = field(
+        default=0.01, metadata={"about": "share of H's mean diagonal that is added to it"}
+    )
     max_iterations: int = 300
 
     def __post_init__(self) -> None:

@@ -2,7 +2,8 @@
 
 A method sees one linear at a time and knows nothing of models, files or devices. Its class carries
 every fact of it: what it does, in words, which statistics it reads, and its hyper-parameters, which
-are dataclass fields: a recipe's "options", and --option NAME=VALUE on the command line.
+are dataclass fields. Recipe keys follow from the fields, and flags of the command line from those
+whose metadata has an "about" for the help.
 """
 
 from __future__ import annotations

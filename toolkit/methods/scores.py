@@ -7,7 +7,7 @@ https://arxiv.org/abs/2311.04902, eq. 3. With alpha = 0 GBLM is Wanda, bit for b
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -67,7 +67,7 @@ class GBLM(ScoredMethod):
     )
     needs: ClassVar[frozenset[str]] = frozenset({"act_norm", "grad_norm"})
 
-    alpha: float = 100.0
+    alpha: float = field(default=100.0, metadata={"about": "weight of the gradient term"})
     gradient_norm: Literal["l1", "l2"] = "l2"
     gradient_mode: Literal["mean", "reference"] = "mean"
 

@@ -10,7 +10,7 @@ Here the count over the matrix is exactly floor(sparsity · n).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from math import lcm
 from typing import ClassVar
@@ -45,7 +45,9 @@ class SparseGPT(Method):
     )
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
 
-    damping: float = 0.01
+    damping: float = field(
+        default=0.01, metadata={"about": "share of H's mean diagonal that is added to it"}
+    )
     block_size: int = 128
 
     def __post_init__(self) -> None:

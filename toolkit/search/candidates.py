@@ -95,7 +95,8 @@ def answer(
         Plain JSON types. "rows": the candidates that hold the budget, the least predicted loss
         first, then the dense ones that do not. Each has "name", "fits", "what" in words,
         "bits_per_weight" and "bytes" (at most), "loss" (the predicted rise in nats per token),
-        "ratio" (of perplexities, exp of it) and "recipe".
+        "ratio" (of perplexities, exp of it) and "recipe". "verdict": the best in words, and whether
+        it is dense.
 
     Raises:
         UsageError: nothing holds the budget.
@@ -112,7 +113,13 @@ def answer(
         raise UsageError(_too_small(budget, model))
     others = [row for row in every if not row["fits"]]
     rows = [*fits, *sorted(others, key=lambda row: float(row["bits_per_weight"]))]
-    return {"budget": str(budget), "rows": rows}
+    name = rows[0]["name"]
+    verdict = (
+        f"zeros are worth it at {budget}, by prediction: {name} is better than any dense model."
+    )
+    if rows[0]["dense"]:
+        verdict = f"{name} is the answer at {budget}, by prediction: nothing with zeros is better."
+    return {"budget": str(budget), "rows": rows, "verdict": verdict}
 
 
 def allocations(model: Examined, limit: float) -> dict[str, Allocation]:
@@ -141,25 +148,32 @@ def _controls(model: Examined) -> Iterator[tuple[str, Allocation]]:
 
 def _within(model: Examined, limit: float) -> Iterator[tuple[str, Allocation | None]]:
     """Spend the budget in several ways; None where nothing of the sort holds it."""
+    patterns = model.judgement.patterns
+    steps = [Unstructured(step) for step in STEPS] if model.has_unstructured else []
+
+    def least_loss(kinds: Iterable[str], patterns: Iterable[Pattern]) -> Allocation | None:
+        ways = partial(_ways, model, list(kinds), list(patterns))
+        return measured(model.linears, ways, limit, model.loss)
+
     for kind in model.specs:
-        for pattern in model.judgement.patterns:
+        for pattern in patterns:
             every = {x.name: model.fmt(x, kind, pattern) for x in model.linears}
             holds = total_bytes(model.linears, every) <= limit
             yield f"{kind} {pattern}", every if holds else None
-            ways = partial(_ways, model, kind, [pattern])
-            found = measured(model.linears, ways, limit, model.loss)
-            yield f"{kind} {pattern} or dense, measured", found
-        if model.has_unstructured:
-            ways = partial(_ways, model, kind, [Unstructured(step) for step in STEPS])
-            yield f"{kind} measured", measured(model.linears, ways, limit, model.loss)
+            yield f"{kind} {pattern} or dense, measured", least_loss([kind], [pattern])
+        if steps:
+            yield f"{kind} measured", least_loss([kind], steps)
+    yield "dense measured", least_loss(model.specs, [])
+    yield "mixed measured", least_loss(model.specs, [*patterns, *steps])
 
 
 def _ways(
-    model: Examined, kind: str, patterns: Iterable[Pattern], linear: LinearSpec
+    model: Examined, kinds: Iterable[str], patterns: Iterable[Pattern], linear: LinearSpec
 ) -> Iterator[Format]:
-    """List what a linear may become: dense, or of one of the patterns."""
-    for pattern in (Dense(), *patterns):
-        yield model.fmt(linear, kind, pattern)
+    """List what a linear may become: dense, or of one of the patterns, with each kind of values."""
+    for kind in kinds:
+        for pattern in (Dense(), *patterns):
+            yield model.fmt(linear, kind, pattern)
 
 
 def _row(

@@ -80,13 +80,18 @@ class NMFormat(RectangleFormat):
                 f"{int(counts[row, group])} weights; {self.pattern} stores exactly "
                 f"{self.pattern.keep_n}. The file is damaged."
             )
+
+    def check_rule(self, name: str, parts: Parts) -> None:
+        """See Format.check_rule: the halves of 8:16."""
         pattern = self.pattern
-        halved = pattern.unit < pattern.group_m
-        if halved and (found := first_crowded(groups.flatten(1), pattern.unit, pattern.unit_most)):
+        if pattern.unit == pattern.group_m:
+            return
+        if found := first_crowded(self.mask(parts), pattern.unit, pattern.unit_most):
             row, col, count = found
             raise CheckpointError(
                 f"{name}.bitmask: row {row}, columns {col}..{col + pattern.unit - 1} keep {count} "
                 f"weights; {pattern} keeps {pattern.keep_n - pattern.unit_most} to "
                 f"{pattern.unit_most} in each half of a group. The file is damaged, or older than "
-                "this rule: prune again."
+                "this rule: `gblm export dense` reads it, and `gblm export pack --pattern 0.5` "
+                "packs what that wrote."
             )
