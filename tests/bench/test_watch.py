@@ -33,9 +33,9 @@ from gblm.bench.metrics import (
     Snapshot,
     Target,
 )
-from gblm.bench.watch import LOAD, Window, ratio_interval, student, watch
+from gblm.bench.watch import LOAD, watch
 from gblm.errors import InputError, MachineError, UsageError
-from gblm.record import Record, Row
+from gblm.record import Record
 
 BUCKETS = {
     TTFT: (0.01, 0.04, 0.1, 0.25, 0.5, 1),
@@ -45,7 +45,6 @@ BUCKETS = {
     PROMPT: (10, 100, 1000),
     OUTPUT: (10, 100, 1000),
 }
-QUICK = Window(duration=100, interval=10)
 
 
 class Clock:
@@ -154,8 +153,9 @@ def make_site() -> Iterator[Callable[..., Site]]:
         server.server_close()
 
 
-def run(a: Site, b: Site, window: Window = QUICK) -> Record:
-    return watch(Target.of("A", a.url), Target.of("B", b.url), window)
+def run(a: Site, b: Site) -> Record:
+    """Ten rounds of ten seconds."""
+    return watch(Target.of("A", a.url), Target.of("B", b.url), 100, 10)
 
 
 def said(record: Record, metric: str) -> str:
@@ -164,34 +164,34 @@ def said(record: Record, metric: str) -> str:
     return found.removeprefix(f"{metric}: ")
 
 
-def speedup(record: Record, metric: str) -> Row:
-    found = record.row("B", LOAD, f"{metric}_speedup")
-    assert found is not None
-    return found
-
-
 def beyond_verdicts(record: Record) -> list[str]:
-    """Caveats and problems, which follow the eight verdicts."""
-    return list(record.verdict.notes[8:])
+    """Caveats and problems, which follow the five verdicts."""
+    return list(record.verdict.notes[5:])
 
 
-def test_a_faster_server_is_found_faster(make_site: Callable[..., Site]) -> None:
+def test_a_faster_server_is_found_better(make_site: Callable[..., Site]) -> None:
     record = run(make_site(slow=1.0, seed=1), make_site(slow=0.5, seed=2))
-    for metric in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms"):
-        row = speedup(record, metric)
-        assert row.interval is not None
-        assert row.interval[0] < 2 < row.interval[1], metric
-        assert said(record, metric).startswith(f"B is faster by {row.value:.2f}x ("), metric
+    for metric in ("ttft_ms_mean", "tpot_ms_mean", "itl_ms_mean", "e2e_ms_mean"):
+        ratio = record.ratio("B", LOAD, metric)
+        assert ratio is not None
+        assert len(ratio.rounds) == 10
+        assert ratio.low < 0.5 < ratio.high, metric
+        assert said(record, metric).startswith(f"B is better; B has {ratio.median:.2f} times A's")
     assert record.sides["A"]["finished"] == 80
-    assert record.sides["A"]["prompt_tokens"] == 50
+    assert record.value("A", LOAD, "prompt_tokens") == 50
+    assert record.value("A", LOAD, "failed_percent") == 0
     assert beyond_verdicts(record) == []
-    assert said(record, "failed_percent").startswith("no difference")
 
 
-def test_a_slower_server_is_found_slower(make_site: Callable[..., Site]) -> None:
+def test_a_slower_server_is_found_worse(make_site: Callable[..., Site]) -> None:
     record = run(make_site(slow=0.5), make_site(slow=1.0))
-    assert speedup(record, "ttft_ms").value == pytest.approx(0.5)
-    assert said(record, "ttft_ms").startswith("B is slower by 2.00x (")
+    assert said(record, "ttft_ms_mean") == "B is worse; B has 2.00 times A's (2.00–2.00)"
+
+
+def test_more_tokens_a_second_are_better(make_site: Callable[..., Site]) -> None:
+    a, b = make_site(), make_site()
+    b.script = lambda number: b.engine.serve(16)
+    assert said(run(a, b), "output_tok_s").startswith("B is better; B has 2.00 times")
 
 
 def test_means_and_counts_are_those_of_the_window_alone(make_site: Callable[..., Site]) -> None:
@@ -200,39 +200,34 @@ def test_means_and_counts_are_those_of_the_window_alone(make_site: Callable[...,
     record = run(a, b)
     assert record.sides["A"]["begun"] == 80
     assert record.value("A", LOAD, "ttft_ms_mean") == pytest.approx(125, rel=0.15)
-    assert record.sides["A"]["prompt_tokens"] == 50
+    assert record.value("A", LOAD, "prompt_tokens") == 50
 
 
 def test_equal_servers_show_no_difference(make_site: Callable[..., Site]) -> None:
     record = run(make_site(seed=3), make_site(seed=4))
     verdicts = [note.partition(": ")[2] for note in record.verdict.notes]
-    assert [text[:36] for text in verdicts] == ["no difference that this window shows"] * 8
+    assert [text[:36] for text in verdicts] == ["no difference that this window shows"] * 5
 
 
-def test_too_few_requests(make_site: Callable[..., Site]) -> None:
+def test_too_few_requests_are_no_valid_record(make_site: Callable[..., Site]) -> None:
     a, b = make_site(), make_site()
     b.script = lambda number: number <= 2 and b.engine.serve(10)
     record = run(a, b)
-    assert said(record, "ttft_ms") == "too few requests: 20 of at least 30"
-    assert record.row("B", LOAD, "ttft_ms_speedup") is None
-    b.script = lambda number: b.engine.serve(40 if len(b.reads) % 11 == 2 else 0)
-    assert said(run(a, b), "e2e_ms") == "too few intervals with requests on both: 1 of at least 8"
+    assert not record.verdict.valid
+    assert record.verdict.reasons == ("server B: 20 requests ended, at least 30 are needed",)
+    assert record.rows == ()
 
 
-def test_no_traffic(make_site: Callable[..., Site]) -> None:
+def test_requests_in_few_rounds_get_no_verdict(make_site: Callable[..., Site]) -> None:
     a, b = make_site(), make_site()
-    a.script = b.script = lambda number: None
+    b.script = lambda number: b.engine.serve(40 if number == 2 else 0)
     record = run(a, b)
-    assert said(record, "ttft_ms") == "too few requests: 0 of at least 30"
-    assert record.value("A", LOAD, "ttft_ms_mean") is None
-    assert record.value("A", LOAD, "aborted_percent") is None
-    assert record.sides["A"]["prompt_tokens"] is None
+    assert said(record, "e2e_ms_mean").startswith("no verdict, as there are too few rounds")
+    assert record.verdict.valid
 
 
 @pytest.mark.parametrize("started", [1.0, 2.0])
-def test_a_restart_makes_its_interval_invalid(
-    make_site: Callable[..., Site], started: float
-) -> None:
+def test_a_restart_makes_its_round_invalid(make_site: Callable[..., Site], started: float) -> None:
     a, b = make_site(), make_site()
 
     def restart(number: int) -> None:
@@ -244,14 +239,13 @@ def test_a_restart_makes_its_interval_invalid(
 
     b.script = restart
     record = run(a, b)
-    window = record.provenance["settings"]
-    assert window["valid"] == window["intervals"] - 1
+    assert len(record.row("A", LOAD, "output_tok_s").rounds) == 9
     assert record.sides["A"]["begun"] == 72 == record.sides["B"]["begun"]
     (problem,) = beyond_verdicts(record)
     assert "server B restarted" in problem
 
 
-def test_a_failed_reading_lengthens_the_interval(make_site: Callable[..., Site]) -> None:
+def test_a_failed_reading_lengthens_the_round(make_site: Callable[..., Site]) -> None:
     a, b = make_site(), make_site()
 
     def fail(number: int) -> None:
@@ -260,19 +254,19 @@ def test_a_failed_reading_lengthens_the_interval(make_site: Callable[..., Site])
 
     a.script = fail
     record = run(a, b)
-    assert record.provenance["settings"]["intervals"] == 9
+    assert len(record.row("A", LOAD, "output_tok_s").rounds) == 9
     assert record.sides["B"]["begun"] == 80
     assert "answers HTTP 500" in beyond_verdicts(record)[0]
 
 
-def test_no_valid_interval_is_an_error(make_site: Callable[..., Site]) -> None:
+def test_no_valid_round_is_an_error(make_site: Callable[..., Site]) -> None:
     a, b = make_site(), make_site()
 
     def restart(number: int) -> None:
         b.engine = Engine(started=number)
 
     b.script = restart
-    with pytest.raises(MachineError, match="no interval of this window can be used"):
+    with pytest.raises(MachineError, match="no round of this window can be used"):
         run(a, b)
 
 
@@ -280,8 +274,8 @@ def test_different_loads_are_caveats(make_site: Callable[..., Site]) -> None:
     a, b = make_site(), make_site()
     b.script = lambda number: b.engine.serve(12, prompt=80, tokens=30)
     caveats = " ".join(beyond_verdicts(run(a, b)))
-    for words in ("requests per second", "prompt tokens", "generated tokens"):
-        assert f"{words}" in caveats
+    for words in ("requests_per_s", "prompt_tokens", "generated_tokens"):
+        assert f"{words} differ" in caveats
     b.script = lambda number: b.engine.serve(9, prompt=55, tokens=22)
     assert beyond_verdicts(run(a, b)) == []
 
@@ -299,13 +293,13 @@ def test_requests_that_never_end_are_a_caveat(make_site: Callable[..., Site]) ->
     assert caveat.startswith("B: 110 requests gave a first token but only 80 ended")
 
 
-def test_failures_are_compared_in_points(make_site: Callable[..., Site]) -> None:
+def test_failures_are_shares_of_each_round(make_site: Callable[..., Site]) -> None:
     a, b = make_site(), make_site()
     b.script = lambda number: b.engine.serve(8, failed=2)
-    record = run(a, b)
-    assert said(record, "failed_percent") == "B is higher by 25.00 points (25.00–25.00)"
-    assert record.value("B", LOAD, "http_5xx_percent") == 25
-    assert record.value("B", LOAD, "aborted_percent_points") == 0
+    row = run(a, b).row("B", LOAD, "failed_percent")
+    assert row is not None
+    assert (row.value, row.rounds) == (25, (25,) * 10)
+    assert run(a, b).value("B", LOAD, "http_5xx_percent") == 25
 
 
 def test_engines_of_one_server_are_summed(make_site: Callable[..., Site]) -> None:
@@ -327,37 +321,6 @@ class Renamed:
             samples = [s._replace(name=s.name.replace("x", TTFT, 1)) for s in family.samples]
             family.name, family.samples = TTFT, samples
             yield family
-
-
-@pytest.mark.parametrize("intervals", [8, 40])
-def test_confidence_covers_the_truth_about_as_often_as_it_says(intervals: int) -> None:
-    random, covered = np.random.default_rng(5), 0
-    for _ in range(200):
-        counts = random.poisson(20, size=(intervals, 2))
-        sums = random.gamma(2.0 * counts, [0.13, 0.1])
-        columns = np.stack([sums[:, 0], counts[:, 0], sums[:, 1], counts[:, 1]], axis=1)
-        _, low, high = ratio_interval(columns) or (0, 0, 0)
-        covered += low < 1.3 < high
-    assert 0.91 <= covered / 200 <= 0.995
-
-
-def test_confidence_knows_that_a_burst_fills_neighbours() -> None:
-    """Intervals whose latencies rise and fall slowly tell less than as many that don't."""
-    random, covered = np.random.default_rng(6), 0
-    for _ in range(200):
-        # Each third interval draws a new speed, which its two neighbours share.
-        speeds = np.repeat(random.gamma(20, 1 / 20, size=(20, 2)), 3, axis=0)
-        counts = np.full((60, 2), 20.0)
-        sums = counts * speeds * [1.3, 1.0]
-        columns = np.stack([sums[:, 0], counts[:, 0], sums[:, 1], counts[:, 1]], axis=1)
-        _, low, high = ratio_interval(columns) or (0, 0, 0)
-        covered += low < 1.3 < high
-    assert covered / 200 >= 0.89
-
-
-@pytest.mark.parametrize(("freedom", "value"), [(3, 3.182), (10, 2.228), (30, 2.042)])
-def test_students_t_is_that_of_the_tables(freedom: int, value: float) -> None:
-    assert student(freedom) == pytest.approx(value, rel=0.01)
 
 
 def test_a_counter_that_falls_or_goes_is_a_restart() -> None:
@@ -467,7 +430,7 @@ def test_addresses_that_are_refused(url: str) -> None:
         Target.of("B", url)
 
 
-def test_a_reading_that_is_late_by_an_interval_is_skipped(
+def test_a_reading_that_is_late_by_a_round_is_skipped(
     make_site: Callable[..., Site], clock: Clock
 ) -> None:
     a, b = make_site(), make_site()
@@ -479,8 +442,8 @@ def test_a_reading_that_is_late_by_an_interval_is_skipped(
 
     a.script = stall
     record = run(a, b)
-    assert record.provenance["settings"]["intervals"] == 9
-    assert record.sides["A"]["seconds"] == 100
+    assert len(record.row("A", LOAD, "output_tok_s").rounds) == 9
+    assert record.value("A", LOAD, "requests_per_s") == pytest.approx(80 / 100)
     assert clock.now == 100
 
 
@@ -493,27 +456,27 @@ def test_the_names_are_those_of_the_installed_vllm() -> None:
     assert counters - {HTTP.removesuffix("_total")} | set(MEANS) <= registered
 
 
-def test_a_window_that_is_too_short_and_one_server_twice_are_refused() -> None:
+def test_too_few_rounds_and_one_server_twice_are_refused() -> None:
     a = Target.of("A", "http://127.0.0.1:1")
-    with pytest.raises(UsageError, match="holds 3 intervals"):
-        watch(a, Target.of("B", "http://127.0.0.1:2"), Window(30, 10))
+    with pytest.raises(UsageError, match="give at least 6"):
+        watch(a, Target.of("B", "http://127.0.0.1:2"), 30, 5)
     with pytest.raises(UsageError, match="the same server"):
-        watch(a, Target.of("B", "http://127.0.0.1:1/metrics"), Window())
+        watch(a, Target.of("B", "http://127.0.0.1:1/metrics"), 30, 6)
 
 
 def test_the_command(
     make_site: Callable[..., Site], gblm: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     a, b = make_site(), make_site(slow=0.5)
-    done = gblm("bench", "watch", a.url, b.url, "--duration", 3, "--interval", 0.1,
+    done = gblm("bench", "watch", a.url, b.url, "--duration", 1, "--rounds", 6,
                 "--output", tmp_path / "watch.json")  # fmt: skip
     assert done.code == 0, done
-    assert "ttft_ms: B is faster by 2.0" in done.out
+    assert "ttft_ms_mean: B is better; B has 0.50 times A's" in done.out
     assert "itl_ms_mean, ms" in done.out
     record = Record.read(tmp_path / "watch.json")
     assert record.baseline == "A"
     assert record.sides["B"]["url"] == f"{b.url}/metrics"
-    assert speedup(record, "ttft_ms").value == pytest.approx(2, rel=0.05)
+    assert record.value("B", LOAD, "ttft_ms_mean") < record.value("A", LOAD, "ttft_ms_mean")
 
 
 def test_a_server_that_is_not_there_is_one_sentence(

@@ -32,7 +32,7 @@ from soak_load import SPREAD, load_for, one_run, resident_bytes, sampled, slope,
 
 from gblm.bench.metrics import Target
 from gblm.bench.server import RunningServer, running_server
-from gblm.bench.watch import LOAD, Window, watch
+from gblm.bench.watch import LOAD, watch
 from gblm.fetch import fetch
 from gblm.model.folder import resolve
 from gblm.provenance import provenance
@@ -53,7 +53,7 @@ THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 LONG = ("runs", "samples")  # only in the record
 AT_ONCE, CHUNK = 4, 2500  # processes, and cases in each: a crash ends only its own
 # The canary's traffic: prompt and generated tokens, requests in flight on each server.
-KIND, CONCURRENCY, SECONDS, INTERVAL = (64, 32), 4, 120.0, 5.0
+KIND, CONCURRENCY, SECONDS, ROUNDS = (64, 32), 4, 120.0, 24
 Side = tuple[str, Path]
 
 
@@ -208,8 +208,7 @@ def watched(a: Side, b: Side) -> dict[str, Any]:
         first = list(pool.map(lambda s: traffic(*s, 4 * CONCURRENCY), sides.values()))
         count = int(SECONDS * min(row["requests_per_s"] for row in first))
         begun = threading.Event()
-        window = Window(SECONDS * 1.5, INTERVAL)
-        seen = pool.submit(watch, Target.of("A", a[0]), Target.of("B", b[0]), window,
+        seen = pool.submit(watch, Target.of("A", a[0]), Target.of("B", b[0]), SECONDS * 1.5, ROUNDS,
                            lambda *_: begun.set)  # fmt: skip
         begun.wait(60)
         with ThreadPoolExecutor(len(sides)) as loads:
@@ -237,14 +236,13 @@ def agreement(record: Record, own: dict[str, dict[str, Any]], metric: str) -> di
     """One metric of both; the generators' ratio must lie in the interval of the watched one."""
     key = f"mean_{metric}_ms"
     ratio = own["a"][key] / own["b"][key]
-    row = record.row("B", LOAD, f"{metric}_ms_speedup")
-    low, high = (row and row.interval) or (None, None)
+    found = record.ratio("A", LOAD, f"{metric}_ms_mean", "B")
     return {
         "watched_ms": {s.lower(): record.value(s, LOAD, f"{metric}_ms_mean") for s in "AB"},
         "generators_ms": {side: own[side][key] for side in "ab"},
-        "ratio": row and row.value, "low": low, "high": high,
+        "ratio": found and found.median, "low": found and found.low, "high": found and found.high,
         "generators_ratio": ratio,
-        "agrees": low is not None and high is not None and low <= ratio <= high,
+        "agrees": found is not None and found.low <= ratio <= found.high,
     }  # fmt: skip
 
 

@@ -23,7 +23,6 @@ from vllm.benchmarks import serve as bench
 
 from gblm.bench.requests import Load
 from gblm.bench.server import bench_words
-from gblm.bench.watch import student
 
 # Prompt and generated tokens of the kinds of request, each ± SPREAD.
 SHAPES = ((256, 8), (16, 48), (64, 24), (128, 16))
@@ -32,6 +31,8 @@ STREAMS = 4  # load generators at once, so that kinds mix and some work while an
 RUN_SECONDS, LEAST_SECONDS = 120.0, 20.0
 SAMPLE_SECONDS = 5.0
 BLOCKS = 12
+# Student's t for 95 % and the 10 degrees of freedom of a line through so many blocks.
+STUDENT = 2.228
 
 
 @dataclass
@@ -83,7 +84,7 @@ def slope(seconds: list[float], resident: list[int]) -> dict[str, Any]:
     per_minute = float(centred @ means / (centred @ centred))
     rest = means - means.mean() - per_minute * centred
     spread = float(np.sqrt(rest @ rest / (BLOCKS - 2)))
-    half = student(BLOCKS - 2) * spread / float(np.sqrt(centred @ centred))
+    half = STUDENT * spread / float(np.sqrt(centred @ centred))
     return {
         "mb_per_minute": round(per_minute, 4),
         "low": round(per_minute - half, 4),

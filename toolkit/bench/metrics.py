@@ -31,11 +31,10 @@ MEANS = (TTFT, TPOT, ITL, E2E, PROMPT, OUTPUT)
 
 GENERATED = "vllm:generation_tokens_total"
 FINISHED = "vllm:request_success_total"
-REJECTED = "vllm:admission_rejections_total"
 # Of the API server, not of the engine; it alone sees requests that never reach the engine.
 HTTP = "http_requests_total"
 # Counter → the label whose values are counted apart.
-COUNTERS = {GENERATED: "", FINISHED: "finished_reason", REJECTED: "", HTTP: "status"} | {
+COUNTERS = {GENERATED: "", FINISHED: "finished_reason", HTTP: "status"} | {
     f"{name}_{part}": "" for name in MEANS for part in ("sum", "count")
 }
 START = "process_start_time_seconds"
@@ -136,7 +135,7 @@ class Snapshot:
                 if not 0 <= sample.value < math.inf:
                     raise InputError(f"{sample.name} is not a count.")
                 series[sample.name, tuple(sorted(sample.labels.items()))] = sample.value
-        if missing := sorted(COUNTERS.keys() - {REJECTED, HTTP} - {name for name, _ in series}):
+        if missing := sorted(COUNTERS.keys() - {HTTP} - {name for name, _ in series}):
             raise InputError(
                 f"there is no {missing[0]}; this must be a vLLM server (0.32 or newer) that runs "
                 "without --disable-log-stats."

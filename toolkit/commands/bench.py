@@ -209,8 +209,8 @@ def kernels(
 @click.argument("url_b")
 @click.option("--duration", type=click.FloatRange(1), default=600, show_default=True,
               help="Seconds to watch.")  # fmt: skip
-@click.option("--interval", type=click.FloatRange(0.1), default=10, show_default=True,
-              help="Seconds between readings.")  # fmt: skip
+@click.option("--rounds", type=int, default=12, show_default=True,
+              help="Parts that this time is cut into, each with figures of its own.")  # fmt: skip
 @click.option(
     "--api-key-file", "key_files", type=click.Path(path_type=Path, dir_okay=False), multiple=True,
     help="File with the key for /metrics; twice: A's and B's.",
@@ -223,7 +223,7 @@ def watch(
     url_a: str,
     url_b: str,
     duration: float,
-    interval: float,
+    rounds: int,
     key_files: tuple[Path, ...],
     output: Path | None,
 ) -> None:
@@ -239,5 +239,5 @@ def watch(
         from gblm.bench.metrics import Target
 
         a, b = Target.of("A", url_a, key_a), Target.of("B", url_b, key_b)
-        record = watching.watch(a, b, watching.Window(duration, interval), progress)
+        record = watching.watch(a, b, duration, rounds, progress)
     hand_out(ctx, record, output)
