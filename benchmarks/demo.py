@@ -55,8 +55,7 @@ def main() -> None:
     # Without its HTTP server, vLLM starts and answers in half of the time.
     sides = " ".join(f"{folder.name}=vllm-offline:{folder}" for folder in SIDES.values())
     # Few machines of newcomers are quiet: noise is told in the notes, and hits all sides alike.
-    files = f"--output {BENCH} --log {RUN}/vllm.log"
-    gblm(f"bench {sides} {LOAD} --allow-noise {files} -- {VLLM}", (0, 5))
+    gblm(f"bench {sides} {LOAD} --allow-noise --output {BENCH} -- {VLLM}", (0, 5))
     summary = summarise()
     SUMMARY.write_text(json.dumps(summary, indent=2) + "\n")
     print_table(summary)

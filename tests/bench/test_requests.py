@@ -40,6 +40,3 @@ def test_what_a_tool_does_not_tell_is_left_out() -> None:
 
 def test_a_load_has_a_name() -> None:
     assert Load(4, 10, 5).words == "4 prompts of 10 + 5 tokens, concurrency 1"
-    assert Load(4, 10, 5, None, 2.5).words == (
-        "4 prompts of 10 + 5 tokens, concurrency no limit, 2.5 requests/s"
-    )

@@ -20,9 +20,8 @@ from gblm.bench.requests import Load, Request, Seen
 from gblm.bench.rounds import bench, one_round, order, record_of, rows_of
 from gblm.bench.server import seen_of
 from gblm.bench.sides import Setup, Side
-from gblm.commands.bench import limit, rate, width
 from gblm.commands.bench import sides as command
-from gblm.commands.common import commas
+from gblm.commands.common import commas, whole_number
 from gblm.errors import InputError, UsageError
 from gblm.record import Record
 
@@ -177,26 +176,11 @@ def test_with_restart_one_side_at_a_time_is_there() -> None:
 CONTEXT, OPTION = click.Context(command), click.Option(["--x"])
 
 
-@pytest.mark.parametrize("text", ["1.5", "0", "1,x", "nan", "-1", ""])
-def test_concurrency_is_a_whole_number_or_has_no_limit(text: str) -> None:
-    assert commas(width)(CONTEXT, OPTION, "4,1,inf,4") == (4, 1, None)
+@pytest.mark.parametrize("text", ["1.5", "0", "1,x", "nan", "-1", "", "inf"])
+def test_concurrency_is_a_list_of_whole_numbers(text: str) -> None:
+    assert commas(whole_number)(CONTEXT, OPTION, "4,1,4") == (4, 1)
     with pytest.raises(click.BadParameter, match="is not a positive whole number"):
-        commas(width)(CONTEXT, OPTION, text)
-
-
-@pytest.mark.parametrize("text", ["0", "1,x", "nan", "inf", "1e3"])
-def test_a_rate_is_a_positive_number(text: str) -> None:
-    assert commas(rate)(CONTEXT, OPTION, "0.5, 2") == (0.5, 2)
-    assert commas(rate)(CONTEXT, OPTION, None) == ()
-    with pytest.raises(click.BadParameter, match="is not a positive number"):
-        commas(rate)(CONTEXT, OPTION, text)
-
-
-@pytest.mark.parametrize("text", ["", "ttft", "ttft:", "ttft:x", "ttft:-1", "ttft:inf", "itl:3"])
-def test_limits_of_goodput_are_read_into_vllms_words(text: str) -> None:
-    assert commas(limit)(CONTEXT, OPTION, "ttft:500,e2e:1.5") == ("ttft:500", "e2el:1.5")
-    with pytest.raises(click.BadParameter, match="is no limit such as ttft:500"):
-        commas(limit)(CONTEXT, OPTION, text)
+        commas(whole_number)(CONTEXT, OPTION, text)
 
 
 def test_sides_are_named_and_their_engine_is_guessed(tiny: Path, tmp_path: Path) -> None:
@@ -227,8 +211,7 @@ def test_sides_that_are_none_are_refused(tiny: Path) -> None:
     ("engine", "load", "sentence"),
     [
         ("transformers", Load(4, 10, 5, concurrency=2), "runs one request at a time"),
-        ("transformers", Load(4, 10, 5, 1, 2.0), "has no server"),
-        ("vllm-offline", Load(4, 10, 5, None), "has no server"),
+        ("onnx", Load(4, 10, 5, concurrency=2), "runs one request at a time"),
     ],
 )
 def test_what_an_engine_cannot_have_is_refused_before_anything_starts(
@@ -238,21 +221,15 @@ def test_what_an_engine_cannot_have_is_refused_before_anything_starts(
         parse_sides([f"{engine}:{tiny}"], Setup((load,), Path("log")))
 
 
-def test_goodput_needs_a_server(tiny: Path) -> None:
-    with pytest.raises(UsageError, match="--slo needs a side in vLLM's server"):
-        parse_sides([f"transformers:{tiny}"], Setup((LOAD,), Path("log"), slo=("ttft:5",)))
-
-
 def test_vllms_detailed_result_becomes_requests() -> None:
     result = {
         "duration": 3.0, "start_times": [1.0, 2.0], "latencies": [0.5, 0.0],
         "input_lens": [10, 10], "output_lens": [3, 0], "ttfts": [0.1, 0.0],
-        "itls": [[0.2, 0.2], []], "errors": ["", "refused"], "request_goodput": 0.25,
+        "itls": [[0.2, 0.2], []], "errors": ["", "refused"],
     }  # fmt: skip
     found = seen_of(result)
     assert found.requests == [Request(1.0, 0.5, 10, 3, 0.1, (0.2, 0.2))]
     assert (found.seconds, found.failed) == (3.0, 1)
-    assert found.extra == {"goodput_requests_per_s": 0.25}
 
 
 class Counting(Decoder):
@@ -280,10 +257,9 @@ def test_the_loop_feeds_each_token_back_and_times_every_gap() -> None:
     assert found.ttft + sum(found.itls) == pytest.approx(found.latency)
 
 
-def test_prompts_follow_the_seed() -> None:
-    assert prompts(50, LOAD, 1).tolist() == prompts(50, LOAD, 1).tolist()
-    assert prompts(50, LOAD, 1).tolist() != prompts(50, LOAD, 2).tolist()
-    assert prompts(50, LOAD, 1).shape == (4, 10)
+def test_prompts_are_the_same_for_all_sides() -> None:
+    assert prompts(50, LOAD).tolist() == prompts(50, LOAD).tolist()
+    assert prompts(50, LOAD).shape == (4, 10)
 
 
 SMALL = ["--num-prompts", 2, "--prompt-len", 8, "--output-len", 4, "--threads", 1,
@@ -308,7 +284,7 @@ def test_a_loop_that_fails_is_one_sentence(
 ) -> None:
     gguf = tmp_path / "x.gguf"
     gguf.write_bytes(b"GGUF")
-    done = gblm("bench", gguf, *SMALL, "--rounds", 1, "--log", "log")
+    done = gblm("bench", gguf, *SMALL, "--rounds", 1)
     assert done.code == 3, done
     assert "\ngblm: error: x.gguf: llama.cpp ended with code 1: " in done.err
 
@@ -321,10 +297,10 @@ def test_a_served_model_vllm_offline_and_a_loop_are_measured_alike(
     packed = pack_tiny()
     done = gblm(
         "bench", f"served={packed}", f"offline=vllm-offline:{tiny}", f"loop=transformers:{tiny}",
-        *SMALL, "--rounds", 2, "--slo", "ttft:90000", "--log", "log", "--", *OPTIONS,
+        *SMALL, "--rounds", 2, "--", *OPTIONS,
         VLLM_CPU_KVCACHE_SPACE="1",
     )  # fmt: skip
-    assert done.code == 0, (done, (tmp_path / "log").read_text()[-3000:])
+    assert done.code == 0, done
     found = Record.read(tmp_path / "r.json")
     assert found.verdict.valid
     assert list(found.sides["served"]["linears_by_backend"]) == [best_backend]
@@ -334,7 +310,6 @@ def test_a_served_model_vllm_offline_and_a_loop_are_measured_alike(
         assert known["ttft_ms_p50"] <= known["e2e_ms_p50"] <= known["e2e_ms_p99"]
         assert known["peak_memory_mb"] >= known["memory_mb"] > 0
         assert known["load_s"] > 0
-        assert ("goodput_requests_per_s" in known) is (side == "served")
 
 
 @pytest.mark.vllm
@@ -342,8 +317,8 @@ def test_several_requests_run_at_once_in_vllm_offline(
     gblm: Callable[..., Outcome], tiny: Path, tmp_path: Path
 ) -> None:
     done = gblm("bench", f"vllm-offline:{tiny}", *SMALL, "--rounds", 1, "--num-prompts", 4,
-                "--concurrency", 2, "--log", "log", "--", "--enforce-eager",
+                "--concurrency", 2, "--", "--enforce-eager",
                 VLLM_CPU_KVCACHE_SPACE="1")  # fmt: skip
-    assert done.code == 0, (done, (tmp_path / "log").read_text()[-3000:])
+    assert done.code == 0, done
     found = Record.read(tmp_path / "r.json")
     assert (found.value("tiny", found.loads[0], "output_tok_s") or 0) > 0

@@ -49,16 +49,6 @@ def test_each_flaw_is_named(changed: dict[str, object], sentence: str) -> None:
     assert sentence in found[0]
 
 
-def test_a_late_generator_and_a_server_that_falls_behind_are_told_apart() -> None:
-    asked = replace(ASKED, request_rate=1.0, concurrency=None)
-    assert reasons(asked, seconds=8.0) == []
-    late = reasons(asked, requests=requests(gap=2.0), seconds=15.0)
-    assert late == ["1 requests/s were asked for, 0.50 were sent"]
-    behind = [Request(1.0 * i, 1.0 + 1.5 * i, 10, 5, 0.2) for i in range(8)]
-    (found,) = reasons(asked, requests=behind, seconds=18.5)
-    assert "the server falls behind" in found
-
-
 def test_concurrency_counts_what_was_in_flight() -> None:
     four = replace(ASKED, concurrency=4)
     at_once = [Request(float(i // 4), 1.0, 10, 5, 0.2) for i in range(8)]

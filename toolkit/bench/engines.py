@@ -59,8 +59,6 @@ def parse_sides(texts: Sequence[str], setup: Setup) -> list[Side]:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise UsageError(f"two sides are called {twice!r}: give them names (NAME=MODEL).")
-    if setup.slo and not any(side.engine == "vllm" for side in sides):
-        raise UsageError("--slo needs a side in vLLM's server, whose load generator counts it.")
     for side in sides:
         side.check()
     return sides

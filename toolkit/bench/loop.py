@@ -43,18 +43,12 @@ class LoopSide(Side):
     """A side that runs in transformers, ONNX Runtime, llama.cpp, or vLLM without its server."""
 
     def check(self) -> None:
-        """Refuse loads that need a server, or several requests at once."""
-        for load in self.setup.loads:
-            if load.request_rate is not None or load.concurrency is None:
-                raise UsageError(
-                    f"side {self.name!r}: {self.engine} has no server; give --concurrency and no "
-                    "--request-rate, or serve the model in vllm."
-                )
-            if load.concurrency != 1 and self.engine != BATCHED:
-                raise UsageError(
-                    f"side {self.name!r}: {self.engine} runs one request at a time here; give "
-                    f"--concurrency 1, or run the model in {BATCHED} or vllm."
-                )
+        """Refuse loads of several requests at once."""
+        if self.engine != BATCHED and any(load.concurrency > 1 for load in self.setup.loads):
+            raise UsageError(
+                f"side {self.name!r}: {self.engine} runs one request at a time here; give "
+                f"--concurrency 1, or run the model in {BATCHED} or vllm."
+            )
 
     def start(self) -> None:
         """Start the process and wait until it has loaded the model."""
@@ -62,7 +56,7 @@ class LoopSide(Side):
         self._log_start = size_of(log)
         settings = {
             "context": max(load.prompt_len + load.output_len for load in setup.loads) + 8,
-            "sequences": max(load.concurrency or 1 for load in setup.loads),
+            "sequences": max(load.concurrency for load in setup.loads),
             "engine": self.engine, "threads": setup.threads, "backend": self.backend,
             "options": setup.options,
         }  # fmt: skip
@@ -83,9 +77,8 @@ class LoopSide(Side):
         """Have the process run a warm-up request and the load."""
         if self._process.stdin is None:
             raise RuntimeError("the loop has no standard input")
-        asked = json.dumps({"load": asdict(load), "seed": self.setup.seed})
         try:
-            self._process.stdin.write(asked.encode() + b"\n")
+            self._process.stdin.write(json.dumps(asdict(load)).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             raise self._ended() from None
@@ -197,10 +190,9 @@ def serve(open_engine: Callable[[Path, dict[str, Any]], Engine]) -> None:
     engine.generate([[0]], 2, 1)
     _say(pipe, {"load_s": time.perf_counter() - began})
     for line in sys.stdin:
-        asked = json.loads(line)
-        load = Load(**asked["load"])
-        tokens = prompts(engine.vocabulary, load, asked["seed"])
-        rows, width = tokens.tolist(), load.concurrency or 1
+        load = Load(**json.loads(line))
+        tokens = prompts(engine.vocabulary, load)
+        rows, width = tokens.tolist(), load.concurrency
         engine.generate(rows[:width], load.output_len, width)
         cpu = time.process_time()
         requests = engine.generate(rows, load.output_len, width)
@@ -211,10 +203,10 @@ def serve(open_engine: Callable[[Path, dict[str, Any]], Engine]) -> None:
         })  # fmt: skip
 
 
-def prompts(vocabulary: int, load: Load, seed: int) -> NDArray[np.int64]:
-    """Draw random tokens [num_prompts, prompt_len] int64."""
+def prompts(vocabulary: int, load: Load) -> NDArray[np.int64]:
+    """Draw random tokens [num_prompts, prompt_len] int64, for all sides the same."""
     shape = (load.num_prompts, load.prompt_len)
-    return np.random.default_rng(seed).integers(vocabulary, size=shape, dtype=np.int64)
+    return np.random.default_rng(0).integers(vocabulary, size=shape, dtype=np.int64)
 
 
 def _say(pipe: Any, answer: dict[str, Any]) -> None:

@@ -18,9 +18,8 @@ QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 UNITS = {
     "ttft_ms": "ms", "tpot_ms": "ms", "itl_ms": "ms", "e2e_ms": "ms", "requests_per_s": "1/s",
     "output_tok_s": "tok/s", "total_tok_s": "tok/s", "decode_tok_s": "tok/s",
-    "goodput_requests_per_s": "1/s", "cpu_ms_per_token": "ms", "memory_mb": "MB",
-    "peak_memory_mb": "MB", "load_s": "s", "steal": "", "other_load": "",
-    "read_limit_gb_s": "GB/s",
+    "cpu_ms_per_token": "ms", "memory_mb": "MB", "peak_memory_mb": "MB", "load_s": "s",
+    "steal": "", "other_load": "", "read_limit_gb_s": "GB/s",
 }  # fmt: skip
 
 
@@ -28,24 +27,20 @@ UNITS = {
 class Load:
     """A load is what a side is asked to do in a round; lengths are in tokens.
 
-    At most `concurrency` requests are in flight, any number if None. `request_rate` is per second;
-    None sends as soon as there is room.
+    `concurrency` requests are in flight: another one is sent as soon as one is done.
     """
 
     num_prompts: int
     prompt_len: int
     output_len: int
-    concurrency: int | None = 1
-    request_rate: float | None = None
+    concurrency: int = 1
 
     @property
     def words(self) -> str:
         """Name the load as records do."""
-        width = "no limit" if self.concurrency is None else str(self.concurrency)
-        rate = "" if self.request_rate is None else f", {self.request_rate:g} requests/s"
         return (
             f"{self.num_prompts} prompts of {self.prompt_len} + {self.output_len} tokens, "
-            f"concurrency {width}{rate}"
+            f"concurrency {self.concurrency}"
         )
 
 

@@ -8,7 +8,6 @@ figure: a figure without evidence is not printed.
 from __future__ import annotations
 
 import logging
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,8 +24,8 @@ from gblm.record import Record, Row, Verdict
 
 logger = logging.getLogger(__name__)
 READ_BYTES, READS = 1 << 28, 10
-# Below this share of the rate or concurrency asked for, the load was another one.
-RATE, CONCURRENCY = 0.9, 0.7
+# Below this share of the concurrency asked for, the load was another one.
+CONCURRENCY = 0.7
 # More prompt tokens than this share from the prefix cache make first tokens look too fast.
 CACHED = 0.01
 # Threads of a side that has just worked spin for a moment, which slows the read.
@@ -209,7 +208,6 @@ def check_work(load: Load, seen: Seen) -> list[str]:
         return [f"{done} of {load.num_prompts} requests succeeded"]
     return [
         *_lengths(load, seen.requests),
-        *_rate(load, seen),
         *_concurrency(load, seen),
         *_server(seen),
     ]
@@ -238,28 +236,8 @@ def _lengths(load: Load, requests: Sequence[Request]) -> Iterable[str]:
         )
 
 
-def _rate(load: Load, seen: Seen) -> Iterable[str]:
-    """Check that the generator was not late and the server did not fall behind."""
-    rate, requests = load.request_rate, seen.requests
-    if rate is None or len(requests) < 2:
-        return
-    starts = sorted(r.start for r in requests)
-    sending = starts[-1] - starts[0]
-    sent = (len(starts) - 1) / sending if sending > 0 else float("inf")
-    # The last requests still run when nothing is sent any more.
-    tail = statistics.median(r.latency for r in requests)
-    done = len(requests) / max(seen.seconds - tail, 1e-9)
-    if sent < RATE * rate:
-        yield f"{rate:g} requests/s were asked for, {sent:.2f} were sent"
-    elif done < RATE * rate:
-        yield (
-            f"{rate:g} requests/s were asked for, {done:.2f} were finished: the server falls "
-            "behind, so latencies grow with the length of the run"
-        )
-
-
 def _concurrency(load: Load, seen: Seen) -> Iterable[str]:
-    if load.concurrency is None or load.request_rate is not None or not seen.requests:
+    if not seen.requests:
         return
     wanted = min(load.concurrency, load.num_prompts)
     mean = sum(r.latency for r in seen.requests) / seen.seconds

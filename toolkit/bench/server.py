@@ -34,6 +34,8 @@ from gblm.errors import MachineError
 from gblm.network import KEY_VARIABLE
 
 START_SECONDS, LOAD_SECONDS = 900, 3600
+# Of the random prompts, which are the same for all sides.
+SEED = 0
 PREEMPTIONS = "vllm:num_preemptions_total"
 HITS, QUERIES = "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"
 COUNTED = (PREEMPTIONS, HITS, QUERIES)
@@ -123,12 +125,10 @@ class ServerSide(Side):
 
     def load(self, load: Load) -> Seen:
         """Run the load generator, and read what the server counted meanwhile."""
-        before, setup = counters(self._server), self.setup
-        words = bench_words(self._server.url, self.path, load, setup.seed, self._work)
-        if setup.slo:
-            words += ["--goodput", *setup.slo]
+        before = counters(self._server)
+        words = bench_words(self._server.url, self.path, load, SEED, self._work)
         seen = seen_of(run_vllm_bench(words, self._work / RESULT))
-        seen.prompts = _fingerprint(self.path, load, setup.seed)
+        seen.prompts = _fingerprint(self.path, load)
         grown = {name: value - before[name] for name, value in counters(self._server).items()}
         seen.preemptions = grown[PREEMPTIONS]
         seen.cached = grown[HITS] / grown[QUERIES] if grown[QUERIES] else 0.0
@@ -166,20 +166,16 @@ def bench_words(url: str, folder: Path, load: Load, seed: int, work: Path) -> li
         seed: of the random prompts.
         work: folder for the result, which is called RESULT.
     """
-    words = [
+    return [
         "--base-url", url, "--model", str(folder), "--tokenizer", str(folder),
         "--served-model-name", "model", "--dataset-name", "random",
         "--random-input-len", str(load.prompt_len), "--random-output-len", str(load.output_len),
         "--random-range-ratio", "0", "--num-prompts", str(load.num_prompts),
-        "--num-warmups", "1", "--ignore-eos", "--seed", str(seed), "--disable-tqdm",
-        "--temperature", "0", "--save-result", "--save-detailed",
+        "--max-concurrency", str(load.concurrency), "--num-warmups", "1", "--ignore-eos",
+        "--seed", str(seed), "--disable-tqdm", "--temperature", "0",
+        "--save-result", "--save-detailed",
         "--result-dir", str(work), "--result-filename", RESULT,
     ]  # fmt: skip
-    if load.concurrency is not None:
-        words += ["--max-concurrency", str(load.concurrency)]
-    if load.request_rate is not None:
-        words += ["--request-rate", str(load.request_rate)]
-    return words
 
 
 def run_vllm_bench(words: list[str], file: Path) -> dict[str, Any]:
@@ -210,7 +206,7 @@ def run_vllm_bench(words: list[str], file: Path) -> dict[str, Any]:
 
 
 def seen_of(result: dict[str, Any]) -> Seen:
-    """Take the requests and the goodput out of a detailed result of `vllm bench serve`."""
+    """Take the requests out of a detailed result of `vllm bench serve`."""
     keys = ("start_times", "latencies", "input_lens", "output_lens", "ttfts", "itls", "errors")
     rows = list(zip(*(result[key] for key in keys), strict=True))
     requests = [
@@ -218,10 +214,7 @@ def seen_of(result: dict[str, Any]) -> Seen:
         for start, latency, prompt, output, ttft, itls, error in rows
         if not error
     ]
-    good = result.get("request_goodput")
-    extra = {} if good is None else {"goodput_requests_per_s": float(good)}
-    failed = len(rows) - len(requests)
-    return Seen(requests, result["duration"], failed=failed, extra=extra)
+    return Seen(requests, result["duration"], failed=len(rows) - len(requests))
 
 
 def counters(server: RunningServer) -> dict[str, float]:
@@ -239,9 +232,9 @@ def counters(server: RunningServer) -> dict[str, float]:
     return found
 
 
-def _fingerprint(folder: Path, load: Load, seed: int) -> str:
+def _fingerprint(folder: Path, load: Load) -> str:
     """Hash what the prompts follow from, as vLLM does not write them down."""
-    digest = hashlib.sha256(repr((load.num_prompts, load.prompt_len, seed)).encode())
+    digest = hashlib.sha256(repr((load.num_prompts, load.prompt_len, SEED)).encode())
     for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
         path = folder / name
         if path.exists():

@@ -19,20 +19,17 @@ TENSOR_FILES = ("*.safetensors", "*.onnx", "*.data")
 class Setup:
     """The setup is what all sides of a comparison share.
 
-    The seed gives all sides the same prompts; `log` takes the output of their processes. Threads
-    (of engines without a server) and the backend (of packed weights) are the engine's choice if
-    None. `options` go to vLLM; `slo` are limits for goodput in its words, such as "ttft:500". In
-    each round all loads are put on every side. With `restart` a side starts anew in every round, so
-    that one at a time is in memory; with `allow_noise` noisy rounds count, too.
+    The log takes the output of their processes. Threads (of engines without a server) and the
+    backend (of packed weights) are the engine's choice if None; `options` go to vLLM. In each round
+    all loads are put on every side. With `restart` a side starts anew in every round, so that one
+    at a time is in memory; with `allow_noise` noisy rounds count, too.
     """
 
     loads: tuple[Load, ...]
     log: Path
-    seed: int = 0
     threads: int | None = None
     backend: str | None = None
     options: tuple[str, ...] = ()
-    slo: tuple[str, ...] = ()
     rounds: int = 7
     restart: bool = False
     allow_noise: bool = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,9 @@ from gblm.commands.records import hand_out, noise_option
 # What is printed; the record has more.
 SHOWN = (
     "ttft_ms_p50", "ttft_ms_p99", "tpot_ms_p50", "tpot_ms_p99", "itl_ms_p99", "e2e_ms_p50",
-    "requests_per_s", "output_tok_s", "decode_tok_s", "goodput_requests_per_s", "memory_mb",
-    "peak_memory_mb", "load_s",
+    "requests_per_s", "output_tok_s", "decode_tok_s", "memory_mb", "peak_memory_mb", "load_s",
 )  # fmt: skip
 ISAS = ("amx", "avx512", "avx2", "neon_bf16", "neon", "portable")
-LIMIT = re.compile(r"(ttft|tpot|e2e):(\d+(?:\.\d+)?)")
 
 
 class Bench(click.Group):
@@ -53,27 +50,6 @@ class Bench(click.Group):
         self.format_commands(ctx, formatter)
 
 
-def width(word: str) -> int | None:
-    """Read how many requests are in flight; "inf" is no limit."""
-    return None if word == "inf" else whole_number(word)
-
-
-def rate(word: str) -> float:
-    """Read requests per second."""
-    if not re.fullmatch(r"\d+(\.\d+)?", word) or not float(word):
-        raise ValueError(f"{word[:40]!r} is not a positive number.")
-    return float(word)
-
-
-def limit(word: str) -> str:
-    """Read a limit such as "ttft:500" into the words of `vllm bench serve`."""
-    if not LIMIT.fullmatch(word):
-        raise ValueError(
-            f"{word[:40]!r} is no limit such as ttft:500 (ttft, tpot or e2e; milliseconds)."
-        )
-    return word.replace("e2e", "e2el")
-
-
 @click.group("bench", cls=Bench, context_settings={"ignore_unknown_options": True})
 def command() -> None:
     """Measure models against each other; the first one is the baseline.
@@ -90,61 +66,38 @@ def command() -> None:
 @click.option("--prompt-len", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--output-len", type=click.IntRange(2), default=32, show_default=True)
 @click.option(
-    "--concurrency", callback=commas(width), default="1", show_default=True,
-    help="Requests in flight; several, between commas, are a sweep; inf is no limit.",
-)  # fmt: skip
-@click.option(
-    "--request-rate", callback=commas(rate),
-    help="Requests per second; several, between commas, are a sweep. Default: no pause.",
+    "--concurrency", callback=commas(whole_number), default="1", show_default=True,
+    help="Requests in flight; several, between commas, are a sweep.",
 )  # fmt: skip
 @click.option("--rounds", type=click.IntRange(1), default=7, show_default=True)
 @click.option(
     "--restart", is_flag=True,
     help="Start each side anew in every round. Default: all stay in memory together.",
 )  # fmt: skip
-@click.option(
-    "--slo", callback=commas(limit), help="Limits for goodput in ms, such as ttft:500,tpot:30."
-)
 @noise_option
 @click.option("--threads", type=click.IntRange(1), help="Of engines without a server.")
-@click.option("--seed", type=int, default=0, show_default=True)
 @backend_option
 @click.option(
     "--output", type=click.Path(path_type=Path, dir_okay=False), default=Path("bench.json"),
     show_default=True, help="JSON file for the record.",
 )  # fmt: skip
-@click.option("--log", type=click.Path(path_type=Path, dir_okay=False),
-              help="File for the engines' output.")  # fmt: skip
 @click.pass_context
-def sides(
-    ctx: click.Context, /, words: tuple[str, ...], output: Path, log: Path | None, **given: Any
-) -> None:
+def sides(ctx: click.Context, /, words: tuple[str, ...], output: Path, **given: Any) -> None:
     """Measure models against each other; the first one is the baseline."""
     first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-    kept = log or Path(tempfile.gettempdir()) / f"gblm-bench-{os.getpid()}.log"
-    kept.parent.mkdir(parents=True, exist_ok=True)
+    log = Path(tempfile.gettempdir()) / f"gblm-bench-{os.getpid()}.log"
     with progress_bars(ctx) as progress:
         from gblm.bench.engines import parse_sides
+        from gblm.bench.requests import Load
         from gblm.bench.rounds import bench
+        from gblm.bench.sides import Setup
 
-        setup = asked_for(words[first:], kept, given)
+        asked = [given.pop(name) for name in ("num_prompts", "prompt_len", "output_len")]
+        loads = tuple(Load(*asked, width) for width in given.pop("concurrency"))
+        setup = Setup(loads, log, options=words[first:], **given)
         record = bench(parse_sides(words[:first], setup), progress)
-    if log is None:
-        kept.unlink(missing_ok=True)
+    log.unlink(missing_ok=True)
     hand_out(ctx, record, output, SHOWN)
-
-
-def asked_for(vllm_options: tuple[str, ...], log: Path, given: dict[str, Any]) -> Any:
-    """Make the setup from the options: every concurrency at every rate."""
-    from gblm.bench.requests import Load
-    from gblm.bench.sides import Setup
-
-    prompts, before, after = map(given.pop, ("num_prompts", "prompt_len", "output_len"))
-    widths, rates = given.pop("concurrency"), given.pop("request_rate") or (None,)
-    loads = tuple(
-        Load(prompts, before, after, at_once, each) for at_once in widths for each in rates
-    )
-    return Setup(loads, log, options=vllm_options, **given)
 
 
 @command.command("kernels", cls=Command)
