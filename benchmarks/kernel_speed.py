@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pages
 
-from gblm.bench.kernels import BASELINES, CALL
+from gblm.bench.kernels import BASELINES
 from gblm.kernels import native
 from gblm.record import Record, Row
 
@@ -106,7 +106,7 @@ def machine(records: Sequence[Record]) -> str:
 def loads(record: Record) -> list[str]:
     """List the loads, by number of tokens."""
     timed = dict.fromkeys(row.load for row in record.rows if row.metric == "us")
-    return [load for load in timed if load != CALL]
+    return [load for load in timed if load.endswith("tokens")]
 
 
 def linears(record: Record, load: str) -> list[str]:
@@ -170,16 +170,12 @@ def instruction_sets(records: Sequence[Record]) -> str:
 
 
 def costs(record: Record) -> str:
-    """Say what `prepare` and a call cost."""
+    """Say what `prepare` costs."""
     threads = record.provenance["threads"]
     speeds = [(row.value or 0.0) / threads for row in record.rows if row.metric == "prepare_gb_s"]
-    calls = ", ".join(
-        f"{label(side)} {record.value(side, CALL, 'us'):.1f}" for side in linears(record, CALL)
-    )
     return (
         f"`prepare` turns {min(speeds):.1f} to {max(speeds):.1f} GB/s per core into panels, "
-        "counted in bytes of the dense bf16 weight. A call on a weight of 16×32 takes, in µs: "
-        f"{calls}."
+        "counted in bytes of the dense bf16 weight."
     )
 
 

@@ -19,16 +19,14 @@ from gpu_emulated import emulated_backends, missing
 from torch import Tensor
 
 from gblm.bench import kernels as bench
-from gblm.bench.decoding import Decoder, Model
 from gblm.bench.devices import MAX_GRAPH, Device, gpu, graph_timer
 from gblm.bench.kernels import Settings, measure
-from gblm.bench.linears import DENSE, TWO_FOUR, Linear
+from gblm.bench.linears import DENSE, TWO_FOUR
 from gblm.cli import cli
 from gblm.errors import UsageError
 from gblm.kernels import BACKENDS
 from gblm.record import Record
 
-TINY = Model(layers=2, hidden=64, inner=96, heads=4, vocabulary=50, context=6)
 SETTINGS = Settings(shapes=((32, 64),), tokens=(1, 70), device="cuda", rounds=3, allow_noise=True,
                     formats=("nm/2:4", "nm/2:4/int4:32", "bitmask/0.5"))  # fmt: skip
 
@@ -62,7 +60,7 @@ def test_every_side_on_the_emulated_gpu_has_its_rows(
 ) -> None:
     for name, backend in emulated_backends().items():
         monkeypatch.setitem(BACKENDS, name, backend)
-    record = measure(host("mma_sp", "delta"), SETTINGS, model=TINY)
+    record = measure(host("mma_sp", "delta"), SETTINGS)
     assert record.verdict.reasons == ()
     packed = {"nm/2:4 on mma_sp", "nm/2:4/int4:32 on mma_sp", "nm/2:4 on delta",
               "nm/2:4/int4:32 on delta", "bitmask/0.5 on delta"}  # fmt: skip
@@ -74,10 +72,6 @@ def test_every_side_on_the_emulated_gpu_has_its_rows(
             assert row is not None
             assert len(row.rounds) == 3
             assert record.ratio(side, load, "us") is not None
-    decoded = {row.side for row in record.rows if row.load == "decode loop, batch 8"}
-    # Of each format the backend that gblm itself would take.
-    assert decoded == {DENSE, "nm/2:4 on mma_sp", "nm/2:4/int4:32 on mma_sp",
-                       "bitmask/0.5 on delta"}  # fmt: skip
     assert record.value("memory", "32x64, 1 tokens", "read_limit_gb_s") == 20
     # Tiles hold 9 of 16 bits, beside one scale that is not used.
     assert record.value("nm/2:4 on mma_sp", "32x64", "bytes") == 32 * 64 * 9 / 8 + 2
@@ -93,19 +87,12 @@ def test_what_raises_costs_its_own_figures_alone(monkeypatch: pytest.MonkeyPatch
             raise ValueError("no such kernel\nsecond line")
 
     monkeypatch.setitem(BACKENDS, "broken", Broken())
-    record = measure(host("broken", "dense"), SETTINGS, model=TINY)
+    record = measure(host("broken", "dense"), SETTINGS)
     assert not record.verdict.valid
     assert "nm/2:4 on broken, 32x64, 1 tokens: ValueError: no such kernel" in record.verdict.reasons
     timed = {row.side for row in record.rows if row.load == "32x64, 70 tokens"}
     assert timed == {"memory", DENSE, TWO_FOUR, "nm/2:4 on dense", "nm/2:4/int4:32 on dense",
                      "bitmask/0.5 on dense"}  # fmt: skip
-
-
-def test_nothing_begins_when_the_time_is_over() -> None:
-    record = measure(host("dense"), replace(SETTINGS, minutes=-1), model=TINY)
-    assert record.rows == ()
-    assert record.verdict.reasons[0] == f"{DENSE}, 32x64: no time was left"
-    assert not record.verdict.valid
 
 
 @pytest.mark.parametrize(
@@ -119,7 +106,7 @@ def test_nothing_begins_when_the_time_is_over() -> None:
 )
 def test_what_cannot_be_measured_is_refused_before(changed: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence):
-        measure(host("dense"), replace(SETTINGS, **changed), model=TINY)
+        measure(host("dense"), replace(SETTINGS, **changed))
 
 
 def test_sides_take_turns_in_alternating_order() -> None:
@@ -128,28 +115,6 @@ def test_sides_take_turns_in_alternating_order() -> None:
     timed = {name: lambda name=name: seen.append(name) or 1.0 for name in "ab"}
     run.rounds(timed, "load")
     assert "".join(seen) == "abbaab"
-
-
-def test_the_decoder_is_a_transformer() -> None:
-    seen = []
-
-    def linear(rows: int) -> Callable[[Tensor], Tensor]:
-        def call(x: Tensor) -> Tensor:
-            seen.append((tuple(x.shape), rows))
-            return x.new_zeros(len(x), rows)
-
-        return call
-
-    linears = [Linear("zero", "torch", 0, (linear(rows),) * 2) for rows, _ in TINY.linears]
-    decoder = Decoder(host(), TINY, 3, linears)
-    tokens = decoder.step()
-    assert tokens.shape == (3,)
-    assert tokens.dtype == torch.int64
-    # With linears that give zero, the head sees the embedding.
-    hidden = torch.nn.functional.rms_norm(decoder._embedded, (64,))
-    assert torch.equal(tokens, (hidden @ decoder._head.t()).argmax(dim=-1))
-    assert seen == 2 * [((3, 64), 192), ((3, 64), 64), ((3, 64), 192), ((3, 96), 64)]
-    assert all(not keys[:, :, -1].any() for keys, _ in decoder._caches)
 
 
 class FakeEvent:
@@ -237,12 +202,11 @@ def test_options_that_say_nothing_are_refused(gblm: Callable[..., Outcome]) -> N
 def test_the_command_writes_the_record_and_prints_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record = measure(host("dense"), SETTINGS, model=TINY)
+    record = measure(host("dense"), SETTINGS)
     monkeypatch.setattr(bench, "bench_kernels", lambda settings, progress: record)
     path = tmp_path / "r.json"
     words = ["bench", "kernels", "--device", "cuda", "--output", str(path)]
     done = click.testing.CliRunner().invoke(cli, words, obj={})
     assert done.exit_code == 0, done.output
-    assert "decode loop, batch 32" in done.output
     assert "bitmask/0.5 on dense" in done.output
     assert Record.read(path).rows == record.rows

@@ -151,8 +151,6 @@ def test_the_command_measures_a_tiny_shape(gblm: Run, tmp_path: Path) -> None:
     assert record.value("torch_bf16", "48x64", "prepare_gb_s") is None
     assert record.provenance["instruction_set"] == native.instruction_set()
     assert record.provenance["machine"]["cpu"]
-    calls = {row.side for row in record.rows if row.load == bench.CALL}
-    assert calls == {"torch_bf16", "dense/dense", "dense/dense/int8"}
 
 
 @needs_kernels
@@ -181,7 +179,7 @@ def test_the_table_names_every_linear(gblm: Run) -> None:
         (["--tokens", "0"], 2, "'0' is not a positive whole number"),
         (["--formats", ","], 2, "format '' is unknown"),
         (["--threads", "4096"], 2, "this process may use"),
-        (["--backends", "gpu"], 2, "choose from cpu"),
+        (["--backend", "gpu"], 2, "choose from cpu"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -1,17 +1,14 @@
 """Kernels against the memory limit, PyTorch and vLLM: interleaved rounds on weights out of memory.
 
-What is measured stands in linears.py, how calls are timed in devices.py. On a GPU a decode loop of
-a whole model is measured, too.
+What is measured stands in linears.py, how calls are timed in devices.py.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import re
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -20,7 +17,6 @@ import torch
 from torch import Tensor
 
 from gblm.bench import noise
-from gblm.bench.decoding import BATCHES, LLAMA_7B, Decoder, Model
 from gblm.bench.devices import Device, Timed, cpu, gpu
 from gblm.bench.linears import (
     DENSE,
@@ -60,8 +56,6 @@ FORMATS = {
 }  # fmt: skip
 BASELINES = (DENSE, "vllm_bf16", "vllm_w8a8")
 MIN_READ = 1 << 20
-CALL, CALL_SHAPE = "a call on 16x32", (16, 32)
-CALL_FORMATS = (Asked("dense/dense"), Asked("dense/dense/int8"))
 
 
 @dataclass(frozen=True)
@@ -71,8 +65,7 @@ class Settings:
     `shapes` are [out, in] of the weights, `tokens` the rows of x, `formats` specs, in which an
     integer type without a group size takes the one that `auto` means; formats and backends are the
     device's usual ones if empty. Threads, the instruction set `isa` (None: the best) and vLLM's
-    linears are about CPUs. Nothing begins after so many minutes. With `allow_noise` noisy rounds
-    count, too.
+    linears are about CPUs. With `allow_noise` noisy rounds count, too.
     """
 
     shapes: tuple[Shape, ...]
@@ -84,7 +77,6 @@ class Settings:
     isa: str | None = None
     rounds: int = 7
     vllm: bool = True
-    minutes: float | None = None
     allow_noise: bool = False
 
 
@@ -122,24 +114,21 @@ def bench_kernels(settings: Settings, progress: Progress = no_progress) -> Recor
         return measure(device, settings, progress)
 
 
-def measure(
-    device: Device, settings: Settings, progress: Progress = no_progress, model: Model = LLAMA_7B
-) -> Record:
-    """Measure on a device that is there; a GPU decodes with a model of the given shape, too.
+def measure(device: Device, settings: Settings, progress: Progress = no_progress) -> Record:
+    """Measure on a device that is there.
 
     Returns:
         The record. Its loads are "OUTxIN, N tokens"; its sides are linears, and "memory", whose
         read limit says what no linear can pass. "us" is the time of a call, "prepare_gb_s" how fast
-        a weight gets its layout in memory, in bytes of bfloat16. On CALL a weight is so small that
-        only the call itself counts. It is invalid when anything failed, and says what.
+        a weight gets its layout in memory, in bytes of bfloat16. It is invalid when anything
+        failed, and says what.
     """
-    on_gpu = settings.device == "cuda"
     formats = asked_formats(settings)
-    check(device, settings, formats, [*settings.shapes, *(model.linears if on_gpu else [])])
+    check(device, settings, formats)
     origin = {**provenance(), "settings": asdict(settings), "cold_bytes": device.cold,
               **device.facts}  # fmt: skip
     run = Run(device, settings, device.reader(max(device.cold, MIN_READ)))
-    step = progress("measuring", len(settings.shapes) + 1)
+    step = progress("measuring", len(settings.shapes))
     for shape in settings.shapes:
         linears = run.make(shape, formats)
         run.describe(linears, shape)
@@ -148,13 +137,6 @@ def measure(
         del linears
         torch.cuda.empty_cache()
         step()
-    if on_gpu:
-        run.decode(model, formats)
-    else:
-        run.device = replace(device, cold=0)
-        run.time(run.make(CALL_SHAPE, CALL_FORMATS), CALL, device.normal(1, CALL_SHAPE[1]))
-        run.rows = [row for row in run.rows if row.load != CALL or row.metric == "us"]
-    step()
     reasons = tuple(run.reasons)
     return Record(
         kind="kernels", sides=run.sides, rows=tuple(run.rows), baseline=DENSE,
@@ -169,7 +151,6 @@ class Run:
     def __init__(self, device: Device, settings: Settings, read: Callable[[], float]) -> None:
         """Begin with nothing; `read` says how fast memory is now, in GB/s."""
         self.device, self.settings, self.read = device, settings, read
-        self.deadline = time.monotonic() + 60 * (settings.minutes or math.inf)
         self.sides: dict[str, dict[str, Any]] = {"memory": {}}
         self.rows: list[Row] = []
         self.reasons: list[str] = []
@@ -197,10 +178,7 @@ class Run:
         return linears
 
     def attempt(self, what: str, work: Callable[[], T]) -> T | None:
-        """Do a piece of work unless the time is over; what it raises costs its figures alone."""
-        if time.monotonic() > self.deadline:
-            self.reasons.append(f"{what}: no time was left")
-            return None
+        """Do a piece of work; what it raises costs its figures alone."""
         try:
             return work()
         except Exception as error:
@@ -262,41 +240,6 @@ class Run:
         quiet = {name: [times[number] for number in kept] for name, times in seconds.items()}
         return quiet, [heard[number]["read_limit_gb_s"] for number in kept]
 
-    def decode(self, model: Model, formats: Sequence[Asked]) -> None:
-        """Decode with the dense model, then with each format on its first backend.
-
-        Models are too large to lie in memory together, so these sides don't take turns.
-        """
-        makers: dict[str, Callable[[Tensor], Linear]] = {
-            DENSE: partial(torch_linear, device=self.device, copies=model.layers)
-        }
-        for asked in formats:
-            shared = [serving(self.device, self.settings.backends, asked, shape)
-                      for shape in model.linears]  # fmt: skip
-            for name in [name for name in shared[0] if all(name in one for one in shared)][:1]:
-                makers[asked.on(name)] = partial(
-                    packed_linear, asked, name, device=self.device, copies=model.layers
-                )
-        for name, make in makers.items():
-            self._decode_with(model, name, make)
-            torch.cuda.empty_cache()
-
-    def _decode_with(self, model: Model, name: str, make: Callable[[Tensor], Linear]) -> None:
-        def linears() -> list[Linear]:
-            return [make(self.device.normal(*shape).float()) for shape in model.linears]
-
-        def prepare(batch: int, made: Sequence[Linear]) -> Timed:
-            return self.device.timer([Decoder(self.device, model, batch, made).step])
-
-        made = self.attempt(f"{name}, decode loop", linears)
-        for batch in BATCHES if made is not None else ():
-            load = f"decode loop, batch {batch}"
-            timed = self.attempt(f"{name}, {load}", partial(prepare, batch, made or ()))
-            if timed is not None:
-                found, _ = self.rounds({name: timed}, load)
-                if rates := [batch / each for each in found[name]]:
-                    self._row(name, load, "tok_s", "tok/s", rates)
-
     def _row(self, side: str, load: str, metric: str, unit: str, rounds: Sequence[float]) -> None:
         self.rows.append(Row.of_rounds(side, load, metric, unit, rounds))
 
@@ -309,13 +252,11 @@ def asked_formats(settings: Settings) -> list[Asked]:
     return list(dict.fromkeys(wanted))
 
 
-def check(
-    device: Device, settings: Settings, formats: Sequence[Asked], shapes: Sequence[Shape]
-) -> None:
+def check(device: Device, settings: Settings, formats: Sequence[Asked]) -> None:
     """Refuse what cannot be measured, before anything is."""
     count = len(BASELINES)
     for asked in formats:
-        names = [serving(device, settings.backends, asked, shape) for shape in shapes]
+        names = [serving(device, settings.backends, asked, shape) for shape in settings.shapes]
         count += max(map(len, names), default=0)
     if settings.device == "cpu":
         _check_memory(settings, count, device.cold)

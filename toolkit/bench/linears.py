@@ -135,9 +135,7 @@ def serving(device: Device, named: Sequence[str], asked: Asked, shape: Shape) ->
     return found
 
 
-def packed_linear(
-    asked: Asked, backend: str, weight: Tensor, device: Device, copies: int = 0
-) -> Linear:
+def packed_linear(asked: Asked, backend: str, weight: Tensor, device: Device) -> Linear:
     """Make the linear of a weight in one of gblm's formats, on one backend.
 
     Args:
@@ -145,7 +143,6 @@ def packed_linear(
         backend: a name of BACKENDS.
         weight: [out, in] float32, on the device.
         device: whose clock times `prepare`.
-        copies: of the weight; as many as no cache holds if 0.
     """
     fmt, runs = asked.settle(weight.shape[1]), BACKENDS[backend]
     shape = (weight.shape[0], weight.shape[1])
@@ -156,7 +153,7 @@ def packed_linear(
         prepared = runs.prepare(fmt, parts, shape, torch.bfloat16)
         seconds.append(device.clock() - began)
     size = sum(tensor.nbytes for tensor in prepared)
-    more = (copies or num_copies(size, device.cold)) - 1
+    more = num_copies(size, device.cold) - 1
     every = [prepared, *(_copy(prepared, runs) for _ in range(more))]
     calls = (
         partial(kernels.linear, prepared=one, shape=shape, fmt=fmt, backend=runs) for one in every
@@ -165,10 +162,10 @@ def packed_linear(
                   asked.control.on(backend), statistics.median(seconds))  # fmt: skip
 
 
-def torch_linear(weight: Tensor, device: Device, copies: int = 0) -> Linear:
-    """Make PyTorch's own bfloat16 linear, in so many copies; as many as no cache holds if 0."""
+def torch_linear(weight: Tensor, device: Device) -> Linear:
+    """Make PyTorch's own bfloat16 linear."""
     dense = weight.bfloat16()
-    every = (dense.clone() for _ in range(copies or num_copies(dense.nbytes, device.cold)))
+    every = (dense.clone() for _ in range(num_copies(dense.nbytes, device.cold)))
     calls = tuple(partial(functional.linear, weight=one) for one in every)
     return Linear(DENSE, "torch", dense.nbytes, calls)
 

@@ -116,17 +116,11 @@ def sides(ctx: click.Context, /, words: tuple[str, ...], output: Path, **given: 
     "2:4 of each value type, 50 and 70 %.",
 )  # fmt: skip
 @click.option(
-    "--backends", callback=commas(str), multiple=True,
+    "--backend", "backends", callback=commas(str), multiple=True,
     help="Of gblm: cpu, reference, dense; on a GPU mma_sp, delta, triton. Default: cpu, or all of "
     "a GPU's.",
 )  # fmt: skip
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
-              help="cuda measures a decode loop, too.")  # fmt: skip
-@click.option(
-    "--minutes",
-    type=click.FloatRange(0, min_open=True),
-    help="Nothing begins afterwards; the record then lacks something, and is invalid.",
-)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--isa", type=click.Choice(ISAS), help="Instruction set of cpu. Default: the best.")
 @click.option("--rounds", type=click.IntRange(1), default=7, show_default=True)
