@@ -21,6 +21,7 @@ from decoding import BASELINE, LLAMA_CPP, SHORT, row_name
 from matrix import PATTERNS, TEXT, cells_of_record, perplexity_of
 from pages import gblm
 
+from gblm.bench.server import running_server
 from gblm.evaluate.perplexity import Protocol
 from gblm.fetch import fetch
 from gblm.model.loading import load_tokenizer
@@ -30,6 +31,8 @@ from gblm.record import Record, Row
 RECORD = pages.RESULTS / "rivals.json"
 PROTOCOL = Protocol("pydoc", 512, max_windows=8)
 ONNX = ("fp32", "int8", "int4")
+# A graph has the dtype of its export, a server its own.
+WITHOUT_DTYPE = TEXT.replace("--dtype bfloat16 ", "")
 # Name, perplexity and bytes of each rival.
 Rows = list[tuple[str, float | None, int]]
 
@@ -56,8 +59,7 @@ def onnx_rows(model: Path, root: Path) -> Rows:
     for precision in ONNX:
         folder, record = root / precision, root / f"{precision}.json"
         gblm(f"export onnx '{model}' --precision {precision} --validate 0 --output '{folder}'")
-        text = TEXT.replace("--dtype bfloat16 ", "")  # a graph has the dtype of its export
-        gblm(f"eval '{folder}' {text} --output '{record}'")
+        gblm(f"eval '{folder}' {WITHOUT_DTYPE} --output '{record}'")
         size = sum(path.stat().st_size for path in folder.glob("model.onnx*"))
         rows.append((f"ONNX Runtime {precision}", Record.read(record).rows[0].value, size))
     return rows
@@ -68,7 +70,8 @@ def vllm_rows(model: Path, root: Path) -> Rows:
     rows: Rows = []
     for kind in vllm_rivals.KINDS:
         folder, record = vllm_rivals.make_folder(model, kind, root / kind), root / f"{kind}.json"
-        gblm(f"eval '{folder}' --engine vllm {TEXT} --output '{record}'")
+        with running_server(folder, None, ("--dtype", "bfloat16"), root / "log") as server:
+            gblm(f"eval {server.url} {WITHOUT_DTYPE} --output '{record}'")
         found = Record.read(record)
         first = found.rows[0]
         rows.append((f"vLLM {kind}", first.value, found.sides[first.side]["bytes"]))

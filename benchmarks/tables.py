@@ -12,7 +12,6 @@ from pathlib import Path
 
 import budget
 import decoding
-import evaluation
 import frontier
 import kernel_speed
 import matrix
@@ -39,7 +38,6 @@ BLOCKS: tuple[tuple[str, str, Callable[[], str]], ...] = (
     ("docs/methods.md", "runs", memory.table),
     ("docs/methods.md", "budget", budget.table),
     ("docs/kernels.md", "kernels", kernel_speed.table),
-    ("docs/evaluation.md", "engines", evaluation.table),
     ("docs/reliability.md", "reliability", soak_tables.reliability),
 )
 

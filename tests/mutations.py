@@ -213,15 +213,11 @@ LIST: dict[str, list[tuple[str, str, str]]] = {
         ("gate-op", "passed = value <= gate.bound if at_most",
          "passed = value < gate.bound if at_most"),
         ("gate-points", "100 * (value - dense)", "(value - dense)"),
-        ("gate-speed", 'yield f"{wanted}, {load}", 1 / ratio.median',
-         'yield f"{wanted}, {load}", ratio.median'),
         ("gate-worst", "sign = 1 if at_most else -1", "sign = 1"),
-        ("gate-invalid", "if not speed.verdict.valid:", "if False:"),
     ],
     "evaluate/test_perplexity.py evaluate/test_engines.py evaluate/test_eval.py": [
         ("ppl-mean", "return of_loss(-float(logprobs.double().mean()))",
          "return of_loss(-float(logprobs.double().median()))"),
-        ("kl-partial", '"_at_least" if self.of_likeliest else ""', '""'),
         ("drift-sign", "(model.logprobs - dense.logprobs).abs()",
          "(model.logprobs - dense.logprobs)"),
         ("kl-direction", "(theirs.exp() * (theirs - model.full)).sum(-1).cpu()",
@@ -229,7 +225,6 @@ LIST: dict[str, list[tuple[str, str, str]]] = {
     ],
     "bench/test_validity.py bench/test_noise.py": [
         ("failed-requests", "if seen.failed or done != load.num_prompts:", "if seen.failed:"),
-        ("behind", "elif done < RATE * rate:", "elif done < 0:"),
         ("alike", "        if value != told[0][1]:", "        if False:"),
         ("cached", "seen.cached is not None and seen.cached > CACHED", "seen.cached == 1"),
         ("guests", 'for key in after if not key.startswith("guest")', "for key in after"),

@@ -63,7 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "calibrate", "errors", "methods", "model", "progress", "prune", "recipe", "sparse",
     },
     "serve": {
-        "__init__", "cache", "checkpoint", "errors", "evaluate", "export", "files",
+        "__init__", "cache", "checkpoint", "errors", "export", "files",
         "kernels", "methods", "model", "network", "packed", "progress", "provenance",
         "prune", "recipe", "sparse",
     },

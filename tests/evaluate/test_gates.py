@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,13 +13,12 @@ from conftest import Outcome
 
 from gblm.errors import InputError, UsageError
 from gblm.evaluate.gates import check_gates, judge, parse_gate
-from gblm.record import Record, Row, Verdict
+from gblm.record import Record, Row
 
 TASK = "arc_easy, lm-eval 0.4.13, 0-shot, all examples, seed 0"
 FIGURES = {
     ("half", "a.txt, 8 windows"): {
-        "perplexity": 11.0, "drift_mean": 0.1, "drift_p99": 0.5, "drift_max": 2.0, "kl_mean": 0.05,
-        "top1": 0.9,
+        "perplexity": 11.0, "drift_mean": 0.1, "kl_mean": 0.05, "top1": 0.9,
     },
     ("dense", "a.txt, 8 windows"): {"perplexity": 10.0},
     ("half", "b.txt, 8 windows"): {"perplexity": 30.0, "kl_mean": 0.01, "top1": 0.95},
@@ -36,18 +34,6 @@ def quality(figures: dict[tuple[str, str], dict[str, float]] = FIGURES) -> Recor
     return Record("eval", {"half": {}, "dense": {}}, tuple(rows), "dense")
 
 
-# Half as long per token at concurrency 1, 0.8 of the time at 4.
-SPEED = Record(
-    "bench", {"dense": {}, "half": {}},
-    (Row.of_rounds("dense", "concurrency 1", "tpot_ms_p50", "ms", (20, 20)),
-     Row.of_rounds("half", "concurrency 1", "tpot_ms_p50", "ms", (10, 10)),
-     Row.of_rounds("dense", "concurrency 4", "tpot_ms_p50", "ms", (20, 20)),
-     Row.of_rounds("half", "concurrency 4", "tpot_ms_p50", "ms", (16, 16))),
-    "dense",
-)  # fmt: skip
-THREE = replace(SPEED, sides={"dense": {}, "half": {}, "third": {}})
-
-
 @pytest.mark.parametrize(
     ("gate", "sentence"),
     [
@@ -60,7 +46,6 @@ THREE = replace(SPEED, sides={"dense": {}, "half": {}, "third": {}})
         ("top1 <= 0.9", "top1 takes >=, not <="),
         ("ppl == 3", "ppl takes <=, not =="),
         ("ppl <= 3pt", "the unit 'pt' does not fit"),
-        ("decode >= 30", "write a bound as 1x"),
         ("acc >= 0.5", "name the task"),
         ("ppl <= 0x", "must be above 0"),
     ],
@@ -78,17 +63,15 @@ def test_bad_gates_get_one_sentence(gate: str, sentence: str) -> None:
         ("ppl <= 1.10x", 1.5, "b.txt", False),
         ("ppl<=30", 30.0, "b.txt", True),
         ("kl <= 0.04", 0.05, "a.txt", False),
-        ("drift_p99 <= 0.5", 0.5, "a.txt", True),
+        ("drift_mean <= 0.1", 0.1, "a.txt", True),
         ("top1 >= 0.95", 0.9, "a.txt", False),
         ("acc(arc_easy) >= -1pt", -2.0, "arc_easy", False),
         ("acc(arc_easy) >= -2.5pt", -2.0, "arc_easy", True),
         ("acc(arc_easy) >= 0.6", 0.6, "arc_easy", True),
-        ("decode >= 1.2x", 1.25, "half, concurrency 4", True),
-        ("decode(half) >= 1.5x", 1.25, "half, concurrency 4", False),
     ],
 )
 def test_outcomes(gate: str, value: float, of: str, passed: bool) -> None:
-    (outcome,) = judge([parse_gate(gate)], quality(), SPEED)
+    (outcome,) = judge([parse_gate(gate)], quality())
     assert outcome.value == pytest.approx(value)
     assert (outcome.of, outcome.passed) == (of, passed)
 
@@ -106,8 +89,7 @@ def test_nothing_passes_by_being_no_number(value: float) -> None:
     [
         ("ppl <= 1.1x", {("half", "a.txt, x"): {"perplexity": 11.0}}),
         ("top1 >= 0.5", {("half", "a.txt, x"): {"perplexity": 11.0}}),
-        # Over some tokens KL is too small, so that it could pass where the whole would not.
-        ("kl <= 100", {("half", "a.txt, x"): {"kl_mean_at_least": 0.1}}),
+        ("kl <= 100", {("half", "a.txt, x"): {"drift_mean": 0.1}}),
         ("acc(boolq) >= 0.1", FIGURES),
     ],
 )
@@ -117,36 +99,15 @@ def test_a_figure_that_is_not_there_is_an_error(gate: str, figures: dict) -> Non
 
 
 @pytest.mark.parametrize(
-    ("gate", "record", "model", "sentence"),
-    [
-        ("decode >= 1x", SPEED, "mine", r"name one side of the record, .*: half\.$"),
-        ("decode(other) >= 1x", SPEED, None, "name one side"),
-        ("decode(dense) >= 1x", SPEED, None, "name one side"),
-        ("decode >= 1x", THREE, None, "name one side of the record, .*: half, third"),
-        ("decode(third) >= 1x", THREE, None, "the record has no tpot_ms_p50 of third"),
-        ("decode >= 1x", replace(SPEED, verdict=Verdict(False, ("7 preemptions",))), "half",
-         r"INVALID \(7 preemptions\)"),
-        ("decode >= 1x", replace(SPEED, rows=()), "half", "the record has no tpot_ms_p50 of half"),
-    ],
-)  # fmt: skip
-def test_a_record_that_does_not_hold_the_figure_is_refused_before_anything_is_measured(
-    gate: str, record: Record, model: str | None, sentence: str
-) -> None:
-    with pytest.raises(InputError, match=f"^gate '.*{sentence}"):
-        check_gates([parse_gate(gate)], ["a.txt"], [], record, model)
-
-
-@pytest.mark.parametrize(
     ("gate", "sentence"),
     [
         ("acc(boolq) >= 0.5", "not among --tasks"),
         ("ppl(c.txt) <= 2x", "measured are a.txt"),
-        ("decode >= 1x", "give --record"),
     ],
 )
 def test_gates_on_what_is_not_measured_are_refused(gate: str, sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence):
-        check_gates([parse_gate(gate)], ["a.txt"], ["arc_easy"], None)
+        check_gates([parse_gate(gate)], ["a.txt"], ["arc_easy"])
 
 
 def test_a_bad_gate_is_refused_before_a_model_is_looked_for(gblm: Callable[..., Outcome]) -> None:

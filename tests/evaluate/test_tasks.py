@@ -121,12 +121,6 @@ def test_the_command_keeps_stderr_and_protocol_in_the_record(
     assert said == ["baseline", "gate passed", "gate failed"]
 
 
-def test_the_offline_engine_of_vllm_runs_no_tasks(task_path: Path) -> None:
-    tasks = Tasks(("tiny_choice",), task_path)
-    with pytest.raises(UsageError, match="start `gblm serve` and give its address"):
-        run_evaluation(Evaluation("./nowhere", (), tasks, engine="vllm"))
-
-
 def test_an_unknown_task_is_refused_before_a_model_is_looked_for(task_path: Path) -> None:
     tasks = Tasks(("tiny_choice", "tiny_chioce"), task_path)
     with pytest.raises(UsageError, match=r"--tasks tiny_chioce: .* knows no such task"):

@@ -25,9 +25,8 @@ if TYPE_CHECKING:
     from gblm.evaluate.perplexity import Protocol
     from gblm.evaluate.tasks import Tasks
 
-ENGINES = ("hf", "packed", "vllm", "onnx")
 TEXT_KEYS = ("sources", "seq_len", "max_windows", "bos")
-TASK_KEYS = ("tasks", "path", "limit", "seed")
+TASK_KEYS = ("tasks", "path", "limit")
 
 text_options = options(
     click.option(
@@ -53,7 +52,6 @@ task_options = options(
         help="Folder with task files of your own.",
     ),
     click.option("--limit", type=click.IntRange(1), help="The first so many examples of a task."),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of the tasks."),
 )  # fmt: skip
 
 
@@ -61,21 +59,12 @@ task_options = options(
 @click.argument("model")
 @click.option("--baseline", help="Dense model to compare with. Default: what MODEL says it is of.")
 @click.option("--no-baseline", "without_baseline", is_flag=True, help="Measure MODEL alone.")
-@click.option(
-    "--engine", type=click.Choice(ENGINES), help="What computes. Default: what MODEL is made for."
-)
 @text_options
 @task_options
 @click.option("--gate", "gates", multiple=True, help="A bound, such as 'ppl <= 1.10x'; repeatable.")
-@click.option(
-    "--record", "speed",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Record of `gblm bench` for gates on speed.",
-)  # fmt: skip
 @dtype_option
 @device_option
 @backend_option
-@click.option("--tokenizer", help="Folder of it, for a server on another machine.")
 @click.option(
     "--api-key-file",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -87,7 +76,6 @@ def command(
     ctx: click.Context,
     /,
     gates: tuple[str, ...],
-    speed: Path | None,
     output: Path | None,
     api_key_file: Path | None,
     **given: Any,
@@ -98,28 +86,22 @@ def command(
     status 5: a gate failed.
     """
     from gblm.evaluate.gates import check_gates, judge, parse_gate
-    from gblm.model.folder import model_name
-    from gblm.record import Record
 
     parsed = [parse_gate(gate) for gate in gates]
     texts, asked_tasks = ({key: given.pop(key) for key in keys} for keys in (TEXT_KEYS, TASK_KEYS))
-    bench = Record.read(speed) if speed else None
     with progress_bars(ctx) as progress:
         from gblm.evaluate.run import Evaluation, is_address, run_evaluation
 
         tasks = tasks_of(**asked_tasks)
-        served = is_address(given["model"])
         asked = Evaluation(
             protocols=protocols(tasks=tasks is not None, **texts), tasks=tasks,
             needs_baseline=any(gate.needs_baseline for gate in parsed),
-            api_key=_api_key(api_key_file, served), **given,
+            api_key=_api_key(api_key_file, is_address(given["model"])), **given,
         )  # fmt: skip
         names = [protocol.text for protocol in asked.protocols]
-        # A server names its model only when it is asked.
-        model = None if served else model_name(asked.model)
-        check_gates(parsed, names, tasks.names if tasks else (), bench, model)
+        check_gates(parsed, names, tasks.names if tasks else ())
         record = run_evaluation(asked, progress)
-    outcomes = judge(parsed, record, bench, model)
+    outcomes = judge(parsed, record)
     notes = (*record.verdict.notes, *(one.sentence() for one in outcomes))
     record = replace(record, verdict=replace(record.verdict, notes=notes))
     hand_out(ctx, record, output)

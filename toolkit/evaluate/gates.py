@@ -25,36 +25,31 @@ class Bounded:
     """This says what a gate may demand of one metric of a record.
 
     `op` is "<=" where less is better, else ">="; of the `units` of a bound "" is the figure itself.
-    A text, a task or the side of a speed record may stand in brackets, and must if `needed`.
+    A text or a task may stand in brackets; a task must.
     """
 
     metric: str
     op: str
     units: tuple[str, ...]
     argument: str
-    needed: bool = False
 
 
 BOUNDED = {
     "ppl": Bounded("perplexity", "<=", ("", "x"), "text"),
     "kl": Bounded("kl_mean", "<=", ("",), "text"),
     "drift_mean": Bounded("drift_mean", "<=", ("",), "text"),
-    "drift_p99": Bounded("drift_p99", "<=", ("",), "text"),
-    "drift_max": Bounded("drift_max", "<=", ("",), "text"),
     "top1": Bounded("top1", ">=", ("",), "text"),
-    "acc": Bounded("acc", ">=", ("", "pt"), "task", needed=True),
-    "acc_norm": Bounded("acc_norm", ">=", ("", "pt"), "task", needed=True),
-    # Of times, so that half is twice as fast.
-    "decode": Bounded("tpot_ms_p50", ">=", ("x",), "side"),
+    "acc": Bounded("acc", ">=", ("", "pt"), "task"),
+    "acc_norm": Bounded("acc_norm", ">=", ("", "pt"), "task"),
 }
-OF_BOTH = ("kl", "drift_mean", "drift_p99", "drift_max", "top1")
+OF_BOTH = ("kl", "drift_mean", "top1")
 
 
 @dataclass(frozen=True)
 class Gate:
     """A gate is one bound: the line as it was written, and its parts.
 
-    The argument is a text, task or side; None stands for all texts, or the only side.
+    The argument is a text or task; None stands for all texts.
     """
 
     line: str
@@ -66,12 +61,12 @@ class Gate:
     @property
     def needs_baseline(self) -> bool:
         """Whether the figure says something only beside the dense model."""
-        return self.name in OF_BOTH or (self.unit != "" and self.name != "decode")
+        return self.name in OF_BOTH or self.unit != ""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a gate is the value, in its unit, of the load or side that decided."""
+    """The outcome of a gate is the value, in its unit, of the load that decided."""
 
     gate: Gate
     of: str
@@ -105,33 +100,24 @@ def parse_gate(text: str) -> Gate:
     if unit not in known.units:
         ways = " or ".join(f"1{unit}" for unit in known.units)
         raise UsageError(f"gate {text!r}: the unit {unit!r} does not fit; write a bound as {ways}.")
-    if known.needed and argument is None:
-        raise UsageError(f"gate {text!r}: name the {known.argument}, as in {name}(arc_easy).")
+    if known.argument == "task" and argument is None:
+        raise UsageError(f"gate {text!r}: name the task, as in {name}(arc_easy).")
     bound = float(found["bound"])
     if bound <= 0 and unit == "x":
         raise UsageError(f"gate {text!r}: a ratio must be above 0.")
     return Gate(text.strip(), name, argument, bound, unit)
 
 
-def check_gates(
-    gates: Sequence[Gate],
-    texts: Sequence[str],
-    tasks: Sequence[str],
-    speed: Record | None,
-    model: str | None = None,
-) -> None:
+def check_gates(gates: Sequence[Gate], texts: Sequence[str], tasks: Sequence[str]) -> None:
     """Refuse gates on what will not be measured, before anything is.
 
     Args:
         gates: parsed.
         texts: names of those that will be measured.
         tasks: names of those that will be run.
-        speed: record of `gblm bench`, if one is given.
-        model: name of what will be measured; None if it is not known.
 
     Raises:
-        UsageError: the text, the task or the record is missing.
-        InputError: the record does not hold the figure.
+        UsageError: the text or the task is missing.
     """
     for gate in gates:
         kind = BOUNDED[gate.name].argument
@@ -143,36 +129,15 @@ def check_gates(
             raise UsageError(
                 f"gate {gate.line!r}: {gate.argument} is no text; measured are {', '.join(texts)}."
             )
-        if kind == "side":
-            if speed is None:
-                raise UsageError(
-                    f"gate {gate.line!r} needs a record of `gblm bench`: give --record."
-                )
-            list(_speedups(gate, speed, model))
 
 
-def judge(
-    gates: Sequence[Gate], quality: Record, speed: Record | None = None, model: str | None = None
-) -> list[Outcome]:
-    """Hold what was measured against the gates; of several figures the worst decides.
-
-    Args:
-        gates: parsed.
-        quality: record of `gblm eval`.
-        speed: record of `gblm bench`, if one is given.
-        model: as `check_gates` takes it.
+def judge(gates: Sequence[Gate], quality: Record) -> list[Outcome]:
+    """Hold what `gblm eval` measured against the gates; of several figures the worst decides.
 
     Raises:
         InputError: a figure is not there, because there is no baseline or the engine gives none.
     """
-    outcomes = []
-    for gate in gates:
-        if BOUNDED[gate.name].argument == "side" and speed is not None:
-            found = list(_speedups(gate, speed, model))
-        else:
-            found = list(_figures(gate, quality))
-        outcomes.append(_judge(gate, found))
-    return outcomes
+    return [_judge(gate, list(_figures(gate, quality))) for gate in gates]
 
 
 def _judge(gate: Gate, found: Sequence[tuple[str, float]]) -> Outcome:
@@ -203,33 +168,3 @@ def _figures(gate: Gate, quality: Record) -> Iterator[tuple[str, float]]:
                 continue
             value = 100 * (value - dense) if gate.unit == "pt" else value / dense
         yield row.load.partition(",")[0], value
-
-
-def _speedups(gate: Gate, speed: Record, model: str | None) -> Iterator[tuple[str, float]]:
-    """Give by load how often faster than the baseline a side decodes.
-
-    Raises:
-        InputError: the record is invalid, of other models, or has no such figure.
-    """
-    others = [side for side in speed.sides if side != speed.baseline]
-    wanted = gate.argument or (model if model in others else None)
-    if wanted is None and len(others) == 1 and model is None:
-        wanted = others[0]
-    if wanted not in others:
-        raise InputError(
-            f"gate {gate.line!r}: name one side of the record, as in decode(NAME): "
-            f"{', '.join(others)}."
-        )
-    if not speed.verdict.valid:
-        raise InputError(
-            f"gate {gate.line!r}: the record is INVALID ({'; '.join(speed.verdict.reasons)}), so "
-            "no figure stands: measure again."
-        )
-    metric, found = BOUNDED[gate.name].metric, False
-    for load in speed.loads:
-        ratio = speed.ratio(wanted, load, metric)
-        if ratio is not None and ratio.median > 0:
-            found = True
-            yield f"{wanted}, {load}", 1 / ratio.median
-    if not found:
-        raise InputError(f"gate {gate.line!r}: the record has no {metric} of {wanted}.")

@@ -132,12 +132,8 @@ def _manager(task_path: Path | None) -> Any:
     return TaskManager(include_path=str(task_path) if task_path else None)
 
 
-def check_tasks(tasks: Tasks, engine: str | None) -> None:
-    """Raise UsageError for a task that the harness does not know, or an engine that runs none."""
-    if engine == "vllm":
-        raise UsageError(
-            "--engine vllm runs no tasks: start `gblm serve` and give its address as MODEL."
-        )
+def check_tasks(tasks: Tasks) -> None:
+    """Raise UsageError for a task that the harness does not know."""
     unknown = [task for task in tasks.names if not _manager(tasks.path).match_tasks([task])]
     if unknown:
         raise UsageError(
@@ -175,7 +171,7 @@ def _run(subject: Subject, tokenizer: Any, max_length: int, tasks: Tasks) -> dic
         found = simple_evaluate(
             model=_as_lm(subject, tokenizer, max_length), tasks=list(tasks.names), num_fewshot=0,
             limit=tasks.limit, task_manager=_manager(tasks.path), log_samples=False,
-            **dict.fromkeys(seeds, tasks.seed),
+            **dict.fromkeys(seeds, 0),
         )  # fmt: skip
     except Exception as error:
         raise InputError(

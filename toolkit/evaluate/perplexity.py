@@ -23,16 +23,7 @@ from gblm.progress import Progress, no_progress
 from gblm.record import Row
 
 # Figure of a drift → its unit.
-UNITS = {
-    "drift_mean": "nats",
-    "drift_p99": "nats",
-    "drift_max": "nats",
-    "top1": "share",
-    "kl_mean": "nats",
-    "kl_p99": "nats",
-    "kl_mean_at_least": "nats",
-    "kl_p99_at_least": "nats",
-}
+UNITS = {"drift_mean": "nats", "top1": "share", "kl_mean": "nats"}
 
 
 @dataclass(frozen=True)
@@ -139,15 +130,11 @@ def of_loss(mean: float) -> float:
 
 @dataclass
 class Drift:
-    """A drift collects windows, as float32 differences for each token.
-
-    KL is over the `of_likeliest` tokens of the model and the rest as one; None: over all tokens.
-    """
+    """A drift collects windows, as float32 differences for each token."""
 
     changes: list[Tensor] = field(default_factory=list)
     same: list[Tensor] = field(default_factory=list)
     divergences: list[Tensor] = field(default_factory=list)
-    of_likeliest: int | None = None
 
     def add(self, model: Scores, dense: Scores) -> None:
         """Take one window of both.
@@ -162,12 +149,7 @@ class Drift:
         self.changes.append((model.logprobs - dense.logprobs).abs())
         if model.top1 is not None and dense.top1 is not None:
             self.same.append(model.top1 == dense.top1)
-        if dense.full is None:
-            return
-        if model.full is None:
-            if model.some is not None:
-                self.of_likeliest = model.some[0].shape[1]
-                self.divergences.append(coarse_kl(model.some, dense.full))
+        if model.full is None or dense.full is None:
             return
         if model.full.shape != dense.full.shape:
             raise InputError(
@@ -178,57 +160,14 @@ class Drift:
         self.divergences.append((theirs.exp() * (theirs - model.full)).sum(-1).cpu())
 
     def summary(self) -> dict[str, float]:
-        """Give the figures by the names of UNITS, of those that both models allow.
+        """Give the means by the names of UNITS, of those that both models allow.
 
-        "drift_…" are absolute changes of log-probs, "kl_…" is KL(dense ‖ model), "…_at_least" a
-        lower bound of it over some tokens, "top1" the share of places with the same likeliest
-        token.
+        "drift_mean" is of absolute changes of log-probs, "kl_mean" of KL(dense ‖ model), "top1" the
+        share of places with the same likeliest token.
         """
-        changes = torch.cat(self.changes)
-        found = {
-            "drift_mean": float(changes.mean()),
-            "drift_p99": _p99(changes),
-            "drift_max": float(changes.max()),
-        }
+        found = {"drift_mean": float(torch.cat(self.changes).mean())}
         if self.same:
             found["top1"] = float(torch.cat(self.same).float().mean())
         if self.divergences:
-            kl, bound = torch.cat(self.divergences), "_at_least" if self.of_likeliest else ""
-            found |= {f"kl_mean{bound}": float(kl.mean()), f"kl_p99{bound}": _p99(kl)}
+            found["kl_mean"] = float(torch.cat(self.divergences).mean())
         return found
-
-
-def coarse_kl(some: tuple[Tensor, Tensor], dense: Tensor) -> Tensor:
-    """Compute KL(dense ‖ model) in nats, all but the model's likeliest tokens taken as one.
-
-    At most that over all tokens, as merging outcomes never adds to it.
-
-    Args:
-        some: the model's likeliest tokens [places, k] int64 and their log-probs [places, k].
-        dense: log-probs of all tokens [places, vocabulary] float32.
-
-    Returns:
-        [places] float32.
-
-    Raises:
-        InputError: the baseline has no such token.
-    """
-    tokens, ours = some[0], some[1].double()
-    if int(tokens.min()) < 0 or int(tokens.max()) >= dense.shape[-1]:
-        raise InputError(
-            f"the model has a token {int(tokens.max())} and the baseline {dense.shape[-1]} tokens: "
-            "give the dense model that it was made from."
-        )
-    theirs = dense.gather(1, tokens.to(dense.device)).double().cpu()
-    # float32 log-probs of what is left may add up to a little more than 1.
-    rest, rest_dense = (
-        (1 - each.exp().sum(-1)).clamp(min=torch.finfo(torch.float32).eps)
-        for each in (ours, theirs)
-    )
-    inside = (theirs.exp() * (theirs - ours)).sum(-1)
-    return (inside + rest_dense * (rest_dense / rest).log()).float()
-
-
-def _p99(values: Tensor) -> float:
-    """Give the smallest value that 99 % do not exceed."""
-    return float(values.sort().values[max(0, -(-99 * len(values) // 100) - 1)])

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,23 +38,20 @@ logger = logging.getLogger(__name__)
 class Evaluation:
     """An evaluation says what is asked of a model: a folder, hub id, or address of a vLLM server.
 
-    There is a protocol for each text. The engine is a key of `subjects.ENGINES`, by the folder if
-    None. The baseline is the dense model, by default the one that the folder names, and needed with
-    `needs_baseline`. The device and the backend are those of torch. A server may need the folder of
-    its tokenizer, where it does not run on this machine, and its API key.
+    There is a protocol for each text. The baseline is the dense model, by default the one that the
+    folder names, and needed with `needs_baseline`. The device and the backend are those of torch. A
+    server may need its API key.
     """
 
     model: str
     protocols: tuple[Protocol, ...]
     tasks: Tasks | None = None
-    engine: str | None = None
     baseline: str | None = None
     without_baseline: bool = False
     needs_baseline: bool = False
     dtype: str = "auto"
     device: str = "cpu"
     backend: str | None = None
-    tokenizer: str | None = None
     api_key: str | None = None
 
 
@@ -76,56 +72,52 @@ def run_evaluation(asked: Evaluation, progress: Progress = no_progress) -> Recor
         require_harness("--tasks")
         from gblm.evaluate.harness import check_tasks
 
-        check_tasks(asked.tasks, asked.engine)
+        check_tasks(asked.tasks)
     served = _served(asked)
-    model = served or ModelFolder.open(asked.model)
-    folder = model if isinstance(model, ModelFolder) else model.folder
-    other, note = _baseline(asked, folder)
-    if asked.needs_baseline and other is None:
+    folder = served.folder if served else ModelFolder.open(asked.model)
+    dense, note = _baseline(asked, folder)
+    if asked.needs_baseline and dense is None:
         raise UsageError(f"a gate needs the dense model to compare with: {note}.")
-    home = _home(asked, folder, other)
-    if served is not None:
-        served.connect(home)
+    home = folder or dense
+    if home is None:
+        raise UsageError(
+            f"{asked.model}: its model is no folder of this machine: give --baseline, whose tokens "
+            "are the model's."
+        )
     tokenizer = load_tokenizer(home)
     length = int(home.config.get("max_position_embeddings", 2048))
     _warn_of_long_windows(asked.protocols, length)
-    name = served.name if served else model_name(asked.model)
-    base = None if other is None else _other_name(other.name, name)
-    with _opened(asked, model, other) as (subject, dense):
-        sides = {name: subject}
-        facts = {name: _facts(subject, folder)}
-        if base is not None and dense is not None:
-            sides[base] = dense
-            facts[base] = _facts(dense, other)
-        rows = measure(sides, asked.protocols, tokenizer, progress)
-        if asked.tasks is not None:
-            from gblm.evaluate.harness import run_tasks
+    if served is not None:
+        served.connect(home)
+    sides, facts = _sides(asked, served, folder, dense)
+    rows = measure(sides, asked.protocols, tokenizer, progress)
+    if asked.tasks is not None:
+        from gblm.evaluate.harness import run_tasks
 
-            rows += run_tasks(asked.tasks, sides, tokenizer, length)
+        rows += run_tasks(asked.tasks, sides, tokenizer, length)
+    base = None if dense is None else list(sides)[1]
     notes = (f"baseline: {base or 'none'} ({note})",)
     return Record("eval", facts, tuple(rows), base, Verdict(True, notes=notes))
 
 
-@contextlib.contextmanager
-def _opened(
-    asked: Evaluation, model: ModelFolder | ServedSubject, baseline: ModelFolder | None
-) -> Iterator[tuple[Subject, Subject | None]]:
-    """Load the model and its baseline in one dtype; the baseline in torch unless it is exported."""
-    loaded = isinstance(model, ModelFolder)
-    subject = (
-        open_subject(model, asked.engine, asked.dtype, asked.device, asked.backend)
-        if isinstance(model, ModelFolder)
-        else model
+def _sides(
+    asked: Evaluation,
+    served: ServedSubject | None,
+    folder: ModelFolder | None,
+    dense: ModelFolder | None,
+) -> tuple[dict[str, Subject], dict[str, dict[str, Any]]]:
+    """Load the model and its baseline, in one dtype where that can be; give facts of both, too."""
+    name = served.name if served else model_name(asked.model)
+    subject: Subject = served or open_subject(
+        ModelFolder.open(asked.model), asked.dtype, asked.device, asked.backend
     )
-    try:
-        dense = None
-        if baseline is not None:
-            # The same dtype on both sides, where it is known: a ratio is owed to pruning.
-            own = folder_kind(baseline) == "onnx" or not loaded
-            dense = open_subject(baseline, None, "auto" if own else subject.dtype, asked.device)
-        yield subject, dense
-    finally:
-        subject.close()
+    sides, facts = {name: subject}, {name: _facts(subject, folder)}
+    if dense is not None:
+        own = served is not None or folder_kind(dense) == "onnx"
+        base = dense.name if dense.name != name else f"{name}, baseline"
+        sides[base] = open_subject(dense, "auto" if own else subject.dtype, asked.device)
+        facts[base] = _facts(sides[base], dense)
+    return sides, facts
 
 
 def _warn_of_long_windows(protocols: Sequence[Protocol], positions: int) -> None:
@@ -146,34 +138,15 @@ def is_address(model: str) -> bool:
 def _served(asked: Evaluation) -> ServedSubject | None:
     """Find the model behind an address; None for a folder or hub id."""
     if not is_address(asked.model):
-        if asked.tokenizer or asked.api_key:
-            raise UsageError("--tokenizer and --api-key-file go with the address of a server only.")
+        if asked.api_key:
+            raise UsageError("--api-key-file goes with the address of a server only.")
         return None
-    if asked.engine or asked.dtype != "auto" or asked.backend:
-        raise UsageError(
-            "--engine, --dtype and --backend do not go with a server, which has its own."
-        )
+    if asked.dtype != "auto" or asked.backend:
+        raise UsageError("--dtype and --backend do not go with a server, which has its own.")
     require_harness("evaluating a server")
     from gblm.evaluate.harness import ServedSubject
 
     return ServedSubject(asked.model, asked.api_key)
-
-
-def _home(
-    asked: Evaluation, folder: ModelFolder | None, baseline: ModelFolder | None
-) -> ModelFolder:
-    """Find the folder of the tokenizer."""
-    home = ModelFolder.open(asked.tokenizer) if asked.tokenizer else folder or baseline
-    if home is None:
-        raise UsageError(
-            f"{asked.model}: its model is no folder of this machine: give --baseline or "
-            "--tokenizer, whose tokens are the model's."
-        )
-    return home
-
-
-def _other_name(name: str, taken: str) -> str:
-    return name if name != taken else f"{name}, baseline"
 
 
 def _baseline(asked: Evaluation, folder: ModelFolder | None) -> tuple[ModelFolder | None, str]:

@@ -19,18 +19,17 @@ class Tasks:
     """The tasks say what is asked of the harness.
 
     `path` is a folder with tasks of one's own; `limit` takes the first so many examples of each
-    task, all if None; `seed` is that of everything that is drawn.
+    task, all if None.
     """
 
     names: tuple[str, ...]
     path: Path | None = None
     limit: int | None = None
-    seed: int = 0
 
     def line(self, task: str) -> str:
         """Write the protocol of a task in one line, which is its load in a record."""
         limit = "all examples" if self.limit is None else f"the first {self.limit} examples"
-        return f"{task}, lm-eval {version('lm-eval')}, 0-shot, {limit}, seed {self.seed}"
+        return f"{task}, lm-eval {version('lm-eval')}, 0-shot, {limit}, seed 0"
 
 
 def task_names(text: str) -> tuple[str, ...]:
