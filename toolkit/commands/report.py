@@ -17,7 +17,7 @@ from gblm.commands.common import Command, emit
 @click.option(
     "--markdown",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Tables, and the model-index of a model card where there are perplexities.",
+    help="The tables alone.",
 )
 @click.option("--title", default="Pruned models", show_default=True)
 @click.option(
@@ -39,7 +39,7 @@ def command(
     title: str,
     layers: tuple[int, ...],
 ) -> None:
-    """Show RUNS, which are record files (--output of bench and eval), packed and exported folders.
+    """Show RUNS, which are record files (--output of bench and eval) and packed folders.
 
     Models are joined by name: the folder's in quality records, speed records and packed folders.
     Pictures need matplotlib: pip install 'gblm-toolkit[report]'.

@@ -18,9 +18,8 @@ from markupsafe import Markup
 from torch import Tensor
 
 from gblm.errors import MachineError
-from gblm.record import Record
+from gblm.record import Ratio, Record
 from gblm.report.sources import Folder
-from gblm.report.tables import label
 
 # Okabe and Ito's colours, told apart by most eyes; the shapes differ, too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -35,10 +34,7 @@ WIDTH = 5.2
 LONGEST = 34
 # Of a mask's picture: at most so many cells down and across.
 CELLS = (72, 96)
-# More lines than this are no chart; the table has them.
-MOST_LINES = 40
 QUALITY, TIME = "perplexity", "tpot_ms_p50"
-Series = Mapping[str, Mapping[str, tuple[float, float, float]]]
 
 
 @dataclass(frozen=True)
@@ -136,52 +132,26 @@ def _scatter(title: str, note: str, marks: Mapping[str, tuple[float, float]], x:
     return draw(title, note, 3.2 + 0.18 * len(marks), paint)
 
 
-def of_record(record: Record) -> Iterator[Figure]:
-    """Draw ratios to the baseline where there are rounds, and each metric over many loads."""
-    sides = [side for side in record.sides if side != record.baseline]
+def ratios(record: Record) -> Iterator[Figure]:
+    """Draw how each load's figures compare with the baseline's, where there are rounds."""
     for load in record.loads:
-        series = {side: _ratios(record, side, load) for side in sides}
-        yield from _dots("Ratio to the baseline", load, series, f"times {record.baseline}", 1.0)
-    for metric in record.metrics:
-        loads = list(dict.fromkeys(row.load for row in record.rows if row.metric == metric))
-        if len(loads) > 2:
-            over = {side: _over_loads(record, side, loads, metric) for side in record.sides}
-            yield from _dots(metric, "", over, label(record, metric))
+        sides = [side for side in record.sides if side != record.baseline]
+        known = {side: found for side in sides if (found := _ratios(record, side, load))}
+        if known:
+            yield _dots(load, known, f"times {record.baseline}")
 
 
-def _ratios(record: Record, side: str, load: str) -> dict[str, tuple[float, float, float]]:
+def _ratios(record: Record, side: str, load: str) -> dict[str, Ratio]:
     found = {metric: record.ratio(side, load, metric) for metric in record.metrics}
     return {
-        metric: (ratio.median, ratio.low, ratio.high)
+        metric: ratio
         for metric, ratio in found.items()
         if ratio is not None and ratio.rounds and math.isfinite(ratio.high)
     }
 
 
-def _over_loads(
-    record: Record, side: str, loads: Sequence[str], metric: str
-) -> dict[str, tuple[float, float, float]]:
-    rows = (record.row(side, load, metric) for load in loads)
-    return {
-        row.load: (row.value, *(row.interval or (row.value, row.value)))
-        for row in rows
-        if row is not None and row.value is not None and math.isfinite(row.value)
-    }
-
-
-def _dots(
-    title: str, note: str, series: Series, x: str, one: float | None = None
-) -> Iterator[Figure]:
-    """Draw a line for each name, with a mark and its interval for each series that has any.
-
-    Args:
-        title: what it shows.
-        note: to stand under it.
-        series: name → line → middle, low and high.
-        x: label of the axis across, logarithmic where values differ much.
-        one: where to draw a line at which nothing differs.
-    """
-    known = {side: found for side, found in series.items() if found}
+def _dots(load: str, known: Mapping[str, Mapping[str, Ratio]], x: str) -> Figure:
+    """Draw a line for each metric, and on it a mark with its interval for each side."""
     lines = list(dict.fromkeys(line for found in known.values() for line in found))
 
     def paint(canvas: Any) -> None:
@@ -189,24 +159,18 @@ def _dots(
         for index, (name, found) in enumerate(known.items()):
             shift = 0.6 * ((index + 0.5) / len(known) - 0.5)
             places = [lines.index(line) + shift for line in found]
-            middles = [value[0] for value in found.values()]
-            spread = [[max(0.0, m - low) for m, low, _ in found.values()],
-                      [max(0.0, high - m) for m, _, high in found.values()]]  # fmt: skip
-            axes.errorbar(middles, places, xerr=spread, **_look(index), linestyle="", markersize=5,
-                          label=short(name))  # fmt: skip
-        every = [v for found in known.values() for value in found.values() for v in value]
-        if min(every) > 0 and max(every) > 20 * min(every):
-            axes.set_xscale("log")
-        if one is not None:
-            axes.axvline(one, color="black", linestyle=":", linewidth=1)
+            spread = [[r.median - r.low for r in found.values()],
+                      [r.high - r.median for r in found.values()]]  # fmt: skip
+            axes.errorbar([r.median for r in found.values()], places, xerr=spread, **_look(index),
+                          linestyle="", markersize=5, label=short(name))  # fmt: skip
+        axes.axvline(1, color="black", linestyle=":", linewidth=1)
         axes.set_yticks(range(len(lines)), [short(line) for line in lines])
         axes.set_ylim(len(lines) - 0.4, -0.6)
         axes.set(xlabel=x)
         _legend(canvas, len(known))
 
-    if 0 < len(lines) <= MOST_LINES:
-        height = 1.1 + (0.16 + 0.14 * len(known)) * len(lines) + 0.2 * len(known)
-        yield draw(title, note, height, paint)
+    height = 1.1 + (0.16 + 0.14 * len(known)) * len(lines) + 0.2 * len(known)
+    return draw("Ratio to the baseline", load, height, paint)
 
 
 def sparsities(folders: Sequence[Folder]) -> Iterator[Figure]:

@@ -5,22 +5,15 @@ Both show the same tables; text from files is escaped.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.resources import files
-from typing import Any
 
-import yaml
 from jinja2 import Environment, StrictUndefined
 
 from gblm import __version__
-from gblm.record import Record
 from gblm.report import figures
 from gblm.report.sources import Sources
 from gblm.report.tables import Table, record_tables
-
-# What a model card shows of a model.
-INDEXED = ("perplexity", "acc", "acc_norm", "exact_match", "word_perplexity")
 
 
 def html(sources: Sources, title: str) -> str:
@@ -41,7 +34,7 @@ def html(sources: Sources, title: str) -> str:
         sources=sources,
         frontiers=list(figures.frontiers([record for _, record in sources.records])),
         records=[
-            (f"{record.kind}: {file}", list(figures.of_record(record)), list(record_tables(record)))
+            (f"{record.kind}: {file}", list(figures.ratios(record)), list(record_tables(record)))
             for file, record in sources.records
         ],
         folders=[folder.table for folder in sources.folders],
@@ -52,13 +45,13 @@ def html(sources: Sources, title: str) -> str:
 
 
 def markdown(sources: Sources, title: str) -> str:
-    """Make a page of tables; with perplexities or tasks it begins with their model-index.
+    """Make a page of tables.
 
     Args:
         sources: what it shows.
         title: of the page.
     """
-    lines = [*model_index([record for _, record in sources.records]), f"# {escape(title)}", ""]
+    lines = [f"# {escape(title)}", ""]
     for heading, words in (
         ("**INVALID measurements:**", sources.invalid),
         ("To be kept in mind:", sources.notes),
@@ -75,27 +68,6 @@ def markdown(sources: Sources, title: str) -> str:
     lines += [*(f"    {' '.join(command.split())}" for command in sources.commands), ""]
     lines += [line for table in sources.environments() for line in show(table)]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def model_index(records: Sequence[Record]) -> list[str]:
-    """Write the front matter that model hubs read: finite figures, each with its protocol."""
-    rows = [
-        row
-        for record in records
-        for row in record.rows
-        if row.metric in INDEXED and row.value is not None and math.isfinite(row.value)
-    ]
-    results: dict[str, list[dict[str, Any]]] = {row.side: [] for row in rows}
-    for row in rows:
-        name, said = row.load.partition(",")[0], f"{row.metric} ({row.load})"
-        results[row.side].append({
-            "task": {"type": "text-generation"},
-            "dataset": {"name": name, "type": name},
-            "metrics": [{"type": row.metric, "value": round(row.value or 0.0, 4), "name": said}],
-        })  # fmt: skip
-    index = [{"name": side, "results": found} for side, found in results.items()]
-    text = yaml.safe_dump({"model-index": index}, allow_unicode=True, sort_keys=False)
-    return ["---", text.rstrip(), "---", ""] if index else []
 
 
 def show(table: Table) -> Iterator[str]:

@@ -17,15 +17,13 @@ from gblm.model.packed_reader import RECIPE_FILE, PackedReader
 from gblm.record import Record
 from gblm.report.tables import Table, said
 
-ONNX_REPORT = "onnx_report.json"
-EXPORTED = ("source", "target", "precision", "sparse", "bytes_total")
 # Keys of the groups that `gblm inspect` shows.
 GROUPED = ("pattern", "dtype", "linears", "weights", "sparsity", "bits_per_weight", "bytes")
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder is a packed or exported model; the command makes it again, None if it does not say.
+    """A folder is a packed model; the command makes it again, None if it does not say.
 
     Sparsities go by part of a decoder layer and its index, such as ("self_attn.q_proj", 0); so do
     the masks [out, in] bool of the layers that are asked for.
@@ -79,7 +77,7 @@ class Sources:
 
 
 def read_sources(paths: Sequence[Path], layers: Sequence[int]) -> Sources:
-    """Read records, packed and exported folders.
+    """Read records and packed folders.
 
     Args:
         paths: JSON files and folders.
@@ -107,14 +105,12 @@ def read_folder(folder: Path, layers: Sequence[int]) -> Folder:
     """Read one folder.
 
     Args:
-        folder: as `gblm prune`, `gblm export pack` or `gblm export onnx` writes it.
+        folder: as `gblm prune` or `gblm export pack` writes it.
         layers: decoder layers whose masks are kept.
 
     Raises:
         InputError: it is none, is damaged, or has no such layer.
     """
-    if (folder / ONNX_REPORT).is_file():
-        return _exported(folder)
     opened = ModelFolder.open(folder)
     if opened.kind != "packed":
         raise InputError(
@@ -158,19 +154,6 @@ def _table(name: str, facts: dict[str, Any], method: object) -> Table:
         tuple(key.replace("_", " ") for key in GROUPED),
         tuple(tuple(said(group[key]) for key in GROUPED) for group in facts["groups"]),
     )
-
-
-def _exported(folder: Path) -> Folder:
-    """Take what the report of an export says of it, and whether it was validated."""
-    report = read_json(folder / ONNX_REPORT)
-    rows = [(key.replace("_", " "), said(report[key])) for key in EXPORTED if key in report]
-    checked = report.get("validation")
-    outcome = "not validated"
-    if isinstance(checked, dict):
-        outcome = "passed" if checked.get("passed") is True else "FAILED"
-    name = folder.resolve().name
-    table = Table(name, "exported for ONNX Runtime", ("", ""), (*rows, ("validation", outcome)))
-    return Folder(name, table)
 
 
 def _place(name: str) -> tuple[str, int] | None:
