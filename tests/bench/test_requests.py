@@ -25,7 +25,7 @@ def test_every_metric_is_what_its_definition_says() -> None:
 
 
 def test_what_the_tool_measured_besides_and_the_noise_stand_beside_the_rest() -> None:
-    noise = {"steal": 0.0, "cpu_throttles": None, "read_limit_gb_s": None}
+    noise = {"steal": 0.0, "read_limit_gb_s": None}
     found = metrics_of(Seen([request(0.1, (0.1,))], 1.0, noise=noise, extra={"memory_mb": 5.0}))
     assert (found["memory_mb"], found["steal"]) == (5.0, 0.0)
     assert "read_limit_gb_s" not in found

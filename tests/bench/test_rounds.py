@@ -141,7 +141,7 @@ def test_a_metric_that_one_round_lacks_has_no_row() -> None:
 def test_what_makes_figures_less_than_they_look_is_said() -> None:
     found = record({"a": seen(0.01), "b": seen(0.02)}).verdict.notes
     assert any("raise --rounds to 6" in words for words in found)
-    assert any("heat was not checked" in words for words in found)
+    assert any("memory was not checked" in words for words in found)
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
@@ -308,7 +308,7 @@ def test_a_served_model_vllm_offline_and_a_loop_are_measured_alike(
     for side in found.sides:
         known = {row.metric: row.value for row in found.rows if row.side == side}
         assert known["ttft_ms_p50"] <= known["e2e_ms_p50"] <= known["e2e_ms_p99"]
-        assert known["peak_memory_mb"] >= known["memory_mb"] > 0
+        assert known["memory_mb"] > 0
         assert known["load_s"] > 0
 
 

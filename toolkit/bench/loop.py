@@ -23,7 +23,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from gblm.bench.processes import child_environment, last_error, memory_metrics, size_of, stop
+from gblm.bench.processes import child_environment, last_error, memory_mb, size_of, stop
 from gblm.bench.requests import Load, Request, Seen
 from gblm.bench.sides import Side
 from gblm.errors import MachineError, UsageError
@@ -92,7 +92,7 @@ class LoopSide(Side):
             extra={
                 "cpu_ms_per_token": 1e3 * said["cpu_s"] / (load.num_prompts * load.output_len),
                 "load_s": self._load_seconds,
-                **memory_metrics(self._process.pid),
+                "memory_mb": memory_mb(self._process.pid),
             },
         )
 

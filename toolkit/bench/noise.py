@@ -1,8 +1,8 @@
-"""What else the machine did during a run: stolen time, other processes, heat, the speed of memory.
+"""What else the machine did during a run: stolen time, other processes, the speed of memory.
 
 Steal is time that the hypervisor gave to others; other load is CPU time of processes that are not
-part of the run. Both are shares of the whole machine's CPU time, from /proc/stat by psutil. Heat is
-counted by the kernel (Intel); where nothing counts it, and on GPUs, it is not checked.
+part of the run. Both are shares of the whole machine's CPU time, from /proc/stat by psutil. Heat and
+clock frequencies are not checked.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ import resource
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import psutil
 
 from gblm.kernels import native
 
-CPUS = Path("/sys/devices/system/cpu")
 BUSY = ("user", "nice", "system", "irq", "softirq")
 # Of a round, all as shares: the machine's CPU time that a hypervisor and other processes may take,
 # and by how much memory may be slower than in the best round.
@@ -28,26 +26,24 @@ STEAL, OTHER_LOAD, SLOW_READ = 0.02, 0.10, 0.15
 
 
 @contextmanager
-def measured(own: Sequence[psutil.Process] = (), cpus: Path = CPUS) -> Iterator[dict[str, Any]]:
+def measured(own: Sequence[psutil.Process] = ()) -> Iterator[dict[str, float]]:
     """Measure the noise while the block runs.
 
     Args:
         own: processes that are part of the run, with their children; this process, and those that
             it starts and ends inside, are counted anyway.
-        cpus: where Linux shows how often heat throttled the CPUs.
 
     Yields:
-        A dictionary that holds at the end: "steal" and "other_load", shares; "cpu_throttles", how
-        often heat slowed a CPU, None where nothing counts that.
+        A dictionary that holds at the end "steal" and "other_load", shares.
     """
-    found: dict[str, Any] = {}
-    heat, before, ours = _heat(cpus), psutil.cpu_times()._asdict(), own_seconds(own)
+    found: dict[str, float] = {}
+    before, ours = psutil.cpu_times()._asdict(), own_seconds(own)
     try:
         yield found
     finally:
         used = own_seconds(own) - ours
         steal, other = shares(before, psutil.cpu_times()._asdict(), used)
-        found |= {"steal": steal, "other_load": other, "cpu_throttles": _growth(heat, _heat(cpus))}
+        found |= {"steal": steal, "other_load": other}
 
 
 def reason(noise: Mapping[str, Any], best_read: float | None = None) -> str | None:
@@ -64,8 +60,6 @@ def reason(noise: Mapping[str, Any], best_read: float | None = None) -> str | No
         share = noise.get(key, 0.0)
         if share > limit:
             return f"{share:.1%} {words} (at most {limit:.0%})"
-    if count := noise.get("cpu_throttles"):
-        return f"heat throttled the CPU {count} times"
     read = noise.get("read_limit_gb_s")
     if read and best_read and read < (1 - SLOW_READ) * best_read:
         return f"memory was read at {read:.1f} GB/s, {best_read:.1f} GB/s in the best round"
@@ -103,13 +97,10 @@ def judge(
 
 
 def unchecked(every: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Say which checks had nothing to look at in all that was heard."""
-    found = []
-    if not any(one.get("cpu_throttles") is not None for one in every):
-        found.append("heat was not checked: the kernel does not count it.")
-    if not any(one.get("read_limit_gb_s") for one in every):
-        found.append("the speed of memory was not checked: the CPU kernels are not built.")
-    return found
+    """Say which check had nothing to look at in all that was heard."""
+    if any(one.get("read_limit_gb_s") for one in every):
+        return []
+    return ["the speed of memory was not checked: the CPU kernels are not built."]
 
 
 def shares(
@@ -166,17 +157,3 @@ def own_seconds(processes: Sequence[psutil.Process]) -> float:
                     spent = one.cpu_times()
                     total += spent.user + spent.system + spent.children_user + spent.children_system
     return total
-
-
-def _heat(cpus: Path) -> dict[str, int]:
-    """Read the counters of throttling of each CPU."""
-    found = {}
-    for path in sorted(cpus.glob("cpu[0-9]*/thermal_throttle/*_throttle_count")):
-        with contextlib.suppress(OSError, ValueError):
-            found[f"{path.parent.parent.name}/{path.name}"] = int(path.read_text())
-    return found
-
-
-def _growth(before: Mapping[str, int], after: Mapping[str, int]) -> int | None:
-    """Find the most that a counter grew; one that is not in both readings tells nothing."""
-    return max((after[name] - before[name] for name in before if name in after), default=None)

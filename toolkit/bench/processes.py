@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import signal
 import subprocess
 from pathlib import Path
@@ -26,30 +25,15 @@ def child_environment() -> dict[str, str]:
     return {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ | {"PYTHONSAFEPATH": "1"}
 
 
-def memory_metrics(pid: int) -> dict[str, float]:
-    """Give the memory of a process and all below it in MB, now and at most.
-
-    Now: pages that processes share count once (PSS). At most: each process' peak need not have been
-    at the same time, so that the sum is an upper bound.
-    """
+def memory_mb(pid: int) -> float:
+    """Find the memory of a process and all below it; pages that they share count once (PSS)."""
     root = psutil.Process(pid)
-    now = peak = 0
+    found = 0
     for process in (root, *root.children(recursive=True)):
         with contextlib.suppress(psutil.NoSuchProcess):
             memory = process.memory_full_info()
-            now += getattr(memory, "pss", memory.rss)
-            peak += given_back(process.pid)
-    return {"memory_mb": now / 1e6, "peak_memory_mb": (now + peak) / 1e6}
-
-
-def given_back(pid: int) -> int:
-    """Find how many bytes more than now a process held at its peak; 0 once it has ended."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    kilobytes = dict(re.findall(r"^(VmHWM|VmRSS):\s+(\d+) kB$", status, re.MULTILINE))
-    return 1024 * (int(kilobytes.get("VmHWM", 0)) - int(kilobytes.get("VmRSS", 0)))
+            found += getattr(memory, "pss", memory.rss)
+    return found / 1e6
 
 
 def last_error(log: Path, start: int) -> str:

@@ -18,7 +18,7 @@ QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 UNITS = {
     "ttft_ms": "ms", "tpot_ms": "ms", "itl_ms": "ms", "e2e_ms": "ms", "requests_per_s": "1/s",
     "output_tok_s": "tok/s", "total_tok_s": "tok/s", "decode_tok_s": "tok/s",
-    "cpu_ms_per_token": "ms", "memory_mb": "MB", "peak_memory_mb": "MB", "load_s": "s",
+    "cpu_ms_per_token": "ms", "memory_mb": "MB", "load_s": "s",
     "steal": "", "other_load": "", "read_limit_gb_s": "GB/s",
 }  # fmt: skip
 

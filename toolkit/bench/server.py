@@ -24,7 +24,7 @@ from gblm.bench.metrics import Target, samples
 from gblm.bench.processes import (
     child_environment,
     last_error,
-    memory_metrics,
+    memory_mb,
     size_of,
     stop,
 )
@@ -132,7 +132,9 @@ class ServerSide(Side):
         grown = {name: value - before[name] for name, value in counters(self._server).items()}
         seen.preemptions = grown[PREEMPTIONS]
         seen.cached = grown[HITS] / grown[QUERIES] if grown[QUERIES] else 0.0
-        seen.extra |= {"load_s": self._server.ready_seconds, **memory_metrics(self.process.pid)}
+        seen.extra |= {
+            "load_s": self._server.ready_seconds, "memory_mb": memory_mb(self.process.pid),
+        }  # fmt: skip
         return seen
 
     def stop(self) -> None:

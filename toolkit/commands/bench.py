@@ -23,7 +23,7 @@ from gblm.commands.records import hand_out, noise_option
 # What is printed; the record has more.
 SHOWN = (
     "ttft_ms_p50", "ttft_ms_p99", "tpot_ms_p50", "tpot_ms_p99", "itl_ms_p99", "e2e_ms_p50",
-    "requests_per_s", "output_tok_s", "decode_tok_s", "memory_mb", "peak_memory_mb", "load_s",
+    "requests_per_s", "output_tok_s", "decode_tok_s", "memory_mb", "load_s",
 )  # fmt: skip
 ISAS = ("amx", "avx512", "avx2", "neon_bf16", "neon", "portable")
 
