@@ -10,19 +10,18 @@ nothing else runs.
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pages
 
-from gblm.bench.kernels import BASELINES
+from gblm.bench.kernels import BASELINES, Settings, bench_kernels
 from gblm.kernels import native
 from gblm.record import Record, Row
 
-MAIN = "--shapes 4096x4096 --tokens 1,2,4,8,16,64,256"
-LESSER = "--shapes 4096x4096 --tokens 1,4,16 --no-vllm"
+SHAPE = ((4096, 4096),)
+MAIN, LESSER = (1, 2, 4, 8, 16, 64, 256), (1, 4, 16)
 RATIOS = {
     "torch_bf16": "× torch bf16", "vllm_bf16": "× vLLM bf16", "vllm_w8a8": "× vLLM W8A8",
 }  # fmt: skip
@@ -30,22 +29,21 @@ NAMES = {"torch_bf16": "torch bf16", "vllm_bf16": "vLLM bf16", "vllm_w8a8": "vLL
 
 
 def main() -> None:
-    """Run the command several times; each run has a record of its own."""
-    for line in lines():
-        record = measure(line)
-        record.write(path_of(record))
-
-
-def lines() -> list[str]:
-    """List the arguments of all runs."""
+    """Measure several times; each run has a record of its own."""
     best = native.instruction_set()
     others = [name for name in ("avx512", "avx2") if name != best and has(name)]
-    native.use_instruction_set(best)
-    return [
-        f"--threads 1 {MAIN}",
-        *(f"--threads 1 --isa {name} {LESSER}" for name in others),
-        f"--threads 2 {MAIN}",
-    ]  # fmt: skip
+    record(best, Settings(SHAPE, MAIN))
+    for name in others:
+        record(name, Settings(SHAPE, LESSER, vllm=False))
+    record(best, Settings(SHAPE, MAIN, threads=2))
+
+
+def record(isa: str, settings: Settings) -> None:
+    """Measure with an instruction set; figures are cut to five digits."""
+    native.use_instruction_set(isa)
+    found = replace(bench_kernels(settings), command=pages.made_by())
+    found = replace(found, rows=tuple(map(shortened, found.rows)))
+    found.write(path_of(found))
 
 
 def has(name: str) -> bool:
@@ -55,15 +53,6 @@ def has(name: str) -> bool:
     except native.KernelError:
         return False
     return True
-
-
-def measure(arguments: str) -> Record:
-    """Run one command; figures are cut to five digits."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "record.json"
-        pages.gblm(f"bench kernels {arguments} --output '{file}'")
-        record = Record.read(file)
-    return replace(record, rows=tuple(map(shortened, record.rows)))
 
 
 def shortened(row: Row) -> Row:
@@ -100,7 +89,7 @@ def machine(records: Sequence[Record]) -> str:
     parts = [part for record in main for part in (one_token(record), more_tokens(record))]
     if len(one) > 1:
         parts.append(instruction_sets(sorted(one, key=lambda record: record not in main)))
-    return "\n\n".join([*parts, costs(main[0]), footnote(main[0])])
+    return "\n\n".join([*parts, footnote(main[0])])
 
 
 def loads(record: Record) -> list[str]:
@@ -167,16 +156,6 @@ def instruction_sets(records: Sequence[Record]) -> str:
     ]
     names = [record.provenance["instruction_set"] for record in records]
     return pages.table([f"µs, {size(load)}, 1 token, 1 thread", *names], rows)
-
-
-def costs(record: Record) -> str:
-    """Say what `prepare` costs."""
-    threads = record.provenance["threads"]
-    speeds = [(row.value or 0.0) / threads for row in record.rows if row.metric == "prepare_gb_s"]
-    return (
-        f"`prepare` turns {min(speeds):.1f} to {max(speeds):.1f} GB/s per core into panels, "
-        "counted in bytes of the dense bf16 weight."
-    )
 
 
 def footnote(record: Record) -> str:

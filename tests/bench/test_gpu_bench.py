@@ -49,7 +49,7 @@ def dense_two_four(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def host(*usual: str) -> Device:
-    return Device(torch.device("cpu"), usual, 0, time.perf_counter, host_timer,
+    return Device(torch.device("cpu"), usual, 0, host_timer,
                   lambda size: lambda: 20.0, {"capability": "9.0"})  # fmt: skip
 
 

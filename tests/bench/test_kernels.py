@@ -28,7 +28,7 @@ needs_kernels = pytest.mark.skipif(
 
 
 def host(timer: Any = None, cold: int = 0) -> Device:
-    return Device(torch.device("cpu"), ("cpu",), cold, lambda: 0.0, timer, lambda _: lambda: 1.0)
+    return Device(torch.device("cpu"), ("cpu",), cold, timer, lambda _: lambda: 1.0)
 
 
 def measured_with(reads: list[float], **more: Any) -> bench.Run:
@@ -147,8 +147,6 @@ def test_the_command_measures_a_tiny_shape(gblm: Run, tmp_path: Path) -> None:
     assert record.sides["nm/2:4/int8"] == {
         "backend": "cpu", "spec": "nm/2:4/int8:64", "control": "dense/dense/int8",
     }  # fmt: skip
-    assert record.value("nm/2:4/int8", "48x64", "prepare_gb_s")
-    assert record.value("torch_bf16", "48x64", "prepare_gb_s") is None
     assert record.provenance["instruction_set"] == native.instruction_set()
     assert record.provenance["machine"]["cpu"]
 
@@ -156,11 +154,11 @@ def test_the_command_measures_a_tiny_shape(gblm: Run, tmp_path: Path) -> None:
 @needs_kernels
 def test_the_table_names_every_linear(gblm: Run) -> None:
     done = gblm("bench", "kernels", "--shapes", "16x32", "--tokens", 1, "--rounds", 1, "--no-vllm",
-                "--formats", "nm/2:4", "--isa", "portable", "--allow-noise")  # fmt: skip
+                "--formats", "nm/2:4", "--allow-noise")  # fmt: skip
     assert done.code == 0, done
     assert "16x32, 1 tokens" in done.out
     assert all(name in done.out for name in ("torch_bf16", "dense/dense", "share_of_read_limit"))
-    assert "instruction set portable" in done.out
+    assert "instruction set " in done.out
 
 
 @needs_kernels
@@ -194,15 +192,6 @@ def test_without_kernels_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(native, "refusal", lambda: "not built")
     with pytest.raises(MachineError, match="no CPU kernels to measure: not built"):
         bench.bench_kernels(bench.Settings(shapes=((16, 32),), tokens=(1,)))
-
-
-@needs_kernels
-def test_a_missing_instruction_set_is_a_fact_of_the_machine(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    settings = bench.Settings(((16, 32),), (1,), isa="neon")
-    with pytest.raises(MachineError, match="'neon' is not available"):
-        bench.bench_kernels(settings)
 
 
 def test_named_sets_are_shapes() -> None:

@@ -52,7 +52,6 @@ class Device:
     where: torch.device
     usual: Sequence[str]
     cold: int
-    clock: Clock
     timer: Callable[[Sequence[Call]], Timed]
     reader: Reader
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -64,37 +63,31 @@ class Device:
 
 
 @contextmanager
-def cpu(threads: int, isa: str | None) -> Iterator[Device]:
-    """Set threads and instruction set for the block, and set them back.
+def cpu(threads: int) -> Iterator[Device]:
+    """Set PyTorch's threads for the block, and set them back.
 
     Args:
         threads: of PyTorch.
-        isa: instruction set of gblm's kernels; the best one if None.
 
     Raises:
         UsageError: there are not so many cores.
-        MachineError: the kernels are not built, or the CPU lacks the instruction set.
+        MachineError: the kernels are not built.
     """
     if reason := native.refusal():
         raise MachineError(f"there are no CPU kernels to measure: {reason}.")
     if threads > (cores := machine()["cores"]):
         raise UsageError(f"{threads} threads: this process may use {cores} cores.")
-    before, best = torch.get_num_threads(), native.instruction_set()
-    try:
-        native.use_instruction_set(isa or best)
-    except native.KernelError as error:
-        raise MachineError(str(error)) from error
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
     clock = time.thread_time if threads == 1 else time.perf_counter
     cold = max(MIN_COLD, 2 * last_level_cache())
     try:
         yield Device(
-            torch.device("cpu"), ("cpu",), cold, clock, partial(block_timer, clock),
+            torch.device("cpu"), ("cpu",), cold, partial(block_timer, clock),
             partial(noise.reader, clock, READS), _cpu_facts(clock),
         )  # fmt: skip
     finally:
         torch.set_num_threads(before)
-        native.use_instruction_set(best)
 
 
 def gpu() -> Device:
@@ -113,8 +106,7 @@ def gpu() -> Device:
         "last_level_cache": found.L2_cache_size,
     }  # fmt: skip
     names = [name for name, backend in BACKENDS.items() if backend.needs == device.type]
-    return Device(device, names, 3 * found.L2_cache_size, _device_clock, graph_timer, _graph_reader,
-                  facts)  # fmt: skip
+    return Device(device, names, 3 * found.L2_cache_size, graph_timer, _graph_reader, facts)
 
 
 def block_timer(clock: Clock, calls: Sequence[Call]) -> Timed:
@@ -169,11 +161,6 @@ def _elapsed(work: Call) -> float:
     return 1e-3 * float(begin.elapsed_time(end))
 
 
-def _device_clock() -> float:
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def _graph_reader(size: int) -> Callable[[], float]:
     memory = torch.ones(size, dtype=torch.uint8, device="cuda")
     seconds = graph_timer([memory.view(torch.int32).amax])
@@ -185,7 +172,7 @@ def _cpu_facts(clock: Clock) -> dict[str, Any]:
 
     Family and model number are there as virtual machines' names of their CPU say little.
     """
-    huge, info = Path("/sys/kernel/mm/transparent_hugepage/enabled"), cpuinfo()
+    info = cpuinfo()
     return {
         "instruction_set": native.instruction_set(),
         "compiler": native.compiler(),
@@ -193,7 +180,5 @@ def _cpu_facts(clock: Clock) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "clock": "CPU time of the thread" if clock is time.thread_time else "wall time",
         "last_level_cache": last_level_cache(),
-        "huge_pages": huge.read_text().strip() if huge.exists() else None,
-        "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "load_average": os.getloadavg()[0],
     }

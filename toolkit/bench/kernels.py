@@ -64,8 +64,8 @@ class Settings:
 
     `shapes` are [out, in] of the weights, `tokens` the rows of x, `formats` specs, in which an
     integer type without a group size takes the one that `auto` means; formats and backends are the
-    device's usual ones if empty. Threads, the instruction set `isa` (None: the best) and vLLM's
-    linears are about CPUs. With `allow_noise` noisy rounds count, too.
+    device's usual ones if empty. Threads and vLLM's linears are about CPUs. With `allow_noise`
+    noisy rounds count, too.
     """
 
     shapes: tuple[Shape, ...]
@@ -74,7 +74,6 @@ class Settings:
     backends: tuple[str, ...] = ()
     device: str = "cpu"
     threads: int = 1
-    isa: str | None = None
     rounds: int = 7
     vllm: bool = True
     allow_noise: bool = False
@@ -105,12 +104,11 @@ def bench_kernels(settings: Settings, progress: Progress = no_progress) -> Recor
 
     Raises:
         UsageError: a format, shape or backend does not exist, or they do not fit each other.
-        MachineError: there is no such device, the kernels are not built, the CPU lacks the
-            instruction set, or memory.
+        MachineError: there is no such device, the kernels are not built, or memory is short.
     """
     if settings.device == "cuda":
         return measure(gpu(), settings, progress)
-    with cpu(settings.threads, settings.isa) as device:
+    with cpu(settings.threads) as device:
         return measure(device, settings, progress)
 
 
@@ -119,9 +117,8 @@ def measure(device: Device, settings: Settings, progress: Progress = no_progress
 
     Returns:
         The record. Its loads are "OUTxIN, N tokens"; its sides are linears, and "memory", whose
-        read limit says what no linear can pass. "us" is the time of a call, "prepare_gb_s" how fast
-        a weight gets its layout in memory, in bytes of bfloat16. It is invalid when anything
-        failed, and says what.
+        read limit says what no linear can pass. "us" is the time of a call. It is invalid when
+        anything failed, and says what.
     """
     formats = asked_formats(settings)
     check(device, settings, formats)
@@ -193,10 +190,6 @@ class Run:
         for linear in linears:
             self._row(linear.name, load, "bytes", "bytes", [linear.size])
             self._row(linear.name, load, "bits_per_weight", "bits", [8 * linear.size / weights])
-            if linear.prepare_seconds is not None:
-                # Users know the size of the dense bfloat16 weight.
-                speed = 2 * weights / linear.prepare_seconds / 1e9
-                self._row(linear.name, load, "prepare_gb_s", "GB/s", [speed])
 
     def time(self, linears: Sequence[Linear], load: str, x: Tensor) -> None:
         """Multiply x [tokens, in] by all linears in turn, and add rows of the quiet rounds."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import statistics
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,7 +35,6 @@ DENSE, TWO_FOUR = "torch_bf16", "torch_2:4"
 DRAWN_ROWS = 512
 # Primitives that oneDNN keeps of a weight, as vLLM's layers have it.
 PRIMITIVES = 32
-PREPARE_REPEATS = 3
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Linear:
     Its name is the format's spec as it was asked for, or a baseline's name; the group size is
     settled in `spec`, which baselines leave "". `backend` is one of gblm's or the package that runs
     it, `size` the bytes of one copy, `control` the name of the dense linear of the same value type,
-    `prepare_seconds` what the layout in memory took; baselines have neither.
+    which baselines don't have.
     """
 
     name: str
@@ -55,7 +53,6 @@ class Linear:
     copies: tuple[Multiply, ...]
     spec: str = ""
     control: str | None = None
-    prepare_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -142,16 +139,12 @@ def packed_linear(asked: Asked, backend: str, weight: Tensor, device: Device) ->
         asked: the format.
         backend: a name of BACKENDS.
         weight: [out, in] float32, on the device.
-        device: whose clock times `prepare`.
+        device: whose caches the copies overflow.
     """
     fmt, runs = asked.settle(weight.shape[1]), BACKENDS[backend]
     shape = (weight.shape[0], weight.shape[1])
     parts = fmt.pack("weight", sparse_weight(fmt, weight))
-    seconds = []
-    for _ in range(PREPARE_REPEATS):
-        began = device.clock()
-        prepared = runs.prepare(fmt, parts, shape, torch.bfloat16)
-        seconds.append(device.clock() - began)
+    prepared = runs.prepare(fmt, parts, shape, torch.bfloat16)
     size = sum(tensor.nbytes for tensor in prepared)
     more = num_copies(size, device.cold) - 1
     every = [prepared, *(_copy(prepared, runs) for _ in range(more))]
@@ -159,7 +152,7 @@ def packed_linear(asked: Asked, backend: str, weight: Tensor, device: Device) ->
         partial(kernels.linear, prepared=one, shape=shape, fmt=fmt, backend=runs) for one in every
     )
     return Linear(asked.on(backend), backend, size, tuple(calls), fmt.spec,
-                  asked.control.on(backend), statistics.median(seconds))  # fmt: skip
+                  asked.control.on(backend))  # fmt: skip
 
 
 def torch_linear(weight: Tensor, device: Device) -> Linear:

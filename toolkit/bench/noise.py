@@ -1,8 +1,8 @@
 """What else the machine did during a run: stolen time, other processes, the speed of memory.
 
 Steal is time that the hypervisor gave to others; other load is CPU time of processes that are not
-part of the run. Both are shares of the whole machine's CPU time, from /proc/stat by psutil. Heat and
-clock frequencies are not checked.
+part of the run. Both are shares of the whole machine's CPU time, from /proc/stat by psutil. Heat
+and clock frequencies are not checked.
 """
 
 from __future__ import annotations

@@ -25,7 +25,6 @@ SHOWN = (
     "ttft_ms_p50", "ttft_ms_p99", "tpot_ms_p50", "tpot_ms_p99", "itl_ms_p99", "e2e_ms_p50",
     "requests_per_s", "output_tok_s", "decode_tok_s", "memory_mb", "load_s",
 )  # fmt: skip
-ISAS = ("amx", "avx512", "avx2", "neon_bf16", "neon", "portable")
 
 
 class Bench(click.Group):
@@ -122,7 +121,6 @@ def sides(ctx: click.Context, /, words: tuple[str, ...], output: Path, **given: 
 )  # fmt: skip
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--isa", type=click.Choice(ISAS), help="Instruction set of cpu. Default: the best.")
 @click.option("--rounds", type=click.IntRange(1), default=7, show_default=True)
 @click.option("--vllm/--no-vllm", default=True, show_default=True,
               help="Measure vLLM's linears, too, if it is installed.")  # fmt: skip
@@ -140,7 +138,7 @@ def kernels(
 
     Weights are read from memory, not from caches. Ratios are medians over interleaved rounds.
     """
-    for name in ("threads", "isa", "vllm") if rest["device"] == "cuda" else ():
+    for name in ("threads", "vllm") if rest["device"] == "cuda" else ():
         if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise click.UsageError(f"--{name} does not go with --device cuda.")
     with progress_bars(ctx) as progress:
