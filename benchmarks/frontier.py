@@ -25,16 +25,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pages
 import torch
-from frontier_cases import CASES, SAMPLES, SEQ_LEN, Case
+from frontier_cases import CASES, NARROW, SAMPLES, SEQ_LEN, Case
 from transformers.utils.logging import disable_progress_bar
 
 from gblm import data
 from gblm.errors import InputError
 from gblm.evaluate.perplexity import perplexity
 from gblm.fetch import fetch
+from gblm.methods.base import Stats
+from gblm.methods.pipeline import Pipeline, make_pipeline
 from gblm.model.folder import ModelFolder
 from gblm.model.loading import load_tokenizer
 from gblm.packed import load_any
@@ -43,6 +46,9 @@ from gblm.prune import prune
 from gblm.recipe import Recipe
 from gblm.search.candidates import answer, parse_budget
 from gblm.search.examine import Space
+from gblm.sparse.patterns import Pattern, parse
+from gblm.sparse.values import ValueType
+from gblm.sparse.weights import SparseWeight
 
 RECORD = pages.RESULTS / "frontier.json"
 NAMED_SET, OTHER = "wikitext2", "pydoc"
@@ -69,7 +75,7 @@ def is_there(runs: Iterable[Run], key: Key, full: bool) -> bool:
     case = CASES[key.case]
     return any(
         key_of(run) == key
-        and run["recipe"] == case.recipe
+        and (run["recipe"], run["narrow"]) == (case.recipe, case.narrow)
         and (not full or "full" in run["perplexity"])
         for run in runs
     )
@@ -83,16 +89,53 @@ def add(path: Path, run: Run) -> None:
     pages.write_runs(path, "frontier", {" ".join(map(str, key)): runs[key] for key in keys})
 
 
+@dataclass(frozen=True)
+class NarrowValues(ValueType):
+    """These values are int4 whose codes stop at the largest one early."""
+
+    largest: int = 7
+
+    @property
+    def limit(self) -> int:
+        """See ValueType.limit."""
+        return self.largest
+
+
+@dataclass(frozen=True)
+class NarrowPipeline(Pipeline):
+    """This pipeline rounds to fewer codes than its value type has; `bits` is a key of NARROW."""
+
+    bits: int = 3
+
+    def prune(
+        self,
+        weight: torch.Tensor,
+        stats: Stats,
+        pattern: Pattern,
+        values: ValueType,
+        name: str = "",
+    ) -> SparseWeight:
+        """See Pipeline.prune."""
+        narrow = NarrowValues(values.kind, values.group_size, NARROW[self.bits])
+        return super().prune(weight, stats, pattern, narrow, name)
+
+
 def prune_case(case: Case, recipe: Recipe, output: Path) -> dict[str, float]:
     """Make the packed folder; gives CPU and wall seconds, bits per pruned weight and zeros."""
+
+    def narrow(*asked: Any) -> Pipeline:
+        found = make_pipeline(*asked)
+        return NarrowPipeline(found.method, found.refit, found.rounding, case.narrow)
+
     cpu, wall = time.process_time(), time.monotonic()
     if case.budget:
         recipe = spread_out(recipe, case.budget)
-    report = prune(recipe, output)
+    with mock.patch("gblm.prune.job.make_pipeline", narrow if case.narrow else make_pipeline):
+        report = prune(recipe, output)
     return {
         "cpu_seconds": round(time.process_time() - cpu, 1),
         "seconds": round(time.monotonic() - wall, 1),
-        "bits_per_weight": round(report["bits_per_weight"], 4),
+        "bits_per_weight": round(counted_bits(case, report["bits_per_weight"]), 4),
         "sparsity": report["sparsity"],
     }
 
@@ -104,6 +147,13 @@ def spread_out(recipe: Recipe, budget: str) -> Recipe:
     kind = recipe.values.partition(":")[0]
     found = next(row for row in rows if row["name"] == f"{kind} measured")
     return Recipe.from_dict(found["recipe"])
+
+
+def counted_bits(case: Case, stored: float) -> float:
+    """Count the bits per pruned weight, if narrow codes were stored as densely as int4 ones are."""
+    if not case.narrow:
+        return stored
+    return stored - (4 - case.narrow) * (1 - parse(case.recipe["pattern"]).sparsity)
 
 
 def perplexities(folder: Path, text: str, full: bool) -> dict[str, Any]:
@@ -159,7 +209,7 @@ def measure(key: Key, given: argparse.Namespace) -> Run:
             recipe = case.build(str(model), source, key.samples or 1, key.seed)
             done = prune_case(case, recipe, folder)
         done |= perplexities(folder, text, given.full)
-    return {**key._asdict(), "recipe": case.recipe, **done,
+    return {**key._asdict(), "recipe": case.recipe, "narrow": case.narrow, **done,
             "calibration_text": Path(source).name,
             "command": pages.made_by(), "provenance": provenance()}  # fmt: skip
 

@@ -16,6 +16,8 @@ from gblm.recipe import Recipe
 
 SAMPLES = (16, 64)
 SEQ_LEN = 256
+# Bits of a code and its largest value. No packed value type has them: they are stored as int4.
+NARROW = {3: 3, 2: 1}
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,15 @@ class Case:
     Attributes:
         label: its name in tables.
         recipe: fields of Recipe that are not the default ones; empty leaves the model as it is.
+        narrow: bits of a code that is stored as int4 but counted, and limited, like this; see
+            NARROW. 0 for what the recipe says.
         budget: spread over the linears by measured sensitivity, in place of the recipe's pattern;
             see gblm.search. Empty for the recipe's own.
     """
 
     label: str
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    narrow: int = 0
     budget: str = ""
 
     @property
@@ -65,6 +70,10 @@ CASES = {
     "int8": Case("int8", _dense("int8")),
     "int4-rtn": Case("int4, to the nearest", _dense("int4")),
     "int4-gptq": Case("int4, GPTQ", _dense("int4", **OBS)),
+    "int3-gptq": Case("int3, GPTQ", _dense("int4", **OBS), 3),
+    "int3-gptq-rec": Case("int3, GPTQ + reconstruct", _dense("int4", **OBS, **REC), 3),
+    "int2-gptq": Case("int2, GPTQ", _dense("int4", **OBS), 2),
+    "int2-g32-rec": Case("int2 g32, GPTQ + reconstruct", _dense("int4:32", **OBS, **REC), 2),
     "sparsegpt-24": Case("2:4, SparseGPT", _sparse("sparsegpt", "2:4")),
     "alps-24-rec": Case("2:4, ALPS + reconstruct", _sparse("alps", "2:4", **REC)),
     "alps-24-rec4": Case(

@@ -14,6 +14,8 @@ import torch
 from frontier_cases import CASES
 
 from gblm.methods.pipeline import make_pipeline
+from gblm.model.folder import ModelFolder
+from gblm.model.packed_reader import PackedReader
 from gblm.provenance import provenance
 
 
@@ -22,7 +24,7 @@ def run(name: str, samples: int, seed: int, perplexity: float, **more: Any) -> d
     bits = {"dense": 16.0, "int8": 8.22, "sparsegpt-24": 9.0, "alps-24-rec": 9.0}.get(name, 2.25)
     return {
         "case": name, "samples": samples, "seed": seed, "recipe": dict(case.recipe),
-        "cpu_seconds": 60.0 + 60 * seed, "bits_per_weight": bits,
+        "narrow": case.narrow, "cpu_seconds": 60.0 + 60 * seed, "bits_per_weight": bits,
         "perplexity": {"8w": perplexity, "16w": perplexity + 1, "pydoc 8w": perplexity / 2},
         "tokens_sha256": {"wikitext": "1", "pydoc": "2"}, "calibration_text": "valid.txt",
         "provenance": provenance(), **more,
@@ -36,7 +38,7 @@ def made_up() -> list[dict[str, Any]]:
         *(run("sparsegpt-24", 64, seed, 56.0 + seed) for seed in (0, 1, 2)),
         run("sparsegpt-24", 16, 0, 60.25),
         run("alps-24-rec", 64, 0, 43.0),
-        run("int4-gptq", 64, 0, 8000.0),
+        run("int2-gptq", 64, 0, 8000.0),
     ]
 
 
@@ -123,7 +125,7 @@ def test_table_has_means_spreads_and_minutes(record: Path) -> None:
     assert "| 2:4, SparseGPT | 9.00 | 64 | 3 | 57.0 ± 1.0 | 58.0 ± 1.0 | 28.5 ± 0.5 | 2.0 |" in text
     assert "| int8 | 8.22 | – | – | 27.6 | 28.6 | 13.8 | 1.0 |" in text
     assert "| 2:4, SparseGPT | 9.00 | 16 | 1 | 60.2 | 61.2 | 30.1 | 1.0 |" in text
-    assert "| int4, GPTQ | 2.25 | 64 | 1 | 8000 |" in text
+    assert "| int2, GPTQ | 2.25 | 64 | 1 | 8000 |" in text
     assert "× 256 tokens of valid.txt; mean ± standard deviation over the seeds" in text
     assert re.search(r"; commit [0-9a-f]{12}", text)
 
@@ -132,6 +134,26 @@ def test_perplexities_of_different_texts_are_not_mixed(record: Path) -> None:
     frontier.add(record, run("int4-gptq", 16, 0, 1.0, tokens_sha256={"wikitext": "3"}))
     with pytest.raises(ValueError, match="different texts"):
         frontier.table(record)
+
+
+@pytest.mark.parametrize(("name", "limit"), [("int3-gptq-rec", 3), ("int2-gptq", 1)])
+def test_narrow_codes_stay_within_their_limit(
+    tiny: Path, text_file: Path, tmp_path: Path, name: str, limit: int
+) -> None:
+    case = CASES[name]
+    recipe = case.build(str(tiny), str(text_file), 2, 0)
+    recipe = recipe.model_copy(
+        update={"calibration": recipe.calibration.model_copy(update={"seq_len": 16})}
+    )
+    done = frontier.prune_case(case, recipe, tmp_path / "out")
+    with PackedReader(ModelFolder.open(tmp_path / "out")) as packed:
+        codes = [packed.linears[n].fmt.kept(packed.parts(n)) for n in packed.linears]
+        scales = {packed.linears[n].fmt.values.group_size for n in packed.linears}
+    assert max(int(c.abs().max()) for c in codes) == limit
+    # One scale of 16 bits a group.
+    low, high = (case.narrow + 16 / size for size in (max(scales), min(scales)))
+    assert low <= done["bits_per_weight"] <= high
+    assert frontier_cases.NARROW[case.narrow] == limit
 
 
 def test_a_run_measures_all_protocols(
