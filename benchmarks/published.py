@@ -1,12 +1,9 @@
 """Compare with the published GBLM-Pruner code: masks bit by bit, perplexity.
 
-    python benchmarks/published.py REFERENCE [--rounding N]
+    python benchmarks/published.py REFERENCE
 
 REFERENCE holds `golden/` (masks and figures of runs of that code) and `data/wikitext-2/`; it is not
 part of the repository. Writes benchmarks/results/published-code.json.
-
-With --rounding: SparseGPT alone, of N models whose weights differ by a float32 rounding, which
-tells what one run of it is worth. Writes benchmarks/results/published-rounding.json.
 """
 
 from __future__ import annotations
@@ -14,8 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,7 +18,6 @@ from typing import Any
 import numpy as np
 import pages
 import torch
-from safetensors.torch import load_file, save_file
 
 from gblm import data
 from gblm.evaluate.perplexity import perplexity
@@ -38,10 +32,7 @@ from gblm.recipe import Calibration, Recipe
 from gblm.record import Record, Row
 
 RECORD = pages.RESULTS / "published-code.json"
-ROUNDING = pages.RESULTS / "published-rounding.json"
 OURS, THEIRS, DIFFERENT = "gblm", "published code", "different_mask_bits_layer_"
-# Standard deviation of what weights are multiplied by: a few units in float32's last place.
-ROUNDING_NOISE = 1e-6
 # Method, pattern, name of the reference run.
 RUNS = (
     ("wanda", "2:4", "wanda_2_4"),
@@ -95,36 +86,6 @@ def perplexity_as_published(packed_folder: Path, reference: Path) -> float:
     return perplexity(load(packed_folder, "dense", torch.bfloat16), windows)
 
 
-def measure_rounding(reference: Path, seeds: int) -> list[Row]:
-    """Give perplexities of SparseGPT, of models that differ by rounding alone, and their mean."""
-    rows = []
-    for method, pattern, _ in (run for run in RUNS if run[0] == "sparsegpt"):
-        found = []
-        for seed in range(seeds):
-            with tempfile.TemporaryDirectory() as work:
-                model, folder = Path(work) / "model", Path(work) / "out"
-                _rounded_otherwise(fetch("smollm2"), seed, model)
-                prune_as_published(model, reference, method, pattern, folder)
-                found.append(perplexity_as_published(folder, reference))
-            print(method, pattern, seed, found[-1], flush=True)
-        run, mean = f"{method} {pattern}", statistics.mean(found)
-        rows.append(Row(OURS, run, "perplexity", "", mean, tuple(found)))
-    return rows
-
-
-def _rounded_otherwise(model: Path, seed: int, output: Path) -> None:
-    """Copy a model folder, its weights times 1 + ROUNDING_NOISE · N(0, 1)."""
-    shutil.copytree(model, output)
-    generator = torch.Generator().manual_seed(seed)
-    for file in output.glob("*.safetensors"):
-        changed = {
-            name: tensor.float()
-            * (1 + ROUNDING_NOISE * torch.randn(tensor.shape, generator=generator))
-            for name, tensor in load_file(file).items()
-        }
-        save_file(changed, file, metadata={"format": "pt"})
-
-
 def measure(reference: Path) -> list[Row]:
     """Give both perplexities and the shares of mask bits that differ, by run."""
     published = json.loads((reference / "golden/golden.json").read_text())["results"]
@@ -161,25 +122,7 @@ def table() -> str:
         "difference",
     ]  # fmt: skip
     return (
-        f"{pages.table(header, cells)}\n\n"
-        f"{pages.origin(record.as_json(), 'torch', 'transformers')}\n\n{_rounding()}"
-    )
-
-
-def _rounding() -> str:
-    """Say what one run of SparseGPT is worth."""
-    record = Record.read(ROUNDING)
-    runs = [
-        f"{row.load.removeprefix('sparsegpt ')}: {row.value:.2f} ± "
-        f"{statistics.stdev(row.rounds) / statistics.mean(row.rounds):.1%} "
-        f"({min(row.rounds):.2f}–{max(row.rounds):.2f})"
-        for row in record.rows
-    ]
-    return (
-        f"SparseGPT amplifies rounding. Perplexity of {len(record.rows[0].rounds)} runs, weights "
-        f"times 1 + {record.provenance['noise']:g} · N(0, 1), mean ± standard deviation and range: "
-        f"{'; '.join(runs)}. Record `published-rounding.json`: "
-        f"{pages.origin(record.as_json(), 'torch')}"
+        f"{pages.table(header, cells)}\n\n{pages.origin(record.as_json(), 'torch', 'transformers')}"
     )
 
 
@@ -187,19 +130,12 @@ def main() -> None:
     """Run what is asked for and write its record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("reference", type=Path)
-    parser.add_argument("--rounding", type=int, default=0, metavar="N")
-    chosen = parser.parse_args()
-    origin = provenance()
-    if chosen.rounding:
-        rows, kind, file = measure_rounding(chosen.reference, chosen.rounding), "rounding", ROUNDING
-        origin["noise"] = ROUNDING_NOISE
-    else:
-        rows, kind, file = measure(chosen.reference), "published code", RECORD
-    sides: dict[str, dict[str, Any]] = {row.side: {} for row in rows}
-    baseline = THEIRS if THEIRS in sides else None
-    Record(kind, sides, tuple(rows), baseline, provenance=origin, command=pages.made_by()).write(
-        file
-    )
+    reference, origin = parser.parse_args().reference, provenance()
+    rows = measure(reference)
+    sides: dict[str, dict[str, Any]] = {OURS: {}, THEIRS: {}}
+    Record(
+        "published code", sides, tuple(rows), THEIRS, provenance=origin, command=pages.made_by()
+    ).write(RECORD)
 
 
 if __name__ == "__main__":

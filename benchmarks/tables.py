@@ -15,7 +15,6 @@ import decoding
 import frontier
 import kernel_speed
 import matrix
-import memory
 import onnx_speed
 import published
 import recovery
@@ -35,7 +34,6 @@ BLOCKS: tuple[tuple[str, str, Callable[[], str]], ...] = (
     ("docs/results.md", "decoding", decoding.table),
     ("docs/onnx.md", "onnx", onnx_speed.table),
     ("docs/methods.md", "published", published.table),
-    ("docs/methods.md", "runs", memory.table),
     ("docs/methods.md", "budget", budget.table),
     ("docs/kernels.md", "kernels", kernel_speed.table),
     ("docs/reliability.md", "reliability", soak_tables.reliability),
@@ -46,7 +44,6 @@ def main() -> None:
     """Rewrite all pages."""
     for path, name, text in blocks():
         replace_block(path, name, text)
-    (ROOT / "docs" / "recovery.svg").write_text(recovery.figure())
 
 
 def blocks() -> list[tuple[Path, str, str]]:
