@@ -85,7 +85,6 @@ def measure(
     if given.tokens:
         more = f"gblm recover {more}"
         sides[names[1]] = facts | {"cpu_seconds": cpu + cpu_more, "recover": more}
-        sides[names[1]]["losses"] = then["losses"]
     rows = []
     for text, path in held_out.items():
         key = Path(path).name
@@ -100,7 +99,7 @@ def measure(
 
 def evaluated(pruned: Path, model: Path, held_out: dict[str, str]) -> dict[str, Any]:
     """Measure a model that is not recovered, but for the text that the dense model writes."""
-    found: dict[str, Any] = {"before": {}, "after": {}, "losses": []}
+    found: dict[str, Any] = {"before": {}, "after": {}}
     record = pruned.parent / "eval.json"
     for path in (path for path in held_out.values() if path != "self"):
         words = f"--text {path} --seq-len 256 --max-windows 16 --output {record}"
