@@ -43,7 +43,8 @@ SECONDS = 10.0
 # vLLM's metrics of one engine are some 100 KB.
 MAX_BYTES = 16 * 2**20
 
-Series = tuple[str, tuple[tuple[str, str], ...]]
+# A counter's name and the value of its label, "" without one → its value over all engines.
+Counts = Mapping[tuple[str, str], float]
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Growth:
-    """The growth says what happened on one server between two times.
-
-    It holds by how much each counter grew, by its name and the value of its label ("" without one).
-    """
+    """The growth says by how much each counter of one server grew between two times."""
 
     seconds: float
-    counters: Mapping[tuple[str, str], float]
+    counters: Counts
 
     def of(self, name: str, label: str = "") -> float:
         """Count what begins with a label; all of a counter if that is "", 0 if there is none."""
@@ -108,10 +106,10 @@ class Growth:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A snapshot holds a server's counters at one time, a series for each set of labels."""
+    """A snapshot holds a server's counters at one time."""
 
     seconds: float
-    series: Mapping[Series, float]
+    counters: Counts
     started: float | None
 
     @classmethod
@@ -126,7 +124,7 @@ class Snapshot:
             InputError: it is not in that format, or not of a vLLM server.
             MachineError: prometheus_client is not installed.
         """
-        series: dict[Series, float] = {}
+        counters: dict[tuple[str, str], float] = defaultdict(float)
         started = None
         for sample in samples(text):
             if sample.name == START:
@@ -134,28 +132,26 @@ class Snapshot:
             elif sample.name in COUNTERS:
                 if not 0 <= sample.value < math.inf:
                     raise InputError(f"{sample.name} is not a count.")
-                series[sample.name, tuple(sorted(sample.labels.items()))] = sample.value
-        if missing := sorted(COUNTERS.keys() - {HTTP} - {name for name, _ in series}):
+                label = sample.labels.get(COUNTERS[sample.name], "")
+                counters[sample.name, label] += sample.value
+        if missing := sorted(COUNTERS.keys() - {HTTP} - {name for name, _ in counters}):
             raise InputError(
                 f"there is no {missing[0]}; this must be a vLLM server (0.32 or newer) that runs "
                 "without --disable-log-stats."
             )
-        return cls(seconds, series, started)
+        return cls(seconds, dict(counters), started)
 
     def growth_since(self, before: Snapshot) -> Growth | None:
-        """Subtract all earlier counters; engines and models are summed.
+        """Subtract all earlier counters.
 
         Returns:
             None where a counter went down or is gone: the server was started anew in between.
         """
-        lost = [key for key, value in before.series.items() if self.series.get(key, -1) < value]
+        lost = [key for key, value in before.counters.items() if self.counters.get(key, -1) < value]
         if lost or before.started != self.started:
             return None
-        counters: dict[tuple[str, str], float] = defaultdict(float)
-        for (name, labels), value in self.series.items():
-            label = dict(labels).get(COUNTERS[name], "")
-            counters[name, label] += value - before.series.get((name, labels), 0)
-        return Growth(self.seconds - before.seconds, dict(counters))
+        grown = {key: value - before.counters.get(key, 0) for key, value in self.counters.items()}
+        return Growth(self.seconds - before.seconds, grown)
 
 
 def samples(text: str) -> Iterator[Sample]:
