@@ -23,9 +23,8 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from gblm.bench.processes import child_environment, last_error, memory_mb, size_of, stop
 from gblm.bench.requests import Load, Request, Seen
-from gblm.bench.sides import Side
+from gblm.bench.sides import Side, child_environment, last_error, memory_mb, size_of, stop
 from gblm.errors import MachineError, UsageError
 
 # Engine → the module that runs its loop in a process of its own.

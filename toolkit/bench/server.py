@@ -21,15 +21,15 @@ from typing import Any
 import psutil
 
 from gblm.bench.metrics import Target, samples
-from gblm.bench.processes import (
+from gblm.bench.requests import Load, Request, Seen
+from gblm.bench.sides import (
+    Side,
     child_environment,
     last_error,
     memory_mb,
     size_of,
     stop,
 )
-from gblm.bench.requests import Load, Request, Seen
-from gblm.bench.sides import Side
 from gblm.errors import MachineError
 from gblm.network import KEY_VARIABLE
 

@@ -1,7 +1,15 @@
-"""What a side of a comparison is: a model in an engine, started, put under loads and stopped."""
+"""What a side of a comparison is: a model in an engine, started, put under loads and stopped.
+
+Below stands what sides of any kind do with the processes that they start.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
+import signal
+import subprocess
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +20,9 @@ import psutil
 from gblm.bench.requests import Load, Seen
 from gblm.model.folder import ModelFolder
 
+logger = logging.getLogger(__name__)
+
+STOP_SECONDS = 60
 TENSOR_FILES = ("*.safetensors", "*.onnx", "*.data")
 
 
@@ -101,3 +112,50 @@ class Side(ABC):
             return self.path.stat().st_size
         files = {file for ending in TENSOR_FILES for file in self.path.glob(ending)}
         return sum(file.stat().st_size for file in files)
+
+
+def child_environment() -> dict[str, str]:
+    """Give the environment of engines and load generators.
+
+    Imports never come from the current folder. On CPU every vLLM gets a cache of 1 GiB, unless the
+    user sets another size: one that follows the free memory would differ between sides.
+    """
+    return {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ | {"PYTHONSAFEPATH": "1"}
+
+
+def memory_mb(pid: int) -> float:
+    """Find the memory of a process and all below it; pages that they share count once (PSS)."""
+    root = psutil.Process(pid)
+    found = 0
+    for process in (root, *root.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            memory = process.memory_full_info()
+            found += getattr(memory, "pss", memory.rss)
+    return found / 1e6
+
+
+def last_error(log: Path, start: int) -> str:
+    """Quote the last error, or else the last line, of a log from a place on."""
+    text = log.read_bytes()[start:].decode("utf-8", errors="replace")
+    errors = [line for line in text.splitlines() if "Error" in line]
+    last = (errors or text.splitlines() or ["no output"])[-1].strip()
+    return f"{last[:300]} (whole log: {log})"
+
+
+def size_of(log: Path) -> int:
+    """Count the bytes that a log holds so far."""
+    return log.stat().st_size if log.exists() else 0
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process that leads a group: SIGTERM first; what is left of the group is killed."""
+    try:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        logger.warning("process %d ignored SIGTERM for %d s", process.pid, STOP_SECONDS)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

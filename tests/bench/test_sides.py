@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gblm.bench import server
-from gblm.bench.processes import (
+from gblm.bench.sides import (
     last_error,
     memory_mb,
     size_of,
