@@ -223,6 +223,11 @@ LIST: dict[str, list[tuple[str, str, str]]] = {
         ("kl-direction", "(theirs.exp() * (theirs - model.full)).sum(-1).cpu()",
          "(model.full.exp() * (model.full - theirs)).sum(-1).cpu()"),
     ],
+    "bench/test_watch.py": [
+        ("watch-better", '(METRICS[name].better == "less")', '(METRICS[name].better == "more")'),
+        ("watch-pairs", "counted = [all(map(metric.below, pair)) for pair in pairs]",
+         "counted = [True for pair in pairs]"),
+    ],
     "bench/test_validity.py bench/test_noise.py": [
         ("failed-requests", "if seen.failed or done != load.num_prompts:", "if seen.failed:"),
         ("alike", "        if value != told[0][1]:", "        if False:"),
