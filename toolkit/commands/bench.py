@@ -91,8 +91,8 @@ def sides(ctx: click.Context, /, words: tuple[str, ...], output: Path, **given: 
         from gblm.bench.rounds import bench
         from gblm.bench.sides import Setup
 
-        asked = [given.pop(name) for name in ("num_prompts", "prompt_len", "output_len")]
-        loads = tuple(Load(*asked, width) for width in given.pop("concurrency"))
+        prompts, before, after = map(given.pop, ("num_prompts", "prompt_len", "output_len"))
+        loads = tuple(Load(prompts, before, after, n) for n in given.pop("concurrency"))
         setup = Setup(loads, log, options=words[first:], **given)
         record = bench(parse_sides(words[:first], setup), progress)
     log.unlink(missing_ok=True)
