@@ -13,8 +13,10 @@ is another round of the same row.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import resource
+import statistics
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -85,6 +87,7 @@ def measure(
     if given.tokens:
         more = f"gblm recover {more}"
         sides[names[1]] = facts | {"cpu_seconds": cpu + cpu_more, "recover": more}
+        sides[names[1]]["losses"] = then["losses"]
     rows = []
     for text, path in held_out.items():
         key = Path(path).name
@@ -99,7 +102,7 @@ def measure(
 
 def evaluated(pruned: Path, model: Path, held_out: dict[str, str]) -> dict[str, Any]:
     """Measure a model that is not recovered, but for the text that the dense model writes."""
-    found: dict[str, Any] = {"before": {}, "after": {}}
+    found: dict[str, Any] = {"before": {}, "after": {}, "losses": []}
     record = pruned.parent / "eval.json"
     for path in (path for path in held_out.values() if path != "self"):
         words = f"--text {path} --seq-len 256 --max-windows 16 --output {record}"
@@ -172,6 +175,28 @@ def _cell(record: Record, side: str, text: str) -> str:
     row = record.row(side, text, "perplexity")
     seeds = f" ({len(row.rounds)} seeds)" if row and len(row.rounds) > 1 else ""
     return pages.perplexity(perplexity) + (f" · {kl:.2f}" if kl is not None else "") + seeds
+
+
+def figure() -> str:
+    """Draw the loss of every recovery of SmolLM2 over its tokens, as SVG."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    mpl.rcParams["svg.hashsalt"] = "gblm"
+    drawn = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = drawn.subplots()
+    for side, facts in Record.read(record_of("smollm2")).sides.items():
+        losses = facts.get("losses", [])
+        window = max(1, len(losses) // 16)
+        means = [statistics.fmean(losses[i : i + window]) for i in range(0, len(losses), window)]
+        tokens = [1024 * window * (i + 0.5) for i in range(len(means))]
+        axes.plot(tokens, means, label=side.partition(", recovered")[0])
+    axes.set(xlabel="tokens", ylabel="KL to the dense model, nats, on the text of training")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize="small")
+    text = io.StringIO()
+    drawn.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()
 
 
 def main() -> None:
