@@ -19,6 +19,7 @@ from gblm.model.loading import skeleton
 # Hidden, intermediate, layers, heads, heads of keys and values.
 SHAPES = {
     "tinyllama": (2048, 5632, 22, 32, 4),
+    "llama2": (4096, 11008, 32, 32, 32),
 }
 VOCAB, SCALE = 32000, 0.02
 BOS, EOS = "<s>", "</s>"

@@ -15,6 +15,7 @@ import decoding
 import frontier
 import kernel_speed
 import matrix
+import memory
 import onnx_speed
 import published
 import recovery
@@ -34,6 +35,7 @@ BLOCKS: tuple[tuple[str, str, Callable[[], str]], ...] = (
     ("docs/results.md", "decoding", decoding.table),
     ("docs/onnx.md", "onnx", onnx_speed.table),
     ("docs/methods.md", "published", published.table),
+    ("docs/methods.md", "runs", memory.table),
     ("docs/methods.md", "budget", budget.table),
     ("docs/kernels.md", "kernels", kernel_speed.table),
     ("docs/reliability.md", "reliability", soak_tables.reliability),

@@ -16,7 +16,7 @@ RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 RECORDS = sorted(RESULTS.glob("*.json"))
 # Made before records held their command; a new recording takes its file off this list.
 WITHOUT_COMMAND = {
-    "budget", "onnx-smollm2-1", "onnx-smollm2-2", "onnx-tinyllama-1",
+    "budget", "memory", "onnx-smollm2-1", "onnx-smollm2-2", "onnx-tinyllama-1",
     "onnx-tinyllama-2", "published-code", "rivals", "soak",
 }  # fmt: skip
 
