@@ -9,8 +9,9 @@ import pytest
 from conftest import Outcome
 
 from gblm.errors import InputError, UsageError
-from gblm.evaluate.run import PAPERS, Evaluation, Tasks, run_evaluation, task_names
+from gblm.evaluate.run import Evaluation, run_evaluation
 from gblm.evaluate.subjects import open_subject
+from gblm.evaluate.tasks import PAPERS, Tasks, task_names
 from gblm.model.folder import ModelFolder
 from gblm.model.loading import load_tokenizer
 from gblm.record import Record

@@ -23,7 +23,7 @@ from gblm.errors import UsageError
 
 if TYPE_CHECKING:
     from gblm.evaluate.perplexity import Protocol
-    from gblm.evaluate.run import Tasks
+    from gblm.evaluate.tasks import Tasks
 
 TEXT_KEYS = ("sources", "seq_len", "max_windows", "bos")
 TASK_KEYS = ("tasks", "path", "limit")
@@ -134,7 +134,7 @@ def tasks_of(tasks: str | None, **settings: Any) -> Tasks | None:
     Raises:
         UsageError: a setting of tasks without tasks, or no name.
     """
-    from gblm.evaluate.run import Tasks, task_names
+    from gblm.evaluate.tasks import Tasks, task_names
 
     if tasks is None:
         if settings["path"] or settings["limit"]:

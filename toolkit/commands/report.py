@@ -8,6 +8,8 @@ import click
 
 from gblm.commands.common import Command, emit
 
+TITLE = "Pruned models"
+
 
 @click.command("report", cls=Command)
 @click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
@@ -19,7 +21,6 @@ from gblm.commands.common import Command, emit
     type=click.Path(path_type=Path, dir_okay=False),
     help="The tables alone.",
 )
-@click.option("--title", default="Pruned models", show_default=True)
 @click.option(
     "--layer",
     "layers",
@@ -36,7 +37,6 @@ def command(
     runs: tuple[Path, ...],
     html: Path | None,
     markdown: Path | None,
-    title: str,
     layers: tuple[int, ...],
 ) -> None:
     """Show RUNS, which are record files (--output of bench and eval) and packed folders.
@@ -55,7 +55,7 @@ def command(
     for path, make in ((html, in_html), (markdown, in_markdown)):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(make(sources, title), encoding="utf-8")
+            path.write_text(make(sources, TITLE), encoding="utf-8")
             written.append(str(path))
     result = {"written": written, "records": len(sources.records), "folders": len(sources.folders)}
     emit(ctx, result, lambda: click.echo("\n".join(f"wrote {path}" for path in written)))

@@ -23,8 +23,8 @@ from lm_eval.tasks import TaskManager
 from torch import Tensor
 
 from gblm.errors import DAMAGE, InputError, MachineError, UsageError
-from gblm.evaluate.run import Tasks
 from gblm.evaluate.subjects import Scores, Subject, TorchSubject
+from gblm.evaluate.tasks import Tasks
 from gblm.model.folder import ModelFolder
 from gblm.network import get, is_loopback, server_address
 from gblm.record import Row

@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gblm.cache import recall
 from gblm.checkpoint.inspect import sizes
-from gblm.errors import MachineError, UsageError
+from gblm.errors import UsageError
 from gblm.evaluate.perplexity import Protocol, measure
 from gblm.evaluate.subjects import (
     ONNX_MODEL,
@@ -20,6 +19,7 @@ from gblm.evaluate.subjects import (
     folder_kind,
     open_subject,
 )
+from gblm.evaluate.tasks import Tasks, require_harness
 from gblm.files import read_json
 from gblm.model.folder import ModelFolder, model_name
 from gblm.model.loading import load_tokenizer
@@ -32,28 +32,6 @@ if TYPE_CHECKING:
     from gblm.evaluate.harness import ServedSubject
 
 logger = logging.getLogger(__name__)
-# The zero-shot set of Wanda's and GBLM-Pruner's papers.
-PAPERS = (
-    "boolq", "rte", "hellaswag", "winogrande", "arc_challenge", "arc_easy", "openbookqa",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Tasks:
-    """The tasks say what is asked of the harness.
-
-    `path` is a folder with tasks of one's own; `limit` takes the first so many examples of each
-    task, all if None.
-    """
-
-    names: tuple[str, ...]
-    path: Path | None = None
-    limit: int | None = None
-
-    def line(self, task: str) -> str:
-        """Write the protocol of a task in one line, which is its load in a record."""
-        limit = "all examples" if self.limit is None else f"the first {self.limit} examples"
-        return f"{task}, lm-eval {version('lm-eval')}, 0-shot, {limit}, seed 0"
 
 
 @dataclass(frozen=True)
@@ -222,25 +200,3 @@ def size_facts(folder: ModelFolder) -> dict[str, Any]:
         files = folder.path.glob(f"{ONNX_MODEL}*")
         return {"bytes": sum(file.stat().st_size for file in files if file.is_file())}
     return sizes(folder)
-
-
-def task_names(text: str) -> tuple[str, ...]:
-    """Read a list with commas; "papers" stands for the tasks of the papers."""
-    asked = [name.strip() for name in text.split(",") if name.strip()]
-    return tuple(
-        dict.fromkeys(one for name in asked for one in (PAPERS if name == "papers" else (name,)))
-    )
-
-
-def require_harness(what: str) -> None:
-    """Refuse what needs the harness where it is not installed.
-
-    Raises:
-        MachineError: it is not.
-    """
-    try:
-        version("lm-eval")
-    except PackageNotFoundError as error:
-        raise MachineError(
-            f"{what} needs lm-evaluation-harness: pip install 'gblm-toolkit[eval]'."
-        ) from error
