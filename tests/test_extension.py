@@ -21,7 +21,7 @@ from gblm.evaluate.perplexity import Protocol
 from gblm.evaluate.run import Evaluation, run_evaluation
 from gblm.export.dense import export_dense
 from gblm.kernels import BACKENDS
-from gblm.kernels.reference import Reference
+from gblm.kernels.plain import Reference
 from gblm.methods import METHODS, ScoredMethod, Stats
 from gblm.methods.base import Method
 from gblm.model.folder import ModelFolder

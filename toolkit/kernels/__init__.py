@@ -19,8 +19,7 @@ from gblm.kernels.base import Backend
 from gblm.kernels.cpu import Cpu
 from gblm.kernels.cuda.delta import Delta
 from gblm.kernels.cuda.mma_sp import SparseTensorCore
-from gblm.kernels.dense import Dense
-from gblm.kernels.reference import Reference
+from gblm.kernels.plain import Dense, Reference
 from gblm.kernels.triton.backend import Triton
 from gblm.sparse.formats import Format, Shape, from_spec
 

@@ -1,4 +1,4 @@
-"""reference: expand some rows, multiply, forget them. The oracle for every other backend."""
+"""Backends in plain PyTorch: `reference` expands the weight at every call, `dense` once at load."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHUNK_WEIGHTS = 1 << 18
 
 
 class Reference(Backend):
-    """Stays packed and expands the weight in plain PyTorch at every call, so it is slow."""
+    """Stays packed and expands the weight at every call, so it is slow: every other one's oracle."""
 
     name = "reference"
     packed = True
@@ -28,7 +28,7 @@ class Reference(Backend):
         return [parts[name].contiguous() for name in fmt.parts]
 
     def linear(self, x: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape) -> Tensor:
-        """Expand and multiply a bounded number of rows at a time."""
+        """Expand and multiply a bounded number of rows at a time, and forget them."""
         parts = dict(zip(fmt.parts, prepared, strict=True))
         num_rows, columns = shape
         step = max(1, CHUNK_WEIGHTS // columns)
@@ -38,3 +38,20 @@ class Reference(Backend):
             dense = fmt.expand(fmt.rows(parts, start, stop), x.dtype)
             out[..., start:stop] = functional.linear(x, dense)
         return out
+
+
+class Dense(Backend):
+    """Keeps the dense-with-zeros weight in memory, so that a model is small on disk only."""
+
+    name = "dense"
+    packed = False
+
+    def prepare(
+        self, fmt: Format, parts: Parts, shape: Shape, dtype: torch.dtype = torch.bfloat16
+    ) -> list[Tensor]:
+        """Expand the parts to the dense weight [out, in]."""
+        return [fmt.expand(parts, dtype)]
+
+    def linear(self, x: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape) -> Tensor:
+        """Multiply densely, by PyTorch."""
+        return functional.linear(x, prepared[0])
