@@ -16,7 +16,7 @@ CHUNK_WEIGHTS = 1 << 18
 
 
 class Reference(Backend):
-    """Stays packed and expands the weight at every call, so it is slow: every other one's oracle."""
+    """Expands the packed weight at every call, so it is slow: the oracle of every other backend."""
 
     name = "reference"
     packed = True
