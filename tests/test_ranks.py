@@ -106,7 +106,7 @@ def test_masks_equal_the_single_process_ones(
 
 
 @pytest.mark.slow
-def test_gradients_streamed_layer_by_layer_give_the_single_process_masks(
+def test_gradients_from_inputs_on_disk_give_the_single_process_masks(
     gblm: Run, torchrun: Launch, words: Words, tmp_path: Path
 ) -> None:
     one = gblm(*words("one", "gblm", 5))
