@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -43,27 +44,60 @@ ELSEWHERE = {
 PAST_THE_KEY = ("--grpc", "--grpc-port", "VLLM_USE_RUST_FRONTEND")
 
 
-def check_address(
-    host: str, has_key: bool, insecure: bool, options: Sequence[str], opened: Sequence[str]
-) -> None:
+@dataclass(frozen=True)
+class Server:
+    """Says what to serve, where and for whom; the fields are the options of `gblm serve`.
+
+    `folder` is one that vLLM can load, see `gblm.serve.cached.folder_to_serve`, and `name` what the
+    API calls it, unless the options say otherwise; `options` go to vLLM as they are.
+    """
+
+    folder: Path
+    host: str = "127.0.0.1"
+    port: int = 8000
+    backend: str | None = None
+    name: str = "model"
+    api_key_file: Path | None = None
+    insecure: bool = False
+    open_routes: tuple[str, ...] = ()
+    max_body_size: int = 8
+    shutdown_timeout: int = 30
+    options: tuple[str, ...] = ()
+
+
+def check_access(server: Server, environment: Mapping[str, str]) -> None:
     """Refuse a server that strangers could use; say what a key leaves open.
 
     Args:
-        host: address to bind.
-        has_key: whether there is an API key.
-        insecure: whether the user allows other machines without one.
-        options: vLLM's own.
-        opened: see `open_paths`.
+        server: where it is to listen, and vLLM's options.
+        environment: of vLLM.
 
     Raises:
-        UsageError: the address is not this machine's own and there is no key; or one of them is
-            given where it would not be checked, or where others can read it.
+        InputError: the file with the key cannot be read.
+        UsageError: other machines would get in without a key, or past it, though the user does not
+            allow it; or address and key are given where they are not checked or not secret.
     """
-    for word in options:
+    for word in server.options:
         for name, way in ELSEWHERE.items():
             if _is_short_for(name, word):
                 raise UsageError(f"{name} among vLLM's options: give {way}.")
-    if is_loopback(host):
+    has_key = api_key(server.api_key_file, environment) is not None
+    _check_address(server, has_key, open_paths(server.open_routes))
+    for door in open_doors(server.options, environment):
+        if door in PAST_THE_KEY and has_key:
+            raise UsageError(
+                f"{door} lets vLLM answer without asking for the API key: leave it out, or serve "
+                "without a key."
+            )
+        if not server.insecure and not (door in PAST_THE_KEY and is_loopback(server.host)):
+            raise UsageError(
+                f"{door} opens ports that ask for no API key, to other machines too: leave it out, "
+                "or pass --insecure if the network is yours."
+            )
+
+
+def _check_address(server: Server, has_key: bool, opened: Sequence[str]) -> None:
+    if is_loopback(server.host):
         return
     if has_key:
         logger.info(
@@ -72,46 +106,17 @@ def check_address(
             ", ".join([*ALWAYS_OPEN, *opened]),
             PROXY,
         )
-    elif insecure:
-        logger.warning("anybody who reaches %s can use this server: it has no API key", host)
+    elif server.insecure:
+        logger.warning("anybody who reaches %s can use it: it has no API key", server.host)
     else:
         raise UsageError(
-            f"--host {host} opens the server to other machines without an API key: give "
+            f"--host {server.host} opens the server to other machines without an API key: give "
             f"--api-key-file or set {KEY_VARIABLE}, or pass --insecure if the network is yours."
         )
 
 
-def check_doors(
-    host: str, has_key: bool, insecure: bool, options: Sequence[str], environment: Mapping[str, str]
-) -> None:
-    """Refuse what makes vLLM listen where nobody is asked for the API key.
-
-    Args:
-        host: address to bind.
-        has_key: whether there is an API key.
-        insecure: whether the user allows other machines without one.
-        options: vLLM's own.
-        environment: of vLLM.
-
-    Raises:
-        UsageError: clients would get past a key; or other machines would get in though `insecure`
-            is not set.
-    """
-    for door in open_doors(options, environment):
-        if door in PAST_THE_KEY and has_key:
-            raise UsageError(
-                f"{door} lets vLLM answer without asking for the API key: leave it out, or serve "
-                "without a key."
-            )
-        if not insecure and not (door in PAST_THE_KEY and is_loopback(host)):
-            raise UsageError(
-                f"{door} opens ports that ask for no API key, to other machines too: leave it out, "
-                "or pass --insecure if the network is yours."
-            )
-
-
 def open_doors(options: Sequence[str], environment: Mapping[str, str]) -> list[str]:
-    """List those of DOORS that vLLM's options and variables open; see `check_doors`."""
+    """List those of DOORS that vLLM's options and variables open; see `check_access`."""
     given = [*_options(options), *environment.items()]
     return [
         door

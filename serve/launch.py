@@ -1,4 +1,4 @@
-"""`gblm serve`: check the folder, choose working defaults, become vLLM's OpenAI server."""
+"""Check the folder to serve, choose working defaults, and become vLLM's OpenAI server."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 
@@ -20,13 +18,7 @@ from gblm.model.folder import ModelFolder
 from gblm.model.reader import Reader
 from gblm.network import KEY_VARIABLE
 from gblm.packed import check_loadable
-from gblm.serve.access import (
-    api_key,
-    check_address,
-    check_doors,
-    open_doors,
-    open_paths,
-)
+from gblm.serve.access import Server, api_key, check_access, open_doors, open_paths
 from gblm.serve.guard import KEYS_VARIABLE, MIDDLEWARE, settings
 from gblm.serve.vllm_cli import check_version
 
@@ -37,34 +29,11 @@ KV_CACHE_SHARE = 0.25
 MAX_KV_CACHE_GIB = 4
 # Answers that one request may ask for; vLLM allows 16384.
 MAX_SEQUENCES = 64
-# Bodies of requests; vLLM takes any size.
-MAX_BODY_MIB = 8
 # vLLM serves norms and biases that the checkpoint lacks as they were made, unless told to look.
 LOADER_CONFIG = {"enable_weights_track": True}
 LOOPBACK = "lo"  # the name of the interface on Linux
 # Of a dense folder, to say whether packing it would pay.
 SAMPLED_ROWS, SAMPLED_TENSORS = 64, 8
-
-
-@dataclass(frozen=True)
-class Server:
-    """Says what to serve and where; the fields are the options of `gblm serve`.
-
-    `folder` is one that vLLM can load, see `gblm.serve.cached.folder_to_serve`, and `name` what the
-    API calls it, unless the options say otherwise; `options` go to vLLM as they are.
-    """
-
-    folder: Path
-    host: str = "127.0.0.1"
-    port: int = 8000
-    backend: str | None = None
-    name: str = "model"
-    api_key_file: Path | None = None
-    insecure: bool = False
-    open_routes: tuple[str, ...] = ()
-    max_body_size: int = MAX_BODY_MIB
-    shutdown_timeout: int = 30
-    options: tuple[str, ...] = ()
 
 
 def command(server: Server, loading: Sequence[str] = ()) -> list[str]:
@@ -191,11 +160,7 @@ def check_options(server: Server) -> None:
         raise UsageError(
             f"backend {server.backend!r} is unknown: choose from {', '.join(BACKENDS)}."
         )
-    has_key = api_key(server.api_key_file, os.environ) is not None
-    check_address(
-        server.host, has_key, server.insecure, server.options, open_paths(server.open_routes)
-    )
-    check_doors(server.host, has_key, server.insecure, server.options, os.environ)
+    check_access(server, os.environ)
 
 
 def serve(server: Server) -> None:

@@ -184,7 +184,7 @@ LIST: dict[str, list[tuple[str, str, str]]] = {
          "if any(name == door and value.strip() not in harmless"),
         ("rust-door", '"VLLM_USE_RUST_FRONTEND": ("", "0"),',
          '"VLLM_USE_RUST_FRONTEND": ("", "0", "1"),'),
-        ("stranger", "if is_loopback(host):\n        return\n    if has_key:",
+        ("stranger", "if is_loopback(server.host):\n        return\n    if has_key:",
          "if True:\n        return\n    if has_key:"),
         ("elsewhere", "if _is_short_for(name, word):", "if name == word:"),
     ],

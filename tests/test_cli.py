@@ -150,7 +150,8 @@ def test_the_help_names_every_method_and_kind_of_value(gblm: Run) -> None:
 
 
 def test_serving_the_current_folder_runs_none_of_its_files(packed: Path, tmp_path: Path) -> None:
-    from gblm.serve.launch import Server, command, environment
+    from gblm.serve.access import Server
+    from gblm.serve.launch import command, environment
 
     for name in ("torch.py", "vllm.py", "gblm/__init__.py"):
         (packed / name).parent.mkdir(exist_ok=True)

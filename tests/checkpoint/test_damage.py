@@ -53,7 +53,8 @@ def refused(action: Callable[[], object], match: str, ran: Watched) -> None:
 
 def through_vllm(folder: Path) -> None:
     """What `gblm serve` and vLLM do with a folder, for one linear and without an engine."""
-    from gblm.serve.launch import Server, check
+    from gblm.serve.access import Server
+    from gblm.serve.launch import check
     from gblm.serve.vllm_plugin.config import SparseConfig
     from gblm.serve.vllm_plugin.linear import SparseLinearMethod
 

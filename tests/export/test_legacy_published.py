@@ -17,7 +17,8 @@ from gblm.errors import InputError
 from gblm.export.dense import export_dense
 from gblm.export.legacy import export_legacy
 from gblm.model.folder import ModelFolder
-from gblm.serve.launch import Server, check
+from gblm.serve.access import Server
+from gblm.serve.launch import check
 from gblm.sparse.weights import same_bits
 
 VALUES = dict.fromkeys(PUBLISHED, "bfloat16") | {"2of4-quantized.w4a16": "int4:row"}

@@ -5,21 +5,15 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Run
 
 from gblm.errors import InputError, UsageError
 from gblm.network import is_loopback
-from gblm.serve.access import (
-    DOORS,
-    PAST_THE_KEY,
-    SHORT,
-    check_address,
-    check_doors,
-    open_doors,
-)
-from gblm.serve.launch import Server, check_options, environment
+from gblm.serve.access import DOORS, PAST_THE_KEY, SHORT, Server, check_access, open_doors
+from gblm.serve.launch import check_options, environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,18 +27,35 @@ def test_which_addresses_only_this_machine_reaches(host: str, expected: bool) ->
     assert is_loopback(host) is expected
 
 
+def check(
+    *words: str, host: str = "127.0.0.1", key: bool = True, insecure: bool = False,
+    routes: tuple[str, ...] = (), **variables: str,
+) -> None:  # fmt: skip
+    server = Server(Path("m"), host, insecure=insecure, open_routes=routes, options=words)
+    check_access(server, variables | ({"VLLM_API_KEY": "secret"} if key else {}))
+
+
+def refuses(*words: str, **given: Any) -> bool:
+    """Whether vLLM's options open a door past the key."""
+    try:
+        check(*words, **given)
+    except UsageError:
+        return True
+    return False
+
+
 def test_other_machines_need_a_key_or_insecure(caplog: pytest.LogCaptureFixture) -> None:
-    check_address("127.0.0.1", False, False, (), ())
+    check(key=False)
     assert not caplog.records
     with pytest.raises(UsageError, match=r"without an API key: give --api-key-file"):
-        check_address("0.0.0.0", False, False, (), ())
+        check(host="0.0.0.0", key=False)
     with caplog.at_level(logging.WARNING):
-        check_address("0.0.0.0", True, False, (), ())
+        check(host="0.0.0.0")
         assert not caplog.records
-        check_address("0.0.0.0", False, True, (), ())
+        check(host="0.0.0.0", key=False, insecure=True)
         assert "no API key" in caplog.text
     with caplog.at_level(logging.INFO):
-        check_address("0.0.0.0", True, False, (), ("/metrics",))
+        check(host="0.0.0.0", routes=("metrics",))
     assert "only /health, /ping, /metrics are open" in caplog.text
     assert "deploy/nginx.conf" in caplog.text
 
@@ -58,27 +69,9 @@ def test_other_machines_need_a_key_or_insecure(caplog: pytest.LogCaptureFixture)
 )  # fmt: skip
 def test_what_has_another_place_is_refused_among_vllms_options(word: str, way: str) -> None:
     with pytest.raises(UsageError, match=way):
-        check_address("127.0.0.1", True, False, (word, "x"), ())
-    others = (
-        "--config-format",
-        "hf",
-        "--hf-overrides",
-        "--h11-max-header-count=9",
-        "--api-server-count",
-        "2",
-    )
-    check_address("127.0.0.1", True, False, others, ())
-
-
-def refuses(
-    *words: str, host: str = "127.0.0.1", key: bool = True, insecure: bool = False, **variables: str
-) -> bool:
-    """Whether vLLM's options open a door past the key."""
-    try:
-        check_doors(host, key, insecure, words, variables)
-    except UsageError:
-        return True
-    return False
+        check(word, "x")
+    check("--config-format", "hf", "--hf-overrides", "--h11-max-header-count=9")
+    check("--api-server-count", "2")
 
 
 @pytest.mark.parametrize(
@@ -125,7 +118,7 @@ def test_variables_that_open_a_door_are_refused() -> None:
     assert refuses(VLLM_DP_SIZE="2")
     assert not refuses(host="::", VLLM_USE_RUST_FRONTEND=" 0", VLLM_DP_SIZE="1")
     with pytest.raises(UsageError, match="VLLM_DP_SIZE opens ports that ask for no API key"):
-        check_doors("::", True, False, (), {"VLLM_DP_SIZE": "2"})
+        check(host="::", VLLM_DP_SIZE="2")
 
 
 @pytest.mark.vllm

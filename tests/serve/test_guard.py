@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from gblm.errors import UsageError
-from gblm.serve.access import api_key, open_paths
+from gblm.serve.access import Server, api_key, open_paths
 from gblm.serve.guard import KEYS_VARIABLE, MIDDLEWARE, Guard, settings
-from gblm.serve.launch import Server, command, environment
+from gblm.serve.launch import command, environment
 
 KEY = {"authorization": "Bearer secret"}
 OPEN = ("/health", "/ping", "/metrics")

@@ -12,8 +12,8 @@ from gblm.errors import CheckpointError, InputError, UsageError
 from gblm.export.dense import export_dense
 from gblm.model.folder import ModelFolder
 from gblm.serve import launch
+from gblm.serve.access import Server
 from gblm.serve.launch import (
-    Server,
     check,
     check_options,
     command,

@@ -12,7 +12,8 @@ from conftest import Run
 
 from gblm.errors import MachineError
 from gblm.serve import vllm_cli
-from gblm.serve.launch import Server, check
+from gblm.serve.access import Server
+from gblm.serve.launch import check
 
 DOCS = Path(__file__).parents[2] / "docs" / "serving.md"
 SENTENCE = "vLLM 0.99.1 is installed, but gblm's packed weights were tested with 0.32, 0.33 only"

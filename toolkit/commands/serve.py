@@ -68,8 +68,9 @@ def command(
     """Serve FOLDER (or a hub id) with vLLM's OpenAI server; options behind -- go to vLLM."""
     from gblm.errors import UsageError
     from gblm.model.folder import model_name
+    from gblm.serve.access import Server
     from gblm.serve.cached import folder_to_serve
-    from gblm.serve.launch import Server, check_options, serve
+    from gblm.serve.launch import check_options, serve
 
     if pack and prune is not None:
         raise UsageError("--prune makes a packed folder: leave --pack out.")
