@@ -124,6 +124,6 @@ def test_bad_requests_are_refused_and_change_nothing_for_others(server: tuple) -
 
 
 def test_server_that_cannot_start_is_reported_with_its_reason(gblm: Run, pack_tiny: Pack) -> None:
-    done = gblm("bench", pack_tiny(), "--log", "log", "--", "--max-model-len", "100000")
+    done = gblm("bench", pack_tiny(), "--", "--max-model-len", "100000")
     assert done.code == 3, done
     assert "the server ended with code" in done.err
