@@ -12,6 +12,7 @@ from gblm.files import write_json
 from gblm.model.folder import ModelFolder
 from gblm.model.packed_reader import PackedReader
 from gblm.progress import Progress, no_progress
+from gblm.recipe import SHARD_SIZE, shard_bytes
 
 
 def export_dense(
@@ -20,6 +21,7 @@ def export_dense(
     overwrite: bool = False,
     progress: Progress = no_progress,
     dtype: torch.dtype | None = None,
+    max_shard_size: str = SHARD_SIZE,
 ) -> dict[str, Any]:
     """Unpack every weight exactly, codes as what they stand for; the rest goes along.
 
@@ -30,16 +32,18 @@ def export_dense(
         progress: for a progress bar.
         dtype: of what codes stand for, and of the model when it is loaded; in float32 codes times
             scales are exact. None: what config.json names.
+        max_shard_size: of a file of weights, as `gblm.recipe.shard_bytes` reads it.
 
     Returns:
         Sizes and counts.
     """
+    size = shard_bytes(max_shard_size)
     with PackedReader(source) as packed:
         dense = sum(shape[0] * shape[1] * 4 for shape in (x.shape for x in packed.linears.values()))
         need = dense + sum(map(packed.num_bytes, packed.dense_names()))
         check_output(output, overwrite, need, source.path)
     with PackedReader(source) as packed, new_folder(output, overwrite) as folder:
-        shards = ShardWriter(folder)
+        shards = ShardWriter(folder, size)
         step = progress("unpacking", len(packed.linears))
         for name, linear in packed.linears.items():
             parts = packed.parts(name)

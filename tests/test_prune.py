@@ -24,6 +24,8 @@ from gblm.calibrate.walk import Walk, walk
 from gblm.checkpoint import write
 from gblm.checkpoint.inspect import verify
 from gblm.errors import InputError, MachineError, PatternError, UsageError
+from gblm.export.dense import export_dense
+from gblm.export.pack import export_pack
 from gblm.methods import make_method
 from gblm.methods.pipeline import Pipeline
 from gblm.model.folder import ModelFolder
@@ -114,17 +116,24 @@ def test_later_layers_see_the_weights_as_they_are_stored(tiny: Path, values: str
     assert done == 14
 
 
-def test_large_models_are_split_into_shards(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(write.ShardWriter.__init__, "__defaults__", (20_000,))
-    prune(recipe, tmp_path / "out")
-    shards = list((tmp_path / "out").glob("model-*-of-*.safetensors"))
-    assert len(shards) > 2
-    for shard in shards:
-        sizes = [tensor.nbytes for tensor in load_file(shard).values()]
-        assert sum(sizes) <= 20_000 or len(sizes) == 1
-    assert verify(ModelFolder.open(tmp_path / "out"))["ok"]
+def test_models_are_split_into_shards_as_asked(recipe: Recipe, tmp_path: Path) -> None:
+    prune(recipe.model_copy(update={"max_shard_size": "20KB"}), tmp_path / "pruned")
+    export_dense(ModelFolder.open(tmp_path / "pruned"), tmp_path / "dense", max_shard_size="0.5kb")
+    export_pack(tmp_path / "dense", tmp_path / "packed", max_shard_size="20 KB")
+    for name, least, limit in (("pruned", 6, 20_000), ("dense", 10, 500), ("packed", 6, 20_000)):
+        shards = list((tmp_path / name).glob("model-*-of-*.safetensors"))
+        assert len(shards) >= least, name
+        for shard in shards:
+            sizes = [tensor.nbytes for tensor in load_file(shard).values()]
+            assert sum(sizes) <= limit or len(sizes) == 1, shard
+    assert verify(ModelFolder.open(tmp_path / "pruned"))["ok"]
+    verify(ModelFolder.open(tmp_path / "packed"), ModelFolder.open(tmp_path / "dense"))
+
+
+@pytest.mark.parametrize("size", ["5", "0GB", "-1GB", "5 apples", "nanGB", "9999999TB"])
+def test_a_size_of_shards_has_a_unit(size: str) -> None:
+    with pytest.raises(UsageError, match="give a number and KB, MB, GB or TB"):
+        Recipe(model="m", max_shard_size=size)
 
 
 def test_existing_output_is_kept_unless_overwritten(recipe: Recipe, tmp_path: Path) -> None:

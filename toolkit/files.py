@@ -116,7 +116,7 @@ def flush(path: Path) -> None:
 
 def flush_folder(folder: Path) -> None:
     """Force a folder's files to disk, so that a rename never publishes an empty one."""
-    for path in (*folder.iterdir(), folder):
+    for path in (*folder.rglob("*"), folder):
         flush(path)
 
 

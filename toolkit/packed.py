@@ -19,7 +19,13 @@ from gblm.errors import CheckpointError, GblmError, InputError
 from gblm.kernels import Backend
 from gblm.model import loading
 from gblm.model.folder import ModelFolder
-from gblm.model.loading import auto_class, check_device, names_in_memory, skeleton
+from gblm.model.loading import (
+    auto_class,
+    check_device,
+    model_config,
+    names_in_memory,
+    skeleton,
+)
 from gblm.model.packed_reader import PackedLinear, PackedReader
 from gblm.sparse.formats import VALUE_DTYPES, Format, Shape
 
@@ -134,13 +140,11 @@ def load(
     Raises:
         CheckpointError: the folder is not an intact packed checkpoint.
     """
-    from transformers import AutoConfig
-
     source, target = ModelFolder.open(folder), check_device(device)
     check_loadable(source)
     path = source.path
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        config = model_config(source)
         config.quantization_config |= {"backend": backend, "device": str(target)}
         model = auto_class(config).from_pretrained(
             path,

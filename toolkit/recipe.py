@@ -6,6 +6,7 @@ it, once: options of the command line take type, bounds, default and help from h
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,6 +23,8 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # Text of a known domain and twice as much that the dense model writes: docs/log.md.
 MIX = "pydoc:1,self:2"
+# A file is held in memory until it is written.
+SHARD_SIZE = "2GB"
 
 
 class Fields(BaseModel):
@@ -186,6 +189,9 @@ class Recipe(Fields):
         default=(),
         description="Glob of module names, or of their ends, to leave dense; repeatable.",
     )
+    max_shard_size: str = Field(
+        default=SHARD_SIZE, description="Of a file of weights, such as 500MB or 5GB."
+    )
     dtype: DType = Field(
         default="auto",
         description="Of the computation; auto is the checkpoint's. Stored values keep that.",
@@ -202,6 +208,7 @@ class Recipe(Fields):
             )
         if self.reconstruct is not None and self.calibration is None:
             raise ValueError("reconstruct needs calibration text")
+        shard_bytes(self.max_shard_size)
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -227,6 +234,19 @@ class Recipe(Fields):
     def from_file(cls, path: Path) -> Recipe:
         """Read a recipe.json, such as the one inside every packed checkpoint."""
         return cls.from_dict(read_recipe(path))
+
+
+def shard_bytes(size: str) -> int:
+    """Read a size as transformers writes it, such as "5GB" or "1.5MB".
+
+    Raises:
+        UsageError: it is none.
+    """
+    found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?)\s*([KMGT])B", size.strip().upper())
+    count = int(float(found[1]) * 1000 ** (1 + "KMGT".index(found[2]))) if found else 0
+    if not count:
+        raise UsageError(f"max shard size {size!r}: give a number and KB, MB, GB or TB: 5GB.")
+    return count
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

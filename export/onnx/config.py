@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from gblm.errors import InputError
+from gblm.errors import CheckpointError, InputError
 from gblm.model.folder import ModelFolder
+from gblm.model.loading import model_config
 
 # What the builder computes as transformers does.
 ROPE_TYPES = ("default", "linear", "llama3", "longrope", "yarn")
@@ -28,12 +29,10 @@ def graph_config(folder: ModelFolder) -> dict[str, Any]:
     Raises:
         InputError: the builder makes no graph, or a wrong one, of such a model.
     """
-    from transformers import AutoConfig
-
     try:
-        found = AutoConfig.from_pretrained(
-            folder.path, trust_remote_code=False, local_files_only=True
-        )
+        found = model_config(folder)
+    except CheckpointError:
+        raise
     except Exception as error:
         raise InputError(f"{folder}: transformers cannot read config.json: {error}") from error
     config: dict[str, Any] = found.to_dict()

@@ -96,6 +96,9 @@ def export_onnx(
             "--target cuda: there is no CUDA device here to validate the export on; --validate 0 "
             "writes it unproven."
         )
+    if folder.kind == "dense":
+        with Reader(folder) as reader:
+            loading.check_shapes(reader)
     check_output(output, overwrite, _needed_bytes(folder), folder.path)
     step = progress("exporting", 2 + bool(wanted.validate))
     with new_folder(output, overwrite) as made:
@@ -233,14 +236,9 @@ def build(source: Path, output: Path, precision: str, target: str) -> None:
 
 def _original(folder: ModelFolder) -> Any:
     """Load what an export is held against: the torch model in float32, weights as stored."""
-    model: Any = (
-        packed.load(folder, backend="dense", dtype=torch.float32)
-        if folder.kind == "packed"
-        else loading.load(folder, dtype=torch.float32)
-    )
-    # PyTorch's own attention leaves out Gemma 2's cap on attention logits.
-    model.set_attn_implementation("eager")
-    return model
+    if folder.kind == "packed":
+        return packed.load(folder, backend="dense", dtype=torch.float32)
+    return loading.load(folder, dtype=torch.float32)
 
 
 def _complete(source: ModelFolder, config: dict[str, Any], folder: Path, sparse: bool) -> None:
@@ -287,7 +285,11 @@ def _report(
     source: str, made: Path, wanted: Wanted, precision: str, replaced: list[Replaced]
 ) -> dict[str, Any]:
     """Collect sizes and where it all comes from; of a local folder the name alone."""
-    files = {file.name: file.stat().st_size for file in sorted(made.iterdir())}
+    files = {
+        str(file.relative_to(made)): file.stat().st_size
+        for file in sorted(made.rglob("*"))
+        if file.is_file()
+    }
     return {
         "kind": "onnx export",
         "command": wanted.command,

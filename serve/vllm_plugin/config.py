@@ -22,7 +22,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from gblm import kernels
 from gblm.errors import CheckpointError, UsageError
 from gblm.kernels import Backend
-from gblm.serve.vllm_cli import check_version
+from gblm.serve.vllm_cli import check_head, check_version
 from gblm.serve.vllm_plugin import metrics
 from gblm.serve.vllm_plugin.head import EmbeddingMethod, HeadMethod, PackedHeadMethod
 from gblm.serve.vllm_plugin.linear import DenseLinearMethod, SparseLinearMethod
@@ -63,8 +63,13 @@ class SparseConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Note what a compiled graph depends on where the key of vLLM's cache covers it."""
+        """Note what a compiled graph depends on where the key of vLLM's cache covers it.
+
+        Raises:
+            InputError: vLLM has no place for the packed output head.
+        """
         if hf_config is not None:
+            check_head(hf_config.to_dict(), self.manifest)
             hf_config.gblm_backend = kernels.requested_backend() or "best"
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:

@@ -28,6 +28,8 @@ TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
 SIDE = {
     "chat_template.jinja": TEMPLATE,
     "generation_config.json": json.dumps({"temperature": 0.25, "do_sample": True, "top_k": 7}),
+    "preprocessor_config.json": json.dumps({"image_mean": [0.5]}),
+    "additional_chat_templates/tool_use.jinja": "{{ tools | length }} tools",
     "LICENSE": "Do as you like.",
 }
 CARD = "---\nlicense: llama3.2\nlicense_link: https://x.org/a?b=c#d\ntags: [old]\n---\n# Llama\n"
@@ -38,6 +40,7 @@ def chat_model(tiny: Path, tmp_path: Path) -> Path:
     """The tiny model with a name that YAML would misread, and with what chat models have."""
     folder = Path(shutil.copytree(tiny, tmp_path / "models" / "a: b #1"))
     for name, text in SIDE.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     return folder
 
@@ -67,8 +70,7 @@ def test_no_file_tells_a_path_and_what_needs_it_is_known_here(
     recover(tmp_path / "packed", tmp_path / "recovered", recovering(text))
     moved = (tmp_path / "packed").rename(tmp_path / "elsewhere")
     for folder in (moved, tmp_path / "recovered"):
-        for path in folder.iterdir():
-            assert str(tmp_path).encode() not in path.read_bytes(), path
+        check_tells_no_path(folder, tmp_path)
         shown = json.loads((folder / "recipe.json").read_text())
         assert (shown["model"], shown["calibration"]["source"]) == ("a: b #1", "text.txt:1,pydoc:1")
         assert known_baseline(ModelFolder.open(folder))[0] == ModelFolder.open(chat_model)
@@ -101,12 +103,16 @@ def test_an_export_for_onnx_tells_no_path(
     done = gblm("export", "onnx", chat_model, "--output", tmp_path / "onnx", "--validate", 0,
                 GBLM_CACHE=str(own_cache))  # fmt: skip
     assert done.code == 0, done
-    for path in (tmp_path / "onnx").iterdir():
-        assert str(tmp_path).encode() not in path.read_bytes(), path
+    check_tells_no_path(tmp_path / "onnx", tmp_path)
     assert json.loads((tmp_path / "onnx/onnx_report.json").read_text())["source"] == "a: b #1"
     opened = ModelFolder.open(tmp_path / "onnx")
     assert known_baseline(opened) == (ModelFolder.open(chat_model), "named by onnx_report.json")
     check_side_files(tmp_path / "onnx")
+
+
+def check_tells_no_path(folder: Path, place: Path) -> None:
+    for path in folder.rglob("*"):
+        assert path.is_dir() or str(place).encode() not in path.read_bytes(), path
 
 
 def check_side_files(folder: Path) -> None:
@@ -126,8 +132,9 @@ def test_chat_template_and_generation_settings_survive_every_road(
     for name in ("pruned", "recovered", "dense", "packed"):
         check_side_files(tmp_path / name)
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
-        said = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
-        assert said == "[user]x"
+        chat = [{"role": "user", "content": "x"}]
+        assert tokenizer.apply_chat_template(chat, tokenize=False) == "[user]x"
+        assert tokenizer.apply_chat_template(chat, tools=[{}, {}], tokenize=False) == "2 tools"
         assert GenerationConfig.from_pretrained(tmp_path / name).top_k == 7
 
 
@@ -161,13 +168,16 @@ def test_modes_follow_the_umask_which_is_left_alone(
     try:
         monkeypatch.setattr(os, "umask", None)  # files of other threads would feel a change
         with new_folder(tmp_path / "out") as folder:
-            (folder / "config.json").touch(0o600)
+            (folder / "within").mkdir(0o700)
+            for name in ("config.json", "within/file"):
+                (folder / name).touch(0o600)
     finally:
         monkeypatch.undo()
         os.umask(before)
-    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
-    assert stat.S_IMODE((tmp_path / "out" / "config.json").stat().st_mode) == 0o640
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "within"}
+    for name, mode in (("", 0o750), ("config.json", 0o640), ("within", 0o750),
+                       ("within/file", 0o640)):  # fmt: skip
+        assert stat.S_IMODE((tmp_path / "out" / name).stat().st_mode) == mode, name
 
 
 def test_an_index_of_many_shards_is_pruned_as_one_file_is(

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import Outcome, content, save_tiny_model
 from killing import killed_recovery
+from transformers import LlamaConfig
 
 from gblm.calibrate import text
 from gblm.checkpoint.inspect import verify
@@ -347,7 +348,7 @@ def test_texts_are_refused_before_anything_is_pruned(
 def test_memory_decides_what_is_trained_and_whether(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = {"hidden_size": 64, "num_hidden_layers": 2}
+    config = LlamaConfig(hidden_size=64, num_hidden_layers=2)
     extent = needs.Extent(config, [(1 << 12, 1 << 12)], 1 << 23, 1 << 25)
     own = Recovering()
     memory = psutil.virtual_memory()

@@ -24,6 +24,8 @@ def server(
     (model / "chat_template.jinja").write_text(
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     )
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates/tool_use.jinja").write_text("{{ tools | length }} tools")
     (model / "generation_config.json").write_text(json.dumps({"do_sample": True, "top_k": 7}))
     with served(model, folder / "log") as running:
         yield running

@@ -76,6 +76,9 @@ def test_another_recipe_model_or_version_gets_a_folder_of_its_own(
     for name in ("model.safetensors", "tokenizer.json"):
         flip(name, -2)(other)
         places.append(place(other))
+    (other / "additional_chat_templates").mkdir()
+    (other / "additional_chat_templates/tool_use.jinja").touch()
+    places.append(place(other))
     monkeypatch.setattr(cached, "__version__", "0.0.0")
     places.append(place(tiny))
     assert len(set(places)) == len(places)

@@ -36,6 +36,9 @@ def test_chat_template_and_generation_settings_are_the_folders(
     assert done.choices[0].message.role == "assistant"
     assert done.choices[0].message.content == plain.choices[0].text
     assert done.usage.prompt_tokens == plain.usage.prompt_tokens == len("[user]hello")
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    done = client.chat.completions.create(messages=messages, tools=tools, tool_choice="none", **ask)
+    assert done.usage.prompt_tokens == len("1 tools")
     assert "`{'top_k': 7}`" in server[2].read_text()  # what requests take that do not say
 
 

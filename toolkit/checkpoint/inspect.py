@@ -13,8 +13,8 @@ import torch
 
 from gblm.errors import CheckpointError
 from gblm.files import read_json, sha256
-from gblm.model.folder import ModelFolder
-from gblm.model.loading import names_in_memory, skeleton
+from gblm.model.folder import ModelFolder, inside
+from gblm.model.loading import rename_as_in_memory
 from gblm.model.packed_reader import MANIFEST_FILE, REPORT_FILE, PackedLinear, PackedReader
 from gblm.model.reader import Reader
 from gblm.progress import Progress, no_progress
@@ -196,13 +196,15 @@ def _check_hashes(folder: ModelFolder) -> int:
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{manifest} lists no files.")
     for name, facts in listed.items():
-        path = folder.file(name)
+        within, _, file = name.rpartition("/")
+        path = inside(folder.path, file, within)
         if not path.is_file():
             raise CheckpointError(f"{path} is missing, though {MANIFEST_FILE} lists it.")
         if not isinstance(facts, dict) or sha256(path) != facts.get("sha256"):
             raise CheckpointError(f"{path} was changed: its sha256 is not the one written down.")
-    for path in folder.path.iterdir():
-        if path.name not in listed and path.name != MANIFEST_FILE:
+    for path in folder.path.rglob("*"):
+        name = str(path.relative_to(folder.path))
+        if not path.is_dir() and name not in listed and name != MANIFEST_FILE:
             raise CheckpointError(f"{path} does not stand in {MANIFEST_FILE}.")
     return len(listed)
 
@@ -229,10 +231,8 @@ def _check_round_trip(
 
 def _compare(packed: PackedReader, against: ModelFolder) -> None:
     with Reader(against) as dense:
-        if "text_config" in against.config:
-            model = skeleton(against, len(dense.headers))
-            for reader in (packed, dense):
-                reader.rename(names_in_memory(model, reader))
+        rename_as_in_memory(packed)
+        rename_as_in_memory(dense)
         wanted = {f"{name}.weight" for name in packed.linears} | {*packed.dense_names()}
         if missing := wanted ^ {*dense}:
             raise CheckpointError(f"{sorted(missing)[0]}: is in one of the two folders only.")

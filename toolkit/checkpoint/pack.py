@@ -28,7 +28,7 @@ from gblm.model.linears import prunable
 from gblm.model.packed_reader import MANIFEST_FILE, RECIPE_FILE, REPORT_FILE
 from gblm.model.reader import Reader
 from gblm.provenance import provenance
-from gblm.recipe import published
+from gblm.recipe import SHARD_SIZE, published, shard_bytes
 from gblm.sparse.formats import Format
 from gblm.sparse.formats.manifest import Group, Manifest, group_targets
 from gblm.sparse.weights import SparseWeight
@@ -136,7 +136,8 @@ def write_packed(
     rows: list[dict[str, Any]] = []
     reader = packing.source.reader
     with new_folder(output, overwrite, within) as folder:
-        shards, done = ShardWriter(folder), set[str]()
+        size = shard_bytes(packing.recipe.get("max_shard_size", SHARD_SIZE))
+        shards, done = ShardWriter(folder, size), set[str]()
         for tensors, own_rows in pieces:
             rows += own_rows
             done |= {*tensors, *(f"{row['name']}.weight" for row in own_rows)}

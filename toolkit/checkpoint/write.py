@@ -19,11 +19,9 @@ from torch import Tensor
 
 from gblm.errors import InputError, MachineError
 from gblm.files import flush, flush_folder, sha256, write_json
-from gblm.model.folder import inside
+from gblm.model.folder import TEMPLATES, inside
 from gblm.model.reader import INDEX, SINGLE
 
-# A shard is held in memory until it is written.
-SHARD_BYTES = 2 * 10**9
 # Facts of the source folder that go along unchanged; weights, cards and records do not.
 SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*")
 NOT_COPIED = {
@@ -96,7 +94,7 @@ def new_folder(output: Path, overwrite: bool = False, within: Path | None = None
 class ShardWriter:
     """The writer collects tensors and writes them as shards of at most `shard_bytes`."""
 
-    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(self, folder: Path, shard_bytes: int) -> None:
         self.folder = folder
         self.shard_bytes = shard_bytes
         self.total_bytes = 0
@@ -138,19 +136,36 @@ class ShardWriter:
         return self.folder / f"shard-{number}.tmp"
 
 
+def side_files(source: Path) -> dict[str, Path]:
+    """Find what goes along unchanged: tokenizer, templates, generation settings, licence.
+
+    Returns:
+        By its name within the folder, where a file lies.
+
+    Raises:
+        CheckpointError: a link leads out of the folder.
+    """
+    found: dict[str, Path] = {}
+    for within in ("", TEMPLATES):
+        for pattern in SIDE_FILES:
+            for file in sorted((source / within).glob(pattern)):
+                if file.is_file() and file.name not in NOT_COPIED:
+                    found[str(Path(within, file.name))] = inside(source, file.name, within)
+    return found
+
+
 def copy_side_files(source: Path, folder: Path) -> None:
-    """Copy tokenizer, generation settings and licence unchanged."""
-    for pattern in SIDE_FILES:
-        for file in sorted(source.glob(pattern)):
-            if file.is_file() and file.name not in NOT_COPIED:
-                shutil.copyfile(inside(source, file.name), folder / file.name)
+    """Copy the `side_files` of a model folder into another."""
+    for name, file in side_files(source).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / name)
 
 
 def file_hashes(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return sha256 and size in bytes of every file in a folder."""
+    """Return sha256 and size in bytes of every file in a folder, by its name within it."""
     return {
-        file.name: {"sha256": sha256(file), "size": file.stat().st_size}
-        for file in sorted(folder.iterdir())
+        str(file.relative_to(folder)): {"sha256": sha256(file), "size": file.stat().st_size}
+        for file in sorted(folder.rglob("*"))
         if file.is_file()
     }
 
@@ -197,5 +212,5 @@ def _open_modes(folder: Path) -> None:
     mode = probe.stat().st_mode & 0o777
     probe.rmdir()
     folder.chmod(mode)
-    for path in folder.iterdir():
-        path.chmod(mode & 0o666)
+    for path in folder.rglob("*"):
+        path.chmod(mode if path.is_dir() else mode & 0o666)

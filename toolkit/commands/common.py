@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, TypeVar
 
 import click
@@ -19,6 +20,7 @@ from gblm.errors import GblmError, MachineError
 
 logger = logging.getLogger(__name__)
 LOG_SECONDS = 15.0
+LONGEST_MESSAGE = 800
 F = TypeVar("F", bound=Callable[..., Any])
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -119,9 +121,19 @@ def emit(ctx: click.Context, result: dict[str, Any], text: Callable[[], None]) -
         text()
 
 
+def with_a_place(ctx: click.Context, option: click.Parameter, file: Path | None) -> Path | None:
+    """Refuse a file that cannot be written where it is to lie, before work and not after it."""
+    if file is not None:
+        folder = next(parent for parent in file.absolute().parents if parent.exists())
+        if not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise click.BadParameter(f"{folder} is no folder that can be written to.", ctx, option)
+    return file
+
+
 record_option = click.option(
     "--output",
     type=click.Path(path_type=Path, dir_okay=False, writable=True),
+    callback=with_a_place,
     help="JSON file for the record.",
 )
 
@@ -194,7 +206,9 @@ def fail(error: BaseException, state: dict[str, Any]) -> int:
     code = error.exit_code if isinstance(error, GblmError) else 1
     if state.get("verbose") or not known:
         traceback.print_exception(error, file=sys.stderr)
-    message = str(error) if known else f"bug: {type(error).__name__}: {error}"
+    text = str(error) if known else f"bug: {type(error).__name__}: {error}"
+    # What libraries say may have many lines; -v shows them.
+    message = shorten(text, LONGEST_MESSAGE, placeholder=" …")
     if state.get("as_json"):
         click.echo(json.dumps({"error": message, "exit_code": code}, ensure_ascii=False))
     click.echo(f"gblm: error: {message}", err=True)

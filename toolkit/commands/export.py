@@ -42,14 +42,19 @@ def command() -> None:
 
 @command.command("dense", cls=Command)
 @output_options
+@field_options(Recipe, "max_shard_size")
 @click.pass_context
-def dense(ctx: click.Context, source: str, output: Path, overwrite: bool) -> None:
+def dense(
+    ctx: click.Context, source: str, output: Path, overwrite: bool, max_shard_size: str
+) -> None:
     """Unpack the packed folder SOURCE into an ordinary HF folder with zeros."""
     with progress_bars(ctx) as progress:
         from gblm.export.dense import export_dense
         from gblm.model.folder import ModelFolder
 
-        result = export_dense(ModelFolder.open(source), output, overwrite, progress)
+        result = export_dense(
+            ModelFolder.open(source), output, overwrite, progress, max_shard_size=max_shard_size
+        )
     emit(ctx, result, lambda: click.echo(
         f"{output}: {result['linears']} linears unpacked, "
         f"{megabytes(result['bytes_packed'])} packed -> {megabytes(result['bytes_dense'])} dense"
@@ -61,7 +66,7 @@ def dense(ctx: click.Context, source: str, output: Path, overwrite: bool) -> Non
 @click.option(
     "--pattern", help="Pattern the zeros must follow, found out if left out; dense keeps all."
 )
-@field_options(Recipe, "values", "head")
+@field_options(Recipe, "values", "head", "max_shard_size")
 @click.option("--ignore", multiple=True, help="Glob of module names to leave dense; repeatable.")
 @click.pass_context
 def pack(ctx: click.Context, /, source: str, output: Path, overwrite: bool, **how: Any) -> None:

@@ -22,7 +22,10 @@ logger = logging.getLogger(__name__)
 
 CALIBRATION = ("num_samples", "seq_len", "seed", "bos", "order")
 # Options that are fields of a recipe as they are.
-PLAIN = ("model", "method", "dense_ends", "rounding", "head", "ignore", "dtype", "device")
+PLAIN = (
+    "model", "method", "dense_ends", "rounding", "head", "ignore", "dtype", "device",
+    "max_shard_size",
+)  # fmt: skip
 FAST: dict[str, Any] = {
     "method": "sparsegpt", "pattern": "8:16", "values": "int8", "head": "int8",
     "dense_ends": 1, "rounding": "obs", "calibration": MIX, "num_samples": 64, "seq_len": 512,
@@ -164,7 +167,7 @@ recipe_options = options(
         metavar="TOKENS",
         help="Train the whole pruned model towards the dense one, as gblm recover does.",
     ),
-    field_options(Recipe, "head", defaults=False),
+    field_options(Recipe, "head", "max_shard_size", defaults=False),
     field_options(Calibration, "seed", "bos", "order", defaults=False),
     dtype_option,
 )

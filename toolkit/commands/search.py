@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gblm.commands.common import Command, emit, progress_bars, table
+from gblm.commands.common import Command, emit, progress_bars, table, with_a_place
 from gblm.commands.recipe_options import FAST, read_recipe, search_options
 from gblm.files import write_json
 
@@ -31,6 +31,7 @@ OWN = frozenset({"budget", "write"})
 @click.option(
     "--write",
     type=click.Path(path_type=Path, dir_okay=False, writable=True),
+    callback=with_a_place,
     help="File for the recipe of the best candidate; gblm prune --recipe takes it.",
 )
 @search_options

@@ -16,6 +16,13 @@ from gblm.files import read_json
 HUB_FILES = [
     "*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md",
 ]  # fmt: skip
+# Where a tokenizer's further chat templates lie, the only files that are not in the folder itself.
+TEMPLATES = "additional_chat_templates"
+# What every config.json of a language model that names it gives as a positive number.
+SIZES = {
+    "hidden_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers",
+    "vocab_size",
+}  # fmt: skip
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 PACKED_METHOD = "gblm"
 # How compressed-tensors wrote sparse weights until it dropped them. The list is closed: elsewhere a
@@ -145,10 +152,23 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{path} names Python code to run (auto_map); gblm never executes code from a "
             "checkpoint. If transformers knows the architecture, remove the auto_map entry."
         )
+    _check_sizes(path, config)
     fields = config.pop("compression_config", None)  # as compressed-tensors called it until 0.6
     if isinstance(fields, dict):
         config.setdefault("quantization_config", {"quant_method": LEGACY_METHOD, **fields})
     return config
+
+
+def _check_sizes(path: Path, config: dict[str, Any]) -> None:
+    """Refuse sizes that are no numbers, on which libraries would stumble anywhere."""
+    text = config.get("text_config", config)
+    if not isinstance(text, dict):
+        raise CheckpointError(f"{path}: text_config is no JSON object.")
+    for name in SIZES & text.keys():
+        if type(text[name]) is not int or text[name] < 1:
+            raise CheckpointError(
+                f"{path}: {name} is {str(text[name])[:40]!r}, not a whole number above 0."
+            )
 
 
 def quant_method(config: dict[str, Any]) -> str | None:
@@ -197,16 +217,23 @@ def check_weights(folder: Path) -> None:
     raise InputError(f"{folder} holds no *.safetensors file.")
 
 
-def inside(folder: Path, file: str) -> Path:
+def inside(folder: Path, file: str, within: str = "") -> Path:
     """Return a file of the folder, or of the blob store that a hub snapshot links to.
+
+    Args:
+        folder: a model folder.
+        file: the name of the file, without a folder.
+        within: TEMPLATES for a file of that folder.
 
     Raises:
         CheckpointError: the name or a link leads elsewhere.
     """
-    if "\0" in file or Path(file).name != file or file in ("", ".", ".."):
-        raise CheckpointError(f"{folder}: file name {file!r} leads out of the folder.")
-    path = folder / file
+    plain = "\0" not in file and Path(file).name == file and file not in ("", ".", "..")
+    if not plain or within not in ("", TEMPLATES):
+        name = f"{within}/{file}" if within else file
+        raise CheckpointError(f"{folder}: file name {name!r} leads out of the folder.")
+    path = folder / within / file
     target, root = path.resolve(), folder.resolve()
-    if target.parent != root and target.parent != root.parent.parent / "blobs":
+    if target.parent != root / within and target.parent != root.parent.parent / "blobs":
         raise CheckpointError(f"{path} is a link that leads out of the folder.")
     return path

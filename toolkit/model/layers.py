@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gblm.errors import CheckpointError
 from gblm.model.folder import ModelFolder
 from gblm.model.linears import decoder_layers, linears, prunable, towers
-from gblm.model.loading import check_device, names_in_memory, skeleton
+from gblm.model.loading import check_device, check_shapes, skeleton
 from gblm.model.reader import Reader
 
 logger = logging.getLogger(__name__)
@@ -50,10 +50,9 @@ class Layers:
             CheckpointError: a weight is missing or has another shape.
         """
         self.reader, self.device = reader, check_device(device)
-        weightless = skeleton(reader.folder, len(reader.headers))
+        weightless = check_shapes(reader)
         prunable(weightless)  # says first if the architecture is one that cannot be pruned
-        reader.rename(names_in_memory(weightless, reader))
-        _check_headers(reader, weightless)
+        _check_complete(reader, weightless)
         model = skeleton(reader.folder, len(reader.headers), buffers=True)
         self.model: Any = model.eval().requires_grad_(False)
         self.prefix, self.modules = decoder_layers(model)
@@ -141,15 +140,8 @@ def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
         owner._buffers[local] = tensor
 
 
-def _check_headers(reader: Reader, model: Any) -> None:
+def _check_complete(reader: Reader, model: Any) -> None:
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
-    for name, tensor in model.state_dict().items():
-        if name in reader:
-            shape = reader.headers[name][0]
-            if shape != tuple(tensor.shape):
-                raise CheckpointError(
-                    f"{reader.folder}: {name} is stored as {list(shape)}, but config.json makes it "
-                    f"{list(tensor.shape)}."
-                )
-        elif name not in tied:
+    for name in model.state_dict():
+        if name not in reader and name not in tied:
             raise CheckpointError(f"{reader.folder}: tensor {name} is missing.")

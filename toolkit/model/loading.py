@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +30,23 @@ def load(
     Raises:
         InputError: the folder is not a dense causal language model that transformers knows.
     """
-    from transformers import AutoConfig
-
     target, folder = check_device(device), ModelFolder.open(model)
     folder.check_dense()
-    with Reader(folder):
-        pass  # transformers joins shard names unchecked and lets truncated files through
+    with Reader(folder) as reader:
+        # transformers joins shard names unchecked and lets truncated files through
+        check_shapes(reader)
     try:
-        config = AutoConfig.from_pretrained(
-            folder.path, trust_remote_code=False, local_files_only=True
-        )
+        config = model_config(folder)
         loaded: nn.Module = auto_class(config).from_pretrained(
             folder.path,
+            config=config,
             dtype=dtype or "auto",
             trust_remote_code=False,
             use_safetensors=True,
             local_files_only=True,
         )
+    except CheckpointError:
+        raise
     except Exception as error:
         raise InputError(f"{folder} could not be loaded by transformers: {error}") from error
     return loaded.to(target).eval()
@@ -65,17 +66,16 @@ def skeleton(folder: ModelFolder, num_tensors: int, buffers: bool = False) -> nn
         CheckpointError: config.json describes no model that can be built.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(
-            folder.path, trust_remote_code=False, local_files_only=True
-        )
+        config = model_config(folder)
         claimed = config.get_text_config().num_hidden_layers
         if 0 < claimed <= num_tensors:
             with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
                 model: nn.Module = auto_class(config).from_config(config, trust_remote_code=False)
             return model
+    except CheckpointError:
+        raise
     except Exception as error:
         raise CheckpointError(
             f"{folder}: config.json describes no model that can be built: {error}"
@@ -84,6 +84,28 @@ def skeleton(folder: ModelFolder, num_tensors: int, buffers: bool = False) -> nn
         f"{folder}: config.json claims {claimed} decoder layers; the files hold {num_tensors} "
         "tensors in all."
     )
+
+
+def model_config(folder: ModelFolder) -> Any:
+    """Read config.json as transformers does, and choose an attention that does all it says.
+
+    PyTorch's own attention, transformers' default, silently leaves out Gemma 2's cap on logits.
+
+    Raises:
+        CheckpointError: transformers does not know the architecture.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    kind = folder.config.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f"{folder}: config.json names the model_type {str(kind)[:40]!r}, which transformers "
+            f"{version('transformers')} does not know."
+        )
+    config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False, local_files_only=True)
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        config._attn_implementation = "eager"
+    return config
 
 
 def auto_class(config: Any) -> Any:
@@ -114,6 +136,33 @@ def names_in_memory(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     names = {name: rename_source_key(name, renamings, [])[0] for name in stored}
     return {name: new for name, new in names.items() if new != name}
+
+
+def check_shapes(reader: Reader) -> nn.Module:
+    """Hold a reader's tensors against the model of config.json, and name them as that does.
+
+    Returns:
+        The model, without memory for its weights.
+
+    Raises:
+        CheckpointError: a tensor has another shape, or config.json describes no model.
+    """
+    model = skeleton(reader.folder, len(reader.headers))
+    reader.rename(names_in_memory(model, reader))
+    for name, tensor in model.state_dict().items():
+        if name in reader and (shape := reader.headers[name][0]) != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{reader.folder}: {name} is stored as {list(shape)}, but config.json makes it "
+                f"{list(tensor.shape)}."
+            )
+    return model
+
+
+def rename_as_in_memory(reader: Reader) -> None:
+    """Let a reader call the tensors of a multimodal model as the model in memory does."""
+    if "text_config" in reader.folder.config:
+        model = skeleton(reader.folder, len(reader.headers))
+        reader.rename(names_in_memory(model, reader))
 
 
 def load_tokenizer(model: str | Path | ModelFolder) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -133,14 +133,10 @@ class Reader:
         """
         self._handles.clear()
 
-    def sha256(self, others: Iterable[str] = ()) -> str:
-        """Hash config.json, the shards and further files of the folder; all of them are read.
-
-        Args:
-            others: names of files that count, too.
-        """
+    def sha256(self) -> str:
+        """Hash config.json and the shards; all of them are read."""
         digest = hashlib.sha256()
-        for name in sorted({"config.json", *self.files, *others}):
+        for name in sorted({"config.json", *self.files}):
             digest.update(f"{name} {sha256(self.folder.file(name))}\n".encode())
         return digest.hexdigest()
 

@@ -87,7 +87,8 @@ def extent(job: Job) -> Extent:
         for name, shape in shapes.items()
     )
     dense = sum(map(reader.num_bytes, reader))
-    return Extent(job.folder.config, list(shapes.values()), math.ceil(kept), dense)
+    config = job.layers.model.config.get_text_config()
+    return Extent(config, list(shapes.values()), math.ceil(kept), dense)
 
 
 def dry_run(recipe: Recipe, output: Output) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -27,21 +27,20 @@ class Extent:
     """How large a pruned model is.
 
     Attributes:
-        config: of the text model.
+        config: of the text model, as transformers reads it.
         shapes: [out, in] of the linears that are trained.
         kept: weights that stay, of all of them.
         bytes_dense: of the dense model's tensors.
     """
 
-    config: Mapping[str, Any]
+    config: Any
     shapes: Sequence[tuple[int, ...]]
     kept: int
     bytes_dense: int
 
     def memory(self, how: Recovering) -> int:
         """Bound the bytes of memory: the model, parts with two moments, activations."""
-        config = self.config.get("text_config", self.config)
-        width, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
+        width, layers = int(self.config.hidden_size), int(self.config.num_hidden_layers)
         sizes = [prod(shape) for shape in self.shapes]
         # Beside a part lie the places of its values and its codes, or the weight that it scales.
         # One weight at a time is scattered and has a gradient.
@@ -51,9 +50,8 @@ class Extent:
 
     def disk(self, how: Recovering) -> int:
         """Bound the bytes on disk: the teacher's hidden states, two saved states, the folder."""
-        config = self.config.get("text_config", self.config)
         held_out = HELD_OUT_WINDOWS * len(how.held_out) * how.seq_len
-        teacher = 4 * (how.tokens + held_out) * int(config["hidden_size"])
+        teacher = 4 * (how.tokens + held_out) * int(self.config.hidden_size)
         return teacher + 2 * self.state(how) + self.bytes_dense
 
     def state(self, how: Recovering) -> int:

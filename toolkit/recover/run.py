@@ -24,7 +24,13 @@ from gblm.checkpoint.write import ShardWriter, check_output, folder_bytes, new_f
 from gblm.errors import CheckpointError, InputError, UsageError
 from gblm.files import read_json, write_json
 from gblm.model.folder import ModelFolder
-from gblm.model.loading import check_device, load, load_tokenizer
+from gblm.model.loading import (
+    check_device,
+    load,
+    load_tokenizer,
+    model_config,
+    rename_as_in_memory,
+)
 from gblm.model.packed_reader import (
     MANIFEST_FILE,
     RECIPE_FILE,
@@ -33,8 +39,9 @@ from gblm.model.packed_reader import (
     PackedReader,
 )
 from gblm.model.reader import Reader
+from gblm.packed import check_loadable
 from gblm.progress import Progress, no_progress
-from gblm.recipe import Recovering, read_recipe
+from gblm.recipe import SHARD_SIZE, Recovering, read_recipe, shard_bytes
 from gblm.recover.needs import Extent, settle
 from gblm.recover.teacher import Head, Hidden, compare
 from gblm.recover.texts import TRAINING, read_texts
@@ -115,9 +122,11 @@ def recover(
     device = rank_device(device)
     check_device(device)
     source = ModelFolder.open(packed)
+    check_loadable(source)
     joined: AbstractContextManager[Ranks]
     joined = ranks_from_environment(device) if ranks is None else nullcontext(ranks)
     with joined as ranks, PackedReader(source) as reader:
+        rename_as_in_memory(reader)
         task = Task(reader, _dense_folder(source, dense), how, device, ranks)
         task = replace(task, how=_check(task, target, overwrite))
         work: AbstractContextManager[Any]
@@ -240,8 +249,10 @@ def become(model: Any, task: Task) -> dict[str, Part]:
         head = model.get_output_embeddings()
         frozen = packed.weight(task.head_name).to(device, head.weight.dtype)
         head.weight = nn.Parameter(frozen, requires_grad=False)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for name in packed.dense_names():
-        tensor = model.get_parameter(name)
+        if (tensor := parameters.get(name)) is None:
+            continue  # a buffer that transformers computes, though old checkpoints store it
         tensor.data.copy_(packed.tensor(name))
         if tensor.ndim == 1:
             parts[name] = Vector(tensor)
@@ -267,7 +278,8 @@ def _check(task: Task, output: Path, overwrite: bool) -> Recovering:
         raise UsageError(f"{ranks.size} ranks cannot share {task.how.batch_size} windows a step.")
     linears = [packed.linears[name] for name in task.trained]
     shapes, kept = [linear.shape for linear in linears], sum(map(_kept, linears))
-    extent = Extent(packed.folder.config, shapes, kept, _check_teacher(task))
+    config = model_config(packed.folder).get_text_config()
+    extent = Extent(config, shapes, kept, _check_teacher(task))
     how = settle(task.how, extent, task.device)
     if ranks.leads:
         remove_leftovers(output)
@@ -281,6 +293,7 @@ def _check_teacher(task: Task) -> int:
     packed = task.packed
     task.dense.check_dense()
     with Reader(task.dense) as dense:
+        rename_as_in_memory(dense)
         wanted: dict[str, tuple[int, ...]]
         wanted = {f"{name}.weight": linear.shape for name, linear in packed.linears.items()}
         wanted |= {name: packed.headers[name][0] for name in packed.dense_names()}
@@ -313,20 +326,22 @@ def _write(task: Task, found: _Found, output: Path, overwrite: bool) -> dict[str
         logger.warning(
             "KL to the dense model did not fall: the folder keeps the weights as they were"
         )
+    recipe = read_recipe(source / RECIPE_FILE) | {"recover": task.how.model_dump(mode="json")}
+    size = shard_bytes(recipe.get("max_shard_size", SHARD_SIZE))
     with new_folder(output, overwrite) as folder:
-        shards = ShardWriter(folder)
+        shards = ShardWriter(folder, size)
         for name, tensors, row in _pieces(task, parts, rows):
             rows[name] = row
             for tensor_name, tensor in tensors.items():
                 shards.add(tensor_name, tensor)
         for name in packed.dense_names():
             part, tensor = parts.get(name), packed.tensor(name)
-            shards.add(name, tensor if part is None else part.give().to("cpu", tensor.dtype))
+            stored = tensor if part is None else part.give().to("cpu", tensor.dtype)
+            shards.add(packed.stored_name(name), stored)
         if task.head_name is not None:
             for local, tensor in packed.parts(task.head_name).items():
                 shards.add(f"{task.head_name}.{local}", tensor)
         shards.finish()
-        recipe = read_recipe(source / RECIPE_FILE) | {"recover": task.how.model_dump(mode="json")}
         report = summary(
             list(rows.values()), old.get("head"), old["bytes_dense"], shards.total_bytes
         )
