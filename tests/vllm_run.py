@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +36,19 @@ class Answer(NamedTuple):
     log: str
 
 
+# Gives the engines that it needs, is sent what they answer, and checks it.
+Question = Generator[list[Engine], list[Answer], None]
+
+
+def ask(*questions: Question, ranks: int = 1) -> None:
+    """Start the engines of all questions in one process, for most of a start are vLLM's imports."""
+    wanted = [next(question) for question in questions]
+    found = iter(answers([engine for engines in wanted for engine in engines], ranks))
+    for question, engines in zip(questions, wanted, strict=True):
+        with contextlib.suppress(StopIteration):
+            question.send([next(found) for _ in engines])
+
+
 def engine(
     folder: Path, backend: str | None = None, asks: Sequence[str] = ("first",), **settings: object
 ) -> Engine:
@@ -54,7 +67,7 @@ def engine(
     return {"folder": str(folder), "backend": backend, "asks": asks, "settings": own | settings}
 
 
-def environment(**variables: str) -> dict[str, str]:
+def environment(variables: Mapping[str, str]) -> dict[str, str]:
     """For an engine without a process of its own."""
     env = os.environ | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -62,12 +75,10 @@ def environment(**variables: str) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
     }
     env.pop("GBLM_BACKEND", None)
-    return env | variables
+    return env | dict(variables)
 
 
-def answers(
-    engines: Sequence[Engine], ranks: int = 1, timeout: float = 500, **variables: str
-) -> list[Answer]:
+def answers(engines: Sequence[Engine], ranks: int = 1, timeout: float = 500) -> list[Answer]:
     """What each of some engines answers; all start in one process, one after another.
 
     Ranks are processes that start the same engines, as under torchrun: vLLM's own executors import
@@ -85,7 +96,7 @@ def answers(
                 process = subprocess.Popen(
                     [sys.executable, str(SCRIPT), json.dumps(engines)],
                     stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                    env=environment(**group, RANK=str(rank), **variables),
+                    env=environment(group | {"RANK": str(rank)}),
                 )  # fmt: skip
                 try:
                     process.wait(timeout)

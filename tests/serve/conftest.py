@@ -17,7 +17,7 @@ from vllm_server import served
 def server(
     pack_tiny: Pack, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, subprocess.Popen, Path]]:
-    """URL, process and log; test_server_stops.py, which comes last, kills its engine."""
+    """URL, process and log; test_server_stops.py, which comes last, ends it."""
     folder = tmp_path_factory.mktemp("serve")
     model = Path(shutil.copytree(pack_tiny(), folder / "model"))
     # What a chat model has besides.

@@ -9,6 +9,7 @@ one of several ranks, which all start the same engines.
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -21,11 +22,13 @@ COUNTERS = ("vllm:prefix_cache_hits", "vllm:spec_decode_num_accepted_tokens")
 
 
 def main() -> None:
+    register_kernels_once()
+    leave_imports_alone()
     for number, engine in enumerate(json.loads(sys.argv[1])):
         print(f"\nENGINE {number}", flush=True)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            meeting = f"file://{os.environ['MEETING']}-{number}"
-            engine["settings"]["distributed_executor_backend"] = one_of_many(meeting)
+            meet(f"file://{os.environ['MEETING']}-{number}")
+            engine["settings"]["distributed_executor_backend"] = "external_launcher"
         os.environ.pop("GBLM_BACKEND", None)
         if engine["backend"]:
             os.environ["GBLM_BACKEND"] = engine["backend"]
@@ -34,6 +37,28 @@ def main() -> None:
         except Exception:
             traceback.print_exc()
         clean()
+
+
+def register_kernels_once() -> None:
+    """vLLM does so for each engine, which fails once an engine has imported numba."""
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    once = functools.cache(platform.register_triton_kernel_overrides)
+    platform.register_triton_kernel_overrides = staticmethod(once)
+
+
+def leave_imports_alone() -> None:
+    """Keep all that is imported out of the garbage collector's way.
+
+    vLLM calls it nine times for each engine, and gives all that was frozen back to it.
+    """
+    import vllm.entrypoints.llm
+
+    assert vllm
+    gc.collect()
+    gc.freeze()
+    gc.freeze = gc.unfreeze = lambda: None
 
 
 def clean() -> None:
@@ -64,18 +89,15 @@ def answer(engine: dict[str, Any]) -> dict[str, Any]:
     return {"rows": found, "counters": values}
 
 
-def one_of_many(meeting: str) -> type:
-    """vLLM's executor for torchrun, which names its shared memory alike in all groups of a machine.
+def meet(place: str) -> None:
+    """Let the ranks of an engine meet in a file of its own.
 
-    Here after the file where the ranks of one engine meet.
+    vLLM names its shared memory after where they meet, alike for all groups of a machine.
     """
     from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
-    class OneOfMany(ExecutorWithExternalLauncher):
-        def _distributed_args(self) -> tuple[str, int, int]:
-            return meeting, int(os.environ["RANK"]), int(os.environ["RANK"])
-
-    return OneOfMany
+    rank = int(os.environ["RANK"])
+    ExecutorWithExternalLauncher._distributed_args = lambda _: (place, rank, rank)
 
 
 def prompts(llm: Any) -> list[dict[str, list[int]]]:

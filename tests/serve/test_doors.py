@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import faults
 import psutil
 import pytest
 from conftest import Pack
@@ -129,3 +130,17 @@ def test_no_process_tells_the_key(server: tuple) -> None:
     for one in family:
         assert not any(KEY in word for word in (*one.cmdline(), *one.environ().values())), one
     assert KEY not in log
+
+
+def test_a_killed_engine_turns_health_red_and_ends_the_server_with_an_error(
+    server: tuple, trusting: ssl.SSLContext
+) -> None:
+    port, process, _ = server
+    found = faults.kill_engine(
+        f"https://127.0.0.1:{port}", process, "tiny", clients=4, verify=trusting,
+        headers={"Authorization": f"Bearer {KEY}"},
+    )  # fmt: skip
+    # No clock is tested here: `make soak` measures how soon.
+    assert found["health"] in (503, "closed")
+    assert found["exit_code"] > 0
+    assert (found["incomplete"], found["processes_left"]) == (4, 0)

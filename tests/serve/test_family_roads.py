@@ -1,12 +1,13 @@
 """Every family on every road, as the table in docs/families.md says: a row of it is a test.
 
 A model has six decoder layers, and each of them is stored in another way, so that one engine of
-vLLM answers for all of them.
+vLLM answers for all of them. All engines start in one process.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from conftest import Once
 from test_families import FAMILIES, save_family
-from vllm_run import Answer, answers, engine, farthest, is_same, skip_without
+from vllm_run import Answer, Question, ask, engine, farthest, is_same
 
 from gblm import packed
 from gblm.checkpoint.inspect import inspect
@@ -56,7 +57,6 @@ def six_ways(family: str, folder: Path) -> None:
     export_dense(ModelFolder.open(folder / "packed"), folder / "dense")
 
 
-@pytest.fixture
 def folders(family: str, once: Once) -> tuple[Path, Path]:
     """The packed folder and the dense one."""
     made = once(f"six-{re.sub('[^a-z0-9]+', '-', family)}", partial(six_ways, family))
@@ -68,9 +68,9 @@ def test_the_table_has_every_family() -> None:
 
 
 @pytest.mark.parametrize("family", TABLE)
-def test_transformers(family: str, folders: tuple[Path, Path]) -> None:
+def test_transformers(family: str, once: Once) -> None:
     assert TABLE[family]["packed.load"] == "passed"
-    ours, dense = folders
+    ours, dense = folders(family, once)
     groups = inspect(ModelFolder.open(ours))["groups"]
     assert {(group["pattern"], group["dtype"].partition(":")[0]) for group in groups} == {
         (pattern, values.replace("float", "bfloat16")) for pattern, values in WAYS
@@ -85,16 +85,17 @@ def test_transformers(family: str, folders: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("family", TABLE)
-def test_vllm(family: str, folders: tuple[Path, Path]) -> None:
-    ours, dense = folders
-    want, expanded, kernel = answers([engine(dense), engine(ours, "dense"), engine(ours, "cpu")])
-    check(TABLE[family]["dense"], expanded, lambda: is_same(expanded, want))
-    skip_without("cpu")
-    check(TABLE[family]["cpu"], kernel, lambda: farthest(kernel, want) < 0.3)
+def test_vllm(once: Once, best_backend: str) -> None:
+    ask(*(in_vllm(row, *folders(family, once), best_backend) for family, row in TABLE.items()))
 
 
-def check(cell: str, got: Answer, passes: object) -> None:
+def in_vllm(row: dict[str, str], ours: Path, dense: Path, backend: str) -> Question:
+    want, expanded, kernel = yield [engine(dense), engine(ours, "dense"), engine(ours, backend)]
+    check(row["dense"], expanded, lambda: is_same(expanded, want))
+    check(row["cpu"], kernel, lambda: farthest(kernel, want) < 0.3)
+
+
+def check(cell: str, got: Answer, passes: Callable[[], bool]) -> None:
     """Hold what happened against a cell of the table."""
     if cell == "passed":
         assert passes(), got.log

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import save_tiny_model
 from test_families import save_family
-from vllm_run import answers, engine, farthest, is_same, skip_without
+from vllm_run import Question, ask, engine, farthest, is_same
 
 from gblm.export.dense import export_dense
 from gblm.model.folder import ModelFolder
@@ -15,8 +15,6 @@ from gblm.prune import prune
 from gblm.recipe import Recipe
 
 pytestmark = pytest.mark.vllm
-# Bound to a core, a worker would wait for whatever else runs there.
-BIND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 TWICE = ("first", "again", "prompts")
 # Pattern, values, how many heads hold keys and values, for two ranks to split or both to hold; and
 # whether q/k/v and gate/up are fused on disk.
@@ -37,55 +35,55 @@ def pack(root: Path, pattern: str, values: str, kv_heads: int = 2, fused: bool =
     return root / "packed"
 
 
-# One test, for each start of several ranks costs the import of vLLM for each.
-def test_two_tensor_parallel_ranks_answer_as_those_of_the_dense_model(tmp_path: Path) -> None:
-    engines = []
-    for number, case in enumerate(CASES):
-        packed = pack(tmp_path / str(number), *case)
-        for folder, backend in (
-            (packed.parent / "dense", None),
-            (packed, "dense"),
-            (packed, "cpu"),
-        ):
-            engines.append(engine(folder, backend, TWICE, tensor_parallel_size=2))
-    engines.append(engine(cut_groups(tmp_path / "cut"), tensor_parallel_size=2))
-    *found, refused = answers(engines, ranks=2)
+def test_two_ranks_answer_as_the_dense_model(tmp_path: Path, best_backend: str) -> None:
+    """Each of the two processes is a rank of all these engines, as under torchrun."""
+    ask(
+        *(
+            tensor_parallel(pack(tmp_path / str(number), *case), case[1], best_backend)
+            for number, case in enumerate(CASES)
+        ),
+        cut_groups(tmp_path / "cut"),
+        two_stages(pack(tmp_path / "stages", "0.5", "float")),
+        ranks=2,
+    )
+
+
+def tensor_parallel(packed: Path, values: str, backend: str) -> Question:
+    folders = ((packed.parent / "dense", None), (packed, "dense"), (packed, backend))
+    want, expanded, kernel = yield [
+        engine(*folder, TWICE, tensor_parallel_size=2) for folder in folders
+    ]
+    assert is_same(expanded, want)
+    assert farthest(kernel, want) < BOUNDS[values]
+    assert f"8 linears run on backend {backend} (packed in memory)" in kernel.log
+
+
+def cut_groups(root: Path) -> Question:
+    """A packed model with groups that two ranks would cut is refused."""
+    save_tiny_model(root / "model", intermediate_size=192)
+    recipe = Recipe(model=str(root / "model"), method="magnitude", pattern="2:4",
+                    values="int8:64", calibration=None)  # fmt: skip
+    prune(recipe, root / "packed")
+    (refused,) = yield [engine(root / "packed", tensor_parallel_size=2)]
     assert not refused.rows
     assert "down_proj: 96 columns do not divide into groups of 64" in refused.log
     assert "192 columns were split over 2 tensor-parallel ranks; sizes that work: 1, 3." in (
         refused.log
     )
-    for number in range(len(CASES)):
-        want, expanded, _ = found[3 * number : 3 * number + 3]
-        assert is_same(expanded, want)
-    skip_without("cpu")
-    for number, (_, values, *_) in enumerate(CASES):
-        want, _, kernel = found[3 * number : 3 * number + 3]
-        assert farthest(kernel, want) < BOUNDS[values]
-        assert "8 linears run on backend cpu (packed in memory)" in kernel.log
 
 
-def cut_groups(root: Path) -> Path:
-    """A packed model with groups that two ranks would cut."""
-    save_tiny_model(root / "model", intermediate_size=192)
-    recipe = Recipe(model=str(root / "model"), method="magnitude", pattern="2:4",
-                    values="int8:64", calibration=None)  # fmt: skip
-    prune(recipe, root / "packed")
-    return root / "packed"
+def two_stages(packed: Path) -> Question:
+    """One of the two layers on each stage; the first one has no log-probs of prompts to give.
 
-
-def test_two_pipeline_stages_answer_as_those_of_the_dense_model(tmp_path: Path) -> None:
-    packed = pack(tmp_path, "0.5", "float")
-    # Warming up makes the buffers between the stages, and vLLM's CPU worker leaves it out of eager
-    # engines: so these are traced, but not compiled.
+    Warming up makes the buffers between the stages, and vLLM's CPU worker leaves it out of eager
+    engines: so these are traced, but not compiled.
+    """
     settings = {
         "enforce_eager": False,
         "compilation_config": {"mode": 2, "backend": "eager"},
         "pipeline_parallel_size": 2,
-        "distributed_executor_backend": "mp",
     }
-    folders = ((tmp_path / "dense", None), (packed, "dense"))
-    want, got = answers([engine(*one, TWICE, **settings) for one in folders], **BIND)
+    folders = ((packed.parent / "dense", None), (packed, "dense"))
+    want, got = yield [engine(*folder, ("first", "again"), **settings) for folder in folders]
     assert is_same(got, want)
-    # One of the two layers on each stage.
-    assert got.log.count("4 linears run on backend dense (expanded at load)") == 2
+    assert "4 linears run on backend dense (expanded at load)" in got.log

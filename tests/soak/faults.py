@@ -1,7 +1,7 @@
 """Misbehaving clients and killed processes, which no load generator offers, against a live server.
 
 Small on purpose: load itself comes from `vllm bench serve`. Used by soak.py and, on a tiny model,
-by tests/serve/test_server.py.
+by the tests of servers in tests/serve.
 """
 
 from __future__ import annotations
@@ -130,12 +130,17 @@ def seconds_for(url: str, model: str, clients: int, tokens: int) -> float:
     return time.monotonic() - began
 
 
-def kill_engine(url: str, process: psutil.Popen, model: str, clients: int) -> dict[str, Any]:
-    """SIGKILL vLLM's engine under load; how soon /health is red, and how `gblm serve` ends."""
+def kill_engine(
+    url: str, process: psutil.Popen, model: str, clients: int, **fields: Any
+) -> dict[str, Any]:
+    """SIGKILL vLLM's engine under load; how soon /health is red, and how `gblm serve` ends.
+
+    The fields are those of `client_of`.
+    """
 
     async def run() -> tuple[Started, float, int | None]:
         started, body = Started(), ask(model, max_tokens=200)
-        async with client_of() as client:
+        async with client_of(**fields) as client:
             tasks = [
                 asyncio.create_task(_stream(client, url, body, started)) for _ in range(clients)
             ]
