@@ -19,10 +19,12 @@ from importlib.metadata import (
 )
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gblm.errors import InputError, MachineError
-from gblm.sparse.formats.manifest import Manifest
+
+if TYPE_CHECKING:  # vLLM loads the plugin in every process, and this imports torch
+    from gblm.sparse.formats.manifest import Manifest
 
 # Releases that the plugin was run with; each entry is a line of docs/serving.md.
 TESTED_VERSIONS = ("0.32", "0.33")

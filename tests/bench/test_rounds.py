@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import permutations
@@ -290,14 +291,30 @@ def test_a_loop_that_fails_is_one_sentence(
 
 
 @pytest.mark.vllm
-def test_a_served_model_vllm_offline_and_a_loop_are_measured_alike(
+def test_a_server_that_cannot_start_is_one_sentence(
+    gblm: Callable[..., Outcome], tiny: Path, tmp_path: Path
+) -> None:
+    """In vLLM's place a process that refuses what it is asked for."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if 'gblm.serve.vllm_cli' in sys.orig_argv:\n"
+        "    os.write(2, b'ValueError: no such length'); os._exit(1)\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = gblm("bench", tiny, *SMALL, "--rounds", 1, PYTHONPATH=paths)
+    assert done.code == 3, done
+    assert "the server ended with code 1: ValueError: no such length" in done.err
+
+
+# A loop and exported folders: tests/export/test_onnx_bench.py.
+@pytest.mark.vllm
+def test_a_served_model_and_vllm_offline_are_measured_alike(
     gblm: Callable[..., Outcome], tiny: Path, pack_tiny: Callable[..., Path], tmp_path: Path,
     best_backend: str,
 ) -> None:  # fmt: skip
-    packed = pack_tiny()
     done = gblm(
-        "bench", f"served={packed}", f"offline=vllm-offline:{tiny}", f"loop=transformers:{tiny}",
-        *SMALL, "--rounds", 2, "--", *OPTIONS,
+        "bench", f"served={pack_tiny()}", f"offline=vllm-offline:{tiny}", *SMALL,
+        "--rounds", 1, "--num-prompts", 8, "--concurrency", 2, "--", *OPTIONS,
         VLLM_CPU_KVCACHE_SPACE="1",
     )  # fmt: skip
     assert done.code == 0, done
@@ -308,17 +325,4 @@ def test_a_served_model_vllm_offline_and_a_loop_are_measured_alike(
     for side in found.sides:
         known = {row.metric: row.value for row in found.rows if row.side == side}
         assert known["ttft_ms_p50"] <= known["e2e_ms_p50"] <= known["e2e_ms_p99"]
-        assert known["memory_mb"] > 0
-        assert known["load_s"] > 0
-
-
-@pytest.mark.vllm
-def test_several_requests_run_at_once_in_vllm_offline(
-    gblm: Callable[..., Outcome], tiny: Path, tmp_path: Path
-) -> None:
-    done = gblm("bench", f"vllm-offline:{tiny}", *SMALL, "--rounds", 1, "--num-prompts", 4,
-                "--concurrency", 2, "--", "--enforce-eager",
-                VLLM_CPU_KVCACHE_SPACE="1")  # fmt: skip
-    assert done.code == 0, done
-    found = Record.read(tmp_path / "r.json")
-    assert (found.value("tiny", found.loads[0], "output_tok_s") or 0) > 0
+        assert min(known["memory_mb"], known["load_s"], known["output_tok_s"]) > 0

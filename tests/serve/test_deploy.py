@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import promql
 import pytest
 import yaml
-from promql import ALERTS, DEPLOY, documents, metrics
+from promql import ALERTS, DEPLOY, documents
 
 from gblm.commands.serve import command
 
@@ -53,10 +54,6 @@ def seconds(text: str) -> int:
 def window(probe: dict[str, Any]) -> int:
     """Seconds until a probe that fails from now on has its effect, at most."""
     return probe["failureThreshold"] * probe["periodSeconds"] + probe["timeoutSeconds"]
-
-
-def test_there_are_manifests_for_both_devices() -> None:
-    assert PODS.keys() == {"cpu", "gpu"}
 
 
 @every_pod
@@ -116,6 +113,7 @@ def test_the_key_comes_from_a_secret(pod: dict[str, Any]) -> None:
 
 
 def test_the_variants_differ_in_little() -> None:
+    assert PODS.keys() == {"cpu", "gpu"}
     for pod in (cpu := copy.deepcopy(PODS["cpu"]), gpu := copy.deepcopy(PODS["gpu"])):
         server = server_of(pod)
         del server["resources"], server["image"]
@@ -157,18 +155,15 @@ def test_images_are_pinned() -> None:
     assert all(re.search(r":v?\d+\.\d+\.\d+$", image) for image in images - ours)
 
 
-def test_compose_locks_every_service() -> None:
-    for service in COMPOSE["services"].values():
-        assert service["read_only"] is True
-        assert service["cap_drop"] == ["ALL"]
-        assert service["security_opt"] == ["no-new-privileges:true"]
-
-
-def test_compose_mounts_what_is_there() -> None:
+def test_compose_locks_every_service_and_mounts_what_is_there() -> None:
     mounts = [v for one in COMPOSE["services"].values() for v in one.get("volumes", [])]
     paths = [mount.partition(":")[0] for mount in mounts if mount.startswith("./")]
     assert len(paths) == 4
     assert all((DEPLOY / path).exists() for path in paths)
+    for service in COMPOSE["services"].values():
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
 
 
 def test_compose_gives_nginx_the_servers_address(tmp_path: Path) -> None:
@@ -200,16 +195,17 @@ def test_every_alert_has_a_case_in_which_it_fires() -> None:
 @pytest.mark.skipif(PROMTOOL is None, reason="no promtool: .ci/run installs it")
 @pytest.mark.parametrize(
     "words",
-    [["check", "rules", "alerts.yml"], ["check", "config", "--syntax-only", "prometheus.yml"],
-     ["test", "rules", "alerts_test.yml"]],
+    [["check", "config", "--syntax-only", "prometheus.yml"], ["check", "rules", "alerts.yml"],
+     ["test", "rules", "alerts_test.yml"], ["check", "rules", "PANELS"]],
 )  # fmt: skip
-def test_rules_and_configuration_in_promtool(words: list[str]) -> None:
+def test_rules_configuration_and_panels_in_promtool(words: list[str], tmp_path: Path) -> None:
+    """Queries of the dashboard are checked as the rules that they could be."""
+    queries = [*promql.of_panels(), *promql.of_variables()]
+    rules = [{"record": f"panel:{number}", "expr": one} for number, one in enumerate(queries)]
+    panels = tmp_path / "panels.yml"
+    panels.write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
+    words = [str(panels) if word == "PANELS" else word for word in words]
     done = subprocess.run(
         [str(PROMTOOL), *words], cwd=ALERTS.parent, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_names_are_read_out_of_queries() -> None:
-    query = 'sum by (le, job) (rate(vllm:a_total{b="c"}[5m])) / on (x) group_left (y) d > 0.5 or e'
-    assert metrics(query) == {"vllm:a_total", "d", "e"}

@@ -71,9 +71,12 @@ def test_override_and_dense_models_pass(
 
 
 @pytest.mark.vllm
-def test_plugin_refuses_when_a_packed_model_is_loaded(untested: dict[str, str]) -> None:
+def test_plugin_registers_cheaply_and_refuses_when_a_packed_model_is_loaded(
+    untested: dict[str, str],
+) -> None:
     code = (
-        "import os, gblm.serve.vllm_plugin as p; p.register()\n"
+        "import os, sys, gblm.serve.vllm_plugin as p; assert 'torch' not in sys.modules\n"
+        "p.register(); p.register()\n"
         "from vllm.model_executor.layers.quantization import get_quantization_config as g\n"
         "for _ in range(2):\n"
         "    try: g('gblm').from_config({})\n"
