@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import click.testing
@@ -19,7 +16,7 @@ from gpu_emulated import emulated_backends, missing
 from torch import Tensor
 
 from gblm.bench import kernels as bench
-from gblm.bench.devices import MAX_GRAPH, Device, gpu, graph_timer
+from gblm.bench.devices import Device
 from gblm.bench.kernels import Settings, measure
 from gblm.bench.linears import DENSE, TWO_FOUR
 from gblm.cli import cli
@@ -115,69 +112,6 @@ def test_sides_take_turns_in_alternating_order() -> None:
     timed = {name: lambda name=name: seen.append(name) or 1.0 for name in "ab"}
     run.rounds(timed, "load")
     assert "".join(seen) == "abbaab"
-
-
-class FakeEvent:
-    """The time of the host."""
-
-    def __init__(self, enable_timing: bool) -> None:
-        assert enable_timing
-
-    def record(self) -> None:
-        self.at = time.perf_counter()
-
-    def synchronize(self) -> None:
-        assert self.at
-
-    def elapsed_time(self, end: FakeEvent) -> float:
-        return 1e3 * (end.at - self.at)
-
-
-@pytest.fixture
-def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """What is asked of torch.cuda, without a device."""
-    state = SimpleNamespace(captured=0, replays=0, capturing=False)
-
-    class Graph:
-        def replay(self) -> None:
-            state.replays += 1
-
-    @contextmanager
-    def graph(made: Graph) -> Iterator[None]:
-        state.capturing = True
-        yield
-        state.capturing = False
-
-    properties = SimpleNamespace(
-        major=9, minor=0, multi_processor_count=132, L2_cache_size=1 << 10, total_memory=1 << 20
-    )
-    for name, value in {
-        "is_available": lambda: True,
-        "current_device": lambda: 0,
-        "get_device_properties": lambda device: properties,
-        "Event": FakeEvent,
-        "CUDAGraph": Graph,
-        "graph": graph,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    return state
-
-
-def test_a_graph_repeats_short_calls_and_is_replayed(fake_cuda: SimpleNamespace) -> None:
-    made: list[bool] = []
-    timed = graph_timer([lambda: made.append(fake_cuda.capturing)] * 2)
-    assert made[:4] == [False] * 4
-    assert made[4:] == [True] * MAX_GRAPH
-    assert timed() >= 0
-    assert fake_cuda.replays == 2
-
-
-def test_the_current_device_has_all_backends_for_gpus(fake_cuda: SimpleNamespace) -> None:
-    here = gpu()
-    assert here.usual == ["mma_sp", "delta", "triton"]
-    assert here.cold == 3 << 10
-    assert here.facts["capability"] == "9.0"
-    assert json.dumps(here.facts)
 
 
 @pytest.mark.slow

@@ -141,14 +141,6 @@ def test_the_page_loads_and_runs_nothing() -> None:
     assert set(re.findall(r"url\((.)", page)) <= {"#"}
 
 
-def test_a_record_of_another_version_gets_one_sentence(tmp_path: Path) -> None:
-    path = tmp_path / "old.json"
-    path.write_text(json.dumps({"kind": "bench models", "valid": True, "rows": []}))
-    with pytest.raises(InputError, match=r"old\.json .*measure again") as caught:
-        read_sources([path], [])
-    assert "\n" not in str(caught.value)
-
-
 def test_folders_show_masks_and_sparsity(pack_tiny: Callable[..., Path]) -> None:
     sources = read_sources([pack_tiny(pattern="0.5")], [0, 1])
     (folder,) = sources.folders

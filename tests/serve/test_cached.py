@@ -108,7 +108,7 @@ def test_a_packed_or_dense_folder_is_served_from_where_it_is(
     assert not cache.exists()
 
 
-@pytest.mark.parametrize("fixture", ["24-int8-group", "marlin-int4", "dense"])
+@pytest.mark.parametrize("fixture", ["24-int8-group", "dense"])
 def test_a_folder_of_compressed_tensors_is_converted(
     fixture: str, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 FUZZ = Path(__file__).resolve().parent / "fuzz.py"
-CASES = 400
+CASES = 200
 
 
 @pytest.mark.slow
