@@ -55,6 +55,7 @@ def test_weights_that_only_another_engine_reads_have_bytes(tmp_path: Path) -> No
         (["--baseline", "x", "--no-baseline"], "do not go together"),
         (["--text", "a.txt", "--text", "b/a.txt"], "different names"),
         (["--no-baseline", "--gate", "top1 >= 0.9"], "needs the dense model"),
+        (["--gate", "ppl >= 2"], "ppl takes <="),
     ],
 )
 def test_contradictions_are_refused(gblm: Run, tiny: Path, words: list[str], sentence: str) -> None:

@@ -110,12 +110,6 @@ def test_gates_on_what_is_not_measured_are_refused(gate: str, sentence: str) -> 
         check_gates([parse_gate(gate)], ["a.txt"], ["arc_easy"])
 
 
-def test_a_bad_gate_is_refused_before_a_model_is_looked_for(gblm: Callable[..., Outcome]) -> None:
-    done = gblm("eval", "./nowhere", "--gate", "ppl >= 2")
-    assert done.code == 2, done
-    assert "ppl takes <=" in done.err
-
-
 def test_a_failed_gate_ends_with_5_and_names_itself(
     gblm: Callable[..., Outcome], tiny: Path, text_file: Path
 ) -> None:

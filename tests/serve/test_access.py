@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Run
 
-from gblm.errors import InputError, UsageError
+from gblm.errors import UsageError
 from gblm.network import is_loopback
 from gblm.serve.access import DOORS, PAST_THE_KEY, SHORT, Server, check_access, open_doors
-from gblm.serve.launch import check_options, environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -153,26 +151,7 @@ def test_every_door_is_listed_in_the_docs_and_known_to_vllm() -> None:
 
 
 @pytest.mark.vllm
-def test_every_way_to_give_a_key_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    (tmp_path / "key").write_text("secret")
-    check_options(Server(tmp_path, host="::", api_key_file=tmp_path / "key"))
-    with pytest.raises(UsageError, match="without an API key"):
-        check_options(Server(tmp_path, host="::"))
-    monkeypatch.setenv("VLLM_API_KEY", "secret")
-    check_options(Server(tmp_path, host="::"))
-    with pytest.raises(InputError, match="cannot be read"):
-        check_options(Server(tmp_path, host="::", api_key_file=tmp_path / "none"))
-
-
-@pytest.mark.vllm
 def test_serve_refuses_before_it_looks_for_the_model(gblm: Run) -> None:
     done = gblm("serve", "./nowhere", "--host", "0.0.0.0", VLLM_API_KEY="")
     assert done.code == 2, done
     assert "--insecure" in done.err
-
-
-def test_a_request_may_ask_for_few_answers_only(tmp_path: Path) -> None:
-    assert environment(Server(tmp_path), {})["VLLM_MAX_N_SEQUENCES"] == "64"
-    mine = environment(Server(tmp_path), os.environ | {"VLLM_MAX_N_SEQUENCES": "8"})
-    assert mine["VLLM_MAX_N_SEQUENCES"] == "8"

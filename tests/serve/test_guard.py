@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gblm.errors import UsageError
+from gblm.errors import InputError, UsageError
 from gblm.serve.access import Server, api_key, open_paths
 from gblm.serve.guard import KEYS_VARIABLE, MIDDLEWARE, Guard, settings
 from gblm.serve.launch import command, environment
@@ -89,22 +88,18 @@ def ask(
     return start["status"], {k.decode(): v.decode() for k, v in start["headers"]}, body
 
 
-def test_every_route_but_the_probes_asks_for_the_key() -> None:
+def test_every_route_but_the_probes_asks_for_the_key_and_says_how_to_send_it() -> None:
     app = App()
     for path in OTHERS:
-        assert ask(guard(app), path)[0] == 401, path
+        status, headers, body = ask(guard(app), path)
+        assert (status, headers["www-authenticate"]) == (401, "Bearer"), path
+        assert headers["content-length"] == str(len(body))
+        assert "Authorization: Bearer KEY" in json.loads(body)["error"]["message"]
         assert app.body is None
     for path in OPEN[:2]:
         assert ask(guard(app), path)[0] == 200
     for path in (*OPEN, *OTHERS):
         assert ask(guard(app), path, KEY)[0] == 200
-
-
-def test_the_refusal_says_what_to_send() -> None:
-    _, headers, body = ask(guard(App()), "/metrics")
-    assert headers["www-authenticate"] == "Bearer"
-    assert headers["content-length"] == str(len(body))
-    assert "Authorization: Bearer KEY" in json.loads(body)["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -138,12 +133,11 @@ def test_a_preflight_passes_and_a_bare_options_does_not() -> None:
     assert ask(guard(App()), "/metrics", whole, method="GET")[0] == 401
 
 
-@pytest.mark.parametrize("key", [None, "secret"])
-def test_websockets_need_the_key(key: str | None) -> None:
+def test_websockets_need_the_key_and_the_lifespan_does_not() -> None:
     sent, passed = [], []
 
-    async def app(*_: object) -> None:
-        passed.append(1)
+    async def app(scope: dict[str, Any], *_: object) -> None:
+        passed.append(scope["type"])
 
     async def receive() -> dict[str, str]:
         return {"type": "websocket.connect"}
@@ -151,22 +145,12 @@ def test_websockets_need_the_key(key: str | None) -> None:
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    headers = [] if key is None else [(b"authorization", b"Bearer secret")]
-    scope = {"type": "websocket", "path": "/health", "headers": headers}
-    asyncio.run(guard(app)(scope, receive, send))
-    assert (sent, passed) == ([{"type": "websocket.close", "code": 1008}], []) if key is None else (
-        [], [1]
-    )  # fmt: skip
-
-
-def test_startup_and_shutdown_reach_the_app() -> None:
-    passed = []
-
-    async def app(scope: dict[str, str], *_: object) -> None:
-        passed.append(scope["type"])
-
-    asyncio.run(guard(app)({"type": "lifespan"}, None, None))
-    assert passed == ["lifespan"]
+    for kind, headers in (("websocket", []), ("lifespan", []),
+                          ("websocket", [(b"authorization", b"Bearer secret")])):  # fmt: skip
+        scope = {"type": kind, "path": "/health", "headers": headers}
+        asyncio.run(guard(app)(scope, receive, send))
+    assert sent == [{"type": "websocket.close", "code": 1008}]
+    assert passed == ["lifespan", "websocket"]
 
 
 @pytest.mark.parametrize("chunks", [[b"x" * 9], [b"xxxx", b"xxxxx"], [b"", b"x" * 9, b""], [b""]])
@@ -237,43 +221,11 @@ def test_where_keys_come_from(tmp_path: Path) -> None:
     assert api_key(None, {}) is api_key(None, {"VLLM_API_KEY": ""}) is None
     assert api_key(None, variable) == "of the variable"
     assert api_key(tmp_path / "key", variable) == "of the file"
+    with pytest.raises(InputError, match="cannot be read"):
+        api_key(tmp_path / "none", {})
 
 
 @pytest.mark.parametrize("route", ["", "/", "a b", "..?", "/v1//x", "a\nb", "*"])
 def test_what_is_no_path_is_refused(route: str) -> None:
     with pytest.raises(UsageError, match="is no path"):
         open_paths([route])
-
-
-@pytest.mark.vllm
-def test_vllm_puts_it_before_its_own_middleware_and_routes(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("vllm", reason="vLLM: make dev installs it")
-    from fastapi import FastAPI
-    from fastapi.testclient import TestClient
-    from starlette.responses import JSONResponse
-    from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
-
-    for name, value in settings(["secret"], (), 64).items():
-        monkeypatch.setenv(name, value)
-
-    async def every(request: Any) -> JSONResponse:
-        return JSONResponse(len(await request.body()))
-
-    app = FastAPI()
-    app.add_route("/{path:path}", every, methods=["GET", "POST"])
-    arguments = {
-        "allowed_origins": ["*"], "allow_credentials": False, "allowed_methods": ["*"],
-        "allowed_headers": ["*"], "api_key": ["secret"], "enable_request_id_headers": False,
-        "middleware": [MIDDLEWARE],
-    }  # fmt: skip
-    init_entrypoints_middleware(Namespace(**arguments), app, ("generate",))
-    client = TestClient(app)
-    assert [client.get(path).status_code for path in ("/health", "/metrics", "/v1/models")] == [
-        200, 401, 401
-    ]  # fmt: skip
-    for content in (b"x" * 64, iter([b"x" * 32] * 2)):
-        assert client.post("/tokenize", content=content, headers=KEY).json() == 64
-    for content in (b"x" * 65, iter([b"x" * 32] * 3)):
-        assert client.post("/tokenize", content=content, headers=KEY).status_code == 413
-    preflight = {"origin": "https://x", "access-control-request-method": "POST"}
-    assert client.options("/metrics", headers=preflight).text == "OK"

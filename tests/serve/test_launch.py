@@ -69,6 +69,7 @@ def test_what_the_user_set_wins(tmp_path: Path) -> None:
         "VLLM_NO_USAGE_STATS": "0",
         "GLOO_SOCKET_IFNAME": "eth0",
         "SAGEMAKER_MODEL_PATH": "/mine",
+        "VLLM_MAX_N_SEQUENCES": "8",
     }
     env = environment(Server(tmp_path), mine)
     assert {key: env[key] for key in mine} == mine
@@ -87,8 +88,12 @@ def test_workers_of_one_machine_meet_on_it_alone(tmp_path: Path) -> None:
         assert (env.get("GLOO_SOCKET_IFNAME"), env.get("NCCL_SOCKET_IFNAME")) == (expected,) * 2
 
 
-def test_no_code_beside_a_model_is_run(tmp_path: Path) -> None:
-    assert environment(Server(tmp_path), {})["SAGEMAKER_MODEL_PATH"] == "/dev/null"
+def test_no_code_beside_a_model_is_run_and_a_request_may_ask_for_few_answers(
+    tmp_path: Path,
+) -> None:
+    found = environment(Server(tmp_path), {})
+    assert found["SAGEMAKER_MODEL_PATH"] == "/dev/null"
+    assert found["VLLM_MAX_N_SEQUENCES"] == "64"
 
 
 @pytest.mark.parametrize(
@@ -130,16 +135,12 @@ def test_zeros_of_a_dense_folder_are_told(
 
 
 @pytest.mark.vllm
-def test_pickles_never_reach_vllm(tiny: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(tiny, tmp_path / "m"))
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(InputError, match="a pickle"):
-        check(Server(folder))
-
-
-@pytest.mark.vllm
-def test_damaged_folder_is_refused_before_vllm_starts(packed: Path) -> None:
+def test_a_pickle_or_a_damaged_file_never_reaches_vllm(tiny: Path, packed: Path) -> None:
     path = packed / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="no intact safetensors"):
+        check(Server(packed))
+    path.rename(packed / "pytorch_model.bin")
+    shutil.copy(tiny / "config.json", packed)
+    with pytest.raises(InputError, match="a pickle"):
         check(Server(packed))

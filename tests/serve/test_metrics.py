@@ -32,38 +32,30 @@ def values(found: list) -> dict[str, dict[str, float]]:
     }
 
 
-def running(*reports: dict) -> dict[str, float]:
-    return values(metrics.families(reports))["gblm_linears"]
-
-
 def counts(**linears: int) -> dict[str, int]:
     return dict.fromkeys(BACKENDS, 0) | linears
 
 
-def test_tensor_parallel_ranks_share_their_linears() -> None:
-    assert running(worker(cpu=8), worker(cpu=8)) == counts(cpu=8)
-
-
-def test_pipeline_stages_add_up() -> None:
-    assert running(worker(0, cpu=4), worker(1, cpu=5), worker(1, cpu=5))["cpu"] == 9
-
-
-def test_ranks_that_disagree_show_both_backends() -> None:
-    assert running(worker(cpu=8), worker(cpu=6, reference=2)) == counts(cpu=8, reference=2)
-
-
-def test_workers_are_counted() -> None:
-    assert values(metrics.families([worker(), worker()]))["gblm_workers"] == {"m": 2}
-
-
-def test_no_reports_no_metrics() -> None:
-    assert metrics.families([]) == []
+@pytest.mark.parametrize(
+    ("reports", "linears"),
+    [
+        ([worker(cpu=8), worker(cpu=8)], counts(cpu=8)),  # ranks share their linears
+        ([worker(0, cpu=4), worker(1, cpu=5), worker(1, cpu=5)], counts(cpu=9)),  # stages add up
+        ([worker(cpu=8), worker(cpu=6, reference=2)], counts(cpu=8, reference=2)),
+    ],
+)
+def test_ranks_stages_and_those_that_disagree_are_counted(
+    reports: list[dict], linears: dict[str, int]
+) -> None:
+    found = values(metrics.families(reports))
+    assert found["gblm_linears"] == linears
+    assert found["gblm_workers"] == {"m": len(reports)}
 
 
 def test_reports_are_read_as_they_come_and_kept() -> None:
     reports = metrics.Reports()
     folder = reports.new_folder()
-    assert reports.collect() == []
+    assert reports.collect() == metrics.families([]) == []
     path = folder / "1.json"
     path.write_text(json.dumps(worker(cpu=8)))
     assert values(reports.collect())["gblm_linears"]["cpu"] == 8

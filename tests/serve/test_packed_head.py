@@ -16,7 +16,6 @@ from gblm.sparse.formats.manifest import Group, Manifest
 from gblm.sparse.weights import SparseWeight
 
 pytestmark = pytest.mark.vllm
-pytest.importorskip("vllm", reason="vLLM: make dev installs it")
 VOCABULARY, HIDDEN, PADDED = 258, 64, 320
 
 
@@ -62,9 +61,19 @@ def load(head: torch.nn.Module, parts: dict[str, torch.Tensor]) -> None:
         parameter.weight_loader(parameter, tensor)
 
 
-@pytest.mark.parametrize(("rank", "num_ranks"), [(0, 1), (0, 2), (1, 2)])
-@pytest.mark.parametrize("backend", ["reference", "dense", "cpu"])
-@pytest.mark.parametrize("spec", ["dense/dense/int8:64", "dense/dense/int4:row", "dense/dense"])
+SPECS = ("dense/dense/int8:64", "dense/dense/int4:row", "dense/dense")
+
+
+def product(head: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Some hidden states, and the logits that the head makes of them."""
+    x = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(1)).bfloat16()
+    return x, head.quant_method.apply(head, x)
+
+
+@pytest.mark.parametrize(
+    ("backend", "rank", "num_ranks"), [("reference", 0, 1), ("dense", 0, 2), ("cpu", 1, 2)]
+)
+@pytest.mark.parametrize("spec", SPECS)
 def test_rows_are_cut_and_padded(
     spec: str, backend: str, rank: int, num_ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,8 +83,7 @@ def test_rows_are_cut_and_padded(
     head = create(fmt, monkeypatch, rank, num_ranks)
     load(head, fmt.pack("lm_head", weight))
     head.quant_method.process_weights_after_loading(head)
-    x = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(1)).bfloat16()
-    got = head.quant_method.apply(head, x)
+    x, got = product(head)
     rows = PADDED // num_ranks
     own = weight.weight[rank * rows : (rank + 1) * rows]
     assert got.shape == (3, rows)
@@ -84,10 +92,8 @@ def test_rows_are_cut_and_padded(
 
 
 @pytest.mark.parametrize(
-    ("spec", "part"),
-    [(spec, part) for spec in ("dense/dense/int8:64", "dense/dense/int4:row", "dense/dense")
-     for part in from_spec(spec).parts],
-)  # fmt: skip
+    ("spec", "part"), [(spec, part) for spec in SPECS for part in from_spec(spec).parts]
+)
 def test_part_that_was_never_loaded_is_refused(
     spec: str, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,8 +127,7 @@ def test_panels_replace_a_weight_that_nothing_else_needs(
     load(owner, {"weight": weight.weight})
     head.quant_method.process_weights_after_loading(head)
     assert owner.weight.numel() == (PADDED * HIDDEN if tied else 0)
-    x = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(1)).bfloat16()
-    got = head.quant_method.apply(head, x)
+    x, got = product(head)
     torch.testing.assert_close(got[:, :VOCABULARY], x @ weight.weight.T, rtol=0.02, atol=0.05)
     if tied:
         ids = torch.arange(5)
@@ -145,8 +150,7 @@ def test_embeddings_are_copied_only_to_multiply_with_them() -> None:
     load(embeddings, {"weight": weight.weight})
     embeddings.quant_method.process_weights_after_loading(embeddings)
     assert not hasattr(embeddings, "cpu_linear")
-    x = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(1)).bfloat16()
-    got = embeddings.quant_method.apply(embeddings, x)
+    x, got = product(embeddings)
     torch.testing.assert_close(got[:, :VOCABULARY], x @ weight.weight.T, rtol=0.02, atol=0.05)
     ids = torch.arange(5)
     assert torch.equal(embeddings.quant_method.embedding(embeddings, ids), weight.weight[:5])

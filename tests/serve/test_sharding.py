@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from vllm_linear import RANKS, SHAPE, create, fused_linear, load_columns, load_pieces
@@ -9,11 +11,10 @@ from weights import weight_of
 
 from gblm.errors import CheckpointError
 from gblm.sparse.formats import Format, from_spec
+from gblm.sparse.formats.manifest import Group, Manifest
 from gblm.sparse.weights import SparseWeight
 
 pytestmark = pytest.mark.vllm
-pytest.importorskip("vllm", reason="vLLM: make dev installs it")
-
 RECTANGLES = ["nm/2:4", "nm/2:4/int8:64", "nm/2:4/int4:128", "nm/2:4/int8:row", "nm/4:8/int4:row",
               "dense/dense/int8:32", "dense/dense/int4:row", "nm/8:16",
               "nm/8:16/int8:64", "nm/8:16/int4:row"]  # fmt: skip
@@ -99,18 +100,23 @@ def load(layer: torch.nn.Module, tensors: dict[str, torch.Tensor], *shard: objec
         parameter.weight_loader(parameter, tensor, *shard)
 
 
-@pytest.mark.parametrize("values", ["float", "int4:64"])
-def test_fused_rows_may_differ_in_sparsity(values: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def config_of(**formats: tuple[str, str, str]) -> Any:
+    """Of linears that vLLM fuses: format, pattern and values of each."""
     from gblm.serve.vllm_plugin.config import SparseConfig
-    from gblm.sparse.formats.manifest import Group, Manifest
 
-    patterns = {"gate_proj": "0.3", "up_proj": "0.7"}
     groups = (
-        Group(format="bitmask", pattern=pattern, values=values, targets=(f"m.{name}",))
-        for name, pattern in patterns.items()
+        Group(format=name, pattern=pattern, values=values, targets=(f"m.{linear}",))
+        for linear, (name, pattern, values) in formats.items()
     )
     config = SparseConfig(Manifest(groups=tuple(groups)))
-    config.packed_modules_mapping = {"gate_up_proj": [*patterns]}
+    config.packed_modules_mapping = {"gate_up_proj": [*formats]}
+    return config
+
+
+@pytest.mark.parametrize("values", ["float", "int4:64"])
+def test_fused_rows_may_differ_in_sparsity(values: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    patterns = {"gate_proj": "0.3", "up_proj": "0.7"}
+    config = config_of(**{name: ("bitmask", one, values) for name, one in patterns.items()})
     joined = config._format_of("m.gate_up_proj")
     assert joined is not None
     columns = SHAPE[1]
@@ -124,13 +130,7 @@ def test_fused_rows_may_differ_in_sparsity(values: str, monkeypatch: pytest.Monk
 
 
 def test_fused_rows_of_two_formats_are_refused() -> None:
-    from gblm.serve.vllm_plugin.config import SparseConfig
-    from gblm.sparse.formats.manifest import Group, Manifest
-
-    groups = (Group(format="nm", pattern="2:4", targets=("m.gate_proj",)),
-              Group(format="bitmask", pattern="0.5", targets=("m.up_proj",)))  # fmt: skip
-    config = SparseConfig(Manifest(groups=groups))
-    config.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
+    config = config_of(gate_proj=("nm", "2:4", "float"), up_proj=("bitmask", "0.5", "float"))
     with pytest.raises(CheckpointError, match="vLLM fuses gate_proj, up_proj, but"):
         config._format_of("m.gate_up_proj")
 
