@@ -71,7 +71,7 @@ def test_a_family_does_what_its_row_says(row: str, tmp_path: Path) -> None:
     family, changed = CASES[row]
     source, packed = save_family(family, tmp_path / "model", **changed), tmp_path / "packed"
     prune(Recipe(model=str(source), method="magnitude", pattern="2:4"), packed)
-    for wanted in (Wanted(sparse=True), Wanted(precision="int4")):
+    for wanted in (Wanted(sparse=True, validate=16), Wanted(precision="int4", validate=16)):
         output = tmp_path / str(wanted.precision)
         if ROWS[row] == "passed":
             assert export_onnx(packed, output, wanted)["validation"]["passed"]
