@@ -126,7 +126,7 @@ ROADS = {
     "search": ["search", "BAD", "--budget", "5bits", "--calibration", "TEXT", "--num-samples", "2",
                "--seq-len", "16"],
 }  # fmt: skip
-WITHOUT_TOKENIZER = ("serve", "export pack", "inspect")
+WITHOUT_TOKENIZER = ("serve", "export pack", "inspect", "bench")
 
 
 @pytest.mark.slow
