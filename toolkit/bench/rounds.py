@@ -14,6 +14,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from gblm.bench import noise
 from gblm.bench.requests import Load, Request, Seen, metrics_of, unit_of
 from gblm.bench.sides import Side
@@ -47,7 +49,7 @@ def bench(sides: Sequence[Side], progress: Progress = no_progress) -> Record:
     origin, setup = provenance(), sides[0].setup
     step = progress("rounds", setup.rounds * len(sides) * len(setup.loads))
     found: dict[Load, list[Round]] = {load: [] for load in setup.loads}
-    read_limit = reader()
+    read_limit = reader(setup.threads)
     with ExitStack() as stack:
         if not setup.restart:
             for side in sides:
@@ -104,15 +106,24 @@ def one_round(
     return found
 
 
-def reader() -> Callable[[], float | None]:
-    """Give what measures how fast the threads read memory now, in GB/s; None without kernels."""
+def reader(threads: int | None) -> Callable[[], float | None]:
+    """Give what measures how fast so many threads read memory now, in GB/s; None without kernels.
+
+    Two threads of a virtual machine share a core at one time and have one each at another: what one
+    thread reads says nothing of that, and what two read says nothing of a side that runs one.
+    """
     if native.refusal():
         return lambda: None
     now = noise.reader(time.perf_counter, READS, READ_BYTES)
 
     def settled() -> float:
         time.sleep(SETTLE_SECONDS)
-        return now()
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads or before)
+        try:
+            return now()
+        finally:
+            torch.set_num_threads(before)
 
     return settled
 
