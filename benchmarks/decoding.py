@@ -97,7 +97,9 @@ def measure(
         first = replace(first, rows=first.rows + second.rows, verdict=verdict)
     found = {name: {"bits_per_weight": bits_per_weight(path)} for name, path in folders.items()}
     sides = {name: {**facts, **found.get(name, {})} for name, facts in first.sides.items()}
-    return replace(first, kind="decoding", command=pages.made_by(), sides=sides)
+    shown = {metric for _, metric, _ in LOADS.values()}
+    rows = tuple(row for row in first.rows if row.metric in shown)
+    return replace(first, kind="decoding", command=pages.made_by(), sides=sides, rows=rows)
 
 
 def _bench(
