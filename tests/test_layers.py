@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "record", "sparse",
     },
     "evaluate": {
-        "cache", "checkpoint", "data", "errors", "files", "model", "network", "packed",
+        "cache", "checkpoint", "data", "errors", "export", "files", "model", "network", "packed",
         "progress", "recipe", "record",
     },
     "fetch": {"cache", "checkpoint", "errors"},
@@ -52,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "report": {"__init__", "checkpoint", "errors", "files", "model", "record"},
     "export": {
-        "bench", "cache", "checkpoint", "errors", "evaluate", "files", "kernels", "model", "packed",
+        "bench", "cache", "checkpoint", "errors", "files", "kernels", "model", "packed",
         "progress", "provenance", "recipe", "sparse",
     },
     "recover": {

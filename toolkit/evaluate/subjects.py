@@ -1,15 +1,13 @@
 """Models to be evaluated, through one interface whatever runs them.
 
-A subject scores windows of tokens. It knows nothing of texts, metrics or tasks. ONNX Runtime, which
-belongs to another part of the package, is imported for exported folders alone.
+A subject scores windows of tokens. It knows nothing of texts, metrics or tasks. ONNX Runtime is
+imported for exported folders alone.
 """
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +70,33 @@ class TorchSubject(Subject):
         return Scores.of(self.model(input_ids=ids, use_cache=False).logits[0], window)
 
 
+class OnnxSubject(Subject):
+    """This subject is an exported graph in ONNX Runtime, in the precision of its export."""
+
+    engine = "onnx"
+
+    def __init__(self, folder: ModelFolder, dtype: str = "auto") -> None:
+        """Open the graph.
+
+        Raises:
+            UsageError: another dtype than that of the graph was asked for.
+        """
+        from gblm.export.onnx.decoder import OnnxDecoder
+
+        self.folder, self._decoder = folder, OnnxDecoder(folder.path)
+        self.dtype = self._decoder.dtype
+        if dtype not in ("auto", self.dtype):
+            raise UsageError(
+                f"{folder}: the graph computes in {self.dtype}, not in --dtype {dtype}; export it "
+                "again with another --precision."
+            )
+
+    def score(self, window: Tensor) -> Scores:
+        """Score a window [seq_len] int64, from an empty cache."""
+        self._decoder.reset()
+        return Scores.of(self._decoder.step(window), window)
+
+
 def folder_kind(folder: ModelFolder) -> str:
     """Tell which kind a folder is of, which is its own engine too: "onnx", "packed" or "hf"."""
     if (folder.path / ONNX_MODEL).is_file():
@@ -100,6 +125,4 @@ def open_subject(
         return TorchSubject(packed.load_any(folder, backend, wanted, device), kind)
     if device != "cpu" or backend:
         raise UsageError("--device and --backend do not go with an exported folder.")
-    made: Any = importlib.import_module("gblm.export.onnx.subject")
-    subject: Subject = made.OnnxSubject(folder, dtype)
-    return subject
+    return OnnxSubject(folder, dtype)
