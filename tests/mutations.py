@@ -138,10 +138,12 @@ LIST: dict[str, list[tuple[str, str, str]]] = {
          "stored = weight"),
         ("packer-nan", "if not bool(stored.weight.isfinite().all()):", "if False:"),
         ("packer-room", "need = int(1.1 * sum(map(reader.num_bytes, reader)))", "need = int(0)"),
-        ("bits", 'round(8 * size / count, 4)', 'round(4 * size / count, 4)'),
         ("shards", "self._pending_bytes + size > self.shard_bytes",
          "self._pending_bytes > self.shard_bytes"),
         ("overwrite", "if output.exists() and not overwrite:", "if False:"),
+    ],
+    "test_integer_runs.py": [
+        ("bits", 'round(8 * size / count, 4)', 'round(4 * size / count, 4)'),
     ],
     "checkpoint/test_reader.py checkpoint/test_damage.py": [
         ("inside-name",
