@@ -90,6 +90,7 @@ def run_evaluation(asked: Evaluation, progress: Progress = no_progress) -> Recor
     if served is not None:
         served.connect(home)
     sides, facts = _sides(asked, served, folder, dense)
+    logger.info("loaded: %s", " and ".join(sides))
     rows = measure(sides, asked.protocols, tokenizer, progress)
     if asked.tasks is not None:
         from gblm.evaluate.harness import run_tasks

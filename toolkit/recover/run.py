@@ -176,6 +176,8 @@ class _Run:
         held_out = [name for name in texts if name != TRAINING and task.ranks.leads]
 
         def measured() -> dict[str, dict[str, float]]:
+            if held_out:
+                logger.info("KL to the dense model is measured on %s", " and ".join(held_out))
             return {
                 name: compare(model, texts[name], hidden[name], trainer.head, dense_head)
                 for name in held_out
