@@ -206,6 +206,14 @@ def shared() -> Path:
     return SHARED
 
 
+def in_place_of_vllm(folder: Path, code: str) -> str:
+    """Let Python run this code where gblm starts vLLM; gives the PYTHONPATH that does it."""
+    (folder / "sitecustomize.py").write_text(
+        f"import os, sys\nif 'gblm.serve.vllm_cli' in sys.orig_argv:\n    {code}\n"
+    )
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+
+
 def content(folder: Path) -> dict[str, object]:
     """Every file's sha256; of MANIFEST.json all but where and when it was made."""
     every = (file for file in folder.rglob("*") if file.is_file())

@@ -218,15 +218,27 @@ def test_the_help_names_every_method_and_kind_of_value(gblm: Run) -> None:
 
 
 def test_serving_the_current_folder_runs_none_of_its_files(packed: Path, tmp_path: Path) -> None:
+    """A vLLM that only imports torch stands in for the real one, behind the current folder."""
     from gblm.serve.access import Server
     from gblm.serve.launch import command, environment
 
+    def write(path: Path, text: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
     for name in ("torch.py", "vllm.py", "gblm/__init__.py"):
-        (packed / name).parent.mkdir(exist_ok=True)
-        (packed / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    server = Server(packed, options=("--help",))
-    env = environment(server, os.environ)
-    subprocess.run(command(server), cwd=packed, env=env, capture_output=True, check=False)
+        write(packed / name, f"open({str(tmp_path / 'ran')!r}, 'w')")
+    stand_in = f"def main():\n    import torch\n    open({str(tmp_path / 'arrived')!r}, 'w')"
+    for name in (".", "entrypoints", "entrypoints/cli"):
+        write(tmp_path / "path/vllm" / name / "__init__.py", "")
+    write(tmp_path / "path/vllm/entrypoints/cli/main.py", stand_in)
+    server, paths = Server(packed), [str(tmp_path / "path"), os.environ.get("PYTHONPATH")]
+    # An empty entry would be the current folder.
+    env = environment(server, os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))})
+    subprocess.run(
+        command(server), cwd=packed, env=env, capture_output=True, check=False, timeout=60
+    )
+    assert (tmp_path / "arrived").exists()
     assert not (tmp_path / "ran").exists()
 
 

@@ -23,8 +23,7 @@ from gblm.model.loading import (
     auto_class,
     check_device,
     model_config,
-    names_in_memory,
-    skeleton,
+    named_skeleton,
 )
 from gblm.model.packed_reader import PackedLinear, PackedReader
 from gblm.sparse.formats import VALUE_DTYPES, Format, Shape
@@ -170,8 +169,7 @@ def check_loadable(folder: ModelFolder) -> None:
         CheckpointError: they do not agree.
     """
     with PackedReader(folder) as packed:
-        model = skeleton(folder, len(packed.headers))
-        packed.rename(names_in_memory(model, packed))
+        model = named_skeleton(packed)
         check_complete(model, packed)
         for linear in packed.linears.values():
             check_linear(model, linear)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import permutations
@@ -12,7 +11,7 @@ from typing import Any
 import click
 import psutil
 import pytest
-from conftest import Outcome, save_tiny_model
+from conftest import Outcome, in_place_of_vllm, save_tiny_model
 from vllm_server import OPTIONS
 
 from gblm.bench.engines import parse_sides
@@ -295,12 +294,7 @@ def test_a_server_that_cannot_start_is_one_sentence(
     gblm: Callable[..., Outcome], tiny: Path, tmp_path: Path
 ) -> None:
     """In vLLM's place a process that refuses what it is asked for."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, sys\n"
-        "if 'gblm.serve.vllm_cli' in sys.orig_argv:\n"
-        "    os.write(2, b'ValueError: no such length'); os._exit(1)\n"
-    )
-    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    paths = in_place_of_vllm(tmp_path, "os.write(2, b'ValueError: no such length'); os._exit(1)")
     done = gblm("bench", tiny, *SMALL, "--rounds", 1, PYTHONPATH=paths)
     assert done.code == 3, done
     assert "the server ended with code 1: ValueError: no such length" in done.err

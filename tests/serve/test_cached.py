@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import Pack, Run, content
+from conftest import Pack, Run, content, in_place_of_vllm
 from damage import flip
 from legacy_cases import FIXTURES, altered, drop
 
@@ -250,12 +249,7 @@ def test_the_command_prunes_then_starts_vllm_on_the_result(
     gblm: Run, tiny: Path, cache: Path, tmp_path: Path
 ) -> None:
     # In place of vLLM: a process that ends as soon as it runs.
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, sys\n"
-        "if 'gblm.serve.vllm_cli' in sys.orig_argv:\n"
-        "    print('SERVED', sys.orig_argv, flush=True); os._exit(0)\n"
-    )
-    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    paths = in_place_of_vllm(tmp_path, "print('SERVED', sys.orig_argv, flush=True); os._exit(0)")
     done = gblm("serve", tiny, "--prune", "magnitude 2:4", PYTHONPATH=paths)
     assert done.code == 1, done  # it ended unasked
     (folder,) = made(cache)

@@ -109,8 +109,8 @@ def one_round(
 def reader(threads: int | None) -> Callable[[], float | None]:
     """Give what measures how fast so many threads read memory now, in GB/s; None without kernels.
 
-    Two threads of a virtual machine share a core at one time and have one each at another: what one
-    thread reads says nothing of that, and what two read says nothing of a side that runs one.
+    The threads are those of the sides: two CPUs of a virtual machine may lie on one core or on two,
+    which changes what two threads read, but not what a side with one thread does.
     """
     if native.refusal():
         return lambda: None

@@ -60,7 +60,7 @@ class Gate:
 
     @property
     def needs_baseline(self) -> bool:
-        """Whether the figure says something only beside the dense model."""
+        """Tell whether the figure says something only beside the dense model."""
         return self.name in OF_BOTH or self.unit != ""
 
 

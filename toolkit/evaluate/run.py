@@ -132,7 +132,7 @@ def _warn_of_long_windows(protocols: Sequence[Protocol], positions: int) -> None
 
 
 def is_address(model: str) -> bool:
-    """Whether a model is named by the address of its server."""
+    """Tell whether a model is named by the address of its server."""
     return model.startswith(("http://", "https://"))
 
 

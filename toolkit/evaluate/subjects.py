@@ -75,7 +75,7 @@ class OnnxSubject(Subject):
 
     engine = "onnx"
 
-    def __init__(self, folder: ModelFolder, dtype: str = "auto") -> None:
+    def __init__(self, folder: ModelFolder, dtype: str) -> None:
         """Open the graph.
 
         Raises:

@@ -35,8 +35,8 @@ def load(
     with Reader(folder) as reader:
         # transformers joins shard names unchecked and lets truncated files through
         check_shapes(reader)
+    config = model_config(folder)
     try:
-        config = model_config(folder)
         loaded: nn.Module = auto_class(config).from_pretrained(
             folder.path,
             config=config,
@@ -45,8 +45,6 @@ def load(
             use_safetensors=True,
             local_files_only=True,
         )
-    except CheckpointError:
-        raise
     except Exception as error:
         raise InputError(f"{folder} could not be loaded by transformers: {error}") from error
     return loaded.to(target).eval()
@@ -147,8 +145,7 @@ def check_shapes(reader: Reader) -> nn.Module:
     Raises:
         CheckpointError: a tensor has another shape, or config.json describes no model.
     """
-    model = skeleton(reader.folder, len(reader.headers))
-    reader.rename(names_in_memory(model, reader))
+    model = named_skeleton(reader)
     for name, tensor in model.state_dict().items():
         if name in reader and (shape := reader.headers[name][0]) != tuple(tensor.shape):
             raise CheckpointError(
@@ -161,8 +158,14 @@ def check_shapes(reader: Reader) -> nn.Module:
 def rename_as_in_memory(reader: Reader) -> None:
     """Let a reader call the tensors of a multimodal model as the model in memory does."""
     if "text_config" in reader.folder.config:
-        model = skeleton(reader.folder, len(reader.headers))
-        reader.rename(names_in_memory(model, reader))
+        named_skeleton(reader)
+
+
+def named_skeleton(reader: Reader) -> nn.Module:
+    """Build the model of a reader without memory, and let the reader name tensors as that does."""
+    model = skeleton(reader.folder, len(reader.headers))
+    reader.rename(names_in_memory(model, reader))
+    return model
 
 
 def load_tokenizer(model: str | Path | ModelFolder) -> Any:
