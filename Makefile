@@ -4,8 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CHECK := build/check
 CSRC := toolkit/kernels/csrc
+# Python compiles the modules that it imports; pip would compile all of PyTorch and vLLM first.
+PIP_INSTALL := pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: help dev lint types check unit mutations sanitize arm64 dist wheel vllm-cuda onnx-gpu test test-gpu sanitize-gpu demo tables soak image clean
+.PHONY: help dev lint types check quick unit mutations sanitize arm64 dist wheel vllm-cuda onnx-gpu test test-gpu sanitize-gpu demo tables soak image clean
 
 help:
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -16,7 +18,7 @@ dev: $(VENV)/.ready ## set up .venv with everything for CPU work
 # torchaudio and torchcodec come along as CUDA builds that break `from vllm import LLM`.
 $(VENV)/.ready: pyproject.toml setup.py $(wildcard $(CSRC)/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[cpu,fetch,onnx-cpu,dev]'
+	$(BIN)/$(PIP_INSTALL) -e '.[cpu,fetch,onnx-cpu,dev]'
 	$(BIN)/pip uninstall --quiet --yes torchaudio torchcodec
 	touch $@
 
@@ -38,7 +40,10 @@ types: dev ## mypy --strict
 # Tests wait for processes a third of the time: one worker more than two cores keeps both busy.
 PYTEST := $(BIN)/pytest -n 3 --dist worksteal
 
-check: lint types ## before every commit: lint, types and the quick tests, in three minutes
+check: dev ## before every commit: lint, types and the quick tests, in three minutes
+	$(MAKE) --jobs 3 lint types quick
+
+quick: dev
 	$(PYTEST) -m "not vllm and not real and not slow and not gpu"
 
 unit: dev ## all tests, the real model and vLLM on CPU included
@@ -63,7 +68,7 @@ avx512_FLAGS := -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512
 amx_FLAGS := $(avx512_FLAGS) -mamx-tile -mamx-bf16 -mamx-int8
 neon_FLAGS := -march=armv8.2-a+dotprod
 neon_bf16_FLAGS := $(neon_FLAGS)+bf16
-SANITIZE := -std=c++17 -O1 -g -fno-omit-frame-pointer -Wall -Wextra -Werror -Wno-psabi \
+SANITIZE := -std=c++17 -O1 -g1 -fno-omit-frame-pointer -Wall -Wextra -Werror -Wno-psabi \
 	-fsanitize=address,undefined -fno-sanitize-recover=all
 CHECKED := $(UNITS:%=build/sanitize/%.o) build/sanitize/sanitize.o
 
@@ -78,6 +83,19 @@ build/sanitize/sanitize.o: tests/kernels/sanitize.cpp tests/kernels/sanitize.h $
 sanitize: $(CHECKED) ## the CPU kernels under address and undefined-behaviour sanitizers
 	g++ $(SANITIZE) -pthread $^ -o build/sanitize/run
 	build/sanitize/run
+
+# AMX's tile registers in plain C++, for CPUs without them: tests/kernels/test_amx.py.
+AMX_UNITS := amx avx2 avx512 linear memory panels portable prepare torch_op
+
+build/amx/amx_registers.h: tests/kernels/amx/amx_registers.h $(wildcard $(CSRC)/*)
+	rm -rf $(@D) && mkdir -p build && cp -r $(CSRC) $(@D)
+	cp $< $@
+
+build/amx/%.o: build/amx/amx_registers.h
+	g++ -std=c++17 -O1 -fPIC -fvisibility=hidden $($*_FLAGS) -c $(@D)/$*.cpp -o $@
+
+build/amx/_cpu.so: $(AMX_UNITS:%=build/amx/%.o)
+	g++ -shared $^ -ldl -o $@
 
 # Debian: apt-get install g++-aarch64-linux-gnu qemu-user
 ARM64 := aarch64-linux-gnu-g++ -std=c++17 -O3 -fPIC -Wall -Wextra -Werror -Wno-psabi
@@ -103,32 +121,33 @@ arm64: build/arm64/_cpu.so build/arm64/sanitize build/arm64/arm64_check ## optio
 # Needs no .venv: the Dockerfile's build stage runs it too.
 dist: ## build the wheel into dist/
 	rm -rf dist && $(PYTHON) -m venv build/tools
-	build/tools/bin/pip install --quiet --disable-pip-version-check build
+	build/tools/bin/$(PIP_INSTALL) build
 	build/tools/bin/python -m build --wheel --outdir dist .
 
 wheel: dist ## install the wheel in an empty environment, run it there
 	rm -rf $(CHECK)
 	$(PYTHON) -m venv $(CHECK)
-	$(CHECK)/bin/pip install --quiet --disable-pip-version-check dist/*.whl pytest
+	$(CHECK)/bin/$(PIP_INSTALL) dist/*.whl pytest
 	cd build && check/bin/gblm --version && check/bin/gblm doctor
 	cd build && check/bin/pytest -q -p no:cacheprovider -o pythonpath=$(CURDIR)/tests $(CURDIR)/tests/wheel_check.py
 
 # Imports vLLM and cuts weights; a model runs on no machine without a device. 10 GB to install.
 vllm-cuda: dist ## optional: the plugin in vLLM's newest CUDA build, which needs no GPU for this
 	$(PYTHON) -m venv build/vllm-cuda
-	build/vllm-cuda/bin/pip install --quiet --disable-pip-version-check dist/*.whl vllm==0.33.0 pytest
+	build/vllm-cuda/bin/$(PIP_INSTALL) dist/*.whl vllm==0.33.0 pytest
 	cd build && vllm-cuda/bin/pytest -q -p no:cacheprovider -o pythonpath=$(CURDIR)/tests \
 		$(CURDIR)/tests/cuda_build_check.py $(CURDIR)/tests/serve/test_sharding.py $(CURDIR)/tests/serve/test_versions.py
 
 # onnxruntime-gpu runs its CPU provider without a GPU, but cannot lie beside onnxruntime.
-onnx-gpu: dist ## the ONNX export with the packages of the extra [onnx], in an environment of their own
-	$(PYTHON) -m venv build/onnx-gpu
-	build/onnx-gpu/bin/pip install --quiet --disable-pip-version-check "$$(ls dist/*.whl)[onnx]" pytest
-	cd build && onnx-gpu/bin/pytest -q -p no:cacheprovider -o pythonpath=$(CURDIR)/tests $(CURDIR)/tests/onnx_gpu_check.py
+onnx-gpu: wheel ## the ONNX export with the packages of the extra [onnx], in the wheel's environment
+	$(CHECK)/bin/$(PIP_INSTALL) "$$(ls dist/*.whl)[onnx]"
+	cd build && check/bin/pytest -q -p no:cacheprovider -o pythonpath=$(CURDIR)/tests $(CURDIR)/tests/onnx_gpu_check.py
 
-# Two at a time: one compiles while the other waits for packages.
-test: lint types unit ## everything that CI runs
-	$(MAKE) --jobs 2 --output-sync=target sanitize wheel onnx-gpu
+# Two at a time: one compiles while the other waits for packages, or for the type checker's one core.
+test: ## everything that CI runs
+	$(MAKE) --jobs 2 --output-sync=target dev sanitize
+	$(MAKE) --jobs 2 --output-sync=target lint types onnx-gpu
+	$(MAKE) unit
 
 # .venv holds PyTorch for CPUs. This takes a Python that has PyTorch for CUDA, gblm's other
 # requirements and pytest; gblm itself need not be installed.

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import queue
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -259,10 +257,16 @@ class Broken(Exception):
     """The list does not fit the package any more."""
 
 
+@cache
+def sources(root: Path) -> dict[Path, str]:
+    """The package's files and their texts."""
+    files = [path for folder in PACKAGE for path in sorted((root / folder).rglob("*.py"))]
+    return {path: path.read_text() for path in files}
+
+
 def find(mutation: Mutation, root: Path = ROOT) -> Path:
     """The one file of the package that holds the old text, relative to `root`."""
-    files = [path for folder in PACKAGE for path in sorted((root / folder).rglob("*.py"))]
-    counts = {path: path.read_text().count(mutation.old) for path in files}
+    counts = {path: text.count(mutation.old) for path, text in sources(root).items()}
     found = [path for path, count in counts.items() if count]
     if sum(counts.values()) != 1:
         places = ", ".join(str(path.relative_to(root)) for path in found) or "nowhere"
@@ -271,17 +275,6 @@ def find(mutation: Mutation, root: Path = ROOT) -> Path:
         if not (root / "tests" / name).is_file():
             raise Broken(f"{mutation.name}: tests/{name} is not there")
     return found[0].relative_to(root)
-
-
-def problems(chosen: list[Mutation]) -> list[str]:
-    """What does not fit the package any more, a sentence each."""
-    found = []
-    for mutation in chosen:
-        try:
-            find(mutation)
-        except Broken as error:
-            found.append(str(error))
-    return found
 
 
 def copy(to: Path) -> Path:
@@ -325,48 +318,29 @@ def attempt(mutation: Mutation, root: Path) -> str:
     return "SURVIVED" if code == 0 else f"broken: pytest ended with {code}\n{output[-2000:]}"
 
 
-def attempt_all(chosen: list[Mutation], jobs: int) -> Iterator[tuple[Mutation, str, float]]:
-    """The mutations with how each ended and how long it took, in their order."""
-    with tempfile.TemporaryDirectory(prefix="gblm-mutations-") as folder:
-        copies: queue.Queue[Path] = queue.Queue()
-        for number in range(jobs):
-            copies.put(copy(Path(folder) / str(number)))
-
-        def one(mutation: Mutation) -> tuple[Mutation, str, float]:
-            root, began = copies.get(), time.monotonic()
-            try:
-                return mutation, attempt(mutation, root), time.monotonic() - began
-            finally:
-                copies.put(root)
-
-        files = tuple(sorted({name for mutation in chosen for name in mutation.tests}))
-        code, output = run_tests(root := copies.get(), files, 10 * SECONDS)
-        if code:
-            raise Broken(f"the tests fail without any mutation:\n{output[-4000:]}")
-        copies.put(root)
-        with ThreadPoolExecutor(jobs) as pool:
-            yield from pool.map(one, chosen)
-
-
 def main() -> int:
     """0 if every mutation was caught."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="of mutations; all if none")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--check", action="store_true", help="only look for the old texts")
     asked = parser.parse_args()
     known = [mutation.name for mutation in MUTATIONS]
     if unknown := set(asked.names) - set(known):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     chosen = [m for m in MUTATIONS if not asked.names or m.name in asked.names]
-    unfit = problems(chosen)
-    if unfit or asked.check:
-        print("\n".join([*unfit, f"{len(chosen) - len(unfit)} of {len(chosen)} fit the package"]))
-        return int(bool(unfit))
+    for mutation in chosen:
+        find(mutation)
     caught = 0
-    for mutation, ended, seconds in attempt_all(chosen, asked.jobs):
-        caught += ended.startswith("caught")
-        print(f"{mutation.name:20} {seconds:5.1f} s  {ended}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="gblm-mutations-") as folder:
+        root = copy(Path(folder) / "copy")
+        files = tuple(sorted({name for mutation in chosen for name in mutation.tests}))
+        code, output = run_tests(root, files, 10 * SECONDS)
+        if code:
+            raise Broken(f"the tests fail without any mutation:\n{output[-4000:]}")
+        for mutation in chosen:
+            began = time.monotonic()
+            ended = attempt(mutation, root)
+            caught += ended.startswith("caught")
+            print(f"{mutation.name:20} {time.monotonic() - began:5.1f} s  {ended}", flush=True)
     print(f"{caught} of {len(chosen)} mutations were caught")
     return int(caught < len(chosen))
 

@@ -40,7 +40,7 @@ WAYS: list[dict[str, Any]] = [
     {"method": "sparsegpt", "pattern": "dense", "rounding": "obs", "values": "int4"},
     {"method": "alps", "pattern": "0.7"},
     {"method": "gblm", "pattern": "2:4", "refit": {}},
-    {"pattern": "2:4", "reconstruct": {"epochs": 1}},
+    {"method": "magnitude", "reconstruct": {"epochs": 1}},
 ]
 
 

@@ -1,17 +1,17 @@
-"""Against the published code: GBLM-Pruner's own masks and perplexities on the real model."""
+"""Against the published code: GBLM-Pruner's own masks and perplexities on the real model.
+
+Every method with every pattern, on the tiny model: test_published_algorithms.py.
+"""
 
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import published
 import pytest
 import torch
-from conftest import Once
 from transformers import AutoModelForCausalLM
 
 from gblm import data
@@ -28,100 +28,73 @@ OTHER_SUMS = {"0.5": 1.5e-2, "2:4": 3e-2}
 PERPLEXITY_BOUND = 0.021
 
 
-class Pruned(NamedTuple):
-    """A run of the published code, and our folder pruned in the same way."""
-
-    method: str
-    pattern: str
-    masks: Path
-    published_perplexity: float
-    folder: Path
-
-    @property
-    def different_bits(self) -> dict[int, float]:
-        return published.different_bits(self.folder, self.masks)
-
-
-# A parameter of a module's fixture: tests of one folder follow each other.
-@pytest.fixture(scope="module")
-def pruned(request: pytest.FixtureRequest, smollm2: Path, shared: Path, once: Once) -> Pruned:
-    method, pattern, name = request.param
-    folder = once(name, partial(published.prune_as_published, smollm2, shared, method, pattern))
-    result = json.loads((shared / "golden/golden.json").read_text())["results"][name]
-    masks = shared / f"golden/{name}.npz"
-    return Pruned(method, pattern, masks, result["ppl_bf16_16x512"], folder)
+def reference_windows(shared: Path) -> torch.Tensor:
+    return torch.from_numpy(np.load(shared / "golden/calib_ids.npz")["ids"])
 
 
 def test_calibration_windows_are_the_reference_ones(smollm2: Path, shared: Path) -> None:
     documents = data.read_documents(str(shared / "data/wikitext-2/valid.txt"), "calibration")
     windows = data.calibration_windows(documents, load_tokenizer(smollm2), 16, 256, 0)
-    want = np.load(shared / "golden/calib_ids.npz")["ids"]
-    assert torch.equal(windows, torch.from_numpy(want))
+    assert torch.equal(windows, reference_windows(shared))
 
 
-@pytest.fixture(scope="module")
 def same_sums(smollm2: Path, shared: Path) -> bool:
     """Whether this machine rounds float32 as the reference's did: the dense model's losses tell."""
-    windows = torch.from_numpy(np.load(shared / "golden/calib_ids.npz")["ids"])
-    want = json.loads((shared / "golden/golden.json").read_text())["gradients"]["stats"]["losses"]
+    golden = json.loads((shared / "golden/golden.json").read_text())
+    want = golden["gradients"]["stats"]["losses"][:4]
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     with torch.no_grad():
-        got = [model(input_ids=ids[None], labels=ids[None]).loss.item() for ids in windows]
+        got = [
+            model(input_ids=ids[None], labels=ids[None]).loss.item()
+            for ids in reference_windows(shared)[: len(want)]
+        ]
     assert got == pytest.approx(want, rel=1e-4)  # the same model and text
     return got == want
 
 
-# Every method with every pattern, on the tiny model: test_published_algorithms.py.
-CHOSEN = {("wanda", "2:4"), ("gblm", "2:4"), ("gblm", "0.5"), ("sparsegpt", "0.5")}
+def assert_same_perplexity(folder: Path, shared: Path, name: str, bound: float) -> None:
+    want = json.loads((shared / "golden/golden.json").read_text())["results"][name]
+    got = published.perplexity_as_published(folder, shared)
+    assert got == pytest.approx(want["ppl_bf16_16x512"], rel=bound)
 
 
-def only(*methods: str) -> pytest.MarkDecorator:
-    runs = [run for run in published.RUNS if run[0] in methods and run[:2] in CHOSEN]
-    return pytest.mark.parametrize("pruned", runs, ids=[run[2] for run in runs], indirect=True)
-
-
-@only("wanda", "gblm")
-def test_masks_equal_the_published_code(pruned: Pruned, same_sums: bool) -> None:
-    """To the bit; other float32 sums flip a near tie, and the layers after it amplify that."""
-    different = pruned.different_bits
-    if same_sums:
+# GBLM's score is Wanda's and the gradients' part: Wanda's own run is there for its pattern.
+@pytest.mark.parametrize(
+    ("method", "pattern", "name"), [("gblm", "2:4", "gblm_l2_2_4"), ("wanda", "0.5", "wanda_0.5")]
+)
+def test_masks_and_perplexity_are_those_of_the_published_code(
+    smollm2: Path, shared: Path, tmp_path: Path, method: str, pattern: str, name: str
+) -> None:
+    """Masks to the bit; other float32 sums flip a near tie, and later layers amplify that."""
+    published.prune_as_published(smollm2, shared, method, pattern, tmp_path / "out")
+    different = published.different_bits(tmp_path / "out", shared / f"golden/{name}.npz")
+    if same_sums(smollm2, shared):
         assert different == {0: 0, 15: 0, 29: 0}
     else:
         assert different[0] < 1e-5
-        assert different[15] < OTHER_SUMS[pruned.pattern]
-        assert different[29] < OTHER_SUMS[pruned.pattern]
+        assert different[15] < OTHER_SUMS[pattern]
+        assert different[29] < OTHER_SUMS[pattern]
+    assert_same_perplexity(tmp_path / "out", shared, name, 0.02)
 
 
-@only("sparsegpt")
-def test_updating_methods_start_with_the_published_masks(pruned: Pruned) -> None:
+def test_sparsegpt_differs_from_the_published_code_by_rounding_alone(
+    smollm2: Path, shared: Path, tmp_path: Path
+) -> None:
     """The published code prunes one weight too many per block, and updates amplify rounding."""
-    assert pruned.different_bits[0] < 1e-3
+    published.prune_as_published(smollm2, shared, "sparsegpt", "0.5", tmp_path / "out")
+    masks = shared / "golden/sparsegpt_0.5.npz"
+    assert published.different_bits(tmp_path / "out", masks)[0] < 1e-3
+    assert_same_perplexity(tmp_path / "out", shared, "sparsegpt_0.5", PERPLEXITY_BOUND)
 
 
-@only("wanda", "gblm")
-def test_perplexity_is_within_two_percent_of_the_published_code(
-    pruned: Pruned, shared: Path
-) -> None:
-    got = published.perplexity_as_published(pruned.folder, shared)
-    assert got == pytest.approx(pruned.published_perplexity, rel=0.02)
-
-
-@only("sparsegpt")
-def test_perplexity_of_updating_methods_differs_by_rounding_alone(
-    pruned: Pruned, shared: Path
-) -> None:
-    got = published.perplexity_as_published(pruned.folder, shared)
-    assert got == pytest.approx(pruned.published_perplexity, rel=PERPLEXITY_BOUND)
-
-
-@pytest.mark.parametrize("pruned", [("magnitude", "2:4", "magnitude_2_4")], indirect=True)
 def test_magnitude_keeps_as_much_weight_as_the_published_code(
-    pruned: Pruned, smollm2: Path
+    smollm2: Path, shared: Path, tmp_path: Path
 ) -> None:
     """Ties decide 15 % of the 2:4 groups of this model; the kept sum of |w| does not see them."""
-    masks = np.load(pruned.masks)
+    published.prune_as_published(smollm2, shared, "magnitude", "2:4", tmp_path / "out")
+    masks = np.load(shared / "golden/magnitude_2_4.npz")
     with (
-        PackedReader(ModelFolder.open(pruned.folder)) as packed,
+        PackedReader(ModelFolder.open(tmp_path / "out")) as packed,
         Reader(ModelFolder.open(smollm2)) as dense,
     ):
         for key in (k for k in masks if not k.endswith(".shape")):

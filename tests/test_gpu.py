@@ -15,13 +15,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from weights import product, weight_of
+from weights import product, stored, weight_of
 
 from gblm.kernels import BACKENDS, Backend, linear
 from gblm.kernels.few_tokens import FewTokens
 from gblm.model.folder import ModelFolder
 from gblm.model.layers import stream
-from gblm.model.packed_reader import PackedReader
 from gblm.prune import prune
 from gblm.recipe import Calibration, Recipe
 from gblm.sparse.formats import Format, Shape, from_spec
@@ -164,25 +163,22 @@ def recipe(tiny: Path, text: Path, device: str, **more: Any) -> Recipe:
     return Recipe(device=device, **fields)
 
 
+def pairs_of(first: Path, second: Path) -> Iterator[tuple[SparseWeight, SparseWeight]]:
+    """The weights of each linear in two packed folders."""
+    other = stored(second)
+    yield from ((weight, other[name][1]) for name, (_, weight) in stored(first).items())
+
+
 def different_bits(first: Path, second: Path) -> float:
     """The share of the masks' bits in which two packed folders differ."""
-    wrong = total = 0
-    with PackedReader(ModelFolder.open(first)) as a, PackedReader(ModelFolder.open(second)) as b:
-        for name, one in a.linears.items():
-            mask = one.fmt.unpack(a.parts(name)).mask
-            wrong += int((mask != one.fmt.unpack(b.parts(name)).mask).sum())
-            total += mask.numel()
-    return wrong / total
+    wrong = [(one.mask != two.mask).flatten() for one, two in pairs_of(first, second)]
+    return float(torch.cat(wrong).float().mean())
 
 
 def largest_difference(first: Path, second: Path) -> float:
     """Of two packed folders' weights, relative in the norm of a linear; the largest of all."""
-    found = []
-    with PackedReader(ModelFolder.open(first)) as a, PackedReader(ModelFolder.open(second)) as b:
-        for name, one in a.linears.items():
-            left, right = (one.fmt.unpack(side.parts(name)).weight.double() for side in (a, b))
-            found.append(float((left - right).norm() / left.norm()))
-    return max(found)
+    pairs = ((a.weight.double(), b.weight.double()) for a, b in pairs_of(first, second))
+    return max(float((left - right).norm() / left.norm()) for left, right in pairs)
 
 
 # Rounding on the device is another; a bit of a mask flips where two scores are nearly equal.

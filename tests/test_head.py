@@ -41,23 +41,6 @@ def magnitude(model: Path, **fields: object) -> Recipe:
     return Recipe(model=str(model), method="magnitude", calibration=None, **fields)
 
 
-@pytest.mark.parametrize("head", ["int8", "int4"])
-@pytest.mark.parametrize("tied", [True, False])
-def test_logits_equal_the_dense_export(
-    pack_tiny: Pack, tmp_path: Path, tied: bool, head: str
-) -> None:
-    folder = pack_tiny(head=head, tied=tied)
-    export_dense(ModelFolder.open(folder), tmp_path / "dense")
-    verify(ModelFolder.open(folder), against=ModelFolder.open(tmp_path / "dense"))
-    want = logits(load(tmp_path / "dense"))
-    for backend in ("reference", "dense"):
-        model = gblm.packed.load(folder, backend)
-        assert type(model.lm_head).__name__ == "SparseLinear"
-        assert torch.equal(logits(model), want)
-    # The best backend may round activations to int8.
-    assert (logits(gblm.packed.load(folder)) - want).norm() < 0.03 * want.norm()
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_head_is_the_rounded_source_and_the_embeddings_stay(
     pack_tiny: Pack, tiny: Path, tiny_untied: Path, tied: bool

@@ -78,9 +78,8 @@ def test_bits_per_weight_count_masks_codes_and_scales(
     assert f"{bits:.2f} bits per weight including masks" in card
 
 
-@pytest.mark.parametrize("values", ["int4:32"])
-def test_inspect_counts_kept_codes_of_padded_rows(pack_tiny: Pack, values: str) -> None:
-    (group,) = inspect(ModelFolder.open(pack_tiny("magnitude", "0.7", values)))["groups"]
+def test_inspect_counts_kept_codes_of_padded_rows(pack_tiny: Pack) -> None:
+    (group,) = inspect(ModelFolder.open(pack_tiny("magnitude", "0.7", "int4:32")))["groups"]
     assert group["sparsity"] == pytest.approx(0.7, abs=1e-3)
 
 
@@ -99,9 +98,7 @@ def test_zeros_made_elsewhere_pack_as_codes(pack_tiny: Pack, tmp_path: Path) -> 
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_weights_without_whole_groups_are_refused_before_anything_runs(
-    tmp_path: Path,
-) -> None:
+def test_weights_without_whole_groups_are_refused_before_anything_runs(tmp_path: Path) -> None:
     odd = save_tiny_model(tmp_path / "odd", intermediate_size=72)
     recipe = Recipe(model=str(odd), method="magnitude", values="int8", calibration=None)
     with pytest.raises(PatternError, match=r"down_proj: 72 columns .*Choose int8:row"):

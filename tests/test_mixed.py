@@ -10,7 +10,9 @@ import pytest
 import torch
 from conftest import Run
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 from torch import nn
+from weights import stored
 
 import gblm.packed
 from gblm.checkpoint.inspect import inspect, verify
@@ -20,7 +22,6 @@ from gblm.model.folder import ModelFolder
 from gblm.model.layers import Layers
 from gblm.model.linears import prunable
 from gblm.model.loading import load
-from gblm.model.packed_reader import PackedReader
 from gblm.model.reader import Reader
 from gblm.prune import prune
 from gblm.prune.choose import choose
@@ -70,18 +71,17 @@ def spec_of(group: dict[str, Any]) -> str:
 
 
 def test_each_linear_is_stored_as_chosen(folder: Path, tiny: Path) -> None:
-    with PackedReader(ModelFolder.open(folder)) as packed, Reader(ModelFolder.open(tiny)) as dense:
-        assert len(packed.linears) == 14
-        for name, linear in packed.linears.items():
-            assert linear.fmt.spec == WANTED[name.rpartition(".")[2]]
-            found, source = linear.fmt.unpack(packed.parts(name)), dense.tensor(f"{name}.weight")
-            linear.fmt.pattern.check_mask(name, found.mask)
-            assert float(found.mask.float().mean()) == 1 - linear.fmt.pattern.sparsity
-            if linear.fmt.values.is_float:
-                assert torch.equal(found.weight[found.mask], source[found.mask])
-            else:
-                want = quantize(source, found.mask, linear.fmt.values)
-                assert torch.equal(found.codes, want.codes)
+    found, source = stored(folder), load_file(tiny / "model.safetensors")
+    assert len(found) == 14
+    for name, (fmt, weight) in found.items():
+        assert fmt.spec == WANTED[name.rpartition(".")[2]]
+        dense = source[f"{name}.weight"]
+        fmt.pattern.check_mask(name, weight.mask)
+        assert float(weight.mask.float().mean()) == 1 - fmt.pattern.sparsity
+        if fmt.values.is_float:
+            assert torch.equal(weight.weight[weight.mask], dense[weight.mask])
+        else:
+            assert torch.equal(weight.codes, quantize(dense, weight.mask, fmt.values).codes)
 
 
 def test_logits_are_those_of_the_dense_export(folder: Path, tmp_path: Path) -> None:
@@ -98,10 +98,7 @@ def test_logits_are_those_of_the_dense_export(folder: Path, tmp_path: Path) -> N
 
 def test_bits_are_counted_by_group(folder: Path, recipe: Recipe) -> None:
     report = json.loads((folder / "sparsity_report.json").read_text())
-    for groups in (
-        report["groups"],
-        inspect(ModelFolder.open(folder))["groups"],
-    ):
+    for groups in (report["groups"], inspect(ModelFolder.open(folder))["groups"]):
         found = {spec_of(group): group for group in groups}
         assert found.keys() == BITS.keys()
         for spec, bits in BITS.items():
@@ -126,10 +123,8 @@ def test_layers_may_differ_as_well(recipe: Recipe, tmp_path: Path) -> None:
     first = {"targets": ["layers.0.*"], "pattern": "0.25", "values": "float"}
     prune(with_layers(recipe, first), tmp_path / "out")
     verify(ModelFolder.open(tmp_path / "out"))
-    with PackedReader(ModelFolder.open(tmp_path / "out")) as packed:
-        for name, linear in packed.linears.items():
-            want = "bitmask/0.25" if ".0." in name else "bitmask/0.5/int4:"
-            assert linear.fmt.spec.startswith(want)
+    for name, (fmt, _) in stored(tmp_path / "out").items():
+        assert fmt.spec.startswith("bitmask/0.25" if ".0." in name else "bitmask/0.5/int4:")
 
 
 def test_the_card_tells_of_the_mix(folder: Path) -> None:

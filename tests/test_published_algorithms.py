@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from plain import plain_gradients, plain_prune
+from weights import stored
 
 from gblm import data
-from gblm.model.folder import ModelFolder
 from gblm.model.loading import load, load_tokenizer
-from gblm.model.packed_reader import PackedReader
 from gblm.prune import prune
 from gblm.recipe import Calibration, Recipe
 from gblm.sparse.patterns import parse
@@ -41,13 +40,11 @@ def test_run_equals_the_published_algorithm(
     gradients = plain_gradients(model, windows, norm) if norm else {}
     plain_prune(model, windows, method, parse(pattern), gradients)
     wrong = total = pruned_more = 0
-    with PackedReader(ModelFolder.open(tmp_path / "out")) as packed:
-        for name, linear in packed.linears.items():
-            kept = linear.fmt.expand(packed.parts(name)) != 0
-            theirs = model.get_submodule(name).weight != 0
-            wrong += int((kept != theirs).sum())
-            pruned_more += int(kept.sum()) - int(theirs.sum())
-            total += kept.numel()
+    for name, (_, found) in stored(tmp_path / "out").items():
+        kept, theirs = found.weight != 0, model.get_submodule(name).weight != 0
+        wrong += int((kept != theirs).sum())
+        pruned_more += int(kept.sum()) - int(theirs.sum())
+        total += kept.numel()
     if method == "sparsegpt":
         # One weight too many per block of columns there; the updates spread the difference.
         assert wrong / total < 0.02

@@ -7,12 +7,10 @@ import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import click
 import pytest
 import torch
 from conftest import Run, save_tiny_model
 
-from gblm.cli import cli
 from gblm.errors import UsageError
 from gblm.methods.obs import prepare_obs
 from gblm.methods.sparsegpt import SparseGPT
@@ -331,15 +329,3 @@ def test_a_predicted_recipe_is_one_that_prune_takes(
     ways = [way for row in rows for way in (row["recipe"], *row["recipe"]["layers"])]
     assert {way["values"] for way in ways} == {"float"}
     assert {way["pattern"] for way in ways} <= {"2:4", "dense"}
-
-
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (["--budget", "3bits", "--pattern", "0.5"], "which decides the sparsity"),
-    ],
-)
-def test_mistakes(tiny: Path, text_file: Path, words: list[str], sentence: str) -> None:
-    text = ["--calibration", str(text_file), "--seq-len", "16"]
-    with pytest.raises((click.UsageError, UsageError), match=sentence):
-        cli.main(["search", str(tiny), *words, *text], standalone_mode=False, obj={})

@@ -1,9 +1,13 @@
-"""Seeded weights for any format, and their exact products."""
+"""Seeded weights for any format, their exact products, and those that a folder holds."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
+from gblm.model.folder import ModelFolder
+from gblm.model.packed_reader import PackedReader
 from gblm.sparse.formats import Format
 from gblm.sparse.values import quantize
 from gblm.sparse.weights import SparseWeight
@@ -45,3 +49,14 @@ def product(weight: SparseWeight, x: torch.Tensor) -> torch.Tensor:
         groups = weight.codes.double().reshape(len(exact), weight.scales.shape[1], -1)
         exact = (groups * weight.scales.double().unsqueeze(-1)).reshape(exact.shape)
     return x.double() @ exact.t()
+
+
+def stored(
+    folder: Path, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, tuple[Format, SparseWeight]]:
+    """Every linear of a packed folder: its format, and its weight; `dtype` as in `unpack`."""
+    with PackedReader(ModelFolder.open(folder)) as packed:
+        return {
+            name: (linear.fmt, linear.fmt.unpack(packed.parts(name), dtype))
+            for name, linear in packed.linears.items()
+        }

@@ -429,12 +429,18 @@ def test_a_reading_that_is_late_by_a_round_is_skipped(
     make_site: Callable[..., Site], clock: Clock
 ) -> None:
     a, b = make_site(), make_site()
+    both = threading.Barrier(2, timeout=60)
 
     def stall(number: int) -> None:
         clock.now += 25 if number == 2 else 0.01
         a.engine.serve(8)
+        both.wait()
 
-    a.script = stall
+    def answer_after_a(number: int) -> None:
+        both.wait()
+        b.engine.serve(8)
+
+    a.script, b.script = stall, answer_after_a
     record = run(a, b)
     assert len(record.row("A", LOAD, "output_tok_s").rounds) == 9
     assert record.sides["A"]["begun"] == 72

@@ -118,14 +118,6 @@ def test_sequential_order_sees_what_was_pruned_before_in_the_same_layer(
         torch.testing.assert_close(norm, pruned[name])
 
 
-def test_batch_size_only_changes_rounding(model: torch.nn.Module) -> None:
-    one = [layer.observe() for layer in walk(model, BATCHES, NEEDS)]
-    joined = [layer.observe() for layer in walk(model, [torch.cat(BATCHES)], NEEDS)]
-    for a, b in zip(one, joined, strict=True):
-        for name in a:
-            torch.testing.assert_close(a[name]["act_norm"], b[name]["act_norm"])
-
-
 @pytest.mark.parametrize("order", ["layer", "sequential"])
 def test_ranks_join_statistics_in_one_order(model: torch.nn.Module, order: str) -> None:
     """A set of names has another order in every process, in which ranks would wait for another."""

@@ -10,16 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cpu_cases import (
-    MASKS,
-    Case,
-    case,
-    from_codes,
-    from_values,
-    keep_mask,
-    multiply,
-    seeded,
-)
+from cpu_cases import MASKS, Case, case, from_codes, from_values, keep_mask, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -173,18 +164,6 @@ def test_scales_that_only_nearly_divide_the_columns_are_refused() -> None:
     assert source.scales is not None
     with pytest.raises(native.KernelError, match="1000 scales a row do not divide"):
         native.prepare(replace(source, scales=source.scales[:, :1000].contiguous()))
-
-
-@pytest.mark.parametrize("values", VALUES)
-def test_a_weight_without_any_kept_value_gives_zeros(values: str) -> None:
-    keep = torch.zeros(20, 64, dtype=torch.bool)
-    if values == "float":
-        weight = from_values(torch.zeros(20, 64).bfloat16(), keep, "any")
-    else:
-        ones = torch.ones(20, 64, dtype=torch.int8)
-        weight = from_codes(ones, torch.ones(20, 2).bfloat16(), keep, values, "any")
-    for tokens in (1, 20):
-        assert not bool(multiply(torch.ones(tokens, 64).bfloat16(), weight).any())
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from weights import every_code, product, weight_of
 
 from gblm.errors import MachineError
 from gblm.kernels import BACKENDS, Backend
-from gblm.kernels.cuda.delta import Delta, pack_deltas, padded_columns, tokens_at_once
+from gblm.kernels.cuda.delta import Delta, pack_deltas, tokens_at_once
 from gblm.kernels.cuda.mma_sp import PLACES, SparseTensorCore, pack_tiles, token_blocks
 from gblm.sparse.formats import Format, Shape, from_spec, make_format
 from gblm.sparse.weights import SparseWeight
@@ -142,12 +142,13 @@ def test_few_tokens_take_one_launch(gpu: EmulatedDevice, tokens: int, launches: 
 @needs_compiler
 def test_long_rows_take_several_launches(gpu: EmulatedDevice) -> None:
     assert [tokens_at_once(gpu, columns) for columns in (4096, 14336, 28672, 65528)] == [8, 4, 2, 1]
-    fmt, shape = make_format("bitmask", "0.95"), (2, 28672)
+    fmt, shape = make_format("bitmask", "0.95"), (2, 40_000)  # no signed number of 16 bits
     weight, x, backend = weight_of(fmt, shape), activations(3, shape[1]), Delta(lambda _: gpu)
     prepared = backend.prepare(fmt, fmt.pack("w", weight), shape, BF16)
     gpu.launches.clear()
     got = backend.linear(x, prepared, fmt, shape)
     assert gpu.launches == ["delta", "delta"]
+    assert torch.equal(backend.expand(x, prepared, fmt, shape), weight.weight)
     torch.testing.assert_close(got.double(), product(weight, x), rtol=4e-3, atol=1e-3)
 
 
@@ -180,29 +181,6 @@ def test_metadata_is_what_the_instruction_defines() -> None:
     assert sorted(PLACES.values()) == [4, 8, 9, 12, 13, 14]
     for mask, places in PLACES.items():
         assert mask == 1 << (places & 3) | 1 << (places >> 2)
-
-
-def unpack_deltas(parts: list[Tensor], shape: Shape) -> Tensor:
-    """Undo `pack_deltas`, one value after the other, as its layout is described."""
-    values, gaps, starts, words = (part.tolist() for part in parts)
-    dense = torch.zeros(shape[0], padded_columns(shape[1]), dtype=torch.float64)
-    for row in range(shape[0]):
-        for lane in range(32):
-            column = (starts[row * 32 + lane] & 0xFFFF) - 1
-            for word in range(words[row], words[row + 1]):
-                for i in range(8):
-                    column += ((gaps[word * 32 + lane] >> 4 * i) & 15) + 1
-                    dense[row, column] += values[word * 32 + lane][i]
-    assert not dense[:, shape[1] :].any()
-    return dense[:, : shape[1]]
-
-
-@pytest.mark.parametrize("shape", [(8, 256), (13, 1024), (5, 8), (3, 40_000)], ids=str)
-@pytest.mark.parametrize("sparsity", ["0.5", "0.98"])
-def test_deltas_hold_the_weight(shape: Shape, sparsity: str) -> None:
-    weight = weight_of(make_format("bitmask", sparsity), shape, FP16)
-    found = unpack_deltas(pack_deltas(weight.weight, weight.mask), shape)
-    assert torch.equal(found, weight.weight.double())
 
 
 def test_half_of_the_weights_take_eleven_bits_each_at_most() -> None:

@@ -14,14 +14,7 @@ import torch
 from weights import weight_of
 
 from gblm.kernels.triton import backend as module
-from gblm.kernels.triton.backend import (
-    MAX_TOKENS,
-    Stored,
-    arrays,
-    blocks,
-    package_refusal,
-    sized,
-)
+from gblm.kernels.triton.backend import MAX_TOKENS, Stored, arrays, blocks, package_refusal, sized
 from gblm.sparse.formats import make_format
 from gblm.sparse.values import GROUP_SIZES
 
@@ -42,31 +35,6 @@ def test_every_kernel_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     (passed,) = re.findall(r"^(\d+) passed", done.stdout, re.MULTILINE)
     assert int(passed) >= 40, "cases were lost"
-
-
-def test_the_core_works_without_triton() -> None:
-    program = "import sys, gblm.kernels; sys.exit('triton' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
-
-
-@pytest.mark.parametrize("columns", [8, 64, 200])
-@pytest.mark.parametrize("values", ["float", "int8:row", "int4:row"])
-@pytest.mark.parametrize(("name", "pattern"), [("bitmask", "0.5"), ("nm", "4:8")])
-def test_starts_and_begins_count_the_kept(
-    name: str, pattern: str, values: str, columns: int
-) -> None:
-    fmt, shape = make_format(name, pattern, values), (7, columns)
-    parts = fmt.pack("w", weight_of(fmt, shape))
-    made, begin = arrays(fmt, parts, shape), 0
-    for row in range(shape[0]):
-        kept = [int(bit) for bit in fmt.mask(parts)[row]]
-        assert int(made.begins[row]) == begin
-        for word in range(made.words.shape[1]):
-            bits = sum(bit << i for i, bit in enumerate(kept[32 * word : 32 * word + 32]))
-            assert int(made.words[row, word]) & 0xFFFFFFFF == bits
-            assert int(made.starts[row, word]) & 0xFFFF == sum(kept[: 32 * word])
-        begin += (sum(kept) + 1) // 2 if fmt.values.in_nibbles else sum(kept)
-    assert begin == len(made.values.reshape(-1))
 
 
 def test_the_parts_are_not_copied() -> None:

@@ -75,10 +75,7 @@ def check(found: SparseWeight, values: ValueType) -> None:
 
 
 def assert_close_to(
-    found: SparseWeight,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    mask: torch.Tensor,
+    found: SparseWeight, codes: torch.Tensor, scales: torch.Tensor, mask: torch.Tensor
 ) -> None:
     """Equal but for a row or two, where float32 may have met a tie; what follows it differs."""
     pairs = [(found.codes.double(), codes), (found.scales.double(), scales), (found.mask, mask)]
@@ -106,14 +103,7 @@ def test_a_case_worked_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "size"),
-    [
-        ("int4", 32),
-        ("int8", 64),
-        ("int4", 96),
-        ("int8", 192),
-        ("int4", ROW),
-    ],
+    ("kind", "size"), [("int4", 32), ("int8", 64), ("int4", 96), ("int8", 192), ("int4", ROW)]
 )
 @pytest.mark.parametrize("density", [1.0, 0.5])
 def test_a_fixed_mask_equals_the_textbook(kind: str, size: int, density: float) -> None:

@@ -120,8 +120,7 @@ def indefinite(lowest: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("lowest", "damping", "tried"),
-    [(-0.05, 0.01, [0.1]), (-0.5, 0.01, [0.1, 1]), (-0.5, 0.3, [1])],
+    ("lowest", "damping", "tried"), [(-0.05, 0.01, [0.1]), (-0.5, 0.01, [0.1, 1]), (-0.5, 0.3, [1])]
 )
 def test_damping_is_raised_until_the_hessian_is_positive_definite(
     lowest: float, damping: float, tried: list[float], caplog: pytest.LogCaptureFixture

@@ -74,10 +74,7 @@ def test_engines_continue_prompts_reproducibly(
 
 @pytest.mark.vllm
 def test_an_engine_that_cannot_start_says_why(tmp_path: Path) -> None:
-    with (
-        pytest.raises(MachineError, match="vLLM"),
-        own_text.in_vllm(tmp_path / "nothing"),
-    ):
+    with pytest.raises(MachineError, match="vLLM"), own_text.in_vllm(tmp_path / "nothing"):
         pytest.fail("it started")
 
 

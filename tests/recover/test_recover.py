@@ -15,14 +15,15 @@ import pytest
 import torch
 from conftest import Outcome, content, save_tiny_model
 from killing import killed_recovery
+from safetensors.torch import load_file
 from transformers import LlamaConfig
+from weights import stored
 
 from gblm.calibrate import text
 from gblm.checkpoint.inspect import verify
 from gblm.errors import GblmError, InputError, MachineError, UsageError
 from gblm.model.folder import ModelFolder
 from gblm.model.loading import load
-from gblm.model.packed_reader import PackedReader
 from gblm.prune import prune
 from gblm.prune import run as prune_module
 from gblm.recipe import Calibration, Recipe, Recovering
@@ -41,13 +42,6 @@ def how(text_file: Path) -> Recovering:
         text=str(text_file), held_out=(str(text_file),), tokens=16 * 4 * 32, seq_len=32,
         learning_rate=0.05,
     )  # fmt: skip
-
-
-def masks(folder: Path) -> dict[str, torch.Tensor]:
-    with PackedReader(ModelFolder.open(folder)) as packed:
-        return {
-            name: linear.fmt.mask(packed.parts(name)) for name, linear in packed.linears.items()
-        }
 
 
 @pytest.mark.parametrize("train", ["weights", "scales"])
@@ -69,9 +63,9 @@ def test_it_lowers_kl_and_keeps_every_mask(
     assert report["kept"]
     assert after["kl"] < 0.9 * before["kl"]
     assert after["perplexity_dense"] == before["perplexity_dense"]
-    old, new = masks(start), masks(tmp_path / "out")
+    old, new = stored(start), stored(tmp_path / "out")
     assert old.keys() == new.keys()
-    assert all(torch.equal(old[name], new[name]) for name in old)
+    assert all(torch.equal(weight.mask, new[name][1].mask) for name, (_, weight) in old.items())
     assert verify(ModelFolder.open(tmp_path / "out"))["ok"]
     recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
     assert recipe["recover"]["tokens"] == how.tokens
@@ -110,12 +104,9 @@ def test_the_start_is_kept_when_kl_does_not_fall(
     start = pack_tiny("wanda", "2:4")
     report = recover(start, tmp_path / "out", how)
     assert not report["kept"]
-    with (
-        PackedReader(ModelFolder.open(start)) as old,
-        PackedReader(ModelFolder.open(tmp_path / "out")) as new,
-    ):
-        assert {*old} == {*new}
-        assert all(torch.equal(old.tensor(name), new.tensor(name)) for name in old)
+    old, new = (load_file(folder / "model.safetensors") for folder in (start, tmp_path / "out"))
+    assert old.keys() == new.keys()
+    assert all(torch.equal(tensor, new[name]) for name, tensor in old.items())
 
 
 def test_loss_and_gradient_are_those_of_all_logits_at_once(tiny: Path) -> None:
