@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CHECK := build/check
 CSRC := toolkit/kernels/csrc
-# Python compiles the modules that it imports; pip would compile all of PyTorch and vLLM first.
+# Python compiles the modules that it imports, once; pip would compile all of PyTorch and vLLM first.
+export PYTHONDONTWRITEBYTECODE =
 PIP_INSTALL := pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: help dev lint types check quick unit mutations sanitize arm64 dist wheel vllm-cuda onnx-gpu test test-gpu sanitize-gpu demo tables soak image clean
