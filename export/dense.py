@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gblm.checkpoint.write import ShardWriter, check_output, copy_side_files, new_folder
 from gblm.files import write_json
+from gblm.model.experts import fused_in_files
 from gblm.model.folder import ModelFolder
+from gblm.model.loading import rename_as_in_memory
 from gblm.model.packed_reader import PackedReader
+from gblm.model.reader import Cut
 from gblm.progress import Progress, no_progress
 from gblm.recipe import SHARD_SIZE, shard_bytes
 
@@ -44,14 +49,25 @@ def export_dense(
         check_output(output, overwrite, need, source.path)
     with PackedReader(source) as packed, new_folder(output, overwrite) as folder:
         shards = ShardWriter(folder, size)
+        model = rename_as_in_memory(packed)
+        fused = fused_in_files(model) if model is not None else {}
+        single = {name for cuts in fused.values() for name in cuts}
         step = progress("unpacking", len(packed.linears))
-        for name, linear in packed.linears.items():
-            parts = packed.parts(name)
-            linear.fmt.check_readable(name, parts, linear.shape)
-            shards.add(f"{name}.weight", linear.fmt.expand(parts, dtype or packed.dtype))
+
+        def weight(name: str) -> Tensor:
+            linear = packed.linears.get(name.removesuffix(".weight"))
+            if linear is None:
+                return packed.tensor(name)
+            parts = packed.parts(linear.name)
+            linear.fmt.check_readable(linear.name, parts, linear.shape)
             step()
-        for name in packed.dense_names():
-            shards.add(name, packed.tensor(name))
+            return linear.fmt.expand(parts, dtype or packed.dtype)
+
+        for name in (*(f"{linear}.weight" for linear in packed.linears), *packed.dense_names()):
+            if name not in single:
+                shards.add(packed.stored_name(name), weight(name))
+        for whole, cuts in fused.items():
+            shards.add(whole, _fuse([(cut, weight(name)) for name, cut in cuts.items()]))
         shards.finish()
         copy_side_files(source.path, folder)
         config = {k: v for k, v in source.config.items() if k != "quantization_config"}
@@ -66,3 +82,12 @@ def export_dense(
             "bytes_packed": sum(map(packed.num_bytes, packed)),
             "bytes_dense": shards.total_bytes,
         }
+
+
+def _fuse(matrices: Sequence[tuple[Cut, Tensor]]) -> Tensor:
+    """Put the experts' matrices into the tensor that a family's files hold them in."""
+    first, matrix = matrices[0]
+    whole = torch.empty(first.shape, dtype=matrix.dtype)
+    for cut, matrix in matrices:
+        cut.put(matrix, whole)
+    return whole

@@ -23,6 +23,7 @@ from gblm.export.dense import export_dense
 from gblm.export.pack import export_pack
 from gblm.methods import make_method
 from gblm.methods.pipeline import Pipeline
+from gblm.model import experts
 from gblm.model.folder import ModelFolder
 from gblm.model.layers import stream
 from gblm.model.linears import prunable
@@ -60,6 +61,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3", {"sliding_window": 16, "query_pre_attn_scalar": 16}),
     "llava": ("llava", {}),
 }  # fmt: skip
+# Mixtures of experts, as in FAMILIES. Their experts are as wide as MLPs of the others.
+EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", {}),
+    "olmoe": ("olmoe", {"pad_token_id": 0}),
+    "qwen3 moe": ("qwen3_moe", {"moe_intermediate_size": 128}),
+    "qwen2 moe": ("qwen2_moe", {
+        "moe_intermediate_size": 128, "shared_expert_intermediate_size": 64,
+    }),
+    "granite moe (fused)": ("granitemoe", {}),
+    "llama 4 text (fused)": ("llama4_text", {"intermediate_size_mlp": 128, "pad_token_id": 0}),
+}  # fmt: skip
+NUM_EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
 # Those with a vision tower: the model_type of the text decoder and of the tower, and what else the
 # config says. A tower has as many layers as the decoder.
 TOWERS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -97,7 +110,8 @@ def save_family(
     name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **changed: object
 ) -> Path:
     """A seeded model with the traits of its family; biases and norms are not all the same."""
-    kind, more = FAMILIES[name]
+    kind, more = (FAMILIES | EXPERTS)[name]
+    more = more | NUM_EXPERTS if name in EXPERTS else more
     fields = {
         "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16,
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 258,
@@ -161,6 +175,7 @@ def name_as_on_the_hub(folder: Path) -> None:
 def pruned_in_memory(recipe: Recipe) -> torch.nn.Module:
     """Oracle: the whole model loaded by transformers, pruned without streaming."""
     model = load(Path(recipe.model))
+    experts.unfuse(model)
     calibration = recipe.calibration
     assert calibration is not None
     windows = data.calibration_windows(
@@ -192,16 +207,16 @@ def pruned_in_memory(recipe: Recipe) -> torch.nn.Module:
 
 @pytest.mark.parametrize(
     ("family", "method"),
-    [*((family, "gblm") for family in FAMILIES), ("llama 3", "sparsegpt"),
-     ("gemma3 text", "sparsegpt"), ("phi3 (fused)", "sparsegpt")],
+    [*((family, "gblm") for family in (*FAMILIES, *EXPERTS)), ("llama 3", "sparsegpt"),
+     ("gemma3 text", "sparsegpt"), ("phi3 (fused)", "sparsegpt"), ("qwen2 moe", "sparsegpt")],
 )  # fmt: skip
 def test_family(family: str, method: str, tmp_path: Path, text_file: Path) -> None:
     source = save_family(family, tmp_path / "model")
     calibration = Calibration(source=str(text_file), num_samples=3, seq_len=24)
     recipe = Recipe(model=str(source), method=method, pattern="2:4", calibration=calibration)
     report = prune(recipe, tmp_path / "out")
-    fused = family.startswith("phi3")
-    assert report["linears"] == (8 if fused else 14)
+    others = {"phi3 (fused)": 8, "qwen2 moe": 38, "llama 4 text (fused)": 38}
+    assert report["linears"] == others.get(family, 32 if family in EXPERTS else 14)
     assert report["sparsity"] == pytest.approx(0.5, abs=0.01)
     want = pruned_in_memory(recipe)
     got = packed.load(tmp_path / "out", backend="dense")
@@ -285,12 +300,14 @@ def test_float16_models(method: str, tmp_path: Path, text_file: Path) -> None:
     assert config["dtype"] == "float16"
 
 
-def test_fused_experts_are_refused(tmp_path: Path, text_file: Path) -> None:
-    from transformers import MixtralConfig
+def test_experts_that_are_not_known_are_refused(tmp_path: Path, text_file: Path) -> None:
+    """Those of GPT-OSS have biases and a gate of their own."""
+    from transformers import GptOssConfig
 
-    config = MixtralConfig(
+    config = GptOssConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=2, vocab_size=258,
+        num_key_value_heads=1, num_local_experts=2, vocab_size=258, head_dim=16,
+        num_experts_per_tok=1,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     save_byte_tokenizer(tmp_path / "model")

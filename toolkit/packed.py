@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from gblm import kernels
 from gblm.errors import CheckpointError, GblmError, InputError
 from gblm.kernels import Backend
-from gblm.model import loading
+from gblm.model import experts, loading
 from gblm.model.folder import ModelFolder
 from gblm.model.loading import (
     auto_class,
@@ -300,11 +301,17 @@ class GblmQuantizer(HfQuantizer):
     ) -> None:
         if not checkpoint_files:
             raise ValueError("gblm: packed weights load from safetensors files only.")
+        experts.unfuse(model)
+        self._rules = partial(experts.loading_rules, model)
         with PackedReader(ModelFolder.open(Path(checkpoint_files[0]).parent)) as reader:
             check_complete(model, reader)
             for name, linear in reader.linears.items():
                 module = check_linear(model, linear)
                 model.set_submodule(name, SparseLinear(linear, module.bias))
+
+    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
+        """Choose the rules by which tensors are renamed; experts stay one by one."""
+        return self._rules(weight_conversions)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         forced = self.quantization_config.backend or kernels.requested_backend()

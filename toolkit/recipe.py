@@ -20,7 +20,7 @@ from gblm.files import read_json
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 # Last parts of the names of linears with the same input, which servers multiply as one.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 # Text of a known domain and twice as much that the dense model writes: docs/log.md.
 MIX = "pydoc:1,self:2"
 # A file is held in memory until it is written.

@@ -26,8 +26,8 @@ class Stat(Protocol):
     num_samples: int
     mean: Tensor
 
-    def update(self, inputs: Tensor) -> None:
-        """Add a batch of inputs [samples, tokens, in], or one sample [tokens, in]."""
+    def update(self, inputs: Tensor, num_samples: int) -> None:
+        """Add the inputs [..., in] of so many samples; an expert sees only some of their tokens."""
 
     def value(self) -> Tensor:
         """Give it so far, float32; this may be `mean` itself, so read it before the next batch."""
@@ -43,9 +43,9 @@ class ActNorm:
         self.num_samples = 0
         self.mean = torch.zeros(())
 
-    def update(self, inputs: Tensor) -> None:
+    def update(self, inputs: Tensor, num_samples: int) -> None:
         """See Stat.update."""
-        total = self.num_samples + _num_samples(inputs)
+        total = self.num_samples + num_samples
         # float16 norms overflow beyond about 2k tokens, so square in float32.
         columns = inputs.reshape(-1, inputs.shape[-1]).float().t()
         square = torch.linalg.vector_norm(columns, dim=1) ** 2
@@ -69,12 +69,12 @@ class Hessian:
         self.num_samples = 0
         self.mean = torch.zeros(())
 
-    def update(self, inputs: Tensor) -> None:
+    def update(self, inputs: Tensor, num_samples: int) -> None:
         """See Stat.update."""
         tokens = inputs.reshape(-1, inputs.shape[-1]).float()
         if self.num_samples == 0:
             self.mean = tokens.new_zeros(tokens.shape[1], tokens.shape[1])
-        total = self.num_samples + _num_samples(inputs)
+        total = self.num_samples + num_samples
         for start, stop in self._strips():
             self.mean[start:stop, start:].addmm_(
                 tokens[:, start:stop].t(),
@@ -95,11 +95,6 @@ class Hessian:
         size = self.mean.shape[0]
         step = -(-size // STRIPS)
         return [(start, min(start + step, size)) for start in range(0, size, step)]
-
-
-def _num_samples(inputs: Tensor) -> int:
-    """Count the samples of [samples, tokens, in]; [tokens, in], as an expert sees it, is one."""
-    return 1 if inputs.ndim == 2 else inputs.shape[0]
 
 
 STATS: dict[str, type[Stat]] = {"act_norm": ActNorm, "hessian": Hessian}

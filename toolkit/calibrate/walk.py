@@ -6,7 +6,7 @@ one sees the activations of the pruned prefix (Wanda, SparseGPT and GBLM all cal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from gblm.calibrate.activations import Activations, place, stream_bytes
+from gblm.calibrate.experts import counted, lend, scarce
 from gblm.calibrate.frame import Call, capture
 from gblm.calibrate.ranks import ALONE, Ranks
 from gblm.calibrate.stats import Stat, accumulators
 from gblm.calibrate.streams import Streams
 from gblm.errors import InputError
+from gblm.model.experts import expert_linears
 from gblm.model.layers import Layers
 from gblm.model.linears import linears
 
@@ -36,7 +38,8 @@ class Walk:
         scratch: folder for activations, if memory is short; None keeps them in memory.
         order: "layer": all linears of a decoder layer are observed before any is changed, as the
             papers do, in two passes; "sequential": in one pass, each linear is observed and may be
-            changed just before it runs. All samples must be in one batch then.
+            changed just before it runs, but for experts: gates and ups take a pass, and downs. All
+            samples must be in one batch then.
         keep_dense: also run the unchanged model, and give each layer its inputs and the outputs
             that the dense layer would have; costs a pass, and with "sequential" two.
     """
@@ -72,7 +75,8 @@ def walk(
     streams = Streams(layers, batches, hidden, scratch) if how.keep_dense else None
     for index in range(len(layers)):
         with layers.open(index) as module:
-            layer = DecoderLayer(layers, index, module, _Samples(hidden, calls), how, ranks)
+            samples = _Samples(hidden, calls, [len(batch) for batch in batches])
+            layer = DecoderLayer(layers, index, module, samples, how, ranks)
             if streams is not None:
                 streams.advance(module, index, calls)
                 layer.streams = streams
@@ -86,10 +90,11 @@ def walk(
 
 @dataclass(frozen=True)
 class _Samples:
-    """What enters a decoder layer, and how it is called, by batch."""
+    """What enters a decoder layer, how it is called, and the number of samples, by batch."""
 
     hidden: Activations
     calls: list[Call]
+    counts: list[int]
 
 
 class DecoderLayer:
@@ -100,6 +105,7 @@ class DecoderLayer:
         name: full name, such as "model.layers.7".
         module: the layer itself.
         linears: by local name, such as "self_attn.q_proj".
+        experts: which of them belong to which expert.
         streams: its samples, when the walk keeps the dense stream.
         passed: whether the samples have passed through it already, for good.
     """
@@ -115,9 +121,11 @@ class DecoderLayer:
     ) -> None:
         self.index, self.name, self.module = index, layers.name(index), module
         self.linears = linears(module)
+        self.experts = expert_linears(module)
         self.streams: Streams | None = None
         self.passed = not samples.calls
         self._device, self._samples, self._how, self._ranks = layers.device, samples, how, ranks
+        self._few: set[str] | None = None
 
     @torch.no_grad()
     def visit(self, see: See) -> None:
@@ -131,47 +139,46 @@ class DecoderLayer:
                 tensor share one dict. None where nothing was asked for, and for a linear that never
                 ran.
         """
-        shown: set[str] = set()
-        stats: dict[str, dict[str, Tensor]] = {}
         if self._how.order == "sequential" and self._how.needs:
             shown = self._show_on_the_way(see)
+            stages = [
+                {name for name, one in self.experts.items() if one.stage == stage}
+                for stage in sorted({one.stage for one in self.experts.values()})
+            ]
+            rest = [name for name in self.linears if name not in self.experts.keys() | shown]
         else:
-            stats = self.observe()
-        for local in self.linears:
-            if local not in shown:
+            stages, rest = [set(self.linears)], []
+        for stage in stages:
+            stats = self.observe(stage)
+            for local in (name for name in self.linears if name in stage):
                 # pop(): whoever sees large statistics may drop them early.
                 see(local, stats.pop(local, None))
+        for local in rest:
+            see(local, None)
 
     @torch.no_grad()
-    def observe(self) -> dict[str, dict[str, Tensor]]:
+    def observe(self, only: Collection[str] | None = None) -> dict[str, dict[str, Tensor]]:
         """Run the samples through the layer for the statistics of its linears' inputs.
+
+        Args:
+            only: local names of the linears to observe; all if None.
 
         Returns:
             Statistics by name, by local name of the linear; those that are handed the same tensor
-            share one dict. Linears that never ran are left out.
+            share one dict. Linears that never ran are left out, but for those of experts.
         """
         if not self._how.needs:
             return {}
-        stats: dict[str, dict[str, Stat]] = {}
-        leader_of: dict[str, str] = {}
-        # What each leader was handed in this batch.
-        handed: dict[str, Tensor] = {}
-
-        def see(local: str, inputs: Tensor) -> None:
-            if local not in leader_of:
-                same = (other for other, tensor in handed.items() if tensor is inputs)
-                leader_of[local] = leader = next(same, local)
-                stats[local] = stats.get(leader) or accumulators(self._how.needs)
-            if leader_of[local] == local:
-                handed[local] = inputs
-                for stat in stats[local].values():
-                    stat.update(inputs)
-
-        with before_each_linear(self.module, see):
+        found = _Observation(self.module, self._how.needs, only)
+        with before_each_linear(self.module, found.see), counted(self.module) as tokens:
             for batch, call in enumerate(self._samples.calls):
-                handed.clear()
-                call.run(self.module, self.index, self._states(batch))
-        return join_values(self.name, stats, self._ranks)
+                with found.batch(self._samples.counts[batch]):
+                    call.run(self.module, self.index, self._states(batch))
+        join(found.stats, self._ranks)
+        if self._few is None:
+            self._few = scarce(tokens, self._ranks, self.name)
+        found.lend(self._few)
+        return values(self.name, found.stats)
 
     @torch.no_grad()
     def run(self, keep: bool = True) -> None:
@@ -183,32 +190,101 @@ class DecoderLayer:
         self.passed = self.passed or keep
 
     def _show_on_the_way(self, see: See) -> set[str]:
-        """Run the layer once and show each linear before it runs; returns those that ran."""
+        """Run the layer once and show each linear before it runs, but for those of experts.
+
+        Returns:
+            Those that ran.
+        """
         last: list[Tensor] = []
         shared: dict[str, Tensor] = {}
         shown: set[str] = set()
 
         def before(local: str, inputs: Tensor) -> None:
             nonlocal shared
-            if local in shown:
+            if local in shown or local in self.experts:
                 return
             if not last or last[0] is not inputs:
                 stats = accumulators(self._how.needs)
                 for stat in stats.values():
-                    stat.update(inputs)
-                shared = join_values(self.name, {local: stats}, self._ranks)[local]
+                    stat.update(inputs, sum(self._samples.counts))
+                join({local: stats}, self._ranks)
+                shared = values(self.name, {local: stats})[local]
                 last[:] = [inputs]
             shown.add(local)
             see(local, shared)
 
         with before_each_linear(self.module, before):
-            # Whoever keeps the dense stream goes on changing the layer, and needs its inputs.
-            self.run(keep=not self._how.keep_dense)
+            # Whoever keeps the dense stream goes on changing the layer, and needs its inputs; so
+            # do experts, which come later.
+            self.run(keep=not (self._how.keep_dense or self.experts))
         return shown
 
     def _states(self, batch: int) -> Tensor:
         """Give the hidden states [samples, tokens, hidden] that enter the layer."""
         return self._samples.hidden.get(batch, self._device)
+
+
+class _Observation:
+    """The statistics of a layer's linears, while samples run through it.
+
+    A token counts at an expert's linears as much as the router weighs it there, because that is the
+    share of the expert's errors that becomes an error of the layer.
+    """
+
+    def __init__(
+        self, module: nn.Module, needs: frozenset[str], only: Collection[str] | None
+    ) -> None:
+        self.stats: dict[str, dict[str, Stat]] = {}
+        self._module, self._needs, self._only = module, needs, only
+        self._leader_of: dict[str, str] = {}
+        # What each leader was handed in this batch.
+        self._handed: dict[str, Tensor] = {}
+        self._num_samples = 0
+        found = expert_linears(module).items()
+        self._experts = {name: one for name, one in found if only is None or name in only}
+        # On every rank in the same order, and also where no token comes.
+        for name, one in self._experts.items():
+            self._follow(name, one.input)
+
+    def see(self, local: str, inputs: Tensor) -> None:
+        """Take the input of a linear that is about to run."""
+        if self._only is not None and local not in self._only:
+            return
+        if local not in self._leader_of:
+            same = (other for other, tensor in self._handed.items() if tensor is inputs)
+            self._follow(local, next(same, local))
+        if self._leader_of[local] == local:
+            self._handed[local] = inputs
+            self._update(local, inputs)
+
+    @contextmanager
+    def batch(self, num_samples: int) -> Iterator[None]:
+        """Run so many samples within the block."""
+        self._handed.clear()
+        self._num_samples = num_samples
+        yield
+        for name, one in self._experts.items():
+            if one.input == name and name not in self._handed:
+                weight: Any = self._module.get_parameter(f"{name}.weight")
+                self._update(name, weight.new_zeros(0, weight.shape[1]))
+
+    def lend(self, few: set[str]) -> None:
+        """Give experts that few tokens reached what all of them have on average."""
+        for need in self._needs:
+            leaders = (name for name, one in self._experts.items() if one.input == name)
+            lend(few, {name: self.stats[name][need].mean for name in leaders}, self._experts)
+
+    def _follow(self, local: str, leader: str) -> None:
+        self._leader_of[local] = leader
+        self.stats[local] = self.stats.get(leader) or accumulators(self._needs)
+
+    def _update(self, local: str, inputs: Tensor) -> None:
+        if local in self._experts and len(inputs):
+            expert: Any = self._module.get_submodule(self._experts[local].expert)
+            if expert.routing is not None:
+                inputs = inputs.float() * expert.routing[:, None]
+        for stat in self.stats[local].values():
+            stat.update(inputs, self._num_samples)
 
 
 @contextmanager
@@ -226,19 +302,21 @@ def before_each_linear(layer: nn.Module, see: Callable[[str, Tensor], None]) -> 
             handle.remove()
 
 
-def join_values(
-    layer: str, stats: dict[str, dict[str, Stat]], ranks: Ranks
-) -> dict[str, dict[str, Tensor]]:
-    """Join the ranks' statistics and read them, once per shared accumulator."""
-    values: dict[int, dict[str, Tensor]] = {}
-    for name, own in stats.items():
-        if id(own) in values:
-            continue
+def join(stats: dict[str, dict[str, Stat]], ranks: Ranks) -> None:
+    """Join the ranks' statistics, once per shared accumulator."""
+    for own in {id(own): own for own in stats.values()}.values():
         for stat in own.values():
             stat.mean, stat.num_samples = ranks.mean(stat.mean, stat.num_samples)
-        values[id(own)] = {n: stat.value() for n, stat in own.items()}
-        _check_finite(f"{layer}.{name}", values[id(own)])
-    return {name: values[id(own)] for name, own in stats.items()}
+
+
+def values(layer: str, stats: dict[str, dict[str, Stat]]) -> dict[str, dict[str, Tensor]]:
+    """Read statistics, once per shared accumulator."""
+    found: dict[int, dict[str, Tensor]] = {}
+    for name, own in stats.items():
+        if id(own) not in found:
+            found[id(own)] = {n: stat.value() for n, stat in own.items()}
+            _check_finite(f"{layer}.{name}", found[id(own)])
+    return {name: found[id(own)] for name, own in stats.items()}
 
 
 def _check_finite(name: str, stats: dict[str, Tensor]) -> None:

@@ -86,7 +86,8 @@ class Layers:
         """Read embeddings and norms, and with `head` the output head."""
         self._drop_outside()
         wanted = self.model if head else self.model.base_model
-        outer = "" if head else f"{self.model.base_model_prefix}."
+        # Llama 4's text model has no such part.
+        outer = "" if wanted is self.model else f"{self.model.base_model_prefix}."
         for local in wanted.state_dict():
             name = outer + local
             if not name.startswith(self.prefix + ".") and name in self.reader:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from gblm.errors import InputError, UsageError
+from gblm.model.experts import routers
 from gblm.recipe import matches
 
 
@@ -58,8 +59,13 @@ def hidden_size(model: nn.Module) -> int:
 
 
 def linears(layer: nn.Module) -> dict[str, nn.Linear]:
-    """Return every nn.Linear of a decoder layer by its local name, such as "self_attn.q_proj"."""
-    return {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
+    """Return the linears of a decoder layer by local name, such as "self_attn.q_proj".
+
+    What routes tokens to experts is none of them.
+    """
+    left_out = routers(layer)
+    found = layer.named_modules()
+    return {name: m for name, m in found if isinstance(m, nn.Linear) and m not in left_out}
 
 
 def prunable(model: nn.Module, ignore: tuple[str, ...] = ()) -> dict[str, nn.Linear]:
@@ -94,10 +100,11 @@ def _named_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def _refuse_other_matrices(prefix: str, layer: nn.Module, found: dict[str, nn.Linear]) -> None:
-    """Refuse mixture-of-experts weights, which are no nn.Linear and would silently stay dense."""
+    """Refuse weights that are no nn.Linear and would silently stay dense, as unknown experts'."""
     known = {f"{name}.weight" for name in found}
+    routing = {parameter for router in routers(layer) for parameter in router.parameters()}
     for name, parameter in layer.named_parameters():
-        if parameter.ndim > 1 and name not in known:
+        if parameter.ndim > 1 and name not in known and parameter not in routing:
             raise InputError(
                 f"{prefix}.{name} {list(parameter.shape)} is no weight of an nn.Linear (fused "
                 "mixture-of-experts weights are not): gblm does not prune this architecture."

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gblm.errors import CheckpointError, InputError, MachineError, UsageError
+from gblm.model import experts
 from gblm.model.folder import ModelFolder
 from gblm.model.reader import Reader
 
@@ -51,7 +52,7 @@ def load(
 
 
 def skeleton(folder: ModelFolder, num_tensors: int, buffers: bool = False) -> nn.Module:
-    """Build the model of config.json without memory for its weights.
+    """Build the model of config.json without memory for its weights, its experts one by one.
 
     Args:
         folder: an HF folder, dense or packed.
@@ -71,6 +72,7 @@ def skeleton(folder: ModelFolder, num_tensors: int, buffers: bool = False) -> nn
         if 0 < claimed <= num_tensors:
             with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
                 model: nn.Module = auto_class(config).from_config(config, trust_remote_code=False)
+            experts.unfuse(model)
             return model
     except CheckpointError:
         raise
@@ -85,9 +87,10 @@ def skeleton(folder: ModelFolder, num_tensors: int, buffers: bool = False) -> nn
 
 
 def model_config(folder: ModelFolder) -> Any:
-    """Read config.json as transformers does, and choose an attention that does all it says.
+    """Read config.json as transformers does, and choose the code that does all it says.
 
-    PyTorch's own attention, transformers' default, silently leaves out Gemma 2's cap on logits.
+    PyTorch's own attention, transformers' default, silently leaves out Gemma 2's cap on logits, and
+    transformers' grouped product of experts rounds otherwise than linears do.
 
     Raises:
         CheckpointError: transformers does not know the architecture.
@@ -103,6 +106,7 @@ def model_config(folder: ModelFolder) -> Any:
     config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False, local_files_only=True)
     if getattr(config.get_text_config(), "attn_logit_softcapping", None):
         config._attn_implementation = "eager"
+    config._experts_implementation = "eager"
     return config
 
 
@@ -115,10 +119,10 @@ def auto_class(config: Any) -> Any:
 
 
 def names_in_memory(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
-    """Map the names of stored tensors to those in a multimodal model, where they differ.
+    """Map the names of stored tensors to those in the model, where they differ.
 
     Files on the hub keep the names of the classes of their time, and transformers translates them.
-    Text models have had one set of names throughout.
+    Text models without experts have had one set of names throughout.
 
     Args:
         model: with or without weights.
@@ -128,11 +132,11 @@ def names_in_memory(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
     whole: Any = model
-    if whole.config.get_text_config() is whole.config:
+    if whole.config.get_text_config() is whole.config and not experts.blocks(model):
         return {}
-    rules = get_model_conversion_mapping(whole)
+    rules, own = get_model_conversion_mapping(whole), experts.name_in_memory(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    names = {name: rename_source_key(name, renamings, [])[0] for name in stored}
+    names = {name: own(rename_source_key(name, renamings, [])[0]) for name in stored}
     return {name: new for name, new in names.items() if new != name}
 
 
@@ -155,16 +159,28 @@ def check_shapes(reader: Reader) -> nn.Module:
     return model
 
 
-def rename_as_in_memory(reader: Reader) -> None:
-    """Let a reader call the tensors of a multimodal model as the model in memory does."""
-    if "text_config" in reader.folder.config:
-        named_skeleton(reader)
+def rename_as_in_memory(reader: Reader) -> nn.Module | None:
+    """Let a reader call tensors as the model in memory does, where the names may differ.
+
+    Returns:
+        The model without memory, if towers or experts make the names differ.
+    """
+    config = reader.folder.config
+    if "text_config" in config or any("experts" in key for key in config):
+        return named_skeleton(reader)
+    return None
 
 
 def named_skeleton(reader: Reader) -> nn.Module:
-    """Build the model of a reader without memory, and let the reader name tensors as that does."""
+    """Build the model of a reader without memory, and let the reader name tensors as that does.
+
+    Raises:
+        CheckpointError: see `skeleton` and `Reader.split`; or there are experts that no layer has.
+    """
     model = skeleton(reader.folder, len(reader.headers))
     reader.rename(names_in_memory(model, reader))
+    reader.split(experts.cuts(model))
+    experts.check_count(model, reader)
     return model
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,6 +30,31 @@ DTYPES = {
     "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+
+
+class Cut(NamedTuple):
+    """A Cut says where a matrix lies in a stored tensor [experts, …].
+
+    Attributes:
+        whole: name of the tensor.
+        shape: of the tensor.
+        place: one expert, and rows or columns of it.
+        transposed: whether it is stored as [in, out].
+    """
+
+    whole: str
+    shape: tuple[int, ...]
+    place: tuple[slice, ...]
+    transposed: bool
+
+    def take(self, tensor: Any) -> Tensor:
+        """Return the matrix [out, in], from the tensor or from a slice of its file."""
+        matrix: Tensor = tensor[self.place][0]
+        return matrix.t().contiguous() if self.transposed else matrix
+
+    def put(self, matrix: Tensor, tensor: Tensor) -> None:
+        """Write the matrix [out, in] to its place in the tensor."""
+        tensor[self.place][0] = matrix.t() if self.transposed else matrix
 
 
 class Reader:
@@ -57,6 +82,7 @@ class Reader:
         self._handles: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
         self._stored_names: dict[str, str] = {}
+        self._cuts: dict[str, Cut] = {}
         shards = _shards(folder.path)
         self.files = {*shards} if SINGLE in shards else {*shards, INDEX}
         for file, expected in shards.items():
@@ -98,6 +124,33 @@ class Reader:
         self._stored_names = {new: stored for stored, new in names.items()}
         self.headers = {names.get(name, name): header for name, header in self.headers.items()}
 
+    def split(self, cuts: Mapping[str, Cut]) -> None:
+        """Let matrices of stored tensors be tensors of their own, in place of those.
+
+        Args:
+            cuts: by the matrix's name; those of tensors that are not stored are passed over.
+
+        Raises:
+            CheckpointError: a matrix is stored by itself as well, or a tensor has another shape.
+        """
+        found = {name: cut for name, cut in cuts.items() if cut.whole in self.headers}
+        for name, cut in found.items():
+            shape, dtype = self.headers[cut.whole]
+            if name in self.headers:
+                raise CheckpointError(
+                    f"{self.folder}: {name} is stored twice, by itself and in {cut.whole}."
+                )
+            if shape != cut.shape:
+                raise CheckpointError(
+                    f"{self.folder}: {cut.whole} is stored as {list(shape)}, but config.json makes "
+                    f"it {list(cut.shape)}."
+                )
+            matrix = cut.take(torch.empty(shape, device="meta"))
+            self.headers[name] = tuple(matrix.shape), dtype
+        for whole in {cut.whole for cut in found.values()}:
+            del self.headers[whole]
+        self._cuts |= found
+
     def stored_name(self, name: str) -> str:
         """Return the name that a tensor is stored under."""
         return self._stored_names.get(name, name)
@@ -109,9 +162,11 @@ class Reader:
         return self._load(name)
 
     def _load(self, name: str) -> Tensor:
-        stored = self.stored_name(name)
+        cut = self._cuts.get(name)
+        stored = self.stored_name(cut.whole if cut else name)
         try:
-            tensor: Tensor = self._open(self._file_of[stored]).get_tensor(stored)
+            file = self._open(self._file_of[stored])
+            tensor = cut.take(file.get_slice(stored)) if cut else file.get_tensor(stored)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise CheckpointError(f"{self.folder}: {name} cannot be read: {error}") from error
         return tensor

@@ -130,22 +130,31 @@ def _renamed(target: str, rename: Callable[[str], str | None]) -> str:
 
 
 def group_targets(modules: Iterable[str], all_modules: Iterable[str]) -> tuple[str, ...]:
-    """Shorten module names: a name that every decoder layer has gets `*` for its number.
+    """Shorten module names: a name that all layers, or all experts, have gets `*` for its number.
 
     Args:
         modules: the names to match.
         all_modules: every linear of the decoder layers; the targets match none of the others.
     """
-    chosen, every = list(modules), list(all_modules)
+    chosen = dict.fromkeys(modules)
     members: dict[str, set[str]] = {}
-    for name in every:
-        members.setdefault(_starred(name), set()).add(name)
-    targets: dict[str, None] = {}
-    for name in chosen:
-        star = _starred(name)
-        targets[star if members[star] <= set(chosen) else name] = None
-    return tuple(targets)
+    for name in all_modules:
+        for star in _starred(name):
+            members.setdefault(star, set()).add(name)
+    fitting = {star for star, names in members.items() if names <= chosen.keys()}
+    return tuple(
+        dict.fromkeys(
+            next((star for star in _starred(name) if star in fitting), name) for name in chosen
+        )
+    )
 
 
-def _starred(name: str) -> str:
-    return re.sub(r"\.\d+\.", ".*.", name, count=1)
+def _starred(name: str) -> tuple[str, ...]:
+    """Give the globs of a name, the widest first: for all layers and experts, or one of the two."""
+    parts = name.split(".")
+    numbers = [index for index, part in enumerate(parts[:-1]) if part.isdigit()]
+    starred = (
+        ("*" if index in chosen else part for index, part in enumerate(parts))
+        for chosen in (numbers, numbers[:1], numbers[1:])
+    )
+    return tuple(map(".".join, starred))
