@@ -55,7 +55,7 @@ mutations: dev ## break the package on purpose, a hundred times: do the tests no
 
 # The flags of an instruction set are those of setup.py. To g++, avx2.cpp and avx512.cpp are huge: their
 # checks call functions, and those of every single access are left to the address sanitizer.
-UNITS := linear memory panels portable prepare
+UNITS := driver experts linear memory panels portable prepare
 ifeq ($(shell uname -m),x86_64)
 UNITS += avx2 avx512 amx
 else ifeq ($(shell uname -m),aarch64)
@@ -86,7 +86,7 @@ sanitize: $(CHECKED) ## the CPU kernels under address and undefined-behaviour sa
 	build/sanitize/run
 
 # AMX's tile registers in plain C++, for CPUs without them: tests/kernels/test_amx.py.
-AMX_UNITS := amx avx2 avx512 linear memory panels portable prepare torch_op
+AMX_UNITS := amx avx2 avx512 driver experts linear memory panels portable prepare torch_op
 
 build/amx/amx_registers.h: tests/kernels/amx/amx_registers.h $(wildcard $(CSRC)/*)
 	rm -rf $(@D) && mkdir -p build && cp -r $(CSRC) $(@D)
@@ -100,7 +100,7 @@ build/amx/_cpu.so: $(AMX_UNITS:%=build/amx/%.o)
 
 # Debian: apt-get install g++-aarch64-linux-gnu qemu-user
 ARM64 := aarch64-linux-gnu-g++ -std=c++17 -O3 -fPIC -Wall -Wextra -Werror -Wno-psabi
-ARM64_UNITS := linear memory neon neon_bf16 panels portable prepare
+ARM64_UNITS := driver experts linear memory neon neon_bf16 panels portable prepare
 ARM64_CHECKED := $(ARM64_UNITS:%=build/arm64/%.o)
 
 build/arm64/%.o: $(CSRC)/%.cpp $(wildcard $(CSRC)/*.h)

@@ -38,7 +38,17 @@ ARM64 = {
     "neon": ["-march=armv8.2-a+dotprod"],
     "neon_bf16": ["-march=armv8.2-a+dotprod+bf16"],
 }
-COMMON = ("linear", "memory", "ort_op", "panels", "portable", "prepare", "torch_op")
+COMMON = (
+    "driver",
+    "experts",
+    "linear",
+    "memory",
+    "ort_op",
+    "panels",
+    "portable",
+    "prepare",
+    "torch_op",
+)
 MACHINE = platform.machine().lower()
 OWN = X86 if MACHINE in ("x86_64", "amd64") else ARM64 if MACHINE in ("aarch64", "arm64") else {}
 

@@ -76,10 +76,11 @@ def keep_half(shape: tuple[int, int], group: int, seed: int = 0) -> Tensor:
 
 
 def case(
-    shape: tuple[int, int], values: str, mask: str, group: int = 32, density: float = 0.5
-) -> Case:
+    shape: tuple[int, int], values: str, mask: str, group: int = 32, density: float = 0.5,
+    seed: int = 0,
+) -> Case:  # fmt: skip
     """A random weight."""
-    keep, seed = keep_mask(shape, mask, density), 0
+    keep = keep_mask(shape, mask, density, seed)
     if values == "float":
         return from_values(torch.randn(shape, generator=seeded(seed)).bfloat16(), keep, mask)
     limit = LIMITS[values]

@@ -203,6 +203,122 @@ void damage_source(const Weight& w, int rounds, Random& r) {
   }
 }
 
+uint16_t round_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+// The panels of three experts in one block of exactly their size.
+struct Experts {
+  static constexpr int64_t kCount = 3;
+  int64_t hidden, inner;
+  std::vector<Memory> linears;
+  std::vector<int64_t> places;
+  Memory block{1};
+
+  Experts(int32_t values, int32_t mask, Random& r)
+      : hidden(values != GBLM_BF16    ? 64
+               : mask == GBLM_8_OF_16 ? 80
+                                      : 72),
+        inner(hidden + 32) {
+    int64_t bytes = 0;
+    for (int64_t i = 0; i < 3 * kCount; i++) {
+      Weight w;
+      const bool down = i % 3 == 2;
+      w.fill(down ? hidden : inner, down ? inner : hidden, values, mask,
+             values == GBLM_BF16 ? 0 : 32, r);
+      linears.push_back(prepare(w, nullptr));
+      places.push_back(bytes);
+      places.push_back(linears.back().size);
+      bytes += linears.back().size;
+    }
+    block = Memory(bytes);
+    for (size_t i = 0; i < linears.size(); i++)
+      std::memcpy(block.get() + places[2 * i], linears[i].get(),
+                  static_cast<size_t>(linears[i].size));
+  }
+  gblm_layer layer(const Memory& memory) const {
+    return {memory.get(), memory.size, places.data(), kCount, hidden};
+  }
+  void multiply(int64_t linear, const uint16_t* x, uint16_t* y) const {
+    const Memory& panels = linears[static_cast<size_t>(linear)];
+    expect(gblm_linear(panels.get(), panels.size, x, 1, y, nullptr) == GBLM_OK,
+           "linear refused an expert");
+  }
+  // What an expert makes of one token.
+  std::vector<uint16_t> call(int64_t expert, const uint16_t* x) const {
+    std::vector<uint16_t> sides(static_cast<size_t>(2 * inner)), between, y;
+    multiply(3 * expert, x, sides.data());
+    multiply(3 * expert + 1, x, sides.data() + inner);
+    std::vector<float> sums, product(static_cast<size_t>(inner));
+    for (const uint16_t side : sides) sums.push_back(from_bf16(side));
+    gblm_gate(sums.data(), 1, inner, product.data(), nullptr);
+    for (const float value : product) between.push_back(round_bf16(value));
+    y.resize(static_cast<size_t>(hidden));
+    multiply(3 * expert + 2, between.data(), y.data());
+    return y;
+  }
+  std::vector<uint16_t> add(const std::vector<int32_t>& ids, const uint16_t* x) const {
+    std::vector<float> sums(static_cast<size_t>(hidden));
+    std::vector<uint16_t> y;
+    for (const int32_t id : ids)
+      for (size_t i = 0; id >= 0 && i < sums.size(); i++) sums[i] += from_bf16(call(id, x)[i]);
+    for (const float sum : sums) y.push_back(round_bf16(sum));
+    return y;
+  }
+};
+
+void check_experts(int32_t values, int32_t mask, Random& r) {
+  const Experts experts(values, mask, r);
+  const gblm_layer layer = experts.layer(experts.block);
+  for (const int64_t tokens : {0, 1, 2, 9, 50, 600}) {
+    const auto x = activations(tokens * experts.hidden, r);
+    std::vector<int32_t> ids;
+    for (int64_t i = 0; i < 2 * tokens; i++) ids.push_back(static_cast<int32_t>(r.below(4)) - 1);
+    const std::vector<float> shares(ids.size(), 1);
+    std::vector<uint16_t> y(x.size()), again(x.size());
+    Threads four{4};
+    const gblm_pool pool = four.pool();
+    expect(gblm_experts(&layer, x.data(), tokens, ids.data(), shares.data(), 2, y.data(),
+                        nullptr) == GBLM_OK &&
+               gblm_experts(&layer, x.data(), tokens, ids.data(), shares.data(), 2, again.data(),
+                            &pool) == GBLM_OK,
+           "experts refused a good layer");
+    expect(y == again, "threads change the result of experts");
+    if (tokens == 1) expect(y == experts.add(ids, x.data()), "experts are not their linears");
+    for (const int64_t bad : {Experts::kCount, int64_t{INT32_MAX}}) {
+      if (tokens == 0) continue;
+      ids.back() = static_cast<int32_t>(bad);
+      expect(gblm_experts(&layer, x.data(), tokens, ids.data(), shares.data(), 2, y.data(),
+                          nullptr) == GBLM_BAD_ARGUMENT,
+             "an expert that is not there was taken");
+    }
+  }
+}
+
+// Anything but a crash will do.
+void damage_experts(int32_t values, int32_t mask, int rounds, Random& r) {
+  Experts experts(values, mask, r);
+  for (int round = 0; round < rounds; round++) {
+    Memory bad(experts.block.size);
+    std::memcpy(bad.get(), experts.block.get(), static_cast<size_t>(bad.size));
+    for (int64_t i = r.below(12); i >= 0; i--)
+      bad.get()[r.below(bad.size)] = static_cast<uint8_t>(r.next());
+    const std::vector<int64_t> places = experts.places;
+    if (r.below(2))
+      experts.places[static_cast<size_t>(r.below(18))] =
+          r.below(2) ? static_cast<int64_t>(r.next()) : r.below(2 * bad.size);
+    const gblm_layer layer = experts.layer(bad);
+    const auto x = activations(3 * experts.hidden, r);
+    const std::vector<int32_t> ids{0, 1, 2, 0, 1, 2};
+    const std::vector<float> shares(6, 1);
+    std::vector<uint16_t> y(x.size());
+    gblm_experts(&layer, x.data(), 3, ids.data(), shares.data(), 2, y.data(), nullptr);
+    experts.places = places;
+  }
+}
+
 void refuse_arguments(const Weight& w) {
   int64_t size = 0;
   const auto refused = [&](const std::function<void(gblm_source&)>& change) {
@@ -256,8 +372,12 @@ int main() {
       continue;
     }
     for (int32_t values = GBLM_BF16; values <= GBLM_INT4; values++)
-      for (int32_t mask = GBLM_DENSE; mask <= GBLM_8_OF_16; mask++)
+      for (int32_t mask = GBLM_DENSE; mask <= GBLM_8_OF_16; mask++) {
         run(values, mask, static_cast<uint64_t>(10 * values + mask));
+        Random r{static_cast<uint64_t>(values + 10 * mask)};
+        check_experts(values, mask, r);
+        damage_experts(values, mask, 100, r);
+      }
     std::printf("sanitize: %s is clean\n", isa);
   }
   return 0;

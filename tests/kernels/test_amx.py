@@ -38,7 +38,7 @@ def test_every_test_of_amx_passes_on_emulated_tiles() -> None:
     assert built.returncode == 0, built.stderr
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "emulated", "-k", "amx",
-         HERE / "test_cpu.py"],
+         HERE / "test_cpu.py", HERE / "test_experts.py"],
         capture_output=True, text=True, check=False, timeout=600,
         env=os.environ | {"GBLM_EMULATED": str(ROOT / LIBRARY), "PYTHONPATH": _path()},
     )  # fmt: skip

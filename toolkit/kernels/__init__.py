@@ -116,6 +116,18 @@ def _cpu_linear_fake(x: Tensor, panels: Tensor, out_features: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
 
+_LIBRARY.define(
+    "cpu_experts(Tensor x, Tensor ids, Tensor shares, Tensor panels, Tensor places) -> Tensor"
+)
+
+
+def _cpu_experts_fake(
+    x: Tensor, ids: Tensor, shares: Tensor, panels: Tensor, places: Tensor
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+_LIBRARY.impl("cpu_experts", _cpu_experts_fake, "Meta")
 _LIBRARY.impl("cpu_linear", _cpu_linear_fake, "Meta")
 _LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
 _LIBRARY.impl("linear", _linear_fake, "Meta")

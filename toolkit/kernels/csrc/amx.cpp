@@ -29,8 +29,8 @@ int64_t scratch_bytes(const Panels& p, int64_t tokens) {
   return tiles.count <= kDecodeTiles ? kDecodeBytes
                                      : Multiplier<Bf16<GBLM_ANY>>::scratch_bytes(tiles);
 }
-int64_t tiles(const Panels& p, int64_t tokens) {
-  return picks(p, tokens) ? kAvx512.tiles(p, tokens) : TokenTiles(p, tokens).count;
+int64_t width(const Panels& p, int64_t tokens) {
+  return picks(p, tokens) ? kAvx512.width(p, tokens) : TokenTiles(p, tokens).width;
 }
 
 void pack_floats(const Panels& p, const uint16_t* x, int64_t tokens, const TokenTiles& tiles,
@@ -64,14 +64,13 @@ void pack_integers(const Panels& p, const uint16_t* x, int64_t tokens, const Tok
   }
 }
 
-void pack(const Panels& p, const void* source, int64_t tokens, int64_t tile, void* packed,
+void pack(const Panels& p, const void* rows, int64_t tokens, int64_t tile, void* packed,
           Rounding* groups) {
-  if (picks(p, tokens)) return kAvx512.pack(p, source, tokens, tile, packed, groups);
-  const uint16_t* x = static_cast<const uint16_t*>(source);
+  if (picks(p, tokens)) return kAvx512.pack(p, rows, tokens, tile, packed, groups);
+  const uint16_t* x = static_cast<const uint16_t*>(rows);
   const TokenTiles tiles(p, tokens);
   const int64_t first = tile * tiles.width, here = smaller(tiles.width, tokens - first);
   uint8_t* to = static_cast<uint8_t*>(packed) + tile * tiles.tile_bytes();
-  x += first * p.columns;
   if (p.values == GBLM_BF16)
     pack_floats(p, x, here, tiles, to);
   else
@@ -134,4 +133,4 @@ bool supported() {
 }  // namespace
 
 const Isa kAmx = {"amx", supported, panels_per_task, packed_bytes, scratch_bytes,
-                  tiles, pack,      multiply,        gate_token,   nullptr};
+                  width, pack,      multiply,        gate_token,   nullptr};

@@ -176,10 +176,10 @@ int64_t scratch_bytes(const Panels& p, int64_t tokens) {
 
 // Both ways have tiles of four tokens, and floats for activations at most.
 template <class X>
-void pack(const Panels& p, const void* x, int64_t tokens, int64_t tile, void* packed,
+void pack(const Panels& p, const void* rows, int64_t tokens, int64_t tile, void* packed,
           Rounding* groups) {
   const auto with = has_steps(p.values, p.mask) ? pack_for_steps<X> : Engine::pack<X>;
-  with(p, x, tokens, tile, packed, groups);
+  with(p, rows, tokens, tile, packed, groups);
 }
 
 template <int Values>
@@ -214,7 +214,7 @@ constexpr Isa isa(const Isa* wide) {
           Engine::panels_per_task,
           Engine::packed_bytes,
           scratch_bytes,
-          Engine::tiles,
+          Engine::width,
           pack<X>,
           multiply,
           gate_token,

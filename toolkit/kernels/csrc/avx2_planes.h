@@ -582,10 +582,10 @@ inline int64_t step_scratch_bytes(int64_t tokens) {
 }
 
 template <class X>
-void pack_for_steps(const Panels& p, const void* source, int64_t tokens, int64_t tile, void* packed,
+void pack_for_steps(const Panels& p, const void* rows, int64_t tokens, int64_t tile, void* packed,
                     Rounding* groups) {
   const int64_t first = tile * kTogether, here = smaller(kTogether, tokens - first);
-  const X* x = static_cast<const X*>(source) + first * p.columns;
+  const X* x = static_cast<const X*>(rows);
   const int64_t column = first * p.blocks * kColumns;
   if constexpr (std::is_same_v<X, uint16_t>)
     if (is_integer(p.values)) {

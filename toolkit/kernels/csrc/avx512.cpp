@@ -29,21 +29,16 @@ int64_t wide_scratch_bytes(const Panels&, int64_t tokens) {
 int64_t scratch_bytes(const Panels& p, int64_t tokens) {
   return skips_zeros(p, tokens) ? Skip::bytes(tokens) : wide_scratch_bytes(p, tokens);
 }
-int64_t tiles(const Panels& p, int64_t tokens) {
-  const int64_t width = pack_width(p, tokens);
-  return (tokens + width - 1) / width;
-}
 
-void pack(const Panels& p, const void* source, int64_t tokens, int64_t tile, void* packed,
+void pack(const Panels& p, const void* rows, int64_t tokens, int64_t tile, void* packed,
           Rounding* groups) {
-  const uint16_t* x = static_cast<const uint16_t*>(source);
+  const uint16_t* x = static_cast<const uint16_t*>(rows);
   const int64_t width = pack_width(p, tokens), first = tile * width;
   const int64_t here = smaller(width, tokens - first);
   const int64_t padded = tokens <= kMaxDecode     ? width
                          : skips_zeros(p, tokens) ? round_up(here, 16)
                                                   : here;
   uint32_t* to = static_cast<uint32_t*>(packed);
-  x += first * p.columns;
   if (p.values == GBLM_BF16) {
     to += first * p.blocks * kColumns / 2;
     has_planes(p.mask) ? pack_plane_floats<Halves>(p, x, here, padded, to)
@@ -130,15 +125,12 @@ bool multiply(const Panels& p, const Activations& x, int64_t first, int64_t last
 int64_t wide_packed_bytes(const Panels& p, int64_t tokens) {
   return round_up(tokens, tile_width(tokens)) * p.blocks * kColumns * 4;
 }
-int64_t wide_tiles(const Panels&, int64_t tokens) {
-  const int64_t width = tile_width(tokens);
-  return (tokens + width - 1) / width;
-}
-void pack_wide(const Panels& p, const void* source, int64_t tokens, int64_t tile, void* packed,
+int64_t wide_width(const Panels&, int64_t tokens) { return tile_width(tokens); }
+void pack_wide(const Panels& p, const void* rows, int64_t tokens, int64_t tile, void* packed,
                Rounding*) {
   const int64_t width = tile_width(tokens), first = tile * width;
   const int64_t here = smaller(width, tokens - first);
-  const float* x = static_cast<const float*>(source) + first * p.columns;
+  const float* x = static_cast<const float*>(rows);
   float* to = static_cast<float*>(packed) + first * p.blocks * kColumns;
   const int64_t padded = tokens <= kMaxDecode ? width : here;
   has_planes(p.mask) ? pack_plane_floats<Floats>(p, x, here, padded, to)
@@ -156,10 +148,10 @@ bool supported() {
 
 const Isa kAvx512Wide = {
     "avx512",           supported,  panels_per_task, wide_packed_bytes,
-    wide_scratch_bytes, wide_tiles, pack_wide,       multiply_floats<WideDot, Floats>,
+    wide_scratch_bytes, wide_width, pack_wide,       multiply_floats<WideDot, Floats>,
     gate_token,         nullptr};
 
 }  // namespace
 
-const Isa kAvx512 = {"avx512", supported, panels_per_task, packed_bytes, scratch_bytes,
-                     tiles,    pack,      multiply,        gate_token,   &kAvx512Wide};
+const Isa kAvx512 = {"avx512",   supported, panels_per_task, packed_bytes, scratch_bytes,
+                     pack_width, pack,      multiply,        gate_token,   &kAvx512Wide};

@@ -109,21 +109,19 @@ struct Columns {
   static int64_t scratch_bytes(const Panels&, int64_t tokens) {
     return (2 * round_up(tokens, kTogether) + kColumns) * static_cast<int64_t>(sizeof(Lanes));
   }
-  static int64_t tiles(const Panels&, int64_t tokens) {
-    return (tokens + kTogether - 1) / kTogether;
-  }
+  static int64_t width(const Panels&, int64_t) { return kTogether; }
 
   // Tiles of [columns][4 tokens]; integers as the codes -127 .. 127.
   template <class X>
-  static void pack(const Panels& p, const void* source, int64_t tokens, int64_t tile, void* packed,
+  static void pack(const Panels& p, const void* rows, int64_t tokens, int64_t tile, void* packed,
                    Rounding* rounding) {
-    const X* x = static_cast<const X*>(source);
+    const X* x = static_cast<const X*>(rows);
     float* to = static_cast<float*>(packed) + tile * kTogether * padded(p);
     const int64_t groups = p.group ? p.columns / p.group : 0;
     std::memset(to, 0, static_cast<size_t>(kTogether * padded(p)) * 4);
     for (int64_t t = 0; t < kTogether; t++) {
       const int64_t token = tile * kTogether + t;
-      const X* row = x + smaller(token, tokens - 1) * p.columns;
+      const X* row = x + (smaller(token, tokens - 1) - tile * kTogether) * p.columns;
       for (int64_t k = 0; k < p.columns; k++) to[k * kTogether + t] = widen(row[k]);
       for (int64_t g = 0; g < groups; g++)
         rounding[token * groups + g] = {quantise(to + g * p.group * kTogether + t, p.group), 0};
@@ -255,7 +253,7 @@ struct Columns {
   template <class X>
   static constexpr Isa isa(const char* name, bool (*supported)(), const Isa* wide) {
     return {name,  supported, panels_per_task, packed_bytes, scratch_bytes,
-            tiles, pack<X>,   multiply,        gate_token,   wide};
+            width, pack<X>,   multiply,        gate_token,   wide};
   }
 };
 

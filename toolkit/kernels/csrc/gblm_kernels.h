@@ -53,6 +53,14 @@ typedef struct {
   const uint16_t* scales; /* bf16 [rows, columns / group] */
 } gblm_source;
 
+/* The gated MLPs of a mixture of experts: panels of all of them in one block of memory. */
+typedef struct {
+  const uint8_t* memory;
+  int64_t bytes;
+  const int64_t* places; /* [experts][3][2]: first byte and bytes of gate, up and down */
+  int64_t experts, columns;
+} gblm_layer;
+
 /* What panels say about themselves. */
 typedef struct {
   int64_t rows, columns, group, bytes;
@@ -83,6 +91,13 @@ GBLM_API int gblm_linear_f32(const void* panels, int64_t bytes, const float* x, 
 /* y [tokens, features] = silu(gate) * up, of sums [tokens, 2 * features]: gates, then ups. */
 GBLM_API void gblm_gate(const float* sums, int64_t tokens, int64_t features, float* y,
                         const gblm_pool* pool);
+
+/* y [tokens, columns] = sum of share * down(silu(gate(x)) * up(x)) over the experts that each token
+ * has chosen; `ids` and `shares` are [tokens, chosen], and a negative id is no expert. Products are
+ * those of gblm_linear, and they and silu * up are rounded to bf16; the sum is rounded once. */
+GBLM_API int gblm_experts(const gblm_layer* layer, const uint16_t* x, int64_t tokens,
+                          const int32_t* ids, const float* shares, int64_t chosen, uint16_t* y,
+                          const gblm_pool* pool);
 
 GBLM_API const char* gblm_error(int result);
 /* The instruction set in use: "amx", "avx512", "avx2" or "portable". */

@@ -1,4 +1,4 @@
-// What one instruction set offers to the driver in linear.cpp.
+// What one instruction set offers to the driver.
 #pragma once
 
 #include "panels.h"
@@ -36,9 +36,10 @@ struct Isa {
   // Bytes of packed activations for so many tokens, and of scratch for each thread.
   int64_t (*packed_bytes)(const Panels&, int64_t tokens);
   int64_t (*scratch_bytes)(const Panels&, int64_t tokens);
-  // Packing is cut into tiles, which may be packed in parallel.
-  int64_t (*tiles)(const Panels&, int64_t tokens);
-  void (*pack)(const Panels&, const void* x, int64_t tokens, int64_t tile, void* packed,
+  // Packing is cut into tiles of so many tokens, which may be packed in parallel; `rows` are the
+  // activations of the tile's own tokens.
+  int64_t (*width)(const Panels&, int64_t tokens);
+  void (*pack)(const Panels&, const void* rows, int64_t tokens, int64_t tile, void* packed,
                Rounding* groups);
   // y [tokens, rows] of some panels; false when the panels are damaged.
   bool (*multiply)(const Panels&, const Activations&, int64_t first, int64_t last, Output y,

@@ -1,113 +1,31 @@
-// The C ABI of multiplying: checks, choice of the instruction set, distribution over threads.
-#include <atomic>
-#include <cstdlib>
-
-#include "isa.h"
+// The C ABI of a linear: checks, turns of many tokens, float32 activations.
+#include "driver.h"
 
 namespace {
 
 // More tokens are taken in turns: bounds the scratch memory, and costs 1 % of expanding again.
 constexpr int64_t kMaxTokens = 512;
 
-const Isa* const kIsas[] = {
-#if defined(__x86_64__)
-    &kAmx, &kAvx512, &kAvx2,
-#elif defined(__aarch64__)
-    &kNeonBf16, &kNeon,
-#endif
-    &kPortable};
+thread_local Buffer t_terms;
 
-std::atomic<const Isa*> chosen{nullptr};
+// Rows that lie one after another.
+struct Rows {
+  const uint8_t* x;
+  int64_t bytes;  // of each
 
-const Isa& isa() {
-  const Isa* found = chosen.load(std::memory_order_acquire);
-  if (found == nullptr) {
-    for (const Isa* candidate : kIsas)
-      if (candidate->supported()) {
-        found = candidate;
-        break;
-      }
-    chosen.store(found, std::memory_order_release);
+  static const void* of(const void* self, const Product&, int64_t first, int64_t) {
+    const Rows& rows = *static_cast<const Rows*>(self);
+    return rows.x + first * rows.bytes;
   }
-  return *found;
-}
-
-// Memory that a thread keeps for its next call.
-class Buffer {
- public:
-  Buffer() = default;
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { std::free(memory_); }
-
-  uint8_t* get(int64_t bytes) {
-    if (bytes > bytes_) {
-      std::free(memory_);
-      bytes_ = 0;
-      memory_ = std::aligned_alloc(4096, static_cast<size_t>(round_up(bytes, 4096)));
-      if (memory_ != nullptr) bytes_ = bytes;
-    }
-    return static_cast<uint8_t*>(memory_);
-  }
-
- private:
-  void* memory_ = nullptr;
-  int64_t bytes_ = 0;
 };
 
-thread_local Buffer t_scratch, t_packed, t_terms;
-
-struct Job {
-  const Isa& isa;
-  const Panels& panels;
-  Activations x;
-  const void* source;
-  void* packed;
-  Rounding* groups;
-  Output y;
-  int64_t tiles, step;
-  std::atomic<int64_t> next{0};
-  std::atomic<int> result{GBLM_OK};
-};
-
-void pack_tile(void* context, int64_t tile) {
-  Job& job = *static_cast<Job*>(context);
-  job.isa.pack(job.panels, job.source, job.x.tokens, tile, job.packed, job.groups);
-}
-
-// Panels differ in length, so threads take the next few when they are ready.
-void multiply_panels(void* context, int64_t) {
-  Job& job = *static_cast<Job*>(context);
-  uint8_t* scratch = t_scratch.get(job.isa.scratch_bytes(job.panels, job.x.tokens));
-  if (scratch == nullptr) {
-    job.result = GBLM_NO_MEMORY;
-    return;
-  }
-  for (;;) {
-    const int64_t first = job.next.fetch_add(job.step, std::memory_order_relaxed);
-    if (first >= job.panels.count) return;
-    const int64_t last = smaller(first + job.step, job.panels.count);
-    if (!job.isa.multiply(job.panels, job.x, first, last, job.y, scratch))
-      job.result = GBLM_BAD_PANELS;
-  }
-}
-
-int multiply(const Isa& with, const Panels& panels, const void* x, int64_t tokens, Output y,
+template <class X>
+int multiply(const Isa& with, const Panels& panels, const X* x, int64_t tokens, Output y,
              const gblm_pool* pool) {
-  const int64_t packed_bytes = round_up(with.packed_bytes(panels, tokens), kLine);
-  const int64_t groups = panels.group ? panels.columns / panels.group : 0;
-  const int64_t padded = tokens + 64;  // a tile may be wider than its tokens
-  uint8_t* packed =
-      t_packed.get(packed_bytes + groups * padded * static_cast<int64_t>(sizeof(Rounding)));
-  if (packed == nullptr) return GBLM_NO_MEMORY;
-  Rounding* rounding = reinterpret_cast<Rounding*>(packed + packed_bytes);
-  const int64_t threads = pool != nullptr ? pool->threads(pool->self) : 1;
-  const int64_t step = with.panels_per_task(panels, tokens, threads);
-  Job job{with,     panels, {packed, rounding, tokens}, x,   packed,
-          rounding, y,      with.tiles(panels, tokens), step};
-  run(pool, job.tiles, pack_tile, &job);
-  run(pool, smaller(threads, (panels.count + step - 1) / step), multiply_panels, &job);
-  return job.result;
+  const Rows rows{reinterpret_cast<const uint8_t*>(x),
+                  panels.columns * static_cast<int64_t>(sizeof(X))};
+  Product product{panels, tokens, y};
+  return multiply_all(with, &product, 1, Source{&rows, Rows::of}, pool);
 }
 
 // float32 activations as bf16 rows [tokens * terms, columns]: rounded, then what that left out.
@@ -157,12 +75,12 @@ struct Gating {
 
 void gate_one(void* context, int64_t token) {
   const Gating& g = *static_cast<const Gating*>(context);
-  isa().gate(g.sums + token * 2 * g.features, g.features, g.y + token * g.features);
+  isa_in_use().gate(g.sums + token * 2 * g.features, g.features, g.y + token * g.features);
 }
 
 int multiply_wide(const Panels& panels, const float* x, int64_t tokens, float* y,
                   const gblm_pool* pool) {
-  const Isa& with = isa();
+  const Isa& with = isa_in_use();
   if (panels.group == 0 && with.wide != nullptr)
     return multiply(*with.wide, panels, x, tokens, Output{nullptr, y}, pool);
   // Integer weights round activations to int8: a second term would change nothing.
@@ -194,7 +112,7 @@ int gblm_linear(const void* memory, int64_t bytes, const uint16_t* x, int64_t to
   for (int64_t t = 0; t < tokens; t += kMaxTokens) {
     const int64_t now = smaller(kMaxTokens, tokens - t);
     const Output rows{y + t * panels.rows, nullptr};
-    const int result = multiply(isa(), panels, x + t * panels.columns, now, rows, pool);
+    const int result = multiply(isa_in_use(), panels, x + t * panels.columns, now, rows, pool);
     if (result != GBLM_OK) return result;
   }
   return GBLM_OK;
@@ -219,18 +137,6 @@ void gblm_gate(const float* sums, int64_t tokens, int64_t features, float* y,
                const gblm_pool* pool) {
   Gating gating{sums, y, features};
   run(pool, tokens, gate_one, &gating);
-}
-
-const char* gblm_isa(void) { return isa().name; }
-
-int gblm_use_isa(const char* name) {
-  if (name == nullptr) return GBLM_BAD_ARGUMENT;
-  for (const Isa* candidate : kIsas)
-    if (std::strcmp(candidate->name, name) == 0 && candidate->supported()) {
-      chosen.store(candidate, std::memory_order_release);
-      return GBLM_OK;
-    }
-  return GBLM_BAD_ARGUMENT;
 }
 
 const char* gblm_error(int result) {

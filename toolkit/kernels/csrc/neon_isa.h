@@ -44,15 +44,15 @@ struct Neon {
   static int64_t scratch_bytes(const Panels& p, int64_t tokens) {
     return has_planes(p.mask) ? planes_scratch_bytes(tokens) : portable().scratch_bytes(p, tokens);
   }
-  static int64_t tiles(const Panels& p, int64_t tokens) {
-    return has_planes(p.mask) ? (tokens + kTile - 1) / kTile : portable().tiles(p, tokens);
+  static int64_t width(const Panels& p, int64_t tokens) {
+    return has_planes(p.mask) ? kTile : portable().width(p, tokens);
   }
 
-  static void pack(const Panels& p, const void* source, int64_t tokens, int64_t tile, void* packed,
+  static void pack(const Panels& p, const void* rows, int64_t tokens, int64_t tile, void* packed,
                    Rounding* groups) {
-    if (!has_planes(p.mask)) return portable().pack(p, source, tokens, tile, packed, groups);
+    if (!has_planes(p.mask)) return portable().pack(p, rows, tokens, tile, packed, groups);
     const int64_t first = tile * kTile, here = smaller(kTile, tokens - first);
-    const X* x = static_cast<const X*>(source) + first * p.columns;
+    const X* x = static_cast<const X*>(rows);
     uint8_t* to = static_cast<uint8_t*>(packed) + first * token_bytes(p);
     if constexpr (!kWide)
       if (p.group)
@@ -77,7 +77,7 @@ struct Neon {
 
   static constexpr Isa isa(const char* name, bool (*supported)(), const Isa* wide) {
     return {name,  supported, panels_per_task, packed_bytes, scratch_bytes,
-            tiles, pack,      multiply,        gate_token,   wide};
+            width, pack,      multiply,        gate_token,   wide};
   }
 };
 
