@@ -16,6 +16,7 @@ from gblm.model.folder import ModelFolder
 from gblm.model.loading import rename_as_in_memory
 from gblm.model.packed_reader import PackedReader
 from gblm.model.reader import Cut
+from gblm.packed import check_loadable
 from gblm.progress import Progress, no_progress
 from gblm.recipe import SHARD_SIZE, shard_bytes
 
@@ -41,8 +42,12 @@ def export_dense(
 
     Returns:
         Sizes and counts.
+
+    Raises:
+        CheckpointError: the weights are no model of config.json's sizes.
     """
     size = shard_bytes(max_shard_size)
+    check_loadable(source)
     with PackedReader(source) as packed:
         dense = sum(shape[0] * shape[1] * 4 for shape in (x.shape for x in packed.linears.values()))
         need = dense + sum(map(packed.num_bytes, packed.dense_names()))

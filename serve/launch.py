@@ -121,12 +121,18 @@ def check(server: Server) -> None:
 
 
 def _check_known(reader: Reader) -> None:
-    """Refuse a config.json on which vLLM would stumble; what transformers cannot tell is vLLM's."""
+    """Refuse a config.json on which vLLM would stumble; some types vLLM alone knows."""
     from transformers import CONFIG_MAPPING
 
     kind = reader.folder.config.get("model_type")
-    if kind is None or (reader.folder.kind == "dense" and kind in CONFIG_MAPPING):
-        check_shapes(reader)
+    if kind in CONFIG_MAPPING:
+        if reader.folder.kind == "dense":
+            check_shapes(reader)
+        return
+    from vllm.transformers_utils.config import _CONFIG_REGISTRY
+
+    if kind not in _CONFIG_REGISTRY:
+        check_shapes(reader)  # which says what is wrong with the type
 
 
 def _refuse_leftovers(folder: ModelFolder) -> None:

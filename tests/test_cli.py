@@ -108,12 +108,14 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "not JSON": (cut("config.json"), "config.json cannot be read as JSON"),
     "a size in words": (changed(hidden_size="wide"), "hidden_size is 'wide', not a whole number"),
     "another size": (changed(hidden_size=96), "but config.json makes it"),
+    "a size is missing": (changed(hidden_size=None), "but config.json makes it"),
     "no model_type": (changed(model_type=None), "model_type 'None'"),
+    "a type of no library": (changed(model_type="nonsense"), "model_type 'nonsense'"),
     "truncated weights": (cut("model.safetensors"), "is no intact safetensors file"),
     "truncated tokenizer": (cut("tokenizer.json"), "tokenizer could not be loaded"),
 }
 # Commands that look at the weights alone, or at what no tokenizer is needed for, take some of them.
-HEADERS_ONLY = ("another size", "no model_type")
+HEADERS_ONLY = ("another size", "a size is missing", "no model_type", "a type of no library")
 ROADS = {
     "prune": ["prune", "BAD", "--method", "wanda", "--calibration", "TEXT", "--num-samples", "2",
               "--seq-len", "16", "--output", "out"],
@@ -121,6 +123,7 @@ ROADS = {
     "serve": ["serve", "BAD"],
     "export pack": ["export", "pack", "BAD", "--pattern", "dense", "--output", "out"],
     "export onnx": ["export", "onnx", "BAD", "--output", "out"],
+    "export dense": ["export", "dense", "BAD", "--output", "out"],
     "inspect": ["inspect", "BAD"],
     "bench": ["bench", "transformers:BAD"],
     "recover": ["recover", "PACKED", "--baseline", "BAD", "--text", "TEXT", "--held-out", "TEXT",
@@ -128,7 +131,7 @@ ROADS = {
     "search": ["search", "BAD", "--budget", "5bits", "--calibration", "TEXT", "--num-samples", "2",
                "--seq-len", "16"],
 }  # fmt: skip
-WITHOUT_TOKENIZER = ("serve", "export pack", "inspect", "bench")
+WITHOUT_TOKENIZER = ("serve", "export pack", "export dense", "inspect", "bench")
 
 
 @pytest.mark.slow
@@ -141,7 +144,8 @@ def test_a_broken_model_gets_one_line(
             continue
         if road in WITHOUT_TOKENIZER and "tokenizer" in name:
             continue
-        bad = Path(shutil.copytree(tiny, tmp_path / str(number)))
+        good = pack_tiny() if road == "export dense" else tiny
+        bad = Path(shutil.copytree(good, tmp_path / str(number)))
         damage(bad)
         places = {"BAD": bad, "PACKED": pack_tiny(), "TEXT": text_file}
         words = [str(places.get(word, word.replace("BAD", str(bad)))) for word in ROADS[road]]
@@ -278,7 +282,7 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(
 ) -> None:
     monkeypatch.setattr(common, "LOG_SECONDS", 0.0)
     with caplog.at_level("INFO", logger="gblm"):
-        step = common.logged_steps("pruning", 3)
+        step = common.LoggedSteps()("pruning", 3)
         for _ in range(3):
             step()
     # vLLM's plugin, where it was loaded before, adds a handler.

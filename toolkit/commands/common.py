@@ -174,21 +174,27 @@ def progress_bars(ctx: click.Context) -> Iterator[Callable[[str, int], Callable[
             task = bars.add_task(name, total=steps)
             return lambda: bars.advance(task)
 
-        yield phase if shown or not wanted else logged_steps
+        yield phase if shown or not wanted else LoggedSteps()
 
 
-def logged_steps(name: str, steps: int) -> Callable[[], None]:
-    """Log how many steps of a phase are done, every 15 seconds at most."""
-    done, told = 0, time.monotonic()
+class LoggedSteps:
+    """Logs how many steps of a phase are done, every 15 seconds at most over all phases."""
 
-    def step() -> None:
-        nonlocal done, told
-        done += 1
-        if time.monotonic() - told >= LOG_SECONDS and done < steps:
-            told = time.monotonic()
-            logger.info("%s: %d of %d", name, done, steps)
+    def __init__(self) -> None:
+        self.told = time.monotonic()
 
-    return step
+    def __call__(self, name: str, steps: int) -> Callable[[], None]:
+        """Take a phase and its number of steps, return what to call per step."""
+        done = 0
+
+        def step() -> None:
+            nonlocal done
+            done += 1
+            if time.monotonic() - self.told >= LOG_SECONDS and done < steps:
+                self.told = time.monotonic()
+                logger.info("%s: %d of %d", name, done, steps)
+
+        return step
 
 
 def report_error(error: Exception, state: dict[str, Any]) -> int:

@@ -215,7 +215,7 @@ def _with_preset(preset: str | None = None, **options: Any) -> dict[str, Any]:
         logger.info(
             "preset %s: %s, %s, %s%s, on %d samples of %d tokens%s",
             preset, chosen["method"], chosen["pattern"], chosen.get("values", "float"),
-            f", {ends} layers dense at each end" if ends else "",
+            f", {ends} layer{'s' * (ends > 1)} dense at each end" if ends else "",
             chosen["num_samples"], chosen["seq_len"], steps,
         )  # fmt: skip
     return chosen

@@ -184,7 +184,9 @@ class _Run:
             }
 
         before, windows = measured(), texts[TRAINING]
-        told = self._told(len(batches(how, len(windows))), windows.shape[1])
+        steps = len(batches(how, len(windows)))
+        logger.info("%d steps of training begin", steps)
+        told = self._told(steps, windows.shape[1])
         trainer.run(windows, hidden[TRAINING], dense_head, self.work, told)
         return _Found(
             parts, before, measured(), trainer.losses, data.fingerprint(windows), windows.numel()
@@ -216,7 +218,7 @@ class _Run:
         return found
 
     def _told(self, steps: int, seq_len: int) -> Callable[[int, float], None]:
-        """Give what is called after each step: it writes a line every 15 seconds."""
+        """Give what is called after each step: a line for the first, then one every 15 seconds."""
         tokens = self.task.how.batch_size * seq_len
         logged, since = time.monotonic(), 0
 
@@ -224,7 +226,7 @@ class _Run:
             nonlocal logged, since
             since += tokens
             spent = time.monotonic() - logged
-            if spent < 15 and number < steps:
+            if spent < 15 and 1 < number < steps:
                 return
             rate, logged, since = since / spent, time.monotonic(), 0
             logger.info(
