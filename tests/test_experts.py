@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import Once
+from conftest import Once, save_byte_tokenizer
+from damage import config, damaged, tensors
+from safetensors.torch import load_file
 from test_families import EXPERTS, save_family
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+from weights import stored
 
 from gblm import packed
-from gblm.checkpoint.inspect import verify
+from gblm.calibrate.gradients import gradient_norms
+from gblm.calibrate.stats import STATS
+from gblm.calibrate.walk import Walk, walk
+from gblm.checkpoint.inspect import inspect, verify
+from gblm.errors import CheckpointError, PatternError
+from gblm.evaluate.perplexity import Protocol
+from gblm.evaluate.run import Evaluation, run_evaluation
 from gblm.export.dense import export_dense
+from gblm.export.pack import export_pack
 from gblm.kernels import native
 from gblm.model import experts
+from gblm.model.experts import MOST_EXPERTS
 from gblm.model.folder import ModelFolder
 from gblm.model.layers import stream
 from gblm.model.loading import load
 from gblm.prune import prune
-from gblm.recipe import Calibration, Recipe
+from gblm.prune.job import open_job
+from gblm.recipe import Calibration, Recipe, Recovering
+from gblm.recover.run import recover
+from gblm.search.examine import Space, examine
 
 IDS = torch.arange(40).reshape(2, 20) * 5
 NAMES = {"mixtral": "block_sparse_moe.experts.3.w2", "olmoe": "mlp.experts.3.down_proj"}
@@ -96,3 +114,380 @@ def test_packed_they_equal_the_dense_export(
     kernel = logits(packed.load(ours, "reference" if native.refusal() else "cpu"))
     # cpu rounds activations to int8 where it meets codes; a token on the edge may change experts.
     assert (kernel - want).norm() < 0.2 * want.norm()
+
+
+# What a token reaches.
+
+# Which of equal scores counts, and the others.
+CHOSEN = int(torch.full((1, 4), 0.25).topk(1).indices)
+OTHERS = [expert for expert in range(4) if expert != CHOSEN]
+
+
+def one_expert(folder: Path, layers: int = 2) -> tuple[Path, Path]:
+    """A Mixtral whose router sends all tokens to one expert, and a Mistral with that as its MLP."""
+    fields = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers, "head_dim": 16,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 258,
+        "max_position_embeddings": 512, "initializer_range": 0.1, "sliding_window": None,
+        "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "mixtral", **fields, num_local_experts=4, num_experts_per_tok=1
+    )  # fmt: skip
+    mixture = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in mixture.named_parameters():
+            if name.endswith("gate.weight"):
+                parameter.zero_()
+    mixture.save_pretrained(folder / "mixture")
+    dense = AutoModelForCausalLM.from_config(AutoConfig.for_model("mistral", **fields))
+    tensors = load_file(folder / "mixture/model.safetensors")
+    roles = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+    named = {name: tensor for name, tensor in tensors.items() if "block_sparse_moe" not in name}
+    for layer, (old, new) in product(range(layers), roles.items()):
+        prefix = f"model.layers.{layer}"
+        named[f"{prefix}.mlp.{new}.weight"] = tensors[
+            f"{prefix}.block_sparse_moe.experts.{CHOSEN}.{old}.weight"
+        ]
+    dense.load_state_dict(named)
+    dense.to(torch.bfloat16).save_pretrained(folder / "dense")
+    for made in ("mixture", "dense"):
+        save_byte_tokenizer(folder / made)
+    return folder / "mixture", folder / "dense"
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [("wanda", {}), ("gblm", {}), ("gblm", {"values": "int8"}), ("sparsegpt", {}),
+     ("sparsegpt", {"values": "int4", "rounding": "obs", "pattern": "0.5"}),
+     ("wanda", {"values": "int4", "refit": {}}), ("alps", {}),
+     ("wanda", {"values": "int8", "reconstruct": {"epochs": 1}})],
+)  # fmt: skip
+@pytest.mark.parametrize("order", ["layer", "sequential"])
+def test_with_all_tokens_an_expert_is_pruned_as_the_mlp_that_it_is(
+    order: str, method: str, more: dict[str, Any], text_file: Path, tmp_path: Path
+) -> None:
+    text = Calibration(source=str(text_file), num_samples=4, seq_len=32, order=order)
+    made = []
+    for folder in one_expert(tmp_path):
+        recipe = Recipe.from_dict(
+            {"model": str(folder), "method": method, "calibration": text.model_dump(), **more}
+        )
+        prune(recipe, tmp_path / f"{folder.name}-out")
+        made.append(load_file(tmp_path / f"{folder.name}-out/model.safetensors"))
+    mixture, dense = made
+    roles = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+    for name, tensor in dense.items():
+        parts = name.split(".")
+        if "mlp" in parts:
+            parts[3:5] = ["block_sparse_moe", "experts", str(CHOSEN), roles[parts[4]]]
+        assert torch.equal(mixture[".".join(parts)], tensor), name
+
+
+def samples(text_file: Path, folder: Path, count: int) -> list[torch.Tensor]:
+    text = Recipe(
+        model=str(folder), method="wanda",
+        calibration=Calibration(source=str(text_file), num_samples=count, seq_len=32),
+    )  # fmt: skip
+    with open_job(text) as job:
+        return job.batches()
+
+
+def test_experts_that_no_token_reaches_take_the_mean_of_all_and_are_named(
+    text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, _ = one_expert(tmp_path)
+    batches, block = samples(text_file, folder, 4), "block_sparse_moe.experts"
+    with caplog.at_level("INFO"), stream(ModelFolder.open(folder)) as layers:
+        for layer in walk(layers, batches, Walk(frozenset(STATS))):
+            found = layer.observe()
+            for role, expert in product(("w1", "w2", "w3"), OTHERS):
+                own, all_of_it = (
+                    found[f"{block}.{expert}.{role}"],
+                    found[f"{block}.{CHOSEN}.{role}"],
+                )
+                torch.testing.assert_close(own["act_norm"], all_of_it["act_norm"] / 2)
+                torch.testing.assert_close(own["hessian"], all_of_it["hessian"] / 4)
+        rows = [batch[0] for batch in batches]
+        names = [f"{layers.name(0)}.{block}.{expert}.w2" for expert in range(4)]
+        *_, (_, norms) = gradient_norms(layers, rows, names, "l2")
+        own = norms[names[CHOSEN]]
+        assert own.count_nonzero() > 1000
+        assert all(torch.equal(norms[names[other]], own / 2) for other in OTHERS)
+    few = ", ".join(f"{block}.{other}" for other in OTHERS)
+    said = f"{few} saw fewer than 64 tokens of the text and take the mean"
+    for where in ("model.layers.0", "model.layers.1", "model.layers.0, gradients"):
+        assert caplog.messages.count(f"{where}: {said} over all experts") == 1
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "llama 4 text (fused)"])
+def test_statistics_are_those_of_an_experts_tokens_as_the_router_weighs_them(
+    make: Callable[[str], Path], family: str, text_file: Path
+) -> None:
+    """The oracle: what enters transformers' fused module, and its weights."""
+    folder = make(family)
+    batches = samples(text_file, folder, 16)
+    seen: list[tuple[torch.Tensor, ...]] = []
+    model = load(folder)
+    fused = next(m for m in model.modules() if hasattr(m, "gate_up_proj"))
+    fused.register_forward_pre_hook(lambda module, args: seen.append(args))
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    with stream(ModelFolder.open(folder)) as layers:
+        steps = walk(layers, batches, Walk(frozenset({"act_norm"})))
+        found = next(steps).observe()
+    block = next(name for name in found if name.endswith("experts.0.up_proj") or ".0.w3" in name)
+    for expert in range(4):
+        tokens, inner = expert_inputs(fused, seen, expert)
+        roles = ("w1", "w2") if family == "mixtral" else ("gate_proj", "down_proj")
+        for role, inputs in zip(roles, (tokens, inner), strict=True):
+            want = (inputs.float().square().sum(0) / len(batches)).sqrt()
+            name = f"{block.rpartition('.0.')[0]}.{expert}.{role}"
+            torch.testing.assert_close(found[name]["act_norm"], want, rtol=1e-2, atol=1e-3)
+
+
+def expert_inputs(
+    fused: Any, seen: list[tuple[torch.Tensor, ...]], expert: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What enters gate and up, and down, of an expert, each token times its weight."""
+    rows = []
+    for hidden, *routing in seen:
+        if not routing:
+            rows.append((hidden.chunk(4)[expert], torch.ones(1)))
+            continue
+        token, place = torch.where(routing[0] == expert)
+        rows.append((hidden[token], routing[1][token, place, None].float()))
+    weight = fused.gate_up_proj[expert].detach()
+    weight = weight if fused.gate_up_proj.shape[2] == 64 else weight.t()
+    inner = []
+    for hidden, by in rows:
+        gate, up = torch.nn.functional.linear(hidden, weight).chunk(2, dim=-1)
+        inner.append(fused.act_fn(gate) * up * by)
+    return torch.cat([hidden * by for hidden, by in rows]), torch.cat(inner)
+
+
+# The whole road.
+
+
+def test_names_choose_single_experts(make: Callable[[str], Path], tmp_path: Path) -> None:
+    recipe = Recipe.from_dict({
+        "model": str(make("qwen2 moe")), "method": "magnitude", "calibration": None,
+        "ignore": ["*.experts.*.down_proj", "shared_expert.*"],
+        "layers": [
+            {"targets": ["layers.1.mlp.experts.3.*_proj"], "pattern": "0.75", "values": "int4"},
+            {"targets": ["experts.0.*_proj"], "values": "int8"},
+        ],
+    })  # fmt: skip
+    report = prune(recipe, tmp_path / "out")
+    ways = {row["name"]: (row["pattern"], row.get("values")) for row in report["tensors"]}
+    assert not any("down" in name or "shared" in name for name in ways)
+    assert len(ways) == 2 * (4 + 2 * 4)
+    assert ways["model.layers.1.mlp.experts.3.up_proj"] == ("0.75", "int4:64")
+    assert ways["model.layers.1.mlp.experts.0.gate_proj"] == ("2:4", "int8:64")
+    assert ways["model.layers.0.mlp.experts.3.up_proj"] == ("2:4", None)
+    verify(ModelFolder.open(tmp_path / "out"))
+    export_dense(ModelFolder.open(tmp_path / "out"), tmp_path / "dense")
+    want = logits(load(tmp_path / "dense"))
+    assert torch.equal(logits(packed.load(tmp_path / "out", "dense")), want)
+
+
+def test_all_experts_of_a_family_are_one_line(make: Callable[[str], Path], tmp_path: Path) -> None:
+    for family in ("olmoe", "mixtral"):
+        out = tmp_path / family
+        prune(Recipe(model=str(make(family)), method="magnitude", calibration=None), out)
+        facts = inspect(ModelFolder.open(out))
+        assert [(group["pattern"], group["linears"]) for group in facts["groups"]] == [("2:4", 32)]
+        (group,) = json.loads((out / "config.json").read_text())["quantization_config"]["groups"]
+        assert len(group["targets"]) == 7
+
+
+@pytest.mark.parametrize("family", ["mixtral", "granite moe (fused)", "llama 4 text (fused)"])
+def test_a_dense_folder_with_zeros_is_packed_to_the_same_bytes(
+    make: Callable[[str], Path], family: str, tmp_path: Path
+) -> None:
+    """The export, fused or not as the family's files are, back again."""
+    prune(Recipe(model=str(make(family)), method="magnitude", calibration=None), tmp_path / "a")
+    export_dense(ModelFolder.open(tmp_path / "a"), tmp_path / "dense")
+    source = load_file(make(family) / "model.safetensors")
+    assert load_file(tmp_path / "dense/model.safetensors").keys() == source.keys()
+    export_pack(tmp_path / "dense", tmp_path / "b")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2 moe", "granite moe (fused)"])
+def test_they_are_evaluated_and_recovered(
+    make: Callable[[str], Path], family: str, text_file: Path, tmp_path: Path
+) -> None:
+    text, ours, dense = str(text_file), tmp_path / "ours", tmp_path / "dense"
+    recipe = Recipe(
+        model=str(make(family)), method="magnitude", calibration=None, values="int8", head="int8"
+    )
+    prune(recipe, ours)
+    export_dense(ModelFolder.open(ours), dense)
+    asked = Evaluation(str(ours), (Protocol(text, 32, 2),), baseline=str(dense), backend="dense")
+    ppl = {row.side: row.value for row in run_evaluation(asked).rows if row.metric == "perplexity"}
+    assert ppl["ours"] == ppl["dense"] > 1
+    how = Recovering(text=text, held_out=(text,), tokens=1024, seq_len=32, learning_rate=0.02)
+    assert recover(ours, tmp_path / "recovered", how)["kept"]
+    verify(ModelFolder.open(tmp_path / "recovered"))
+    for name, (_, weight) in stored(tmp_path / "recovered").items():
+        assert torch.equal(weight.mask, stored_masks(ours)[name])
+    packed.load(tmp_path / "recovered")
+
+
+@cache
+def stored_masks(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: weight.mask for name, (_, weight) in stored(folder).items()}
+
+
+def test_all_experts_have_gradients_where_ranks_wait_for_each_other(tmp_path: Path) -> None:
+    model = load(one_expert(tmp_path)[0])
+    experts.unfuse(model, every=True)
+    model(IDS).logits.sum().backward()
+    for _, block in experts.blocks(model):
+        zero = [all(not p.grad.any() for p in expert.parameters()) for expert in block]
+        assert zero == [expert != CHOSEN for expert in range(4)]
+
+
+def test_a_budget_is_spread_over_experts(make: Callable[[str], Path], text_file: Path) -> None:
+    text = Calibration(source=str(text_file), num_samples=4, seq_len=32)
+    recipe = Recipe(model=str(make("mixtral")), method="wanda", calibration=text)
+    model = examine(recipe, Space())
+    assert len(model.curves) == 32
+    assert all(sum(curve.sparse["int4"]) > 0 for curve in model.curves.values())
+
+
+# What is wrong with a folder is one sentence, and nothing is written.
+
+GATE = "model.layers.1.mlp.gate.weight"
+LAST = "model.layers.1.mlp.experts.3"
+LLAMA4 = "model.layers.1.feed_forward.experts"
+Tensors = dict[str, torch.Tensor]
+
+
+def lose_an_expert(found: Tensors) -> None:
+    for name in [name for name in found if name.startswith(f"{LAST}.")]:
+        del found[name]
+
+
+def one_more_expert(found: Tensors) -> None:
+    for name in [name for name in found if name.startswith(f"{LAST}.")]:
+        found[name.replace(".3.", ".4.")] = found[name].clone()
+
+
+def fused_as_well(found: Tensors) -> None:
+    parts = (found[f"{LAST}.{role}.weight"] for role in ("gate_proj", "up_proj"))
+    found[f"{LAST[:-2]}.gate_up_proj"] = torch.cat(list(parts)).expand(4, -1, -1).contiguous()
+
+
+def one_by_one_as_well(found: Tensors) -> None:
+    found[f"{LLAMA4}.2.down_proj.weight"] = found[f"{LLAMA4}.down_proj"][2].t().contiguous()
+
+
+def poison(found: Tensors) -> None:
+    found[f"{LAST}.up_proj.weight"][3, 5] = float("nan")
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Tensors], object], str]] = {
+    "lost linear": (
+        "qwen3 moe", lambda t: t.pop(f"{LAST}.up_proj.weight"),
+        f"tensor {LAST}.up_proj.weight is missing.",
+    ),
+    "lost expert": ("qwen3 moe", lose_an_expert, f"tensor {LAST}.gate_proj.weight is missing."),
+    "lost tensor of all": (
+        "llama 4 text (fused)", lambda t: t.pop(f"{LLAMA4}.down_proj"),
+        f"tensor {LLAMA4}.0.down_proj.weight is missing.",
+    ),
+    "one more expert": (
+        "qwen3 moe", one_more_expert,
+        "model.layers.1.mlp.experts.4.down_proj.weight is there, but config.json says 4 experts.",
+    ),
+    "router of another width": (
+        "qwen3 moe", lambda t: t.update({GATE: t[GATE][:3].clone()}),
+        f"{GATE} is stored as [3, 64], but config.json makes it [4, 64].",
+    ),
+    "expert of another width": (
+        "qwen3 moe", lambda t: t.update({f"{LAST}.up_proj.weight": torch.ones(64, 64)}),
+        f"{LAST}.up_proj.weight is stored as [64, 64], but config.json makes it [128, 64].",
+    ),
+    "fused tensor of another number": (
+        "llama 4 text (fused)",
+        lambda t: t.update({f"{LLAMA4}.down_proj": t[f"{LLAMA4}.down_proj"][:3].clone()}),
+        f"{LLAMA4}.down_proj is stored as [3, 128, 64], but config.json makes it [4, 128, 64].",
+    ),
+    "fused as well": (
+        "qwen3 moe", fused_as_well,
+        "model.layers.1.mlp.experts.0.gate_proj.weight is stored twice, by itself and in "
+        "model.layers.1.mlp.experts.gate_up_proj.",
+    ),
+    "one by one as well": (
+        "llama 4 text (fused)", one_by_one_as_well,
+        f"{LLAMA4}.2.down_proj.weight is stored twice, by itself and in {LLAMA4}.down_proj.",
+    ),
+    "NaN in an expert": (
+        "qwen3 moe", poison, f"{LAST}.up_proj.weight holds NaN or Inf: the checkpoint is damaged.",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_one_sentence(make: Callable[[str], Path], damage: str, tmp_path: Path) -> None:
+    family, change, sentence = DAMAGES[damage]
+    folder = damaged(make(family), tmp_path / "model", tensors(change))
+    recipe = Recipe(model=str(folder), method="magnitude", calibration=None)
+    with pytest.raises(CheckpointError) as caught:
+        prune(recipe, tmp_path / "out")
+    assert str(caught.value).removeprefix(f"{folder}: ") == sentence
+    assert not (tmp_path / "out").exists()
+
+
+PACKED: dict[str, tuple[Callable[[Tensors], object], str]] = {
+    "lost linear": (
+        lambda t: [t.pop(name) for name in list(t) if name.startswith(f"{LAST}.up_proj.")],
+        f"the packed weight of {LAST}.up_proj is missing.",
+    ),
+    "one more expert": (
+        one_more_expert,
+        "mlp.experts.4.down_proj.bitmask is there, but config.json says 4 experts.",
+    ),
+    "router of another width": (
+        lambda t: t.update({GATE: t[GATE][:3].clone()}),
+        f"{GATE}: stored as [3, 64], but config.json makes it [4, 64].",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", PACKED)
+def test_damage_to_a_packed_folder_is_one_sentence(
+    make: Callable[[str], Path], damage: str, tmp_path: Path
+) -> None:
+    change, sentence = PACKED[damage]
+    recipe = Recipe(model=str(make("qwen3 moe")), method="magnitude", calibration=None)
+    prune(recipe, tmp_path / "packed")
+    folder = damaged(tmp_path / "packed", tmp_path / "damaged", tensors(change))
+    with pytest.raises(CheckpointError, match=re.escape(sentence)):
+        packed.load(folder)
+
+
+def test_columns_that_do_not_divide_are_refused(tmp_path: Path) -> None:
+    folder = save_family("qwen3 moe", tmp_path / "model", moe_intermediate_size=72)
+    recipe = {"model": str(folder), "method": "magnitude", "calibration": None, "pattern": "8:16"}
+    with pytest.raises(PatternError, match=r"layers\.0\.mlp\.experts\.0\.down_proj: 72 columns"):
+        prune(Recipe.from_dict(recipe), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    prune(Recipe.from_dict(recipe | {"ignore": ["experts.*.down_proj"]}), tmp_path / "out")
+
+
+@pytest.mark.parametrize("count", [MOST_EXPERTS + 1, 10**7])
+def test_absurdly_many_experts_are_refused(
+    make: Callable[[str], Path], count: int, tmp_path: Path
+) -> None:
+    folder = damaged(
+        make("qwen3 moe"), tmp_path / "model", config(lambda c: c.update(num_local_experts=count))
+    )
+    with pytest.raises(CheckpointError, match=f"claims {count} experts"):
+        prune(Recipe(model=str(folder), method="magnitude", calibration=None), tmp_path / "out")

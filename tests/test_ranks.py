@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import Run, content
 from safetensors.torch import load_file
+from test_families import save_family
 from weights import stored
 
 from gblm.calibrate.ranks import Ranks, rank_device
@@ -110,6 +111,29 @@ def test_gradients_from_inputs_on_disk_give_the_single_process_masks(
     finished(torchrun(2, *words("many", "gblm", 5), circumstance="short_of_memory"))
     assert_same_masks(tmp_path / "one", tmp_path / "many")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["many", "one"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["layer", "sequential"])
+def test_ranks_whose_texts_reach_other_experts_wait_for_none(
+    gblm: Run, torchrun: Launch, words: Words, text_file: Path, tmp_path: Path, order: str
+) -> None:
+    """Seven tokens a sample, and one sample a rank: most of the 16 experts see none of a rank's."""
+    model = save_family("mixtral", tmp_path / "model", num_local_experts=16)
+    one, many = (
+        ["prune", model, *words(name, "gblm", 2, "--seq-len", 7, "--order", order)[2:]]
+        for name in ("one", "many")
+    )
+    assert gblm(*one).code == 0
+    finished(torchrun(2, *many))
+    assert_same_masks(tmp_path / "one", tmp_path / "many")
+    how = ("--text", text_file, "--held-out", text_file, "--tokens", 256, "--seq-len", 16)
+    finished(
+        torchrun(2, "recover", tmp_path / "many", "--output", tmp_path / "better", *how)
+    )  # fmt: skip
+    masks = stored(tmp_path / "many")
+    for name, (_, weight) in stored(tmp_path / "better").items():
+        assert torch.equal(weight.mask, masks[name][1].mask)
 
 
 # Every step of a recipe; two passes over the text.

@@ -43,7 +43,8 @@ class Expert(nn.Module):
         for name, weight in zip(names, weights, strict=True):
             with torch.device("meta"):
                 linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-            linear.weight = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
+            # data, not detach(): training changes one weight while another's gradient is taken.
+            linear.weight = nn.Parameter(weight.data, requires_grad=weight.requires_grad)
             self.add_module(name, linear)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,6 +62,7 @@ class Experts(nn.ModuleList):
         cuts: where each weight lies in the fused tensors, by its name within this module.
         fused: what the family's files call the fused tensors, by transformers' names; empty where
             they hold experts one by one.
+        every: whether experts without tokens run, too, so that all have gradients.
     """
 
     columns_first = False
@@ -72,6 +74,7 @@ class Experts(nn.ModuleList):
         self.source = source
         self.cuts: dict[str, Cut] = {}
         self.fused: dict[str, str] = {}
+        self.every = False
         for index in range(len(fused.down_proj)):
             cuts = list(self._cuts(fused, index))
             wholes = (fused.gate_up_proj, fused.gate_up_proj, fused.down_proj)
@@ -101,7 +104,7 @@ class Experts(nn.ModuleList):
             [tokens, hidden], added expert by expert in the dtype of the hidden states.
         """
         total = torch.zeros_like(hidden_states)
-        for index in chosen.unique().tolist():
+        for index in range(len(self)) if self.every else chosen.unique().tolist():
             place, token = torch.where(chosen.t() == index)
             expert: Any = self[index]
             expert.routing = weights[token, place].detach()
@@ -121,7 +124,8 @@ class WeightedExperts(Experts):
         for expert, own in zip(self, hidden_states.chunk(len(self)), strict=True):
             (token,) = torch.where((own != 0).any(-1))
             out = torch.zeros_like(own)
-            outs.append(out.index_copy(0, token, expert(own[token])) if len(token) else out)
+            runs = self.every or len(token) > 0
+            outs.append(out.index_copy(0, token, expert(own[token])) if runs else out)
         return torch.cat(outs)
 
 
@@ -176,10 +180,14 @@ def routers(layer: nn.Module) -> set[nn.Module]:
     }
 
 
-def unfuse(model: nn.Module) -> None:
+def unfuse(model: nn.Module, every: bool = False) -> None:
     """Put Experts in the place of every fused module that is known, with weights or without.
 
     Blocks are renamed as the family's files call them, where transformers renames them.
+
+    Args:
+        model: of transformers.
+        every: see Experts.
 
     Raises:
         CheckpointError: config.json claims absurdly many experts.
@@ -195,6 +203,7 @@ def unfuse(model: nn.Module) -> None:
         kind: Any = _kind(fused)
         names = _names_on_disk(path, rules)
         experts = kind(fused, names or NAMES, path)
+        experts.every = every
         if names is None:
             wholes = (f"{path}.{name}" for name in FUSED)
             experts.fused = {whole: _stored(whole, rules) for whole in wholes}

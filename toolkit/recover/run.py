@@ -23,6 +23,7 @@ from gblm.checkpoint.resume import open_work, remove_leftovers, work_path
 from gblm.checkpoint.write import ShardWriter, check_output, folder_bytes, new_folder
 from gblm.errors import CheckpointError, InputError, UsageError
 from gblm.files import read_json, write_json
+from gblm.model import experts
 from gblm.model.folder import ModelFolder
 from gblm.model.loading import (
     check_device,
@@ -167,6 +168,7 @@ class _Run:
         task, how = self.task, self.task.how
         texts = read_texts(how, task.dense.path, self.tokenizer, self._tokens())
         model: Any = load(task.dense, task.packed.dtype, task.device)
+        experts.unfuse(model, every=task.ranks.size > 1)
         dense_head = Head(model)
         dense_head.check(model, texts[TRAINING])
         hidden = self._teach(model, texts)
