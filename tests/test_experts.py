@@ -353,12 +353,42 @@ def test_all_experts_have_gradients_where_ranks_wait_for_each_other(tmp_path: Pa
         assert zero == [expert != CHOSEN for expert in range(4)]
 
 
-def test_a_budget_is_spread_over_experts(make: Callable[[str], Path], text_file: Path) -> None:
+def test_an_expert_is_as_sensitive_as_the_mlp_that_it_is(text_file: Path, tmp_path: Path) -> None:
     text = Calibration(source=str(text_file), num_samples=4, seq_len=32)
-    recipe = Recipe(model=str(make("mixtral")), method="wanda", calibration=text)
-    model = examine(recipe, Space())
-    assert len(model.curves) == 32
-    assert all(sum(curve.sparse["int4"]) > 0 for curve in model.curves.values())
+    mixture, dense = (
+        examine(Recipe(model=str(folder), method="sparsegpt", calibration=text), Space()).curves
+        for folder in one_expert(tmp_path)
+    )
+    for layer, (old, new) in product(range(2), (("w1", "gate_proj"), ("w2", "down_proj"))):
+        prefix = f"model.layers.{layer}"
+        curve = mixture[f"{prefix}.block_sparse_moe.experts.{CHOSEN}.{old}"]
+        want = dense[f"{prefix}.mlp.{new}"]
+        assert curve.fixed == pytest.approx(want.fixed, rel=1e-4)
+        assert curve.sparse["int4"] == pytest.approx(want.sparse["int4"], rel=1e-4)
+    assert len(mixture) == 2 * (4 + 3 * 4)
+    assert all(curve.sparse["int4"][0] > 0 for curve in mixture.values())
+
+
+def test_a_rare_expert_is_less_sensitive_by_its_share(
+    make: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    """With random weights all experts lose alike, each in proportion to the tokens that it sees."""
+    gate = "model.layers.0.block_sparse_moe.gate.weight"
+    folder = damaged(
+        make("mixtral"), tmp_path / "model", tensors(lambda found: found[gate][0].mul_(8))
+    )
+    text = Calibration(source=str(text_file), num_samples=32, seq_len=32)
+    recipe = Recipe(model=str(folder), method="sparsegpt", calibration=text)
+    curves = examine(recipe, Space()).curves
+    with stream(ModelFolder.open(folder)) as layers:
+        steps = walk(layers, samples(text_file, folder, 32), Walk(frozenset({"act_norm"})))
+        found = next(steps).observe()
+    names = [f"block_sparse_moe.experts.{expert}.w3" for expert in range(4)]
+    losses = torch.tensor([curves[f"model.layers.0.{n}"].sparse["int4"][0] for n in names])
+    shares = torch.cat([found[name]["routing"].square() for name in names])
+    assert float(shares.max() / shares.min()) > 4
+    ratio = losses / shares
+    assert float(ratio.max() / ratio.min()) < 2
 
 
 # What is wrong with a folder is one sentence, and nothing is written.

@@ -309,8 +309,11 @@ class GblmQuantizer(HfQuantizer):
                 module = check_linear(model, linear)
                 model.set_submodule(name, SparseLinear(linear, module.bias))
 
-    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
-        """Choose the rules by which tensors are renamed; experts stay one by one."""
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """Choose the rules by which tensors are renamed; experts stay one by one.
+
+        transformers gives the model from 5.24 on.
+        """
         return self._rules(weight_conversions)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:

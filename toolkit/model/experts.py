@@ -170,14 +170,18 @@ def blocks(module: nn.Module) -> list[tuple[str, Any]]:
 
 
 def routers(layer: nn.Module) -> set[nn.Module]:
-    """Find what chooses and weighs experts: it stands beside them, and is never pruned."""
-    return {
-        child
-        for block in layer.modules()
-        if any(isinstance(child, Experts) for child in block.children())
-        for child in block.children()
-        if not isinstance(child, Experts) and next(child.children(), None) is None
-    }
+    """Find what chooses and weighs experts, which is never pruned.
+
+    It stands beside them and has at most one linear; shared experts have more.
+    """
+    found: set[nn.Module] = set()
+    for block in layer.modules():
+        if any(isinstance(child, Experts) for child in block.children()):
+            for child in block.children():
+                linears = sum(isinstance(part, nn.Linear) for part in child.modules())
+                if not isinstance(child, Experts) and linears < 2:
+                    found |= set(child.modules())
+    return found
 
 
 def unfuse(model: nn.Module, every: bool = False) -> None:

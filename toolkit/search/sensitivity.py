@@ -108,7 +108,7 @@ def measure(
     step = progress("sensitivity", len(layers))
     way = Walk(needs=frozenset({"hessian"}), order="sequential", scratch=scratch)
     for layer in walk(layers, [windows], way):
-        curves |= dict(_curves(layer, outputs, judgement))
+        curves |= dict(_curves(layer, outputs, judgement, windows.shape[1]))
         step()
     return curves
 
@@ -142,9 +142,16 @@ def column_costs(hessian: Tensor, makes_up: bool, name: str = "") -> Tensor:
 
 
 def _curves(
-    layer: DecoderLayer, outputs: Mapping[str, Tensor], judgement: Judgement
+    layer: DecoderLayer, outputs: Mapping[str, Tensor], judgement: Judgement, num_tokens: int
 ) -> Iterator[tuple[str, Curve]]:
-    """Judge the linears of one decoder layer; those with the same input share a factorisation."""
+    """Judge the linears of one decoder layer; those with the same input share a factorisation.
+
+    Args:
+        layer: as the walk gives it.
+        outputs: by full name, see `curve`.
+        judgement: see Judgement.
+        num_tokens: of a sample.
+    """
     known: dict[int, dict[bool, Tensor]] = {}
     stats: dict[str, dict[str, Tensor] | None] = {}
     layer.visit(stats.__setitem__)
@@ -157,12 +164,14 @@ def _curves(
                 f"{name} was never used on the calibration text; leave it dense: --ignore."
             )
         hessian = own["hessian"]
+        # The formula is a product of two sums over tokens, of which an expert sees only a share.
+        share = own["routing"].square() / num_tokens if "routing" in own else 1
         costs = known.setdefault(id(hessian), {})
         obs = judgement.rounding == "obs"
         for way in {judgement.makes_up, obs} - costs.keys():
             costs[way] = column_costs(hessian, way, name)
         yield name, curve(
-            linear.weight.detach(), outputs[name], costs[judgement.makes_up], costs[obs],
+            linear.weight.detach(), outputs[name] / share, costs[judgement.makes_up], costs[obs],
             judgement.values[name], judgement,
         )  # fmt: skip
 
