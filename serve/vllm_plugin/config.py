@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
@@ -24,6 +25,7 @@ from gblm.errors import CheckpointError, UsageError
 from gblm.kernels import Backend
 from gblm.serve.vllm_cli import check_head, check_version
 from gblm.serve.vllm_plugin import metrics
+from gblm.serve.vllm_plugin.experts import Arriving, DenseExperts, experts_method
 from gblm.serve.vllm_plugin.head import EmbeddingMethod, HeadMethod, PackedHeadMethod
 from gblm.serve.vllm_plugin.linear import DenseLinearMethod, SparseLinearMethod
 from gblm.sparse.formats import Format, join_formats
@@ -95,11 +97,13 @@ class SparseConfig(QuantizationConfig):
         return []
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """Choose a method of ours for linears, embeddings and the output head; else vLLM's own."""
+        """Choose a method for linears, experts, embeddings and the output head; else vLLM's own."""
         if isinstance(layer, ParallelLMHead):
             return self._head_method(prefix)
         if isinstance(layer, VocabParallelEmbedding):
             return EmbeddingMethod(prefix)
+        if isinstance(layer, RoutedExperts):
+            return self._experts_method(layer, prefix)
         if not isinstance(layer, LinearBase):
             return None
         fmt = self._format_of(prefix)
@@ -122,6 +126,13 @@ class SparseConfig(QuantizationConfig):
         kernels.log_choice(self._chosen)
         metrics.report(self.reports, Counter(backend.name for backend, _ in self._chosen))
         self._chosen.clear()
+
+    def _experts_method(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase:
+        arriving = Arriving(layer, prefix, self.manifest)
+        if not arriving.is_packed:
+            return DenseExperts(layer.moe_config, prefix)
+        self.num_created += len(arriving.linears)
+        return experts_method(layer, arriving, self.note_choice)
 
     def _head_method(self, prefix: str) -> QuantizeMethodBase:
         fmt = self.manifest.format_of(prefix)

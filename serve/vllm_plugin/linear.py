@@ -64,7 +64,7 @@ class SparseLinearMethod(LinearMethodBase):
         self.shape = (sum(output_partition_sizes), input_size_per_partition)
         self.dtype = params_dtype
         loader = extra_weight_attrs["weight_loader"]
-        self._check_shard(input_size)
+        check_shard(self.fmt, self.name, self.shape, input_size)
         if not isinstance(self.fmt, RectangleFormat):
             self.pieces = Pieces(self.fmt, self.name, output_partition_sizes, self.shape[1])
         for part, spec in self.fmt.layout(self.shape, self.dtype).items():
@@ -137,36 +137,6 @@ class SparseLinearMethod(LinearMethodBase):
                 "the least code."
             )
 
-    def _check_shard(self, input_size: int) -> None:
-        """Refuse a cut through a byte of a part or through a group; name sizes that work."""
-        num_ranks = input_size // self.shape[1]
-        why = self._refusal(self.shape[1], num_ranks)
-        if why is None:
-            return
-        fits = [
-            str(ranks)
-            for ranks in range(1, MAX_RANKS + 1)
-            if input_size % ranks == 0 and self._refusal(input_size // ranks, ranks) is None
-        ]
-        raise CheckpointError(
-            f"{why} {input_size} columns were split over {num_ranks} tensor-parallel ranks; sizes "
-            f"that work: {', '.join(fits) or 'none'}."
-        )
-
-    def _refusal(self, columns: int, num_ranks: int) -> str | None:
-        """Say why one of so many ranks cannot hold its columns; None when it can."""
-        try:
-            self.fmt.check_shape(self.name, (self.shape[0], columns))
-        except PatternError as error:
-            return str(error)
-        if num_ranks == 1 or not isinstance(self.fmt, RectangleFormat):
-            return None
-        kind = self.fmt.values.kind
-        within = self.fmt.values.in_nibbles and self.fmt.kept_per_row(columns) % 2
-        return (
-            f"{self.name}: {kind} codes of {columns} columns end within a byte." if within else None
-        )
-
 
 class Watched:
     """Makes weights full of NaN before vLLM loads them, so that what was not loaded is refused.
@@ -197,6 +167,47 @@ class DenseLinearMethod(Watched, UnquantizedLinearMethod):
         """Refuse what was not loaded; then do what vLLM does."""
         self.refuse_unloaded(layer)
         super().process_weights_after_loading(layer)
+
+
+def check_shard(fmt: Format, name: str, shape: Shape, input_size: int) -> None:
+    """Refuse a cut through a byte of a part or through a group; name sizes that work.
+
+    Args:
+        fmt: of the weight.
+        name: of the linear, for messages.
+        shape: [out, in] of one rank.
+        input_size: `in` of all ranks.
+    """
+    num_ranks = input_size // shape[1]
+    why = _shard_refusal(fmt, name, shape, num_ranks)
+    if why is None:
+        return
+    fits = [
+        str(ranks)
+        for ranks in range(1, MAX_RANKS + 1)
+        if input_size % ranks == 0
+        and _shard_refusal(fmt, name, (shape[0], input_size // ranks), ranks) is None
+    ]
+    raise CheckpointError(
+        f"{why} {input_size} columns were split over {num_ranks} tensor-parallel ranks; sizes "
+        f"that work: {', '.join(fits) or 'none'}."
+    )
+
+
+def _shard_refusal(fmt: Format, name: str, shape: Shape, num_ranks: int) -> str | None:
+    """Say why one of so many ranks cannot hold its shape; None when it can."""
+    try:
+        fmt.check_shape(name, shape)
+    except PatternError as error:
+        return str(error)
+    if num_ranks == 1 or not isinstance(fmt, RectangleFormat):
+        return None
+    within = fmt.values.in_nibbles and fmt.kept_per_row(shape[1]) % 2
+    return (
+        f"{name}: {fmt.values.kind} codes of {shape[1]} columns end within a byte."
+        if within
+        else None
+    )
 
 
 def refuse_unloaded(name: str, values: Tensor) -> None:
