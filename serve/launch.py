@@ -21,7 +21,7 @@ from gblm.network import KEY_VARIABLE
 from gblm.packed import check_loadable
 from gblm.serve.access import Server, api_key, check_access, open_doors, open_paths
 from gblm.serve.guard import KEYS_VARIABLE, MIDDLEWARE, settings
-from gblm.serve.vllm_cli import check_head, check_version, vllm_knows
+from gblm.serve.vllm_cli import check_packed, check_version, vllm_knows
 from gblm.sparse.formats.manifest import Manifest
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def check(server: Server) -> None:
     folder = ModelFolder.open(server.folder)
     if folder.kind == "packed":
         check_version()
-        check_head(folder.config, Manifest.from_config(folder.config["quantization_config"]))
+        check_packed(folder.config, Manifest.from_config(folder.config["quantization_config"]))
         check_loadable(folder)
         return
     if server.backend is not None:

@@ -63,22 +63,28 @@ def check_version() -> None:
         )
 
 
-def check_head(config: dict[str, Any], manifest: Manifest) -> None:
-    """Refuse a packed output head where vLLM has no place for it.
+def check_packed(config: dict[str, Any], manifest: Manifest) -> None:
+    """Refuse packed weights that vLLM has no place for, or changes at load.
 
     Args:
         config: of the model, as in config.json.
         manifest: of its packed weights.
 
     Raises:
-        InputError: vLLM's architecture multiplies with the embeddings.
+        InputError: vLLM's architecture multiplies with the embeddings, or reorders rows.
     """
     kind = config.get("text_config", config).get("model_type")
-    targets = (target for group in manifest.groups for target in group.targets)
-    if kind in WITHOUT_HEAD and any(target.endswith("lm_head") for target in targets):
+    packed = {target.rpartition(".")[2] for group in manifest.groups for target in group.targets}
+    if kind in WITHOUT_HEAD and "lm_head" in packed:
         raise InputError(
             f"vLLM's {kind} multiplies with the embeddings and has no place for a packed output "
             "head: make the folder with --head float, or load this one in transformers."
+        )
+    if kind == "llama4_text" and packed & {"q_proj", "k_proj"}:
+        raise InputError(
+            "vLLM reorders the rows of Llama 4's q_proj and k_proj at load, but not of packed "
+            "ones: make the folder with --ignore q_proj --ignore k_proj --ignore v_proj, or load "
+            "this one in transformers."
         )
 
 

@@ -23,7 +23,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from gblm import kernels
 from gblm.errors import CheckpointError, UsageError
 from gblm.kernels import Backend
-from gblm.serve.vllm_cli import check_head, check_version
+from gblm.serve.vllm_cli import check_packed, check_version
 from gblm.serve.vllm_plugin import metrics
 from gblm.serve.vllm_plugin.experts import Arriving, DenseExperts, experts_method
 from gblm.serve.vllm_plugin.head import EmbeddingMethod, HeadMethod, PackedHeadMethod
@@ -71,7 +71,7 @@ class SparseConfig(QuantizationConfig):
             InputError: vLLM has no place for the packed output head.
         """
         if hf_config is not None:
-            check_head(hf_config.to_dict(), self.manifest)
+            check_packed(hf_config.to_dict(), self.manifest)
             hf_config.gblm_backend = kernels.requested_backend() or "best"
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:

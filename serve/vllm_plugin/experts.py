@@ -21,7 +21,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 )
 
 from gblm import kernels
-from gblm.errors import CheckpointError
+from gblm.errors import CheckpointError, UsageError
 from gblm.kernels import BACKENDS, Backend, experts
 from gblm.serve.vllm_plugin.linear import MISSING, NoteChoice, check_shard
 from gblm.serve.vllm_plugin.ragged import give_back_memory, pack_in_blocks
@@ -41,6 +41,11 @@ class ExpertLinear(NamedTuple):
     shape: Shape
 
 
+def stored_parts(fmt: Format | None) -> dict[str, str]:
+    """Map what files call the parts of a linear to their local names; None: it is not packed."""
+    return {"weight": "values"} if fmt is None else {part: part for part in fmt.parts}
+
+
 class Arriving:
     """Collects the parts of a layer's experts as vLLM's loader names them."""
 
@@ -49,47 +54,49 @@ class Arriving:
 
         Args:
             layer: vLLM's RoutedExperts, before it has weights.
-            prefix: its name; experts are called `prefix.7.gate_proj`, or what the family says.
+            prefix: its name; a linear is `prefix.7.gate_proj`, or as the family calls it.
             manifest: of the checkpoint.
 
         Raises:
             CheckpointError: packed experts have biases, or no gate, or ranks would cut groups.
         """
         config = layer.moe_config
-        self.prefix, self.dtype = prefix, layer.params_dtype
+        self.dtype = layer.params_dtype
         self.rank, self.num_ranks = config.tp_rank, config.tp_size
         self.find = layer._map_global_expert_id_to_local_expert_id
-        names = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
-        self.formats = {
-            (expert, side): manifest.format_of(f"{prefix}.{expert}.{name}")
+        roles = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
+        names = {
+            (expert, side): f"{prefix}.{expert}.{role}"
             for expert in range(layer.global_num_experts)
-            for side, name in zip(SIDES, names, strict=True)
+            for side, role in zip(SIDES, roles, strict=True)
         }
+        self.formats = {key: manifest.format_of(name) for key, name in names.items()}
         self.is_packed = any(self.formats.values())
-        self.linears: dict[Key, ExpertLinear] = {}
-        self._parts: dict[Key, dict[str, Tensor]] = {}
-        if not self.is_packed:
-            return
-        if config.has_bias or not config.is_act_and_mul:
+        if self.is_packed and (config.has_bias or not config.is_act_and_mul):
             raise CheckpointError(
-                f"{prefix}: packed experts are served with a gate and without biases only."
+                f"{prefix}: packed experts are served without biases, and with a gate, only."
             )
         inner, hidden = config.intermediate_size_per_partition, config.hidden_dim
-        for (expert, side), fmt in self.formats.items():
-            if (local := self.find(expert)) < 0:
-                continue
-            name = f"{prefix}.{expert}.{names[SIDES.index(side)]}"
+        self.linears: dict[Key, ExpertLinear] = {}
+        for (expert, side), name in names.items():
+            fmt = self.formats[expert, side] or DENSE
             shape = (hidden, inner) if side == "w2" else (inner, hidden)
-            self.linears[local, side] = ExpertLinear(name, fmt or DENSE, shape)
-            check_shard(
-                fmt or DENSE, name, shape, shape[1] * (self.num_ranks if side == "w2" else 1)
-            )
+            if (local := self.find(expert)) >= 0:
+                self.linears[local, side] = ExpertLinear(name, fmt, shape)
+        self._arriving: dict[Key, dict[str, Tensor]] = {}
+        self._done: dict[Key, dict[str, Tensor]] = {}
+
+    def check_shards(self) -> None:
+        """Raise CheckpointError when tensor-parallel ranks would cut what belongs together."""
+        for (_, side), (name, fmt, shape) in self.linears.items():
+            ranks = self.num_ranks if side == "w2" else 1
+            check_shard(fmt, name, shape, shape[1] * ranks)
 
     def register(self, layer: torch.nn.Module) -> None:
         """Give vLLM's loader an empty parameter for every part that it will name."""
-        for name, part in self._places().items():
+        for name, stored in self._places().items():
             parameter = Parameter(torch.empty(0), requires_grad=False)
-            parameter.weight_loader = partial(self._load, part)  # type: ignore[attr-defined]
+            parameter.weight_loader = partial(self._load, stored)  # type: ignore[attr-defined]
             layer.register_parameter(name, parameter)
 
     def finish(self, layer: torch.nn.Module) -> dict[Key, dict[str, Tensor]]:
@@ -101,40 +108,43 @@ class Arriving:
         for name in self._places():
             delattr(layer, name)
         for key, linear in self.linears.items():
-            if not set(linear.fmt.parts) <= self._parts.get(key, {}).keys():
+            if key not in self._done:
                 raise CheckpointError(
                     f"{linear.name}: parts of its weight are missing in the checkpoint."
                 )
-        found, self._parts = self._parts, {}
-        return found
+        done, self._done = self._done, {}
+        return done
 
     def _places(self) -> dict[str, str]:
-        """Map what vLLM calls the parts of all experts to their local names.
+        """Map what vLLM calls a part of any expert to what files call it.
 
-        Those of other ranks are among them: vLLM looks for them before it asks whose they are.
+        Other ranks' experts are among them: vLLM looks for a part before it asks whose it is.
         """
-        places: dict[str, str] = {}
-        for (_, side), fmt in self.formats.items():
-            group = "w2" if side == "w2" else "w13"
-            parts = {"weight": "values"} if fmt is None else {part: part for part in fmt.parts}
-            places |= {f"{group}_{stored}": part for stored, part in parts.items()}
-        return places
+        return {
+            f"{'w2' if side == 'w2' else 'w13'}_{stored}": stored
+            for (_, side), fmt in self.formats.items()
+            for stored in stored_parts(fmt)
+        }
 
     def _load(
-        self, part: str, param: Parameter, loaded_weight: Tensor, weight_name: str, shard_id: str,
-        expert_id: int, return_success: bool = False,
+        self, stored: str, param: Parameter, loaded_weight: Tensor, weight_name: str,
+        shard_id: str, expert_id: int, return_success: bool = False,
     ) -> bool | None:  # fmt: skip
         """Keep one part; with the last of a linear, check it and cut it to this rank.
 
-        vLLM calls it like its own `RoutedExperts.weight_loader`.
+        vLLM calls it as it calls its own `RoutedExperts.weight_loader`.
         """
         key = self.find(expert_id), shard_id
-        if key in self.linears:
-            parts = self._parts.setdefault(key, {})
+        linear = self.linears.get(key)
+        if linear is not None:
+            part = stored_parts(self.formats[expert_id, shard_id]).get(stored)
+            if part is None:
+                raise CheckpointError(f"{linear.name}.{stored}: the manifest knows no such part.")
+            parts = self._arriving.setdefault(key, {})
             parts[part] = loaded_weight.detach().cpu()
-            if parts.keys() == set(self.linears[key].fmt.parts):
-                self._parts[key] = self._cut(self.linears[key], parts, shard_id == "w2")
-        return key in self.linears if return_success else None
+            if parts.keys() == set(linear.fmt.parts):
+                self._done[key] = self._cut(linear, self._arriving.pop(key), shard_id == "w2")
+        return linear is not None if return_success else None
 
     def _cut(
         self, linear: ExpertLinear, parts: dict[str, Tensor], is_down: bool
@@ -154,7 +164,7 @@ class Arriving:
 
 
 def choose(layer: Any, arriving: Arriving) -> tuple[Backend, Sequence[str]]:
-    """Choose what runs all experts of a layer: the backend `cpu`, or `dense`.
+    """Choose what runs all experts of a layer: the grouped call of `cpu`, or vLLM's own kernels.
 
     Returns:
         The backend, and why better ones refused.
@@ -162,21 +172,30 @@ def choose(layer: Any, arriving: Arriving) -> tuple[Backend, Sequence[str]]:
     device = torch.device(layer.moe_config.device)
     if layer.activation != MoEActivation.SILU or layer.swiglu_limit is not None:
         return BACKENDS["dense"], ["experts: the grouped call knows plain silu alone"]
-    reasons: dict[str, None] = {}
+    forced = kernels.requested_backend()
     for fmt, shape in {(linear.fmt, linear.shape) for linear in arriving.linears.values()}:
-        forced = kernels.requested_backend()
         backend, why = kernels.select(fmt, shape, arriving.dtype, device, forced)
         if backend.name != "cpu":
-            reasons |= dict.fromkeys(why)
-            if backend.packed:
-                reasons[f"{backend.name}: it has no grouped call for experts"] = None
-            return BACKENDS["dense"], [*reasons]
+            more = [f"{backend.name}: it has no grouped call for experts"] if backend.packed else []
+            return BACKENDS["dense"], [*why, *more]
     return BACKENDS["cpu"], []
 
 
 def experts_method(layer: Any, arriving: Arriving, note_choice: NoteChoice) -> FusedMoEMethodBase:
-    """Make the method of a layer of experts, some of which are packed."""
+    """Make the method of a layer of experts, some of which are packed.
+
+    Raises:
+        CheckpointError: ranks would cut what belongs together.
+        UsageError: only vLLM's own kernels are left, which have no expert parallelism on CPU.
+    """
+    arriving.check_shards()
     backend, reasons = choose(layer, arriving)
+    if not backend.packed and layer.use_ep and torch.device(layer.moe_config.device).type == "cpu":
+        why = "; ".join(reasons) or "another one is asked for"
+        raise UsageError(
+            "vLLM's own experts have no expert parallelism on CPU, and the backend cpu does not "
+            f"serve these ({why}): leave --enable-expert-parallel out."
+        )
     kind = GroupedExperts if backend.packed else ExpandedExperts
     return kind(layer.moe_config, arriving, partial(note_choice, backend, reasons))
 

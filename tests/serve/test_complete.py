@@ -150,6 +150,26 @@ def test_vllm_refuses_what_lacks_a_linear_or_an_embedding(
         load(damaged(partly(pattern), tmp_path / "out", tensors(drop)))
 
 
+@pytest.mark.parametrize(
+    ("prefix", "match"),
+    [("1.block_sparse_moe.experts.2.w3.", "experts.2.w3: parts of its weight are missing"),
+     ("0.block_sparse_moe.experts.1.w2.", "experts.1.w2: parts of its weight are missing"),
+     ("3.block_sparse_moe.experts.3.w1.", "layers.3.block_sparse_moe.experts: values are missing"),
+     ("3.block_sparse_moe.experts.0.w2.", "layers.3.block_sparse_moe.experts: values are missing")],
+)  # fmt: skip
+def test_vllm_refuses_what_lacks_a_linear_of_an_expert(
+    mixture: Path, tmp_path: Path, prefix: str, match: str, load: Callable[[Path], Any]
+) -> None:
+    """Packed ones, of which some linears or whole layers are not."""
+
+    def drop(weights: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in weights if name.startswith(f"model.layers.{prefix}")]:
+            del weights[name]
+
+    with pytest.raises(CheckpointError, match=match):
+        load(damaged(mixture / "packed", tmp_path / "out", tensors(drop)))
+
+
 def test_norm_that_was_never_loaded_is_missed_by_the_account(
     partly: Callable[[str], Path], tmp_path: Path, load: Callable[[Path], Any]
 ) -> None:
