@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import Pack
 from damage import config
+from test_families import save_family
 
 import gblm.packed
 from gblm.checkpoint.inspect import verify
 from gblm.errors import CheckpointError, InputError
 from gblm.export.dense import export_dense
-from gblm.kernels import BACKENDS, log_choice
+from gblm.kernels import BACKENDS, log_choice, native
+from gblm.model import experts
 from gblm.model.folder import ModelFolder
 from gblm.model.loading import load
+from gblm.prune import prune
+from gblm.recipe import Recipe
 
 
 @pytest.mark.parametrize(
@@ -108,3 +113,43 @@ def test_log_names_for_each_backend_why_better_ones_refused(
         "gblm: 2 linears run on backend cpu (packed in memory)",
         "gblm: 1 linears run on backend dense (expanded at load); refused: cpu: odd",
     ]
+
+
+@pytest.mark.skipif(
+    native.refusal() is not None, reason=f"no CPU kernels: {native.refusal()}; make dev builds them"
+)
+@pytest.mark.parametrize(("family", "chosen"), [("mixtral", 2), ("llama 4 text (fused)", 1)])
+def test_all_experts_of_a_layer_are_one_call(family: str, chosen: int, tmp_path: Path) -> None:
+    source = save_family(family, tmp_path / "model", num_experts_per_tok=chosen)
+    recipe = Recipe(model=str(source), method="magnitude", pattern="2:4", calibration=None)
+    prune(recipe, tmp_path / "out")
+    model = gblm.packed.load(tmp_path / "out", "cpu")
+    found = experts.blocks(model)
+    assert len(found) == 2
+    for _, block in found:
+        inputs = routed(block)
+        assert block.grouped is not None
+        got = block(*inputs)
+        block.grouped = None
+        alone = block(*inputs)
+        assert (got.float() - alone.float()).norm() < 0.01 * alone.float().norm()
+        # Their panels are not held twice.
+        linears = [part for part in block.modules() if isinstance(part, gblm.packed.SparseLinear)]
+        assert len(linears) == 3 * len(block)
+        assert len({part.prepared[0].untyped_storage().data_ptr() for part in linears}) == 1
+    assert all(
+        block.grouped is None
+        for _, block in experts.blocks(gblm.packed.load(tmp_path / "out", "reference"))
+    )
+
+
+def routed(block: Any) -> tuple[torch.Tensor, ...]:
+    """What transformers hands to the experts of 9 tokens; Llama 4 weighs inputs, zeros included."""
+    seed = torch.Generator().manual_seed(0)
+    hidden = torch.randn(9, 64, generator=seed).bfloat16()
+    ids = torch.rand(9, len(block), generator=seed).argsort(1)
+    shares = torch.rand(9, len(block), generator=seed).bfloat16()
+    if isinstance(block, experts.WeightedExperts):
+        own = ids[:, 0] == torch.arange(len(block))[:, None]
+        return ((hidden * shares[:, 0, None] * own[..., None]).reshape(-1, 64),)
+    return hidden, ids[:, :2], shares[:, :2]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gblm import kernels
 from gblm.errors import CheckpointError, GblmError, InputError
 from gblm.kernels import Backend
+from gblm.kernels.experts import grouped, join
 from gblm.model import experts, loading
 from gblm.model.folder import ModelFolder
 from gblm.model.loading import (
@@ -121,6 +122,23 @@ class SparseLinear(nn.Module):
         """Describe shape, format and backend."""
         name = self.backend.name if self.backend else "not loaded"
         return f"in={self.shape[1]}, out={self.shape[0]}, format={self.fmt.spec}, backend={name}"
+
+
+def group_experts(model: Any) -> None:
+    """Let one call of the kernels run all experts of a layer, where `cpu` has prepared them all."""
+    for _, block in experts.blocks(model):
+        own = [[expert.get_submodule(name) for name in expert.names] for expert in block]
+        linears = [linear for expert in own for linear in expert]
+        packed = all(
+            isinstance(linear, SparseLinear) and linear.backend is kernels.BACKENDS["cpu"]
+            for linear in linears
+        )
+        if not packed or model.config.get_text_config().hidden_act != "silu":
+            continue
+        panels, places = join([[linear.prepared[0] for linear in expert] for expert in own])
+        for linear, (start, size) in zip(linears, places.reshape(-1, 2).tolist(), strict=True):
+            linear.prepared_0 = panels[start : start + size]
+        block.grouped = partial(grouped, panels=panels, places=places)
 
 
 def load(
@@ -328,6 +346,7 @@ class GblmQuantizer(HfQuantizer):
             module.check(name, self.dtype)
         device = self.quantization_config.device
         kernels.log_choice(module.prepare(self.dtype, forced, device) for module in loaded.values())
+        group_experts(model)
         return model
 
     def is_serializable(self) -> bool:

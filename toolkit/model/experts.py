@@ -63,6 +63,7 @@ class Experts(nn.ModuleList):
         fused: what the family's files call the fused tensors, by transformers' names; empty where
             they hold experts one by one.
         every: whether experts without tokens run, too, so that all have gradients.
+        grouped: runs all experts in one call where their packed linears allow it; else None.
     """
 
     columns_first = False
@@ -75,6 +76,7 @@ class Experts(nn.ModuleList):
         self.cuts: dict[str, Cut] = {}
         self.fused: dict[str, str] = {}
         self.every = False
+        self.grouped: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
         for index in range(len(fused.down_proj)):
             cuts = list(self._cuts(fused, index))
             wholes = (fused.gate_up_proj, fused.gate_up_proj, fused.down_proj)
@@ -103,6 +105,8 @@ class Experts(nn.ModuleList):
         Returns:
             [tokens, hidden], added expert by expert in the dtype of the hidden states.
         """
+        if self.grouped is not None:
+            return self.grouped(hidden_states, chosen, weights)
         total = torch.zeros_like(hidden_states)
         for index in range(len(self)) if self.every else chosen.unique().tolist():
             place, token = torch.where(chosen.t() == index)
@@ -120,6 +124,10 @@ class WeightedExperts(Experts):
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """Run [experts · tokens, hidden]; tokens of zeros are left out, for they stay zeros."""
+        if self.grouped is not None:
+            own = torch.arange(len(self)).repeat_interleave(len(hidden_states) // len(self))
+            chosen = own.where((hidden_states != 0).any(-1), -1)[:, None]
+            return self.grouped(hidden_states, chosen, torch.ones(chosen.shape))
         outs = []
         for expert, own in zip(self, hidden_states.chunk(len(self)), strict=True):
             (token,) = torch.where((own != 0).any(-1))
