@@ -39,6 +39,8 @@ def graph_config(folder: ModelFolder) -> dict[str, Any]:
     for key in ("quantization_config", "_name_or_path"):
         config.pop(key, None)
     _check_architecture(folder, config.get("architectures") or [""])
+    if any(value for key, value in config.items() if "experts" in key):
+        raise InputError(f"{folder}: a mixture of experts is not exported to ONNX; {WAY_OUT}.")
     config |= _rotary(folder, config)
     if config["model_type"] in ALL_SLIDE and config.get("sliding_window"):
         config["layer_types"] = ["sliding_attention"] * config["num_hidden_layers"]

@@ -57,6 +57,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "Granite": ("granite", {}),
     "Gemma 3, a vision tower": ("gemma3", {}),
     "LLaVA": ("llava", {}),
+    "Mixtral": ("mixtral", {}),
+    "OLMoE": ("olmoe", {}),
+    "Qwen3, mixture of experts": ("qwen3 moe", {}),
 }  # fmt: skip
 
 
