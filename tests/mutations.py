@@ -163,6 +163,12 @@ LIST: dict[str, list[tuple[str, str, str]]] = {
         ("verify-against", 'if not same_bits(weight, dense.tensor(f"{name}.weight") + 0.0):',
          "if False:"),
     ],
+    "kernels/test_experts.py": [
+        ("experts-share", "* shares[tokens, places, None]", "* shares[tokens, 0, None]"),
+        ("experts-gate", "silu(gate(rows).float()) * up(", "silu(up(rows).float()) * gate("),
+        ("experts-nobody", "ids[ids >= 0].unique()", "ids.unique()"),
+        ("experts-place", "stack([starts, sizes], 1)", "stack([starts, ends - starts], 1)"),
+    ],
     "kernels/test_contract.py": [
         ("cpu-dtype", 'if dtype != torch.bfloat16:\n            return f"activations',
          'if dtype == torch.float64:\n            return f"activations'),

@@ -186,9 +186,15 @@ def experts_method(layer: Any, arriving: Arriving, note_choice: NoteChoice) -> F
 
     Raises:
         CheckpointError: ranks would cut what belongs together.
-        UsageError: only vLLM's own kernels are left, which have no expert parallelism on CPU.
+        UsageError: adapters are asked for; or only vLLM's own kernels are left, which have no
+            expert parallelism on CPU.
     """
     arriving.check_shards()
+    if layer.moe_config.is_lora_enabled:
+        raise UsageError(
+            "vLLM adds adapters within its own kernels for experts, which have no place for packed "
+            "ones: leave --enable-lora out."
+        )
     backend, reasons = choose(layer, arriving)
     if not backend.packed and layer.use_ep and torch.device(layer.moe_config.device).type == "cpu":
         why = "; ".join(reasons) or "another one is asked for"

@@ -46,6 +46,7 @@ def make_layer(tp: tuple[int, int] = (0, 1), ep: tuple[int, int] = (0, 1), **mor
     layer: Any = torch.nn.Module()
     layer.moe_config = SimpleNamespace(
         tp_rank=rank, tp_size=ranks, has_bias=False, is_act_and_mul=True, device="cpu",
+        is_lora_enabled=False,
         hidden_dim=HIDDEN, intermediate_size_per_partition=INNER // ranks,
     )  # fmt: skip
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
@@ -234,6 +235,10 @@ def test_what_cannot_be_served_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
             arriving(layer, "nm/2:4")
     with pytest.raises(CheckpointError, match=r"0\.down_proj: 64 columns do.*work: 1, 2\."):
         grouped(make_layer(tp=(1, 4)), "nm/2:4/int8:128")
+    layer = make_layer()
+    layer.moe_config.is_lora_enabled = True
+    with pytest.raises(UsageError, match="leave --enable-lora out"):
+        grouped(layer, "nm/2:4")
     monkeypatch.setenv("GBLM_BACKEND", "dense")
     with pytest.raises(UsageError, match="leave --enable-expert-parallel out"):
         grouped(make_layer(ep=(1, 2)), "nm/2:4")
