@@ -15,7 +15,7 @@ import torch
 from conftest import Once, save_byte_tokenizer
 from damage import config, damaged, tensors
 from safetensors.torch import load_file
-from test_families import EXPERTS, save_family
+from test_families import EXPERTS, NUM_EXPERTS, save_family
 from transformers import AutoConfig, AutoModelForCausalLM
 from weights import stored
 
@@ -34,7 +34,7 @@ from gblm.model import experts
 from gblm.model.experts import MOST_EXPERTS
 from gblm.model.folder import ModelFolder
 from gblm.model.layers import stream
-from gblm.model.loading import load
+from gblm.model.loading import auto_class, load
 from gblm.prune import prune
 from gblm.prune.job import open_job
 from gblm.recipe import Calibration, Recipe, Recovering
@@ -114,6 +114,64 @@ def test_packed_they_equal_the_dense_export(
     kernel = logits(packed.load(ours, "reference" if native.refusal() else "cpu"))
     # cpu rounds activations to int8 where it meets codes; a token on the edge may change experts.
     assert (kernel - want).norm() < 0.2 * want.norm()
+
+
+# Other families, each once: model_type and what differs from the common fields.
+MLA = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16,
+       "v_head_dim": 16, "num_key_value_heads": 4}  # fmt: skip
+GROUPS = {"first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}
+VISION = {
+    "llama4": {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
+        "intermediate_size": 64, "patch_size": 14, "vision_output_dim": 32,
+        "projector_input_dim": 32, "projector_output_dim": 32,
+    },
+    "qwen3_vl_moe": {
+        "hidden_size": 32, "depth": 2, "num_heads": 2, "intermediate_size": 64,
+        "out_hidden_size": 64, "deepstack_visual_indexes": [0],
+    },
+}  # fmt: skip
+MORE: dict[str, dict[str, Any]] = {
+    "deepseek_v2": MLA | {"first_k_dense_replace": 1}, "deepseek_v3": MLA | GROUPS,
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 0},
+    "glm4_moe": GROUPS, "granitemoeshared": {"shared_intermediate_size": 64},
+    "hunyuan_v1_moe": {}, "minimax_m2": {}, "phimoe": {}, "llama4": {}, "qwen3_vl_moe": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MORE)
+def test_other_families_go_the_same_road(kind: str, text_file: Path, tmp_path: Path) -> None:
+    fields = {
+        "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 96, "head_dim": 16,
+        "intermediate_size_mlp": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 272, "max_position_embeddings": 512,
+        "initializer_range": 0.1, "n_routed_experts": 4, "pad_token_id": 0, "bos_token_id": 256,
+        "eos_token_id": 257, **NUM_EXPERTS, **MORE[kind],
+    }  # fmt: skip
+    if kind in VISION:
+        text = fields | {"model_type": f"{kind}_text"}
+        fields = {"text_config": text, "vision_config": VISION[kind]}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **fields)
+    model = auto_class(config).from_config(config).to(torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "experts" in name or not parameter.any():
+                parameter.normal_(0, 0.1)
+    model.save_pretrained(tmp_path / "model")
+    save_byte_tokenizer(tmp_path / "model")
+    recipe = Recipe(
+        model=str(tmp_path / "model"), method="gblm", values="int8",
+        calibration=Calibration(source=str(text_file), num_samples=8, seq_len=32),
+    )  # fmt: skip
+    report = prune(recipe, tmp_path / "ours")
+    names = {row["name"] for row in report["tensors"]}
+    assert sum(".experts.3." in name for name in names) in (3, 6)
+    assert not any(re.search(r"\.gate\.|gate$|router", name) for name in names)
+    export_dense(ModelFolder.open(tmp_path / "ours"), tmp_path / "dense")
+    verify(ModelFolder.open(tmp_path / "ours"), ModelFolder.open(tmp_path / "dense"))
+    want = logits(load(tmp_path / "dense"))
+    assert torch.equal(logits(packed.load(tmp_path / "ours", "dense")), want)
 
 
 # What a token reaches.
@@ -215,10 +273,10 @@ def test_experts_that_no_token_reaches_take_the_mean_of_all_and_are_named(
         own = norms[names[CHOSEN]]
         assert own.count_nonzero() > 1000
         assert all(torch.equal(norms[names[other]], own / 2) for other in OTHERS)
-    few = ", ".join(f"{block}.{other}" for other in OTHERS)
-    said = f"{few} saw fewer than 64 tokens of the text and take the mean"
-    for where in ("model.layers.0", "model.layers.1", "model.layers.0, gradients"):
-        assert caplog.messages.count(f"{where}: {said} over all experts") == 1
+    said = f"experts {', '.join(map(str, OTHERS))} saw fewer than 64 tokens of the text and take"
+    for layer, what in ((0, "statistics"), (1, "statistics"), (0, "gradients"), (1, "gradients")):
+        line = f"model.layers.{layer}.{block}: {said} the mean {what} of all"
+        assert caplog.messages.count(line) == (layer == 0 or what == "statistics")
 
 
 @pytest.mark.parametrize("family", ["mixtral", "olmoe", "llama 4 text (fused)"])

@@ -44,26 +44,26 @@ def counted(layer: nn.Module) -> Iterator[dict[str, int]]:
             handle.remove()
 
 
-def scarce(tokens: Mapping[str, int], ranks: Ranks, layer: str) -> set[str]:
-    """Find the experts that few tokens reached, on all ranks together, and log their names.
+def scarce(tokens: Mapping[str, int], ranks: Ranks, layer: str, what: str) -> set[str]:
+    """Find the experts that few tokens reached, on all ranks together, and log which they are.
 
     Args:
         tokens: by local name of the expert.
         ranks: the processes that share the text.
-        layer: full name of the decoder layer, for the line.
+        layer: full name of the decoder layer.
+        what: they will be lent, in words.
     """
     if not tokens:
         return set()
     counts = torch.tensor(list(tokens.values()), device=ranks.device)
     ranks.sum_(counts)
     few = [name for name, n in zip(tokens, counts.tolist(), strict=True) if n < MIN_TOKENS]
-    if few:
+    for block in dict.fromkeys(name.rpartition(".")[0] for name in few):
+        numbers = [name.rpartition(".")[2] for name in few if name.startswith(f"{block}.")]
         logger.info(
-            "%s: %s saw fewer than %d tokens of the text and take the mean over all experts",
-            layer,
-            ", ".join(few),
-            MIN_TOKENS,
-        )
+            "%s.%s: experts %s saw fewer than %d tokens of the text and take the mean %s of all",
+            layer, block, ", ".join(numbers), MIN_TOKENS, what,
+        )  # fmt: skip
     return set(few)
 
 

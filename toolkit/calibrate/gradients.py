@@ -78,7 +78,7 @@ def gradient_norms(
         for total in sums.values():
             ranks.sum_(total)
         layer = layers.name(index)
-        few = scarce(tokens, ranks, f"{layer}, gradients") if sums else set()
+        few = scarce(tokens, ranks, layer, "gradients") if sums else set()
         own = {name.removeprefix(f"{layer}."): total for name, total in sums.items()}
         lend(few, own, expert_linears(layers.modules[index]))
         yield index, {name: _finish(name, total, norm) for name, total in sums.items()}

@@ -178,7 +178,7 @@ class DecoderLayer:
                     call.run(self.module, self.index, self._states(batch))
         join(found.stats, self._ranks)
         if self._few is None:
-            self._few = scarce(tokens, self._ranks, self.name)
+            self._few = scarce(tokens, self._ranks, self.name, "statistics")
         found.lend(self._few)
         return values(self.name, found.stats)
 
