@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -85,8 +85,11 @@ class _Pruning:
             own = self._prepare(local, linear.weight.device, {} if stats is None else stats)
             fmt = job.formats[name]
             weight = job.pipeline.prune(linear.weight, own, fmt.pattern, fmt.values, name)
-            self.weights[local] = weight
             linear.weight.copy_(weight.weight)
+            if weight.weight.dtype == linear.weight.dtype:
+                # Experts of a layer can be gigabytes: not twice.
+                weight = replace(weight, weight=linear.weight.data)
+            self.weights[local] = weight
         job.ranks.broadcast_(linear.weight.data)
 
     def _prepare(

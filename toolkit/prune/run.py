@@ -265,14 +265,15 @@ class _Run:
                     if layer.index < first:
                         self._restore(layer, work)
                         continue
-                    pruned = prune_layer(job, layer, gradients)
-                    if work is not None:
-                        self._keep(pruned, work)
+                    # No variable: it would hold this layer until the next one is pruned.
+                    self._keep(prune_layer(job, layer, gradients), work)
                     step()
             return self._publish(work) if work is not None else {}
 
-    def _keep(self, pruned: Pruned, work: WorkFolder) -> None:
-        """Make a pruned decoder layer durable."""
+    def _keep(self, pruned: Pruned, work: WorkFolder | None) -> None:
+        """Make a pruned decoder layer durable, on rank 0."""
+        if work is None:
+            return
         reader = self.job.layers.reader
         tensors = {n: t.to(reader.headers[n][1]) for n, t in pruned.others.items()}
         rows: list[dict[str, Any]] = []
