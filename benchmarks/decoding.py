@@ -1,9 +1,9 @@
 """Tokens per second in vLLM of one value type: dense, its sparse patterns, and rivals.
 
     python benchmarks/decoding.py --values int4 [--patterns dense 8:16 …]
-        [--shape tinyllama|smollm2] [--threads 1] [--rounds 7] [--llama-cpp]
+        [--shape tinyllama|smollm2|olmoe] [--threads 1] [--rounds 7] [--llama-cpp]
 
-The 1.1B shape has random weights: speed does not depend on them. All sides are `gblm bench`'s and
+Shapes have random weights: speed does not depend on them. All sides are `gblm bench`'s and
 stay loaded, so that one round runs each of them once; its limits of noise hold. With --llama-cpp a
 GGUF file of the same bits is a side; it runs one sequence at a time, so eight are compared without
 it. Writes benchmarks/results/decoding-<shape>-<values>-<threads>-compiled.json.
@@ -31,7 +31,7 @@ from gblm.checkpoint.inspect import inspect
 from gblm.model.folder import ModelFolder
 from gblm.record import Record, Verdict
 
-SHAPES = ("tinyllama", "smollm2")
+SHAPES = ("tinyllama", "smollm2", "olmoe")
 BASELINE = "dense bf16 (vLLM)"
 LLAMA_CPP = {"float": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 # vLLM's own integers, where they are at their best.

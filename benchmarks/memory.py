@@ -1,6 +1,6 @@
 """Memory, disk and time of `gblm prune` for three sizes of model.
 
-    python benchmarks/memory.py [--sizes smollm2 tinyllama llama2] [--methods …] [--folder DIR]
+    python benchmarks/memory.py [--sizes smollm2 tinyllama …] [--methods …] [--folder DIR]
 
 SmolLM2-135M is real; the others are LLaMA shapes with random bf16 weights, made once in the
 folder, which takes 14 GB for llama2 and up to 41 GB more during its gblm run. Each run is a process
@@ -28,7 +28,12 @@ from gblm.record import Record, Row
 RECORD = pages.RESULTS / "memory.json"
 METHODS = ("wanda", "gblm", "sparsegpt")
 SIZES = ("smollm2", *SHAPES)
-TEXT = {"smollm2": (16, 256), "tinyllama": (4, 128), "llama2": (4, 128)}  # samples, tokens
+TEXT = {
+    "smollm2": (16, 256),
+    "tinyllama": (4, 128),
+    "llama2": (4, 128),
+    "olmoe": (4, 128),
+}  # samples, tokens
 # Threads that wait by spinning stand still when they share two cores with other work.
 THREADS = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
 POLL_SECONDS = 0.1

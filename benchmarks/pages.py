@@ -20,7 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 # How tables call the models.
 MODELS = {
     "smollm2": "SmolLM2-135M", "gemma3-270m": "Gemma 3 270M", "tinyllama": "1.1B LLaMA shape",
-    "llama2": "LLaMA-2-7B shape",
+    "llama2": "LLaMA-2-7B shape", "olmoe": "OLMoE shape, 4 of 16 layers",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""LLaMA shapes with random weights, and folders of gblm that several benchmarks make of a model."""
+"""Shapes with random weights, and folders of gblm that several benchmarks make of a model."""
 
 from __future__ import annotations
 
@@ -10,19 +10,34 @@ import torch
 from pages import gblm
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, OlmoeConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from gblm.fetch import fetch
 from gblm.model.folder import ModelFolder
 from gblm.model.loading import skeleton
 
-# Hidden, intermediate, layers, heads, heads of keys and values.
-SHAPES = {
-    "tinyllama": (2048, 5632, 22, 32, 4),
-    "llama2": (4096, 11008, 32, 32, 32),
-}
 VOCAB, SCALE = 32000, 0.02
 BOS, EOS = "<s>", "</s>"
+COMMON = {
+    "vocab_size": VOCAB, "max_position_embeddings": 4096, "tie_word_embeddings": False,
+    "bos_token_id": 256, "eos_token_id": 257, "dtype": "bfloat16",
+}  # fmt: skip
+SHAPES: dict[str, PreTrainedConfig] = {
+    "tinyllama": LlamaConfig(
+        hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
+        num_key_value_heads=4, architectures=["LlamaForCausalLM"], **COMMON,
+    ),
+    "llama2": LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=32, architectures=["LlamaForCausalLM"], **COMMON,
+    ),
+    # 4 of the 16 decoder layers of OLMoE-1B-7B: 64 experts each, of which a token takes 8.
+    "olmoe": OlmoeConfig(
+        hidden_size=2048, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=16,
+        num_key_value_heads=16, num_experts=64, num_experts_per_tok=8, pad_token_id=257,
+        architectures=["OlmoeForCausalLM"], **COMMON,
+    ),
+}  # fmt: skip
 
 
 def model_folder(root: Path, name: str) -> Path:
@@ -45,18 +60,12 @@ def make_packed(model: Path, pattern: str, values: str, head: str, folder: Path)
 
 
 def shape_folder(root: Path, size: str) -> Path:
-    """Make a LLaMA of this shape with random weights, one shard per decoder layer."""
+    """Make a model of this shape with random weights, one shard per decoder layer."""
     folder = root / size
     if (folder / "model.safetensors.index.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    hidden, wide, layers, heads, kv_heads = SHAPES[size]
-    LlamaConfig(
-        hidden_size=hidden, intermediate_size=wide, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=VOCAB,
-        max_position_embeddings=4096, tie_word_embeddings=False, bos_token_id=256,
-        eos_token_id=257, architectures=["LlamaForCausalLM"], dtype="bfloat16",
-    ).save_pretrained(folder)  # fmt: skip
+    SHAPES[size].save_pretrained(folder)
     save_byte_tokenizer(folder)
     weight_map = dict(write_shards(folder))
     index = {"metadata": {}, "weight_map": weight_map}
