@@ -15,16 +15,19 @@ TOKENS = 65536
 ROWS = {
     "int8": (
         ("dense int8, GPTQ", "dense", side_name("dense", "int8", 0, "sparsegpt", 0, 0)),
-        ("int8 8:16, recovered", "8:16", side_name("8:16", "int8", 0, "sparsegpt", 2, TOKENS)),
         (
-            "the same, ends dense: `gblm prune`",
+            "int8 8:16, ends dense, recovered: `gblm prune`",
             "8:16 ends",
             side_name("8:16", "int8", 1, "sparsegpt", 2, TOKENS),
         ),
     ),
     "int4": (
-        ("dense int4, GPTQ", "dense", side_name("dense", "int4", 0, "sparsegpt", 0, 0)),
-        ("int4 8:16, SparseGPT", "8:16", side_name("8:16", "int4", 0, "sparsegpt", 0, 0)),
+        ("dense int4, recovered", "dense", side_name("dense", "int4", 0, "sparsegpt", 2, TOKENS)),
+        (
+            "int4 8:16, ends dense, recovered",
+            "8:16 ends",
+            side_name("8:16", "int4", 1, "sparsegpt", 2, TOKENS),
+        ),
     ),
 }
 TEXTS = ("descriptions", "WikiText-2", "pydoc")

@@ -90,7 +90,9 @@ def _commit() -> str | None:
         return None
     try:
         head = _git(root, "rev-parse", "HEAD")
-        dirty = _git(root, "status", "--porcelain", "--untracked-files=no")
+        # A record that grows changes nothing of what is measured.
+        where = ("--", ".", ":!benchmarks/results")
+        dirty = _git(root, "status", "--porcelain", "--untracked-files=no", *where)
     except (OSError, subprocess.CalledProcessError):
         return None
     return f"{head}-dirty" if dirty else head
