@@ -36,12 +36,18 @@ def panels(rows: int, columns: int, values: str, mask: str, seed: int) -> Tensor
     return case((rows, columns), values, mask, seed=seed).panels
 
 
-def layer(kinds: Sequence[tuple[str, str]]) -> Layer:
-    """The linears of some experts, each with values and masks of its own, and what `join` gives."""
+def layer(
+    kinds: Sequence[tuple[str, str]], step: int = 0, hidden: int = HIDDEN, inner: int = INNER
+) -> Layer:
+    """The linears of an expert for each kind of values and mask, and what `join` gives.
+
+    Up and down have the kind that is so many steps further.
+    """
     linears = [
-        [panels(INNER, HIDDEN, *kind, 3 * i), panels(INNER, HIDDEN, *kind, 3 * i + 1),
-         panels(HIDDEN, INNER, *kind, 3 * i + 2)]
-        for i, kind in enumerate(kinds)
+        [panels(inner, hidden, *kinds[i], 3 * i),
+         panels(inner, hidden, *kinds[(i + step) % len(kinds)], 3 * i + 1),
+         panels(hidden, inner, *kinds[(i + 2 * step) % len(kinds)], 3 * i + 2)]
+        for i in range(len(kinds))
     ]  # fmt: skip
     return linears, *experts.join(linears)
 
@@ -69,16 +75,18 @@ def linear(x: Tensor, weight: Tensor, rows: int) -> Tensor:
     return out
 
 
-def expected(x: Tensor, ids: Tensor, shares: Tensor, linears: list[list[Tensor]]) -> Tensor:
+def expected(
+    x: Tensor, ids: Tensor, shares: Tensor, linears: list[list[Tensor]], inner: int = INNER
+) -> Tensor:
     """Each expert's linears for its own tokens; added up in the order in which they were chosen."""
-    found = torch.zeros(*ids.shape, HIDDEN)
+    found = torch.zeros(*ids.shape, x.shape[1])
     for index in ids.unique().tolist():
         if index < 0:
             continue
         tokens, places = (ids == index).nonzero(as_tuple=True)
         gate, up, down = linears[index]
-        between = gated(linear(x[tokens], gate, INNER), linear(x[tokens], up, INNER))
-        found[tokens, places] = linear(between, down, HIDDEN).float()
+        between = gated(linear(x[tokens], gate, inner), linear(x[tokens], up, inner))
+        found[tokens, places] = linear(between, down, x.shape[1]).float()
     total = torch.zeros(x.shape)
     for place in range(ids.shape[1]):
         total += shares[:, place, None] * found[:, place]
@@ -98,9 +106,10 @@ def test_the_grouped_call_gives_the_bits_of_the_linears(
         assert torch.equal(got, expected(x, ids, shares, linears)), (count, tokens)
 
 
-def test_experts_may_be_stored_in_different_ways(instructions: str) -> None:
+@pytest.mark.parametrize("step", [0, 1])
+def test_linears_may_be_stored_in_different_ways(instructions: str, step: int) -> None:
     kinds = [*product_of(VALUES, MASKS)]
-    linears, *joined = layer(kinds)
+    linears, *joined = layer(kinds, step)
     for tokens in (1, 5, 40, 150):
         x, (ids, shares) = activations(tokens, HIDDEN), routed(tokens, len(kinds), 8)
         got = experts.grouped(x, ids, shares, *joined)
@@ -122,6 +131,16 @@ def test_more_tokens_than_a_turn_takes() -> None:
     x, (ids, shares) = activations(1100, HIDDEN), routed(1100)
     got = experts.grouped(x, ids, shares, *joined)
     assert torch.equal(got, expected(x, ids, shares, linears))
+
+
+def test_more_activations_than_are_packed_at_once(instructions: str) -> None:
+    """More than 8 MB; gates and ups of two experts are packed apart."""
+    kinds = [("float", "dense"), ("int8", "any"), ("float", "2:4"), ("float", "any")]
+    linears, *joined = layer(kinds, 1, hidden=4096, inner=32)
+    x, ids = activations(500, 4096), torch.arange(4).expand(500, 4)
+    shares = torch.rand(500, 4, generator=seeded(2))
+    got = experts.grouped(x, ids, shares, *joined)
+    assert torch.equal(got, expected(x, ids, shares, linears, inner=32))
 
 
 def test_a_negative_id_is_no_expert() -> None:
