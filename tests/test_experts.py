@@ -376,7 +376,9 @@ def test_a_dense_folder_with_zeros_is_packed_to_the_same_bytes(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2 moe", "granite moe (fused)"])
+@pytest.mark.parametrize(
+    "family", ["mixtral", "qwen2 moe", "granite moe (fused)", "llama 4 text (fused)"]
+)
 def test_they_are_evaluated_and_recovered(
     make: Callable[[str], Path], family: str, text_file: Path, tmp_path: Path
 ) -> None:
@@ -570,12 +572,16 @@ def test_columns_that_do_not_divide_are_refused(tmp_path: Path) -> None:
     prune(Recipe.from_dict(recipe | {"ignore": ["experts.*.down_proj"]}), tmp_path / "out")
 
 
-@pytest.mark.parametrize("count", [MOST_EXPERTS + 1, 10**7])
-def test_absurdly_many_experts_are_refused(
-    make: Callable[[str], Path], count: int, tmp_path: Path
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [({"num_local_experts": MOST_EXPERTS + 1}, f"claims {MOST_EXPERTS + 1} experts for model"),
+     ({"num_local_experts": 10**7}, "claims 10000000 experts for model"),
+     ({"num_experts_per_tok": 5}, "gives a token 5 of 4 experts"),
+     ({"num_experts_per_tok": 0}, "gives a token 0 of 4 experts")],
+)  # fmt: skip
+def test_absurd_numbers_of_experts_are_refused(
+    make: Callable[[str], Path], fields: dict[str, int], sentence: str, tmp_path: Path
 ) -> None:
-    folder = damaged(
-        make("qwen3 moe"), tmp_path / "model", config(lambda c: c.update(num_local_experts=count))
-    )
-    with pytest.raises(CheckpointError, match=f"claims {count} experts"):
+    folder = damaged(make("qwen3 moe"), tmp_path / "model", config(lambda c: c.update(fields)))
+    with pytest.raises(CheckpointError, match=sentence):
         prune(Recipe(model=str(folder), method="magnitude", calibration=None), tmp_path / "out")

@@ -202,16 +202,15 @@ def unfuse(model: nn.Module, every: bool = False) -> None:
         every: see Experts.
 
     Raises:
-        CheckpointError: config.json claims absurdly many experts.
+        CheckpointError: config.json claims absurdly many experts, or more for a token than there
+            are.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     found = [(path, part) for path, part in model.named_modules() if _kind(part) is not None]
     rules = get_model_conversion_mapping(model) if found else []
     for path, fused in found:
-        count = len(fused.down_proj)
-        if count > MOST_EXPERTS:
-            raise CheckpointError(f"config.json claims {count} experts for {path}.")
+        _check(len(fused.down_proj), model, path)
         kind: Any = _kind(fused)
         names = _names_on_disk(path, rules)
         experts = kind(fused, names or NAMES, path)
@@ -221,6 +220,15 @@ def unfuse(model: nn.Module, every: bool = False) -> None:
             experts.fused = {whole: _stored(whole, rules) for whole in wholes}
         model.set_submodule(path, experts)
         _rename(model, path.rpartition(".")[0], rules)
+
+
+def _check(count: int, model: Any, path: str) -> None:
+    """Refuse numbers of experts on which libraries would stumble."""
+    if count > MOST_EXPERTS:
+        raise CheckpointError(f"config.json claims {count} experts for {path}.")
+    chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", 1)
+    if chosen not in range(1, count + 1):
+        raise CheckpointError(f"config.json gives a token {chosen} of {count} experts.")
 
 
 def _kind(module: Any) -> type[Experts] | None:

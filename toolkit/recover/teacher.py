@@ -69,7 +69,9 @@ class Head:
 
 def last_hidden(model: Any, windows: Tensor) -> Tensor:
     """Run windows [batch, seq_len] through the model below its head: [batch, seq_len, hidden]."""
-    found: Tensor = model.base_model(input_ids=windows, use_cache=False).last_hidden_state
+    # Llama 4's text model is its own base model, head and all.
+    body = model.model if model.base_model is model else model.base_model
+    found: Tensor = body(input_ids=windows, use_cache=False).last_hidden_state
     return found
 
 
