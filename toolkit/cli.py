@@ -19,6 +19,7 @@ from gblm import __version__
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "prune": ("gblm.commands.prune", "Prune a model and write it packed."),
+    "experts": ("gblm.commands.experts", "Remove whole experts of a mixture of experts."),
     "eval": ("gblm.commands.eval", "Quality on texts and tasks, beside the dense model; gates."),
     "search": ("gblm.commands.search", "Rank the ways to hold a budget of bits or bytes."),
     "export": ("gblm.commands.export", "Write a packed model for other tools, or pack theirs."),

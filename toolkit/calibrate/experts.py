@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,40 +25,58 @@ logger = logging.getLogger(__name__)
 MIN_TOKENS = 64
 
 
+@dataclass
+class Use:
+    """A Use sums up what a text asks of an expert, over the tokens that reach it.
+
+    With the router's weight w of a token, 1 where inputs are weighted before, and the expert's
+    output f: `square` is Σ w², `added` is Σ w ‖f‖₂.
+    """
+
+    tokens: int = 0
+    square: float = 0.0
+    added: float = 0.0
+
+
 @contextmanager
-def counted(layer: nn.Module) -> Iterator[dict[str, int]]:
-    """Count the tokens that reach each expert while the block runs, by local name of the expert."""
+def counted(layer: nn.Module) -> Iterator[dict[str, Use]]:
+    """Sum up the use of each expert while the block runs, by local name of the expert."""
     experts = {f"{b}.{i}": one for b, block in blocks(layer) for i, one in enumerate(block)}
-    tokens = dict.fromkeys(experts, 0)
+    uses = {name: Use() for name in experts}
 
     def hook(name: str) -> Any:
-        def count(module: nn.Module, args: tuple[Tensor]) -> None:
-            tokens[name] += len(args[0])
+        def count(expert: Any, args: Any, out: Tensor) -> None:
+            norms = torch.linalg.vector_norm(out.detach().float(), dim=-1)
+            weights = torch.ones_like(norms) if expert.routing is None else expert.routing.float()
+            use = uses[name]
+            use.tokens += len(norms)
+            use.square += float(weights.square().sum())
+            use.added += float(weights @ norms)
 
         return count
 
-    handles = [one.register_forward_pre_hook(hook(name)) for name, one in experts.items()]
+    handles = [one.register_forward_hook(hook(name)) for name, one in experts.items()]
     try:
-        yield tokens
+        yield uses
     finally:
         for handle in handles:
             handle.remove()
 
 
-def scarce(tokens: Mapping[str, int], ranks: Ranks, layer: str, what: str) -> set[str]:
+def scarce(uses: Mapping[str, Use], ranks: Ranks, layer: str, what: str) -> set[str]:
     """Find the experts that few tokens reached, on all ranks together, and log which they are.
 
     Args:
-        tokens: by local name of the expert.
+        uses: by local name of the expert.
         ranks: the processes that share the text.
         layer: full name of the decoder layer.
         what: they will be lent, in words.
     """
-    if not tokens:
+    if not uses:
         return set()
-    counts = torch.tensor(list(tokens.values()), device=ranks.device)
+    counts = torch.tensor([use.tokens for use in uses.values()], device=ranks.device)
     ranks.sum_(counts)
-    few = [name for name, n in zip(tokens, counts.tolist(), strict=True) if n < MIN_TOKENS]
+    few = [name for name, n in zip(uses, counts.tolist(), strict=True) if n < MIN_TOKENS]
     for block in dict.fromkeys(name.rpartition(".")[0] for name in few):
         numbers = [name.rpartition(".")[2] for name in few if name.startswith(f"{block}.")]
         logger.info(

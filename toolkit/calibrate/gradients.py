@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gblm.calibrate.activations import Activations, place, stream_bytes
-from gblm.calibrate.experts import counted, lend, scarce
+from gblm.calibrate.experts import Use, counted, lend, scarce
 from gblm.calibrate.frame import Call, capture, loss
 from gblm.calibrate.ranks import ALONE, Ranks
 from gblm.errors import InputError, UsageError
@@ -73,12 +73,12 @@ def gradient_norms(
     # The loss's gradient at the current layer's output, per sample.
     errors = _errors_behind(layers, rows, inputs.pop(), scratch)
     for index in reversed(range(len(layers))):
-        sums, tokens = _backward(layers, index, inputs[index], calls, errors, names, norm)
+        sums, uses = _backward(layers, index, inputs[index], calls, errors, names, norm)
         inputs.pop().clear()
         for total in sums.values():
             ranks.sum_(total)
         layer = layers.name(index)
-        few = scarce(tokens, ranks, layer, "gradients") if sums else set()
+        few = scarce(uses, ranks, layer, "gradients") if sums else set()
         own = {name.removeprefix(f"{layer}."): total for name, total in sums.items()}
         lend(few, own, expert_linears(layers.modules[index]))
         yield index, {name: _finish(name, total, norm) for name, total in sums.items()}
@@ -150,15 +150,15 @@ def _backward(
     errors: Activations,
     names: Collection[str],
     norm: str,
-) -> tuple[dict[str, Tensor], dict[str, int]]:
+) -> tuple[dict[str, Tensor], dict[str, Use]]:
     """Run one layer again for every sample and differentiate it; `errors` becomes its input's.
 
     Returns:
-        Sums by full name of the linear, and the tokens of each expert by its local name.
+        Sums by full name of the linear, and the use of each expert by its local name.
     """
     with layers.open(index) as module:
         wanted = _wanted(layers, index, module, names)
-        with folding(wanted, norm) as sums, counted(module) as tokens:
+        with folding(wanted, norm) as sums, counted(module) as uses:
             for sample, call in enumerate(calls):
                 hidden = inputs.get(sample, layers.device)
                 hidden.requires_grad_(index > 0 or norm == OUTPUT)
@@ -169,7 +169,7 @@ def _backward(
                 torch.autograd.backward(out, errors.get(sample, layers.device))
                 if hidden.grad is not None:
                     errors[sample] = hidden.grad
-    return sums, tokens
+    return sums, uses
 
 
 def _finish(name: str, total: Tensor, norm: str) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gblm.calibrate.activations import Activations, place, stream_bytes
-from gblm.calibrate.experts import counted, lend, scarce
+from gblm.calibrate.experts import Use, counted, lend, scarce
 from gblm.calibrate.frame import Call, capture
 from gblm.calibrate.ranks import ALONE, Ranks
 from gblm.calibrate.stats import ActNorm, Stat, accumulators
@@ -42,12 +42,14 @@ class Walk:
             samples must be in one batch then.
         keep_dense: also run the unchanged model, and give each layer its inputs and the outputs
             that the dense layer would have; costs a pass, and with "sequential" two.
+        runs: run the samples through the layers even if nothing is needed.
     """
 
     needs: frozenset[str]
     scratch: Path | None = None
     order: str = "layer"
     keep_dense: bool = False
+    runs: bool = False
 
 
 @torch.no_grad()
@@ -67,7 +69,7 @@ def walk(
     """
     scratch = place(how.scratch, stream_bytes(layers, batches) * (2 if how.keep_dense else 1))
     hidden, calls = Activations(scratch), list[Call]()
-    if how.needs or how.keep_dense:
+    if how.needs or how.keep_dense or how.runs:
         layers.load_frame(head=False)
         for states, call in capture(layers, batches):
             hidden.append(states)
@@ -106,6 +108,7 @@ class DecoderLayer:
         module: the layer itself.
         linears: by local name, such as "self_attn.q_proj".
         experts: which of them belong to which expert.
+        uses: of each expert by this rank's samples, by local name, since the last observation.
         streams: its samples, when the walk keeps the dense stream.
         passed: whether the samples have passed through it already, for good.
     """
@@ -122,6 +125,7 @@ class DecoderLayer:
         self.index, self.name, self.module = index, layers.name(index), module
         self.linears = linears(module)
         self.experts = expert_linears(module)
+        self.uses: dict[str, Use] = {}
         self.streams: Streams | None = None
         self.passed = not samples.calls
         self._device, self._samples, self._how, self._ranks = layers.device, samples, how, ranks
@@ -172,13 +176,13 @@ class DecoderLayer:
         if not self._how.needs:
             return {}
         found = _Observation(self.module, self._how.needs, only)
-        with before_each_linear(self.module, found.see), counted(self.module) as tokens:
+        with before_each_linear(self.module, found.see), counted(self.module) as self.uses:
             for batch, call in enumerate(self._samples.calls):
                 with found.batch(self._samples.counts[batch]):
                     call.run(self.module, self.index, self._states(batch))
         join(found.stats, self._ranks)
         if self._few is None:
-            self._few = scarce(tokens, self._ranks, self.name, "statistics")
+            self._few = scarce(self.uses, self._ranks, self.name, "statistics")
         found.lend(self._few)
         return values(self.name, found.stats)
 
