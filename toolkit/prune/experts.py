@@ -30,7 +30,7 @@ from gblm.model.reader import Reader
 from gblm.progress import Progress, no_progress
 from gblm.recipe import SHARD_SIZE, Calibration, DType, shard_bytes
 
-# What an expert is worth. REAP (arXiv 2510.13999, eq. 9) is the mean of w ‖f(x)‖ over the tokens
+# What an expert is worth. REAP (arXiv 2510.13999) is the mean of w ‖f(x)‖ over the tokens
 # that reach it, w the router's weight and f(x) the expert's output.
 WORTH: dict[str, Callable[[Use], float]] = {
     "reap": lambda use: use.added / max(1, use.tokens),
