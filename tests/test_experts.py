@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from weights import stored
 
 from gblm import packed
+from gblm.calibrate.experts import MIN_TOKENS
 from gblm.calibrate.gradients import gradient_norms
 from gblm.calibrate.stats import STATS
 from gblm.calibrate.walk import Walk, walk
@@ -39,6 +40,7 @@ from gblm.prune import prune
 from gblm.prune.job import open_job
 from gblm.recipe import Calibration, Recipe, Recovering
 from gblm.recover.run import recover
+from gblm.search.candidates import answer, parse_budget
 from gblm.search.examine import Space, examine
 
 IDS = torch.arange(40).reshape(2, 20) * 5
@@ -419,7 +421,6 @@ def test_an_expert_is_as_sensitive_as_the_mlp_that_it_is(text_file: Path, tmp_pa
         assert curve.fixed == pytest.approx(want.fixed, rel=1e-4)
         assert curve.sparse["int4"] == pytest.approx(want.sparse["int4"], rel=1e-4)
     assert len(mixture) == 2 * (4 + 3 * 4)
-    assert all(curve.sparse["int4"][0] > 0 for curve in mixture.values())
 
 
 def test_a_rare_expert_is_less_sensitive_by_its_share(
@@ -435,13 +436,71 @@ def test_a_rare_expert_is_less_sensitive_by_its_share(
     curves = examine(recipe, Space()).curves
     with stream(ModelFolder.open(folder)) as layers:
         steps = walk(layers, samples(text_file, folder, 32), Walk(frozenset({"act_norm"})))
-        found = next(steps).observe()
+        layer = next(steps)
+        layer.observe()
+        shares = torch.tensor([use.square for use in layer.uses.values()])
     names = [f"block_sparse_moe.experts.{expert}.w3" for expert in range(4)]
     losses = torch.tensor([curves[f"model.layers.0.{n}"].sparse["int4"][0] for n in names])
-    shares = torch.cat([found[name]["routing"].square() for name in names])
     assert float(shares.max() / shares.min()) > 4
     ratio = losses / shares
     assert float(ratio.max() / ratio.min()) < 2
+
+
+def test_together_equal_experts_are_as_sensitive_as_the_mlp_that_each_is(
+    text_file: Path, tmp_path: Path
+) -> None:
+    """Tokens are dealt out to them, and so are losses; a rare one has lent sums."""
+    mixture, dense = one_expert(tmp_path)
+    gate = "model.layers.0.block_sparse_moe.gate.weight"
+
+    def deal(found: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in found if "layers.0.block_sparse_moe.experts." in name]:
+            found[name] = found[re.sub(r"experts\.\d", f"experts.{CHOSEN}", name)].clone()
+        found[gate].normal_(generator=torch.Generator().manual_seed(1))
+        found[gate][OTHERS[0]] *= 0.2
+
+    dealt = damaged(mixture, tmp_path / "dealt", tensors(deal))
+    text = Calibration(source=str(text_file), num_samples=24, seq_len=32)
+    curves, want = (
+        examine(Recipe(model=str(folder), method="wanda", calibration=text), Space()).curves
+        for folder in (dealt, dense)
+    )
+    with stream(ModelFolder.open(dealt)) as layers:
+        steps = walk(layers, samples(text_file, dealt, 24), Walk(frozenset({"act_norm"})))
+        layer = next(steps)
+        layer.observe()
+        tokens = [use.tokens for use in layer.uses.values()]
+    assert 0 < min(tokens) < MIN_TOKENS < sorted(tokens)[1]
+    for old, new in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):
+        names = [f"model.layers.0.block_sparse_moe.experts.{e}.{old}" for e in range(4)]
+        whole = want[f"model.layers.0.mlp.{new}"].fixed["2:4", "int8"]
+        losses = [curves[name].fixed["2:4", "int8"] for name in names]
+        assert sum(losses) == pytest.approx(whole, rel=0.15)
+        for loss, count in zip(losses, tokens, strict=True):
+            assert loss / whole == pytest.approx(count / sum(tokens), rel=0.4)
+
+
+def test_experts_without_tokens_take_what_is_cheapest(
+    text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, _ = one_expert(tmp_path)
+    text = Calibration(source=str(text_file), num_samples=4, seq_len=32)
+    recipe = Recipe(model=str(folder), method="sparsegpt", calibration=text)
+    with caplog.at_level("INFO"):
+        found = answer(recipe, parse_budget("4bits"))
+    (said,) = [line for line in caplog.messages if "no token" in line]
+    assert said.startswith("no token of the text reaches 6 experts, which therefore take what is")
+    best = next(row for row in found["rows"] if row["name"] == "mixed measured")
+    chosen = Recipe.from_dict(best["recipe"])
+    with open_job(chosen) as job:
+        formats = job.formats
+    ways: dict[bool, set[str]] = {True: set(), False: set()}
+    for name, fmt in formats.items():
+        if "experts" in name:
+            ways[f"experts.{CHOSEN}." in name].add(fmt.spec)
+    assert ways[False] == {"bitmask/0.85/int4:64", "bitmask/0.85/int4:128"}
+    assert not ways[True] & ways[False]
+    prune(chosen, tmp_path / "out")
 
 
 # What is wrong with a folder is one sentence, and nothing is written.

@@ -19,7 +19,7 @@ from gblm.calibrate.activations import Activations, place, stream_bytes
 from gblm.calibrate.experts import Use, counted, lend, scarce
 from gblm.calibrate.frame import Call, capture
 from gblm.calibrate.ranks import ALONE, Ranks
-from gblm.calibrate.stats import ActNorm, Stat, accumulators
+from gblm.calibrate.stats import Stat, accumulators
 from gblm.calibrate.streams import Streams
 from gblm.errors import InputError
 from gblm.model.experts import expert_linears
@@ -169,9 +169,7 @@ class DecoderLayer:
 
         Returns:
             Statistics by name, by local name of the linear; those that are handed the same tensor
-            share one dict. Linears that never ran are left out, but for those of experts, which
-            have one more, "routing" [1]: the root of the mean over samples of Σ over tokens of the
-            square of the weight that the router gives them there.
+            share one dict. Linears that never ran are left out, but for those of experts.
         """
         if not self._how.needs:
             return {}
@@ -251,8 +249,6 @@ class _Observation:
         # On every rank in the same order, and also where no token comes.
         for name, one in self._experts.items():
             self._follow(name, one.input)
-            if one.input == name:
-                self.stats[name]["routing"] = ActNorm()
 
     def see(self, local: str, inputs: Tensor) -> None:
         """Take the input of a linear that is about to run."""
@@ -279,7 +275,7 @@ class _Observation:
     def lend(self, few: set[str]) -> None:
         """Give experts that few tokens reached what all of them have on average."""
         leaders = [name for name, one in self._experts.items() if one.input == name]
-        for need in (*self._needs, "routing"):
+        for need in self._needs:
             lend(few, {name: self.stats[name][need].mean for name in leaders}, self._experts)
 
     def _follow(self, local: str, leader: str) -> None:
@@ -287,14 +283,12 @@ class _Observation:
         self.stats[local] = self.stats.get(leader) or accumulators(self._needs)
 
     def _update(self, local: str, inputs: Tensor) -> None:
-        routing = inputs.new_ones(len(inputs), 1, dtype=torch.float32)
         if local in self._experts and len(inputs):
             expert: Any = self._module.get_submodule(self._experts[local].expert)
             if expert.routing is not None:
-                routing = expert.routing[:, None].float()
-                inputs = inputs.float() * routing
-        for need, stat in self.stats[local].items():
-            stat.update(routing if need == "routing" else inputs, self._num_samples)
+                inputs = inputs.float() * expert.routing[:, None]
+        for stat in self.stats[local].values():
+            stat.update(inputs, self._num_samples)
 
 
 @contextmanager

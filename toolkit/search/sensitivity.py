@@ -8,6 +8,7 @@ for a column's error e pay e² [U_jj]⁻² instead of e² H_jj (H⁻¹ = Uᵀ U;
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gblm.calibrate.experts import MIN_TOKENS
 from gblm.calibrate.gradients import OUTPUT, gradient_norms
 from gblm.calibrate.walk import DecoderLayer, Walk, walk
 from gblm.errors import InputError
@@ -25,6 +27,7 @@ from gblm.sparse.formats import Format
 from gblm.sparse.patterns import NM, Dense, Unstructured
 from gblm.sparse.values import ValueType, quantize
 
+logger = logging.getLogger(__name__)
 DAMPING = 0.01
 # Sparsities at which a curve is known; between them it is a straight line.
 GRID = tuple(round(0.01 * step, 2) for step in range(96))
@@ -105,11 +108,18 @@ def measure(
     ):
         outputs |= {name: total / len(windows) for name, total in found.items()}
     curves: dict[str, Curve] = {}
+    unused: list[str] = []
     step = progress("sensitivity", len(layers))
     way = Walk(needs=frozenset({"hessian"}), order="sequential", scratch=scratch)
     for layer in walk(layers, [windows], way):
-        curves |= dict(_curves(layer, outputs, judgement, windows.shape[1]))
+        curves |= dict(_curves(layer, outputs, judgement, windows.numel()))
+        unused += [f"{layer.name}.{name}" for name, use in layer.uses.items() if not use.tokens]
         step()
+    if unused:
+        logger.info(
+            "no token of the text reaches %d experts, which therefore take what is cheapest: %s",
+            len(unused), ", ".join(unused),
+        )  # fmt: skip
     return curves
 
 
@@ -150,11 +160,12 @@ def _curves(
         layer: as the walk gives it.
         outputs: by full name, see `curve`.
         judgement: see Judgement.
-        num_tokens: of a sample.
+        num_tokens: of the text.
     """
     known: dict[int, dict[bool, Tensor]] = {}
     stats: dict[str, dict[str, Tensor] | None] = {}
     layer.visit(stats.__setitem__)
+    factors = _factors(layer, num_tokens)
     for local, linear in layer.linears.items():
         name = f"{layer.name}.{local}"
         if name not in judgement.values:
@@ -164,16 +175,37 @@ def _curves(
                 f"{name} was never used on the calibration text; leave it dense: --ignore."
             )
         hessian = own["hessian"]
-        # The formula is a product of two sums over tokens, of which an expert sees only a share.
-        share = own["routing"].square() / num_tokens if "routing" in own else 1
+        gamma = outputs[name] * factors.get(local, 1.0)
         costs = known.setdefault(id(hessian), {})
         obs = judgement.rounding == "obs"
         for way in {judgement.makes_up, obs} - costs.keys():
             costs[way] = column_costs(hessian, way, name)
         yield name, curve(
-            linear.weight.detach(), outputs[name] / share, costs[judgement.makes_up], costs[obs],
+            linear.weight.detach(), gamma, costs[judgement.makes_up], costs[obs],
             judgement.values[name], judgement,
         )  # fmt: skip
+
+
+def _factors(layer: DecoderLayer, num_tokens: int) -> dict[str, float]:
+    """Give by what the product γ H of an expert is multiplied, by local name of its linears.
+
+    γ and H are sums over tokens, and a sum over T tokens of a product is 1/T times that of the
+    sums. An expert's sums run over its share of the tokens alone, the mean over all of them of its
+    squared routing weights, so that its product is divided by that. Where few tokens reach it, both
+    sums are lent, those of an expert of average share: they are divided by that once more and
+    multiplied with its own.
+    """
+    shares = {name: use.square / num_tokens for name, use in layer.uses.items()}
+    of_block: dict[str, list[float]] = {}
+    for name, share in shares.items():
+        of_block.setdefault(name.rpartition(".")[0], []).append(share)
+    factors = {}
+    for local, one in layer.experts.items():
+        own, every = shares[one.expert], of_block[one.block]
+        few = layer.uses[one.expert].tokens < MIN_TOKENS
+        seen = sum(every) / len(every) if few else own
+        factors[local] = own / seen**2 if own else 0.0
+    return factors
 
 
 def curve(
