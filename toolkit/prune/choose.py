@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -42,8 +42,10 @@ def choose(
     rest = [*_ends(recipe.dense_ends, decoder_layers), LayerChoice(targets=("*",))]
     decided: set[LayerChoice] = set()
     chosen = {}
+    # A search names each linear in full, of a mixture thousands: those need no pattern matching.
+    choices = [(layer, *_split(layer.targets, linears)) for layer in (*recipe.layers, *rest)]
     for name, linear in linears.items():
-        layer = next(each for each in (*recipe.layers, *rest) if matches(name, each.targets))
+        layer = next(layer for layer, own, globs in choices if name in own or matches(name, globs))
         decided.add(layer)
         values = parse_values(layer.values or recipe.values)
         pattern = parse(layer.pattern or recipe.pattern)
@@ -70,13 +72,21 @@ def _ends(count: int, decoder_layers: Sequence[str]) -> list[LayerChoice]:
     return [LayerChoice(targets=tuple(f"{name}.*" for name in names), pattern="dense")]
 
 
-def _check_globs(layers: Iterable[LayerChoice], names: Iterable[str]) -> None:
-    every = list(names)
-    for glob in (glob for layer in layers for glob in layer.targets):
-        if not any(matches(name, (glob,)) for name in every):
+def _split(
+    targets: Iterable[str], linears: Collection[str]
+) -> tuple[frozenset[str], tuple[str, ...]]:
+    """Tell full names of linears from globs."""
+    every = tuple(targets)
+    own = frozenset(name for name in every if name in linears)
+    return own, tuple(glob for glob in every if glob not in own)
+
+
+def _check_globs(layers: Iterable[LayerChoice], linears: Collection[str]) -> None:
+    for glob in (glob for layer in layers for glob in _split(layer.targets, linears)[1]):
+        if not any(matches(name, (glob,)) for name in linears):
             raise UsageError(
                 f"recipe: layers {glob!r} matches no linear that is pruned; the first one is "
-                f"{every[0]}."
+                f"{next(iter(linears))}."
             )
 
 
