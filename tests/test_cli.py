@@ -36,7 +36,7 @@ def test_help_lists_every_command(gblm: Run) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "sentence"),
     [
-        (["prone"], 2, "Commands: prune, eval"),
+        (["prone"], 2, "Commands: prune, experts, eval"),
         (["prune", "MODEL"], 2, "Missing option '--output'"),
         (["prune", "--output", "o"], 2, "Missing argument 'MODEL'"),
         (["prune", "MODEL", "--output", "o", "--method", "wunda"], 2, "choose from magnitude"),
