@@ -82,6 +82,13 @@ def test_shard_names_cannot_leave_the_folder(folder: Path, name: str) -> None:
         Reader(ModelFolder(folder, {}))
 
 
+@pytest.mark.parametrize("name", ["x" * 256, "a\0b", "\ud800.safetensors"])
+def test_shard_names_that_no_file_can_have_are_refused(folder: Path, name: str) -> None:
+    shard(folder, {"a": name})
+    with pytest.raises(CheckpointError, match="no file can have the name"):
+        Reader(ModelFolder(folder, {}))
+
+
 def test_links_of_a_hub_snapshot_are_followed(tmp_path: Path) -> None:
     (tmp_path / "blobs").mkdir()
     (tmp_path / "snapshots/abc").mkdir(parents=True)

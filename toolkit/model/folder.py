@@ -6,6 +6,7 @@ checkpoint brings along is never run, pickle files are never opened.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ SIZES = {
     "vocab_size",
 }  # fmt: skip
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+LONGEST_NAME = 255  # bytes, on Linux
 PACKED_METHOD = "gblm"
 # How compressed-tensors wrote sparse weights until it dropped them. The list is closed: elsewhere a
 # format's name was looked up as code (transformers#46342).
@@ -228,7 +230,9 @@ def inside(folder: Path, file: str, within: str = "") -> Path:
     Raises:
         CheckpointError: the name or a link leads elsewhere.
     """
-    plain = "\0" not in file and Path(file).name == file and file not in ("", ".", "..")
+    if not _can_be_named(file):
+        raise CheckpointError(f"{folder}: no file can have the name {file[:80]!r}.")
+    plain = Path(file).name == file and file not in ("", ".", "..")
     if not plain or within not in ("", TEMPLATES):
         name = f"{within}/{file}" if within else file
         raise CheckpointError(f"{folder}: file name {name!r} leads out of the folder.")
@@ -237,3 +241,10 @@ def inside(folder: Path, file: str, within: str = "") -> Path:
     if target.parent != root / within and target.parent != root.parent.parent / "blobs":
         raise CheckpointError(f"{path} is a link that leads out of the folder.")
     return path
+
+
+def _can_be_named(file: str) -> bool:
+    try:
+        return "\0" not in file and len(os.fsencode(file)) <= LONGEST_NAME
+    except UnicodeEncodeError:
+        return False
