@@ -17,7 +17,7 @@ RECORDS = sorted(RESULTS.glob("*.json"))
 # Made before records held their command; a new recording takes its file off this list.
 WITHOUT_COMMAND = {
     "budget", "memory", "onnx-smollm2-1", "onnx-smollm2-2", "onnx-tinyllama-1",
-    "onnx-tinyllama-2", "published-code", "rivals", "soak",
+    "onnx-tinyllama-2", "published-code", "rivals",
 }  # fmt: skip
 
 
