@@ -150,21 +150,22 @@ def table() -> str:
 
 
 def _table(model: str, record: Record) -> str:
+    # What the dense model writes is another text in other versions, and is no column.
+    texts = [text for text in record.loads if text != "self"]
     rows = []
     for side, facts in sorted(record.sides.items(), key=lambda item: -item[1]["bits_per_weight"]):
-        cells = [_cell(record, side, text) for text in record.loads]
+        cells = [_cell(record, side, text) for text in texts]
         seconds = facts.get("cpu_seconds")
         rows.append([
             side, f"{facts['bits_per_weight']:.2f}", *cells,
             "–" if seconds is None else f"{seconds / 60:.0f}",
         ])  # fmt: skip
-    header = [pages.MODELS[model], "bits/weight", *record.loads, "CPU minutes"]
+    header = [pages.MODELS[model], "bits/weight", *texts, "CPU minutes"]
     where = pages.origin(record.as_json(), "torch")
     return (
         f"{pages.table(header, rows)}\n\nPerplexity · KL to the dense model in nats; 16 windows of "
         "256 tokens of each text, which no step has seen, medians over the seeds. "
-        "*descriptions* are those of scikit-learn's data sets; *self* is what the dense model "
-        f"writes, and what it was trained on, in other words. {where}"
+        f"*descriptions* are those of scikit-learn's data sets. {where}"
     )
 
 
