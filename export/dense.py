@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,9 @@ from gblm.checkpoint.write import ShardWriter, check_output, copy_side_files, ne
 from gblm.files import write_json
 from gblm.model.experts import fused_in_files
 from gblm.model.folder import ModelFolder
-from gblm.model.loading import rename_as_in_memory
 from gblm.model.packed_reader import PackedReader
 from gblm.model.reader import Cut
-from gblm.packed import check_loadable
+from gblm.packed import checked_skeleton
 from gblm.progress import Progress, no_progress
 from gblm.recipe import SHARD_SIZE, shard_bytes
 
@@ -47,39 +46,22 @@ def export_dense(
         CheckpointError: the weights are no model of config.json's sizes.
     """
     size = shard_bytes(max_shard_size)
-    check_loadable(source)
     with PackedReader(source) as packed:
+        fused = fused_in_files(checked_skeleton(packed))
         dense = sum(shape[0] * shape[1] * 4 for shape in (x.shape for x in packed.linears.values()))
         need = dense + sum(map(packed.num_bytes, packed.dense_names()))
         check_output(output, overwrite, need, source.path)
-    with PackedReader(source) as packed, new_folder(output, overwrite) as folder:
-        shards = ShardWriter(folder, size)
-        model = rename_as_in_memory(packed)
-        fused = fused_in_files(model) if model is not None else {}
-        single = {name for cuts in fused.values() for name in cuts}
-        step = progress("unpacking", len(packed.linears))
-
-        def weight(name: str) -> Tensor:
-            linear = packed.linears.get(name.removesuffix(".weight"))
-            if linear is None:
-                return packed.tensor(name)
-            parts = packed.parts(linear.name)
-            linear.fmt.check_readable(linear.name, parts, linear.shape)
-            step()
-            return linear.fmt.expand(parts, dtype or packed.dtype)
-
-        for name in (*(f"{linear}.weight" for linear in packed.linears), *packed.dense_names()):
-            if name not in single:
-                shards.add(packed.stored_name(name), weight(name))
-        for whole, cuts in fused.items():
-            shards.add(whole, _fuse([(cut, weight(name)) for name, cut in cuts.items()]))
-        shards.finish()
-        copy_side_files(source.path, folder)
-        config = {k: v for k, v in source.config.items() if k != "quantization_config"}
-        if dtype is not None:
-            config = {k: v for k, v in config.items() if k != "torch_dtype"}
-            config["dtype"] = str(dtype).removeprefix("torch.")
-        write_json(folder / "config.json", config)
+        with new_folder(output, overwrite) as folder:
+            shards = ShardWriter(folder, size)
+            for name, tensor in _unpacked(packed, fused, dtype, progress):
+                shards.add(name, tensor)
+            shards.finish()
+            copy_side_files(source.path, folder)
+            config = {k: v for k, v in source.config.items() if k != "quantization_config"}
+            if dtype is not None:
+                config = {k: v for k, v in config.items() if k != "torch_dtype"}
+                config["dtype"] = str(dtype).removeprefix("torch.")
+            write_json(folder / "config.json", config)
         return {
             "source": str(source),
             "output": str(output),
@@ -87,6 +69,32 @@ def export_dense(
             "bytes_packed": sum(map(packed.num_bytes, packed)),
             "bytes_dense": shards.total_bytes,
         }
+
+
+def _unpacked(
+    packed: PackedReader,
+    fused: Mapping[str, Mapping[str, Cut]],
+    dtype: torch.dtype | None,
+    progress: Progress,
+) -> Iterator[tuple[str, Tensor]]:
+    """Give all tensors as the family's files hold them, by the names there."""
+    step = progress("unpacking", len(packed.linears))
+
+    def weight(name: str) -> Tensor:
+        linear = packed.linears.get(name.removesuffix(".weight"))
+        if linear is None:
+            return packed.tensor(name)
+        parts = packed.parts(linear.name)
+        linear.fmt.check_readable(linear.name, parts, linear.shape)
+        step()
+        return linear.fmt.expand(parts, dtype or packed.dtype)
+
+    single = {name for cuts in fused.values() for name in cuts}
+    for name in (*(f"{linear}.weight" for linear in packed.linears), *packed.dense_names()):
+        if name not in single:
+            yield packed.stored_name(name), weight(name)
+    for whole, cuts in fused.items():
+        yield whole, _fuse([(cut, weight(name)) for name, cut in cuts.items()])
 
 
 def _fuse(matrices: Sequence[tuple[Cut, Tensor]]) -> Tensor:

@@ -188,11 +188,21 @@ def check_loadable(folder: ModelFolder) -> None:
         CheckpointError: they do not agree.
     """
     with PackedReader(folder) as packed:
-        model = named_skeleton(packed)
-        check_complete(model, packed)
-        for linear in packed.linears.values():
-            check_linear(model, linear)
-        _check_dense(model, packed)
+        checked_skeleton(packed)
+
+
+def checked_skeleton(packed: PackedReader) -> nn.Module:
+    """Build the model that config.json describes, without memory, and hold the weights against it.
+
+    Raises:
+        CheckpointError: they do not agree.
+    """
+    model = named_skeleton(packed)
+    check_complete(model, packed)
+    for linear in packed.linears.values():
+        check_linear(model, linear)
+    _check_dense(model, packed)
+    return model
 
 
 def check_complete(model: nn.Module, reader: PackedReader) -> None:

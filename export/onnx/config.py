@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from gblm.errors import CheckpointError, InputError
+from gblm.model import experts
 from gblm.model.folder import ModelFolder
 from gblm.model.loading import model_config
 
@@ -39,7 +40,7 @@ def graph_config(folder: ModelFolder) -> dict[str, Any]:
     for key in ("quantization_config", "_name_or_path"):
         config.pop(key, None)
     _check_architecture(folder, config.get("architectures") or [""])
-    if any(value for key, value in config.items() if "experts" in key):
+    if experts.are_named(config):
         raise InputError(f"{folder}: a mixture of experts is not exported to ONNX; {WAY_OUT}.")
     config |= _rotary(folder, config)
     if config["model_type"] in ALL_SLIDE and config.get("sliding_window"):

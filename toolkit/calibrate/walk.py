@@ -109,6 +109,7 @@ class DecoderLayer:
         linears: by local name, such as "self_attn.q_proj".
         experts: which of them belong to which expert.
         uses: of each expert by this rank's samples, by local name, since the last observation.
+        few: experts that few tokens reached, as the first observation found.
         streams: its samples, when the walk keeps the dense stream.
         passed: whether the samples have passed through it already, for good.
     """
@@ -129,7 +130,7 @@ class DecoderLayer:
         self.streams: Streams | None = None
         self.passed = not samples.calls
         self._device, self._samples, self._how, self._ranks = layers.device, samples, how, ranks
-        self._few: set[str] | None = None
+        self.few: set[str] = set()
 
     @torch.no_grad()
     def visit(self, see: See) -> None:
@@ -173,15 +174,15 @@ class DecoderLayer:
         """
         if not self._how.needs:
             return {}
-        found = _Observation(self.module, self._how.needs, only)
+        found, first = _Observation(self.module, self._how.needs, only), not self.uses
         with before_each_linear(self.module, found.see), counted(self.module) as self.uses:
             for batch, call in enumerate(self._samples.calls):
                 with found.batch(self._samples.counts[batch]):
                     call.run(self.module, self.index, self._states(batch))
         join(found.stats, self._ranks)
-        if self._few is None:
-            self._few = scarce(self.uses, self._ranks, self.name, "statistics")
-        found.lend(self._few)
+        if first:
+            self.few = scarce(self.uses, self._ranks, self.name, "statistics")
+        found.lend(self.few)
         return values(self.name, found.stats)
 
     @torch.no_grad()

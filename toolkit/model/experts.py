@@ -8,7 +8,7 @@ expert are an nn.Linear, called as the family's files call it, such as `mlp.expe
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -190,6 +190,11 @@ def routers(layer: nn.Module) -> set[nn.Module]:
                 if not isinstance(child, Experts) and linears < 2:
                     found |= set(child.modules())
     return found
+
+
+def are_named(config: Mapping[str, Any]) -> bool:
+    """Tell whether the config of a text model says that there are experts."""
+    return any(value for key, value in config.items() if "experts" in key)
 
 
 def unfuse(model: nn.Module, every: bool = False) -> None:

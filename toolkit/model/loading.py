@@ -159,16 +159,11 @@ def check_shapes(reader: Reader) -> nn.Module:
     return model
 
 
-def rename_as_in_memory(reader: Reader) -> nn.Module | None:
-    """Let a reader call tensors as the model in memory does, where the names may differ.
-
-    Returns:
-        The model without memory, if towers or experts make the names differ.
-    """
+def rename_as_in_memory(reader: Reader) -> None:
+    """Let a reader call tensors as the model in memory does, where towers or experts differ."""
     config = reader.folder.config
-    if "text_config" in config or any("experts" in key for key in config):
-        return named_skeleton(reader)
-    return None
+    if "text_config" in config or experts.are_named(config):
+        named_skeleton(reader)
 
 
 def named_skeleton(reader: Reader) -> nn.Module:

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gblm.calibrate.experts import MIN_TOKENS
 from gblm.calibrate.gradients import OUTPUT, gradient_norms
 from gblm.calibrate.walk import DecoderLayer, Walk, walk
 from gblm.errors import InputError
@@ -202,8 +201,7 @@ def _factors(layer: DecoderLayer, num_tokens: int) -> dict[str, float]:
     factors = {}
     for local, one in layer.experts.items():
         own, every = shares[one.expert], of_block[one.block]
-        few = layer.uses[one.expert].tokens < MIN_TOKENS
-        seen = sum(every) / len(every) if few else own
+        seen = sum(every) / len(every) if one.expert in layer.few else own
         factors[local] = own / seen**2 if own else 0.0
     return factors
 
