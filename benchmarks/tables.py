@@ -12,6 +12,7 @@ from pathlib import Path
 
 import budget
 import decoding
+import expert_speed
 import frontier
 import kernel_speed
 import matrix
@@ -37,6 +38,7 @@ BLOCKS: tuple[tuple[str, str, Callable[[], str]], ...] = (
     ("docs/methods.md", "published", published.table),
     ("docs/methods.md", "runs", memory.table),
     ("docs/methods.md", "budget", budget.table),
+    ("docs/kernels.md", "experts", expert_speed.table),
     ("docs/kernels.md", "kernels", kernel_speed.table),
     ("docs/reliability.md", "reliability", soak_tables.reliability),
 )
