@@ -22,9 +22,11 @@ import pages
 from gblm.record import Record
 
 RUN = Path("runs/demo")
-MODEL, DENSE, SPARSE = RUN / "smollm2", RUN / "smollm2-int8", RUN / "smollm2-8of16"
+MODEL, SPARSE = RUN / "smollm2", RUN / "smollm2-sparse"
 EVAL, BENCH, SUMMARY = RUN / "eval.json", RUN / "bench.json", RUN / "summary.json"
-SIDES = {"dense bf16": MODEL, "dense int8": DENSE, "int8 8:16": SPARSE}
+DENSE = {values: RUN / f"smollm2-{values}" for values in ("int8", "int4")}
+SIDES = {"dense bf16": MODEL, "dense int8": DENSE["int8"], "dense int4": DENSE["int4"],
+         "sparse int4": SPARSE}  # fmt: skip
 # The default of `gblm prune`, on less text, so that the whole takes minutes.
 PRUNE = "--num-samples 32 --recover 32768"
 # A text of a domain that no step has seen comes first; pydoc's is held out, but of a known one.
@@ -47,7 +49,9 @@ def main() -> None:
     # A small cache, so that memory shows the weights.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     gblm(f"fetch smollm2 --output {MODEL}")
-    gblm(f"export pack {MODEL} --pattern dense --values int8 --head int8 --output {DENSE}")
+    for values, folder in DENSE.items():
+        packed = f"--pattern dense --values {values} --head int8"
+        gblm(f"export pack {MODEL} {packed} --output {folder}")
     gblm(f"prune {MODEL} {PRUNE} --output {SPARSE}")
     gblm(f"inspect {SPARSE} --verify")
     texts = f"--text {pages.descriptions(RUN)} --text pydoc"
@@ -75,9 +79,11 @@ def summarise() -> dict[str, Any]:
     """Read the figures of the run from the records that the commands wrote."""
     recipe = json.loads((SPARSE / "recipe.json").read_text())
     report = json.loads((SPARSE / "sparsity_report.json").read_text())
-    control = json.loads((DENSE / "sparsity_report.json").read_text())
+    controls = [
+        json.loads((folder / "sparsity_report.json").read_text()) for folder in DENSE.values()
+    ]
     quality, bench = Record.read(EVAL), Record.read(BENCH)
-    sizes = (report["bytes_dense"], control["bytes_packed"], report["bytes_packed"])
+    sizes = [report["bytes_dense"], *(of["bytes_packed"] for of in (*controls, report))]
     one, eight = (f"8 prompts of {PROMPT} + 32 tokens, concurrency {width}" for width in (1, 8))
     found = {
         "weights on disk, MB": {n: s / 1e6 for n, s in zip(SIDES, sizes, strict=True)},
@@ -88,7 +94,7 @@ def summarise() -> dict[str, Any]:
         for metric, words in (("perplexity", "perplexity"), ("kl_mean", "KL, nats")):
             found[f"{words}, {name}"] = {
                 "dense bf16": quality.value(quality.baseline or "", text, metric),
-                "int8 8:16": quality.value(_pruned(quality), text, metric),
+                "sparse int4": quality.value(_pruned(quality), text, metric),
             }
     prefill = _speeds(bench, one, "ttft_ms_p50")
     return {
@@ -125,7 +131,7 @@ def answers() -> list[dict[str, str]]:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     models = {
         "dense bf16": AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto"),
-        "int8 8:16": packed.load(SPARSE),
+        "sparse int4": packed.load(SPARSE),
     }
     found = []
     for question in QUESTIONS:
@@ -143,7 +149,7 @@ def answers() -> list[dict[str, str]]:
 
 
 def print_table(summary: dict[str, Any]) -> None:
-    """Print the dense model, its int8 control and the sparse one side by side."""
+    """Print the dense model, its integer controls and the sparse one side by side."""
     recipe = summary["recipe"]
     print(f"\n{summary['model']}: {recipe['method']}, recovered on {recipe['recover']['tokens']}")
     print(f"{'':32}" + "".join(f"{name:>12}" for name in SIDES))

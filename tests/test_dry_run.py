@@ -115,3 +115,22 @@ def test_the_command_writes_nothing(gblm: Run, tiny: Path, text_file: Path, tmp_
     done = gblm(*words, "--json")
     assert json.loads(done.out)["exact"] is True
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "recovered: sparsegpt, 8:16 or dense, int4, spread to 3.5bits, on 4 samples of 32 "
+             "tokens, reconstructed, recovered on 65536 tokens"),
+        (["--budget", "4bits", "--preset", "fast"], "fast: sparsegpt, 8:16 or dense, int4, spread "
+                                                    "to 4bits, on 4 samples of 32 tokens"),
+        (["--values", "int8"], "recovered: sparsegpt, 8:16, int8, 1 layer dense at each end"),
+    ],
+)  # fmt: skip
+def test_the_default_is_said_before_it_starts(
+    gblm: Run, tiny: Path, text_file: Path, words: list[str], says: str
+) -> None:
+    text = ["--calibration", text_file, "--num-samples", 4, "--seq-len", 32]
+    done = gblm("prune", tiny, *text, *words, "--output", "out", "--dry-run")
+    assert done.code == 0, done
+    assert f"preset {says}" in done.err

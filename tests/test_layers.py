@@ -67,8 +67,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "commands": {
         "bench", "checkpoint", "doctor", "errors", "evaluate", "export", "fetch", "files",
-        "methods", "model", "network", "packed", "provenance", "prune", "recipe", "record",
-        "recover", "report", "search", "serve", "sparse",
+        "methods", "model", "network", "packed", "progress", "provenance", "prune", "recipe",
+        "record", "recover", "report", "search", "serve", "sparse",
     },
     "cli": {"__init__", "commands"},
     "__main__": {"cli"},

@@ -318,6 +318,10 @@ def test_a_predicted_recipe_is_one_that_prune_takes(
     assert (recipe.method, recipe.rounding) == ("sparsegpt", "obs")
     assert recipe.calibration is not None
     assert recipe.calibration.order == "sequential"
+    assert recipe.recover is not None
+    (tmp_path / "recipe.json").write_text(
+        recipe.model_copy(update={"recover": None}).model_dump_json()
+    )
     done = gblm("prune", "--recipe", "recipe.json", "--output", "out", "--json")
     assert done.code == 0, done
     assert json.loads(done.out)["bits_per_weight"] <= 3.6
@@ -329,3 +333,36 @@ def test_a_predicted_recipe_is_one_that_prune_takes(
     ways = [way for row in rows for way in (row["recipe"], *row["recipe"]["layers"])]
     assert {way["values"] for way in ways} == {"float"}
     assert {way["pattern"] for way in ways} <= {"2:4", "dense"}
+
+
+def test_prune_spreads_a_budget_by_itself(
+    gblm: Run, tiny: Path, text_file: Path, tmp_path: Path
+) -> None:
+    words = [tiny, "--calibration", text_file, *TEXT, "--recover", 0, "--budget", "3.9bits",
+             "--json"]  # fmt: skip
+    done = gblm("prune", *words, "--output", "out")
+    assert done.code == 0, done
+    assert 3.4 < json.loads(done.out)["bits_per_weight"] <= 3.9
+    recipe = Recipe.from_file(tmp_path / "out" / "recipe.json")
+    assert {recipe.pattern, *(choice.pattern for choice in recipe.layers)} == {"8:16", "dense"}
+    assert (recipe.values, recipe.dense_ends) == ("int4:auto", 0)
+    # A run that is cut off goes on only if the same command spreads alike.
+    again = gblm("prune", *words, "--output", "again")
+    assert again.code == 0, again
+    assert Recipe.from_file(tmp_path / "again" / "recipe.json") == recipe
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--budget", "3.5bits", "--dense-ends", 1], "which decides that itself"),
+        (["--budget", "3.5bits", "--pattern", "0.5"], "which decides the sparsity"),
+        (["--budget", "1bits"], "is too small"),
+    ],
+)
+def test_budgets_that_prune_refuses(
+    gblm: Run, tiny: Path, text_file: Path, words: list[object], says: str
+) -> None:
+    done = gblm("prune", tiny, "--calibration", text_file, *TEXT, *words, "--output", "out")
+    assert (done.code, done.out) == (2, "")
+    assert says in done.err

@@ -57,7 +57,7 @@ def command(
         from gblm.checkpoint.report import in_words
         from gblm.prune import run
 
-        chosen = read_recipe(ctx, recipe, given, OWN)
+        chosen = read_recipe(ctx, recipe, given, OWN, progress)
         target = run.Output(output, overwrite, resume)
         report = run.dry_run(chosen, target) if dry_run else run.prune(chosen, target, progress)
     if dry_run:

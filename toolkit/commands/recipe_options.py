@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import click
 from click.core import ParameterSource
@@ -16,7 +16,11 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from gblm.commands.common import Command, device_option, dtype_option, options
+from gblm.progress import Progress, no_progress
 from gblm.recipe import MIX, Calibration, Recipe
+
+if TYPE_CHECKING:
+    from gblm.search.examine import Space
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +31,9 @@ PLAIN = (
     "max_shard_size",
 )  # fmt: skip
 FAST: dict[str, Any] = {
-    "method": "sparsegpt", "pattern": "8:16", "values": "int8", "head": "int8",
-    "dense_ends": 1, "rounding": "obs", "calibration": MIX, "num_samples": 64, "seq_len": 512,
-    "order": "sequential",
+    "method": "sparsegpt", "pattern": "8:16", "values": "int4", "budget": "3.5bits",
+    "head": "int8", "dense_ends": 1, "rounding": "obs", "calibration": MIX, "num_samples": 64,
+    "seq_len": 512, "order": "sequential",
 }  # fmt: skip
 # The steps follow docs/methods.md, the choice docs/results.md. What the papers did is what a recipe
 # says of itself.
@@ -135,6 +139,11 @@ def _kinds() -> Iterable[str]:
 TABLES: dict[str, Callable[[], Iterable[str]]] = {"method": _methods, "values": _kinds}
 # What a search takes; a recipe has the rest.
 search_options = options(
+    click.option(
+        "--budget",
+        help="Spread over the linears by what pruning costs each: 3.5bits (per pruned weight, "
+        "masks and scales counted), 2.1GB (the whole packed model).",
+    ),
     field_options(Recipe, "method", "pattern", "values", defaults=False),
     click.option("--calibration", help=Calibration.model_fields["source"].description),
     field_options(Calibration, "num_samples", "seq_len", defaults=False),
@@ -174,51 +183,98 @@ recipe_options = options(
 
 
 def read_recipe(
-    ctx: click.Context, recipe: Path | None, given: dict[str, Any], own: frozenset[str]
+    ctx: click.Context,
+    recipe: Path | None,
+    given: dict[str, Any],
+    own: frozenset[str],
+    progress: Progress = no_progress,
 ) -> Recipe:
-    """Give the recipe that a command line asks for.
+    """Give the recipe that a command line asks for; a budget is spread over the linears.
 
     Args:
         ctx: of the command.
         recipe: the file to take instead of options.
-        given: values of `recipe_options` or `search_options`, and "model".
+        given: values of `recipe_options`, and "model".
         own: options of the command itself, which go with a file, too.
+        progress: for progress bars.
     """
     if recipe is None:
-        return Recipe.from_dict(_fields(**_with_preset(**given)))
+        chosen = with_preset(**given)
+        if chosen["preset"] != "paper":
+            logger.info("preset %s", _in_words(**chosen))
+        if "budget" not in chosen:
+            return Recipe.from_dict(_fields(**chosen))
+        from gblm.search.candidates import best, parse_budget
+
+        space = space_of(chosen.get("values"), chosen.get("pattern"))
+        return best(spread_recipe(chosen), parse_budget(chosen["budget"]), space, progress)
     for name in ctx.params.keys() - own - {"recipe", "model"}:
         if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE:
             raise click.UsageError(
                 f"--{name.replace('_', '-')} does not go with --recipe: edit the recipe instead."
             )
-    chosen = Recipe.from_file(recipe)
-    return chosen.model_copy(update={"model": given["model"]}) if given["model"] else chosen
+    found = Recipe.from_file(recipe)
+    return found.model_copy(update={"model": given["model"]}) if given["model"] else found
 
 
-def _with_preset(preset: str | None = None, **options: Any) -> dict[str, Any]:
+def spread_recipe(chosen: dict[str, Any]) -> Recipe:
+    """Give a recipe whose pattern and values a search decides."""
+    # Rounding belongs to integer values; recipes without any leave it out.
+    return Recipe.from_dict(_fields(**chosen | {"values": "int8", "pattern": "dense"}))
+
+
+def space_of(values: str | None, pattern: str | None) -> Space:
+    """Say what linears may become besides dense: what the options name, or everything."""
+    from gblm.search.examine import EVERYTHING, Space
+    from gblm.sparse.patterns import NM, parse
+    from gblm.sparse.values import parse_values
+
+    kinds = (str(parse_values(values)),) if values else EVERYTHING.values
+    if pattern is None:
+        return Space(kinds)
+    if pattern == "dense":
+        return Space(kinds, ())
+    if pattern == "unstructured" or isinstance(parse(pattern), NM):
+        return Space(kinds, (pattern,))
+    raise click.UsageError(
+        f"--pattern {pattern} does not go with a budget, which decides the sparsity: give "
+        "unstructured, N:M or dense."
+    )
+
+
+def with_preset(preset: str | None = None, **options: Any) -> dict[str, Any]:
     """Give the options that were given, and the preset's own in place of those that were not.
 
-    Who names a method gets what the papers did.
+    Who names a method gets what the papers did. The preset's budget is for its own pattern and
+    values; a budget decides itself which linears stay dense.
     """
     given = {name: value for name, value in options.items() if value not in (None, ())}
     preset = preset or ("paper" if "method" in given else "recovered")
-    own = PRESETS[preset]
+    leave = {"budget"} if given.keys() & {"pattern", "values", "dense_ends"} else {"dense_ends"}
+    if "budget" in given and "dense_ends" in given:
+        raise click.UsageError("--dense-ends does not go with --budget, which decides that itself.")
     # Codes alone are rounded; with a floating --values the head is left floating, too.
     if given.get("values") == "float":
-        own = {name: value for name, value in own.items() if name not in ("rounding", "head")}
-    chosen = own | given
-    if preset != "paper":
-        # A search decides itself which layers stay dense.
-        ends = chosen["dense_ends"] if "dense_ends" in options else 0
-        steps = ", reconstructed" if chosen.get("reconstruct") else ""
-        steps += f", recovered on {chosen['recover']} tokens" if chosen.get("recover") else ""
-        logger.info(
-            "preset %s: %s, %s, %s%s, on %d samples of %d tokens%s",
-            preset, chosen["method"], chosen["pattern"], chosen.get("values", "float"),
-            f", {ends} layer{'s' * (ends > 1)} dense at each end" if ends else "",
-            chosen["num_samples"], chosen["seq_len"], steps,
-        )  # fmt: skip
-    return chosen
+        leave |= {"rounding", "head"}
+    if "budget" in given:
+        leave |= {"dense_ends"}
+    own = {name: value for name, value in PRESETS[preset].items() if name not in leave}
+    return {"preset": preset} | own | given
+
+
+def _in_words(
+    *, preset: str, method: str, pattern: str, values: str, num_samples: int, seq_len: int,
+    **rest: Any,
+) -> str:  # fmt: skip
+    """Say what a preset and the options beside it come to."""
+    budget, ends = rest.get("budget"), rest.get("dense_ends")
+    words = [f"{preset}: {method}", pattern + " or dense" * bool(budget), values]
+    words += [f"spread to {budget}"] if budget else []
+    words += [f"{ends} layer{'s' * (ends > 1)} dense at each end"] if ends else []
+    words += [f"on {num_samples} samples of {seq_len} tokens"]
+    words += ["reconstructed"] if rest.get("reconstruct") else []
+    words += [f"recovered on {rest['recover']} tokens"] if rest.get("recover") else []
+    return ", ".join(words)
 
 
 def _fields(**chosen: Any) -> dict[str, Any]:

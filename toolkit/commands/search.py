@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gblm.commands.common import Command, emit, progress_bars, table, with_a_place
-from gblm.commands.recipe_options import FAST, read_recipe, search_options
+from gblm.commands.recipe_options import (
+    FAST,
+    read_recipe,
+    search_options,
+    space_of,
+    spread_recipe,
+    with_preset,
+)
 from gblm.files import write_json
 
 if TYPE_CHECKING:
@@ -23,12 +30,6 @@ OWN = frozenset({"budget", "write"})
 @click.command("search", cls=Command)
 @click.argument("model", required=False)
 @click.option(
-    "--budget",
-    required=True,
-    help="What the packed model may take: 3.5bits (per pruned weight, masks and scales counted), "
-    "2.1GB (all of it).",
-)
-@click.option(
     "--write",
     type=click.Path(path_type=Path, dir_okay=False, writable=True),
     callback=with_a_place,
@@ -39,7 +40,7 @@ OWN = frozenset({"budget", "write"})
 def command(
     ctx: click.Context,
     /,
-    budget: str,
+    budget: str | None,
     write: Path | None,
     recipe: Path | None,
     **given: Any,
@@ -47,7 +48,8 @@ def command(
     """Spread a budget over the linears of MODEL, and rank the ways to do it.
 
     They are ranked by a prediction, which takes one pass forward and backward over a little text.
-    gblm prune --recipe makes the best of them from what --write wrote, gblm eval measures it.
+    gblm prune --recipe makes the best of them from what --write wrote, gblm eval measures it; gblm
+    prune --budget takes the best by itself.
     """
     with progress_bars(ctx) as progress:
         from gblm.search.candidates import answer
@@ -59,39 +61,20 @@ def command(
 
 
 def _question(
-    ctx: click.Context, budget: str, recipe: Path | None, given: dict[str, Any]
+    ctx: click.Context, budget: str | None, recipe: Path | None, given: dict[str, Any]
 ) -> tuple[Recipe, Budget, Space]:
     """Give what the command line asks, with `given` as the values of `search_options`."""
     from gblm.search.candidates import parse_budget
-    from gblm.search.examine import Space
-    from gblm.sparse.values import parse_values
+    from gblm.search.examine import EVERYTHING
 
+    if budget is None:
+        raise click.UsageError("give a --budget, such as 3.5bits or 150MB.")
     amount = parse_budget(budget)
     if recipe is not None:
-        return read_recipe(ctx, recipe, given, OWN), amount, Space()
-    values = (str(parse_values(given["values"])),) if given["values"] else Space.values
-    space = Space(values, _patterns(given["pattern"]))
-    # Rounding belongs to integer values; recipes without any leave it out.
-    fields = given | {"values": "int8", "pattern": "dense"}
-    fields |= {"rounding": FAST["rounding"]} if given["method"] else {"preset": "fast"}
-    return read_recipe(ctx, None, fields, OWN), amount, space
-
-
-def _patterns(text: str | None) -> tuple[str, ...]:
-    """Give the patterns that may be used: all of them, or the one that --pattern names."""
-    from gblm.search.examine import Space
-    from gblm.sparse.patterns import NM, parse
-
-    if text is None:
-        return Space.patterns
-    if text == "dense":
-        return ()
-    if text == "unstructured" or isinstance(parse(text), NM):
-        return (text,)
-    raise click.UsageError(
-        f"--pattern {text} does not go with a budget, which decides the sparsity: give "
-        "unstructured, N:M or dense."
-    )
+        return read_recipe(ctx, recipe, given, OWN), amount, EVERYTHING
+    steps = {"rounding": FAST["rounding"]} if given["method"] else {}
+    chosen = with_preset(budget=budget, **given, **steps)
+    return spread_recipe(chosen), amount, space_of(given["values"], given["pattern"])
 
 
 def _show(result: Mapping[str, Any]) -> None:

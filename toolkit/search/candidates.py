@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,6 +24,7 @@ from gblm.sparse.formats import Format
 from gblm.sparse.formats.manifest import group_targets
 from gblm.sparse.patterns import Dense, Pattern, Unstructured
 
+logger = logging.getLogger(__name__)
 Unit = Literal["bits", "bytes"]
 WORDS: dict[str, tuple[Unit, float]] = {
     "bit": ("bits", 1), "bits": ("bits", 1),
@@ -120,6 +122,18 @@ def answer(
     if rows[0]["dense"]:
         verdict = f"{name} is the answer at {budget}, by prediction: nothing with zeros is better."
     return {"budget": str(budget), "rows": rows, "verdict": verdict}
+
+
+def best(
+    recipe: Recipe, budget: Budget, space: Space = EVERYTHING, progress: Progress = no_progress
+) -> Recipe:
+    """Give the recipe of the candidate with the least predicted loss; see `answer`."""
+    row = answer(recipe, budget, space, progress)["rows"][0]
+    logger.info(
+        "%s: %s, %.2f bits per weight, predicted to take perplexity %.2f times as high",
+        budget, row["what"], row["bits_per_weight"], row["ratio"],
+    )  # fmt: skip
+    return Recipe.from_dict(row["recipe"])
 
 
 def allocations(model: Examined, limit: float) -> dict[str, Allocation]:
