@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from weights import product, stored, weight_of
+from weights import moved, product, stored, weight_of
 
-from gblm.kernels import BACKENDS, Backend, linear
+from gblm.kernels import BACKENDS, Backend, experts, linear
 from gblm.kernels.few_tokens import FewTokens
+from gblm.kernels.triton.backend import Triton
 from gblm.model.folder import ModelFolder
 from gblm.model.layers import stream
 from gblm.prune import prune
@@ -155,6 +156,56 @@ def test_calls_are_captured_in_graphs_and_wait_for_nothing(
     captured.fill_(torch.nan)
     graph.replay()
     assert made.error(captured, x) < torch.finfo(BF16).eps / 2
+
+
+EXPERTS, CHOSEN, HIDDEN, INNER = 9, 2, 256, 384
+
+
+def stacks_of(spec: str) -> tuple[list[experts.Expert], list[experts.Stack]]:
+    """Gate, up and down of experts in bfloat16: in float64, and stacked on the device."""
+    fmt, weights, stacks = from_spec(spec), [], []
+    for shape in ((INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER)):
+        own = [
+            moved(weight_of(fmt, shape), 7 * len(weights) + index).to(BF16, CUDA)
+            for index in range(EXPERTS)
+        ]
+        parts = fmt.join([fmt.pack("w", weight) for weight in own])
+        prepared = BACKENDS["triton"].prepare(fmt, parts, (EXPERTS * shape[0], shape[1]), BF16)
+        weights.append(own)
+        stacks.append(experts.Stack(fmt, shape, prepared))
+    linears = [
+        tuple(lambda x, w=weight: product(w, x).to(BF16) for weight in expert)
+        for expert in zip(*weights, strict=True)
+    ]
+    return linears, stacks
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 16, 17, 300])
+@pytest.mark.parametrize("spec", ["nm/2:4", "nm/2:4/int4:32", "bitmask/0.5/int8:128"])
+def test_experts_are_those_called_one_by_one_and_captured_in_graphs(spec: str, tokens: int) -> None:
+    backend = BACKENDS["triton"]
+    assert isinstance(backend, Triton)
+    linears, stacks = stacks_of(spec)
+    seed = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, HIDDEN, generator=seed).to(CUDA, BF16)
+    ids = torch.rand(tokens, EXPERTS, generator=seed).argsort(1)[:, :CHOSEN].to(CUDA)
+    ids[::5, 0] = -1
+    shares = torch.rand(tokens, CHOSEN, generator=seed).to(CUDA)
+    want = experts.one_by_one(x, ids, shares, linears).double()
+    with poisoned():
+        experts.stacked(x, ids, shares, stacks, EXPERTS, backend)  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            got = experts.stacked(x, ids, shares, stacks, EXPERTS, backend)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = experts.stacked(x, ids, shares, stacks, EXPERTS, backend)
+    captured.fill_(torch.nan)
+    graph.replay()
+    for one in (got, captured):
+        assert float((one.double() - want).norm() / want.norm()) < torch.finfo(BF16).eps / 2
 
 
 def recipe(tiny: Path, text: Path, device: str, **more: Any) -> Recipe:

@@ -111,7 +111,8 @@ def test_log_names_for_each_backend_why_better_ones_refused(
     log_choice([(BACKENDS["cpu"], []), (BACKENDS["dense"], ["cpu: odd"]), (BACKENDS["cpu"], [])])
     assert caplog.messages == [
         "gblm: 2 linears run on backend cpu (packed in memory)",
-        "gblm: 1 linears run on backend dense (expanded at load); refused: cpu: odd",
+        "gblm: 1 linears run on backend dense (expanded at load): memory is the dense model's; "
+        "refused: cpu: odd",
     ]
 
 

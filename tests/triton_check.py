@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from weights import every_code, product, weight_of
+from weights import every_code, moved, product, weight_of
 
-from gblm.kernels.triton.backend import Triton
-from gblm.sparse.formats import Format, make_format
+from gblm.kernels import experts
+from gblm.kernels.experts import Stack, one_by_one, stacked
+from gblm.kernels.triton.backend import Pairs, Triton
+from gblm.sparse.formats import Format, from_spec, make_format
 from gblm.sparse.weights import SparseWeight
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -182,3 +184,111 @@ def test_an_access_out_of_bounds_is_noticed(name: str, values: str) -> None:
     for tokens in (1, 2):
         with pytest.raises(InterpreterError, match="an access out of bounds"):
             Triton(lambda _: 1).linear(activations(tokens, 64, BF16), short, fmt, shape)
+
+
+# Of an expert's linear; rows that are no whole block, columns that are no word; shares of columns.
+EXPERT_CASES = [
+    ("nm/2:4", (37, 200), BF16),
+    ("nm/2:4/int8:row", (19, 136), FP16),
+    ("nm/2:4/int4:32", (7, 1120), BF16),
+    ("bitmask/0.5", (9, 72), FP16),
+    ("bitmask/0.5/int8:32", (33, 96), BF16),
+    ("bitmask/0.5/int4:row", (21, 72), FP16),
+    ("nm/4:8/int4:96", (7, 288), BF16),
+]
+HIDDEN, INNER = 64, 32
+
+
+def stack_of(
+    fmt: Format, shape: tuple[int, int], dtype: torch.dtype, count: int, first: int = 0
+) -> tuple[list[SparseWeight], Stack]:
+    """Weights of so many experts, none like another: rows have moved."""
+    weights = [moved(weight_of(fmt, shape, dtype), first + index) for index in range(count)]
+    parts = fmt.join([fmt.pack("w", weight) for weight in weights])
+    prepared = Triton().prepare(fmt, parts, (count * shape[0], shape[1]), dtype)
+    return weights, Stack(fmt, shape, prepared)
+
+
+def routed(tokens: int, count: int, chosen: int) -> torch.Tensor:
+    """Different experts for each token; the last of all is never chosen."""
+    generator = torch.Generator().manual_seed(tokens)
+    return torch.rand(tokens, count - 1, generator=generator).argsort(1)[:, :chosen]
+
+
+@pytest.mark.parametrize("chosen", [1, 2])
+@pytest.mark.parametrize(("spec", "shape", "dtype"), EXPERT_CASES, ids=str)
+def test_each_pair_gives_the_float64_product_of_its_expert(
+    spec: str, shape: tuple[int, int], dtype: torch.dtype, chosen: int
+) -> None:
+    weights, stack = stack_of(from_spec(spec), shape, dtype, 4)
+    bound = torch.finfo(dtype).eps / 2
+    for tokens in (1, 3, 8):
+        x, ids = activations(tokens, shape[1], dtype), routed(tokens, 4, chosen)
+        ids[0, 1:] = ids[2:3, 0] = -1
+        # An x for each token, as gate and up have it, and one for each pair, as down has it.
+        for lines in (x, activations(tokens * chosen, shape[1], dtype)):
+            out = torch.full((ids.numel(), shape[0]), torch.nan, dtype=dtype)
+            pairs = Pairs.of(ids, 4)
+            Triton(lambda _: UNITS).multiply(lines, out, stack.prepared, stack.fmt, shape, pairs)
+            for pair, index in enumerate(ids.flatten().tolist()):
+                if index < 0:
+                    assert out[pair].isnan().all(), "a pair without an expert was written"
+                    continue
+                line = lines[pair * len(lines) // ids.numel()]
+                want = product(weights[index], line[None])[0]
+                torch.testing.assert_close(
+                    out[pair].double(), want, rtol=1.01 * bound, atol=1e-5 * bound**0.5
+                )
+
+
+def assert_a_layer_is_that_of_its_experts(
+    specs: tuple[str, str, str], ids: torch.Tensor, count: int
+) -> None:
+    sides = [
+        stack_of(from_spec(spec), shape, BF16, count, 40 * place)
+        for place, (spec, shape) in enumerate(
+            zip(specs, ((INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER)), strict=True)
+        )
+    ]
+    linears = [
+        tuple(lambda x, w=weights[index]: product(w, x).to(BF16) for weights, _ in sides)
+        for index in range(count)
+    ]
+    x, shares = activations(len(ids), HIDDEN, BF16), torch.rand(ids.shape)
+    got = stacked(x, ids, shares, [one for _, one in sides], count, Triton(lambda _: UNITS))
+    want = one_by_one(x, ids, shares, linears)
+    assert got.dtype == BF16
+    # Sums in another order may be rounded to the neighbour.
+    assert (got.double() - want.double()).norm() <= 2e-3 * want.double().norm()
+
+
+@pytest.mark.parametrize("chosen", [1, 2, 8])
+@pytest.mark.parametrize("values", ["", "/int8:32", "/int4:row"])
+def test_a_layer_in_three_launches_is_that_of_its_experts(values: str, chosen: int) -> None:
+    specs = (f"nm/2:4{values}", f"bitmask/0.5{values}", f"nm/2:4{values}")
+    for tokens in (1, 2, 8):
+        ids = routed(tokens, 9, chosen).int()
+        ids[4:6] = -1  # another rank has them
+        assert_a_layer_is_that_of_its_experts(specs, ids, 9)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 40])
+def test_all_tokens_may_choose_one_expert_or_all_of_them(tokens: int) -> None:
+    specs = ("nm/2:4", "nm/2:4/int8:row", "bitmask/0.5")
+    for ids in (torch.full((tokens, 1), 1), torch.arange(2).expand(tokens, 2)):
+        assert_a_layer_is_that_of_its_experts(specs, ids, 2)
+
+
+def test_many_tokens_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "TURN", 3)
+    specs = ("bitmask/0.5", "nm/2:4", "nm/2:4")
+    assert_a_layer_is_that_of_its_experts(specs, routed(7, 3, 2), 3)
+
+
+def test_no_token_and_no_expert_of_this_rank_give_zeros() -> None:
+    stacks = [stack_of(from_spec("nm/2:4"), (32, 32), BF16, 2)[1]] * 3
+    for tokens in (0, 3):
+        ids, x = torch.full((tokens, 2), -1), torch.ones(tokens, 32, dtype=BF16)
+        got = stacked(x, ids, torch.ones(tokens, 2), stacks, 2, Triton(lambda _: 1))
+        assert got.shape == x.shape
+        assert not got.any()

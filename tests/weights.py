@@ -32,6 +32,15 @@ def weight_of(
     return quantize(drawn, mask, fmt.values)
 
 
+def moved(weight: SparseWeight, by: int) -> SparseWeight:
+    """Move all rows down by so many, the last to the top, so that weights are unlike each other."""
+    rolled = [
+        None if tensor is None else tensor.roll(by, 0)
+        for tensor in (weight.weight, weight.mask, weight.codes, weight.scales)
+    ]
+    return SparseWeight(*rolled)
+
+
 def every_code(fmt: Format, dtype: torch.dtype) -> SparseWeight:
     """Place every code of a 2:4 weight [16, 512] whose scales are one."""
     mask = torch.arange(512).remainder(4).lt(2).expand(16, 512)

@@ -7,6 +7,7 @@ formats may differ, and their lengths. So its loader is asked only whose part a 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,9 +24,10 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 from gblm import kernels
 from gblm.errors import CheckpointError, UsageError
 from gblm.kernels import BACKENDS, Backend, experts
+from gblm.kernels.triton.backend import Arrays, Triton
 from gblm.serve.vllm_plugin.linear import MISSING, NoteChoice, check_shard
 from gblm.serve.vllm_plugin.ragged import give_back_memory, pack_in_blocks
-from gblm.sparse.formats import Format, Shape, from_spec
+from gblm.sparse.formats import Format, Shape, from_spec, join_formats
 from gblm.sparse.formats.manifest import Manifest
 
 DENSE = from_spec("dense/dense")
@@ -85,6 +87,14 @@ class Arriving:
                 self.linears[local, side] = ExpertLinear(name, fmt, shape)
         self._arriving: dict[Key, dict[str, Tensor]] = {}
         self._done: dict[Key, dict[str, Tensor]] = {}
+
+    def kinds(self) -> set[tuple[Format, Shape]]:
+        """Give the formats and shapes of all linears on this rank, each once."""
+        return {(linear.fmt, linear.shape) for linear in self.linears.values()}
+
+    def joined_format(self, side: str) -> Format | None:
+        """Find the format of all gates, ups or downs as one weight; None if there is none."""
+        return join_formats(one.fmt for (_, own), one in self.linears.items() if own == side)
 
     def check_shards(self) -> None:
         """Raise CheckpointError when tensor-parallel ranks would cut what belongs together."""
@@ -164,21 +174,42 @@ class Arriving:
 
 
 def choose(layer: Any, arriving: Arriving) -> tuple[Backend, Sequence[str]]:
-    """Choose what runs all experts of a layer: the grouped call of `cpu`, or vLLM's own kernels.
+    """Choose what runs all experts of a layer: a backend that has a call for them, or vLLM itself.
 
     Returns:
-        The backend, and why better ones refused.
+        The backend, `dense` for vLLM's own kernels; and why better ones refused.
+
+    Raises:
+        UsageError: the backend that is asked for is unknown or refuses.
     """
     device = torch.device(layer.moe_config.device)
     if layer.activation != MoEActivation.SILU or layer.swiglu_limit is not None:
         return BACKENDS["dense"], ["experts: the grouped call knows plain silu alone"]
     forced = kernels.requested_backend()
-    for fmt, shape in {(linear.fmt, linear.shape) for linear in arriving.linears.values()}:
-        backend, why = kernels.select(fmt, shape, arriving.dtype, device, forced)
-        if backend.name != "cpu":
-            more = [f"{backend.name}: it has no grouped call for experts"] if backend.packed else []
-            return BACKENDS["dense"], [*why, *more]
-    return BACKENDS["cpu"], []
+    if forced:
+        for fmt, shape in arriving.kinds():
+            kernels.select(fmt, shape, arriving.dtype, device, forced)
+        if not BACKENDS[forced].packed:
+            return BACKENDS[forced], []
+    reasons: list[str] = []
+    for name in [forced] if forced else METHODS:
+        reason = _refusal(name, arriving, device)
+        if reason is None:
+            return BACKENDS[name], reasons
+        reasons.append(f"{name}: {reason}")
+    return BACKENDS["dense"], reasons
+
+
+def _refusal(name: str, arriving: Arriving, device: torch.device) -> str | None:
+    """Say why a backend cannot run all experts of a layer, for people; None when it can."""
+    if name not in METHODS:
+        return "it has no grouped call for experts"
+    for fmt, shape in arriving.kinds():
+        if reason := kernels.refusal(BACKENDS[name], fmt, shape, arriving.dtype, device):
+            return reason
+    if name == "triton" and not all(map(arriving.joined_format, SIDES)):
+        return "experts of a layer are stored in different formats"
+    return None
 
 
 def experts_method(layer: Any, arriving: Arriving, note_choice: NoteChoice) -> FusedMoEMethodBase:
@@ -202,12 +233,12 @@ def experts_method(layer: Any, arriving: Arriving, note_choice: NoteChoice) -> F
             "vLLM's own experts have no expert parallelism on CPU, and the backend cpu does not "
             f"serve these ({why}): leave --enable-expert-parallel out."
         )
-    kind = GroupedExperts if backend.packed else ExpandedExperts
+    kind = METHODS.get(backend.name, ExpandedExperts)
     return kind(layer.moe_config, arriving, partial(note_choice, backend, reasons))
 
 
 class GroupedExperts(FusedMoEMethodBase):
-    """Multiplies with packed experts, all of a layer in one call."""
+    """Multiplies with packed experts, all of a layer at once."""
 
     def __init__(self, moe: Any, arriving: Arriving, note_choice: Callable[[], None]) -> None:
         super().__init__(moe)
@@ -221,18 +252,12 @@ class GroupedExperts(FusedMoEMethodBase):
         """Give none: vLLM's kernels are not asked."""
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Turn the parts into panels, and join those of all experts."""
-        parts = self.arriving.finish(layer)
-        prepared: dict[Key, Tensor] = {}
-        for key, (_, fmt, shape) in self.arriving.linears.items():
-            backend = BACKENDS["cpu"]
-            prepared[key] = backend.prepare(fmt, parts.pop(key), shape, self.arriving.dtype)[0]
+        """Turn the parts into what the backend reads, as parameters of the layer."""
+        device = next(layer.parameters()).device
+        for name, tensor in self.prepare(self.arriving.finish(layer)).items():
+            layer.register_parameter(name, Parameter(tensor.to(device), requires_grad=False))
+        for _ in self.arriving.linears:
             self.note_choice()
-        count = len(prepared) // len(SIDES)
-        joined = experts.join([[prepared[index, side] for side in SIDES] for index in range(count)])
-        for name, tensor in zip(("weight_packed", "places"), joined, strict=True):
-            layer.register_parameter(name, Parameter(tensor, requires_grad=False))
-        prepared.clear()
         give_back_memory()
 
     def apply(
@@ -245,7 +270,67 @@ class GroupedExperts(FusedMoEMethodBase):
         if layer.apply_router_weight_on_input:
             x = x * topk_weights.to(x.dtype)
             topk_weights = torch.ones_like(topk_weights)
-        return experts.grouped(x, topk_ids, topk_weights, layer.weight_packed, layer.places)
+        return self.multiply(layer, x, topk_ids, topk_weights)
+
+    @abstractmethod
+    def prepare(self, parts: dict[Key, dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Give what `multiply` reads of a layer, by name; takes the parts out as it goes."""
+
+    @abstractmethod
+    def multiply(self, layer: Any, x: Tensor, ids: Tensor, shares: Tensor) -> Tensor:
+        """Multiply as `experts.one_by_one` does, with this rank's experts."""
+
+
+class PanelExperts(GroupedExperts):
+    """Multiplies on the backend `cpu`: one call of the kernels."""
+
+    def prepare(self, parts: dict[Key, dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Turn the parts into panels, and join those of all experts."""
+        backend, dtype = BACKENDS["cpu"], self.arriving.dtype
+        panels = {
+            key: backend.prepare(fmt, parts.pop(key), shape, dtype)[0]
+            for key, (_, fmt, shape) in self.arriving.linears.items()
+        }
+        count = len(panels) // len(SIDES)
+        joined = experts.join([[panels[index, side] for side in SIDES] for index in range(count)])
+        return dict(zip(("weight_packed", "places"), joined, strict=True))
+
+    def multiply(self, layer: Any, x: Tensor, ids: Tensor, shares: Tensor) -> Tensor:
+        """Call the kernels once."""
+        return experts.grouped(x, ids, shares, layer.weight_packed, layer.places)
+
+
+class StackedExperts(GroupedExperts):
+    """Multiplies on the backend `triton`: a launch for all gates, all ups and all downs each."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.backend = Triton()
+        self.count = len(self.arriving.linears) // len(SIDES)
+        self.kinds = {
+            side: (fmt, self.arriving.linears[0, side].shape)
+            for side in SIDES
+            if (fmt := self.arriving.joined_format(side))
+        }
+
+    def prepare(self, parts: dict[Key, dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Put the weights of all experts one below the other, side by side."""
+        found = {}
+        for side, (fmt, (rows, columns)) in self.kinds.items():
+            joined = fmt.join([parts.pop((index, side)) for index in range(self.count)])
+            shape = (self.count * rows, columns)
+            prepared = self.backend.prepare(fmt, joined, shape, self.arriving.dtype)
+            for field, tensor in zip(Arrays._fields, prepared, strict=True):
+                found[f"{side}_{field}"] = tensor
+        return found
+
+    def multiply(self, layer: Any, x: Tensor, ids: Tensor, shares: Tensor) -> Tensor:
+        """Launch the kernel three times."""
+        stacks = [
+            experts.Stack(*kind, [getattr(layer, f"{side}_{field}") for field in Arrays._fields])
+            for side, kind in self.kinds.items()
+        ]
+        return experts.stacked(x, ids, shares, stacks, self.count, self.backend)
 
 
 class ExpandedExperts(UnquantizedFusedMoEMethod):
@@ -304,3 +389,7 @@ class DenseExperts(UnquantizedFusedMoEMethod):
         if bool(first.isnan().any()):
             raise CheckpointError(MISSING.format(self.prefix))
         super().process_weights_after_loading(layer)
+
+
+# What runs the experts of a layer on a backend; in order of preference.
+METHODS: dict[str, type[GroupedExperts]] = {"cpu": PanelExperts, "triton": StackedExperts}

@@ -14,7 +14,15 @@ import torch
 from weights import weight_of
 
 from gblm.kernels.triton import backend as module
-from gblm.kernels.triton.backend import MAX_TOKENS, Stored, arrays, blocks, package_refusal, sized
+from gblm.kernels.triton.backend import (
+    SIZES,
+    Pairs,
+    Stored,
+    arrays,
+    blocks,
+    package_refusal,
+    sized,
+)
 from gblm.sparse.formats import make_format
 from gblm.sparse.values import GROUP_SIZES
 
@@ -34,7 +42,7 @@ def test_every_kernel_in_the_interpreter() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     (passed,) = re.findall(r"^(\d+) passed", done.stdout, re.MULTILINE)
-    assert int(passed) >= 40, "cases were lost"
+    assert int(passed) >= 65, "cases were lost"
 
 
 def test_the_parts_are_not_copied() -> None:
@@ -47,7 +55,7 @@ def test_the_parts_are_not_copied() -> None:
 
 
 @pytest.mark.parametrize("two_four", [True, False])
-@pytest.mark.parametrize("tokens", [1, 2, MAX_TOKENS])
+@pytest.mark.parametrize("tokens", [2, *SIZES])
 @pytest.mark.parametrize("group", [0, *GROUP_SIZES])
 def test_blocks_suit_the_scales_and_triton(group: int, tokens: int, two_four: bool) -> None:
     stored = Stored(two_four, 8, group)
@@ -66,7 +74,33 @@ def test_columns_are_shared_until_every_unit_has_work() -> None:
     assert blocks(stored, (64, 4096), 1, 132).split == 8
     assert blocks(stored, (64, 1024), 1, 132).split == 2
     assert blocks(stored, (64, 1016), 1, 132).split == 1
+    assert blocks(stored, (64, 4096), 1, 132, groups=8).split == 8
+    assert blocks(stored, (64, 4096), 1, 132, groups=64).split == 2
     assert sized(((16, 256), (8, 256)), Stored(False, 8, 96)) == (64, 32)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "chosen", "experts"),
+    [(1, 8, 64), (8, 2, 8), (16, 1, 1), (40, 2, 5), (300, 8, 8), (2, 1, 1), (700, 1, 9)],
+)
+def test_each_pair_is_in_one_group_of_its_expert(tokens: int, chosen: int, experts: int) -> None:
+    # Every third expert is never chosen; ids below 0 and above the last are others' or nobody's.
+    seed = torch.Generator().manual_seed(1)
+    ids = torch.randint(-2, experts + 2, (tokens, chosen), generator=seed)
+    ids[ids % 3 == 2] = 0
+    found = Pairs.of(ids, experts)
+    assert found.most in SIZES
+    assert found.most > 1 or tokens == 1
+    # Other ids make no other number of groups, for a graph that is captured once.
+    assert len(found.groups) == len(Pairs.of(torch.zeros_like(ids), experts).groups)
+    seen = []
+    for expert, first, count in found.groups.tolist():
+        own = found.order[first : first + count].tolist()
+        assert len(own) == count <= found.most
+        assert all(ids.flatten()[pair] == expert for pair in own)
+        seen += own
+    flat = ids.flatten()
+    assert sorted(seen) == ((flat >= 0) & (flat < experts)).nonzero().flatten().tolist()
 
 
 def test_it_refuses_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,20 +40,25 @@ TARGETS = {
 }
 
 
-# Kinds of stored weight, and tokens to multiply; none: the kernel that expands it.
+# Kinds of stored weight, and tokens to multiply; none: the kernel that expands it. Then whether
+# they are pairs of a token, which has chosen eight experts, and an expert.
 CASES = [
-    (Stored(True, 16, 0), 1),
-    (Stored(True, 16, 0), 16),
-    (Stored(False, 16, 0), 1),
-    (Stored(False, 4, 32), 16),
-    (Stored(True, 4, 128), 1),
-    (Stored(False, 16, 0), 0),
+    (Stored(True, 16, 0), 1, False),
+    (Stored(True, 16, 0), 16, False),
+    (Stored(False, 16, 0), 1, False),
+    (Stored(False, 4, 32), 16, False),
+    (Stored(True, 4, 128), 1, False),
+    (Stored(False, 16, 0), 0, False),
+    (Stored(True, 8, 128), 1, True),
+    (Stored(True, 4, 128), 16, True),
+    (Stored(True, 16, 0), 64, True),
+    (Stored(False, 4, 0), 64, True),
 ]
 # Each for two of the four targets.
 BUILDS = [(*one, name) for index, one in enumerate(CASES) for name in list(TARGETS)[index % 2 :: 2]]
 
 
-def compile_case(stored: Stored, tokens: int, target: GPUTarget) -> Any:
+def compile_case(stored: Stored, tokens: int, has_pairs: bool, target: GPUTarget) -> Any:
     """Compile a kernel for weights of SHAPE, as the JIT would for aligned arrays."""
     if tokens:
         fn, block = kernels.multiply, blocks(stored, SHAPE, tokens, UNITS)
@@ -61,13 +66,14 @@ def compile_case(stored: Stored, tokens: int, target: GPUTarget) -> Any:
         fn, block = kernels.expand, Blocks(*sized(DENSE, stored), 0, 1)
     constants = stored.options(SHAPE, block.rows, block.columns) | {"FLOAT": kernels.tl.bfloat16}
     if tokens:
-        constants |= {"TOKENS": block.tokens, "SPLIT": block.split}
+        constants |= {"TOKENS": block.tokens, "SPLIT": block.split, "CHOSEN": 8 * has_pairs}
+        constants |= {} if has_pairs else {"order": None, "groups": None}
     values = {8: "*i16", 16: "*i32"} if stored.two_four else {8: "*i8", 16: "*bf16"}
     types = {
         "x": "*i64", "values": values.get(stored.kind, "*u8"), "words": "*i32",
         "starts": "*i16", "begins": "*i64", "scales": "*bf16",
         "out": "*bf16" if block.split == 1 else "*fp32",
-        "tokens": "i32", "rows": "i32", "columns": "i32",
+        "order": "*i64", "groups": "*i64", "tokens": "i32", "rows": "i32", "columns": "i32",
     }  # fmt: skip
     return compile_kernel(fn, types, constants, target)
 
@@ -97,9 +103,11 @@ def compiled_anew(tmp_path_factory: pytest.TempPathFactory) -> object:
         yield
 
 
-@pytest.mark.parametrize(("stored", "tokens", "name"), BUILDS, ids=str)
-def test_kernels_compile_without_spilling(stored: Stored, tokens: int, name: str) -> None:
-    compiled = compile_case(stored, tokens, TARGETS[name])
+@pytest.mark.parametrize(("stored", "tokens", "has_pairs", "name"), BUILDS, ids=str)
+def test_kernels_compile_without_spilling(
+    stored: Stored, tokens: int, has_pairs: bool, name: str
+) -> None:
+    compiled = compile_case(stored, tokens, has_pairs, TARGETS[name])
     if TARGETS[name].backend == CUDA:
         (kernel,) = examine(compiled.asm["cubin"]).values()
         assert kernel.spilled_bytes == 0

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from vllm_run import Question, ask, engine, farthest, is_same, skip_without
-from weights import weight_of
+from weights import moved, weight_of
 
 from gblm.errors import CheckpointError, InputError, UsageError
-from gblm.kernels import experts
+from gblm.kernels import BACKENDS, experts
 from gblm.serve.vllm_cli import check_packed
 from gblm.sparse.formats import Format, from_spec
 from gblm.sparse.formats.manifest import Group, Manifest
@@ -30,11 +30,12 @@ PREFIX = "model.layers.0.mlp.experts"
 Weights = dict[tuple[int, str], SparseWeight]
 
 
-def manifest(spec: str) -> Manifest:
-    """All experts in one format; but gate of expert 1 is not packed."""
+def manifest(spec: str, all_packed: bool = False) -> Manifest:
+    """All experts in one format; but gate of expert 1 is not packed, unless all are."""
     name, pattern, *values = spec.split("/")
     names = [f"{PREFIX}.{expert}.{role}" for expert in range(COUNT) for role in ROLES.values()]
-    names.remove(f"{PREFIX}.1.gate_proj")
+    if not all_packed:
+        names.remove(f"{PREFIX}.1.gate_proj")
     fields = {"format": name, "pattern": pattern, "targets": tuple(names)}
     return Manifest(groups=(Group(**fields, **({"values": values[0]} if values else {})),))
 
@@ -74,19 +75,13 @@ def weights_of(fmt: Format) -> Weights:
     }
 
 
-def moved(weight: SparseWeight, by: int) -> SparseWeight:
-    rolled = [
-        None if tensor is None else tensor.roll(by, 0)
-        for tensor in (weight.weight, weight.mask, weight.codes, weight.scales)
-    ]
-    return SparseWeight(*rolled)
-
-
-def load(layer: Any, fmt: Format, weights: Weights, *missing: str) -> None:
+def load(
+    layer: Any, fmt: Format, weights: Weights, *missing: str, all_packed: bool = False
+) -> None:
     """Hand all parts over as vLLM's loader does; those that end so are missing."""
     for (expert, side), weight in weights.items():
         parts = fmt.pack("w", weight)
-        if (expert, side) == (1, "w1"):
+        if (expert, side) == (1, "w1") and not all_packed:
             parts = {"weight": weight.weight}
         for part, tensor in parts.items():
             name = f"{'w2' if side == 'w2' else 'w13'}_{part}"
@@ -99,16 +94,16 @@ def load(layer: Any, fmt: Format, weights: Weights, *missing: str) -> None:
             )  # fmt: skip
 
 
-def arriving(layer: Any, spec: str) -> Any:
+def arriving(layer: Any, spec: str, all_packed: bool = False) -> Any:
     from gblm.serve.vllm_plugin.experts import Arriving
 
-    return Arriving(layer, PREFIX, manifest(spec))
+    return Arriving(layer, PREFIX, manifest(spec, all_packed))
 
 
-def grouped(layer: Any, spec: str) -> Any:
+def grouped(layer: Any, spec: str, all_packed: bool = False) -> Any:
     from gblm.serve.vllm_plugin.experts import experts_method
 
-    method = experts_method(layer, arriving(layer, spec), lambda *choice: None)
+    method = experts_method(layer, arriving(layer, spec, all_packed), lambda *choice: None)
     method.create_weights(layer)
     return method
 
@@ -260,6 +255,140 @@ def test_only_plain_silu_is_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(layer, arriving(layer, "nm/2:4"))[1] == [
         "reference: it has no grouped call for experts"
     ]
+
+
+CUDA = "cpu: it runs on CPU, not on cuda"
+DENSE, MIXED = (
+    "triton: a dense weight has no zeros to leave out",
+    "triton: experts of a layer are stored in different formats",
+)
+
+
+@pytest.mark.parametrize(
+    ("spec", "forced", "name", "reasons"),
+    [
+        ("nm/2:4", None, "triton", [CUDA]),
+        ("bitmask/0.5/int4:row", None, "triton", [CUDA]),
+        ("nm/2:4", "triton", "triton", []),
+        ("nm/2:4", "mma_sp", "dense", ["mma_sp: it has no grouped call for experts"]),
+        ("nm/2:4", "dense", "dense", []),
+        ("dense/dense/int8:row", None, "dense", [CUDA, DENSE]),
+    ],
+)
+def test_experts_on_a_gpu_are_packed_or_expanded(
+    monkeypatch: pytest.MonkeyPatch, spec: str, forced: str | None, name: str, reasons: list[str]
+) -> None:
+    from gblm.kernels.triton import backend
+    from gblm.serve.vllm_plugin.experts import choose
+
+    monkeypatch.setattr(backend, "refusal", lambda device: None)
+    monkeypatch.setattr(BACKENDS["mma_sp"], "refuses_device", lambda device: None)
+    monkeypatch.delenv("GBLM_BACKEND", raising=False)
+    if forced:
+        monkeypatch.setenv("GBLM_BACKEND", forced)
+    layer = make_layer()
+    layer.moe_config.device = "cuda"
+    chosen, why = choose(layer, arriving(layer, spec, all_packed=True))
+    assert (chosen.name, why) == (name, reasons)
+
+
+def test_what_stacks_of_experts_are_not_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gblm.kernels.triton import backend
+    from gblm.serve.vllm_plugin.experts import choose
+
+    monkeypatch.delenv("GBLM_BACKEND", raising=False)
+    monkeypatch.setattr(backend, "refusal", lambda device: None)
+    layer = make_layer()
+    layer.moe_config.device = "cuda"
+    assert choose(layer, arriving(layer, "nm/2:4"))[1] == [CUDA, DENSE]
+    found = arriving(layer, "nm/2:4", all_packed=True)
+    found.linears[1, "w3"] = found.linears[1, "w3"]._replace(fmt=from_spec("nm/2:4/int8:row"))
+    assert choose(layer, found)[1] == [CUDA, MIXED]
+    # A bitmask holds any pattern.
+    found = arriving(layer, "bitmask/0.5", all_packed=True)
+    found.linears[1, "w3"] = found.linears[1, "w3"]._replace(fmt=from_spec("bitmask/0.7"))
+    assert choose(layer, found)[0].name == "triton"
+    monkeypatch.setattr(backend, "refusal", lambda device: "there is no Triton")
+    assert choose(layer, found)[1] == [CUDA, "triton: there is no Triton"]
+    monkeypatch.setenv("GBLM_BACKEND", "triton")
+    with pytest.raises(UsageError, match=r"no backend can serve.*triton: there is no Triton"):
+        choose(layer, found)
+
+
+class Unpacked:
+    """Stands for the backend `triton`, whose kernels tests/triton_check.py proves."""
+
+    def prepare(self, fmt: Format, parts: Any, shape: Any, dtype: Any) -> list[torch.Tensor]:
+        return [fmt.expand(parts, dtype), *torch.empty(4, 0)]
+
+    def multiply(
+        self, x: torch.Tensor, out: torch.Tensor, prepared: Any, fmt: Any, shape: Any, pairs: Any
+    ) -> None:
+        dense, chosen = prepared[0].reshape(-1, *shape), len(out) // len(x)
+        out.fill_(torch.nan)
+        for expert, first, count in pairs.groups.tolist():
+            for pair in pairs.order[first : first + count].tolist():
+                out[pair] = dense[expert] @ x[pair // chosen]
+
+
+@pytest.mark.parametrize("more", [{}, {"apply_router_weight_on_input": True}])
+@pytest.mark.parametrize("ranks", ["tp", "ep"])
+@pytest.mark.parametrize("spec", ["nm/2:4/int8:64", "bitmask/0.5"])
+def test_stacks_on_all_ranks_add_up_to_the_whole(
+    monkeypatch: pytest.MonkeyPatch, spec: str, ranks: str, more: dict[str, Any]
+) -> None:
+    from gblm.kernels.triton import backend
+    from gblm.serve.vllm_plugin import experts as module
+
+    monkeypatch.setattr(backend, "refusal", lambda device: None)
+    monkeypatch.setattr(module, "Triton", Unpacked)
+    monkeypatch.setenv("GBLM_BACKEND", "triton")
+    fmt, (x, shares, ids) = from_spec(spec), routed(9)
+    if more:
+        shares, ids = shares[:, :1], ids[:, :1]
+    weights, total = weights_of(fmt), torch.zeros(9, HIDDEN).double()
+    for rank in range(2):
+        layer = make_layer(**{ranks: (rank, 2)}, **more)
+        method = grouped(layer, spec, all_packed=True)
+        load(layer, fmt, weights, all_packed=True)
+        total += call(method, layer, x, shares, ids).double()
+    if more:
+        x, shares = x * shares, torch.ones_like(shares)
+    assert_near(total, formula(weights, x, shares, ids))
+
+
+@pytest.mark.parametrize("padded", [0, 32])
+@pytest.mark.parametrize("spec", ["nm/2:4/int4:row", "bitmask/0.5"])
+def test_expanded_experts_lie_where_vllm_reads_them(
+    monkeypatch: pytest.MonkeyPatch, spec: str, padded: int
+) -> None:
+    from gblm.serve.vllm_plugin.experts import ExpandedExperts
+
+    fmt, layer, inner = from_spec(spec), make_layer(), INNER + padded
+    weights, noted, handed = weights_of(fmt), [], []
+
+    def create_weights(self: Any, layer: torch.nn.Module, **sizes: Any) -> None:
+        for name, shape in (("w13", (2 * inner, HIDDEN)), ("w2", (HIDDEN, inner))):
+            full = torch.full((COUNT, *shape), torch.nan, dtype=torch.bfloat16)
+            layer.register_parameter(f"{name}_weight", torch.nn.Parameter(full))
+
+    own = ExpandedExperts.__base__
+    monkeypatch.setattr(own, "__init__", lambda self, moe: torch.nn.Module.__init__(self))
+    monkeypatch.setattr(own, "create_weights", create_weights)
+    monkeypatch.setattr(own, "process_weights_after_loading", lambda self, it: handed.append(it))
+    method = ExpandedExperts(layer.moe_config, arriving(layer, spec), lambda: noted.append(1))
+    method.create_weights(layer)
+    load(layer, fmt, weights)
+    method.process_weights_after_loading(layer)
+    assert (handed, len(noted)) == ([layer], COUNT * len(SIDES))
+    for (expert, side), weight in weights.items():
+        merged = (layer.w2_weight if side == "w2" else layer.w13_weight)[expert]
+        rows, columns = SIDES[side]
+        start = inner if side == "w3" else 0
+        assert torch.equal(merged[start : start + rows, :columns], weight.weight)
+        merged.data[start : start + rows, :columns] = 0
+    assert not layer.w13_weight.any()
+    assert not layer.w2_weight.any()
 
 
 def test_llama_4_is_served_without_packed_q_and_k() -> None:

@@ -73,13 +73,20 @@ def select(
         raise UsageError(f"backend {forced!r} is unknown: choose from {', '.join(BACKENDS)}.")
     reasons: list[str] = []
     for backend in [BACKENDS[forced]] if forced else BACKENDS.values():
-        reason = backend.refuses(fmt, shape, dtype, device)
-        if backend.formats and fmt.name not in backend.formats:
-            reason = f"it does not know the format {fmt.name}"
+        reason = refusal(backend, fmt, shape, dtype, device)
         if reason is None:
             return backend, reasons
         reasons.append(f"{backend.name}: {reason}")
     raise UsageError(f"no backend can serve {fmt.spec} {list(shape)} {dtype}: {'; '.join(reasons)}")
+
+
+def refusal(
+    backend: Backend, fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """Say why a backend cannot serve such a weight, for people; None when it can."""
+    if backend.formats and fmt.name not in backend.formats:
+        return f"it does not know the format {fmt.name}"
+    return backend.refuses(fmt, shape, dtype, device)
 
 
 def log_choice(chosen: Iterable[tuple[Backend, Sequence[str]]]) -> None:
@@ -88,9 +95,11 @@ def log_choice(chosen: Iterable[tuple[Backend, Sequence[str]]]) -> None:
     for name, count in Counter(backend.name for backend, _ in picks).items():
         own = (why for backend, why in picks if backend.name == name)
         reasons = list(dict.fromkeys(reason for why in own for reason in why))
-        state = "packed in memory" if BACKENDS[name].packed else "expanded at load"
+        state = "(packed in memory)"
+        if not BACKENDS[name].packed:
+            state = "(expanded at load): memory is the dense model's"
         because = f"; refused: {' · '.join(reasons)}" if reasons else ""
-        logger.info("gblm: %d linears run on backend %s (%s)%s", count, name, state, because)
+        logger.info("gblm: %d linears run on backend %s %s%s", count, name, state, because)
 
 
 _LIBRARY = torch.library.Library("gblm", "DEF")

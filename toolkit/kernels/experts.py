@@ -1,22 +1,29 @@
-"""The gated MLPs of a mixture of experts, grouped into one call of the kernels or one by one.
+"""The gated MLPs of a mixture of experts: one by one, or all of a layer at once.
 
 Expert e of a token x gives down(silu(gate(x)) · up(x)); the layer gives the sum of what a token's
-experts give, weighted with their shares, which the router chose with their ids.
+experts give, weighted with their shares, which the router chose with their ids. The backend `cpu`
+has all in one call, `grouped`; `triton` has a launch for each of gate, up and down, `stacked`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from gblm.kernels import native
+from gblm.kernels.few_tokens import aligned
+from gblm.kernels.triton.backend import Pairs, Triton
+from gblm.sparse.formats import Format, Shape
 
 Multiply = Callable[[Tensor], Tensor]
 Expert = tuple[Multiply, Multiply, Multiply]
 ALIGNMENT = 64
+# Bounds the memory between the linears of `stacked`: tokens at a time.
+TURN = 1024
 
 
 def one_by_one(x: Tensor, ids: Tensor, shares: Tensor, experts: Sequence[Expert]) -> Tensor:
@@ -75,3 +82,44 @@ def join(prepared: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
     for panels, start in zip(flat, starts.tolist(), strict=True):
         block[start : start + panels.numel()] = panels
     return block, torch.stack([starts, sizes], 1).reshape(len(prepared), 3, 2)
+
+
+class Stack(NamedTuple):
+    """The gates, the ups or the downs of a layer, one below the other, as a weight of `triton`.
+
+    `shape` is the [out, in] of one of them.
+    """
+
+    fmt: Format
+    shape: Shape
+    prepared: Sequence[Tensor]
+
+
+def stacked(
+    x: Tensor, ids: Tensor, shares: Tensor, stacks: Sequence[Stack], experts: int, backend: Triton
+) -> Tensor:
+    """Multiply with the stacks of gate, up and down; other arguments are those of `one_by_one`.
+
+    Only the experts that tokens have chosen are read, on the current stream and without waiting
+    for the device; activations are gathered by the kernel.
+    """
+    if not ids.numel():
+        return torch.zeros_like(x)
+    if len(x) > TURN:
+        turns = zip(x.split(TURN), ids.split(TURN), shares.split(TURN), strict=True)
+        return torch.cat([stacked(*turn, stacks, experts, backend) for turn in turns])
+    pairs = Pairs.of(ids, experts)
+    gate, up, down = stacks
+
+    def multiply(lines: Tensor, stack: Stack) -> Tensor:
+        out = lines.new_empty((ids.numel(), stack.shape[0]))
+        backend.multiply(lines, out, stack.prepared, stack.fmt, stack.shape, pairs)
+        return out
+
+    x = aligned(x)
+    between = functional.silu(multiply(x, gate).float()) * multiply(x, up).float()
+    found = multiply(between.to(x.dtype), down).reshape(*ids.shape, -1)
+    # Nothing was written for the others.
+    own = ((ids >= 0) & (ids < experts)).unsqueeze(-1)
+    weighted = torch.where(own, found.float() * shares.float().unsqueeze(-1), 0)
+    return weighted.sum(1).to(x.dtype)

@@ -29,8 +29,10 @@ WORD = 32
 # Starts of words are 16 bits.
 MAX_COLUMNS = 1 << 16
 MAX_TOKENS = 16
-# Rows and columns of a block for one token, for more, and of the dense weight: 2:4, other masks.
-ONE, MANY, DENSE = ((16, 256), (8, 256)), ((32, 128), (32, 64)), ((16, 256), (8, 256))
+# Rows and columns of a block, of 2:4 and of other masks: by the most tokens of a program, of which
+# 64 are for experts alone; and of the dense weight.
+SIZES = {1: ((16, 256), (8, 256)), MAX_TOKENS: ((32, 128), (32, 64)), 64: ((32, 64), (32, 64))}
+DENSE = ((16, 256), (8, 256))
 # Of Triton's compiler. Multiplications and additions are fused, whatever its version's default.
 WARPS = 4
 COMPILER = {"num_warps": WARPS, "enable_fp_fusion": True}
@@ -77,23 +79,33 @@ class Triton(FewTokens):
         return dense
 
     def multiply(
-        self, x: Tensor, out: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape
-    ) -> None:
-        """Multiply; a second kernel adds up what shares of the columns give."""
+        self, x: Tensor, out: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape,
+        pairs: Pairs | None = None,
+    ) -> None:  # fmt: skip
+        """Multiply; a second kernel adds up what shares of the columns give.
+
+        With pairs the weight is a stack of experts' weights of this shape, x holds a line for each
+        token or each pair, and out one for each pair; lines of pairs without expert stay as they
+        are.
+        """
         from gblm.kernels.triton import kernels
 
         stored = Stored.of(fmt, shape)
-        block = blocks(stored, shape, len(x), self._units_of(x))
+        tokens, groups = (pairs.most, len(pairs.groups)) if pairs else (len(x), 1)
+        block = blocks(stored, shape, tokens, self._units_of(x), groups)
         shares = out
         if block.split > 1:
             shares = out.new_empty((block.split, *out.shape), dtype=torch.float32)
-        grid = (-(-shape[0] // block.rows), block.split)
+        grid = (-(-shape[0] // block.rows), block.split, groups)
         options = stored.options(shape, block.rows, block.columns)
         options |= {"TOKENS": block.tokens, "SPLIT": block.split, "FLOAT": kernels.FLOATS[x.dtype]}
+        options |= {"CHOSEN": len(out) // len(x) if pairs else 0}
+        sorted_pairs = (pairs.order, pairs.groups) if pairs else (None, None)
         with torch.cuda.device_of(x):
             kernels.multiply[grid](
-                x.view(torch.int64), *prepared, shares, len(x), *shape, **options, **COMPILER
-            )
+                x.view(torch.int64), *prepared, shares, *sorted_pairs, len(out), *shape,
+                **options, **COMPILER,
+            )  # fmt: skip
             if block.split > 1:
                 kernels.add_shares[(-(-out.numel() // ADDED),)](
                     shares, out, out.numel(), SPLIT=block.split, BLOCK=ADDED, **COMPILER
@@ -153,6 +165,46 @@ class Arrays(NamedTuple):
     starts: Tensor
     begins: Tensor
     scales: Tensor
+
+
+class Pairs(NamedTuple):
+    """The pairs of a token and an expert it has chosen, in groups of one expert.
+
+    Attributes:
+        order: int64 [pairs], the pairs sorted by expert; pair t·chosen + i is token t's i-th.
+        groups: int64 [groups, 3]: its expert, where in `order` it begins, and its pairs, of which
+            there may be none.
+        most: the pairs that a group may have.
+    """
+
+    order: Tensor
+    groups: Tensor
+    most: int
+
+    @classmethod
+    def of(cls, ids: Tensor, experts: int) -> Pairs:
+        """Sort pairs, without waiting for the device; other ids than those of experts are left out.
+
+        Args:
+            ids: the experts that each token has chosen, [tokens, chosen].
+            experts: how many there are.
+        """
+        tokens, num_pairs = len(ids), ids.numel()
+        # One token meets an expert once; of more, as many share its weight as do on average.
+        shared = 1 if tokens == 1 else max(2, -(-num_pairs // experts))
+        most = next((size for size in SIZES if size >= shared), max(SIZES))
+        owners, order = ids.flatten().long().sort(stable=True)
+        numbers = torch.arange(experts, device=ids.device)
+        begins = torch.searchsorted(owners, numbers)
+        ends = torch.searchsorted(owners, numbers, right=True)
+        sizes = (ends - begins + most - 1) // most
+        last = sizes.cumsum(0)
+        # As many groups as there can be, since only the device knows how many there are.
+        group = torch.arange(min(num_pairs, experts + num_pairs // most), device=ids.device)
+        expert = torch.searchsorted(last, group, right=True).clamp(max=experts - 1)
+        first = begins[expert] + (group - last[expert] + sizes[expert]) * most
+        count = (ends[expert] - first).clamp(0, most)
+        return cls(order, torch.stack([expert, first, count], 1), most)
 
 
 def is_two_four(fmt: Format) -> bool:
@@ -225,7 +277,7 @@ class Stored:
 class Blocks:
     """The blocks of a launch of `multiply`: the rows of one, and the columns it takes at a time.
 
-    `tokens` is 1 or MAX_TOKENS; `split` is the number of shares of the columns.
+    `tokens` is one of SIZES; `split` is the number of shares of the columns.
     """
 
     rows: int
@@ -234,24 +286,26 @@ class Blocks:
     split: int
 
 
-def blocks(stored: Stored, shape: Shape, tokens: int, units: int) -> Blocks:
-    """Choose the blocks that multiply a weight.
+def blocks(stored: Stored, shape: Shape, tokens: int, units: int, groups: int = 1) -> Blocks:
+    """Choose the blocks that multiply a weight, or those of experts.
 
     Args:
         stored: the facts of the weight.
         shape: its [out, in].
-        tokens: the number of tokens, 1 to MAX_TOKENS.
+        tokens: the number of tokens, 1 to the most of SIZES.
         units: the number of the device's compute units.
+        groups: how many groups of so many tokens there may be.
     """
-    rows, columns = sized(ONE if tokens == 1 else MANY, stored)
-    along, split = -(-shape[0] // rows), 1
+    most = next(size for size in SIZES if size >= tokens)
+    rows, columns = sized(SIZES[most], stored)
+    along, split = -(-shape[0] // rows) * groups, 1
     while (
         split < MOST_SHARES
         and along * split < BLOCKS_PER_UNIT * units
         and shape[1] >= 2 * split * LEAST_SHARE
     ):
         split *= 2
-    return Blocks(rows, columns, 1 if tokens == 1 else MAX_TOKENS, split)
+    return Blocks(rows, columns, most, split)
 
 
 def sized(block: tuple[tuple[int, int], tuple[int, int]], stored: Stored) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The kernels: x @ W.T for one to sixteen tokens, and the dense weight, from packed weights.
+"""The kernels: x @ W.T for few tokens, or for pairs of tokens and experts, and the dense weight.
 
 A quad is four columns of a row that follow each other, w0 to w3, zero where none is kept: of a 2:4
 weight its two values are one word; of others a value is found by counting bits. `backend.Arrays`
@@ -150,7 +150,7 @@ def _sums_of_one(
     TAIL: tl.constexpr,
     FLOAT: tl.constexpr,
 ) -> tl.tensor:
-    """Sum the products of one token's quads: [rows, quads]."""
+    """Sum the products of a tile's quads with the line that begins at x [1]: [rows, quads]."""
     w0, w1, w2, w3 = quads
     real = quad < columns // 4 if TAIL else None
     four = tl.load(x + quad, mask=real, other=0 if TAIL else None)[None, :]
@@ -165,22 +165,21 @@ def _sums_of_one(
 def _sums_of_many(
     quads: tl.tuple,
     x: tl.tensor,
+    lines: tl.tensor,
+    real: tl.tensor,
     first: tl.tensor,
-    tokens: tl.tensor,
     columns: tl.tensor,
-    TOKENS: tl.constexpr,
     TAIL: tl.constexpr,
     FLOAT: tl.constexpr,
 ) -> tl.tensor:
-    """Sum the products over a tile whose first column is `first`: [rows, TOKENS]."""
+    """Sum the products of a tile, whose first column is `first`, with lines of x: [rows, lines]."""
     tile = tile_of(quads)
-    token = tl.arange(0, TOKENS)[None, :]
     column = first + tl.arange(0, tile.shape[1])[:, None]
-    real = token < tokens
+    inside = real[None, :]
     if TAIL:
-        real = real & (column < columns)
-    at = x.to(tl.pointer_type(FLOAT), bitcast=True) + token * columns + column
-    return tl.dot(tile, tl.load(at, mask=real, other=0).to(tile.dtype))
+        inside = inside & (column < columns)
+    at = x.to(tl.pointer_type(FLOAT), bitcast=True) + lines[None, :] * columns + column
+    return tl.dot(tile, tl.load(at, mask=inside, other=0).to(tile.dtype))
 
 
 @triton.jit
@@ -211,6 +210,8 @@ def multiply(
     begins: tl.tensor,
     scales: tl.tensor,
     out: tl.tensor,
+    order: tl.tensor,
+    groups: tl.tensor,
     tokens: tl.tensor,
     rows: tl.tensor,
     columns: tl.tensor,
@@ -223,8 +224,12 @@ def multiply(
     COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr,
     SPLIT: tl.constexpr,
+    CHOSEN: tl.constexpr,
 ) -> None:
     """Compute out[s, t, n] = Σ_k x[t, k] · W[n, k] over the columns k of the share s.
+
+    With CHOSEN, W is a stack of experts' weights, and t a pair of a token and an expert e:
+    out[s, t, n] = Σ_k x[t // CHOSEN, k] · W[e · rows + n, k]. A program takes pairs of one expert.
 
     Args:
         x: int64 [tokens, columns/4], each four activations of FLOAT.
@@ -234,8 +239,10 @@ def multiply(
         begins: int64 [rows]; unused with TWO_FOUR.
         scales: bfloat16 [rows, groups]; unused without codes.
         out: [SPLIT, tokens, rows], float32 or FLOAT.
-        tokens: at most TOKENS.
-        rows: of the weight.
+        order: see `backend.Pairs`, like `groups`; None without CHOSEN.
+        groups: None without CHOSEN.
+        tokens: at most TOKENS; with CHOSEN any number of pairs.
+        rows: of the weight, or of an expert's.
         columns: of the weight, a multiple of 8.
         TWO_FOUR: whether the pattern is 2:4.
         KIND: the bits of a value: 16 for floats, 8 and 4 for codes.
@@ -244,44 +251,53 @@ def multiply(
         FLOAT: bfloat16 or float16, of activations and floating values.
         ROWS: of a tile.
         COLUMNS: of a tile.
-        TOKENS: 1, or 16, which uses tensor cores.
+        TOKENS: of a program: 1, or 16 and more, which use tensor cores.
         SPLIT: shares of the columns, each a program of its own.
+        CHOSEN: pairs that share a line of x; 0 without experts.
     """
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     real = row < rows
     row = tl.where(real, row, 0)
+    own = out + tl.program_id(1) * tokens * rows + row
+    token = tl.arange(0, TOKENS)
+    taken = token < tokens
+    line = token
+    if CHOSEN:
+        group = groups + 3 * tl.program_id(2)
+        count = tl.load(group + 2)
+        if count == 0:
+            return
+        row += tl.load(group) * rows
+        taken = token < count
+        token = tl.load(order + tl.load(group + 1) + token, mask=taken, other=0)
+        line = token // CHOSEN
     INTO: tl.constexpr = tl.float32 if TOKENS == 1 or INTERPRETED else FLOAT
     steps = tl.cdiv(columns, COLUMNS)
     share = tl.cdiv(steps, SPLIT)
     first = tl.program_id(1) * share
-    groups = columns // GROUP if GROUP else 1
     sums = tl.zeros((ROWS, COLUMNS // 4 if TOKENS == 1 else TOKENS), dtype=tl.float32)
     for step in range(first, tl.minimum(first + share, steps)):
         quad = step * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)
         if GROUP:
-            group = row * groups + step * COLUMNS // GROUP
+            scale = scales + row * (columns // GROUP) + step * COLUMNS // GROUP
         quads = load_quads(
             (values, words, starts, begins), (row, quad), columns,
             TWO_FOUR, KIND, TAIL, FLOAT, INTO,
         )  # fmt: skip
         if TOKENS == 1:
-            total = _sums_of_one(quads, x, quad, columns, TAIL, FLOAT)
+            total = _sums_of_one(quads, x + line * (columns // 4), quad, columns, TAIL, FLOAT)
         else:
-            total = _sums_of_many(
-                quads, x, step * COLUMNS, tokens, columns, TOKENS, TAIL, FLOAT
-            )  # fmt: skip
+            total = _sums_of_many(quads, x, line, taken, step * COLUMNS, columns, TAIL, FLOAT)
         if GROUP:
-            total *= tl.load(scales + group).to(tl.float32)[:, None]
+            total *= tl.load(scale).to(tl.float32)[:, None]
         sums += total
     if KIND != 16 and GROUP == 0:
         sums *= tl.load(scales + row).to(tl.float32)[:, None]
-    own = out + tl.program_id(1) * tokens * rows + row
     DTYPE: tl.constexpr = out.dtype.element_ty
     if TOKENS == 1:
-        tl.store(own, _rounded(tl.sum(sums, axis=1), DTYPE), mask=real)
+        tl.store(own + token * rows, _rounded(tl.sum(sums, axis=1), DTYPE), mask=real)
     else:
-        token = tl.arange(0, TOKENS)
-        kept = real[:, None] & (token < tokens)[None, :]
+        kept = real[:, None] & taken[None, :]
         tl.store(own[:, None] + token[None, :] * rows, _rounded(sums, DTYPE), mask=kept)
 
 
