@@ -29,7 +29,6 @@ from gblm.sparse.weights import SparseWeight
 # Tried in this order: the first that every weight follows stores the most.
 KNOWN_PATTERNS = (NM(1, 4), NM(2, 8), NM(2, 4), NM(4, 8), NM(8, 16))
 MAX_WASTE = 0.1  # share of a weight's places that N:M may fill with zeros
-BLOCK_WEIGHTS = 1 << 20
 MIN_SPARSITY = 1 / 16  # below this the bitmask of a bf16 weight outweighs what the zeros save
 
 
@@ -111,7 +110,7 @@ def find_pattern(masks: Iterable[tuple[str, Tensor]]) -> Pattern:
 
 
 def _worthwhile(reader: Reader, linears: Iterable[str]) -> Pattern:
-    found = find_pattern((name, reader.tensor(f"{name}.weight") != 0) for name in linears)
+    found = find_pattern((name, reader.tensor(f"{name}.weight").bool()) for name in linears)
     if found.sparsity < MIN_SPARSITY:
         raise InputError(
             f"{reader.folder}: only {found.sparsity:.2%} of the weights are zero; packing would "
@@ -122,9 +121,7 @@ def _worthwhile(reader: Reader, linears: Iterable[str]) -> Pattern:
 
 def _follows(pattern: NM, name: str, mask: Tensor) -> bool:
     try:
-        # In blocks, for most patterns fail at the first rows, and counts take many times a mask.
-        for block in mask.split(max(1, BLOCK_WEIGHTS // mask.shape[1])):
-            pattern.check_mask(name, block)
+        pattern.check_mask(name, mask)
     except PatternError:
         return False
     return True
@@ -136,9 +133,10 @@ def _weights(
     for name, fmt in formats.items():
         weight = reader.tensor(f"{name}.weight")
         keeps_zeros = isinstance(fmt.pattern, Dense)
-        mask = torch.ones_like(weight, dtype=torch.bool) if keeps_zeros else weight != 0
-        floats = fmt.values.is_float
-        cut = SparseWeight.cut(weight, mask)
-        yield name, cut if floats else quantize(weight, mask, fmt.values, name)
+        mask = torch.ones_like(weight, dtype=torch.bool) if keeps_zeros else weight.bool()
+        if fmt.values.is_float:
+            yield name, SparseWeight(weight, mask)
+        else:
+            yield name, quantize(weight, mask, fmt.values, name)
         reader.release()
         step()

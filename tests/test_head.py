@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from test_families import save_family
 
 import gblm.packed
-from gblm.checkpoint import head as head_module
 from gblm.checkpoint.inspect import inspect, verify
 from gblm.errors import CheckpointError, PatternError
 from gblm.export.dense import export_dense
@@ -25,6 +24,7 @@ from gblm.model.packed_reader import PackedReader
 from gblm.model.reader import Reader
 from gblm.prune import prune
 from gblm.recipe import Recipe
+from gblm.sparse import passes
 from gblm.sparse.values import parse_values, quantize
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -97,7 +97,7 @@ def test_rounding_some_rows_at_a_time_changes_nothing(
     tiny: Path, pack_tiny: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     want = pack_tiny("magnitude", head="int4")
-    monkeypatch.setattr(head_module, "CHUNK_WEIGHTS", 64 * 50)
+    monkeypatch.setattr(passes, "BLOCK", 64 * 50)
     prune(magnitude(tiny, head="int4"), tmp_path / "out")
     assert content(tmp_path / "out")["model.safetensors"] == content(want)["model.safetensors"]
 

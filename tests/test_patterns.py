@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gblm.errors import PatternError
+from gblm.sparse import passes
 from gblm.sparse.patterns import NM, Unstructured, keep_highest, parse
 
 HALVED = NM(8, 16)
@@ -182,7 +183,9 @@ def test_row_scope_and_matrix_scope_differ() -> None:
     assert Unstructured(0.5).keep(score, "row").tolist() == [[False, True], [False, True]]
 
 
-def test_check_mask_names_the_first_bad_group() -> None:
+@pytest.mark.parametrize("block", [8, 64])
+def test_check_mask_names_the_first_bad_group(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "BLOCK", block)
     mask = torch.zeros(3, 8, dtype=torch.bool)
     mask[1, 4:7] = True
     with pytest.raises(PatternError, match=r"layer\.q: row 1, columns 4\.\.7 hold 3 non-zeros"):

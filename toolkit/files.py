@@ -99,10 +99,7 @@ def append_line(path: Path, value: Any) -> None:
 def sha256(path: Path) -> str:
     """Hash a file's content; returns hexadecimal digits."""
     with path.open("rb") as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def flush(path: Path) -> None:

@@ -26,7 +26,7 @@ from gblm.errors import CheckpointError, UsageError
 from gblm.kernels import BACKENDS, Backend, experts
 from gblm.kernels.triton.backend import Arrays, Triton
 from gblm.serve.vllm_plugin.linear import MISSING, NoteChoice, check_shard
-from gblm.serve.vllm_plugin.ragged import give_back_memory, pack_in_blocks
+from gblm.serve.vllm_plugin.ragged import give_back_memory
 from gblm.sparse.formats import Format, Shape, from_spec, join_formats
 from gblm.sparse.formats.manifest import Manifest
 
@@ -167,7 +167,7 @@ class Arriving:
         fmt.validate(name, parts, (whole[0], whole[1]))
         if self.num_ranks > 1:
             own = fmt.unpack(parts).narrow(dim, self.rank * shape[dim], shape[dim])
-            parts = pack_in_blocks(fmt, name, own)
+            parts = fmt.pack(name, own)
         if fmt.values.is_float:
             parts["values"] = fmt.cast(name, parts["values"], self.dtype)
         return parts

@@ -22,7 +22,6 @@ from gblm.sparse.formats import Format
 from gblm.sparse.weights import SparseWeight
 
 Cut = Literal["rows", "columns"]
-BLOCK_WEIGHTS = 1 << 20
 PIECES = {"q": 0, "k": 1, "v": 2}  # vLLM's names of what a fused q/k/v is made of
 
 
@@ -133,16 +132,7 @@ class Pieces:
         done = [self._done.pop(i) for i in range(len(self.rows))]
         whole = done[0] if len(done) == 1 else SparseWeight.cat(done)
         done.clear()
-        return pack_in_blocks(self.fmt, self.name, whole)
-
-
-def pack_in_blocks(fmt: Format, name: str, weight: SparseWeight) -> dict[str, Tensor]:
-    """Pack in blocks of rows, for `Format.pack` needs many times a weight's size."""
-    rows, columns = weight.mask.shape
-    step = max(1, BLOCK_WEIGHTS // columns)
-    blocks = (weight.narrow(0, start, min(step, rows - start)) for start in range(0, rows, step))
-    packed = [fmt.pack(name, block) for block in blocks]
-    return packed[0] if len(packed) == 1 else fmt.join(packed)
+        return self.fmt.pack(self.name, whole)
 
 
 def give_back_memory() -> None:

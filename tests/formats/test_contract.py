@@ -10,6 +10,7 @@ from pairs import pairwise
 from weights import weight_of
 
 from gblm.errors import CheckpointError, PatternError
+from gblm.sparse import passes
 from gblm.sparse.formats import FORMATS, Format, format_for, from_spec, make_format
 from gblm.sparse.formats.bits import pack_bits, unpack_bits
 from gblm.sparse.patterns import parse
@@ -60,6 +61,27 @@ def test_unpack_is_the_exact_inverse_of_pack(
         assert one is None or same_bits(one, other)
     assert same_bits(fmt.expand(parts, dtype), weight.weight)
     assert all(same_bits(tensor, parts[p]) for p, tensor in fmt.pack("w", back).items())
+
+
+@pytest.mark.parametrize("values", ["float", "int8:32", "int4:row"])
+@pytest.mark.parametrize(("name", "pattern"), CASES)
+def test_blocks_of_rows_change_nothing(
+    name: str, pattern: str, values: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fmt, score = make_format(name, pattern, values), torch.randn(96, 7).t().bfloat16()
+
+    def packed() -> dict[str, torch.Tensor]:
+        mask = fmt.pattern.keep(score, "row") & (score > -1)
+        weight = SparseWeight.cut(score, mask if name != "dense" else torch.ones_like(mask))
+        if values != "float":
+            weight = quantize(score, weight.mask, fmt.values)
+        parts = fmt.pack("w", weight)
+        fmt.validate("w", parts, (7, 96))
+        return parts | {"unpacked": fmt.expand(parts)}
+
+    whole = packed()
+    monkeypatch.setattr(passes, "BLOCK", 3 * 96)
+    assert all(same_bits(tensor, whole[part]) for part, tensor in packed().items())
 
 
 @pytest.mark.parametrize("values", ["float", "int8:32", "int4:row"])
@@ -167,7 +189,7 @@ def test_8_16_keeps_zeros_where_its_halves_allow(share: float, seed: int) -> Non
     mask = fmt.pattern.keep(torch.rand(20, 32, generator=generator), "row")
     mask &= torch.rand(20, 32, generator=generator) < share
     mask[::3, :8] = mask[1::3, 24:] = False
-    stored = fmt.stored_mask("w", mask)
+    stored = fmt.stored_mask(mask)
     assert torch.equal(stored, filled_by_loop(mask))
     parts = {"values": torch.zeros(20, 16), **fmt.mask_parts(stored)}
     fmt.validate("w", parts, (20, 32))

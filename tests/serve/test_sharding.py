@@ -10,6 +10,7 @@ from vllm_linear import RANKS, SHAPE, create, fused_linear, load_columns, load_p
 from weights import weight_of
 
 from gblm.errors import CheckpointError
+from gblm.sparse import passes
 from gblm.sparse.formats import Format, from_spec
 from gblm.sparse.formats.manifest import Group, Manifest
 from gblm.sparse.weights import SparseWeight
@@ -167,10 +168,8 @@ def test_ragged_pieces_are_joined_in_blocks(
     spec: str, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ranks have query heads of their own and share the key and value head."""
-    from gblm.serve.vllm_plugin import ragged
-
     fmt, columns = from_spec(spec), SHAPE[1]
-    monkeypatch.setattr(ragged, "BLOCK_WEIGHTS", 3 * columns)
+    monkeypatch.setattr(passes, "BLOCK", 3 * columns)
     q, kv = weight_of(fmt, (16, columns)), weight_of(fmt, (8, columns))
     method, layer = create(fmt, [8, 8, 8], columns, 1, monkeypatch, rank)
     for shard, weight in (("q", q), ("k", kv), ("v", kv)):

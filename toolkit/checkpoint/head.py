@@ -6,7 +6,6 @@ the packed model is untied, because a lookup needs no speed and a wrong embeddin
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +17,11 @@ from gblm.checkpoint.report import weight_row
 from gblm.errors import CheckpointError, InputError, PatternError
 from gblm.model.layers import Layers
 from gblm.model.reader import Reader
-from gblm.sparse.formats import Format, Shape, TensorSpec, format_for
+from gblm.sparse.formats import Format, Parts, Shape, format_for
 from gblm.sparse.formats.manifest import Group
+from gblm.sparse.passes import all_finite, row_blocks
 from gblm.sparse.patterns import Dense
 from gblm.sparse.values import parse_values, quantize
-
-# A head has up to a billion weights: it is rounded some rows at a time.
-CHUNK_WEIGHTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class Head:
     @property
     def num_bytes(self) -> int:
         """Count its bytes when it is packed."""
-        return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in self._layout().values())
+        return self.fmt.most_bytes(self.shape, self.dtype, "row")
 
     @property
     def added_bytes(self) -> int:
@@ -77,8 +74,8 @@ class Head:
 
     def check(self, reader: Reader) -> None:
         """Raise CheckpointError when a weight is NaN or Inf: before a run, not at its end."""
-        for _, rows in self._chunks(reader):
-            if not bool(rows.isfinite().all()):
+        for rows in self._blocks(reader):
+            if not all_finite(rows):
                 raise CheckpointError(f"{self.source} holds NaN or Inf: the checkpoint is damaged.")
 
     def pack(self, reader: Reader) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -87,26 +84,20 @@ class Head:
         Returns:
             The parts by full name, and the row of the report.
         """
-        layout = self._layout()
-        parts = {part: torch.empty(spec.shape, dtype=spec.dtype) for part, spec in layout.items()}
-        zeros = 0
-        for start, rows in self._chunks(reader):
+        pieces, zeros = list[Parts](), 0
+        for rows in self._blocks(reader):
             every = torch.ones_like(rows, dtype=torch.bool)
             weight = quantize(rows, every, self.fmt.values, self.name)
-            for part, tensor in self.fmt.pack(self.name, weight).items():
-                parts[part][start : start + len(rows)] = tensor
-            zeros += int(weight.is_zero.sum())
+            pieces.append(self.fmt.pack(self.name, weight))
+            zeros += weight.zeros
+        parts = self.fmt.join(pieces)
         row = weight_row(self.name, self.fmt, self.shape, self.dtype, zeros, parts)
         return {f"{self.name}.{part}": t for part, t in parts.items()}, row | {"tied": self.tied}
 
-    def _layout(self) -> dict[str, TensorSpec]:
-        return self.fmt.layout(self.shape)
-
-    def _chunks(self, reader: Reader) -> Iterator[tuple[int, Tensor]]:
-        """Give some rows at a time, and the index of the first."""
-        weight, step = reader.tensor(self.source), max(1, CHUNK_WEIGHTS // self.shape[1])
-        for start in range(0, self.shape[0], step):
-            yield start, weight[start : start + step]
+    def _blocks(self, reader: Reader) -> Iterator[Tensor]:
+        """Give some rows at a time, for a head has up to a billion weights."""
+        weight = reader.tensor(self.source)
+        yield from (weight[rows] for rows in row_blocks(self.shape))
 
 
 def output_head(layers: Layers, values: str) -> Head | None:

@@ -18,9 +18,9 @@ from gblm.model.loading import rename_as_in_memory
 from gblm.model.packed_reader import MANIFEST_FILE, REPORT_FILE, PackedLinear, PackedReader
 from gblm.model.reader import Reader
 from gblm.progress import Progress, no_progress
+from gblm.sparse.passes import row_blocks
 from gblm.sparse.weights import same_bits
 
-CHUNK_WEIGHTS = 1 << 22
 COUNTS = ("linears", "weights", "kept", "bytes", "bytes_dense")
 
 
@@ -180,7 +180,7 @@ def _dense(dense: Reader) -> dict[str, Any]:
     zeros = weights = 0
     for name, (shape, dtype) in dense.headers.items():
         if len(shape) == 2 and dtype.is_floating_point and _in_a_layer(name):
-            zeros += int((dense.tensor(name) == 0).sum())
+            zeros += math.prod(shape) - int(dense.tensor(name).count_nonzero())
             weights += math.prod(shape)
     return {
         "kind": "dense",
@@ -213,10 +213,8 @@ def _check_round_trip(
     packed: PackedReader, name: str, parts: dict[str, torch.Tensor], row: dict[str, Any]
 ) -> None:
     linear, zeros = packed.linears[name], 0
-    # Packing a whole head at once would take ten times its size.
-    step = max(1, CHUNK_WEIGHTS // linear.shape[1])
-    for start in range(0, linear.shape[0], step):
-        own = linear.fmt.rows(parts, start, min(start + step, linear.shape[0]))
+    for rows in row_blocks(linear.shape):
+        own = linear.fmt.rows(parts, rows.start, rows.stop)
         weight = linear.fmt.unpack(own)
         again = linear.fmt.pack(name, weight)
         for part, tensor in own.items():
@@ -224,7 +222,7 @@ def _check_round_trip(
                 raise CheckpointError(
                     f"{name}.{part}: packing the unpacked weight gives other bytes."
                 )
-        zeros += int(weight.is_zero.sum())
+        zeros += weight.zeros
     if (row.get("zeros"), row.get("shape")) != (zeros, list(linear.shape)):
         raise CheckpointError(f"{name}: {REPORT_FILE} does not describe the stored weight.")
 

@@ -31,6 +31,7 @@ from gblm.provenance import provenance
 from gblm.recipe import SHARD_SIZE, published, shard_bytes
 from gblm.sparse.formats import Format
 from gblm.sparse.formats.manifest import Group, Manifest, group_targets
+from gblm.sparse.passes import all_finite
 from gblm.sparse.weights import SparseWeight
 
 # Packed tensors by full name, and their linears' rows of the sparsity report. Other tensors among
@@ -74,14 +75,14 @@ class Packing:
             stored = SparseWeight.cut(reader.tensor(f"{name}.weight"), weight.mask.cpu())
         else:
             stored = weight.to(reader.headers[f"{name}.weight"][1])
-        if not bool(stored.weight.isfinite().all()):
+        if not all_finite(stored.weight):
             raise InputError(
                 f"{name}.weight holds NaN or Inf, which readers refuse: repair the model, or "
                 "leave it dense with --ignore."
             )
         parts = fmt.pack(name, stored)
         shape = (weight.mask.shape[0], weight.mask.shape[1])
-        row = weight_row(name, fmt, shape, stored.weight.dtype, int(stored.is_zero.sum()), parts)
+        row = weight_row(name, fmt, shape, stored.weight.dtype, stored.zeros, parts)
         return {f"{name}.{part}": tensor for part, tensor in parts.items()}, [row]
 
 

@@ -10,9 +10,7 @@ from torch.nn import functional
 
 from gblm.kernels.base import Backend
 from gblm.sparse.formats import Format, Parts, Shape
-
-# Bounds the scratch memory; smaller pieces cost more calls (docs/log.md).
-CHUNK_WEIGHTS = 1 << 18
+from gblm.sparse.passes import row_blocks
 
 
 class Reference(Backend):
@@ -30,13 +28,10 @@ class Reference(Backend):
     def linear(self, x: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape) -> Tensor:
         """Expand and multiply a bounded number of rows at a time, and forget them."""
         parts = dict(zip(fmt.parts, prepared, strict=True))
-        num_rows, columns = shape
-        step = max(1, CHUNK_WEIGHTS // columns)
-        out = x.new_empty((*x.shape[:-1], num_rows))
-        for start in range(0, num_rows, step):
-            stop = min(start + step, num_rows)
-            dense = fmt.expand(fmt.rows(parts, start, stop), x.dtype)
-            out[..., start:stop] = functional.linear(x, dense)
+        out = x.new_empty((*x.shape[:-1], shape[0]))
+        for rows in row_blocks(shape):
+            dense = fmt.expand(fmt.rows(parts, rows.start, rows.stop), x.dtype)
+            out[..., rows] = functional.linear(x, dense)
         return out
 
 

@@ -81,7 +81,7 @@ class ScoredMethod(Method):
 
     @abstractmethod
     def score(self, weight: Tensor, stats: Stats) -> Tensor:
-        """Score each weight: [out, in] float32, larger = more important."""
+        """Score each weight: [out, in] floating point, larger = more important."""
 
     def prune(self, weight: Tensor, stats: Stats, pattern: Pattern, name: str = "") -> SparseWeight:
         """Keep the highest scores."""

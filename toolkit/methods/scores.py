@@ -30,8 +30,8 @@ class Magnitude(ScoredMethod):
     scope: ClassVar[Scope] = "matrix"
 
     def score(self, weight: Tensor, stats: Stats) -> Tensor:
-        """Score by |W| [out, in]."""
-        return weight.float().abs()
+        """Score by |W| [out, in], in the dtype of the weight."""
+        return weight.abs()
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from gblm.model.folder import ModelFolder
 from gblm.model.linears import decoder_layers, linears, prunable, towers
 from gblm.model.loading import check_device, check_shapes, skeleton
 from gblm.model.reader import Reader
+from gblm.sparse.passes import all_finite
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ class Layers:
 
     def _read(self, name: str) -> Tensor:
         tensor = self.reader.tensor(name)
-        if not bool(tensor.isfinite().all()):
+        if not all_finite(tensor):
             raise CheckpointError(f"{name} holds NaN or Inf: the checkpoint is damaged.")
         # clone(): a tensor of the file's mapping would be changed in place by pruning.
         converted = tensor.to(self.dtype) if tensor.is_floating_point() else tensor

@@ -377,6 +377,5 @@ def _pieces(
             if not bool(weight.weight.isfinite().all()):
                 raise CheckpointError(f"{name}: training left NaN or Inf; lower --learning-rate.")
             tensors = linear.fmt.pack(name, weight)
-            zeros = int(weight.is_zero.sum())
-            row = weight_row(name, linear.fmt, linear.shape, dtype, zeros, tensors)
+            row = weight_row(name, linear.fmt, linear.shape, dtype, weight.zeros, tensors)
         yield name, {f"{name}.{local}": tensor for local, tensor in tensors.items()}, row

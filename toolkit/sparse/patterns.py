@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gblm.errors import PatternError
+from gblm.sparse.passes import places, row_blocks
 
 Scope = Literal["row", "matrix"]
 # By N:M, the most weights that each half of a group may keep.
@@ -56,17 +58,28 @@ def keep_highest(score: Tensor, num_pruned: int) -> Tensor:
     Returns:
         [rows, n] bool, True = kept.
     """
-    if num_pruned == 0:
-        return torch.ones_like(score, dtype=torch.bool)
-    # A threshold beats a full sort; kthvalue finds it too, but takes n² steps on a sorted row.
-    lowest = score.topk(num_pruned, dim=1, largest=False, sorted=False).values
-    threshold = lowest.amax(dim=1, keepdim=True)
-    keep = score > threshold
+    keep = torch.ones(score.shape, dtype=torch.bool, device=score.device)
+    for block in row_blocks(score.shape) if num_pruned else ():
+        keep[block] = _above(score[block], num_pruned)
+    return keep
+
+
+def _above(score: Tensor, num_pruned: int) -> Tensor:
+    """Drop `num_pruned` of each of a few rows, one or more: see `keep_highest`."""
+    if score.device.type == "cpu":
+        # torch's kthvalue takes n² steps on a sorted row here.
+        in_order = np.partition(_as_numpy(score), num_pruned - 1, axis=1)
+        threshold = torch.from_numpy(in_order[:, num_pruned - 1, None]).to(score.dtype)
+    else:
+        threshold = score.kthvalue(num_pruned, dim=1, keepdim=True).values
+    keep = (score > threshold).contiguous()
     missing = score.shape[1] - num_pruned - keep.sum(dim=1, dtype=torch.int32)
-    rows = missing.nonzero()[:, 0]
-    ties = score[rows] == threshold[rows]
-    first_kept = ties.sum(dim=1) - missing[rows]
-    keep[rows] |= ties & (ties.cumsum(dim=1) > first_kept[:, None])
+    # Of those at the threshold, the last of each row stay.
+    ties = places(score == threshold)
+    rows = ties // score.shape[1]
+    ends = rows.bincount(minlength=len(score)).cumsum(0)
+    from_end = ends[rows] - torch.arange(len(ties), device=ties.device)
+    keep.view(-1)[ties[from_end <= missing[rows]]] = True
     return keep
 
 
@@ -123,34 +136,44 @@ class Dense:
             )
 
 
-def _ranks(places: Tensor) -> Tensor:
+def _as_numpy(score: Tensor) -> Any:
+    """View CPU scores as a numpy array; bfloat16, which numpy lacks, is widened."""
+    return score.detach().to(torch.promote_types(score.dtype, torch.float32)).numpy()
+
+
+def _ranks(scores: Tensor) -> Tensor:
     """Count the scores of its column that each beats, [n, columns] uint8; later ties win."""
     # A rank by comparison beats a sort of tiny rows; one row per place makes the rows long.
-    rank = torch.zeros(places.shape, dtype=torch.uint8, device=places.device)
-    last = len(places) - 1
+    # On CPU numpy compares six times as fast as torch; what follows is the same in both.
+    on_cpu = scores.device.type == "cpu"
+    lib: Any = np if on_cpu else torch
+    rows: Any = _as_numpy(scores) if on_cpu else scores
+    rank, last = lib.zeros_like(rows, dtype=lib.uint8), len(rows) - 1
     for i in range(last):
-        later = places[i + 1 :] >= places[i]
-        rank[i + 1 :] += later
-        rank[i] += (last - i) - later.sum(dim=0, dtype=torch.uint8)
-    return rank
+        later = rows[i + 1 :] >= rows[i]
+        rank[i + 1 :] += later.view(lib.uint8)
+        rank[i] += (last - i) - later.view(lib.uint8).sum(axis=0, dtype=lib.uint8)
+    return torch.as_tensor(rank)
 
 
-def first_crowded(mask: Tensor, width: int, most: int) -> tuple[int, int, int] | None:
-    """Find the first `width` consecutive columns that keep more than `most`.
+def first_wrong(mask: Tensor, width: int, most: int, least: int = 0) -> tuple[int, int, int] | None:
+    """Find the first `width` consecutive columns that keep more than `most` or less than `least`.
 
     Args:
         mask: [out, in] bool; `in` is a multiple of `width`.
         width: of each range, which begin at its multiples.
         most: how many may be kept.
+        least: how many must be kept.
 
     Returns:
         Row, first column and the number kept; None when there is no such range.
     """
-    counts = mask.reshape(mask.shape[0], -1, width).sum(dim=-1, dtype=torch.int32)
-    if int(counts.max()) <= most:
-        return None
-    row, place = (int(i) for i in (counts > most).nonzero()[0])
-    return row, place * width, int(counts[row, place])
+    for block in row_blocks(mask.shape):
+        counts = mask[block].reshape(-1, mask.shape[1] // width, width).sum(-1, dtype=torch.int32)
+        if int(counts.max()) > most or int(counts.min()) < least:
+            row, place = (int(i) for i in ((counts > most) | (counts < least)).nonzero()[0])
+            return block.start + row, place * width, int(counts[row, place])
+    return None
 
 
 @dataclass(frozen=True)
@@ -189,17 +212,20 @@ class NM:
 
     def keep(self, score: Tensor, scope: Scope) -> Tensor:
         """See Pattern.keep; groups compete alone, so the scope makes no difference."""
-        places = score.reshape(-1, self.group_m).t().contiguous()
-        keep = _ranks(places) >= self.group_m - self.keep_n
-        if self.unit < self.group_m:
-            self._even_out(places, keep)
-        return keep.t().contiguous().reshape(score.shape)
+        keep = torch.empty(score.shape, dtype=torch.bool, device=score.device)
+        for block in row_blocks(score.shape):
+            by_place = torch.stack(score[block].reshape(-1, self.group_m).unbind(1))
+            kept = _ranks(by_place) >= self.group_m - self.keep_n
+            if self.unit < self.group_m:
+                self._even_out(by_place, kept)
+            keep[block] = kept.t().reshape(-1, score.shape[1])
+        return keep
 
-    def _even_out(self, places: Tensor, keep: Tensor) -> None:
+    def _even_out(self, scores: Tensor, keep: Tensor) -> None:
         """Choose again, in place, where a half keeps too many: its best and the other's best.
 
         Args:
-            places: [group_m, groups], scores.
+            scores: [group_m, groups].
             keep: [group_m, groups] bool, the N highest of each group.
         """
         most, first = self.unit_most, keep[: self.unit].sum(dim=0, dtype=torch.int32)
@@ -207,7 +233,7 @@ class NM:
         first = first[wrong].clamp(self.keep_n - most, most)
         halves = (slice(self.unit), first), (slice(self.unit, None), self.keep_n - first)
         for half, count in halves:
-            keep[half, wrong] = _ranks(places[half, wrong]) >= self.unit - count
+            keep[half, wrong] = _ranks(scores[half, wrong]) >= self.unit - count
 
     def check_shape(self, name: str, shape: tuple[int, int]) -> None:
         """Raise PatternError unless the columns are a multiple of M."""
@@ -220,14 +246,14 @@ class NM:
     def check_mask(self, name: str, mask: Tensor) -> None:
         """Raise PatternError where a group keeps more than N, or a half of 8:16 more than 5."""
         self.check_shape(name, (mask.shape[0], mask.shape[1]))
-        if found := first_crowded(mask, self.group_m, self.keep_n):
+        if found := first_wrong(mask, self.group_m, self.keep_n):
             row, col, count = found
             raise PatternError(
                 f"{name}: row {row}, columns {col}..{col + self.group_m - 1} hold {count} "
                 f"non-zeros; {self} allows {self.keep_n}. Re-run `gblm prune --pattern {self}`."
             )
         halved = self.unit < self.group_m
-        if halved and (found := first_crowded(mask, self.unit, self.unit_most)):
+        if halved and (found := first_wrong(mask, self.unit, self.unit_most)):
             row, col, count = found
             raise PatternError(
                 f"{name}: row {row}, columns {col}..{col + self.unit - 1} hold {count} non-zeros; "

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gblm.errors import InputError, PatternError
+from gblm.sparse.passes import all_finite, row_blocks
 from gblm.sparse.weights import SparseWeight
 
 # nearest: codes reach the largest weight. obs: scales of the least squared error, and the columns
@@ -28,8 +29,6 @@ WORDS = {AUTO: "auto", ROW: "row"}
 SCALE_DTYPE = torch.bfloat16
 # What the search multiplies the widest range with, best first on a tie.
 SHRINK = tuple(1 - 0.02 * step for step in range(21))
-# Weights that are searched at once, so that they stay in the cache.
-SEARCHED = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -219,16 +218,18 @@ def quantize(
     rows, columns = weight.shape
     values.check_columns(name, columns)
     size, limit = values.group(columns), values.limit
-    groups = torch.where(mask, weight, torch.zeros_like(weight)).float()
-    groups = groups.reshape(rows, columns // size, size)
-    if rounding == "nearest":
-        scales = widest_scales(groups, limit)
-    else:
-        by_group = None if importance is None else importance.reshape(-1, size)
-        scales = mse_scales(groups, limit, by_group)
-    # Adding zero makes +0 of the code of a small negative weight.
-    rounded = to_codes_(groups, scales.float().unsqueeze(-1), limit).add_(0.0)
-    codes = rounded.reshape(rows, columns).to(torch.int8)
+    codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(rows, columns // size, dtype=SCALE_DTYPE, device=weight.device)
+    by_group = None if importance is None else importance.reshape(-1, size)
+    for block in row_blocks(weight.shape):
+        kept = SparseWeight.cut(weight[block], mask[block]).weight.float()
+        groups = kept.reshape(-1, columns // size, size)
+        if rounding == "nearest":
+            scales[block] = widest_scales(groups, limit)
+        else:
+            scales[block] = mse_scales(groups, limit, by_group)
+        to_codes_(groups, scales[block].float().unsqueeze(-1), limit)
+        codes[block] = groups.reshape(-1, columns)
     return checked_codes(codes, scales, mask, weight.dtype, values, name)
 
 
@@ -240,10 +241,10 @@ def checked_codes(
     Raises:
         InputError: a scale is NaN or Inf, or a weight leaves the range of its dtype.
     """
-    if not bool(scales.isfinite().all()):
+    if not all_finite(scales):
         raise InputError(f"{name}.weight holds NaN or Inf, which has no {values.kind} code.")
     rounded = SparseWeight.from_codes(codes, scales, mask, dtype)
-    if not bool(rounded.weight.isfinite().all()):
+    if not all_finite(rounded.weight):
         raise InputError(
             f"{name}.weight: its largest values leave the range of {dtype} when they are "
             f"rounded to {values.kind}. Leave it dense with --ignore."
@@ -278,8 +279,8 @@ def mse_scales(groups: Tensor, limit: int, importance: Tensor | None = None) -> 
     Returns:
         [out, ...] bfloat16, > 0; not finite where a group is not.
     """
-    rows = max(SEARCHED * len(groups) // max(groups.numel(), 1), 1)
-    return torch.cat([_search(part, limit, importance) for part in groups.split(rows)])
+    blocks = row_blocks((len(groups), groups[0].numel()))
+    return torch.cat([_search(groups[block], limit, importance) for block in blocks])
 
 
 def to_codes_(weights: Tensor, scales: Tensor, limit: int) -> Tensor:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gblm.sparse.passes import row_blocks
+
 
 @dataclass(frozen=True)
 class SparseWeight:
@@ -30,12 +32,14 @@ class SparseWeight:
     @classmethod
     def cut(cls, weight: Tensor, mask: Tensor) -> SparseWeight:
         """Zero what the mask drops; the kept values stay bit for bit."""
-        return cls(torch.where(mask, weight, torch.zeros_like(weight)), mask)
+        # The bits times 0 or 1: torch.where guesses a branch for every weight.
+        bits = getattr(torch, f"int{8 * weight.itemsize}")
+        return cls((weight.detach().view(bits) * mask).view(weight.dtype), mask)
 
     @classmethod
     def from_zeros(cls, weight: Tensor) -> SparseWeight:
         """Read the mask off a dense weight: every non-zero is kept (−0.0 counts as zero)."""
-        return cls.cut(weight, weight != 0)
+        return cls.cut(weight, weight.bool())
 
     @classmethod
     def from_codes(
@@ -57,9 +61,10 @@ class SparseWeight:
         )
 
     @property
-    def is_zero(self) -> Tensor:
-        """Give [out, in] bool, True = zero, kept or not, whatever the dtype of `weight`."""
-        return (self.weight if self.codes is None else self.codes) == 0
+    def zeros(self) -> int:
+        """Count the weights that are zero, kept or not, whatever the dtype of `weight`."""
+        values = self.weight if self.codes is None else self.codes
+        return values.numel() - int(values.bool().count_nonzero())
 
     def narrow(self, dim: int, start: int, length: int) -> SparseWeight:
         """Copy the rows (`dim` 0) or columns (1) start ≤ i < start + length.
@@ -102,11 +107,14 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     Returns:
         [out, in], without −0.0.
     """
-    groups = codes.reshape(codes.shape[0], scales.shape[1], -1).float()
-    # A code has up to 8 significant bits, a bfloat16 scale 8: the product is exact in float32.
-    product = groups.mul_(scales.float().unsqueeze(-1)).reshape(codes.shape)
-    # A small negative product may round to −0.0.
-    return product.to(dtype).add_(0.0)
+    dense = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    for rows in row_blocks(codes.shape):
+        steps = scales[rows].float().unsqueeze(-1)
+        # A code has up to 8 significant bits, a bfloat16 scale 8: the product is exact in float32.
+        product = codes[rows].reshape(*scales[rows].shape, -1).float().mul_(steps)
+        # A small negative product may round to −0.0.
+        dense[rows] = product.reshape(-1, codes.shape[1]).to(dtype).add_(0.0)
+    return dense
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

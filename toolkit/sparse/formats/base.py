@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gblm.errors import CheckpointError, PatternError
 from gblm.sparse.formats.bits import expand_bits, unpack_bits
+from gblm.sparse.passes import all_finite, places, row_blocks
 from gblm.sparse.patterns import Pattern, Scope, Unstructured
 from gblm.sparse.values import AUTO, FLOAT, SCALE_DTYPE, ValueType
 from gblm.sparse.weights import SparseWeight, dequantize
@@ -141,16 +142,24 @@ class Format(ABC):
         """
         self.check_shape(name, (weight.mask.shape[0], weight.mask.shape[1]))
         self._check_weight(name, weight)
-        mask = self.stored_mask(name, weight.mask)
-        kept = weight.weight[mask] + 0.0 if weight.codes is None else weight.codes[mask]
-        parts = {"values": self.store(kept, mask), **self.mask_parts(mask)}
-        if weight.scales is not None:
-            parts["scales"] = weight.scales
-        return parts
+        self.pattern.check_mask(name, weight.mask)
+        return self.join([self._pack(weight, rows) for rows in row_blocks(weight.mask.shape)])
 
-    def stored_mask(self, name: str, mask: Tensor) -> Tensor:
-        """Give the mask that is written for a keep mask [out, in]; it may keep more zeros."""
+    def _pack(self, weight: SparseWeight, rows: slice) -> Parts:
+        values = weight.weight if weight.codes is None else weight.codes
+        mask = self.stored_mask(weight.mask[rows])
+        # Adding zero makes +0.0 of −0.0.
+        kept = self.take(values[rows], mask) + 0
+        scales = {} if weight.scales is None else {"scales": weight.scales[rows]}
+        return {"values": self.store(kept, mask), **self.mask_parts(mask), **scales}
+
+    def stored_mask(self, mask: Tensor) -> Tensor:
+        """Give the mask that is written for a checked one [rows, in]; it may keep more zeros."""
         return mask
+
+    def take(self, values: Tensor, mask: Tensor) -> Tensor:
+        """Give the values or codes [rows, in] that the mask keeps, in row order."""
+        return values.reshape(-1).index_select(0, places(mask))
 
     @abstractmethod
     def store(self, kept: Tensor, mask: Tensor) -> Tensor:
@@ -205,7 +214,7 @@ class Format(ABC):
         """
         self.check_mask_data(name, parts, shape)
         if self.values.is_float:
-            if not bool(parts["values"].isfinite().all()):
+            if not all_finite(parts["values"]):
                 raise CheckpointError(f"{name}.values: holds NaN or Inf. The file is damaged.")
             return
         _check_scales(name, parts["scales"])
@@ -289,7 +298,7 @@ class Format(ABC):
             CheckpointError: one leaves the range of the dtype.
         """
         cast = values.to(dtype)
-        if dtype != values.dtype and not bool(cast.isfinite().all()):
+        if dtype != values.dtype and not all_finite(cast):
             raise CheckpointError(
                 f"{name}.values: some of {values.dtype} leave the range of {dtype}; load the model "
                 "in the checkpoint's own dtype."
@@ -312,7 +321,7 @@ class Format(ABC):
                 f"{name}: scales are {list(weight.scales.shape)} {weight.scales.dtype}; format "
                 f"{self.spec} needs {list(want.shape)} {want.dtype}."
             )
-        low, high = int(weight.codes.min()), int(weight.codes.max())
+        low, high = map(int, weight.codes.aminmax())
         if low < self.values.least or high > self.values.limit:
             raise PatternError(
                 f"{name}: codes {low} to {high} do not fit {self.values.kind}, which has "

@@ -12,9 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gblm.sparse.passes import places, row_blocks
+
 
 def pack_bits(mask: Tensor) -> Tensor:
     """Pack [out, in] bool, `in` a multiple of 8, to [out, in/8] uint8."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.packbits(mask.numpy(), axis=1, bitorder="little"))
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
     groups = mask.reshape(mask.shape[0], -1, 8).to(torch.uint8)
     return (groups * weights).sum(dim=-1, dtype=torch.uint8)
@@ -36,14 +40,18 @@ def expand_bits(values: Tensor, bitmask: Tensor) -> Tensor:
     if values.device.type != "cpu":
         return dense.masked_scatter_(unpack_bits(bitmask), values)
     # Positions first, then a scatter: three times as fast on CPU as torch's masked_scatter.
-    positions = torch.from_numpy(np.flatnonzero(unpack_bits(bitmask).numpy()))
-    dense.view(-1).scatter_(0, positions, values.reshape(-1))
+    rest = values.reshape(-1)
+    for rows in row_blocks(shape):
+        found = places(unpack_bits(bitmask[rows]))
+        dense[rows].view(-1).scatter_(0, found, rest[: len(found)])
+        rest = rest[len(found) :]
     return dense
 
 
 def row_counts(bitmask: Tensor) -> Tensor:
     """Count the set bits of each row: [out, in/8] uint8 → [out] int64."""
-    return unpack_bits(bitmask).sum(dim=1, dtype=torch.int64)
+    blocks = row_blocks((bitmask.shape[0], 8 * bitmask.shape[1]))
+    return torch.cat([unpack_bits(bitmask[rows]).sum(dim=1, dtype=torch.int64) for rows in blocks])
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -63,14 +71,14 @@ def pack_ragged(codes: Tensor, counts: Tensor) -> Tensor:
     """Pack codes row after row, [kept] int8, of which rows have `counts` [out], to uint8 bytes."""
     real = _real_nibbles(counts)
     nibbles = torch.zeros(len(real), dtype=torch.int8, device=codes.device)
-    nibbles[real] = codes
+    nibbles.scatter_(0, places(real), codes)
     return pack_nibbles(nibbles.reshape(1, -1)).reshape(-1)
 
 
 def unpack_ragged(packed: Tensor, counts: Tensor) -> Tensor:
     """Undo `pack_ragged`: give the codes [kept] int8."""
     nibbles = unpack_nibbles(packed.reshape(1, -1), 2 * len(packed))
-    return nibbles.reshape(-1)[_real_nibbles(counts)]
+    return nibbles.reshape(-1).index_select(0, places(_real_nibbles(counts)))
 
 
 def byte_offsets(counts: Tensor) -> Tensor:

@@ -41,10 +41,9 @@ class DenseFormat(RectangleFormat):
         """See Format.mask_layout."""
         return {}
 
-    def stored_mask(self, name: str, mask: Tensor) -> Tensor:
-        """See Format.stored_mask."""
-        self.pattern.check_mask(name, mask)
-        return mask
+    def take(self, values: Tensor, mask: Tensor) -> Tensor:
+        """See Format.take; all of them."""
+        return values
 
     def mask_parts(self, mask: Tensor) -> dict[str, Tensor]:
         """See Format.mask_parts."""

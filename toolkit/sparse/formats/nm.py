@@ -13,7 +13,7 @@ from gblm.errors import CheckpointError
 from gblm.sparse.formats.base import Parts, Shape, TensorSpec
 from gblm.sparse.formats.bits import pack_bits
 from gblm.sparse.formats.rectangle import RectangleFormat
-from gblm.sparse.patterns import NM, Pattern, first_crowded
+from gblm.sparse.patterns import NM, Pattern, first_wrong
 
 
 class NMFormat(RectangleFormat):
@@ -43,12 +43,13 @@ class NMFormat(RectangleFormat):
         """See Format.mask_layout."""
         return {"bitmask": TensorSpec((shape[0], shape[1] // 8), torch.uint8)}
 
-    def stored_mask(self, name: str, mask: Tensor) -> Tensor:
+    def stored_mask(self, mask: Tensor) -> Tensor:
         """See Format.stored_mask; groups with fewer than N kept keep zeros, lowest first.
 
         The first half of a group of 8:16 is full at 5.
         """
-        self.pattern.check_mask(name, mask)
+        if int(mask.count_nonzero()) == mask.shape[0] * self.kept_per_row(mask.shape[1]):
+            return mask
         size, unit = self.pattern.group_m, self.pattern.unit
         units = mask.reshape(mask.shape[0], -1, size // unit, unit)
         counts = units.sum(dim=-1, dtype=torch.int32)
@@ -70,15 +71,13 @@ class NMFormat(RectangleFormat):
 
     def check_mask_data(self, name: str, parts: Parts, shape: Shape) -> None:
         """See Format.check_mask_data."""
-        groups = self.mask(parts).reshape(shape[0], -1, self.pattern.group_m)
-        counts = groups.sum(dim=-1, dtype=torch.int32)
-        wrong = (counts != self.pattern.keep_n).nonzero()
-        if len(wrong):
-            row, group = (int(i) for i in wrong[0])
+        pattern = self.pattern
+        mask, exactly = self.mask(parts), pattern.keep_n
+        if found := first_wrong(mask, pattern.group_m, most=exactly, least=exactly):
+            row, col, count = found
             raise CheckpointError(
-                f"{name}.bitmask: row {row}, columns {group * self.pattern.group_m}.. keep "
-                f"{int(counts[row, group])} weights; {self.pattern} stores exactly "
-                f"{self.pattern.keep_n}. The file is damaged."
+                f"{name}.bitmask: row {row}, columns {col}.. keep {count} weights; {pattern} "
+                f"stores exactly {exactly}. The file is damaged."
             )
 
     def check_rule(self, name: str, parts: Parts) -> None:
@@ -86,7 +85,7 @@ class NMFormat(RectangleFormat):
         pattern = self.pattern
         if pattern.unit == pattern.group_m:
             return
-        if found := first_crowded(self.mask(parts), pattern.unit, pattern.unit_most):
+        if found := first_wrong(self.mask(parts), pattern.unit, pattern.unit_most):
             row, col, count = found
             raise CheckpointError(
                 f"{name}.bitmask: row {row}, columns {col}..{col + pattern.unit - 1} keep {count} "
