@@ -49,7 +49,7 @@ def measure(folder: Path) -> None:
         rows.append(perplexity(row["name"], made, folder / f"{number}.json"))
     origin = provenance() | {"search": {"budget": BUDGET}, "pass": {"seconds": seconds}}
     record = Record("search", sides, tuple(rows), UNPRUNED, provenance=origin)
-    record.write(RECORD)
+    pages.save(record, RECORD)
 
 
 def perplexity(side: str, model: Path, record: Path) -> Row:

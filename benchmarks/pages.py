@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,35 @@ MODELS = {
     "smollm2": "SmolLM2-135M", "gemma3-270m": "Gemma 3 270M", "tinyllama": "1.1B LLaMA shape",
     "llama2": "LLaMA-2-7B shape", "olmoe": "OLMoE shape, 4 of 16 layers",
 }  # fmt: skip
+
+# By kind of record, the code that its figures are of: when it changes they are stale.
+KERNELS = ("toolkit/kernels/csrc", "toolkit/kernels/native.py", "toolkit/kernels/cpu.py")
+PRUNING = (
+    "toolkit/calibrate",
+    "toolkit/methods",
+    "toolkit/prune/layer.py",
+    "toolkit/sparse/values.py",
+)
+MEASURES = {
+    "search": ("toolkit/search", *PRUNING),
+    "decoding": (*KERNELS, "serve/vllm_plugin/linear.py", "serve/vllm_plugin/head.py"),
+    "experts": (*KERNELS, "toolkit/kernels/experts.py"),
+    "frontier": PRUNING,
+    "kernels": KERNELS,
+    "matrix": PRUNING,
+    "memory": ("toolkit/prune", *PRUNING),
+    "onnx": (*KERNELS, "export/onnx_model"),
+    "published code": PRUNING,
+    "recovery": ("toolkit/recover", *PRUNING),
+    "rivals": PRUNING,
+    "soak": ("serve",),
+}
+
+
+def save(record: Record, path: Path) -> None:
+    """Write a record that says what code it measures, for tests/test_records.py."""
+    measures = {"measures": list(MEASURES[record.kind])}
+    replace(record, provenance={**record.provenance, **measures}).write(path)
 
 
 def read_runs(path: Path) -> list[dict[str, Any]]:
@@ -45,7 +75,7 @@ def write_runs(path: Path, kind: str, runs: Mapping[str, Mapping[str, Any]]) -> 
         for name, run in runs.items()
         for text, value in run["perplexity"].items()
     ]
-    Record(kind, sides, tuple(rows), command=made_by()).write(path)
+    save(Record(kind, sides, tuple(rows), command=made_by()), path)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -133,9 +133,10 @@ def main() -> None:
     reference, origin = parser.parse_args().reference, provenance()
     rows = measure(reference)
     sides: dict[str, dict[str, Any]] = {OURS: {}, THEIRS: {}}
-    Record(
+    record = Record(
         "published code", sides, tuple(rows), THEIRS, provenance=origin, command=pages.made_by()
-    ).write(RECORD)
+    )
+    pages.save(record, RECORD)
 
 
 if __name__ == "__main__":

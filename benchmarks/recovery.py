@@ -27,10 +27,21 @@ import pages
 from gblm.fetch import fetch
 from gblm.provenance import provenance
 from gblm.record import Record, Row
+from gblm.sparse.patterns import parse
 
 CELLS = ("8:16 int8", "dense int4", "8:16 int4", "dense int8", "2:4 int8", "0.5 int8")
 METRICS = {"kl": "nats", "top1": "", "perplexity": ""}
+# No packed value type has three bits: they are stored as int4, and counted as what they are.
+LIMITS = {"int3": 3}
+NARROW = """
+from dataclasses import replace
+from gblm.sparse.values import KINDS
+KINDS["int4"] = replace(KINDS["int4"], limit={limit})
+from gblm.cli import main
+main()
+"""
 DENSE = "dense bf16"
+SPREAD = "8:16"
 
 
 def record_of(model: str) -> Path:
@@ -38,9 +49,15 @@ def record_of(model: str) -> Path:
     return pages.RESULTS / f"recovery-{model}.json"
 
 
-def side_name(pattern: str, values: str, ends: int, method: str, epochs: int, tokens: int) -> str:
+def side_name(
+    pattern: str, values: str, epochs: int = 0, tokens: int = 0, *,
+    ends: int = 0, method: str = "sparsegpt",
+) -> str:  # fmt: skip
     """Name a row, such as "int8 8:16, sparsegpt, reconstructed, recovered on 65536 tokens"."""
-    words = [f"{values} {pattern}" + f", {ends} layers at each end dense" * bool(ends)]
+    words = [f"{values} {pattern}"]
+    words += [f"{pages.counted(ends, 'layer')} dense at each end"] if ends else []
+    if pattern.endswith("bits"):
+        words = [f"{values} {SPREAD} or dense, {pattern.removesuffix('bits')} bits"]
     words += ["GPTQ" if pattern == "dense" else method]
     words += ["reconstructed" + (f" {epochs} times" if epochs != 2 else "")] * bool(epochs)
     return ", ".join(words + [f"recovered on {tokens} tokens"] * bool(tokens))
@@ -60,17 +77,22 @@ def measure(
     """Prune and recover once; gives facts of both sides, and their rows."""
     pattern, values = cell.split()
     pruned, recovered, held_out = folder / "pruned", folder / "recovered", texts(given, folder)
-    how = f"--preset {given.preset} --recover 0 --method {method} --pattern {pattern}"
-    how += f" --values {values} --head float --seed {given.seed}"
-    if given.dense_ends is not None or pattern == "dense":
+    limit, stored = LIMITS.get(values, 0), "int4" if values in LIMITS else values
+    spread = pattern.endswith("bits")
+    how = f"--preset {given.preset} --recover 0 --method {method} --values {stored} --head float"
+    how += f" --seed {given.seed} --pattern {SPREAD if spread else pattern}"
+    how += f" --budget {pattern}" * spread
+    if (given.dense_ends is not None or pattern == "dense") and not spread:
         how += f" --dense-ends {given.dense_ends or 0}"
-    first, cpu = gblm(f"prune {model} {how} --output {pruned}")
+    first, cpu = gblm(f"prune {model} {how} --output {pruned}", limit)
     if given.tokens:
         others = " ".join(f"--held-out {path}" for path in held_out.values())
         more = f"--tokens {given.tokens} --seed {given.seed}"
-        then, cpu_more = gblm(f"recover {pruned} {more} {others} --output {recovered}")
+        then, cpu_more = gblm(f"recover {pruned} {more} {others} --output {recovered}", limit)
     else:
         more, then, cpu_more = "", evaluated(pruned, model, held_out), 0.0
+    if limit:
+        first["bits_per_weight"] -= 1 - parse(pattern).sparsity
     recipe = json.loads((pruned / "recipe.json").read_text())
     epochs = 0 if recipe["reconstruct"] is None else recipe["reconstruct"]["epochs"]
     ends = recipe["dense_ends"]
@@ -78,13 +100,14 @@ def measure(
         "bits_per_weight": first["bits_per_weight"], "bytes": first["bytes_packed"],
         "commit": provenance()["commit"], "prune": f"gblm prune {how}",
     }  # fmt: skip
-    counts = sorted({0, given.tokens})
-    names = [side_name(pattern, values, ends, method, epochs, tokens) for tokens in counts]
+    # A recovery that does not lower KL leaves the model as it was: that is no row.
+    counts = [0, given.tokens] if then["kept"] else [0]
+    names = [side_name(pattern, values, epochs, n, ends=ends, method=method) for n in counts]
     sides = {
         names[0]: facts | {"cpu_seconds": cpu},
         DENSE: {"bits_per_weight": 16.0, "bytes": first["bytes_dense"]},
     }
-    if given.tokens:
+    if then["kept"]:
         more = f"gblm recover {more}"
         sides[names[1]] = facts | {"cpu_seconds": cpu + cpu_more, "recover": more}
         sides[names[1]]["losses"] = then["losses"]
@@ -102,7 +125,7 @@ def measure(
 
 def evaluated(pruned: Path, model: Path, held_out: dict[str, str]) -> dict[str, Any]:
     """Measure a model that is not recovered, but for the text that the dense model writes."""
-    found: dict[str, Any] = {"before": {}, "after": {}, "losses": []}
+    found: dict[str, Any] = {"before": {}, "after": {}, "kept": False}
     record = pruned.parent / "eval.json"
     for path in (path for path in held_out.values() if path != "self"):
         words = f"--text {path} --seq-len 256 --max-windows 16 --output {record}"
@@ -119,10 +142,16 @@ def evaluated(pruned: Path, model: Path, held_out: dict[str, str]) -> dict[str, 
     return found
 
 
-def gblm(arguments: str) -> tuple[dict[str, Any], float]:
-    """Run a command with one thread; gives what it says and the seconds of CPU it took."""
+def gblm(arguments: str, limit: int = 0) -> tuple[dict[str, Any], float]:
+    """Run a command with one thread; gives what it says and the seconds of CPU it took.
+
+    Args:
+        arguments: of the command.
+        limit: the largest code of int4 values, if they are to be fewer.
+    """
     began = resource.getrusage(resource.RUSAGE_CHILDREN)
-    found = pages.alone("-m", "gblm", "--json", "--no-progress", *arguments.split())
+    begin = ("-c", NARROW.format(limit=limit)) if limit else ("-m", "gblm")
+    found = pages.alone(*begin, "--json", "--no-progress", *arguments.split())
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     return found, round(ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime, 1)
 
@@ -137,10 +166,11 @@ def add(path: Path, sides: dict[str, Any], rows: list[Row]) -> None:
             continue
         rounds = (*(found[key].rounds if key in found else ()), *row.rounds)
         found[key] = Row.of_rounds(row.side, row.load, row.metric, row.unit, rounds)
-    replace(
+    grown = replace(
         old, sides=old.sides | sides, rows=tuple(found.values()),
         provenance=provenance(), command=pages.made_by(),
-    ).write(path)  # fmt: skip
+    )  # fmt: skip
+    pages.save(grown, path)
 
 
 def table() -> str:

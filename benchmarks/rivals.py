@@ -111,14 +111,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         rows = measure(model, Path(work))
     load = PROTOCOL.line(PROTOCOL.windows(load_tokenizer(model)))
-    Record(
+    record = Record(
         kind="rivals", command=pages.made_by(),
         sides={name: {"bytes": size} for name, _, size in rows},
         rows=tuple(Row(name, load, "perplexity", "", value) for name, value, _ in rows),
         provenance=origin | {
             "model": "smollm2", "llama_cpp": importlib.metadata.version("llama-cpp-python"),
         },
-    ).write(RECORD)  # fmt: skip
+    )  # fmt: skip
+    pages.save(record, RECORD)
 
 
 if __name__ == "__main__":

@@ -48,15 +48,14 @@ def model_folder(root: Path, name: str) -> Path:
 def make_packed(model: Path, pattern: str, values: str, head: str, folder: Path) -> None:
     """Pack a model, its zeros chosen by magnitude: speed and size do not depend on the method.
 
-    A pattern that ends in " ends" leaves the first and the last decoder layer dense.
+    A pattern such as "3.5bits" is a budget that is spread over 8:16 and dense linears.
     """
-    pattern, ends, _ = pattern.partition(" ends")
-    command = "export pack" if pattern == "dense" else "prune"
-    method = "" if pattern == "dense" else f"--method magnitude --dense-ends {int(bool(ends))} "
-    gblm(
-        f"{command} '{model}' {method}--pattern {pattern} --values {values} --head {head} "
-        f"--output '{folder}'"
-    )
+    command, words = "prune", f"--method magnitude --pattern {pattern}"
+    if pattern == "dense":
+        command, words = "export pack", "--pattern dense"
+    elif pattern.endswith("bits"):
+        words = f"--preset fast --budget {pattern} --pattern 8:16"
+    gblm(f"{command} '{model}' {words} --values {values} --head {head} --output '{folder}'")
 
 
 def shape_folder(root: Path, size: str) -> Path:

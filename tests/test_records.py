@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pages
 import pytest
 from pages import made_by
 
@@ -47,6 +49,38 @@ def test_a_record_says_where_it_comes_from(path: Path) -> None:
 
 def test_the_list_of_those_without_a_command_names_no_other_file() -> None:
     assert {path.stem for path in RECORDS} >= WITHOUT_COMMAND
+
+
+# Older than the code they measure: a new recording takes its file off this list.
+STALE = {
+    "budget", "frontier", "kernels-amd-epyc-family-26-model-2-1-avx2",
+    "kernels-amd-epyc-family-26-model-2-1-avx512", "kernels-amd-epyc-family-26-model-2-2-avx512",
+    "matrix-gemma3-270m", "matrix-smollm2", "memory", "onnx-smollm2-1", "onnx-smollm2-2",
+    "onnx-tinyllama-1", "onnx-tinyllama-2", "onnx-zen5-smollm2-1", "published-code",
+    "recovery-gemma3-270m", "recovery-smollm2", "rivals", "soak",
+}  # fmt: skip
+
+
+def git(*words: str) -> subprocess.CompletedProcess[str]:
+    root = RESULTS.parent.parent
+    return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_a_record_is_of_the_code_it_measures(path: Path) -> None:
+    record = json.loads(path.read_text())
+    measures = pages.MEASURES[record["kind"]]
+    stale = []
+    for commit in {*found(record, "commit")} - {None}:
+        clean = commit.partition("-")[0]
+        if git("cat-file", "-e", clean).returncode:
+            pytest.skip(f"a clone without history: {clean} is not there")
+        # Changes of comments count as well: who can tell.
+        changed = git("diff", "--name-only", clean, "HEAD", "--", *measures).stdout.split()
+        stale += changed + [commit] * commit.endswith("-dirty")
+    assert bool(stale) == (path.stem in STALE), stale
+    if path.stem not in STALE:
+        assert record["provenance"]["measures"] == list(measures)
 
 
 Speeds = dict[str, list[list[float]]]

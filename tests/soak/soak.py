@@ -27,7 +27,7 @@ from typing import Any
 
 import bad_requests
 import faults
-from pages import made_by
+import pages
 from soak_load import SPREAD, load_for, one_run, resident_bytes, sampled, slope, warm_up
 
 from gblm.bench.metrics import Target
@@ -261,10 +261,11 @@ def save(name: str, result: dict[str, Any], origin: dict[str, Any]) -> None:
     reasons = [
         f"{step} did not keep what it should" for step, of in steps.items() if not of["kept"]
     ]
-    Record(
+    record = Record(
         kind="soak", sides=steps, rows=(), verdict=Verdict(not reasons, tuple(reasons)),
-        provenance=origin | {"threads": THREADS}, command=made_by("tests/soak"),
-    ).write(RECORD)  # fmt: skip
+        provenance=origin | {"threads": THREADS}, command=pages.made_by("tests/soak"),
+    )  # fmt: skip
+    pages.save(record, RECORD)
 
 
 def main() -> None:
