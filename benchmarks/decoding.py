@@ -40,7 +40,7 @@ RIVALS = {f"llama.cpp {kind}": values for values, kind in LLAMA_CPP.items()}
 RIVALS |= {f"{kind} (vLLM)": values for values, kind in VLLM.items()}
 SHORT = {"float": "bf16", "int8": "int8", "int4": "int4"}
 # Pattern and values of each side, its dense control first; budgets as `gblm prune` spreads them.
-CELLS = ("dense int8", "8:16 int8", "dense int4", "8:16 int4", "3.5bits int4")
+CELLS = ("dense int8", "8:16 int8", "dense int4", "8:16 int4", "3.7bits int4")
 # What a column says, its load, its metric and what a millisecond of that stands for, in tokens.
 LOADS = {
     "decode 1": (Load(1, 8, 33), "tpot_ms_p50", 1),

@@ -17,9 +17,9 @@ ROWS = (
     ("dense int8, GPTQ", row_name("dense", "int8"), side_name("dense", "int8")),
     ("dense int4, recovered", row_name("dense", "int4"), side_name("dense", "int4", 2, TOKENS)),
     (
-        "int4 8:16 or dense, 3.5 bits, recovered: `gblm prune`",
-        row_name("3.5bits", "int4"),
-        side_name("3.5bits", "int4", 2, TOKENS),
+        "int4 8:16 or dense, 3.7 bits, recovered: `gblm prune`",
+        row_name("3.7bits", "int4"),
+        side_name("3.7bits", "int4", 2, TOKENS),
     ),
     ("int4 8:16, recovered", row_name("8:16", "int4"), side_name("8:16", "int4", 2, TOKENS)),
     ("int8 8:16, recovered", row_name("8:16", "int8"), side_name("8:16", "int8", 2, TOKENS)),

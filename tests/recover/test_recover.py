@@ -364,7 +364,7 @@ def test_without_a_method_the_command_prunes_and_recovers(
     short = ("--calibration", text_file, "--num-samples", 2, "--seq-len", 32)
     done = gblm("prune", tiny, *short, "--recover", 1024, "--output", tmp_path / "out")
     assert done.code == 0, done
-    assert "8:16 or dense, int4, spread to 3.5bits, on 2 samples of 32 tokens" in done.err
+    assert "8:16 or dense, int4, spread to 3.7bits, on 2 samples of 32 tokens" in done.err
     assert "recovered on 1024 tokens" in done.out
     recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
     assert (recipe["method"], recipe["values"], recipe["head"]) == (

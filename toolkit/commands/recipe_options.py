@@ -31,7 +31,7 @@ PLAIN = (
     "max_shard_size",
 )  # fmt: skip
 FAST: dict[str, Any] = {
-    "method": "sparsegpt", "pattern": "8:16", "values": "int4", "budget": "3.5bits",
+    "method": "sparsegpt", "pattern": "8:16", "values": "int4", "budget": "3.7bits",
     "head": "int8", "dense_ends": 1, "rounding": "obs", "calibration": MIX, "num_samples": 64,
     "seq_len": 512, "order": "sequential",
 }  # fmt: skip
