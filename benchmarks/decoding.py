@@ -5,8 +5,8 @@
 
 Shapes have random weights: speed does not depend on them. All sides are `gblm bench`'s and
 stay loaded, so that one round runs each of them once; its limits of noise hold. With --llama-cpp
-GGUF files of the same bits are sides; they run one sequence at a time, so eight are compared
-without them. Writes benchmarks/results/decoding-<shape>-<threads>.json.
+GGUF files of the same bits are sides; they run one sequence at a time. Writes
+benchmarks/results/decoding-<shape>-<threads>.json.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from gblm.bench.rounds import bench
 from gblm.bench.sides import Setup
 from gblm.checkpoint.inspect import inspect
 from gblm.model.folder import ModelFolder
-from gblm.record import Record, Verdict
+from gblm.record import Record
 
 SHAPES = ("smollm2", "tinyllama", "olmoe")
 BASELINE = "dense bf16 (vLLM)"
@@ -85,38 +85,23 @@ def measure(
     folders: Mapping[str, Path], gguf: Mapping[str, Path], threads: int, rounds: int
 ) -> Record:
     """Put all loads on all sides, round after round; GGUF files have one sequence at a time."""
-    alone = [name for name, (load, *_) in LOADS.items() if load.concurrency == 1]
-    first = _bench(folders, gguf, alone if gguf else list(LOADS), threads, rounds)
-    if gguf:
-        second = _bench(folders, {}, [name for name in LOADS if name not in alone], threads, rounds)
-        verdict = Verdict(
-            first.verdict.valid and second.verdict.valid,
-            first.verdict.reasons + second.verdict.reasons,
-            first.verdict.notes + second.verdict.notes,
-        )
-        first = replace(first, rows=first.rows + second.rows, verdict=verdict)
-    found = {name: {"bits_per_weight": bits_per_weight(path)} for name, path in folders.items()}
-    sides = {name: {**facts, **found.get(name, {})} for name, facts in first.sides.items()}
-    shown = {metric for _, metric, _ in LOADS.values()}
-    rows = tuple(row for row in first.rows if row.metric in shown)
-    return replace(first, kind="decoding", command=pages.made_by(), sides=sides, rows=rows)
-
-
-def _bench(
-    folders: Mapping[str, Path],
-    gguf: Mapping[str, Path],
-    works: Sequence[str],
-    threads: int,
-    rounds: int,
-) -> Record:
+    loads = tuple(load for load, *_ in LOADS.values())
+    alone = tuple(load for load in loads if load.concurrency == 1)
     with tempfile.TemporaryDirectory() as work:
-        loads = tuple(LOADS[name][0] for name in works)
         setup = Setup(loads, Path(work) / "log", threads=threads, rounds=rounds,
                       options=("--dtype", "bfloat16"))  # fmt: skip
         sides = [LoopSide(name, "vllm-offline", ModelFolder.open(path), setup)
                  for name, path in folders.items()]  # fmt: skip
-        sides += [LoopSide(name, "llama.cpp", path, setup) for name, path in gguf.items()]
-        return bench(sides)
+        sides += [LoopSide(name, "llama.cpp", path, replace(setup, loads=alone))
+                  for name, path in gguf.items()]  # fmt: skip
+        found = bench(sides)
+    bits = {name: {"bits_per_weight": bits_per_weight(path)} for name, path in folders.items()}
+    shown = {metric for _, metric, _ in LOADS.values()}
+    return replace(
+        found, kind="decoding", command=pages.made_by(),
+        sides={name: {**facts, **bits.get(name, {})} for name, facts in found.sides.items()},
+        rows=tuple(row for row in found.rows if row.metric in shown),
+    )  # fmt: skip
 
 
 def bits_per_weight(folder: Path) -> float:

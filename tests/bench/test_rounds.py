@@ -14,6 +14,7 @@ import pytest
 from conftest import Outcome, in_place_of_vllm, save_tiny_model
 from vllm_server import OPTIONS
 
+from gblm.bench import rounds
 from gblm.bench.engines import parse_sides
 from gblm.bench.loop import Decoder, prompts
 from gblm.bench.requests import Load, Request, Seen
@@ -163,6 +164,26 @@ def test_all_sides_stay_and_alternate_under_each_load() -> None:
     assert diary == ["start a", "start b", "a 1", "b 1", "a 2", "b 2", "b 1", "a 1", "b 2", "a 2",
                      "stop b", "stop a"]  # fmt: skip
     assert found.loads[0] == LOAD.words
+
+
+def test_a_side_may_have_fewer_loads_than_the_first() -> None:
+    other = replace(LOAD, concurrency=2)
+    diary: list[str] = []
+    sides = [
+        Fake("A", diary, replace(SETUP, loads=(LOAD, other))),
+        Fake("B", diary, replace(SETUP, loads=(LOAD,))),
+    ]
+    found = one_round(sides, lambda: None, lambda: None)
+    assert {load: [*by_side] for load, by_side in found.items()} == {LOAD: ["A", "B"], other: ["A"]}
+
+
+def test_slow_memory_is_waited_for_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    speeds = iter([40.0, 30.0, 33.0, 41.0, *[20.0] * rounds.PATIENCE, 42.0])
+    monkeypatch.setattr(rounds, "SETTLE_SECONDS", 0)
+    monkeypatch.setattr(rounds.native, "refusal", lambda: None)
+    monkeypatch.setattr(rounds.noise, "reader", lambda *_: lambda: next(speeds))
+    read = rounds.reader(1)
+    assert [read() for _ in range(4)] == [40.0, 41.0, 20.0, 42.0]
 
 
 def test_with_restart_one_side_at_a_time_is_there() -> None:
