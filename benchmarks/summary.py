@@ -21,8 +21,6 @@ ROWS = (
         row_name("3.7bits", "int4"),
         side_name("3.7bits", "int4", 2, TOKENS),
     ),
-    ("int4 8:16, recovered", row_name("8:16", "int4"), side_name("8:16", "int4", 2, TOKENS)),
-    ("int8 8:16, recovered", row_name("8:16", "int8"), side_name("8:16", "int8", 2, TOKENS)),
 )
 TEXTS = ("descriptions", "WikiText-2", "pydoc")
 

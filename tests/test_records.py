@@ -12,6 +12,7 @@ from typing import Any
 
 import pages
 import pytest
+from decoding import control_of
 from pages import made_by
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
@@ -106,39 +107,33 @@ def assert_divides(speed: float, ratio: float, base: float) -> None:
     assert ratio == pytest.approx(speed / base, abs=rounding)
 
 
+def assert_ratios(columns: list[str], speeds: Speeds) -> int:
+    """Ratios are to bf16 and to the dense row of the value type; gives how many there were."""
+    divided = 0
+    for number in range(len(columns)):
+        for name, row in speeds.items():
+            if not row[number][1:]:
+                continue  # bf16 itself, or not measured
+            dense = next(n for n in speeds if n.startswith(control_of(name).rstrip(",")))
+            bases = [speeds["dense bf16 (vLLM)"][number][0], speeds[dense][number][0]]
+            for ratio, base in zip(row[number][1:], bases, strict=True):
+                assert_divides(row[number][0], ratio, base)
+                divided += 1
+    return divided
+
+
 def test_ratios_of_a_decoding_table_are_those_of_its_speeds() -> None:
     tables = list(tables_of_speeds("docs/results.md", r"[^|]*\d thread"))
     assert len(tables) == len(list(RESULTS.glob("decoding-*.json")))
     for columns, speeds, _ in tables:
-        for number, title in enumerate(columns):
-            control = re.search(r"\(× vLLM bf16, × (.*)\)", title)
-            assert control
-            bases = [speeds[name][number][0] for name in ("dense bf16 (vLLM)", control[1])]
-            divided = 0
-            for cells in (row[number] for row in speeds.values() if row[number]):
-                for ratio, base in zip(cells[1:], bases, strict=True) if cells[1:] else ():
-                    assert_divides(cells[0], ratio, base)
-                    divided += 1
-            assert divided >= 8
+        assert assert_ratios(columns, speeds) >= 8
 
 
 def test_ratios_of_the_readmes_table_are_those_of_its_speeds() -> None:
     ((columns, speeds, _),) = tables_of_speeds("README.md", "SmolLM2-135M")
-    bases: list[list[list[float]]] = []
-    divided = 0
-    for name, row in speeds.items():
-        if name.startswith("dense bf16"):
-            bases = [row]
-        elif name.startswith("dense"):
-            bases.append(row)
-        for number in range(len(columns)):
-            for place, ratio in enumerate(row[number][1:]):
-                assert_divides(row[number][0], ratio, bases[place][number][0])
-                divided += 1
-    # A row is measured as a whole, or not yet.
-    rows = [name for name, row in speeds.items() if not name.startswith("dense bf16") and any(row)]
-    assert len(rows) >= 2
-    assert divided == 2 * 3 * len(rows)
+    measured = [number for number in range(len(columns)) if speeds["dense bf16 (vLLM)"][number]]
+    assert measured
+    assert assert_ratios(columns, speeds) == 2 * len(measured) * (len(speeds) - 1)
 
 
 def test_a_script_says_how_it_was_called(monkeypatch: pytest.MonkeyPatch) -> None:
