@@ -57,6 +57,8 @@ class Holes(DenseFormat):
     def holds(cls, pattern: Pattern) -> bool:
         return pattern == NM(1, 8)
 
+    take = Format.take
+
     def mask_layout(self, shape: Shape) -> dict[str, TensorSpec]:
         return {"bitmask": TensorSpec((shape[0], shape[1] // 8), torch.uint8)}
 

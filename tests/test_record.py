@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from gblm.errors import InputError
+from gblm.provenance import provenance
 from gblm.record import Record, Row, Verdict, command_line, median_interval
 
 LOAD = "64 + 32 tokens"
@@ -131,3 +132,7 @@ def test_a_recorded_command_names_no_folder_of_the_machine() -> None:
     assert command_line(words) == (
         "gblm bench dense q=hf:x --log=l.txt b runs/half http://127.0.0.1:8000 --slo ttft:5,tpot:3"
     )
+
+
+def test_folders_made_one_after_the_other_are_told_apart() -> None:
+    assert provenance()["created"] != provenance()["created"]

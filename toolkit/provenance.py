@@ -32,7 +32,8 @@ def provenance() -> dict[str, Any]:
     return {
         "gblm": __version__,
         "commit": _commit(),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        # Two folders are never alike: gblm.cache tells them apart by this.
+        "created": datetime.now(UTC).isoformat(timespec="microseconds"),
         "device": device_name(),
         "machine": machine(),
         "python": platform.python_version(),
