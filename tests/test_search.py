@@ -366,3 +366,13 @@ def test_budgets_that_prune_refuses(
     done = gblm("prune", tiny, "--calibration", text_file, *TEXT, *words, "--output", "out")
     assert (done.code, done.out) == (2, "")
     assert says in done.err
+
+
+def test_an_output_in_the_way_is_refused_before_a_budget_is_spread(
+    gblm: Run, tiny: Path, text_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    done = gblm("prune", tiny, "--calibration", text_file, *TEXT, "--output", "out")
+    assert done.code == 4, done
+    assert "exists; choose another name" in done.err
+    assert "predicted to take" not in done.err

@@ -55,8 +55,11 @@ def command(
     """
     with progress_bars(ctx) as progress:
         from gblm.checkpoint.report import in_words
+        from gblm.checkpoint.write import check_output
         from gblm.prune import run
 
+        # Before a budget is spread, which takes a while.
+        check_output(output, overwrite)
         chosen = read_recipe(ctx, recipe, given, OWN, progress)
         target = run.Output(output, overwrite, resume)
         report = run.dry_run(chosen, target) if dry_run else run.prune(chosen, target, progress)

@@ -250,14 +250,13 @@ def with_preset(preset: str | None = None, **options: Any) -> dict[str, Any]:
     """
     given = {name: value for name, value in options.items() if value not in (None, ())}
     preset = preset or ("paper" if "method" in given else "recovered")
-    leave = {"budget"} if given.keys() & {"pattern", "values", "dense_ends"} else {"dense_ends"}
     if "budget" in given and "dense_ends" in given:
         raise click.UsageError("--dense-ends does not go with --budget, which decides that itself.")
+    spread = "budget" in given or not given.keys() & {"pattern", "values", "dense_ends"}
+    leave = {"dense_ends"} if spread else {"budget"}
     # Codes alone are rounded; with a floating --values the head is left floating, too.
     if given.get("values") == "float":
         leave |= {"rounding", "head"}
-    if "budget" in given:
-        leave |= {"dense_ends"}
     own = {name: value for name, value in PRESETS[preset].items() if name not in leave}
     return {"preset": preset} | own | given
 
