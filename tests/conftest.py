@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import command_line
 import pytest
@@ -113,7 +114,9 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
             if not folder.exists():
                 unfinished = root / f"{name}.unfinished"
                 shutil.rmtree(unfinished, ignore_errors=True)
-                build(unfinished)
+                # What is remembered of it is for every test, whatever cache this one has.
+                with mock.patch.dict(os.environ, GBLM_CACHE=str(CACHE)):
+                    build(unfinished)
                 unfinished.rename(folder)
         return folder
 
