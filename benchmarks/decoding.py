@@ -1,7 +1,7 @@
 """Tokens per second in vLLM: dense models, sparse ones and rivals, all in the same rounds.
 
-    python benchmarks/decoding.py [--shape smollm2|tinyllama|olmoe] [--cells "8:16 int4" …]
-        [--threads 1] [--rounds 7] [--llama-cpp]
+    python benchmarks/decoding.py [--shape smollm2|tinyllama|…] [--cells "8:16 int4" …]
+        [--threads 1] [--rounds 7] [--llama-cpp] [--without-bf16]
 
 Shapes have random weights: speed does not depend on them. All sides are `gblm bench`'s and
 stay loaded, so that one round runs each of them once; its limits of noise hold. With --llama-cpp
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -31,7 +32,7 @@ from gblm.checkpoint.inspect import inspect
 from gblm.model.folder import ModelFolder
 from gblm.record import Record
 
-SHAPES = ("smollm2", "tinyllama", "olmoe")
+SHAPES = ("smollm2", "tinyllama", "olmoe", "olmoe7b")
 BASELINE = "dense bf16 (vLLM)"
 LLAMA_CPP = {"float": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 # vLLM's own integers, where they are at their best.
@@ -49,6 +50,10 @@ LOADS = {
 }
 
 
+# What else the table shows, as far as the record has it: of whole processes, and of their starts.
+STARTED = {"memory_mb": "memory, MB", "load_s": "load, s"}
+
+
 def make_folders(root: Path, shape: str, cells: Sequence[str]) -> dict[str, Path]:
     """Make the model folders by the names of their rows; those that exist are used again."""
     model = model_folder(root, shape)
@@ -60,7 +65,8 @@ def make_folders(root: Path, shape: str, cells: Sequence[str]) -> dict[str, Path
         if not folder.exists():
             make_packed(model, pattern, values, head, folder)
         folders[row_name(pattern, values)] = folder
-    for kind in (VLLM[values] for values in VLLM if any(values in cell for cell in cells)):
+    asked = [kind for values, kind in VLLM.items() if any(values in cell for cell in cells)]
+    for kind in asked if ModelFolder.open(model).config.get("num_experts") is None else ():
         folder = root / f"{shape}-{kind}"
         if not folder.exists():
             vllm_rivals.make_folder(model, kind, folder)
@@ -96,7 +102,7 @@ def measure(
                   for name, path in gguf.items()]  # fmt: skip
         found = bench(sides)
     bits = {name: {"bits_per_weight": bits_per_weight(path)} for name, path in folders.items()}
-    shown = {metric for _, metric, _ in LOADS.values()}
+    shown = {metric for _, metric, _ in LOADS.values()} | STARTED.keys()
     return replace(
         found, kind="decoding", command=pages.made_by(),
         sides={name: {**facts, **bits.get(name, {})} for name, facts in found.sides.items()},
@@ -129,11 +135,13 @@ def _table(name: str, record: Record) -> str:
     header = [
         f"{pages.MODELS[shape]}, {pages.counted(int(threads), 'thread')}", "bits/weight",
         *(f"{work}, tok/s (× vLLM bf16, × dense)" for work in LOADS),
+        *(title for metric, title in STARTED.items() if has(record, metric)),
     ]  # fmt: skip
     rows = [
-        [side, _bits(record, side), *(cell(record, side, work) for work in LOADS)]
+        [side, _bits(record, side), *(cell(record, side, work) for work in LOADS),
+         *(f"{largest(record, side, m):.0f}" for m in STARTED if has(record, m))]
         for side in record.sides
-    ]
+    ]  # fmt: skip
     rival = record.provenance.get("llama_cpp")
     refused = "" if record.verdict.valid else " What was refused as noisy is a dash."
     return (
@@ -168,6 +176,17 @@ def cell(record: Record, side: str, work: str) -> str:
     return f"{own:.1f} ({', '.join('–' if not o else f'{own / o:.2f}' for o in bases)})"
 
 
+def has(record: Record, metric: str) -> bool:
+    """Tell whether a record has a metric at all."""
+    return any(row.metric == metric for row in record.rows)
+
+
+def largest(record: Record, side: str, metric: str) -> float:
+    """Give the largest median of a side over all loads."""
+    found = (record.value(side, load, metric) for load in record.loads)
+    return max((value for value in found if value is not None), default=math.nan)
+
+
 def _bits(record: Record, side: str) -> str:
     found = record.sides[side].get("bits_per_weight")
     return f"{found:.2f}" if found else "–"
@@ -183,6 +202,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "gblm-shapes")
     parser.add_argument("--llama-cpp", action="store_true", help="needs gguf, llama-cpp-python")
+    parser.add_argument("--without-bf16", action="store_true",
+                        help="for shapes that find no room in memory beside the others")  # fmt: skip
     given = parser.parse_args()
     folders, gguf = make_folders(given.folder, given.shape, given.cells), {}
     for values in dict.fromkeys(cell.split()[1] for cell in given.cells) if given.llama_cpp else ():
@@ -191,6 +212,8 @@ def main() -> None:
         if not path.exists():
             llama_cpp_files.make_gguf(folders[BASELINE], kind, path)
         gguf[f"llama.cpp {kind}"] = path
+    if given.without_bf16:
+        del folders[BASELINE]
     record = measure(folders, gguf, given.threads, given.rounds)
     if gguf:
         version = importlib.metadata.version("llama-cpp-python")

@@ -7,26 +7,32 @@ make_gguf needs `gguf`; mean_loss needs llama-cpp-python, built for this machine
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gblm.model.reader import Reader
 
 HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 
 
 def make_gguf(model: Path, kind: str, target: Path) -> Path:
-    """Write a dense LLaMA folder as GGUF, all matrices of one kind, such as "Q8_0"; no vocabulary.
+    """Write a dense LLaMA or OLMoE as GGUF, all matrices of one kind, as "Q8_0"; no vocabulary.
 
-    llama.cpp rotates neighbours where transformers rotates halves: rows of q and k change places.
+    In LLaMA llama.cpp rotates neighbours where transformers rotates halves: rows of q and k change
+    places. Routers stay as they are, as llama.cpp's own files have them.
     """
     import gguf
-    import torch
     from transformers import AutoConfig
 
     from gblm.model.folder import ModelFolder
     from gblm.model.reader import Reader
 
     config = json.loads((model / "config.json").read_text())
-    writer = gguf.GGUFWriter(target, "llama")
+    kinds = gguf.MODEL_ARCH
+    arch = {"llama": kinds.LLAMA, "olmoe": kinds.OLMOE}[config["model_type"]]
+    writer = gguf.GGUFWriter(target, gguf.MODEL_ARCH_NAMES[arch])
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -38,13 +44,17 @@ def make_gguf(model: Path, kind: str, target: Path) -> Path:
     writer.add_rope_freq_base(AutoConfig.from_pretrained(model).rope_parameters["rope_theta"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("none")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    if num_experts := config.get("num_experts"):
+        writer.add_expert_count(num_experts)
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
     with Reader(ModelFolder.open(model)) as reader:
-        for name in reader.headers:
-            tensor = reader.tensor(name).to(torch.float32).numpy()
-            if heads := config[HEADS[part]] if (part := name.split(".")[-2]) in HEADS else 0:
-                tensor = neighbours(tensor, heads)
-            quantised = gguf.GGMLQuantizationType[kind if tensor.ndim > 1 else "F32"]
+        for name, tensor in _matrices(reader, num_experts or 0):
+            part = name.split(".")[-2]
+            if arch == kinds.LLAMA and part in HEADS:
+                tensor = neighbours(tensor, config[HEADS[part]])
+            plain = tensor.ndim == 1 or part == "gate"
+            quantised = gguf.GGMLQuantizationType["F32" if plain else kind]
             data = gguf.quants.quantize(tensor, quantised)
             writer.add_tensor(names.get_name(name, [".weight"]), data, raw_dtype=quantised)
             reader.release()
@@ -53,6 +63,25 @@ def make_gguf(model: Path, kind: str, target: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return target
+
+
+def _matrices(reader: Reader, num_experts: int) -> Iterator[tuple[str, Any]]:
+    """Yield names and float32 arrays; a linear's experts are one array [experts, out, in]."""
+    import numpy as np
+
+    for name in reader.headers:
+        first, found, last = name.partition(".experts.0.")
+        if found:
+            every = [f"{first}.experts.{expert}.{last}" for expert in range(num_experts)]
+            yield f"{first}.experts.{last}", np.stack([_array(reader, each) for each in every])
+        elif ".experts." not in name:
+            yield name, _array(reader, name)
+
+
+def _array(reader: Reader, name: str) -> Any:
+    import torch
+
+    return reader.tensor(name).to(torch.float32).numpy()
 
 
 def neighbours(weight: Any, heads: int) -> Any:

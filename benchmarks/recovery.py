@@ -1,6 +1,6 @@
 """Recovery on real models: how far pruned and rounded models come back, dense integers alike.
 
-    python benchmarks/recovery.py [--model smollm2|gemma3-270m] [--cells "8:16 int8" …]
+    python benchmarks/recovery.py [--model smollm2|gemma3-270m|…] [--cells "8:16 int8" …]
         [--preset recovered] [--dense-ends 1] [--tokens 65536] [--seed 0] [--methods sparsegpt …]
         [--wikitext test.txt]
 
@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import pages
+from shapes import SPLIT, model_folder
 
-from gblm.fetch import fetch
 from gblm.provenance import provenance
 from gblm.record import Record, Row
 from gblm.sparse.patterns import parse
 
+MODELS = ("smollm2", "gemma3-270m", SPLIT)
 CELLS = ("8:16 int8", "dense int4", "8:16 int4", "dense int8", "2:4 int8", "0.5 int8")
 METRICS = {"kl": "nats", "top1": "", "perplexity": ""}
 # No packed value type has three bits: they are stored as int4, and counted as what they are.
@@ -175,7 +176,7 @@ def add(path: Path, sides: dict[str, Any], rows: list[Row]) -> None:
 
 def table() -> str:
     """Give a table of each model: KL and perplexity before and after, by text."""
-    found = [(m, record_of(m)) for m in ("smollm2", "gemma3-270m") if record_of(m).exists()]
+    found = [(m, record_of(m)) for m in MODELS if record_of(m).exists()]
     return "\n\n".join(_table(model, Record.read(path)) for model, path in found)
 
 
@@ -233,7 +234,7 @@ def figure() -> str:
 def main() -> None:
     """Measure the cells and add them to the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=("smollm2", "gemma3-270m"), default="smollm2")
+    parser.add_argument("--model", choices=MODELS, default=MODELS[0])
     parser.add_argument("--cells", nargs="+", default=CELLS)
     parser.add_argument("--methods", nargs="+", default=("sparsegpt",))
     parser.add_argument("--preset", choices=("fast", "recovered"), default="recovered")
@@ -242,7 +243,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--wikitext", type=Path)
     given = parser.parse_args()
-    model = fetch(given.model)
+    model = model_folder(Path(tempfile.gettempdir()) / "gblm-shapes", given.model)
     for cell in given.cells:
         for method in given.methods:
             with tempfile.TemporaryDirectory() as work:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from pages import gblm
 from safetensors.torch import save_file
+from split_experts import split
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, OlmoeConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
@@ -17,10 +18,17 @@ from gblm.model.folder import ModelFolder
 from gblm.model.loading import skeleton
 
 VOCAB, SCALE = 32000, 0.02
+SPLIT = "smollm2-experts"
 BOS, EOS = "<s>", "</s>"
 COMMON = {
     "vocab_size": VOCAB, "max_position_embeddings": 4096, "tie_word_embeddings": False,
     "bos_token_id": 256, "eos_token_id": 257, "dtype": "bfloat16",
+}  # fmt: skip
+# OLMoE-1B-7B: 64 experts in each decoder layer, of which a token takes 8.
+OLMOE = {
+    "hidden_size": 2048, "intermediate_size": 1024, "num_attention_heads": 16,
+    "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8, "pad_token_id": 257,
+    "architectures": ["OlmoeForCausalLM"],
 }  # fmt: skip
 SHAPES: dict[str, PreTrainedConfig] = {
     "tinyllama": LlamaConfig(
@@ -31,18 +39,18 @@ SHAPES: dict[str, PreTrainedConfig] = {
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=32, architectures=["LlamaForCausalLM"], **COMMON,
     ),
-    # 4 of the 16 decoder layers of OLMoE-1B-7B: 64 experts each, of which a token takes 8.
-    "olmoe": OlmoeConfig(
-        hidden_size=2048, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=16,
-        num_key_value_heads=16, num_experts=64, num_experts_per_tok=8, pad_token_id=257,
-        architectures=["OlmoeForCausalLM"], **COMMON,
-    ),
+    "olmoe": OlmoeConfig(num_hidden_layers=4, **OLMOE, **COMMON),
+    "olmoe7b": OlmoeConfig(num_hidden_layers=16, **OLMOE, **COMMON),
 }  # fmt: skip
 
 
 def model_folder(root: Path, name: str) -> Path:
-    """Give the dense model of a name: the real SmolLM2, or a shape that is made once."""
-    return fetch(name) if name == "smollm2" else shape_folder(root, name)
+    """Give the dense model of a name: a real one, that split into experts, or a random shape."""
+    if name in SHAPES:
+        return shape_folder(root, name)
+    if name != SPLIT:
+        return fetch(name)
+    return folder if (folder := root / name).exists() else split(fetch("smollm2"), folder)
 
 
 def make_packed(model: Path, pattern: str, values: str, head: str, folder: Path) -> None:
