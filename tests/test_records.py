@@ -115,7 +115,8 @@ def assert_ratios(columns: list[str], speeds: Speeds) -> int:
             if not row[number][1:]:
                 continue  # bf16 itself, or not measured
             dense = next(n for n in speeds if n.startswith(control_of(name).rstrip(",")))
-            bases = [speeds["dense bf16 (vLLM)"][number][0], speeds[dense][number][0]]
+            names = [n for n in ("dense bf16 (vLLM)", dense) if n in speeds]
+            bases = [speeds[base][number][0] for base in names]
             for ratio, base in zip(row[number][1:], bases, strict=True):
                 assert_divides(row[number][0], ratio, base)
                 divided += 1
