@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "gblm-shapes")
     parser.add_argument("--llama-cpp", action="store_true", help="needs gguf, llama-cpp-python")
     parser.add_argument("--without-bf16", action="store_true",
-                        help="for shapes that find no room in memory beside the others")  # fmt: skip
+                        help="where memory has no room for it beside the others")  # fmt: skip
     given = parser.parse_args()
     folders, gguf = make_folders(given.folder, given.shape, given.cells), {}
     for values in dict.fromkeys(cell.split()[1] for cell in given.cells) if given.llama_cpp else ():
