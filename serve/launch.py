@@ -33,6 +33,7 @@ MAX_KV_CACHE_GIB = 4
 MAX_SEQUENCES = 64
 # vLLM serves norms and biases that the checkpoint lacks as they were made, unless told to look.
 LOADER_CONFIG = {"enable_weights_track": True}
+PARALLEL = ("--tensor-parallel", "-tp", "--pipeline-parallel", "-pp", "--data-parallel", "-dp")
 LOOPBACK = "lo"  # the name of the interface on Linux
 # Of a dense folder, to say whether packing it would pay.
 SAMPLED_ROWS, SAMPLED_TENSORS = 64, 8
@@ -85,9 +86,11 @@ def environment(server: Server, base: Mapping[str, str]) -> dict[str, str]:
     if on_cpu():
         free = psutil.virtual_memory().available / 2**30
         size = max(1, min(MAX_KV_CACHE_GIB, int(KV_CACHE_SHARE * free)))
-        env.setdefault("VLLM_CPU_KVCACHE_SPACE", str(size))
+        # vLLM would take the variable where the option is given, too.
+        if not _names(server.options, "--kv-cache-memory-bytes"):
+            env.setdefault("VLLM_CPU_KVCACHE_SPACE", str(size))
         cores = sorted(psutil.Process().cpu_affinity() or [])
-        if cores and not _is_parallel(server.options):
+        if cores and not _names(server.options, *PARALLEL):
             env.setdefault("VLLM_CPU_OMP_THREADS_BIND", _ranges(cores))
     return env
 
@@ -205,13 +208,9 @@ def loading_options(server: Server) -> list[str]:
     return ["--model-loader-extra-config", json.dumps(LOADER_CONFIG)]
 
 
-def _is_parallel(options: Sequence[str]) -> bool:
-    return any(
-        o.startswith(
-            ("--tensor-parallel", "-tp", "--pipeline-parallel", "-pp", "--data-parallel", "-dp")
-        )
-        for o in options
-    )
+def _names(options: Sequence[str], *flags: str) -> bool:
+    """Tell whether options of vLLM name one of these, whose words it joins by "_" or "-"."""
+    return any(option.replace("_", "-").startswith(flags) for option in options)
 
 
 def _ranges(cores: list[int]) -> str:

@@ -60,6 +60,9 @@ def test_cpu_environment_bounds_the_cache_and_binds_all_cores(
     assert "VLLM_CPU_OMP_THREADS_BIND" not in environment(
         Server(tmp_path, options=("--tensor-parallel-size", "2")), {}
     )
+    for option in ("--kv-cache-memory-bytes", "--kv_cache_memory_bytes"):
+        env = environment(Server(tmp_path, options=(option, "256M")), {})
+        assert "VLLM_CPU_KVCACHE_SPACE" not in env
 
 
 def test_what_the_user_set_wins(tmp_path: Path) -> None:
