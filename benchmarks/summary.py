@@ -1,4 +1,4 @@
-"""The README's table: size, quality and speed of SmolLM2-135M, from other scripts' records."""
+"""The README's tables: SmolLM2-135M, and the speed of larger shapes, from other scripts' records."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ ROWS = (
         side_name("3.7bits", "int4", 2, TOKENS),
     ),
 )
+# Random weights, so speed alone; and what stands beside our sparse row.
+LARGER = ("tinyllama", "olmoe7b")
+RIVAL, CONTROL, OURS = "llama.cpp Q4_0", row_name("dense", "int4"), row_name("8:16", "int4")
 TEXTS = ("descriptions", "WikiText-2", "pydoc")
 
 
@@ -48,4 +51,22 @@ def table() -> str:
         "ratio is to bf16, the second to the dense integers of the same value type. MB and "
         "perplexity are of models with bf16 heads, speeds of models with int8 heads: how weights "
         f"were found changes no speed. {pages.origins(made, 'torch')}"
+    )
+
+
+def larger() -> str:
+    """Give one sequence's speed on larger shapes: vLLM, llama.cpp, and ours with zeros and without."""
+    records = {pages.MODELS[n]: Record.read(pages.RESULTS / f"decoding-{n}-1.json") for n in LARGER}
+    rows = []
+    for shape, record in records.items():
+        found = {side: decoding.speed(record, side, "decode 1")
+                 for side in (BASELINE, RIVAL, CONTROL, OURS)}  # fmt: skip
+        own, bases = found[OURS] or 0, (found[RIVAL] or 0, found[CONTROL] or 0)
+        cells = [f"{value:.1f}" if value else "–" for value in found.values()]
+        rows.append([shape, *cells, *(f"{own / base:.2f}" for base in bases)])
+    header = ["decode 1, tok/s", *found, f"× {RIVAL}", f"× {CONTROL}"]
+    made = [record.as_json() for record in records.values()]
+    return (
+        f"{pages.table(header, rows)}\n\nRandom weights, so speed alone; one thread, interleaved "
+        f"rounds. OLMoE's bf16 found no room beside the others. {pages.origins(made, 'torch')}"
     )

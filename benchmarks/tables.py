@@ -28,6 +28,7 @@ from pages import ROOT
 # Page, name of the block, what makes it.
 BLOCKS: tuple[tuple[str, str, Callable[[], str]], ...] = (
     ("README.md", "summary", summary.table),
+    ("README.md", "larger", summary.larger),
     ("docs/results.md", "rivals", rivals.table),
     ("docs/results.md", "matrix-quality", matrix.table),
     ("docs/results.md", "matrix-size", matrix.sizes),

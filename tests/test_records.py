@@ -135,6 +135,16 @@ def test_ratios_of_the_readmes_table_are_those_of_its_speeds() -> None:
     assert assert_ratios(columns, speeds) == 2 * len(measured) * (len(speeds) - 1)
 
 
+def test_ratios_of_the_readmes_larger_shapes_are_those_of_their_speeds() -> None:
+    text = (RESULTS.parent.parent / "README.md").read_text()
+    rows = re.findall(r"^\| .* shape \| .* \|$", text, re.MULTILINE)
+    assert rows
+    for row in rows:
+        *_, rival, dense, own, by_rival, by_dense = map(float, re.findall(r"\d+\.\d+(?= \|)", row))
+        assert_divides(own, by_rival, rival)
+        assert_divides(own, by_dense, dense)
+
+
 def test_a_script_says_how_it_was_called(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["/home/me/gblm/benchmarks/rivals.py", "--model", "/home/me/smol", "--rounds", "3"]
     monkeypatch.setattr(sys, "argv", words)
