@@ -44,9 +44,9 @@ SHORT = {"float": "bf16", "int8": "int8", "int4": "int4"}
 CELLS = ("dense int8", "8:16 int8", "dense int4", "8:16 int4", "3.7bits int4")
 # What a column says, its load, its metric and what a millisecond of that stands for, in tokens.
 LOADS = {
-    "decode 1": (Load(1, 8, 33), "tpot_ms_p50", 1),
-    "decode 8": (Load(8, 8, 17, concurrency=8), "tpot_ms_p50", 8),
-    "prefill 512": (Load(1, 512, 1), "ttft_ms_p50", 512),
+    "decode 1": (Load(4, 8, 33), "tpot_ms_p50", 1),
+    "decode 8": (Load(32, 8, 17, concurrency=8), "tpot_ms_p50", 8),
+    "prefill 512": (Load(4, 512, 1), "ttft_ms_p50", 512),
 }
 
 
