@@ -186,6 +186,16 @@ def test_slow_memory_is_waited_for_but_not_for_ever(monkeypatch: pytest.MonkeyPa
     assert [read() for _ in range(4)] == [40.0, 41.0, 20.0, 42.0]
 
 
+def test_where_noise_is_allowed_slow_memory_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    patience: list[int] = []
+    monkeypatch.setattr(rounds, "reader", lambda _, most: patience.append(most) or (lambda: None))
+    for allow in (False, True):
+        rounds.bench([Fake("A", [], replace(SETUP, rounds=1, allow_noise=allow))])
+    assert patience == [rounds.PATIENCE, 1]
+
+
 def test_with_restart_one_side_at_a_time_is_there() -> None:
     diary: list[str] = []
     sides = [Fake(name, diary, replace(SETUP, restart=True)) for name in "ab"]

@@ -50,7 +50,7 @@ def bench(sides: Sequence[Side], progress: Progress = no_progress) -> Record:
     origin, setup = provenance(), sides[0].setup
     step = progress("rounds", setup.rounds * sum(len(side.setup.loads) for side in sides))
     found: dict[Load, list[Round]] = {load: [] for load in setup.loads}
-    read_limit = reader(setup.threads)
+    read_limit = reader(setup.threads, 1 if setup.allow_noise else PATIENCE)
     with ExitStack() as stack:
         if not setup.restart:
             for side in sides:
@@ -107,12 +107,12 @@ def one_round(
     return found
 
 
-def reader(threads: int | None) -> Callable[[], float | None]:
+def reader(threads: int | None, patience: int = PATIENCE) -> Callable[[], float | None]:
     """Give what measures how fast so many threads read memory now, in GB/s; None without kernels.
 
     The threads are those of the sides: two CPUs of a virtual machine may lie on one core or on two,
     which changes what two threads read, but not what a side with one thread does. While memory is
-    slower than it was before, it is read again, for some seconds.
+    slower than it was before, it is read again, so many times at most, a second apart.
     """
     if native.refusal():
         return lambda: None
@@ -124,7 +124,7 @@ def reader(threads: int | None) -> Callable[[], float | None]:
         limit, before = 0.0, torch.get_num_threads()
         torch.set_num_threads(threads or before)
         try:
-            for _ in range(PATIENCE):
+            for _ in range(patience):
                 time.sleep(SETTLE_SECONDS)
                 limit = now()
                 best = max(best, limit)
