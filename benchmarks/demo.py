@@ -22,11 +22,9 @@ import pages
 from gblm.record import Record
 
 RUN = Path("runs/demo")
-MODEL, SPARSE = RUN / "smollm2", RUN / "smollm2-sparse"
+MODEL, DENSE, SPARSE = (RUN / name for name in ("smollm2", "smollm2-int4", "smollm2-sparse"))
 EVAL, BENCH, SUMMARY = RUN / "eval.json", RUN / "bench.json", RUN / "summary.json"
-DENSE = {values: RUN / f"smollm2-{values}" for values in ("int8", "int4")}
-SIDES = {"dense bf16": MODEL, "dense int8": DENSE["int8"], "dense int4": DENSE["int4"],
-         "sparse int4": SPARSE}  # fmt: skip
+SIDES = {"dense bf16": MODEL, "dense int4": DENSE, "sparse int4": SPARSE}
 # The default of `gblm prune`, on less text, so that the whole takes minutes.
 PRUNE = "--num-samples 32 --recover 32768"
 # A text of a domain that no step has seen comes first; pydoc's is held out, but of a known one.
@@ -49,9 +47,7 @@ def main() -> None:
     # A small cache, so that memory shows the weights.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     gblm(f"fetch smollm2 --output {MODEL}")
-    for values, folder in DENSE.items():
-        packed = f"--pattern dense --values {values} --head int8"
-        gblm(f"export pack {MODEL} {packed} --output {folder}")
+    gblm(f"export pack {MODEL} --pattern dense --values int4 --head int8 --output {DENSE}")
     gblm(f"prune {MODEL} {PRUNE} --output {SPARSE}")
     gblm(f"inspect {SPARSE} --verify")
     texts = f"--text {pages.descriptions(RUN)} --text pydoc"
@@ -61,9 +57,9 @@ def main() -> None:
     # Few machines of newcomers are quiet: noise is told in the notes, and hits all sides alike.
     gblm(f"bench {sides} {LOAD} --allow-noise --output {BENCH} -- {VLLM}", (0, 5))
     summary = summarise()
-    SUMMARY.write_text(json.dumps(summary, indent=2) + "\n")
     print_table(summary)
-    print_answers(summary["answers"])
+    summary["answers"] = answers()
+    SUMMARY.write_text(json.dumps(summary, indent=2) + "\n")
     print(f"\n{time.monotonic() - began:.0f} s; record: {SUMMARY}")
 
 
@@ -79,11 +75,9 @@ def summarise() -> dict[str, Any]:
     """Read the figures of the run from the records that the commands wrote."""
     recipe = json.loads((SPARSE / "recipe.json").read_text())
     report = json.loads((SPARSE / "sparsity_report.json").read_text())
-    controls = [
-        json.loads((folder / "sparsity_report.json").read_text()) for folder in DENSE.values()
-    ]
+    control = json.loads((DENSE / "sparsity_report.json").read_text())
     quality, bench = Record.read(EVAL), Record.read(BENCH)
-    sizes = [report["bytes_dense"], *(of["bytes_packed"] for of in (*controls, report))]
+    sizes = [report["bytes_dense"], control["bytes_packed"], report["bytes_packed"]]
     one, eight = (f"8 prompts of {PROMPT} + 32 tokens, concurrency {width}" for width in (1, 8))
     found = {
         "weights on disk, MB": {n: s / 1e6 for n, s in zip(SIDES, sizes, strict=True)},
@@ -107,7 +101,6 @@ def summarise() -> dict[str, Any]:
             "8 streams, tok/s": _speeds(bench, eight, "output_tok_s"),
             "prefill, tok/s": {n: v and 1e3 * PROMPT / v for n, v in prefill.items()},
         },
-        "answers": answers(),
         "provenance": dict(bench.provenance),
     }  # fmt: skip
 
@@ -121,7 +114,8 @@ def _speeds(bench: Record, load: str, metric: str) -> dict[str, float | None]:
 
 
 def answers() -> list[dict[str, str]]:
-    """Ask the dense and the sparse model the same questions; both answer greedily."""
+    """Ask the dense and the sparse model the same questions, greedily; print what they answer."""
+    print("\nBoth models answer the same questions.", flush=True)
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -141,9 +135,12 @@ def answers() -> list[dict[str, str]]:
         )
         length = asked["input_ids"].shape[1]
         row = {"question": question}
+        print(f"\n{question}", flush=True)
         for name, model in models.items():
             ids = model.generate(**asked, do_sample=False, max_new_tokens=48)[0, length:]
             row[name] = tokenizer.decode(ids, skip_special_tokens=True)
+            shown = textwrap.fill(" ".join(row[name].split()), 84, subsequent_indent=" " * 14)
+            print(f"  {name:<12}{shown}", flush=True)
         found.append(row)
     return found
 
@@ -160,15 +157,6 @@ def print_table(summary: dict[str, Any]) -> None:
         print(f"{label:32}" + "".join(f"{cell:>12}" for cell in shown))
     for protocol in summary["protocols"]:
         print(f"perplexity, KL: {protocol}")
-
-
-def print_answers(rows: list[dict[str, str]]) -> None:
-    """Print both models' answers to each question, one below the other."""
-    for row in rows:
-        print(f"\n{row['question']}")
-        for name in (name for name in SIDES if name in row):
-            text = textwrap.fill(" ".join(row[name].split()), 84, subsequent_indent=" " * 14)
-            print(f"  {name:<12}{text}")
 
 
 if __name__ == "__main__":
