@@ -1,4 +1,4 @@
-"""The README's tables: SmolLM2-135M, and the speed of larger shapes, from other scripts' records."""
+"""The README's tables: SmolLM2-135M, and speeds of larger shapes, from other scripts' records."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def table() -> str:
 
 
 def larger() -> str:
-    """Give one sequence's speed on larger shapes: vLLM, llama.cpp, and ours with zeros and without."""
+    """Give one sequence's speed on larger shapes: vLLM, llama.cpp, ours without zeros and with."""
     records = {pages.MODELS[n]: Record.read(pages.RESULTS / f"decoding-{n}-1.json") for n in LARGER}
     rows = []
     for shape, record in records.items():
