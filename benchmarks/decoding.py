@@ -48,8 +48,6 @@ LOADS = {
     "decode 8": (Load(32, 8, 17, concurrency=8), "tpot_ms_p50", 8),
     "prefill 512": (Load(4, 512, 1), "ttft_ms_p50", 512),
 }
-
-
 # What else the table shows, as far as the record has it: of whole processes, and of their starts.
 STARTED = {"memory_mb": "memory, MB", "load_s": "load, s"}
 
@@ -65,8 +63,9 @@ def make_folders(root: Path, shape: str, cells: Sequence[str]) -> dict[str, Path
         if not folder.exists():
             make_packed(model, pattern, values, head, folder)
         folders[row_name(pattern, values)] = folder
-    asked = [kind for values, kind in VLLM.items() if any(values in cell for cell in cells)]
-    for kind in asked if ModelFolder.open(model).config.get("num_experts") is None else ():
+    # vLLM's own integers of experts are not made here.
+    rivals = {} if "num_experts" in ModelFolder.open(model).config else VLLM
+    for kind in (rivals[values] for values in rivals if any(values in cell for cell in cells)):
         folder = root / f"{shape}-{kind}"
         if not folder.exists():
             vllm_rivals.make_folder(model, kind, folder)

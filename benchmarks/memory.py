@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import pages
-from shapes import SHAPES, model_folder
+from shapes import model_folder
 
 from gblm.provenance import provenance
 from gblm.record import Record, Row
 
 RECORD = pages.RESULTS / "memory.json"
 METHODS = ("wanda", "gblm", "sparsegpt")
-SIZES = ("smollm2", *SHAPES)
+SIZES = ("smollm2", "tinyllama", "llama2", "olmoe")
 # Samples and tokens of them: fewer for large shapes.
 TEXT, LARGE = {"smollm2": (16, 256)}, (4, 128)
 # Threads that wait by spinning stand still when they share two cores with other work.

@@ -35,7 +35,13 @@ PRUNING = (
 )
 MEASURES = {
     "search": ("toolkit/search", *PRUNING),
-    "decoding": (*KERNELS, "serve/vllm_plugin/linear.py", "serve/vllm_plugin/head.py"),
+    "decoding": (
+        *KERNELS,
+        "toolkit/kernels/experts.py",
+        "serve/vllm_plugin/linear.py",
+        "serve/vllm_plugin/head.py",
+        "serve/vllm_plugin/experts.py",
+    ),
     "experts": (*KERNELS, "toolkit/kernels/experts.py"),
     "frontier": PRUNING,
     "kernels": KERNELS,

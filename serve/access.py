@@ -79,7 +79,7 @@ def check_access(server: Server, environment: Mapping[str, str]) -> None:
     """
     for word in server.options:
         for name, way in ELSEWHERE.items():
-            if _is_short_for(name, word):
+            if is_short_for(name, word):
                 raise UsageError(f"{name} among vLLM's options: give {way}.")
     has_key = api_key(server.api_key_file, environment) is not None
     _check_address(server, has_key, open_paths(server.open_routes))
@@ -135,10 +135,10 @@ def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _is_for(option: str, name: str) -> bool:
-    return name == option or SHORT.get(name) == option or _is_short_for(option, name)
+    return name == option or SHORT.get(name) == option or is_short_for(option, name)
 
 
-def _is_short_for(option: str, word: str) -> bool:
+def is_short_for(option: str, word: str) -> bool:
     """Tell whether vLLM may take a word for an option: it allows short forms, underscores, dots."""
     name = re.split("[=.]", word)[0].replace("_", "-")
     return len(name) > 3 and option.startswith(name)

@@ -19,7 +19,14 @@ from gblm.model.loading import check_shapes
 from gblm.model.reader import Reader
 from gblm.network import KEY_VARIABLE
 from gblm.packed import check_loadable
-from gblm.serve.access import Server, api_key, check_access, open_doors, open_paths
+from gblm.serve.access import (
+    Server,
+    api_key,
+    check_access,
+    is_short_for,
+    open_doors,
+    open_paths,
+)
 from gblm.serve.guard import KEYS_VARIABLE, MIDDLEWARE, settings
 from gblm.serve.vllm_cli import check_packed, check_version, vllm_knows
 from gblm.sparse.formats.manifest import Manifest
@@ -33,7 +40,6 @@ MAX_KV_CACHE_GIB = 4
 MAX_SEQUENCES = 64
 # vLLM serves norms and biases that the checkpoint lacks as they were made, unless told to look.
 LOADER_CONFIG = {"enable_weights_track": True}
-PARALLEL = ("--tensor-parallel", "-tp", "--pipeline-parallel", "-pp", "--data-parallel", "-dp")
 LOOPBACK = "lo"  # the name of the interface on Linux
 # Of a dense folder, to say whether packing it would pay.
 SAMPLED_ROWS, SAMPLED_TENSORS = 64, 8
@@ -87,10 +93,10 @@ def environment(server: Server, base: Mapping[str, str]) -> dict[str, str]:
         free = psutil.virtual_memory().available / 2**30
         size = max(1, min(MAX_KV_CACHE_GIB, int(KV_CACHE_SHARE * free)))
         # vLLM would take the variable where the option is given, too.
-        if not _names(server.options, "--kv-cache-memory-bytes"):
+        if not any(is_short_for("--kv-cache-memory-bytes", word) for word in server.options):
             env.setdefault("VLLM_CPU_KVCACHE_SPACE", str(size))
         cores = sorted(psutil.Process().cpu_affinity() or [])
-        if cores and not _names(server.options, *PARALLEL):
+        if cores and not _is_parallel(server.options):
             env.setdefault("VLLM_CPU_OMP_THREADS_BIND", _ranges(cores))
     return env
 
@@ -208,9 +214,13 @@ def loading_options(server: Server) -> list[str]:
     return ["--model-loader-extra-config", json.dumps(LOADER_CONFIG)]
 
 
-def _names(options: Sequence[str], *flags: str) -> bool:
-    """Tell whether options of vLLM name one of these, whose words it joins by "_" or "-"."""
-    return any(option.replace("_", "-").startswith(flags) for option in options)
+def _is_parallel(options: Sequence[str]) -> bool:
+    return any(
+        o.startswith(
+            ("--tensor-parallel", "-tp", "--pipeline-parallel", "-pp", "--data-parallel", "-dp")
+        )
+        for o in options
+    )
 
 
 def _ranges(cores: list[int]) -> str:

@@ -60,7 +60,7 @@ def test_cpu_environment_bounds_the_cache_and_binds_all_cores(
     assert "VLLM_CPU_OMP_THREADS_BIND" not in environment(
         Server(tmp_path, options=("--tensor-parallel-size", "2")), {}
     )
-    for option in ("--kv-cache-memory-bytes", "--kv_cache_memory_bytes"):
+    for option in ("--kv-cache-memory-bytes", "--kv_cache_memory_bytes", "--kv-cache-mem"):
         env = environment(Server(tmp_path, options=(option, "256M")), {})
         assert "VLLM_CPU_KVCACHE_SPACE" not in env
 
