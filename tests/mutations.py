@@ -191,7 +191,7 @@ LIST: dict[str, list[tuple[str, str, str]]] = {
          '"VLLM_USE_RUST_FRONTEND": ("", "0", "1"),'),
         ("stranger", "if is_loopback(server.host):\n        return\n    if has_key:",
          "if True:\n        return\n    if has_key:"),
-        ("elsewhere", "if _is_short_for(name, word):", "if name == word:"),
+        ("elsewhere", "if is_short_for(name, word):", "if name == word:"),
     ],
     "serve/test_guard.py": [
         ("key-file", "return read_key(file) if file is not None else environment",
