@@ -43,7 +43,6 @@ MEASURES = {
         "serve/vllm_plugin/experts.py",
     ),
     "experts": (*KERNELS, "toolkit/kernels/experts.py"),
-    "frontier": PRUNING,
     "kernels": KERNELS,
     "matrix": PRUNING,
     "memory": ("toolkit/prune", *PRUNING),

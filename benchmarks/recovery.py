@@ -4,10 +4,11 @@
         [--preset recovered] [--dense-ends 1] [--tokens 65536] [--seed 0] [--methods sparsegpt …]
         [--wikitext test.txt]
 
-Each cell prunes (`gblm prune --preset …`) and recovers (`gblm recover`) with one thread. KL and
-perplexity are those that `gblm recover` tells before and after, on 16 windows of 256 tokens of
-texts that no step has seen. Cells are added to benchmarks/results/recovery-MODEL.json; another seed
-is another round of the same row.
+Each cell, a pattern and a value type, prunes (`gblm prune --preset …`) and recovers (`gblm
+recover`) with one thread; "8:16@3.7bits int4" and "unstructured@3.2bits int4" spread a budget
+(`--budget`). KL and perplexity are those that `gblm recover` tells before and after, on 16 windows
+of 256 tokens of texts that no step has seen. Cells are added to
+benchmarks/results/recovery-MODEL.json; another seed is another round of the same row.
 """
 
 from __future__ import annotations
@@ -42,7 +43,6 @@ from gblm.cli import main
 main()
 """
 DENSE = "dense bf16"
-SPREAD = "8:16"
 
 
 def record_of(model: str) -> Path:
@@ -57,8 +57,10 @@ def side_name(
     """Name a row, such as "int8 8:16, sparsegpt, reconstructed, recovered on 65536 tokens"."""
     words = [f"{values} {pattern}"]
     words += [f"{pages.counted(ends, 'layer')} dense at each end"] if ends else []
-    if pattern.endswith("bits"):
-        words = [f"{values} {SPREAD} or dense, {pattern.removesuffix('bits')} bits"]
+    if "@" in pattern:
+        spread, bits = pattern.removesuffix("bits").split("@")
+        anywhere = spread == "unstructured"
+        words = [f"{values} {'zeros anywhere' if anywhere else f'{spread} or dense'}, {bits} bits"]
     words += ["GPTQ" if pattern == "dense" else method]
     words += ["reconstructed" + (f" {epochs} times" if epochs != 2 else "")] * bool(epochs)
     return ", ".join(words + [f"recovered on {tokens} tokens"] * bool(tokens))
@@ -79,11 +81,10 @@ def measure(
     pattern, values = cell.split()
     pruned, recovered, held_out = folder / "pruned", folder / "recovered", texts(given, folder)
     limit, stored = LIMITS.get(values, 0), "int4" if values in LIMITS else values
-    spread = pattern.endswith("bits")
+    spread, _, budget = pattern.partition("@")
     how = f"--preset {given.preset} --recover 0 --method {method} --values {stored} --head float"
-    how += f" --seed {given.seed} --pattern {SPREAD if spread else pattern}"
-    how += f" --budget {pattern}" * spread
-    if (given.dense_ends is not None or pattern == "dense") and not spread:
+    how += f" --seed {given.seed} --pattern {spread}" + f" --budget {budget}" * bool(budget)
+    if (given.dense_ends is not None or pattern == "dense") and not budget:
         how += f" --dense-ends {given.dense_ends or 0}"
     first, cpu = gblm(f"prune {model} {how} --output {pruned}", limit)
     if given.tokens:

@@ -19,7 +19,7 @@ ROWS = (
     (
         "int4 8:16 or dense, 3.7 bits, recovered: `gblm prune`",
         row_name("3.7bits", "int4"),
-        side_name("3.7bits", "int4", 2, TOKENS),
+        side_name("8:16@3.7bits", "int4", 2, TOKENS),
     ),
 )
 # Random weights, so speed alone; and what stands beside our sparse row.

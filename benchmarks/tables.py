@@ -13,7 +13,6 @@ from pathlib import Path
 import budget
 import decoding
 import expert_speed
-import frontier
 import kernel_speed
 import matrix
 import memory
@@ -33,7 +32,6 @@ BLOCKS: tuple[tuple[str, str, Callable[[], str]], ...] = (
     ("docs/results.md", "matrix-quality", matrix.table),
     ("docs/results.md", "matrix-size", matrix.sizes),
     ("docs/results.md", "recovery", recovery.table),
-    ("docs/results.md", "frontier", frontier.table),
     ("docs/results.md", "decoding", decoding.table),
     ("docs/onnx.md", "onnx", onnx_speed.table),
     ("docs/methods.md", "published", published.table),
