@@ -1,13 +1,13 @@
 """Packed weights in ONNX Runtime on CPU: SmolLM2 and a 1.1B LLaMA shape against its own types.
 
     python benchmarks/onnx_speed.py [--models smollm2 tinyllama] [--threads 1 2]
-        [--rows NAME …] [--folder DIR] [--name NAME]
+        [--rows NAME …] [--folder DIR]
 
 Rows: ONNX Runtime's fp32, int8 and int4 of the dense model, then ai.gblm::Linear with bf16, int8
 and int4 values, each dense (the control, no sparsity) and sparse by magnitude. Heads: ONNX
 Runtime's integer graphs round the head, too, so ours do, to the same type. The 1.1B model is
 random, and exported without validation: nothing is ever certain to be its next token. Folders are
-made once, in DIR. Writes benchmarks/results/NAME-MODEL-THREADS.json.
+made once, in DIR. Writes benchmarks/results/onnx-MODEL-THREADS.json.
 """
 
 from __future__ import annotations
@@ -33,15 +33,10 @@ from gblm.bench.rounds import bench
 from gblm.bench.sides import Setup
 from gblm.record import Record, Row
 
-# On a CPU with AMX, and on one without.
-RECORDS = (
-    "onnx-smollm2-1", "onnx-smollm2-2", "onnx-tinyllama-1", "onnx-tinyllama-2",
-    "onnx-zen5-smollm2-1",
-)  # fmt: skip
 PREFILL, DECODE, OVER = "ttft_ms_p50", "tpot_ms_p50", "_speedup/"
 MODELS = ("smollm2", "tinyllama")
 PRECISIONS = ("fp32", "int8", "int4")
-PATTERNS = {"dense": "dense", "half": "0.5", "2of4": "2:4", "8of16": "8:16"}
+PATTERNS = {"dense": "dense", "8of16": "8:16"}
 PROMPT_LEN, OUTPUT_LEN = 64, 32
 # Names of the rows, those of a value type behind ONNX Runtime's own.
 ROWS = tuple(
@@ -93,7 +88,7 @@ def measure(folders: dict[str, Path], model: str, threads: int) -> Record:
         record, kind="onnx", command=pages.made_by(), rows=(*record.rows, *speedups(record, load)),
         sides={row: {**facts, "validation": reports[row].get("validation")}
                for row, facts in record.sides.items()},
-        provenance={**record.provenance, "clock": "wall time", "load_average": os.getloadavg()[0],
+        provenance={**record.provenance, "load_average": os.getloadavg()[0],
                     "settings": {**record.provenance["settings"], **asked}},
     )  # fmt: skip
 
@@ -110,8 +105,8 @@ def speedups(record: Record, load: Load) -> Iterator[Row]:
 
 def table() -> str:
     """Give one table for each model and number of threads."""
-    paths = [pages.RESULTS / f"{record}.json" for record in RECORDS]
-    return "\n\n".join(_table(Record.read(path)) for path in paths)
+    paths = [pages.RESULTS / f"onnx-{model}-{n}.json" for model in MODELS for n in (1, 2)]
+    return "\n\n".join(_table(Record.read(path)) for path in paths if path.exists())
 
 
 def _table(record: Record) -> str:
@@ -127,7 +122,7 @@ def _table(record: Record) -> str:
     return (
         f"{pages.table(header, cells)}\n\nMedians of {settings['rounds']} interleaved rounds of "
         f"{settings['prompt_len']} + {settings['output_len']} tokens, batch 1; ratios are paired "
-        f"by round (min–max); {facts['clock']}. Memory is what a process of its own holds after "
+        f"by round (min–max). Memory is what a process of its own holds after "
         "the first token, mapped pages included. Heads of integer rows are rounded to the same "
         f"type. Load average {facts['load_average']:.1f}. "
         f"{pages.origin(record.as_json(), 'torch', 'onnxruntime')}"
@@ -164,7 +159,7 @@ def label(row: str) -> str:
         return f"ONNX Runtime {values}"
     if kind == "dense":
         return f"ours, dense {values} (control)"
-    return f"ours, {values} {'50 %' if kind == 'half' else PATTERNS[kind]}"
+    return f"ours, {values} {PATTERNS[kind]}"
 
 
 def ratio(row: Row | None) -> str:
@@ -180,7 +175,6 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
     parser.add_argument("--threads", nargs="+", type=int, default=(1, 2))
-    parser.add_argument("--name", default="onnx", help="what the records are called")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "gblm-onnx")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
@@ -188,7 +182,7 @@ def main() -> None:
         folders = make_folders(given.folder, model, given.rows)
         for threads in given.threads:
             record = measure(folders, model, threads)
-            pages.save(record, pages.RESULTS / f"{given.name}-{model}-{threads}.json")
+            pages.save(record, pages.RESULTS / f"onnx-{model}-{threads}.json")
 
 
 if __name__ == "__main__":

@@ -211,25 +211,38 @@ def _cell(record: Record, side: str, text: str) -> str:
 
 
 def figure() -> str:
-    """Draw the loss of every recovery of SmolLM2 over its tokens, as SVG."""
+    """Draw what SmolLM2's rows lose for their bits, and their recoveries over tokens, as SVG."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     mpl.rcParams["svg.hashsalt"] = "gblm"
-    drawn = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = drawn.subplots()
-    for side, facts in Record.read(record_of("smollm2")).sides.items():
-        losses = facts.get("losses", [])
-        window = max(1, len(losses) // 16)
-        means = [statistics.fmean(losses[i : i + window]) for i in range(0, len(losses), window)]
-        tokens = [1024 * window * (i + 0.5) for i in range(len(means))]
-        axes.plot(tokens, means, label=side.partition(", recovered")[0])
-    axes.set(xlabel="tokens", ylabel="KL to the dense model, nats, on the text of training")
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize="small")
-    text = io.StringIO()
-    drawn.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()
+    drawn, record = Figure(figsize=(12, 5), layout="constrained"), Record.read(record_of(MODELS[0]))
+    frontier, curves = drawn.subplots(1, 2)
+    text = next(iter(record.loads))
+    for side, facts in record.sides.items():
+        label, _, recovered = side.partition(", recovered")
+        if recovered:
+            curves.plot(*_curve(facts["losses"]), label=label)
+        if side != DENSE:
+            color, marker = "C1" if " dense, GPTQ" in side else "C0", "o" if recovered else "x"
+            point = facts["bits_per_weight"], record.value(side, text, "kl")
+            frontier.plot(*point, color=color, marker=marker)
+    curves.set(xlabel="tokens", ylabel="KL to the dense model, nats, on the text of training")
+    curves.legend(fontsize="x-small")
+    frontier.set(xlabel="bits a weight", ylabel=f"KL to the dense model, nats, on {text}")
+    frontier.set_title("dense orange, sparse blue; recovered ●, not yet ×", fontsize="small")
+    for axes in (frontier, curves):
+        axes.set_ylim(bottom=0)
+    written = io.StringIO()
+    drawn.savefig(written, format="svg", metadata={"Date": None})
+    return written.getvalue()
+
+
+def _curve(losses: list[float]) -> tuple[list[float], list[float]]:
+    """Give tokens and mean losses of sixteen parts of a training."""
+    window = max(1, len(losses) // 16)
+    means = [statistics.fmean(losses[i : i + window]) for i in range(0, len(losses), window)]
+    return [1024 * window * (i + 0.5) for i in range(len(means))], means
 
 
 def main() -> None:

@@ -37,10 +37,13 @@ def _open(model: str, length: int) -> Any:
     from transformers import AutoConfig
     from vllm import LLM
 
+    from gblm.model.folder import ModelFolder
+    from gblm.model.loading import auto_dtype
+
     longest = AutoConfig.from_pretrained(model).get_text_config().max_position_embeddings
     return LLM(
         model, max_model_len=min(longest, 2 * length + TEMPLATE), enforce_eager=True,
-        distributed_executor_backend="uni",
+        distributed_executor_backend="uni", dtype=auto_dtype(ModelFolder.open(model)) or "auto",
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -53,6 +53,23 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device: make test-gpu runs this where there is one")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def any_cpu_computes_as_stored() -> Iterator[None]:
+    """What tests compare was computed in one dtype, on CPUs that would take float32 as well."""
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        has = {**torch.cpu.get_capabilities(), "avx512_bf16": True, "avx512_fp16": True}
+        patch.setattr(torch.cpu, "get_capabilities", lambda: has)
+        yield
+
+
+@pytest.fixture
+def without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU of AVX2 alone."""
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True})
 
 
 def save_tiny_model(folder: Path, dtype: str = "bfloat16", **config: object) -> Path:

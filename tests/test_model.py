@@ -8,9 +8,9 @@ import torch
 from conftest import save_tiny_model
 
 from gblm.errors import InputError, MachineError, UsageError
-from gblm.model.folder import resolve
+from gblm.model.folder import ModelFolder, resolve
 from gblm.model.linears import prunable
-from gblm.model.loading import check_device, load
+from gblm.model.loading import auto_dtype, check_device, fast_dtype, load
 
 
 def test_every_linear_of_the_decoder_layers_is_prunable(tiny: Path) -> None:
@@ -100,3 +100,22 @@ def test_devices_are_checked() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(MachineError, match="no CUDA device"):
             check_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("has", "stored", "wanted"),
+    [("avx2", "bfloat16", "float32"), ("avx512_bf16", "bfloat16", "bfloat16"),
+     ("bf16", "bfloat16", "bfloat16"), ("amx_bf16", "float16", "float32"),
+     ("avx512_fp16", "float16", "float16"), ("avx2", "float32", "float32")],
+)  # fmt: skip
+def test_a_cpu_computes_in_what_it_does_not_emulate(
+    has: str, stored: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {has: True, "avx512_f": True})
+    given = getattr(torch, stored)
+    assert fast_dtype(given) == getattr(torch, wanted)
+    assert fast_dtype(given, "cuda:0") == given
+    for key in ("dtype", "torch_dtype"):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", key: stored}))
+        found = auto_dtype(ModelFolder.open(tmp_path))
+        assert (found or given) == getattr(torch, wanted)

@@ -47,6 +47,18 @@ def recipe(tiny: Path, text_file: Path) -> Recipe:
     return Recipe(model=str(tiny), method="wanda", calibration=calibration)
 
 
+@pytest.mark.usefixtures("without_bfloat16")
+def test_where_bfloat16_is_emulated_pruning_computes_in_float32(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    for dtype in ("auto", "float32"):
+        prune(recipe.model_copy(update={"dtype": dtype, "method": "sparsegpt"}), tmp_path / dtype)
+    found, wanted = (load_file(tmp_path / d / "model.safetensors") for d in ("auto", "float32"))
+    assert all(torch.equal(tensor, found[name]) for name, tensor in wanted.items())
+    assert torch.bfloat16 in {tensor.dtype for tensor in found.values()}
+    assert torch.float32 not in {tensor.dtype for tensor in found.values()}
+
+
 @pytest.mark.parametrize(
     ("method", "pattern", "values"),
     [("magnitude", "2:4", "float"), ("magnitude", "0.5", "float"), ("wanda", "4:8", "float"),

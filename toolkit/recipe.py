@@ -194,7 +194,8 @@ class Recipe(Fields):
     )
     dtype: DType = Field(
         default="auto",
-        description="Of the computation; auto is the checkpoint's. Stored values keep that.",
+        description="Of the computation; auto is the checkpoint's, or float32 where the CPU would "
+        "emulate that. Stored values keep the checkpoint's.",
     )
     device: str = Field(default="cpu", description="cpu, cuda, cuda:N")
 

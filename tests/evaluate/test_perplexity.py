@@ -43,6 +43,16 @@ def test_protocol_stands_beside_the_figure(tiny: Path, text_file: Path) -> None:
     assert ratio.median == 1.0
 
 
+@pytest.mark.usefixtures("without_bfloat16")
+def test_where_bfloat16_is_emulated_a_model_is_measured_in_float32(
+    tiny: Path, pack_tiny: Callable[..., Path], text_file: Path
+) -> None:
+    protocol = Protocol(source=str(text_file), seq_len=32, max_windows=2)
+    for folder in (tiny, pack_tiny("wanda", "2:4", "int8")):
+        record = run_evaluation(Evaluation(str(folder), (protocol,), baseline=str(tiny)))
+        assert [side["dtype"] for side in record.sides.values()] == ["float32", "float32"]
+
+
 def test_windows_beyond_the_models_positions_are_warned_of(
     tiny: Path, text_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -73,6 +73,19 @@ def test_it_lowers_kl_and_keeps_every_mask(
     assert f"{before['kl']:.3f} → {after['kl']:.3f}" in card
 
 
+@pytest.mark.usefixtures("without_bfloat16")
+def test_where_bfloat16_is_emulated_both_models_compute_in_float32(
+    pack_tiny: Pack, how: Recovering, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+    monkeypatch.setattr(run_module, "load", lambda *how: loaded.append(load(*how)) or loaded[-1])
+    start = pack_tiny("wanda", "2:4", "float")
+    assert recover(start, tmp_path / "out", how)["kept"]
+    assert {weight.dtype for weight in loaded[0].parameters()} == {torch.float32}
+    old, new = (load_file(folder / "model.safetensors") for folder in (start, tmp_path / "out"))
+    assert {n: tensor.dtype for n, tensor in new.items()} == {n: t.dtype for n, t in old.items()}
+
+
 def test_what_is_written_is_what_was_measured(
     pack_tiny: Pack, how: Recovering, tmp_path: Path, text_file: Path, tiny: Path
 ) -> None:
@@ -340,7 +353,7 @@ def test_memory_decides_what_is_trained_and_whether(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = LlamaConfig(hidden_size=64, num_hidden_layers=2)
-    extent = needs.Extent(config, [(1 << 12, 1 << 12)], 1 << 23, 1 << 25)
+    extent = needs.Extent(config, [(1 << 12, 1 << 12)], 1 << 23, 1 << 24, torch.bfloat16)
     own = Recovering()
     memory = psutil.virtual_memory()
 

@@ -151,9 +151,10 @@ def in_vllm(folder: Path) -> Iterator[Sampler]:
 @contextmanager
 def in_transformers(folder: Path) -> Iterator[Sampler]:
     """Load the model in this process."""
-    from gblm.model.loading import load
+    from gblm.model.folder import ModelFolder
+    from gblm.model.loading import auto_dtype, load
 
-    model: Any = load(folder)
+    model: Any = load(folder, auto_dtype(ModelFolder.open(folder)))
     stops = model.generation_config.eos_token_id
     stops = set(stops) if isinstance(stops, list) else {stops}
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gblm import packed
 from gblm.errors import UsageError
 from gblm.model.folder import ModelFolder
+from gblm.model.loading import auto_dtype
 
 ONNX_MODEL, ONNX_REPORT = "model.onnx", "onnx_report.json"
 
@@ -111,7 +112,7 @@ def open_subject(
 
     Args:
         folder: a dense, packed or exported folder.
-        dtype: "auto" is the checkpoint's.
+        dtype: see `gblm.model.loading.auto_dtype` for "auto".
         device: of dense and packed folders.
         backend: of packed weights; the best one if None.
 
@@ -121,7 +122,7 @@ def open_subject(
     """
     kind = folder_kind(folder)
     if kind != "onnx":
-        wanted = None if dtype == "auto" else getattr(torch, dtype)
+        wanted = auto_dtype(folder, device) if dtype == "auto" else getattr(torch, dtype)
         return TorchSubject(packed.load_any(folder, backend, wanted, device), kind)
     if device != "cpu" or backend:
         raise UsageError("--device and --backend do not go with an exported folder.")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gblm.errors import CheckpointError
 from gblm.model.folder import ModelFolder
 from gblm.model.linears import decoder_layers, linears, prunable, towers
-from gblm.model.loading import check_device, check_shapes, skeleton
+from gblm.model.loading import check_device, check_shapes, fast_dtype, skeleton
 from gblm.model.reader import Reader
 from gblm.sparse.passes import all_finite
 
@@ -44,7 +44,7 @@ class Layers:
 
         Args:
             reader: the open checkpoint; it must outlive this object.
-            dtype: of the computation; None takes that of the first linear in the checkpoint.
+            dtype: of the computation; None takes what `fast_dtype` makes of the first linear's.
             device: where layers compute.
 
         Raises:
@@ -58,7 +58,8 @@ class Layers:
         self.model: Any = model.eval().requires_grad_(False)
         self.prefix, self.modules = decoder_layers(model)
         first = next(iter(linears(self.modules[0])))
-        self.dtype = dtype or reader.headers[f"{self.name(0)}.{first}.weight"][1]
+        stored = reader.headers[f"{self.name(0)}.{first}.weight"][1]
+        self.dtype = dtype or fast_dtype(stored, self.device)
         for buffer_owner in self.model.modules():
             for name, buffer in buffer_owner.named_buffers(recurse=False):
                 setattr(buffer_owner, name, buffer.to(self.device))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,13 @@ from gblm.errors import CheckpointError, InputError, MachineError, UsageError
 from gblm.model import experts
 from gblm.model.folder import ModelFolder
 from gblm.model.reader import Reader
+
+logger = logging.getLogger(__name__)
+# Of x86 and arm64, what multiplies a dtype; PyTorch emulates it without.
+INSTRUCTIONS = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
+}
 
 
 def load(
@@ -190,6 +199,31 @@ def load_tokenizer(model: str | Path | ModelFolder) -> Any:
         )
     except Exception as error:
         raise InputError(f"{folder}: the tokenizer could not be loaded: {error}") from error
+
+
+def fast_dtype(stored: torch.dtype, device: str | torch.device = "cpu") -> torch.dtype:
+    """Return the dtype to compute in where nobody chose one: the stored one, or float32.
+
+    A CPU without instructions for a dtype takes some eight times as long for it as for float32.
+    """
+    needed = INSTRUCTIONS.get(stored, ())
+    has = torch.cpu.get_capabilities()
+    if not needed or torch.device(device).type != "cpu" or any(has.get(name) for name in needed):
+        return stored
+    _say_float32(stored)
+    return torch.float32
+
+
+@cache
+def _say_float32(stored: torch.dtype) -> None:
+    logger.info("computing in float32: this CPU would emulate %s", str(stored).split(".")[1])
+
+
+def auto_dtype(folder: ModelFolder, device: str | torch.device = "cpu") -> torch.dtype | None:
+    """Return the `fast_dtype` of what config.json names; None, the checkpoint's, for others."""
+    named = f"torch.{folder.config.get('dtype', folder.config.get('torch_dtype'))}"
+    stored = next((dtype for dtype in INSTRUCTIONS if str(dtype) == named), None)
+    return None if stored is None else fast_dtype(stored, device)
 
 
 def check_device(device: str | torch.device) -> torch.device:

@@ -24,7 +24,7 @@ from gblm.checkpoint.pack import Packing, check_room, write_packed
 from gblm.checkpoint.resume import GRADIENTS, WorkFolder, open_work, remove_leftovers, work_path
 from gblm.checkpoint.write import check_output, folder_bytes
 from gblm.files import read_json
-from gblm.model.loading import check_device, load_tokenizer
+from gblm.model.loading import check_device, fast_dtype, load_tokenizer
 from gblm.model.packed_reader import MANIFEST_FILE, RECIPE_FILE, REPORT_FILE
 from gblm.progress import Progress, no_progress
 from gblm.provenance import versions
@@ -86,9 +86,10 @@ def extent(job: Job) -> Extent:
         math.prod(shape) * (1 - job.formats[name].pattern.sparsity)
         for name, shape in shapes.items()
     )
-    dense = sum(map(reader.num_bytes, reader))
+    weights = sum(math.prod(shape) for shape, _ in reader.headers.values())
     config = job.layers.model.config.get_text_config()
-    return Extent(config, list(shapes.values()), math.ceil(kept), dense)
+    dtype = fast_dtype(job.layers.dtype, job.layers.device)
+    return Extent(config, list(shapes.values()), math.ceil(kept), weights, dtype)
 
 
 def dry_run(recipe: Recipe, output: Output) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from math import prod
 from typing import Any
 
 import psutil
+import torch
 
 from gblm.errors import MachineError
 from gblm.recipe import Recovering
@@ -16,8 +17,8 @@ from gblm.recipe import Recovering
 logger = logging.getLogger(__name__)
 HELD_OUT_WINDOWS = 16
 # What a training step of one token holds, in activations of the width of the model: those that
-# autograd keeps of a decoder layer (16), in 2 bytes each.
-KEPT_PER_LAYER = 32
+# autograd keeps of a decoder layer.
+KEPT_PER_LAYER = 16
 # A group of codes has at least so many columns, and one scale.
 GROUP = 32
 
@@ -30,13 +31,15 @@ class Extent:
         config: of the text model, as transformers reads it.
         shapes: [out, in] of the linears that are trained.
         kept: weights that stay, of all of them.
-        bytes_dense: of the dense model's tensors.
+        num_weights: of the dense model, all of them.
+        dtype: of the computation.
     """
 
     config: Any
     shapes: Sequence[tuple[int, ...]]
     kept: int
-    bytes_dense: int
+    num_weights: int
+    dtype: torch.dtype
 
     def memory(self, how: Recovering) -> int:
         """Bound the bytes of memory: the model, parts with two moments, activations."""
@@ -45,14 +48,20 @@ class Extent:
         # Beside a part lie the places of its values and its codes, or the weight that it scales.
         # One weight at a time is scattered and has a gradient.
         beside = 5 * sum(sizes) if how.train == "scales" else 4 * self.kept + sum(sizes)
-        activations = how.batch_size * how.seq_len * width * layers * KEPT_PER_LAYER + (1 << 28)
-        return self.bytes_dense + self.state(how) + beside + 16 * max(sizes) + activations
+        each = KEPT_PER_LAYER * self.dtype.itemsize
+        activations = how.batch_size * how.seq_len * width * layers * each + (1 << 28)
+        return self.num_bytes + self.state(how) + beside + 16 * max(sizes) + activations
 
     def disk(self, how: Recovering) -> int:
         """Bound the bytes on disk: the teacher's hidden states, two saved states, the folder."""
         held_out = HELD_OUT_WINDOWS * len(how.held_out) * how.seq_len
         teacher = 4 * (how.tokens + held_out) * int(self.config.hidden_size)
-        return teacher + 2 * self.state(how) + self.bytes_dense
+        return teacher + 2 * self.state(how) + self.num_bytes
+
+    @property
+    def num_bytes(self) -> int:
+        """Count the bytes of the dense model in memory."""
+        return self.num_weights * self.dtype.itemsize
 
     def state(self, how: Recovering) -> int:
         """Bound the bytes of what is trained: a float32 value and two moments each."""

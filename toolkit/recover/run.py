@@ -27,6 +27,7 @@ from gblm.model import experts
 from gblm.model.folder import ModelFolder
 from gblm.model.loading import (
     check_device,
+    fast_dtype,
     load,
     load_tokenizer,
     model_config,
@@ -60,6 +61,11 @@ class Task:
     how: Recovering
     device: str
     ranks: Ranks
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Name the dtype that both models compute in."""
+        return fast_dtype(self.packed.dtype, self.device)
 
     @property
     def head_name(self) -> str | None:
@@ -167,7 +173,7 @@ class _Run:
         """Take the teacher's states, then train, measuring before and after."""
         task, how = self.task, self.task.how
         texts = read_texts(how, task.dense.path, self.tokenizer, self._tokens())
-        model: Any = load(task.dense, task.packed.dtype, task.device)
+        model: Any = load(task.dense, task.dtype, task.device)
         experts.unfuse(model, every=task.ranks.size > 1)
         dense_head = Head(model)
         dense_head.check(model, texts[TRAINING])
@@ -200,7 +206,7 @@ class _Run:
         if how.minutes is None:
             return how.tokens
         if self.task.ranks.leads and not kept.exists():
-            model: Any = load(self.task.dense, self.task.packed.dtype, self.task.device)
+            model: Any = load(self.task.dense, self.task.dtype, self.task.device)
             each = seconds_per_token(model, how.batch_size, how.seq_len)
             tokens = int(60 * how.minutes * self.task.ranks.size / each)
             write_json(kept, {"tokens": min(how.tokens, tokens)})
@@ -247,7 +253,7 @@ def become(model: Any, task: Task) -> dict[str, Part]:
     parts: dict[str, Part] = {}
     packed, device = task.packed, task.device
     for name in task.trained:
-        weight = packed.linears[name].fmt.unpack(packed.parts(name)).to(packed.dtype, device)
+        weight = packed.linears[name].fmt.unpack(packed.parts(name)).to(task.dtype, device)
         part = sparse_part(weight, cast(Train, task.how.train))
         parts[f"{name}.weight"] = part
         model.get_parameter(f"{name}.weight").data.copy_(part.give())
@@ -285,7 +291,7 @@ def _check(task: Task, output: Path, overwrite: bool) -> Recovering:
     linears = [packed.linears[name] for name in task.trained]
     shapes, kept = [linear.shape for linear in linears], sum(map(_kept, linears))
     config = model_config(packed.folder).get_text_config()
-    extent = Extent(config, shapes, kept, _check_teacher(task))
+    extent = Extent(config, shapes, kept, _check_teacher(task), task.dtype)
     how = settle(task.how, extent, task.device)
     if ranks.leads:
         remove_leftovers(output)
@@ -295,7 +301,7 @@ def _check(task: Task, output: Path, overwrite: bool) -> Recovering:
 
 
 def _check_teacher(task: Task) -> int:
-    """Refuse a dense model that is not the packed one's; gives the bytes of its tensors."""
+    """Refuse a dense model that is not the packed one's; gives the number of its weights."""
     packed = task.packed
     task.dense.check_dense()
     with Reader(task.dense) as dense:
@@ -310,7 +316,7 @@ def _check_teacher(task: Task) -> int:
                     f"{task.dense} is not the dense model of {packed.folder}: its {name} is "
                     f"{'missing' if found is None else list(found)}, not {list(shape)}."
                 )
-        return sum(map(dense.num_bytes, dense))
+        return sum(math.prod(shape) for shape, _ in dense.headers.values())
 
 
 def _kept(linear: PackedLinear) -> int:
