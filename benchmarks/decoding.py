@@ -7,8 +7,8 @@
 Shapes have random weights: speed does not depend on them. All sides are `gblm bench`'s and
 stay loaded, so that one round runs each of them once; its limits of noise hold. With --llama-cpp
 GGUF files of the same bits are sides; they run one sequence at a time, with --llama-bench in
-ik_llama.cpp's program of that name, too. Writes
-benchmarks/results/decoding-<shape>-<threads>.json.
+ik_llama.cpp's program of that name, too. Writes benchmarks/results/decoding-<shape>-<threads>.json,
+on a CPU without AVX-512 decoding-<shape>-<threads>-<instruction set>.json.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from gblm.bench.requests import Load
 from gblm.bench.rounds import bench
 from gblm.bench.sides import Setup, Side
 from gblm.checkpoint.inspect import inspect
+from gblm.kernels import native
 from gblm.model.folder import ModelFolder
 from gblm.record import Record
 
@@ -129,18 +130,17 @@ def bits_per_weight(folder: Path) -> float:
 
 def table() -> str:
     """Give one table for each record that there is."""
-    paths = [
-        pages.RESULTS / f"decoding-{shape}-{threads}.json" for shape in SHAPES for threads in (1, 2)
-    ]
-    return "\n\n".join(_table(path.stem, Record.read(path)) for path in paths if path.exists())
+    paths = [p for shape in SHAPES for p in sorted(pages.RESULTS.glob(f"decoding-{shape}-*.json"))]
+    return "\n\n".join(_table(path.stem, Record.read(path)) for path in paths)
 
 
 def _table(name: str, record: Record) -> str:
     """Divide the medians by those of vLLM's bf16 and of our dense control in the same rounds."""
-    _, shape, threads = name.split("-")
+    _, shape, threads, *isa = name.split("-")
     others = "× vLLM bf16, × dense" if BASELINE in record.sides else "× dense"
     header = [
-        f"{pages.MODELS[shape]}, {pages.counted(int(threads), 'thread')}", "bits/weight",
+        ", ".join([pages.MODELS[shape], pages.counted(int(threads), "thread"), *isa]),
+        "bits/weight",
         *(f"{work}, tok/s ({others})" for work in LOADS),
         *(title for metric, title in STARTED.items() if has(record, metric)),
     ]  # fmt: skip
@@ -230,7 +230,9 @@ def main() -> None:
     if gguf:
         version = importlib.metadata.version("llama-cpp-python")
         record = replace(record, provenance={**record.provenance, "llama_cpp": version})
-    pages.save(record, pages.RESULTS / f"decoding-{given.shape}-{given.threads}.json")
+    isa = native.instruction_set()
+    name = f"decoding-{given.shape}-{given.threads}" + f"-{isa}" * (isa != "avx512")
+    pages.save(record, pages.RESULTS / f"{name}.json")
 
 
 if __name__ == "__main__":

@@ -105,8 +105,10 @@ def origin(record: Mapping[str, Any], *packages: str) -> str:
     found = record["provenance"]
     commit, _, dirty = found["commit"].partition("-")
     versions = ", ".join(f"{p} {found['packages'][p]}" for p in packages)
+    machine = found["machine"]
+    cpu = ", ".join(machine[key] for key in ("cpu", "cpu_model") if key in machine)
     return (
-        f"{found['machine']['cpu']}, {found['machine']['cores']} cores; Python {found['python']}, "
+        f"{cpu}, {machine['cores']} cores; Python {found['python']}, "
         f"{versions}; commit {commit[:12]}{dirty and f'-{dirty}'}."
     )
 

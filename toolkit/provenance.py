@@ -54,8 +54,11 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, Any]:
     """Describe processor, usable cores and memory."""
+    info = cpuinfo()
     return {
         "cpu": _cpu_model(),
+        # Virtual machines call processors of different generations by one name.
+        "cpu_model": f"family {info.get('cpu family')} model {info.get('model')}",
         "cores": len(psutil.Process().cpu_affinity() or [])
         if sys.platform == "linux"
         else psutil.cpu_count(),

@@ -24,7 +24,7 @@ from torch import Tensor
 from gblm.bench import noise
 from gblm.errors import MachineError, UsageError
 from gblm.kernels import BACKENDS, native
-from gblm.provenance import cpuinfo, machine
+from gblm.provenance import machine
 
 Call = Callable[[], object]
 Clock = Callable[[], float]
@@ -168,15 +168,11 @@ def _graph_reader(size: int) -> Callable[[], float]:
 
 
 def _cpu_facts(clock: Clock) -> dict[str, Any]:
-    """Collect what decides about speed besides the provenance.
-
-    Family and model number are there as virtual machines' names of their CPU say little.
-    """
-    info = cpuinfo()
+    """Collect what decides about speed besides the provenance."""
     return {
         "instruction_set": native.instruction_set(),
         "compiler": native.compiler(),
-        "cpu_model": f"family {info.get('cpu family')} model {info.get('model')}",
+        "cpu_model": machine()["cpu_model"],
         "threads": torch.get_num_threads(),
         "clock": "CPU time of the thread" if clock is time.thread_time else "wall time",
         "last_level_cache": last_level_cache(),
