@@ -2,13 +2,12 @@
 
     python benchmarks/decoding.py [--shape smollm2|tinyllama|…] [--cells "8:16 int4" …]
         [--threads 1] [--rounds 7] [--llama-cpp] [--without-bf16]
-        [--llama-bench PROGRAM]
 
 Shapes have random weights: speed does not depend on them. All sides are `gblm bench`'s and
 stay loaded, so that one round runs each of them once; its limits of noise hold. With --llama-cpp
-GGUF files of the same bits are sides; they run one sequence at a time, with --llama-bench in
-ik_llama.cpp's program of that name, too. Writes benchmarks/results/decoding-<shape>-<threads>.json,
-on a CPU without AVX-512 decoding-<shape>-<threads>-<instruction set>.json.
+GGUF files of the same bits are sides; they run one sequence at a time. Writes
+benchmarks/results/decoding-<shape>-<threads>.json, on a CPU without AVX-512
+decoding-<shape>-<threads>-<instruction set>.json.
 """
 
 from __future__ import annotations
@@ -24,13 +23,12 @@ from pathlib import Path
 import llama_cpp_files
 import pages
 import vllm_rivals
-from llama_bench import LlamaBench
 from shapes import make_packed, model_folder
 
 from gblm.bench.loop import LoopSide
 from gblm.bench.requests import Load
 from gblm.bench.rounds import bench
-from gblm.bench.sides import Setup, Side
+from gblm.bench.sides import Setup
 from gblm.checkpoint.inspect import inspect
 from gblm.kernels import native
 from gblm.model.folder import ModelFolder
@@ -41,8 +39,7 @@ BASELINE = "dense bf16 (vLLM)"
 LLAMA_CPP = {"float": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 # vLLM's own integers, where they are at their best.
 VLLM = {"int8": "W8A8"}
-RIVALS = {f"{fork}llama.cpp {kind}": values
-          for values, kind in LLAMA_CPP.items() for fork in ("", "ik_")}  # fmt: skip
+RIVALS = {f"llama.cpp {kind}": values for values, kind in LLAMA_CPP.items()}
 RIVALS |= {f"{kind} (vLLM)": values for values, kind in VLLM.items()}
 SHORT = {"float": "bf16", "int8": "int8", "int4": "int4"}
 # Pattern and values of each side, its dense control first; budgets as `gblm prune` spreads them.
@@ -92,21 +89,18 @@ def control_of(side: str) -> str:
 
 
 def measure(
-    folders: Mapping[str, Path], gguf: Mapping[str, Path], threads: int, rounds: int,
-    program: Path | None = None,
-) -> Record:  # fmt: skip
+    folders: Mapping[str, Path], gguf: Mapping[str, Path], threads: int, rounds: int
+) -> Record:
     """Put all loads on all sides, round after round; GGUF files have one sequence at a time."""
     loads = tuple(load for load, *_ in LOADS.values())
     alone = tuple(load for load in loads if load.concurrency == 1)
     with tempfile.TemporaryDirectory() as work:
         setup = Setup(loads, Path(work) / "log", threads=threads, rounds=rounds,
                       options=("--dtype", "bfloat16"))  # fmt: skip
-        sides: list[Side] = [LoopSide(name, "vllm-offline", ModelFolder.open(path), setup)
+        sides = [LoopSide(name, "vllm-offline", ModelFolder.open(path), setup)
                  for name, path in folders.items()]  # fmt: skip
-        setup = replace(setup, loads=alone)
-        sides += [LoopSide(name, "llama.cpp", path, setup) for name, path in gguf.items()]
-        if program is not None:
-            sides += [LlamaBench(f"ik_{name}", program, path, setup) for name, path in gguf.items()]
+        sides += [LoopSide(name, "llama.cpp", path, replace(setup, loads=alone))
+                  for name, path in gguf.items()]  # fmt: skip
         found = bench(sides)
     bits = {name: {"bits_per_weight": bits_per_weight(path)} for name, path in folders.items()}
     shown = {metric for _, metric, _ in LOADS.values()} | STARTED.keys()
@@ -213,7 +207,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "gblm-shapes")
     parser.add_argument("--llama-cpp", action="store_true", help="needs gguf, llama-cpp-python")
-    parser.add_argument("--llama-bench", type=Path, help="of ik_llama.cpp, with --llama-cpp")
     parser.add_argument("--without-bf16", action="store_true",
                         help="where memory has no room for it beside the others")  # fmt: skip
     given = parser.parse_args()
@@ -226,7 +219,7 @@ def main() -> None:
         gguf[f"llama.cpp {kind}"] = path
     if given.without_bf16:
         del folders[BASELINE]
-    record = measure(folders, gguf, given.threads, given.rounds, given.llama_bench)
+    record = measure(folders, gguf, given.threads, given.rounds)
     if gguf:
         version = importlib.metadata.version("llama-cpp-python")
         record = replace(record, provenance={**record.provenance, "llama_cpp": version})

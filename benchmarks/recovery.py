@@ -6,9 +6,10 @@
 
 Each cell, a pattern and a value type, prunes (`gblm prune --preset …`) and recovers (`gblm
 recover`) with one thread; "8:16@3.7bits int4" and "unstructured@3.2bits int4" spread a budget
-(`--budget`). KL and perplexity are those that `gblm recover` tells before and after, on 16 windows
-of 256 tokens of texts that no step has seen. Cells are added to
-benchmarks/results/recovery-MODEL.json; another seed is another round of the same row.
+(`--budget`); "keep7 reap" removes experts of a mixture instead. KL and perplexity are those that
+`gblm recover` tells before and after, on 16 windows of 256 tokens of texts that no step has seen.
+Cells are added to benchmarks/results/recovery-MODEL.json; another seed is another round of the
+same row.
 """
 
 from __future__ import annotations
@@ -113,6 +114,26 @@ def measure(
         more = f"gblm recover {more}"
         sides[names[1]] = facts | {"cpu_seconds": cpu + cpu_more, "recover": more}
         sides[names[1]]["losses"] = then["losses"]
+    return sides, _rows(names, then, held_out)
+
+
+def remove(
+    model: Path, cell: str, given: argparse.Namespace, folder: Path
+) -> tuple[dict[str, Any], list[Row]]:
+    """Remove experts of a mixture; gives what `measure` gives."""
+    keep, by = cell.removeprefix("keep").split()
+    how, held_out = f"--keep {keep} --by {by} --seed {given.seed}", texts(given, folder)
+    report, cpu = gblm(f"experts {model} {how} --output {folder / 'fewer'}")
+    name = f"{keep} of {report['experts']} experts, by {by}"
+    facts = {
+        "bits_per_weight": 16.0, "bytes": report["bytes_after"], "cpu_seconds": cpu,
+        "commit": provenance()["commit"], "experts": f"gblm experts {how}",
+    }  # fmt: skip
+    return {name: facts}, _rows([name], evaluated(folder / "fewer", model, held_out), held_out)
+
+
+def _rows(names: list[str], then: dict[str, Any], held_out: dict[str, str]) -> list[Row]:
+    """Give the figures of each text: of the sides before and after, and of the dense model."""
     rows = []
     for text, path in held_out.items():
         key = Path(path).name
@@ -122,7 +143,7 @@ def measure(
             rows += [Row.of_rounds(name, text, m, unit, [found[m]]) for m, unit in METRICS.items()]
         dense = then["after"][key]["perplexity_dense"]
         rows.append(Row.of_rounds(DENSE, text, "perplexity", "", [dense]))
-    return sides, rows
+    return rows
 
 
 def evaluated(pruned: Path, model: Path, held_out: dict[str, str]) -> dict[str, Any]:
@@ -261,7 +282,10 @@ def main() -> None:
     for cell in given.cells:
         for method in given.methods:
             with tempfile.TemporaryDirectory() as work:
-                found = measure(model, cell, method, given, Path(work))
+                if cell.startswith("keep"):
+                    found = remove(model, cell, given, Path(work))
+                else:
+                    found = measure(model, cell, method, given, Path(work))
             add(record_of(given.model), *found)
 
 
