@@ -122,7 +122,8 @@ def remove(
 ) -> tuple[dict[str, Any], list[Row]]:
     """Remove experts of a mixture; gives what `measure` gives."""
     keep, by = cell.removeprefix("keep").split()
-    how, held_out = f"--keep {keep} --by {by} --seed {given.seed}", texts(given, folder)
+    how = f"--keep {keep} --by {by} --num-samples 64 --seq-len 512 --seed {given.seed}"
+    held_out = texts(given, folder)
     report, cpu = gblm(f"experts {model} {how} --output {folder / 'fewer'}")
     name = f"{keep} of {report['experts']} experts, by {by}"
     facts = {
