@@ -88,7 +88,7 @@ def measure(folders: dict[str, Path], model: str, threads: int) -> Record:
         record, kind="onnx", command=pages.made_by(), rows=(*record.rows, *speedups(record, load)),
         sides={row: {**facts, "validation": reports[row].get("validation")}
                for row, facts in record.sides.items()},
-        provenance={**record.provenance, "load_average": os.getloadavg()[0],
+        provenance={**record.provenance, "clock": "wall time", "load_average": os.getloadavg()[0],
                     "settings": {**record.provenance["settings"], **asked}},
     )  # fmt: skip
 
@@ -122,7 +122,7 @@ def _table(record: Record) -> str:
     return (
         f"{pages.table(header, cells)}\n\nMedians of {settings['rounds']} interleaved rounds of "
         f"{settings['prompt_len']} + {settings['output_len']} tokens, batch 1; ratios are paired "
-        f"by round (min–max). Memory is what a process of its own holds after "
+        f"by round (min–max); {facts['clock']}. Memory is what a process of its own holds after "
         "the first token, mapped pages included. Heads of integer rows are rounded to the same "
         f"type. Load average {facts['load_average']:.1f}. "
         f"{pages.origin(record.as_json(), 'torch', 'onnxruntime')}"
