@@ -56,14 +56,23 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def any_cpu_computes_as_stored() -> Iterator[None]:
+def any_cpu_computes_as_stored() -> Iterator[Callable[[], dict[str, bool]]]:
     """What tests compare was computed in one dtype, on CPUs that would take float32 as well."""
     import torch
 
     with pytest.MonkeyPatch.context() as patch:
-        has = {**torch.cpu.get_capabilities(), "avx512_bf16": True, "avx512_fp16": True}
+        real = torch.cpu.get_capabilities
+        has = {**real(), "avx512_bf16": True, "avx512_fp16": True}
         patch.setattr(torch.cpu, "get_capabilities", lambda: has)
-        yield
+        yield real
+
+
+@pytest.fixture
+def own_cpu(
+    any_cpu_computes_as_stored: Callable[[], dict[str, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For tests that compare with other processes, which know no such fixture."""
+    monkeypatch.setattr("torch.cpu.get_capabilities", any_cpu_computes_as_stored)
 
 
 @pytest.fixture

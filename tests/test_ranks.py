@@ -24,6 +24,8 @@ from gblm.prune import prune
 from gblm.prune.job import open_job
 from gblm.recipe import Calibration, Recipe
 
+pytestmark = pytest.mark.usefixtures("own_cpu")
+
 Launch = Callable[..., subprocess.Popen[str]]
 Words = Callable[..., list[object]]
 RANK = str(Path(__file__).with_name("rank.py"))

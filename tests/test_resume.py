@@ -21,6 +21,8 @@ from gblm.errors import InputError, MachineError
 from gblm.prune import Output, prune
 from gblm.recipe import Calibration, Recipe
 
+pytestmark = pytest.mark.usefixtures("own_cpu")
+
 MANY_STEPS = 80
 CutOff = Callable[[Recipe], Path]
 

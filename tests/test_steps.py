@@ -73,6 +73,7 @@ def test_each_step_brings_the_model_closer(
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+@pytest.mark.usefixtures("own_cpu")
 def test_killed_at_some_steps_it_ends_in_the_same_bytes(recipe: Recipe, tmp_path: Path) -> None:
     recipe = with_steps(recipe, method="sparsegpt", values="int4", **STEPS)
     prune(recipe, tmp_path / "whole")

@@ -154,6 +154,7 @@ def test_logits_are_formed_a_few_tokens_at_a_time(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("own_cpu")
 @pytest.mark.parametrize("values", ["float", "int4"])
 def test_killed_it_ends_in_the_same_bytes(
     pack_tiny: Pack, how: Recovering, tmp_path: Path, values: str
@@ -169,6 +170,7 @@ def test_killed_it_ends_in_the_same_bytes(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("own_cpu")
 def test_two_processes_share_each_batch(
     pack_tiny: Pack, how: Recovering, tmp_path: Path, text_file: Path
 ) -> None:

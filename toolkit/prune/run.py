@@ -336,6 +336,7 @@ class _Run:
             **{f"recipe.{key}": value for key, value in self.packing.recipe.items()},
             **self.packing.notes,
             "ranks": self.job.ranks.size,
+            "dtype": str(self.job.layers.dtype),
             "versions": {"gblm": __version__}
             | {key: versions()[key] for key in ("torch", "transformers")},
         }

@@ -83,6 +83,7 @@ class Task:
             "recover": self.how.model_dump(mode="json"),
             "packed_sha256": self.packed.sha256(),
             "dense": str(self.dense),
+            "dtype": str(self.dtype),
             "threads": torch.get_num_threads(),
             "ranks": self.ranks.size,
         }
