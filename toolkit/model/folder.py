@@ -70,6 +70,11 @@ class ModelFolder:
         return self.path.resolve().name
 
     @property
+    def dtype(self) -> str:
+        """Name the dtype of config.json as torch does, such as "torch.bfloat16"; it may be none."""
+        return f"torch.{self.config.get('dtype', self.config.get('torch_dtype'))}"
+
+    @property
     def quant_method(self) -> str | None:
         """Tell how config.json says the weights are stored; None where it declares nothing."""
         return quant_method(self.config)

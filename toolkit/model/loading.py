@@ -221,8 +221,7 @@ def _say_float32(stored: torch.dtype) -> None:
 
 def auto_dtype(folder: ModelFolder, device: str | torch.device = "cpu") -> torch.dtype | None:
     """Return the `fast_dtype` of what config.json names; None, the checkpoint's, for others."""
-    named = f"torch.{folder.config.get('dtype', folder.config.get('torch_dtype'))}"
-    stored = next((dtype for dtype in INSTRUCTIONS if str(dtype) == named), None)
+    stored = next((dtype for dtype in INSTRUCTIONS if str(dtype) == folder.dtype), None)
     return None if stored is None else fast_dtype(stored, device)
 
 

@@ -57,8 +57,7 @@ class PackedReader(Reader):
     @property
     def dtype(self) -> torch.dtype:
         """Name the dtype that codes are expanded to: what config.json says, or bfloat16."""
-        config = self.folder.config
-        named = f"torch.{config.get('dtype', config.get('torch_dtype'))}"
+        named = self.folder.dtype
         return next((dtype for dtype in VALUE_DTYPES if str(dtype) == named), torch.bfloat16)
 
     def weight(self, name: str) -> torch.Tensor:
