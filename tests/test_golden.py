@@ -21,10 +21,11 @@ from gblm.model.packed_reader import PackedReader
 from gblm.model.reader import Reader
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
-# Half of what later layers differ by where calibration sees dense layers: 3 and 6 % of the bits.
-OTHER_SUMS = {"0.5": 1.5e-2, "2:4": 3e-2}
+# By how much masks and perplexity may differ where float32 sums are other ones. Masks: half of what
+# later layers differ by where calibration sees dense layers (3 and 6 % of the bits).
+OTHER_SUMS = {"0.5": (1.5e-2, 0.02), "2:4": (3e-2, 0.04)}
 # Two runs of SparseGPT at 0.5 that round differently: three deviations of what lies between them,
-# whose deviations are 0.5 % each (benchmarks/results/published-rounding.json).
+# whose deviations are 0.5 % each.
 PERPLEXITY_BOUND = 0.021
 
 
@@ -68,13 +69,15 @@ def test_masks_and_perplexity_are_those_of_the_published_code(
     """Masks to the bit; other float32 sums flip a near tie, and later layers amplify that."""
     published.prune_as_published(smollm2, shared, method, pattern, tmp_path / "out")
     different = published.different_bits(tmp_path / "out", shared / f"golden/{name}.npz")
+    bits, perplexity = OTHER_SUMS[pattern]
     if same_sums(smollm2, shared):
         assert different == {0: 0, 15: 0, 29: 0}
+        perplexity = 0.02
     else:
         assert different[0] < 1e-5
-        assert different[15] < OTHER_SUMS[pattern]
-        assert different[29] < OTHER_SUMS[pattern]
-    assert_same_perplexity(tmp_path / "out", shared, name, 0.02)
+        assert different[15] < bits
+        assert different[29] < bits
+    assert_same_perplexity(tmp_path / "out", shared, name, perplexity)
 
 
 def test_sparsegpt_differs_from_the_published_code_by_rounding_alone(

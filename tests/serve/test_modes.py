@@ -60,7 +60,7 @@ def is_in_force(mode: str, answer: Answer) -> bool:
     if mode == "torch.compile":
         return "Warming up model for the compilation" in answer.log
     if mode == "n-gram speculation":
-        return answer.counters["vllm:spec_decode_num_accepted_tokens"] > 0
+        return answer.counters["vllm:spec_decode_num_draft_tokens"] > 0
     return answer.counters["vllm:prefix_cache_hits"] > 0
 
 

@@ -16,15 +16,17 @@ from gblm.serve.access import Server
 from gblm.serve.launch import check
 
 DOCS = Path(__file__).parents[2] / "docs" / "serving.md"
-SENTENCE = "vLLM 0.99.1 is installed, but gblm's packed weights were tested with 0.32, 0.33 only"
+SENTENCE = (
+    "vLLM 0.99.1+cpu is installed, but gblm's packed weights were tested with 0.32, 0.33 only"
+)
 
 
 @pytest.fixture
 def untested(tmp_path: Path) -> dict[str, str]:
     """Environment of a process that finds another version of vLLM's distribution."""
-    info = tmp_path / "other" / "vllm-0.99.1.dist-info"
+    info = tmp_path / "other" / "vllm-0.99.1+cpu.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.99.1\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.99.1+cpu\n")
     paths = [str(info.parent), os.environ.get("PYTHONPATH", "")]
     return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
@@ -95,7 +97,7 @@ def test_plugin_that_does_not_fit_leaves_an_untested_vllm_alone(untested: dict[s
         "import gblm.serve.vllm_plugin as p\n"
     )
     log = run(f"{broken}p.register()", untested)
-    assert "packed models cannot be served by vLLM 0.99.1" in log
+    assert "packed models cannot be served by vLLM 0.99.1+cpu" in log
     code = f"{broken}try: p.register()\nexcept ImportError: print('raised')"
     assert "raised" in run(code, {})
 
