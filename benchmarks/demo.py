@@ -28,7 +28,7 @@ SIDES = {"dense bf16": MODEL, "dense int4": DENSE, "sparse int4": SPARSE}
 # The default of `gblm prune`, on less text, so that the whole takes minutes.
 PRUNE = "--num-samples 32 --recover 32768"
 # A text of a domain that no step has seen comes first; pydoc's is held out, but of a known one.
-WINDOWS = "--seq-len 512 --max-windows 16 --dtype bfloat16 --backend dense"
+WINDOWS = "--seq-len 512 --max-windows 16 --backend dense"
 PROMPT = 128
 LOAD = f"--prompt-len {PROMPT} --output-len 32 --num-prompts 8 --concurrency 1,8 --rounds 3"
 VLLM = "--enforce-eager --max-model-len 1024"
