@@ -20,7 +20,9 @@ from gblm.model.loading import load_tokenizer
 from gblm.model.packed_reader import PackedReader
 from gblm.model.reader import Reader
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.real, pytest.mark.timeout(900), pytest.mark.usefixtures("own_cpu"),
+]  # fmt: skip
 # By how much masks and perplexity may differ where float32 sums are other ones. Masks: half of what
 # later layers differ by where calibration sees dense layers (3 and 6 % of the bits).
 OTHER_SUMS = {"0.5": (1.5e-2, 0.02), "2:4": (3e-2, 0.04)}
