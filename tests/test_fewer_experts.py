@@ -83,9 +83,10 @@ def without(model: Any, gone: list[list[int]]) -> Iterator[None]:
 def test_it_computes_what_a_router_without_the_others_would(
     make: Callable[[str], Path], family: str, by: str, text_file: Path, tmp_path: Path
 ) -> None:
-    """In transformers' own classes; pruned and packed like any other folder.
+    """In transformers' own classes, bit for bit; pruned and packed like any other folder.
 
-    In float64, but for softmax: over fewer columns some CPUs round float32 otherwise.
+    In float64, as products with smaller matrices round otherwise; without AVX-512 so does softmax,
+    which is in float32. Llama 4 sums over all experts.
     """
     folder, out = make(family), tmp_path / "out"
     report = remove_experts(folder, out, KEEP, by, text(text_file))
@@ -99,7 +100,8 @@ def test_it_computes_what_a_router_without_the_others_would(
         whole, got = model(IDS).logits, smaller(IDS).logits
         with without(model, gone):
             want = model(IDS).logits
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    is_exact = torch.backends.cpu.get_cpu_capability() == "AVX512" and "llama 4" not in family
+    torch.testing.assert_close(got, want, rtol=0, atol=0 if is_exact else 1e-5)
     assert (whole - want).norm() > 0.01 * whole.norm()
     recipe = Recipe(model=str(out), method="wanda", calibration=text(text_file))
     prune(recipe, tmp_path / "packed")

@@ -18,7 +18,10 @@ import traceback
 from typing import Any
 
 PROMPTS, TOKENS, SHARED = 8, 12, 40  # 40 tokens are more than a block of the cache
-COUNTERS = ("vllm:prefix_cache_hits", "vllm:spec_decode_num_draft_tokens")
+COUNTERS = (
+    "vllm:prefix_cache_hits", "vllm:spec_decode_num_draft_tokens",
+    "vllm:spec_decode_num_accepted_tokens",
+)  # fmt: skip
 
 
 def main() -> None:
