@@ -101,19 +101,20 @@ def perplexity(value: float) -> str:
 
 
 def origin(record: Mapping[str, Any], *packages: str) -> str:
-    """Name the machine and the versions of a record, and the commits: rows may have their own."""
+    """Name the machine, the versions and the commit of a record."""
     found = record["provenance"]
-    own = (side.get("commit") for side in record.get("sides", {}).values())
-    commits = (one.partition("-") for one in dict.fromkeys([found["commit"], *filter(None, own)]))
-    named = ", ".join(f"{commit[:12]}{dash}{dirty}" for commit, dash, dirty in commits)
+    commit, _, dirty = found["commit"].partition("-")
     versions = ", ".join(f"{p} {found['packages'][p]}" for p in packages)
     machine = found["machine"]
     cpu = ", ".join(machine[key] for key in ("cpu", "cpu_model") if key in machine)
-    return f"{cpu}, {machine['cores']} cores; Python {found['python']}, {versions}; commit {named}."
+    return (
+        f"{cpu}, {machine['cores']} cores; Python {found['python']}, "
+        f"{versions}; commit {commit[:12]}{dirty and f'-{dirty}'}."
+    )
 
 
 def origins(records: Iterable[Mapping[str, Any]], *packages: str) -> str:
-    """Name machines and versions of several records once each, with all commits."""
+    """Name machines and versions of records, or of sides that have their own, with all commits."""
     found: dict[str, dict[str, None]] = {}
     for record in records:
         where, _, commit = origin(record, *packages).partition("; commit ")

@@ -20,6 +20,7 @@ import json
 import resource
 import statistics
 import tempfile
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def measure(
     ends = recipe["dense_ends"]
     facts = {
         "bits_per_weight": first["bits_per_weight"], "bytes": first["bytes_packed"],
-        "commit": provenance()["commit"], "prune": f"gblm prune {how}",
+        "provenance": provenance(), "prune": f"gblm prune {how}",
     }  # fmt: skip
     # A recovery that does not lower KL leaves the model as it was: that is no row.
     counts = [0, given.tokens] if then["kept"] else [0]
@@ -128,7 +129,7 @@ def remove(
     name = f"{keep} of {report['experts']} experts, by {by}"
     facts = {
         "bits_per_weight": 16.0, "bytes": report["bytes_after"], "cpu_seconds": cpu,
-        "commit": provenance()["commit"], "experts": f"gblm experts {how}",
+        "provenance": provenance(), "experts": f"gblm experts {how}",
     }  # fmt: skip
     return {name: facts}, _rows([name], evaluated(folder / "fewer", model, held_out), held_out)
 
@@ -215,12 +216,17 @@ def _table(model: str, record: Record) -> str:
             "–" if seconds is None else f"{seconds / 60:.0f}",
         ])  # fmt: skip
     header = [pages.MODELS[model], "bits/weight", *texts, "CPU minutes"]
-    where = pages.origin(record.as_json(), "torch")
+    where = pages.origins(made(record, record.sides), "torch")
     return (
         f"{pages.table(header, rows)}\n\nPerplexity · KL to the dense model in nats; 16 windows of "
         "256 tokens of each text, which no step has seen, medians over the seeds. "
         f"*descriptions* are those of scikit-learn's data sets. {where}"
     )
+
+
+def made(record: Record, sides: Iterable[str]) -> list[Mapping[str, Any]]:
+    """Give what says where some rows come from; the dense model's come with every other one."""
+    return [record.sides[side] for side in sides if side != DENSE]
 
 
 def _cell(record: Record, side: str, text: str) -> str:

@@ -43,7 +43,7 @@ def table() -> str:
         ]
         for label, name, side in ROWS
     ]  # fmt: skip
-    made = [record.as_json() for record in (speed, quality)]
+    made = [speed.as_json(), *recovery.made(quality, (side for *_, side in ROWS))]
     return (
         f"{pages.table(header, rows)}\n\nPerplexity of three texts, 16 windows × 256 tokens: of "
         "*descriptions* and WikiText-2 no step has seen anything, of pydoc another part. vLLM on "
