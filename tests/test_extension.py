@@ -89,7 +89,7 @@ class Slow(Reference):
 def added(monkeypatch: pytest.MonkeyPatch) -> None:
     entries: list[tuple[dict[str, Any], str, Any]] = [
         (METHODS, "largest", Largest),
-        (KINDS, "int6", Kind(8, 31, -32, 32, "codes of 6 bits, a byte each")),
+        (KINDS, "int6", Kind(8, 31, 32, "codes of 6 bits, a byte each")),
         (BACKENDS, "slow", Slow()),
     ]
     for table, name, entry in entries:

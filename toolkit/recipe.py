@@ -67,6 +67,13 @@ class Calibration(Fields):
         description="Observe a whole decoder layer before pruning it, as in the papers, or linear "
         "by linear in one pass, with all windows in one batch.",
     )
+    shrinkage: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share to take off the Hessian's correlations between inputs, which small "
+        "samples overstate; the papers take none.",
+    )
 
 
 class LayerChoice(Fields):

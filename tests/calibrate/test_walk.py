@@ -13,6 +13,7 @@ from gblm.calibrate.stats import STATS
 from gblm.calibrate.walk import DecoderLayer, Walk
 from gblm.calibrate.walk import walk as walk_layers
 from gblm.errors import InputError
+from gblm.model.linears import linears
 from gblm.model.loading import load
 
 NEEDS = frozenset({"act_norm"})
@@ -50,6 +51,26 @@ def inputs_by_hooks(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     for handle in handles:
         handle.remove()
     return {name: (total / len(BATCHES)).sqrt() for name, total in sums.items()}
+
+
+@pytest.mark.parametrize("order", ["layer", "sequential"])
+def test_shrinkage_weakens_correlations_and_nothing_else(
+    model: torch.nn.Module, order: str
+) -> None:
+    def hessians(shrinkage: float) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        how = {"order": order, "shrinkage": shrinkage}
+        for layer in walk(model, [torch.cat(BATCHES)], NEEDS | {"hessian"}, **how):
+            layer.visit(lambda local, stats: found.update({local: stats["hessian"].clone()}))
+        return found
+
+    plain, shrunk = hessians(0.0), hessians(0.25)
+    assert plain.keys() == shrunk.keys() == linears(model.model.layers[0]).keys()
+    for local, hessian in plain.items():
+        want = torch.where(torch.eye(len(hessian), dtype=torch.bool), hessian, 0.75 * hessian)
+        torch.testing.assert_close(shrunk[local], want)
+        assert hessian.diagonal().min() > 0
+        assert not torch.equal(hessian, want)
 
 
 def test_walk_without_changes_sees_the_whole_models_activations(model: torch.nn.Module) -> None:

@@ -14,8 +14,10 @@ from gblm.errors import InputError, UsageError
 from gblm.evaluate.perplexity import Drift, Protocol, measure, perplexity
 from gblm.evaluate.run import known_baseline
 from gblm.evaluate.subjects import Scores, Subject, TorchSubject, open_subject
+from gblm.kernels import native
 from gblm.model.folder import ModelFolder
 from gblm.model.loading import load_tokenizer
+from gblm.packed import SparseLinear
 
 Pack = Callable[..., Path]
 # float32 on both sides; only the order of sums differs.
@@ -47,7 +49,7 @@ def test_hf_scores_are_those_of_plain_log_softmax(tiny: Path, windows: torch.Ten
 def test_packed_and_onnx_agree(
     pack_tiny: Pack, exported: Path, tiny: Path, windows: torch.Tensor
 ) -> None:
-    packed = open_subject(ModelFolder.open(pack_tiny()), dtype="float32", backend="reference")
+    packed = open_subject(ModelFolder.open(pack_tiny()), dtype="float32")
     onnx = open_subject(ModelFolder.open(exported))
     assert (packed.engine, onnx.engine, onnx.dtype) == ("packed", "onnx", "float32")
     torch.testing.assert_close(
@@ -55,6 +57,21 @@ def test_packed_and_onnx_agree(
     )
     dense = open_subject(ModelFolder.open(tiny), dtype="float32")
     assert (logprobs(dense, windows) - logprobs(packed, windows)).abs().max() > 0.1
+
+
+def test_without_kernels_for_its_dtype_a_packed_model_is_expanded_once(
+    pack_tiny: Pack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def backends(dtype: str) -> set[str]:
+        opened = open_subject(ModelFolder.open(pack_tiny()), dtype=dtype)
+        assert isinstance(opened, TorchSubject)
+        linears = (m for m in opened.model.modules() if isinstance(m, SparseLinear))
+        return {linear.backend.name for linear in linears if linear.backend}
+
+    assert backends("float32") == {"dense"}
+    assert backends("bfloat16") == {"dense" if native.refusal() else "cpu"}
+    monkeypatch.setenv("GBLM_BACKEND", "reference")
+    assert backends("float32") == {"reference"}
 
 
 def test_an_exported_folder_refuses_what_it_cannot_have(exported: Path) -> None:

@@ -151,12 +151,12 @@ def test_op_passes_opcheck_and_compiles_as_one_graph(
 def test_first_backend_that_does_not_refuse_wins() -> None:
     fmt = make("2:4", "float")
     order = list(BACKENDS)
-    assert order.index("delta") < order.index("triton") < order.index("reference")
+    assert order.index("delta") < order.index("triton") < order.index("dense")
     backend, reasons = select(fmt, (8, 8), torch.bfloat16, CPU)
     assert backend is BACKENDS[order[0]]
     assert reasons == []
     backend, reasons = select(fmt, (8, 8), torch.float32, CPU)
-    assert backend.name == "reference"
+    assert backend.name == "dense"
     assert reasons[0] == "cpu: activations must be bfloat16, not float32"
     assert reasons[1:] == [
         f"{name}: it runs on CUDA devices, not on cpu"

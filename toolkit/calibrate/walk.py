@@ -19,7 +19,7 @@ from gblm.calibrate.activations import Activations, place, stream_bytes
 from gblm.calibrate.experts import Use, counted, lend, scarce
 from gblm.calibrate.frame import Call, capture
 from gblm.calibrate.ranks import ALONE, Ranks
-from gblm.calibrate.stats import Stat, accumulators
+from gblm.calibrate.stats import Stat, accumulators, shrink_
 from gblm.calibrate.streams import Streams
 from gblm.errors import InputError
 from gblm.model.experts import expert_linears
@@ -43,6 +43,7 @@ class Walk:
         keep_dense: also run the unchanged model, and give each layer its inputs and the outputs
             that the dense layer would have; costs a pass, and with "sequential" two.
         runs: run the samples through the layers even if nothing is needed.
+        shrinkage: what is taken off the Hessian's correlations, see `stats.shrink_`.
     """
 
     needs: frozenset[str]
@@ -50,6 +51,7 @@ class Walk:
     order: str = "layer"
     keep_dense: bool = False
     runs: bool = False
+    shrinkage: float = 0.0
 
 
 @torch.no_grad()
@@ -183,7 +185,7 @@ class DecoderLayer:
         if first:
             self.few = scarce(self.uses, self._ranks, self.name, "statistics")
         found.lend(self.few)
-        return values(self.name, found.stats)
+        return values(self.name, found.stats, self._how.shrinkage)
 
     @torch.no_grad()
     def run(self, keep: bool = True) -> None:
@@ -213,7 +215,7 @@ class DecoderLayer:
                 for stat in stats.values():
                     stat.update(inputs, sum(self._samples.counts))
                 join({local: stats}, self._ranks)
-                shared = values(self.name, {local: stats})[local]
+                shared = values(self.name, {local: stats}, self._how.shrinkage)[local]
                 last[:] = [inputs]
             shown.add(local)
             see(local, shared)
@@ -314,13 +316,17 @@ def join(stats: dict[str, dict[str, Stat]], ranks: Ranks) -> None:
             stat.mean, stat.num_samples = ranks.mean(stat.mean, stat.num_samples)
 
 
-def values(layer: str, stats: dict[str, dict[str, Stat]]) -> dict[str, dict[str, Tensor]]:
+def values(
+    layer: str, stats: dict[str, dict[str, Stat]], shrinkage: float = 0.0
+) -> dict[str, dict[str, Tensor]]:
     """Read statistics, once per shared accumulator."""
     found: dict[int, dict[str, Tensor]] = {}
     for name, own in stats.items():
         if id(own) not in found:
             found[id(own)] = {n: stat.value() for n, stat in own.items()}
             _check_finite(f"{layer}.{name}", found[id(own)])
+            if shrinkage and "hessian" in own:
+                shrink_(found[id(own)]["hessian"], shrinkage)
     return {name: found[id(own)] for name, own in stats.items()}
 
 

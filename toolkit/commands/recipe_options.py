@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CALIBRATION = ("num_samples", "seq_len", "seed", "bos", "order")
+CALIBRATION = ("num_samples", "seq_len", "seed", "bos", "order", "shrinkage")
 # Options that are fields of a recipe as they are.
 PLAIN = (
     "model", "method", "dense_ends", "rounding", "head", "ignore", "dtype", "device",
@@ -33,7 +33,7 @@ PLAIN = (
 FAST: dict[str, Any] = {
     "method": "sparsegpt", "pattern": "8:16", "values": "int4", "budget": "3.7bits",
     "head": "int8", "dense_ends": 1, "rounding": "obs", "calibration": MIX, "num_samples": 64,
-    "seq_len": 512, "order": "sequential",
+    "seq_len": 512, "order": "sequential", "shrinkage": 0.33,
 }  # fmt: skip
 # The steps follow docs/methods.md, the choice docs/results.md. What the papers did is what a recipe
 # says of itself.
@@ -177,7 +177,7 @@ recipe_options = options(
         help="Train the whole pruned model towards the dense one, as gblm recover does.",
     ),
     field_options(Recipe, "head", "max_shard_size", defaults=False),
-    field_options(Calibration, "seed", "bos", "order", defaults=False),
+    field_options(Calibration, "seed", "bos", "order", "shrinkage", defaults=False),
     dtype_option,
 )
 

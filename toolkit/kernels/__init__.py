@@ -35,8 +35,8 @@ BACKENDS: dict[str, Backend] = {
         SparseTensorCore(),
         Delta(),
         Triton(),
-        Reference(),
         Dense(),
+        Reference(),
     )
 }
 BACKEND_VARIABLE = "GBLM_BACKEND"

@@ -118,6 +118,7 @@ class Job:
             order=text.order if text else "layer",
             scratch=scratch,
             keep_dense=self.recipe.reconstruct is not None,
+            shrinkage=text.shrinkage if text else 0.0,
         )
         return walk(self.layers, self.batches() if batches is None else batches, how, self.ranks)
 

@@ -37,23 +37,21 @@ class Kind:
 
     Attributes:
         bits: that a value takes on disk and in memory: 16 (floats), 8, or 4 (two codes a byte).
-        limit: the largest code that rounding makes; −limit is the least. Floats have 0.
-        least: the least code that a file may hold, for other tools write codes without opposite.
+        limit: the largest code; −limit − 1 is the least. Floats have 0.
         column_unit: the CPU kernels take a multiple of so many columns.
         about: how people call it, for the help of the command line.
     """
 
     bits: int
     limit: int
-    least: int
     column_unit: int
     about: str
 
 
 KINDS: dict[str, Kind] = {
-    "float": Kind(16, 0, 0, 8, "as they are"),
-    "int8": Kind(8, 127, -128, 32, "codes of 8 bits with group scales"),
-    "int4": Kind(4, 7, -8, 32, "codes of 4 bits with group scales"),
+    "float": Kind(16, 0, 8, "as they are"),
+    "int8": Kind(8, 127, 32, "codes of 8 bits with group scales"),
+    "int4": Kind(4, 7, 32, "codes of 4 bits with group scales"),
 }
 # Kinds of earlier releases; folders of theirs are told how to go on.
 GONE = ("uint4", "fp8")
@@ -103,13 +101,13 @@ class ValueType:
 
     @property
     def limit(self) -> int:
-        """Give the largest code that rounding makes, 127 or 7; for kinds with codes only."""
+        """Give the largest code, 127 or 7; for kinds with codes only."""
         return KINDS[self.kind].limit
 
     @property
     def least(self) -> int:
-        """Give the least code that may be stored, −128 or −8; for kinds with codes only."""
-        return KINDS[self.kind].least
+        """Give the least code, −128 or −8, which has no opposite; for kinds with codes only."""
+        return -self.limit - 1
 
     @property
     def column_unit(self) -> int:
@@ -291,7 +289,7 @@ def to_codes_(weights: Tensor, scales: Tensor, limit: int) -> Tensor:
         scales: float32, broadcast over `weights`.
         limit: the largest code.
     """
-    return weights.div_(scales).clamp_(-limit, limit).round_()
+    return weights.div_(scales).clamp_(-limit - 1, limit).round_()
 
 
 def _stored(scales: Tensor) -> Tensor:
