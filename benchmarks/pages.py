@@ -49,7 +49,7 @@ MEASURES = {
     "onnx": (*KERNELS, "export/onnx_model"),
     "published code": PRUNING,
     "recovery": ("toolkit/recover", *PRUNING),
-    "rivals": PRUNING,
+    "rivals": ("export/onnx", "benchmarks/llama_cpp_files.py"),
     "soak": ("serve",),
 }
 

@@ -1,8 +1,8 @@
 """Recovery on real models: how far pruned and rounded models come back, dense integers alike.
 
     python benchmarks/recovery.py [--model smollm2|gemma3-270m|…] [--cells "8:16 int8" …]
-        [--preset recovered] [--dense-ends 1] [--tokens 65536] [--seed 0] [--methods sparsegpt …]
-        [--wikitext test.txt]
+        [--preset recovered] [--dense-ends 1] [--shrinkage 0.33] [--tokens 65536] [--seed 0]
+        [--methods sparsegpt …] [--wikitext test.txt]
 
 Each cell, a pattern and a value type, prunes (`gblm prune --preset …`) and recovers (`gblm
 recover`) with one thread; "8:16@3.7bits int4" and "unstructured@3.2bits int4" spread a budget
@@ -53,7 +53,7 @@ def record_of(model: str) -> Path:
 
 def side_name(
     pattern: str, values: str, epochs: int = 0, tokens: int = 0, *,
-    ends: int = 0, method: str = "sparsegpt",
+    ends: int = 0, method: str = "sparsegpt", shrunk: bool = False,
 ) -> str:  # fmt: skip
     """Name a row, such as "int8 8:16, sparsegpt, reconstructed, recovered on 65536 tokens"."""
     words = [f"{values} {pattern}"]
@@ -62,7 +62,7 @@ def side_name(
         spread, bits = pattern.removesuffix("bits").split("@")
         anywhere = spread == "unstructured"
         words = [f"{values} {'zeros anywhere' if anywhere else f'{spread} or dense'}, {bits} bits"]
-    words += ["GPTQ" if pattern == "dense" else method]
+    words += ["GPTQ" if pattern == "dense" else method] + ["shrunk"] * shrunk
     words += ["reconstructed" + (f" {epochs} times" if epochs != 2 else "")] * bool(epochs)
     return ", ".join(words + [f"recovered on {tokens} tokens"] * bool(tokens))
 
@@ -87,6 +87,7 @@ def measure(
     how += f" --seed {given.seed} --pattern {spread}" + f" --budget {budget}" * bool(budget)
     if (given.dense_ends is not None or pattern == "dense") and not budget:
         how += f" --dense-ends {given.dense_ends or 0}"
+    how += "" if given.shrinkage is None else f" --shrinkage {given.shrinkage}"
     first, cpu = gblm(f"prune {model} {how} --output {pruned}", limit)
     if given.tokens:
         others = " ".join(f"--held-out {path}" for path in held_out.values())
@@ -98,14 +99,15 @@ def measure(
         first["bits_per_weight"] -= 1 - parse(pattern).sparsity
     recipe = json.loads((pruned / "recipe.json").read_text())
     epochs = 0 if recipe["reconstruct"] is None else recipe["reconstruct"]["epochs"]
-    ends = recipe["dense_ends"]
+    how_named = {"ends": recipe["dense_ends"], "method": method}
+    how_named["shrunk"] = recipe["calibration"]["shrinkage"] > 0
     facts = {
         "bits_per_weight": first["bits_per_weight"], "bytes": first["bytes_packed"],
         "provenance": provenance(), "prune": f"gblm prune {how}",
     }  # fmt: skip
     # A recovery that does not lower KL leaves the model as it was: that is no row.
     counts = [0, given.tokens] if then["kept"] else [0]
-    names = [side_name(pattern, values, epochs, n, ends=ends, method=method) for n in counts]
+    names = [side_name(pattern, values, epochs, n, **how_named) for n in counts]
     sides = {
         names[0]: facts | {"cpu_seconds": cpu},
         DENSE: {"bits_per_weight": 16.0, "bytes": first["bytes_dense"]},
@@ -270,6 +272,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=("sparsegpt",))
     parser.add_argument("--preset", choices=("fast", "recovered"), default="recovered")
     parser.add_argument("--dense-ends", type=int)
+    parser.add_argument("--shrinkage", type=float)
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--wikitext", type=Path)

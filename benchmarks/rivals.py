@@ -1,12 +1,12 @@
 """Rivals on SmolLM2-135M, unpruned: llama.cpp, ONNX Runtime, and llm-compressor's folders in vLLM.
 
-    python benchmarks/rivals.py --llm-compressor ENVIRONMENT/bin/python [--wikitext test.txt]
+    python benchmarks/rivals.py [--llm-compressor ENVIRONMENT/bin/python] [--wikitext test.txt]
 
-Needs what benchmarks/rivals/ lists. What calibrates does so on the text of `gblm prune`, and texts
-and windows are those of recovery.py, whose rows stand beside. llama.cpp's Q8_0 and Q4_0 have every
-matrix of one type, the embeddings, which are the head, too; with an importance matrix files are as
-its own quantiser mixes them. ONNX Runtime's graphs are those of `gblm export onnx`. Writes
-benchmarks/results/rivals.json.
+Needs what benchmarks/rivals/ lists; vLLM has rows with llm-compressor alone. What calibrates does
+so on the text of `gblm prune`, and texts and windows are those of recovery.py, whose rows stand
+beside. llama.cpp's Q8_0 and Q4_0 have every matrix of one type, the embeddings, which are the head,
+too; with an importance matrix files are as its own quantiser mixes them. ONNX Runtime's graphs are
+those of `gblm export onnx`. Writes benchmarks/results/rivals.json.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import math
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 
 import llama_cpp_files
@@ -137,7 +138,7 @@ def table() -> str:
 def main() -> None:
     """Make the files, measure, write the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--llm-compressor", type=Path, required=True, metavar="PYTHON")
+    parser.add_argument("--llm-compressor", type=Path, metavar="PYTHON")
     parser.add_argument("--wikitext", type=Path)
     given = parser.parse_args()
     sides, rows = {}, []
@@ -145,10 +146,11 @@ def main() -> None:
         texts = recovery.texts(given, Path(work))
         del texts["self"]  # which is no held-out text of a rival
         made = Rivals(fetch("smollm2"), texts, Path(work))
-        for found in (made.llama_cpp(), made.onnx(), made.vllm(given.llm_compressor)):
-            for name, size, perplexities in found:
-                sides[name] = {"bytes": size}
-                rows += [Row(name, t, "perplexity", "", v) for t, v in perplexities.items()]
+        python = given.llm_compressor
+        vllm = made.vllm(python) if python else ()
+        for name, size, perplexities in chain(made.llama_cpp(), made.onnx(), vllm):
+            sides[name] = {"bytes": size}
+            rows += [Row(name, t, "perplexity", "", v) for t, v in perplexities.items()]
     record = Record("rivals", sides, tuple(rows), command=pages.made_by())
     facts = {"llama_cpp": importlib.metadata.version("llama-cpp-python"), "model": "smollm2"}
     record.provenance.update(facts)

@@ -26,10 +26,8 @@ ROWS = (
         side_name("8:16@3.7bits", "int4", 2, TOKENS),
     ),
 )
-# Row of the speeds, side of the rivals.
-RIVALS = (("W8A8 (vLLM)", "vLLM W8A8, GPTQ of llm-compressor"), *(
-    (name, name) for name in ("llama.cpp Q8_0", "llama.cpp Q4_0")
-))  # fmt: skip
+# Sides of the rivals, which are rows of the speeds.
+RIVALS = ("llama.cpp Q8_0", "llama.cpp Q4_0")
 # Random weights, so speed alone; and what stands beside our sparse row.
 LARGER = ("tinyllama", "olmoe7b")
 RIVAL, CONTROL, OURS = "llama.cpp Q4_0", row_name("dense", "int4"), row_name("8:16", "int4")
@@ -92,7 +90,7 @@ def figure() -> str:
     speed = Record.read(pages.RESULTS / "decoding-smollm2-1.json")
     ours, others = Record.read(recovery.record_of("smollm2")), Record.read(rivals.RECORD)
     sides = [(label, name, ours, side) for label, name, side in ROWS]
-    sides += [(name, name, others, side) for name, side in RIVALS]
+    sides += [(name, name, others, name) for name in RIVALS]
     for label, name, quality, side in sides:
         took = 1e3 / (decoding.speed(speed, name, "decode 1") or math.nan)
         times.plot(took, quality.value(side, TEXTS[0], "perplexity"), "o", label=label)
