@@ -181,8 +181,8 @@ LIST: dict[str, list[tuple[str, str, str]]] = {
          "        return offsets // 2\n    return offsets *"),
         ("op-shape", "return x.new_empty((*x.shape[:-1], shape[0]))",
          "return x.new_empty((*x.shape[:-1], shape[1]))"),
-        ("preference", "        Reference(),\n        Dense(),",
-         "        Dense(),\n        Reference(),"),
+        ("preference", "        Dense(),\n        Reference(),",
+         "        Reference(),\n        Dense(),"),
     ],
     "serve/test_access.py": [
         ("door", "if any(_is_for(door, name) and value.strip() not in harmless",
