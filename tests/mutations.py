@@ -62,6 +62,9 @@ LIST: dict[str, list[tuple[str, str, str]]] = {
         ("l1-gradients", "sums[name] += gradient.abs_()", "sums[name] += gradient"),
         ("l2-root", "return total.sqrt_() if norm == L2 else total", "return total"),
     ],
+    "calibrate/test_walk.py": [
+        ("shrinkage", "hessian.mul_(1 - share)", "hessian.mul_(1 - share / 2)"),
+    ],
     "calibrate/test_stats.py": [
         ("act-norm-root", "return self.mean.sqrt()", "return self.mean"),
         ("hessian-factor", "alpha=2 / total", "alpha=1 / total"),
