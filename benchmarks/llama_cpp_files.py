@@ -89,7 +89,7 @@ def neighbours(weight: Any, heads: int) -> Any:
 
 
 def importance(model: Path, windows: Any) -> dict[str, Any]:
-    """Give mean squares [in] of the inputs of each linear, by GGUF's name of its weight.
+    """Give squares [in] of the inputs of each linear, summed, by GGUF's name of its weight.
 
     Args:
         model: a dense LLaMA folder.
@@ -99,47 +99,48 @@ def importance(model: Path, windows: Any) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from gblm.calibrate.stats import ActNorm
+    from gblm.calibrate.walk import before_each_linear
+
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, loaded.config.num_hidden_layers)
-    found: dict[str, Any] = {}
+    norms: dict[str, ActNorm] = {}
 
-    def seen(key: str) -> Any:
-        def hook(_: Any, inputs: tuple[Any, ...]) -> None:
-            found[key] = found.get(key, 0) + inputs[0].square().mean((0, 1)) / len(windows)
+    def see(name: str, inputs: torch.Tensor) -> None:
+        norms.setdefault(name, ActNorm()).update(inputs, 1)
 
-        return hook
-
-    for name, module in loaded.model.layers.named_modules(prefix="model.layers"):
-        if isinstance(module, torch.nn.Linear):
-            module.register_forward_pre_hook(seen(names.get_name(f"{name}.weight", [".weight"])))
-    with torch.inference_mode():
+    with torch.inference_mode(), before_each_linear(loaded.model.layers, see):
         for window in windows:
             loaded.model(window[None])
-    return {key: square.numpy() for key, square in found.items()}
+    return {
+        names.get_name(f"model.layers.{name}.weight", [".weight"]): norm.mean.numpy()
+        for name, norm in norms.items()
+    }
 
 
-def quantise(source: Path, kind: str, target: Path, importance: Mapping[str, Any]) -> None:
+def quantise(source: Path, kind: str, target: Path, squares: Mapping[str, Any]) -> Path:
     """Quantise a GGUF file as llama.cpp's own tool does, with an importance matrix.
 
     Args:
         source: a file of floats.
         kind: a file type of llama.cpp, such as "Q4_K_M", which mixes types.
         target: to make.
-        importance: what `importance` gives.
+        squares: what `importance` gives; llama.cpp minds their ratios alone.
     """
     import ctypes
 
     import llama_cpp
 
-    entries = (llama_cpp.llama_model_imatrix_data * (len(importance) + 1))()
-    for entry, (name, squares) in zip(entries, importance.items(), strict=False):
-        entry.name, entry.size = name.encode(), squares.size
-        entry.data = squares.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    entries = (llama_cpp.llama_model_imatrix_data * (len(squares) + 1))()
+    for entry, (name, own) in zip(entries, squares.items(), strict=False):
+        entry.name, entry.size = name.encode(), own.size
+        entry.data = own.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
     how = llama_cpp.llama_model_quantize_default_params()
     how.ftype, how.imatrix = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}"), entries
     names = (str(path).encode() for path in (source, target))
     if llama_cpp.llama_model_quantize(*names, ctypes.byref(how)):
         raise RuntimeError(f"llama.cpp could not make {kind} of {source}.")
+    return target
 
 
 def mean_loss(path: Path, windows: list[list[int]], threads: int = 1) -> float:

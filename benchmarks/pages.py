@@ -46,7 +46,7 @@ MEASURES = {
     "kernels": KERNELS,
     "matrix": PRUNING,
     "memory": ("toolkit/prune", *PRUNING),
-    "onnx": (*KERNELS, "export/onnx_model"),
+    "onnx": (*KERNELS, "export/onnx"),
     "published code": PRUNING,
     "recovery": ("toolkit/recover", *PRUNING),
     "rivals": ("export/onnx", "benchmarks/llama_cpp_files.py"),

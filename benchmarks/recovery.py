@@ -100,7 +100,7 @@ def measure(
     recipe = json.loads((pruned / "recipe.json").read_text())
     epochs = 0 if recipe["reconstruct"] is None else recipe["reconstruct"]["epochs"]
     how_named = {"ends": recipe["dense_ends"], "method": method}
-    how_named["shrunk"] = recipe["calibration"]["shrinkage"] > 0
+    how_named["shrunk"] = bool((recipe["calibration"] or {}).get("shrinkage"))
     facts = {
         "bits_per_weight": first["bits_per_weight"], "bytes": first["bytes_packed"],
         "provenance": provenance(), "prune": f"gblm prune {how}",

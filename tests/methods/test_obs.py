@@ -194,7 +194,7 @@ def test_dead_inputs_become_zeros_and_inputs_are_not_changed() -> None:
     before = [t.clone() for t in (weight, every, *stats.values())]
     found = round_obs(weight, every, ValueType("int4", ROW), stats)
     assert int(found.codes[0, 5]) == 0
-    assert int(found.codes.abs().max()) >= 7
+    assert int(found.codes.abs().max()) == 7
     assert all(
         torch.equal(a, b) for a, b in zip((weight, every, *stats.values()), before, strict=True)
     )

@@ -319,7 +319,7 @@ def join(stats: dict[str, dict[str, Stat]], ranks: Ranks) -> None:
 def values(
     layer: str, stats: dict[str, dict[str, Stat]], shrinkage: float = 0.0
 ) -> dict[str, dict[str, Tensor]]:
-    """Read statistics, once per shared accumulator."""
+    """Read statistics, once per shared accumulator; Hessians are shrunk by `stats.shrink_`."""
     found: dict[int, dict[str, Tensor]] = {}
     for name, own in stats.items():
         if id(own) not in found:
