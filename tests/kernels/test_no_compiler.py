@@ -67,7 +67,7 @@ def test_building_says_it_in_one_line(built: tuple[Path, str]) -> None:
     assert "Traceback" not in built[1]
 
 
-def test_the_wheel_serves_with_the_reference_backend_and_says_why(
+def test_the_wheel_serves_expanded_weights_and_says_why(
     built: tuple[Path, str], tmp_path: Path
 ) -> None:
     with zipfile.ZipFile(built[0]) as wheel:
@@ -83,7 +83,7 @@ def test_the_wheel_serves_with_the_reference_backend_and_says_why(
     gpu_backends = [name for name in BACKENDS if BACKENDS[name].needs == "cuda"]
     on_gpus = [f"{name}: it runs on CUDA devices, not on cpu" for name in gpu_backends]
     assert done.stdout.splitlines() == [
-        reason, f"reference {[f'cpu: {reason}', *on_gpus]}", "10.0",
+        reason, f"dense {[f'cpu: {reason}', *on_gpus]}", "10.0",
     ]  # fmt: skip
 
 
