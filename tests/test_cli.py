@@ -6,9 +6,10 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 from conftest import Outcome, Pack
@@ -206,6 +207,29 @@ def test_errors_are_json_too(gblm: Run) -> None:
         "error": "model nowhere/at/all: there is no such folder.", "exit_code": 4,
     }  # fmt: skip
     assert json.loads(gblm("--json", "prune").out)["exit_code"] == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "good", "bad"),
+    [
+        ("prune", "shrinkage", ("0", "0.33"), ("1", "-0.1")),
+        ("prune", "num_samples", ("1",), ("0", "0.5")),
+        ("recover", "learning_rate", ("3e-4",), ("0",)),
+        ("recover", "minutes", ("0.5",), ("0",)),
+    ],
+)
+def test_an_option_takes_what_its_field_takes(
+    command: str, option: str, good: Sequence[str], bad: Sequence[str]
+) -> None:
+    made = cli.get_command(click.Context(cli), command)
+    assert made is not None
+    (found,) = (parameter for parameter in made.params if parameter.name == option)
+    assert [found.type.convert(text, found, None) for text in good] == [
+        float(text) for text in good
+    ]
+    for text in bad:
+        with pytest.raises(click.BadParameter):
+            found.type.convert(text, found, None)
 
 
 def test_the_help_names_every_method_and_kind_of_value(gblm: Run) -> None:

@@ -100,12 +100,13 @@ def _typed(kind: Any, bounds: Sequence[Any] = ()) -> dict[str, Any]:
         return {"type": click.Choice(get_args(kind))}
     if get_origin(kind) is tuple:
         return {"type": str, "multiple": True}
-    for bound in bounds:
-        if hasattr(bound, "ge"):
-            return {"type": click.IntRange(bound.ge)}
-        if hasattr(bound, "gt"):
-            return {"type": click.FloatRange(bound.gt, min_open=True)}
-    return {"type": kind}
+    kinds = ("ge", "gt", "le", "lt")
+    found = {name: getattr(b, name) for b in bounds for name in kinds if hasattr(b, name)}
+    if not found:
+        return {"type": kind}
+    low, high = found.get("ge", found.get("gt")), found.get("le", found.get("lt"))
+    whole = click.IntRange if kind is int else click.FloatRange
+    return {"type": whole(low, high, min_open="gt" in found, max_open="lt" in found)}
 
 
 class LazyHelp(click.Option):
