@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-import math
 import os
 import shlex
 import subprocess
@@ -14,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gblm.record import Record, Row, without_folders
+from gblm.record import Record, without_folders
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -44,7 +43,6 @@ MEASURES = {
     ),
     "experts": (*KERNELS, "toolkit/kernels/experts.py"),
     "kernels": KERNELS,
-    "matrix": PRUNING,
     "memory": ("toolkit/prune", *PRUNING),
     "onnx": (*KERNELS, "export/onnx"),
     "published code": PRUNING,
@@ -58,30 +56,6 @@ def save(record: Record, path: Path) -> None:
     """Write a record that says what code it measures, for tests/test_records.py."""
     measures = {"measures": list(MEASURES[record.kind])}
     replace(record, provenance={**record.provenance, **measures}).write(path)
-
-
-def read_runs(path: Path) -> list[dict[str, Any]]:
-    """Read what `write_runs` wrote; nothing if there is no file."""
-    if not path.exists():
-        return []
-    record = Record.read(path)
-    runs: dict[str, dict[str, Any]] = {
-        name: dict(facts) | {"perplexity": {}} for name, facts in record.sides.items()
-    }
-    for row in record.rows:
-        runs[row.side]["perplexity"][row.load] = math.inf if row.value is None else row.value
-    return list(runs.values())
-
-
-def write_runs(path: Path, kind: str, runs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write runs, each a side that holds its own origin, with "perplexity" by text as its rows."""
-    sides = {n: {k: v for k, v in run.items() if k != "perplexity"} for n, run in runs.items()}
-    rows = [
-        Row(name, text, "perplexity", "", value)
-        for name, run in runs.items()
-        for text, value in run["perplexity"].items()
-    ]
-    save(Record(kind, sides, tuple(rows), command=made_by()), path)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

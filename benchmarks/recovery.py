@@ -1,20 +1,21 @@
-"""Recovery on real models: how far pruned and rounded models come back, dense integers alike.
+"""What pruning and rounding cost real models, and how far these come back, dense integers alike.
 
     python benchmarks/recovery.py [--model smollm2|gemma3-270m|…] [--cells "8:16 int8" …]
         [--preset recovered] [--dense-ends 1] [--shrinkage 0.33] [--tokens 65536] [--seed 0]
-        [--methods sparsegpt …] [--wikitext test.txt]
+        [--methods sparsegpt|nearest|…] [--wikitext test.txt]
 
 Each cell, a pattern and a value type, prunes (`gblm prune --preset …`) and recovers (`gblm
 recover`) with one thread; "8:16@3.7bits int4" and "unstructured@3.2bits int4" spread a budget
-(`--budget`); "keep7 reap" removes experts of a mixture instead. KL and perplexity are those that
-`gblm recover` tells before and after, on 16 windows of 256 tokens of texts that no step has seen.
-Cells are added to benchmarks/results/recovery-MODEL.json; another seed is another round of the
-same row.
+(`--budget`); "keep7 reap" removes experts of a mixture instead. `--preset fast --tokens 0` only
+prunes, and the method "nearest" only rounds. KL and perplexity are those that `gblm recover` tells
+before and after, on 16 windows of 256 tokens of texts that no step has seen. Cells are added to
+benchmarks/results/recovery-MODEL.json; another seed is another round of the same row.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import resource
 import statistics
@@ -44,6 +45,9 @@ from gblm.cli import main
 main()
 """
 DENSE = "dense bf16"
+# What `plain` shows: every method with floats, and the best one with every value type.
+METHODS = ("nearest", "magnitude", "wanda", "gblm", "sparsegpt", "alps")
+PATTERNS = ("dense", "2:4", "4:8", "8:16", "0.5")
 
 
 def record_of(model: str) -> Path:
@@ -53,7 +57,7 @@ def record_of(model: str) -> Path:
 
 def side_name(
     pattern: str, values: str, epochs: int = 0, tokens: int = 0, *,
-    ends: int = 0, method: str = "sparsegpt", shrunk: bool = False,
+    ends: int = 0, method: str = "sparsegpt", whole: bool = False,
 ) -> str:  # fmt: skip
     """Name a row, such as "int8 8:16, sparsegpt, reconstructed, recovered on 65536 tokens"."""
     words = [f"{values} {pattern}"]
@@ -62,7 +66,8 @@ def side_name(
         spread, bits = pattern.removesuffix("bits").split("@")
         anywhere = spread == "unstructured"
         words = [f"{values} {'zeros anywhere' if anywhere else f'{spread} or dense'}, {bits} bits"]
-    words += ["GPTQ" if pattern == "dense" else method] + ["shrunk"] * shrunk
+    words += ["GPTQ" if (pattern, method) == ("dense", "sparsegpt") else method]
+    words += ["not shrunk"] * whole
     words += ["reconstructed" + (f" {epochs} times" if epochs != 2 else "")] * bool(epochs)
     return ", ".join(words + [f"recovered on {tokens} tokens"] * bool(tokens))
 
@@ -83,7 +88,8 @@ def measure(
     pruned, recovered, held_out = folder / "pruned", folder / "recovered", texts(given, folder)
     limit, stored = LIMITS.get(values, 0), "int4" if values in LIMITS else values
     spread, _, budget = pattern.partition("@")
-    how = f"--preset {given.preset} --recover 0 --method {method} --values {stored} --head float"
+    named = "magnitude --rounding nearest" if method == "nearest" else method
+    how = f"--preset {given.preset} --recover 0 --method {named} --values {stored} --head float"
     how += f" --seed {given.seed} --pattern {spread}" + f" --budget {budget}" * bool(budget)
     if (given.dense_ends is not None or pattern == "dense") and not budget:
         how += f" --dense-ends {given.dense_ends or 0}"
@@ -100,7 +106,7 @@ def measure(
     recipe = json.loads((pruned / "recipe.json").read_text())
     epochs = 0 if recipe["reconstruct"] is None else recipe["reconstruct"]["epochs"]
     how_named = {"ends": recipe["dense_ends"], "method": method}
-    how_named["shrunk"] = bool((recipe["calibration"] or {}).get("shrinkage"))
+    how_named["whole"] = (recipe["calibration"] or {}).get("shrinkage") == 0
     facts = {
         "bits_per_weight": first["bits_per_weight"], "bytes": first["bytes_packed"],
         "provenance": provenance(), "prune": f"gblm prune {how}",
@@ -152,13 +158,13 @@ def _rows(names: list[str], then: dict[str, Any], held_out: dict[str, str]) -> l
 def evaluated(pruned: Path, model: Path, held_out: dict[str, str]) -> dict[str, Any]:
     """Measure a model that is not recovered, but for the text that the dense model writes."""
     found: dict[str, Any] = {"before": {}, "after": {}, "kept": False}
+    paths = [path for path in held_out.values() if path != "self"]
     record = pruned.parent / "eval.json"
-    for path in (path for path in held_out.values() if path != "self"):
-        words = f"--text {path} --seq-len 256 --max-windows 16 --output {record}"
-        gblm(f"eval {pruned} --baseline {model} {words}")
-        read = Record.read(record)
-        (text,) = read.loads
-        side = next(name for name in read.sides if name != read.baseline)
+    words = " ".join(f"--text {path}" for path in paths) + " --seq-len 256 --max-windows 16"
+    gblm(f"eval {pruned} --baseline {model} {words} --output {record}")
+    read = Record.read(record)
+    side = next(name for name in read.sides if name != read.baseline)
+    for path, text in zip(paths, read.loads, strict=True):
         figures = {
             "kl": read.value(side, text, "kl_mean"), "top1": read.value(side, text, "top1"),
             "perplexity": read.value(side, text, "perplexity"),
@@ -201,15 +207,43 @@ def add(path: Path, sides: dict[str, Any], rows: list[Row]) -> None:
 
 def table() -> str:
     """Give a table of each model: KL and perplexity before and after, by text."""
-    found = [(m, record_of(m)) for m in MODELS if record_of(m).exists()]
-    return "\n\n".join(_table(model, Record.read(path)) for model, path in found)
+    return "\n\n".join(_table(model, record) for model, record in _records())
+
+
+def plain() -> str:
+    """Give a table of each model: what methods cost by pattern and value type, without training."""
+    tables = [_plain(model, record) for model, record in _records()]
+    return "\n\n".join(filter(None, tables))
+
+
+def _records() -> list[tuple[str, Record]]:
+    return [(m, Record.read(record_of(m))) for m in MODELS if record_of(m).exists()]
+
+
+def _plain(model: str, record: Record) -> str:
+    text, rows, sides = record.loads[0], [], []
+    for values in ("float", "int8", "int4"):
+        for method in METHODS:
+            names = [side_name(pattern, values, method=method) for pattern in PATTERNS]
+            found = [name for name in names if name in record.sides]
+            if not found:
+                continue
+            seconds = statistics.median(record.sides[name]["cpu_seconds"] for name in found)
+            cells = [_cell(record, name, text) for name in names]
+            rows.append([f"{values}, {method}", *cells, f"{seconds / 60:.1f}"])
+            sides += found
+    if not rows:
+        return ""
+    header = [f"{pages.MODELS[model]}, {text}", *PATTERNS, "CPU minutes"]
+    where = pages.origins(made(record, sides), "torch")
+    return f"{pages.table(header, rows)}\n\n{where}"
 
 
 def _table(model: str, record: Record) -> str:
     # What the dense model writes is another text in other versions, and is no column.
     texts = [text for text in record.loads if text != "self"]
     rows = []
-    for side, facts in sorted(record.sides.items(), key=lambda item: -item[1]["bits_per_weight"]):
+    for side, facts in _shown(record).items():
         cells = [_cell(record, side, text) for text in texts]
         seconds = facts.get("cpu_seconds")
         rows.append([
@@ -217,12 +251,21 @@ def _table(model: str, record: Record) -> str:
             "–" if seconds is None else f"{seconds / 60:.0f}",
         ])  # fmt: skip
     header = [pages.MODELS[model], "bits/weight", *texts, "CPU minutes"]
-    where = pages.origins(made(record, record.sides), "torch")
+    where = pages.origins(made(record, _shown(record)), "torch")
     return (
         f"{pages.table(header, rows)}\n\nPerplexity · KL to the dense model in nats; 16 windows of "
         "256 tokens of each text, which no step has seen, medians over the seeds. "
         f"*descriptions* are those of scikit-learn's data sets. {where}"
     )
+
+
+def _shown(record: Record) -> dict[str, Any]:
+    """Give the sides that are not in `plain`, those of most bits first."""
+    sparse = [pattern for pattern in PATTERNS if pattern != "dense"]
+    each = itertools.product(sparse, ("float", "int8", "int4"), METHODS)
+    hidden = {side_name(pattern, values, method=method) for pattern, values, method in each}
+    found = {side: facts for side, facts in record.sides.items() if side not in hidden}
+    return dict(sorted(found.items(), key=lambda item: -item[1]["bits_per_weight"]))
 
 
 def made(record: Record, sides: Iterable[str]) -> list[Mapping[str, Any]]:
@@ -243,7 +286,7 @@ def draw(frontier: Any, curves: Any) -> None:
     """Draw what SmolLM2's rows lose for their bits, and their recoveries over tokens."""
     record = Record.read(record_of(MODELS[0]))
     text = next(iter(record.loads))
-    for side, facts in record.sides.items():
+    for side, facts in _shown(record).items():
         label, _, recovered = side.partition(", recovered")
         if recovered:
             curves.plot(*_curve(facts["losses"]), label=label)

@@ -14,7 +14,6 @@ import budget
 import decoding
 import expert_speed
 import kernel_speed
-import matrix
 import memory
 import onnx_speed
 import published
@@ -29,8 +28,7 @@ BLOCKS: tuple[tuple[str, str, Callable[[], str]], ...] = (
     ("README.md", "summary", summary.table),
     ("README.md", "larger", summary.larger),
     ("docs/results.md", "rivals", rivals.table),
-    ("docs/results.md", "matrix-quality", matrix.table),
-    ("docs/results.md", "matrix-size", matrix.sizes),
+    ("docs/results.md", "plain", recovery.plain),
     ("docs/results.md", "recovery", recovery.table),
     ("docs/results.md", "decoding", decoding.table),
     ("docs/onnx.md", "onnx", onnx_speed.table),

@@ -104,14 +104,17 @@ def test_devices_are_checked() -> None:
 
 @pytest.mark.parametrize(
     ("has", "stored", "wanted"),
-    [("avx2", "bfloat16", "float32"), ("avx512_bf16", "bfloat16", "bfloat16"),
-     ("bf16", "bfloat16", "bfloat16"), ("amx_bf16", "float16", "float32"),
-     ("avx512_fp16", "float16", "float16"), ("avx2", "float32", "float32")],
+    [("AMD avx2", "bfloat16", "float32"), ("AMD avx512_bf16", "bfloat16", "bfloat16"),
+     ("Intel avx512_bf16", "bfloat16", "float32"), ("Intel amx_bf16", "bfloat16", "bfloat16"),
+     ("ARM bf16", "bfloat16", "bfloat16"), ("Intel amx_bf16", "float16", "float32"),
+     ("Intel avx512_fp16", "float16", "float16"), ("AMD avx2", "float32", "float32")],
 )  # fmt: skip
-def test_a_cpu_computes_in_what_it_does_not_emulate(
+def test_a_cpu_computes_in_what_it_multiplies_fastest(
     has: str, stored: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {has: True, "avx512_f": True})
+    vendor, name = has.split()
+    capable = {name: True, "avx512_f": True, "cpu_name": f"{vendor} CPU"}
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capable)
     given = getattr(torch, stored)
     assert fast_dtype(given) == getattr(torch, wanted)
     assert fast_dtype(given, "cuda:0") == given

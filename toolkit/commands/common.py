@@ -96,8 +96,8 @@ overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an ex
 device_option = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N")
 dtype_option = click.option(
     "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,
-    help="Of the computation; auto is the checkpoint's, or float32 where the CPU would emulate "
-    "that. Stored values keep the checkpoint's.",
+    help="Of the computation; auto is the checkpoint's, or float32 where the CPU multiplies "
+    "that faster. Stored values keep the checkpoint's.",
 )  # fmt: skip
 backend_option = click.option(
     "--backend", help="Kernel for packed weights: cpu, mma_sp, delta, triton, "

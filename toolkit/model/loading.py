@@ -18,7 +18,7 @@ from gblm.model.folder import ModelFolder
 from gblm.model.reader import Reader
 
 logger = logging.getLogger(__name__)
-# Of x86 and arm64, what multiplies a dtype; PyTorch emulates it without.
+# Of x86 and arm64, what multiplies a dtype faster than float32; PyTorch emulates it without.
 INSTRUCTIONS = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"),
     torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
@@ -204,11 +204,13 @@ def load_tokenizer(model: str | Path | ModelFolder) -> Any:
 def fast_dtype(stored: torch.dtype, device: str | torch.device = "cpu") -> torch.dtype:
     """Return the dtype to compute in where nobody chose one: the stored one, or float32.
 
-    A CPU without instructions for a dtype takes some eight times as long for it as for float32.
+    A CPU without instructions for a dtype takes some eight times as long for it as for float32, an
+    Intel one whose only instructions for bfloat16 are AVX-512's twice as long.
     """
-    needed = INSTRUCTIONS.get(stored, ())
-    has = torch.cpu.get_capabilities()
-    if not needed or torch.device(device).type != "cpu" or any(has.get(name) for name in needed):
+    needed, has = INSTRUCTIONS.get(stored, ()), torch.cpu.get_capabilities()
+    slow = {"avx512_bf16"} if "Intel" in str(has.get("cpu_name")) else set()
+    fast = any(has.get(name) for name in needed if name not in slow)
+    if not needed or torch.device(device).type != "cpu" or fast:
         return stored
     _say_float32(stored)
     return torch.float32
@@ -216,7 +218,8 @@ def fast_dtype(stored: torch.dtype, device: str | torch.device = "cpu") -> torch
 
 @cache
 def _say_float32(stored: torch.dtype) -> None:
-    logger.info("computing in float32: this CPU would emulate %s", str(stored).split(".")[1])
+    name = str(stored).removeprefix("torch.")
+    logger.info("computing in float32, which this CPU multiplies faster than %s", name)
 
 
 def auto_dtype(folder: ModelFolder, device: str | torch.device = "cpu") -> torch.dtype | None:
