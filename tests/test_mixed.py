@@ -173,6 +173,10 @@ def test_ends_stay_dense_where_the_model_has_enough_layers(
         pruned = choose(three, linears, names)
     assert not any(fmt.spec.startswith("dense") for fmt in pruned.values())
     assert "all of the 16 decoder layers are pruned" in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO", logger="gblm"):
+        choose(three.model_copy(update={"pattern": "dense", "layers": ()}), linears, names)
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from gblm.model.loading import load
 from gblm.prune import Output, prune
 from gblm.prune.job import Job
 from gblm.prune.layer import prune_layer
-from gblm.recipe import Calibration, Recipe
+from gblm.recipe import Calibration, Recipe, Recovering
 from gblm.sparse.formats import format_for
 from gblm.sparse.patterns import NM
 from gblm.sparse.values import parse_values, quantize
@@ -300,6 +300,15 @@ def test_unknown_recipe_keys_are_refused(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text("[]")
     with pytest.raises(InputError, match="one JSON object"):
         Recipe.from_file(tmp_path / "r.json")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_numbers_that_are_none_are_refused(value: float) -> None:
+    for fields in ({"learning_rate": value}, {"minutes": value}):
+        with pytest.raises(UsageError, match=f"recovering: {next(iter(fields))}: Input should be"):
+            Recovering.from_dict(fields)
+    with pytest.raises(UsageError, match=r"recipe: calibration\.shrinkage: Input should be"):
+        Recipe.from_dict({"model": "m", "calibration": {"shrinkage": value}})
 
 
 def test_updated_weights_are_stored_in_the_checkpoints_dtype(

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -30,7 +30,7 @@ SHARD_SIZE = "2GB"
 class Fields(BaseModel):
     """Frozen fields, of which unknown ones are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     gone: ClassVar[dict[str, Any]] = {}
     """Fields of earlier releases with the one value at which they still may stand in a file."""
@@ -41,6 +41,21 @@ class Fields(BaseModel):
         if not isinstance(fields, dict):
             return fields
         return {k: v for k, v in fields.items() if k not in cls.gone or cls.gone[k] != v}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
+        """Check the fields and build one.
+
+        Raises:
+            UsageError: a field is unknown or has a value that is not allowed.
+        """
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
+            message = first["msg"].removeprefix("Value error, ")
+            raise UsageError(f"{cls.__name__.lower()}: {where}{message}.") from error
 
 
 class Calibration(Fields):
@@ -222,21 +237,6 @@ class Recipe(Fields):
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
         return self.model_dump(mode="json")
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Recipe:
-        """Check the fields and build a recipe.
-
-        Raises:
-            UsageError: a field is unknown or has a value that is not allowed.
-        """
-        try:
-            return cls.model_validate(fields)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
-            message = first["msg"].removeprefix("Value error, ")
-            raise UsageError(f"recipe: {where}{message}.") from error
 
     @classmethod
     def from_file(cls, path: Path) -> Recipe:

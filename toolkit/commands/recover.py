@@ -46,7 +46,7 @@ def command(
     with progress_bars(ctx) as progress:
         from gblm.recover.run import recover
 
-        how = Recovering(**given)
+        how = Recovering.from_dict(given)
         report = recover(
             packed, output, how, baseline, device=device, overwrite=overwrite, resume=resume,
             progress=progress,

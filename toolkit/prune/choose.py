@@ -39,7 +39,7 @@ def choose(
             together.
     """
     _check_globs(recipe.layers, linears)
-    rest = [*_ends(recipe.dense_ends, decoder_layers), LayerChoice(targets=("*",))]
+    rest = [*_ends(recipe, decoder_layers), LayerChoice(targets=("*",))]
     decided: set[LayerChoice] = set()
     chosen = {}
     # A search names each linear in full, of a mixture thousands: those need no pattern matching.
@@ -61,9 +61,10 @@ def choose(
     return chosen
 
 
-def _ends(count: int, decoder_layers: Sequence[str]) -> list[LayerChoice]:
-    """Leave so many first and last decoder layers dense, where the model has enough of them."""
-    if not count:
+def _ends(recipe: Recipe, decoder_layers: Sequence[str]) -> list[LayerChoice]:
+    """Leave first and last decoder layers dense, where the model has enough of them."""
+    count = recipe.dense_ends
+    if not count or recipe.pattern == "dense":
         return []
     if 2 * count > DENSE_SHARE * len(decoder_layers):
         logger.info("all of the %d decoder layers are pruned, also the ends", len(decoder_layers))
