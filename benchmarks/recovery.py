@@ -89,7 +89,7 @@ def measure(
     limit, stored = LIMITS.get(values, 0), "int4" if values in LIMITS else values
     spread, _, budget = pattern.partition("@")
     named = "magnitude --rounding nearest" if method == "nearest" else method
-    how = f"--preset {given.preset} --recover 0 --method {named} --values {stored} --head float"
+    how = f"--preset {given.preset} --recover 0 --method {named} --values {stored}"
     how += f" --seed {given.seed} --pattern {spread}" + f" --budget {budget}" * bool(budget)
     if (given.dense_ends is not None or pattern == "dense") and not budget:
         how += f" --dense-ends {given.dense_ends or 0}"
