@@ -103,6 +103,10 @@ class SparseLinear(nn.Module):
         self.backend, self.num_prepared = backend, len(prepared)
         return backend, reasons
 
+    def expanded(self, dtype: torch.dtype) -> Tensor:
+        """Return the dense weight [out, in] of the loaded parts."""
+        return self.fmt.expand({part: getattr(self, part).data for part in self.fmt.parts}, dtype)
+
     @property
     def prepared(self) -> list[Tensor]:
         """Give the tensors that the backend multiplies with."""
@@ -245,14 +249,17 @@ def check_linear(model: nn.Module, linear: PackedLinear) -> nn.Linear:
 def _check_dense(model: nn.Module, reader: PackedReader) -> None:
     """Check the tensors that are not packed: all there, of the right shapes, none besides."""
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    packed = {f"{name}.weight" for name in reader.linears}
+    packed = {f"{name}.weight" for name in reader.linears} | {*reader.tied}
     for name, _ in model.named_parameters():
         aliases = {name, *(one for pair in tied.items() if name in pair for one in pair)}
         if name not in packed and not any(alias in reader for alias in aliases):
             raise CheckpointError(f"{reader.folder}: tensor {name} is missing.")
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    for name in reader.dense_names():
-        shape, dtype = reader.headers[name]
+    stored = {name: reader.headers[name] for name in reader.dense_names()}
+    stored |= {
+        name: (reader.linears[head].shape, reader.dtype) for name, head in reader.tied.items()
+    }
+    for name, (shape, dtype) in stored.items():
         try:
             wanted = tuple(model.get_parameter(name).shape)
         except AttributeError:
@@ -297,6 +304,7 @@ class GblmConfig(QuantizationConfigMixin):
         self,
         version: int = VERSION,
         groups: Any = (),
+        tied: Any = (),
         backend: str | None = None,
         device: str | None = None,
         quant_method: str = QUANT_METHOD,
@@ -304,6 +312,7 @@ class GblmConfig(QuantizationConfigMixin):
         self.quant_method = quant_method
         self.version = version
         self.groups = groups
+        self.tied = tied
         self.backend = backend
         self.device = device
 
@@ -323,7 +332,7 @@ class GblmQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(
         self,
-        model: nn.Module,
+        model: Any,
         checkpoint_files: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -336,6 +345,10 @@ class GblmQuantizer(HfQuantizer):
             for name, linear in reader.linears.items():
                 module = check_linear(model, linear)
                 model.set_submodule(name, SparseLinear(linear, module.bias))
+            self._tied = reader.tied
+            # transformers warns of what no file holds.
+            ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+            model._keys_to_ignore_on_load_missing = {*ignored, *map(re.escape, reader.tied)}
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
         """Choose the rules by which tensors are renamed; experts stay one by one.
@@ -354,6 +367,9 @@ class GblmQuantizer(HfQuantizer):
         # No kernel sees anything of a checkpoint that is damaged somewhere.
         for name, module in loaded.items():
             module.check(name, self.dtype)
+        for name, head in self._tied.items():
+            embeddings = model.get_parameter(name)
+            embeddings.data.copy_(loaded[head].expanded(embeddings.dtype))
         device = self.quantization_config.device
         kernels.log_choice(module.prepare(self.dtype, forced, device) for module in loaded.values())
         group_experts(model)

@@ -193,7 +193,7 @@ class Recipe(Fields):
     head: Literal["float", "int8", "int4"] = Field(
         default="float",
         description="How the output head is stored: as it is, or rounded to codes. A head that is "
-        "tied to the embeddings becomes a rounded copy, and the embeddings stay.",
+        "tied to the embeddings takes their place, too, with int8; with int4 they stay.",
     )
     rounding: Literal["nearest", "obs"] = Field(
         default="nearest",

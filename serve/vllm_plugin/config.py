@@ -28,6 +28,7 @@ from gblm.serve.vllm_plugin import metrics
 from gblm.serve.vllm_plugin.experts import Arriving, DenseExperts, experts_method
 from gblm.serve.vllm_plugin.head import EmbeddingMethod, HeadMethod, PackedHeadMethod
 from gblm.serve.vllm_plugin.linear import DenseLinearMethod, SparseLinearMethod
+from gblm.serve.vllm_plugin.tied import TiedEmbeddingMethod, TiedHeadMethod
 from gblm.sparse.formats import Format, join_formats
 from gblm.sparse.formats.manifest import QUANT_METHOD, Manifest
 
@@ -55,6 +56,7 @@ class SparseConfig(QuantizationConfig):
         self.reports = reports or metrics.reports().new_folder()
         self.num_created = 0
         self._chosen: list[tuple[Backend, Sequence[str]]] = []
+        self._tied: dict[str, torch.nn.Module] = {}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SparseConfig:
@@ -101,7 +103,7 @@ class SparseConfig(QuantizationConfig):
         if isinstance(layer, ParallelLMHead):
             return self._head_method(prefix)
         if isinstance(layer, VocabParallelEmbedding):
-            return EmbeddingMethod(prefix)
+            return self._embedding_method(layer, prefix)
         if isinstance(layer, RoutedExperts):
             return self._experts_method(layer, prefix)
         if not isinstance(layer, LinearBase):
@@ -134,6 +136,14 @@ class SparseConfig(QuantizationConfig):
         self.num_created += len(arriving.linears)
         return experts_method(layer, arriving, self.note_choice)
 
+    def _embedding_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase:
+        for head in self.manifest.tied.values():  # vLLM gives some embeddings no name
+            fmt = self.manifest.format_of(head)
+            if fmt is not None:
+                self._tied[head] = layer
+                return TiedEmbeddingMethod(fmt)
+        return EmbeddingMethod(prefix)
+
     def _head_method(self, prefix: str) -> QuantizeMethodBase:
         fmt = self.manifest.format_of(prefix)
         if fmt is None:
@@ -143,6 +153,8 @@ class SparseConfig(QuantizationConfig):
                 f"{prefix}: vLLM serves an output head in the format dense, not {fmt.name}."
             )
         self.num_created += 1
+        if (embeddings := self._tied.get(prefix)) is not None:
+            return TiedHeadMethod(fmt, prefix, self.note_choice, embeddings)
         return PackedHeadMethod(fmt, prefix, self.note_choice)
 
     def _format_of(self, prefix: str) -> Format | None:

@@ -1,7 +1,7 @@
 """The output head as codes: rounded to the nearest, in the format `dense`, as a group of its own.
 
-Of a head that is tied to the embeddings a rounded copy is made. The embeddings stay as they are and
-the packed model is untied, because a lookup needs no speed and a wrong embedding hurts every layer.
+Codes of 8 bits of a head that is tied to the embeddings stand for these, too. Codes of 4 bits are a
+copy: the embeddings stay as they are, for an error in them goes through every layer.
 """
 
 from __future__ import annotations
@@ -43,9 +43,15 @@ class Head:
     dtype: torch.dtype
 
     @property
-    def tied(self) -> bool:
-        """Tell whether it is a copy of the embeddings, which stay."""
-        return self.source != f"{self.name}.weight"
+    def tied(self) -> dict[str, str]:
+        """Map the embeddings that it stands for to its name; none if they are stored as well."""
+        same = self.source != f"{self.name}.weight" and not self.fmt.values.in_nibbles
+        return {self.source.removesuffix(".weight"): self.name} if same else {}
+
+    @property
+    def replaces(self) -> bool:
+        """Tell whether the tensor that it is made from is not stored."""
+        return bool(self.tied) or self.source == f"{self.name}.weight"
 
     @property
     def weights(self) -> int:
@@ -60,7 +66,7 @@ class Head:
     @property
     def added_bytes(self) -> int:
         """Tell by how many bytes the model grows; they are negative where the head has a weight."""
-        return self.num_bytes - (0 if self.tied else self.weights * self.dtype.itemsize)
+        return self.num_bytes - self.replaces * self.weights * self.dtype.itemsize
 
     @property
     def group(self) -> Group:
@@ -92,7 +98,9 @@ class Head:
             zeros += weight.zeros
         parts = self.fmt.join(pieces)
         row = weight_row(self.name, self.fmt, self.shape, self.dtype, zeros, parts)
-        return {f"{self.name}.{part}": t for part, t in parts.items()}, row | {"tied": self.tied}
+        return {f"{self.name}.{part}": t for part, t in parts.items()}, row | {
+            "embeddings": bool(self.tied)
+        }
 
     def _blocks(self, reader: Reader) -> Iterator[Tensor]:
         """Give some rows at a time, for a head has up to a billion weights."""
@@ -139,9 +147,9 @@ def output_head(layers: Layers, values: str) -> Head | None:
     return Head(name, source, format_for(Dense(), kind), (shape[0], shape[1]), dtype)
 
 
-def untied(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config.json whose output head is not the embeddings."""
-    changed = config | {"tie_word_embeddings": False}
+def with_tying(config: dict[str, Any], tied: bool) -> dict[str, Any]:
+    """Return a config.json that says whether the output head is the embeddings."""
+    changed = config | {"tie_word_embeddings": tied}
     if isinstance(text := config.get("text_config"), dict):
-        changed["text_config"] = text | {"tie_word_embeddings": False}
+        changed["text_config"] = text | {"tie_word_embeddings": tied}
     return changed

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from gblm.cache import remember
-from gblm.checkpoint.head import Head, untied
+from gblm.checkpoint.head import Head, with_tying
 from gblm.checkpoint.report import licence_of, model_card, summary, weight_row
 from gblm.checkpoint.write import (
     ShardWriter,
@@ -145,8 +145,8 @@ def write_packed(
             for name, tensor in tensors.items():
                 shards.add(name, tensor)
         head_row = _add_head(packing.head, reader, shards)
-        if head_row is not None:
-            done.add(f"{head_row['name']}.weight")
+        if packing.head is not None and packing.head.replaces:
+            done.add(packing.head.source)
         for tensor_name in reader:
             if tensor_name not in done:
                 shards.add(reader.stored_name(tensor_name), reader.tensor(tensor_name))
@@ -155,7 +155,7 @@ def write_packed(
         report = summary(rows, head_row, dense, shards.total_bytes)
         source = reader.folder
         config = source.config | {"quantization_config": _manifest(packing, rows).to_config()}
-        config = untied(config) if packing.head else config
+        config = with_tying(config, False) if packing.head else config
         write_side_files(folder, source, config, packing.recipe, report, packing.notes)
     return report
 
@@ -183,7 +183,9 @@ def _manifest(packing: Packing, rows: list[dict[str, Any]]) -> Manifest:
         )
         for (name, pattern, values), names in stored.items()
     )  # fmt: skip
-    return Manifest(groups=(*groups, *([packing.head.group] if packing.head else [])))
+    if (head := packing.head) is None:
+        return Manifest(groups=tuple(groups))
+    return Manifest(groups=(*groups, head.group), tied=head.tied)
 
 
 def write_side_files(

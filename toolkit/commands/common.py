@@ -232,5 +232,5 @@ def head_note(report: dict[str, Any]) -> str:
     head = report.get("head")
     if head is None:
         return ""
-    copy = ", a copy of the embeddings" if head["tied"] else ""
-    return f"; output head {head['values']}, {head['bits_per_weight']:.2f} bits per weight{copy}"
+    name = "output head and embeddings" if head.get("embeddings") else "output head"
+    return f"; {name} {head['values']}, {head['bits_per_weight']:.2f} bits per weight"

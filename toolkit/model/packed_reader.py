@@ -53,6 +53,13 @@ class PackedReader(Reader):
         self.linears = {linear.name: linear for linear in self._find_linears()}
         if not self.linears:
             raise CheckpointError(f"{folder}: the manifest names no weight that is there.")
+        self.tied = {f"{name}.weight": head for name, head in self.manifest.tied.items()}
+        for name, head in self.tied.items():
+            if name in self or head not in self.linears:
+                raise CheckpointError(
+                    f"{folder}: {name} is the packed {head}, says the manifest, but "
+                    f"{'it is stored as well' if name in self else 'that is missing'}."
+                )
 
     @property
     def dtype(self) -> torch.dtype:

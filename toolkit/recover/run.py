@@ -263,6 +263,8 @@ def become(model: Any, task: Task) -> dict[str, Part]:
         frozen = packed.weight(task.head_name).to(device, head.weight.dtype)
         head.weight = nn.Parameter(frozen, requires_grad=False)
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in packed.tied:
+        parameters[name].data.copy_(head.weight)
     for name in packed.dense_names():
         if (tensor := parameters.get(name)) is None:
             continue  # a buffer that transformers computes, though old checkpoints store it
@@ -309,6 +311,7 @@ def _check_teacher(task: Task) -> int:
         rename_as_in_memory(dense)
         wanted: dict[str, tuple[int, ...]]
         wanted = {f"{name}.weight": linear.shape for name, linear in packed.linears.items()}
+        wanted |= {name: packed.linears[head].shape for name, head in packed.tied.items()}
         wanted |= {name: packed.headers[name][0] for name in packed.dense_names()}
         for name, shape in wanted.items():
             found = dense.headers[name][0] if name in dense else None

@@ -42,13 +42,20 @@ class Group(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The packed weights of one checkpoint; modules that no group names are dense."""
+    """The packed weights of one checkpoint; modules that no group names are dense.
+
+    Attributes:
+        groups: the first that names a module decides.
+        tied: by the name of the embeddings that are not stored, the packed output head whose rows
+            they are.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     quant_method: Literal["gblm"] = "gblm"
     version: int = VERSION
     groups: tuple[Group, ...] = Field(min_length=1, max_length=MAX_GROUPS)
+    tied: dict[str, str] = Field(default={}, max_length=1)
 
     @classmethod
     def from_config(cls, fields: Any) -> Manifest:
@@ -77,6 +84,12 @@ class Manifest(BaseModel):
             for target in group.targets:
                 if not TARGET.fullmatch(target):
                     raise CheckpointError(f"manifest: target {target[:80]!r} is no module name.")
+        for embeddings, head in manifest.tied.items():
+            if manifest.format_of(head) is None or manifest.format_of(embeddings) is not None:
+                raise CheckpointError(
+                    f"manifest: {embeddings[:80]!r} is tied to {head[:80]!r}: of the two the "
+                    "second must be packed, and no other."
+                )
         return manifest
 
     def to_config(self) -> dict[str, Any]:
@@ -85,6 +98,8 @@ class Manifest(BaseModel):
         for group in fields["groups"]:
             if group["values"] == "float":
                 del group["values"]
+        if not self.tied:
+            del fields["tied"]
         return fields
 
     def renamed(self, rename: Callable[[str], str | None]) -> Manifest:
@@ -99,7 +114,8 @@ class Manifest(BaseModel):
             )
             for group in self.groups
         )
-        return Manifest(groups=tuple(groups))
+        tied = {_renamed(one, rename): _renamed(head, rename) for one, head in self.tied.items()}
+        return Manifest(groups=tuple(groups), tied=tied)
 
     def format_of(self, module: str) -> Format | None:
         """Find the format of a module's weight; None when it is stored dense."""
