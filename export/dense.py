@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gblm.checkpoint.head import with_tying
 from gblm.checkpoint.write import ShardWriter, check_output, copy_side_files, new_folder
 from gblm.files import write_json
 from gblm.model.experts import fused_in_files
@@ -62,7 +61,6 @@ def export_dense(
             if dtype is not None:
                 config = {k: v for k, v in config.items() if k != "torch_dtype"}
                 config["dtype"] = str(dtype).removeprefix("torch.")
-            config = with_tying(config, True) if packed.tied else config
             write_json(folder / "config.json", config)
         return {
             "source": str(source),
@@ -92,11 +90,11 @@ def _unpacked(
         return linear.fmt.expand(parts, dtype or packed.dtype)
 
     single = {name for cuts in fused.values() for name in cuts}
-    # A head that is the embeddings, too, is stored under their name alone.
-    names = {f"{head}.weight": name for name, head in packed.tied.items()}
     for name in (*(f"{linear}.weight" for linear in packed.linears), *packed.dense_names()):
         if name not in single:
-            yield packed.stored_name(names.get(name, name)), weight(name)
+            yield packed.stored_name(name), weight(name)
+    for name, head in packed.tied.items():  # as they are looked up, whatever the weights' dtype
+        yield packed.stored_name(name), packed.weight(head)
     for whole, cuts in fused.items():
         yield whole, _fuse([(cut, weight(name)) for name, cut in cuts.items()])
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Pack, Run, content, save_tiny_model
-from damage import config, damaged, tensors
+from damage import Damage, config, damaged, tensors
 from safetensors.torch import load_file
 from test_families import save_family
 
@@ -37,34 +37,45 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return found
 
 
+def tied_as(tied: object) -> Damage:
+    return config(lambda found: found["quantization_config"].update(tied=tied))
+
+
 def magnitude(model: Path, **fields: object) -> Recipe:
     return Recipe(model=str(model), method="magnitude", calibration=None, **fields)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_head_is_the_rounded_source_and_the_embeddings_stay(
-    pack_tiny: Pack, tiny: Path, tiny_untied: Path, tied: bool
+@pytest.mark.parametrize(("values", "tied"), [("int8", True), ("int8", False), ("int4", True)])
+def test_head_is_the_rounded_source_and_with_8_bits_the_embeddings_too(
+    pack_tiny: Pack, tiny: Path, tiny_untied: Path, values: str, tied: bool
 ) -> None:
     source = tiny if tied else tiny_untied
     with (
-        PackedReader(ModelFolder.open(pack_tiny(head="int8", tied=tied))) as packed,
+        PackedReader(ModelFolder.open(pack_tiny(head=values, tied=tied))) as packed,
         Reader(ModelFolder.open(source)) as dense,
     ):
         linear = packed.linears["lm_head"]
-        assert linear.fmt.spec == "dense/dense/int8:64"
+        assert linear.fmt.spec == f"dense/dense/{values}:64"
         weight = dense.tensor(EMBEDDINGS if tied else "lm_head.weight")
         every = torch.ones_like(weight, dtype=torch.bool)
-        want = quantize(weight, every, parse_values("int8:64"))
+        want = quantize(weight, every, parse_values(f"{values}:64"))
         found = linear.fmt.unpack(packed.parts("lm_head"))
         assert torch.equal(found.codes, want.codes)
         assert torch.equal(found.scales, want.scales)
-        assert torch.equal(packed.tensor(EMBEDDINGS), dense.tensor(EMBEDDINGS))
         assert "lm_head.weight" not in packed
         assert packed.folder.config["tie_word_embeddings"] is False
-        last = packed.manifest.to_config()["groups"][-1]
-        assert last == {
-            "format": "dense", "pattern": "dense", "values": "int8:64", "targets": ["lm_head"]
+        manifest = packed.manifest.to_config()
+        assert manifest["groups"][-1] == {
+            "format": "dense", "pattern": "dense", "values": f"{values}:64", "targets": ["lm_head"]
         }  # fmt: skip
+        if (values, tied) == ("int8", True):
+            assert EMBEDDINGS not in packed
+            assert manifest["tied"] == {"model.embed_tokens": "lm_head"}
+            loaded = gblm.packed.load(packed.folder, "reference")
+            assert torch.equal(loaded.get_input_embeddings().weight, found.weight.bfloat16())
+        else:
+            assert torch.equal(packed.tensor(EMBEDDINGS), dense.tensor(EMBEDDINGS))
+            assert "tied" not in manifest
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "dense"])
@@ -74,13 +85,19 @@ def test_head_is_reported_apart_from_the_pruned_linears(pack_tiny: Pack, pattern
         json.loads((f / "sparsity_report.json").read_text()) for f in (folder, without)
     )
     head = report.pop("head")
-    assert (head["name"], head["tied"], head["bits_per_weight"]) == ("lm_head", True, 8.25)
-    assert report.pop("bytes_packed") - plain.pop("bytes_packed") == head["bytes_packed"]
+    assert (head["name"], head["embeddings"], head["bits_per_weight"]) == ("lm_head", True, 8.25)
+    saved = head["bytes_dense"] - head["bytes_packed"]
+    assert (
+        plain.pop("bytes_packed") - report.pop("bytes_packed")
+        == saved
+        == 258 * 64 * (16 - 8.25) / 8
+    )
     assert report == plain
     facts, before = inspect(ModelFolder.open(folder)), inspect(ModelFolder.open(without))
     assert facts["groups"] == before["groups"]
     assert (facts["head"]["bits_per_weight"], facts["head"]["weights"]) == (8.25, 258 * 64)
-    assert facts["bytes"] - before["bytes"] == head["bytes_packed"]
+    assert before["bytes"] - facts["bytes"] == saved
+    assert before["bytes_if_dense"] == facts["bytes_if_dense"]
 
 
 def test_a_head_that_stays_floating_is_not_mentioned(pack_tiny: Pack, tiny: Path) -> None:
@@ -109,7 +126,7 @@ def test_packing_a_dense_folder_makes_the_same_head(
     source = tiny if tied else tiny_untied
     report = export_pack(source, tmp_path / "out", pattern="dense", values="int8", head="int8")
     verify(ModelFolder.open(tmp_path / "out"))
-    assert report["head"]["tied"] is tied
+    assert report["head"]["embeddings"] is tied
     assert json.loads((tmp_path / "out/recipe.json").read_text())["head"] == "int8"
     ours = pack_tiny("magnitude", "dense", "int8", "int8", tied)
     first, second = (load_file(f / "model.safetensors") for f in (ours, tmp_path / "out"))
@@ -151,10 +168,32 @@ def test_damaged_head_does_not_pass(
 
 def test_missing_head_is_found(pack_tiny: Pack, tmp_path: Path) -> None:
     gone = tensors(lambda found: [found.pop(f"lm_head.{part}") for part in ("values", "scales")])
-    folder = damaged(pack_tiny(head="int8"), tmp_path / "out", gone)
+    folder = damaged(pack_tiny(head="int8", tied=False), tmp_path / "out", gone)
     with pytest.raises(CheckpointError, match="lm_head: reported, but not stored"):
         verify(ModelFolder.open(folder))
     with pytest.raises(CheckpointError, match="the packed weight of lm_head is missing"):
+        gblm.packed.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (tensors(lambda found: [found.pop(f"lm_head.{part}") for part in ("values", "scales")]),
+         r"embed_tokens\.weight is the packed lm_head, says the manifest, but that is missing"),
+        (tensors(lambda found: found.update({EMBEDDINGS: torch.zeros(258, 64)})),
+         r"embed_tokens\.weight is the packed lm_head, .* but it is stored as well"),
+        (tied_as({"model.embed_tokens": "x"}), "the second must be packed, and no other"),
+        (tied_as({"lm_head": "lm_head"}), "the second must be packed, and no other"),
+        (tied_as({"model.norm2": "lm_head"}), r"tensor model\.embed_tokens\.weight is missing"),
+        (tied_as({}), r"tensor model\.embed_tokens\.weight is missing"),
+        (tied_as(["lm_head"]), "manifest: tied: Input should be a valid dictionary"),
+    ],
+)  # fmt: skip
+def test_embeddings_that_are_not_the_head_are_refused(
+    pack_tiny: Pack, tmp_path: Path, change: Damage, match: str
+) -> None:
+    folder = damaged(pack_tiny(head="int8"), tmp_path / "out", change)
+    with pytest.raises(CheckpointError, match=match):
         gblm.packed.load(folder)
 
 
@@ -191,7 +230,7 @@ def test_head_on_the_command_line(gblm: Run, tiny: Path, tmp_path: Path) -> None
     done = gblm("prune", tiny, *words)
     assert done.code == 0, done
     assert "magnitude 2:4 int8:32" in done.out
-    assert "output head int8:64, 8.25 bits per weight, a copy of the embeddings" in done.out
+    assert "output head and embeddings int8:64, 8.25 bits per weight" in done.out
     recipe = json.loads((out / "recipe.json").read_text())
     assert (recipe["values"], recipe["head"]) == ("int8:32", "int8")
     rows = [line.split() for line in gblm("inspect", out).out.splitlines()]

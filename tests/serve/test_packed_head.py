@@ -10,7 +10,7 @@ import torch
 from vllm_run import skip_without
 from weights import weight_of
 
-from gblm.errors import CheckpointError
+from gblm.errors import CheckpointError, MachineError
 from gblm.sparse.formats import Format, from_spec
 from gblm.sparse.formats.manifest import Group, Manifest
 from gblm.sparse.weights import SparseWeight
@@ -132,6 +132,51 @@ def test_panels_replace_a_weight_that_nothing_else_needs(
     if tied:
         ids = torch.arange(5)
         assert torch.equal(owner.quant_method.embedding(owner, ids), weight.weight[:5])
+
+
+@pytest.mark.parametrize(("rank", "num_ranks"), [(0, 1), (1, 2)])
+def test_embeddings_are_rows_of_a_head_that_is_tied_to_them(
+    rank: int, num_ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fmt, weight = codes_for("dense/dense/int8:64")
+    embeddings, head = create_tied(fmt, monkeypatch, rank, num_ranks)
+    load(head, fmt.pack("lm_head", weight))
+    for layer in (embeddings, head):
+        layer.quant_method.process_weights_after_loading(layer)
+    own = weight.weight[rank * PADDED // num_ranks :][: PADDED // num_ranks]
+    ids = torch.tensor([[3, 0], [len(own) - 1, 7]])
+    found = embeddings.quant_method.embedding(embeddings, ids)
+    assert torch.equal(found, own[ids].bfloat16())
+    x, got = product(head)
+    torch.testing.assert_close(got[:, : len(own)], x @ own.bfloat16().T, rtol=0.02, atol=0.3)
+
+
+def create_tied(
+    fmt: Format, monkeypatch: pytest.MonkeyPatch, rank: int = 0, num_ranks: int = 1, stages: int = 1
+) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """vLLM's own embeddings and head of one rank, empty; the manifest ties them."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.vocab_parallel_embedding import (
+        ParallelLMHead,
+        VocabParallelEmbedding,
+    )
+
+    from gblm.serve.vllm_plugin.config import SparseConfig
+
+    be_rank(monkeypatch, rank, num_ranks)
+    group = Group(format="dense", pattern="dense", values=str(fmt.values), targets=("lm_head",))
+    config = SparseConfig(Manifest(groups=(group,), tied={"model.embed_tokens": "lm_head"}))
+    how = {"params_dtype": torch.bfloat16, "quant_config": config}
+    current = VllmConfig()
+    current.parallel_config.pipeline_parallel_size = stages
+    with set_current_vllm_config(current):
+        embeddings = VocabParallelEmbedding(VOCABULARY, HIDDEN, **how)
+        return embeddings, ParallelLMHead(VOCABULARY, HIDDEN, prefix="lm_head", **how)
+
+
+def test_stages_cannot_part_embeddings_from_their_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MachineError, match="which pipeline stages would part"):
+        create_tied(from_spec("dense/dense/int8:64"), monkeypatch, stages=2)
 
 
 def test_embeddings_are_copied_only_to_multiply_with_them() -> None:

@@ -147,9 +147,9 @@ def output_head(layers: Layers, values: str) -> Head | None:
     return Head(name, source, format_for(Dense(), kind), (shape[0], shape[1]), dtype)
 
 
-def with_tying(config: dict[str, Any], tied: bool) -> dict[str, Any]:
-    """Return a config.json that says whether the output head is the embeddings."""
-    changed = config | {"tie_word_embeddings": tied}
+def untied(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config.json whose output head is not the embeddings."""
+    changed = config | {"tie_word_embeddings": False}
     if isinstance(text := config.get("text_config"), dict):
-        changed["text_config"] = text | {"tie_word_embeddings": tied}
+        changed["text_config"] = text | {"tie_word_embeddings": False}
     return changed

@@ -231,11 +231,10 @@ def _compare(packed: PackedReader, against: ModelFolder) -> None:
     with Reader(against) as dense:
         rename_as_in_memory(packed)
         rename_as_in_memory(dense)
-        linears = {name: f"{name}.weight" for name in packed.linears}
-        linears |= {head: name for name, head in packed.tied.items()}
-        if missing := {*linears.values(), *packed.dense_names()} ^ {*dense}:
+        linears = {f"{name}.weight": name for name in packed.linears} | packed.tied
+        if missing := {*linears, *packed.dense_names()} ^ {*dense}:
             raise CheckpointError(f"{sorted(missing)[0]}: is in one of the two folders only.")
-        for name, stored in linears.items():
+        for stored, name in linears.items():
             weight = packed.weight(name)
             # + 0.0: packing writes −0.0 as +0.0.
             if not same_bits(weight, dense.tensor(stored) + 0.0):

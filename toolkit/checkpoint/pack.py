@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from gblm.cache import remember
-from gblm.checkpoint.head import Head, with_tying
+from gblm.checkpoint.head import Head, untied
 from gblm.checkpoint.report import licence_of, model_card, summary, weight_row
 from gblm.checkpoint.write import (
     ShardWriter,
@@ -155,7 +155,7 @@ def write_packed(
         report = summary(rows, head_row, dense, shards.total_bytes)
         source = reader.folder
         config = source.config | {"quantization_config": _manifest(packing, rows).to_config()}
-        config = with_tying(config, False) if packing.head else config
+        config = untied(config) if packing.head else config
         write_side_files(folder, source, config, packing.recipe, report, packing.notes)
     return report
 
