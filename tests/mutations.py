@@ -161,8 +161,13 @@ LIST: dict[str, list[tuple[str, str, str]]] = {
     "checkpoint/test_verify.py": [
         ("verify-hash", 'if not isinstance(facts, dict) or sha256(path) != facts.get("sha256"):',
          "if not isinstance(facts, dict):"),
-        ("verify-against", 'if not same_bits(weight, dense.tensor(f"{name}.weight") + 0.0):',
+        ("verify-against", 'if not same_bits(weight, dense.tensor(stored) + 0.0):',
          "if False:"),
+    ],
+    "test_head.py": [
+        ("tied-stored", "return bool(self.tied) or self.source", "return self.source"),
+        ("tied-expanded", "embeddings.data.copy_(loaded[head].expanded(embeddings.dtype))",
+         "embeddings.data.zero_()"),
     ],
     "kernels/test_experts.py": [
         ("experts-share", "* shares[tokens, places, None]", "* shares[tokens, 0, None]"),
