@@ -62,7 +62,7 @@ def any_cpu_computes_as_stored() -> Iterator[Callable[[], dict[str, bool]]]:
 
     with pytest.MonkeyPatch.context() as patch:
         real = torch.cpu.get_capabilities
-        has = {**real(), "avx512_bf16": True, "avx512_fp16": True}
+        has = {**real(), "amx_bf16": True, "amx_fp16": True}
         patch.setattr(torch.cpu, "get_capabilities", lambda: has)
         yield real
 
