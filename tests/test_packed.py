@@ -52,6 +52,16 @@ def test_logits_equal_the_dense_export(
     assert (got - want).float().norm() < 0.08 * want.float().norm()
 
 
+@pytest.mark.parametrize("family", ["llama 1/2", "llava"])
+def test_every_tensor_has_the_dtype_that_is_asked_for(family: str, tmp_path: Path) -> None:
+    source = save_family(family, tmp_path / "model")
+    recipe = Recipe(model=str(source), method="magnitude", calibration=None, head="int8")
+    prune(recipe, tmp_path / "out")
+    model = gblm.packed.load(tmp_path / "out", "dense", torch.float32)
+    found = {tensor.dtype for tensor in (*model.parameters(), *model.buffers())}
+    assert {dtype for dtype in found if dtype.is_floating_point} == {torch.float32}
+
+
 def test_from_pretrained_works_after_one_import(pack_tiny: Pack) -> None:
     from transformers import AutoModelForCausalLM
 

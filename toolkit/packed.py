@@ -339,6 +339,7 @@ class GblmQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise ValueError("gblm: packed weights load from safetensors files only.")
         experts.unfuse(model)
+        self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         self._rules = partial(experts.loading_rules, model)
         with PackedReader(ModelFolder.open(Path(checkpoint_files[0]).parent)) as reader:
             check_complete(model, reader)
@@ -367,9 +368,11 @@ class GblmQuantizer(HfQuantizer):
         # No kernel sees anything of a checkpoint that is damaged somewhere.
         for name, module in loaded.items():
             module.check(name, self.dtype)
+        # transformers leaves the checkpoint's dtype to a tensor that it renames.
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(self._dtypes.get(name, parameter.dtype))
         for name, head in self._tied.items():
-            embeddings = model.get_parameter(name)
-            embeddings.data.copy_(loaded[head].expanded(embeddings.dtype))
+            model.get_parameter(name).data = loaded[head].expanded(self._dtypes[name])
         device = self.quantization_config.device
         kernels.log_choice(module.prepare(self.dtype, forced, device) for module in loaded.values())
         group_experts(model)
