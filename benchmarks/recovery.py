@@ -226,7 +226,7 @@ def _plain(model: str, record: Record) -> str:
         for method in METHODS:
             names = [side_name(pattern, values, method=method) for pattern in PATTERNS]
             found = [name for name in names if name in record.sides]
-            if not found:
+            if not any(name in record.sides for name in names[1:]):
                 continue
             seconds = statistics.median(record.sides[name]["cpu_seconds"] for name in found)
             cells = [_cell(record, name, text) for name in names]

@@ -54,9 +54,9 @@ def table() -> str:
         f"{pages.table(header, rows)}\n\nPerplexity of three texts, 16 windows × 256 tokens: of "
         "*descriptions* and WikiText-2 no step has seen anything, of pydoc another part. vLLM on "
         f"CPU, compiled, one thread, {decoding.num_rounds(speed)} interleaved rounds; the first "
-        "ratio is to bf16, the second to the dense integers of the same value type. MB and "
-        "perplexity are of models with bf16 heads, speeds of models with int8 heads: how weights "
-        f"were found changes no speed. {pages.origins(made, 'torch')}"
+        "ratio is to bf16, the second to the dense integers of the same value type. Heads have 8 "
+        "bits, and are the embeddings, too; when speeds were measured those were still bf16. "
+        f"{pages.origins(made, 'torch')}"
     )
 
 
