@@ -45,9 +45,10 @@ from gblm.cli import main
 main()
 """
 DENSE = "dense bf16"
-# What `plain` shows: every method with floats, and the best one with every value type.
-METHODS = ("nearest", "magnitude", "wanda", "gblm", "sparsegpt", "alps")
-PATTERNS = ("dense", "2:4", "4:8", "8:16", "0.5")
+# What `plain` shows, of what there is.
+METHODS = ("magnitude", "wanda", "gblm", "sparsegpt", "alps")
+SPARSE = ("2:4", "4:8", "8:16", "0.5")
+VALUES = ("float", "int8", "int4")
 
 
 def record_of(model: str) -> Path:
@@ -222,21 +223,25 @@ def _records() -> list[tuple[str, Record]]:
 
 def _plain(model: str, record: Record) -> str:
     text, rows, sides = record.loads[0], [], []
-    for values in ("float", "int8", "int4"):
-        for method in METHODS:
-            names = [side_name(pattern, values, method=method) for pattern in PATTERNS]
-            found = [name for name in names if name in record.sides]
-            if not any(name in record.sides for name in names[1:]):
-                continue
+    shown = [pattern for pattern in SPARSE if _plain_names([pattern]) & record.sides.keys()]
+    for values, method in itertools.product(VALUES, METHODS):
+        names = [side_name(pattern, values, method=method) for pattern in shown]
+        found = [name for name in names if name in record.sides]
+        if found:
             seconds = statistics.median(record.sides[name]["cpu_seconds"] for name in found)
             cells = [_cell(record, name, text) for name in names]
             rows.append([f"{values}, {method}", *cells, f"{seconds / 60:.1f}"])
             sides += found
     if not rows:
         return ""
-    header = [f"{pages.MODELS[model]}, {text}", *PATTERNS, "CPU minutes"]
+    header = [f"{pages.MODELS[model]}, {text}", *shown, "CPU minutes"]
     where = pages.origins(made(record, sides), "torch")
     return f"{pages.table(header, rows)}\n\n{where}"
+
+
+def _plain_names(patterns: Iterable[str]) -> set[str]:
+    each = itertools.product(patterns, VALUES, METHODS)
+    return {side_name(pattern, values, method=method) for pattern, values, method in each}
 
 
 def _table(model: str, record: Record) -> str:
@@ -261,9 +266,7 @@ def _table(model: str, record: Record) -> str:
 
 def _shown(record: Record) -> dict[str, Any]:
     """Give the sides that are not in `plain`, those of most bits first."""
-    sparse = [pattern for pattern in PATTERNS if pattern != "dense"]
-    each = itertools.product(sparse, ("float", "int8", "int4"), METHODS)
-    hidden = {side_name(pattern, values, method=method) for pattern, values, method in each}
+    hidden = _plain_names(SPARSE)
     found = {side: facts for side, facts in record.sides.items() if side not in hidden}
     return dict(sorted(found.items(), key=lambda item: -item[1]["bits_per_weight"]))
 
