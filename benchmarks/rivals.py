@@ -36,7 +36,7 @@ PURE = ("Q8_0", "Q4_0")
 MIXED = ("Q4_0", "Q4_K_M")
 ONNX = ("fp32", "int8", "int4")
 # Words in the rows of recovery.py that stand beside: what it makes of the model in the end.
-OURS = ("int8 dense", "recovered")
+OURS = ("int8 dense", "int4:32 dense", "recovered")
 # Name, bytes, and perplexity by text.
 Found = Iterator[tuple[str, int, dict[str, float]]]
 
