@@ -71,7 +71,9 @@ def test_one_by_one_they_compute_what_the_fused_ones_do(
     want = logits(model)
     experts.unfuse(model)
     assert [len(block) for _, block in experts.blocks(model)] == [4, 4]
-    assert torch.equal(logits(model), want)
+    # Llama 4's fused ones are a batch, whose sums MKL orders otherwise.
+    exact = {} if family.startswith("llama 4") else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(logits(model), want, **exact)
 
 
 @pytest.mark.parametrize("family", EXPERTS)

@@ -44,8 +44,11 @@ class TiedEmbeddingMethod(QuantizeMethodBase):
 
     def embedding(self, layer: torch.nn.Module, input_: Tensor) -> Tensor:
         """Look up: ids [...] → embeddings [..., hidden]."""
-        rows = {part: layer.get_parameter(part)[input_.flatten()] for part in self.fmt.parts}
-        return self.fmt.expand(rows, self.dtype).view(*input_.shape, -1)
+        codes, scales = (layer.get_parameter(part)[input_] for part in ("values", "scales"))
+        # `Format.expand` goes by blocks of rows, and torch.compile would take their number for a
+        # constant.
+        grouped = codes.unflatten(-1, (scales.shape[-1], -1)).float()
+        return (grouped * scales.unsqueeze(-1).float()).flatten(-2).to(self.dtype)
 
     def apply(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Refuse: the head multiplies."""
