@@ -48,7 +48,8 @@ class TiedEmbeddingMethod(QuantizeMethodBase):
         # `Format.expand` goes by blocks of rows, and torch.compile would take their number for a
         # constant.
         grouped = codes.unflatten(-1, (scales.shape[-1], -1)).float()
-        return (grouped * scales.unsqueeze(-1).float()).flatten(-2).to(self.dtype)
+        rows: Tensor = (grouped * scales.unsqueeze(-1).float()).flatten(-2)
+        return rows.to(self.dtype)
 
     def apply(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Refuse: the head multiplies."""
