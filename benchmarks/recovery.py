@@ -2,14 +2,14 @@
 
     python benchmarks/recovery.py [--model smollm2|gemma3-270m|…] [--cells "8:16 int8" …]
         [--preset recovered] [--dense-ends 1] [--shrinkage 0.33] [--tokens 65536] [--seed 0]
-        [--methods sparsegpt|nearest|…] [--wikitext test.txt]
+        [--methods sparsegpt …] [--wikitext test.txt]
 
 Each cell, a pattern and a value type, prunes (`gblm prune --preset …`) and recovers (`gblm
 recover`) with one thread; "8:16@3.7bits int4" and "unstructured@3.2bits int4" spread a budget
 (`--budget`); "keep7 reap" removes experts of a mixture instead. `--preset fast --tokens 0` only
-prunes, and the method "nearest" only rounds. KL and perplexity are those that `gblm recover` tells
-before and after, on 16 windows of 256 tokens of texts that no step has seen. Cells are added to
-benchmarks/results/recovery-MODEL.json; another seed is another round of the same row.
+prunes. KL and perplexity are those that `gblm recover` tells before and after, on 16 windows of 256
+tokens of texts that no step has seen. Cells are added to benchmarks/results/recovery-MODEL.json;
+another seed is another round of the same row.
 """
 
 from __future__ import annotations
@@ -67,8 +67,7 @@ def side_name(
         spread, bits = pattern.removesuffix("bits").split("@")
         anywhere = spread == "unstructured"
         words = [f"{values} {'zeros anywhere' if anywhere else f'{spread} or dense'}, {bits} bits"]
-    words += ["GPTQ" if (pattern, method) == ("dense", "sparsegpt") else method]
-    words += ["not shrunk"] * whole
+    words += ["GPTQ" if pattern == "dense" else method] + ["not shrunk"] * whole
     words += ["reconstructed" + (f" {epochs} times" if epochs != 2 else "")] * bool(epochs)
     return ", ".join(words + [f"recovered on {tokens} tokens"] * bool(tokens))
 
@@ -89,8 +88,7 @@ def measure(
     pruned, recovered, held_out = folder / "pruned", folder / "recovered", texts(given, folder)
     limit, stored = LIMITS.get(values, 0), "int4" if values in LIMITS else values
     spread, _, budget = pattern.partition("@")
-    named = "magnitude --rounding nearest" if method == "nearest" else method
-    how = f"--preset {given.preset} --recover 0 --method {named} --values {stored}"
+    how = f"--preset {given.preset} --recover 0 --method {method} --values {stored}"
     how += f" --seed {given.seed} --pattern {spread}" + f" --budget {budget}" * bool(budget)
     if (given.dense_ends is not None or pattern == "dense") and not budget:
         how += f" --dense-ends {given.dense_ends or 0}"

@@ -70,7 +70,7 @@ class SparseLinear(nn.Module):
         Raises:
             CheckpointError: they are no weight of this format, or leave the range of the dtype.
         """
-        parts = {part: getattr(self, part).data for part in self.fmt.parts}
+        parts = self.parts
         self.fmt.validate(name, parts, self.shape)
         if self.fmt.values.is_float and dtype is not None:
             self.fmt.cast(name, parts["values"], dtype)
@@ -89,7 +89,7 @@ class SparseLinear(nn.Module):
         Returns:
             The backend, and why better ones refused.
         """
-        parts = {part: getattr(self, part).data.to(device) for part in self.fmt.parts}
+        parts = {part: tensor.to(device) for part, tensor in self.parts.items()}
         if self.fmt.values.is_float:
             dtype = dtype or parts["values"].dtype
             parts["values"] = parts["values"].to(dtype)
@@ -103,9 +103,10 @@ class SparseLinear(nn.Module):
         self.backend, self.num_prepared = backend, len(prepared)
         return backend, reasons
 
-    def expanded(self, dtype: torch.dtype) -> Tensor:
-        """Return the dense weight [out, in] of the loaded parts."""
-        return self.fmt.expand({part: getattr(self, part).data for part in self.fmt.parts}, dtype)
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """Give the loaded parts by name; `prepare` takes them away."""
+        return {part: getattr(self, part).data for part in self.fmt.parts}
 
     @property
     def prepared(self) -> list[Tensor]:
@@ -372,7 +373,8 @@ class GblmQuantizer(HfQuantizer):
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(self._dtypes.get(name, parameter.dtype))
         for name, head in self._tied.items():
-            model.get_parameter(name).data = loaded[head].expanded(self._dtypes[name])
+            rows = loaded[head].fmt.expand(loaded[head].parts, self._dtypes[name])
+            model.get_parameter(name).data = rows
         device = self.quantization_config.device
         kernels.log_choice(module.prepare(self.dtype, forced, device) for module in loaded.values())
         group_experts(model)

@@ -137,12 +137,11 @@ class SparseConfig(QuantizationConfig):
         return experts_method(layer, arriving, self.note_choice)
 
     def _embedding_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase:
-        for head in self.manifest.tied.values():  # vLLM gives some embeddings no name
-            fmt = self.manifest.format_of(head)
-            if fmt is not None:
-                self._tied[head] = layer
-                return TiedEmbeddingMethod(fmt)
-        return EmbeddingMethod(prefix)
+        if not self.manifest.tied:
+            return EmbeddingMethod(prefix)
+        # vLLM gives some embeddings no name; a model has only these.
+        self._tied = dict.fromkeys(self.manifest.tied.values(), layer)
+        return TiedEmbeddingMethod()
 
     def _head_method(self, prefix: str) -> QuantizeMethodBase:
         fmt = self.manifest.format_of(prefix)

@@ -14,16 +14,17 @@ from gblm.errors import MachineError
 from gblm.serve.vllm_plugin.head import PackedHeadMethod
 from gblm.serve.vllm_plugin.linear import NoteChoice
 from gblm.sparse.formats import Format
+from gblm.sparse.weights import dequantize_rows
 
 
 class TiedEmbeddingMethod(QuantizeMethodBase):
     """Embeddings that no file holds are rows of the head's codes, expanded when they are read."""
 
-    def __init__(self, fmt: Format) -> None:
-        """Take the head's format.
+    def __init__(self) -> None:
+        """Refuse a server that has the embeddings elsewhere than the head.
 
         Raises:
-            MachineError: pipeline stages would part the embeddings from the head.
+            MachineError: pipeline stages would part them.
         """
         current = get_current_vllm_config_or_none()
         if current is not None and current.parallel_config.pipeline_parallel_size > 1:
@@ -31,7 +32,6 @@ class TiedEmbeddingMethod(QuantizeMethodBase):
                 "the output head holds the embeddings of this model, which pipeline stages would "
                 "part: make the folder with --head float, or serve without them."
             )
-        self.fmt = fmt
         self.dtype = torch.bfloat16
 
     def create_weights(
@@ -45,11 +45,7 @@ class TiedEmbeddingMethod(QuantizeMethodBase):
     def embedding(self, layer: torch.nn.Module, input_: Tensor) -> Tensor:
         """Look up: ids [...] → embeddings [..., hidden]."""
         codes, scales = (layer.get_parameter(part)[input_] for part in ("values", "scales"))
-        # `Format.expand` goes by blocks of rows, and torch.compile would take their number for a
-        # constant.
-        grouped = codes.unflatten(-1, (scales.shape[-1], -1)).float()
-        rows: Tensor = (grouped * scales.unsqueeze(-1).float()).flatten(-2)
-        return rows.to(self.dtype)
+        return dequantize_rows(codes, scales, self.dtype)
 
     def apply(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Refuse: the head multiplies."""

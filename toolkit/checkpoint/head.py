@@ -98,9 +98,8 @@ class Head:
             zeros += weight.zeros
         parts = self.fmt.join(pieces)
         row = weight_row(self.name, self.fmt, self.shape, self.dtype, zeros, parts)
-        return {f"{self.name}.{part}": t for part, t in parts.items()}, row | {
-            "embeddings": bool(self.tied)
-        }
+        row["embeddings"] = bool(self.tied)
+        return {f"{self.name}.{part}": t for part, t in parts.items()}, row
 
     def _blocks(self, reader: Reader) -> Iterator[Tensor]:
         """Give some rows at a time, for a head has up to a billion weights."""

@@ -109,12 +109,16 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """
     dense = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     for rows in row_blocks(codes.shape):
-        steps = scales[rows].float().unsqueeze(-1)
-        # A code has up to 8 significant bits, a bfloat16 scale 8: the product is exact in float32.
-        product = codes[rows].reshape(*scales[rows].shape, -1).float().mul_(steps)
-        # A small negative product may round to −0.0.
-        dense[rows] = product.reshape(-1, codes.shape[1]).to(dtype).add_(0.0)
+        dense[rows] = dequantize_rows(codes[rows], scales[rows], dtype)
     return dense
+
+
+def dequantize_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Compute `dequantize` of rows [..., in] at once: torch.compile leaves their number open."""
+    # A code has up to 8 significant bits, a bfloat16 scale 8: the product is exact in float32.
+    product = codes.reshape(*scales.shape, -1).float().mul_(scales.float().unsqueeze(-1))
+    # A small negative product may round to −0.0.
+    return product.flatten(-2).to(dtype).add_(0.0)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -85,10 +85,12 @@ class Manifest(BaseModel):
                 if not TARGET.fullmatch(target):
                     raise CheckpointError(f"manifest: target {target[:80]!r} is no module name.")
         for embeddings, head in manifest.tied.items():
-            if manifest.format_of(head) is None or manifest.format_of(embeddings) is not None:
+            fmt = manifest.format_of(head)
+            codes = fmt is not None and (fmt.name, fmt.values.kind) == ("dense", "int8")
+            if not codes or manifest.format_of(embeddings) is not None:
                 raise CheckpointError(
                     f"manifest: {embeddings[:80]!r} is tied to {head[:80]!r}: of the two the "
-                    "second must be packed, and no other."
+                    "second must be packed, and no other, in dense codes of 8 bits."
                 )
         return manifest
 
