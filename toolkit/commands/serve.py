@@ -18,12 +18,6 @@ from gblm.commands.common import Command, backend_option, progress_bars
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
 @backend_option
 @click.option(
-    "--prune",
-    metavar='"METHOD PATTERN"',
-    help="Prune the dense FOLDER into the cache first, once, with the defaults of `gblm prune`; "
-    'such as "gblm 2:4".',
-)
-@click.option(
     "--pack",
     is_flag=True,
     help="Pack the zeros of a dense FOLDER into the cache first, once; every value stays as it is.",
@@ -61,21 +55,17 @@ def command(
     /,
     folder: str,
     vllm_options: tuple[str, ...],
-    prune: str | None,
     pack: bool,
     **given: Any,
 ) -> None:
     """Serve FOLDER (or a hub id) with vLLM's OpenAI server; options behind -- go to vLLM."""
-    from gblm.errors import UsageError
     from gblm.model.folder import model_name
     from gblm.serve.access import Server
     from gblm.serve.cached import folder_to_serve
     from gblm.serve.launch import check_options, serve
 
-    if pack and prune is not None:
-        raise UsageError("--prune makes a packed folder: leave --pack out.")
     server = Server(Path(folder), name=model_name(folder), options=vllm_options, **given)
     check_options(server)
     with progress_bars(ctx) as progress:
-        found = folder_to_serve(folder, prune, pack, progress)
+        found = folder_to_serve(folder, pack, progress)
     serve(replace(server, folder=found))
