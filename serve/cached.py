@@ -7,27 +7,23 @@ decides its content, so that the next start finds it.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gblm import __version__
-from gblm.cache import cache_folder
+from gblm.cache import alone, cache_folder
 from gblm.checkpoint.write import folder_bytes, side_files
-from gblm.errors import MachineError
 from gblm.export.legacy import export_legacy
 from gblm.export.pack import export_pack
 from gblm.files import sha256
 from gblm.model.folder import ModelFolder, legacy_format, model_name
 from gblm.model.reader import Reader
 from gblm.progress import Progress, no_progress
-from gblm.provenance import versions
+from gblm.provenance import computing_versions
 from gblm.serve.vllm_cli import check_version
 
 logger = logging.getLogger(__name__)
@@ -75,7 +71,7 @@ def _made(model: str | Path, source: ModelFolder, title: str, make: Callable[[Pa
     """Find the folder in the cache, or make it if no earlier start has."""
     check_version()  # making takes long: what would be refused afterwards is refused now
     folder = _place(f"{model_name(model)}-{title}", source)
-    with _alone_with(folder):
+    with alone(folder):
         if folder.exists():
             logger.info("using what an earlier start made of %s", model)
         else:
@@ -90,25 +86,6 @@ def _place(title: str, source: ModelFolder) -> Path:
     side = {name: sha256(file) for name, file in side_files(source.path).items()}
     with Reader(source) as reader:
         content = reader.sha256()
-    used = {"gblm": __version__} | {name: versions()[name] for name in ("torch", "transformers")}
-    everything = {"title": title, "model": content, "side": side, "versions": used}
-    digest = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
+    facts = {"title": title, "model": content, "side": side, "versions": computing_versions()}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return cache_folder() / "served" / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', title)}-{digest}"
-
-
-@contextmanager
-def _alone_with(folder: Path) -> Iterator[None]:
-    """Let one process at a time make a folder; the others wait and find it made."""
-    lock = folder.parent / f".{folder.name}.lock"
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        file = lock.open("w")
-    except OSError as error:
-        raise MachineError(f"{lock.parent} cannot hold a folder to serve: {error}.") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("waiting for another process that makes %s", folder)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -109,6 +109,7 @@ def test_files_of_every_kind_are_read(tmp_path: Path) -> None:
         ("c.txt", ""),
         ("d.parquet", "junk"),
         ("e.jsonl", '{"text": null}'),
+        ("f.jsonl", r'{"text": "\ud800"}'),
     ],
 )
 def test_malformed_files_are_named(tmp_path: Path, name: str, content: str) -> None:

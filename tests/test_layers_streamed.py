@@ -46,6 +46,18 @@ def test_the_frame_equals_the_models_and_ties_the_head(tiny: Path) -> None:
         assert torch.equal(rotary.inv_freq, want.inv_freq)
 
 
+def test_a_head_that_is_stored_is_not_tied_whatever_the_config_says(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    own = torch.randn_like(tensors["model.embed_tokens.weight"])
+    save_file(tensors | {"lm_head.weight": own}, folder / "model.safetensors", {"format": "pt"})
+    with stream(ModelFolder.open(folder)) as layers:
+        layers.load_frame(head=True)
+        assert torch.equal(layers.model.lm_head.weight, load(folder).lm_head.weight)
+        assert torch.equal(layers.model.lm_head.weight, own)
+
+
 def test_a_checkpoint_that_does_not_fit_its_config_is_refused(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "m")
     tensors = load_file(folder / "model.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -23,14 +24,14 @@ from weights import stored
 from gblm.calibrate.walk import Walk, walk
 from gblm.checkpoint import write
 from gblm.checkpoint.inspect import verify
-from gblm.errors import InputError, MachineError, PatternError, UsageError
+from gblm.errors import CheckpointError, InputError, MachineError, PatternError, UsageError
 from gblm.export.dense import export_dense
 from gblm.export.pack import export_pack
 from gblm.methods import make_method
 from gblm.methods.pipeline import Pipeline
 from gblm.model.folder import ModelFolder
 from gblm.model.linears import prunable
-from gblm.model.loading import load
+from gblm.model.loading import load, load_tokenizer
 from gblm.prune import Output, prune
 from gblm.prune.job import Job
 from gblm.prune.layer import prune_layer
@@ -198,6 +199,23 @@ def test_damaged_weights_are_named(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dtype_that_packed_folders_do_not_hold_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    def widen(found: dict[str, torch.Tensor]) -> None:
+        found["model.norm.weight"] = found["model.norm.weight"].double()
+
+    odd = damaged(Path(recipe.model), tmp_path / "odd", tensors(widen))
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is torch\.float64"):
+        prune(recipe.model_copy(update={"model": str(odd)}), tmp_path / "out")
+
+
+def test_a_tokenizer_of_another_model_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    odd = Path(shutil.copytree(recipe.model, tmp_path / "odd"))
+    config = json.loads((odd / "config.json").read_text()) | {"vocab_size": 9}
+    (odd / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"knows \d+ tokens, the model 9: it is another model's"):
+        load_tokenizer(odd)
+
+
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "gblm"])
 def test_activations_that_overflow_are_named(recipe: Recipe, tmp_path: Path, method: str) -> None:
     names = [f"model.layers.0.mlp.{name}.weight" for name in ("up_proj", "gate_proj")]
@@ -281,7 +299,7 @@ def test_read_only_parent_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     else:
         parent = tmp_path / "locked"
         parent.mkdir(mode=0o500)
-    with pytest.raises(MachineError, match=r"cannot be made|not writable"):
+    with pytest.raises(MachineError, match=r"not writable|0\.00 GB free"):
         prune(recipe, parent / "out")
 
 

@@ -288,8 +288,10 @@ def test_the_answer_ranks_what_holds_the_budget(base: Recipe) -> None:
 def test_what_cannot_be_is_said(
     base: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(UsageError, match=r"too small: 85% of zeros still take about \d"):
+    with pytest.raises(UsageError, match=r"too small: these patterns and values take 2\.\d+bits"):
         answer(base, parse_budget("0.3bits"))
+    with pytest.raises(UsageError, match=r"these patterns and values take 3\.[12]\d*bits at least"):
+        answer(base, parse_budget("3.1bits"), Space(("int4:auto",), ("2:4",)))
     with pytest.raises(UsageError, match="needs calibration text"):
         answer(base.model_copy(update={"calibration": None}), parse_budget("4bits"))
     with pytest.raises(UsageError, match="a search takes unstructured and N:M patterns"):

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from gblm.errors import MachineError
+
+logger = logging.getLogger(__name__)
 
 VARIABLE = "GBLM_CACHE"
 # Files of the folders that gblm makes which are alike in no two of them.
@@ -36,6 +44,28 @@ def keep(path: Path, content: bytes) -> bool:
             part.unlink(missing_ok=True)
         return False
     return True
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Let one process at a time make a folder of the cache; the others wait, and find it made.
+
+    Raises:
+        MachineError: the cache cannot be written to.
+    """
+    lock = folder.parent / f".{folder.name}.lock"
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+    except OSError as error:
+        raise MachineError(f"{lock.parent} cannot hold {folder.name}: {error}.") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("waiting for another process that makes %s", folder)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def remember(folder: Path, facts: dict[str, Any]) -> None:

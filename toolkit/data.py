@@ -241,10 +241,11 @@ def _read_jsonl(path: Path) -> list[str]:
             continue
         try:
             text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            text = None
-        if not isinstance(text, str):
-            raise InputError(f'{path} line {number}: not a JSON object with a "text" string.')
+            text.encode()  # no half of a surrogate pair
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(
+                f'{path} line {number}: not a JSON object with a "text" string.'
+            ) from error
         documents.append(text)
     return documents
 

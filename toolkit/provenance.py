@@ -52,6 +52,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def computing_versions() -> dict[str, str]:
+    """List the versions that decide whether a run goes on with the bits it began with."""
+    found = versions()
+    return {"gblm": __version__} | {name: found[name] for name in ("torch", "transformers")}
+
+
 def machine() -> dict[str, Any]:
     """Describe processor, usable cores and memory."""
     info = cpuinfo()

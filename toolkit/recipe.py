@@ -71,7 +71,9 @@ class Calibration(Fields):
     num_samples: int = Field(default=128, ge=1, description="Windows of the text.")
     # Never taken from the model's maximum.
     seq_len: int = Field(default=2048, ge=2, description="Tokens per window.")
-    seed: int = Field(default=0, description="Of the windows' places in the text.")
+    seed: int = Field(
+        default=0, ge=0, lt=1 << 31, description="Of the windows' places in the text."
+    )
     bos: bool = Field(
         default=True,
         description="Begin windows with what the tokenizer puts before a prompt, as a server's "
@@ -160,7 +162,7 @@ class Recovering(Fields):
     )
     seq_len: int = Field(default=256, ge=2, description="Tokens per window.")
     batch_size: int = Field(default=4, ge=1, description="Windows per step.")
-    seed: int = Field(default=0, description="Of the windows and their order.")
+    seed: int = Field(default=0, ge=0, lt=1 << 31, description="Of the windows and their order.")
     bos: bool = Field(default=True, description="Begin windows as prompts do.")
 
 

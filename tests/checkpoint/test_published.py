@@ -125,7 +125,10 @@ def test_chat_template_and_generation_settings_survive_every_road(
 ) -> None:
     from transformers import AutoTokenizer, GenerationConfig
 
+    # An index of weights in another layout, which stay behind.
+    (chat_model / "consolidated.safetensors.index.json").write_text('{"weight_map": {}}')
     prune(recipe, tmp_path / "pruned")
+    assert not (tmp_path / "pruned/consolidated.safetensors.index.json").exists()
     recover(tmp_path / "pruned", tmp_path / "recovered", recovering(tmp_path / "text.txt"))
     export_dense(ModelFolder.open(tmp_path / "recovered"), tmp_path / "dense")
     export_pack(tmp_path / "dense", tmp_path / "packed", head="int8")

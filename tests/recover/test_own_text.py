@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,15 @@ def test_it_is_written_once_and_cut_into_windows(tiny: Path, engines: list[Path]
     assert engines == [tiny]
     longer = text.draw("self", tiny, tokenizer, 6, 20, 0, bos=True)
     assert torch.equal(windows, longer[:3])
+
+
+def test_two_processes_at_once_write_it_once(tiny: Path, engines: list[Path]) -> None:
+    tokenizer = load_tokenizer(tiny)
+    with ThreadPoolExecutor() as pool:
+        asked = [pool.submit(own_text.own_text, tiny, tokenizer, 100, 0) for _ in range(4)]
+        first, *others = [one.result() for one in asked]
+    assert all(other == first for other in others)
+    assert engines == [tiny]
 
 
 def test_a_recovery_is_measured_on_text_behind_what_it_trains_on(

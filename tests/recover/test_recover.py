@@ -21,6 +21,7 @@ from weights import stored
 
 from gblm.calibrate import text
 from gblm.checkpoint.inspect import verify
+from gblm.checkpoint.write import file_hashes
 from gblm.errors import GblmError, InputError, MachineError, UsageError
 from gblm.model.folder import ModelFolder
 from gblm.model.loading import load
@@ -71,6 +72,16 @@ def test_it_lowers_kl_and_keeps_every_mask(
     assert recipe["recover"]["tokens"] == how.tokens
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"{before['kl']:.3f} → {after['kl']:.3f}" in card
+
+
+def test_the_dense_model_keeps_its_own_head_and_embeddings(
+    pack_tiny: Pack, how: Recovering, tmp_path: Path
+) -> None:
+    told = set()
+    for head in ("float", "int8"):
+        report = recover(pack_tiny("wanda", "2:4", "int4", head), tmp_path / head, how)
+        told.add(next(iter(report["before"].values()))["perplexity_dense"])
+    assert len(told) == 1
 
 
 @pytest.mark.usefixtures("without_bfloat16")
@@ -212,6 +223,67 @@ def test_the_rest_of_another_recovery_is_not_continued(
     recover(start, tmp_path / "out", other, resume=False)
 
 
+def test_text_that_changed_since_a_run_was_cut_off_is_read_anew(
+    pack_tiny: Pack, how: Recovering, tmp_path: Path, text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def cut_off(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    text = tmp_path / "text.txt"
+    text.write_text(text_file.read_text()[::-1])
+    how = how.model_copy(update={"text": str(text), "held_out": (str(text),)})
+    with monkeypatch.context() as patched:
+        patched.setattr(train_module.Trainer, "run", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            recover(pack_tiny(), tmp_path / "out", how)
+    shutil.copy(text_file, text)
+    found = recover(pack_tiny(), tmp_path / "out", how)
+    whole = recover(pack_tiny(), tmp_path / "whole", how)
+    assert found["losses"] == whole["losses"]
+    assert found["after"] == whole["after"]
+
+
+def test_no_output_replaces_a_dense_model(
+    pack_tiny: Pack, how: Recovering, recipe: Recipe, tmp_path: Path
+) -> None:
+    dense = Path(shutil.copytree(recipe.model, tmp_path / "dense"))
+    with pytest.raises(InputError, match="cannot be replaced: it holds"):
+        recover(pack_tiny(), dense, how, dense, overwrite=True)
+    own = recipe.model_copy(update={"model": str(dense)})
+    with pytest.raises(InputError, match="cannot be replaced: it holds"):
+        prune(own, prune_module.Output(dense, overwrite=True))
+    assert file_hashes(dense) == file_hashes(Path(recipe.model))
+
+
+def test_while_one_run_prunes_to_recover_another_may_not(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, refused = prune_module.recover, []
+
+    def meanwhile(*args: object, **given: object) -> object:
+        with pytest.raises(MachineError, match="another process is working on this output"):
+            prune(recipe.model_copy(update={"pattern": "4:8"}), tmp_path / "out")
+        refused.append(True)
+        return real(*args, **given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(prune_module, "recover", meanwhile)
+    prune(recipe, tmp_path / "out")
+    assert refused
+    assert json.loads((tmp_path / "out/recipe.json").read_text())["pattern"] == "2:4"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_the_end_needs_is_read_at_the_start(
+    pack_tiny: Pack, how: Recovering, tiny: Path, tmp_path: Path
+) -> None:
+    start = Path(shutil.copytree(pack_tiny(), tmp_path / "start"))
+    (start / "sparsity_report.json").unlink()
+    with pytest.raises(InputError, match=r"sparsity_report\.json cannot be read"):
+        recover(start, tmp_path / "out", how, tiny)
+    assert [path.name for path in tmp_path.iterdir()] == ["start"]
+
+
 def test_nan_stops_training_and_keeps_the_last_state(
     pack_tiny: Pack, how: Recovering, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,7 +349,7 @@ def test_a_mix_has_its_shares(tiny: Path, text_file: Path, tmp_path: Path) -> No
     assert digits == [False] * 2 + [True] * 6
 
 
-@pytest.mark.parametrize("mix", ["pydoc:0", "pydoc:-1,self:2", "pydoc,pydoc", ",", ""])
+@pytest.mark.parametrize("mix", ["pydoc:0", "pydoc:nan", "pydoc:-1,self:2", "pydoc,pydoc", ",", ""])
 def test_a_bad_mix_is_refused(mix: str) -> None:
     with pytest.raises(UsageError, match="write sources as"):
         text.parse_mix(mix)
@@ -398,6 +470,6 @@ def test_minutes_decide_how_many_tokens_there_are(
 ) -> None:
     monkeypatch.setattr(run_module, "seconds_per_token", lambda *args: 60 / 640)
     short = recover(pack_tiny(), tmp_path / "one", how.model_copy(update={"minutes": 1.0}))
-    assert short["tokens"] == 640
+    assert short["tokens"] == len(short["losses"]) * 4 * 32 == 640
     long = recover(pack_tiny(), tmp_path / "all", how.model_copy(update={"minutes": 100.0}))
     assert long["tokens"] == how.tokens

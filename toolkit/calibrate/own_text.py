@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import itertools
 import json
 import logging
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
 
-from gblm.cache import cache_folder
+from gblm.cache import alone, cache_folder
 from gblm.errors import MachineError
 from gblm.files import write_json
 
@@ -50,22 +49,30 @@ def own_text(folder: Path, tokenizer: Any, num_tokens: int, seed: int) -> list[i
     """
     facts = json.dumps([folder.resolve().name, _weights(folder), seed, LENGTH, ROUND])
     kept = cache_folder() / "own-text" / hashlib.sha256(facts.encode()).hexdigest()[:16]
-    found: list[int] = []
-    with ExitStack() as stack:
-        sample: Sampler | None = None
-        for number in itertools.count():
-            if len(found) >= num_tokens:
-                break
-            path = kept / f"{number}.json"
-            if not path.exists():
-                if sample is None:
-                    logger.info("%s writes %d tokens of text", folder, num_tokens - len(found))
-                    sample = stack.enter_context(_engine()(folder))
-                kept.mkdir(parents=True, exist_ok=True)
-                write_json(path, _round(sample, tokenizer, (seed << 24) + 2 * number))
-                logger.info("round %d of that text is written", number + 1)
-            found += json.loads(path.read_text())
+    found, _ = _read(kept, num_tokens)
+    if len(found) >= num_tokens:
+        return found[:num_tokens]
+    with alone(kept):
+        found, number = _read(kept, num_tokens)  # another process may have written it by now
+        if len(found) < num_tokens:
+            logger.info("%s writes %d tokens of text", folder, num_tokens - len(found))
+            kept.mkdir(parents=True, exist_ok=True)
+            with _engine()(folder) as sample:
+                while len(found) < num_tokens:
+                    text = _round(sample, tokenizer, (seed << 24) + 2 * number)
+                    write_json(kept / f"{number}.json", text)
+                    found, number = found + text, number + 1
+                    logger.info("round %d of that text is written", number)
     return found[:num_tokens]
+
+
+def _read(kept: Path, num_tokens: int) -> tuple[list[int], int]:
+    """Read rounds until there are enough tokens, or no more rounds; count them."""
+    found: list[int] = []
+    number = 0
+    while len(found) < num_tokens and (path := kept / f"{number}.json").exists():
+        found, number = found + json.loads(path.read_text()), number + 1
+    return found, number
 
 
 def _round(sample: Sampler, tokenizer: Any, seed: int) -> list[int]:

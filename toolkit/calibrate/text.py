@@ -6,6 +6,7 @@ writes itself, see `gblm.calibrate.own_text`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def parse_mix(text: str) -> dict[str, float]:
         except ValueError:
             source, number = "", 1.0
         source = source or one
-        if number <= 0 or source in shares or not source:
+        if not 0 < number < math.inf or source in shares or not source:
             raise UsageError(
                 f"text {text!r}: write sources as 'pydoc', or as 'pydoc:1,self:2', each once."
             )

@@ -29,7 +29,7 @@ from gblm.model.packed_reader import MANIFEST_FILE, RECIPE_FILE, REPORT_FILE
 from gblm.model.reader import Reader
 from gblm.provenance import provenance
 from gblm.recipe import SHARD_SIZE, published, shard_bytes
-from gblm.sparse.formats import Format
+from gblm.sparse.formats import VALUE_DTYPES, Format
 from gblm.sparse.formats.manifest import Group, Manifest, group_targets
 from gblm.sparse.passes import all_finite
 from gblm.sparse.weights import SparseWeight
@@ -90,9 +90,16 @@ def check_packable(reader: Reader, formats: Mapping[str, Format]) -> None:
     """Fail before the first forward pass when a weight cannot be pruned or stored as chosen.
 
     Raises:
-        CheckpointError: a weight is missing or not a floating-point matrix.
+        CheckpointError: a weight is missing or no matrix, or a tensor has a dtype that packed
+            folders do not hold.
         PatternError: its columns do not divide.
     """
+    for name, (_, dtype) in reader.headers.items():
+        if dtype.is_floating_point and dtype not in VALUE_DTYPES:
+            raise CheckpointError(
+                f"{name} is {dtype}, and packed folders hold bfloat16, float16 and float32: "
+                "store the model in one of these first."
+            )
     for name, fmt in formats.items():
         if f"{name}.weight" not in reader:
             raise CheckpointError(f"{reader.folder}: tensor {name}.weight is missing.")

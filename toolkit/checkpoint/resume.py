@@ -204,6 +204,23 @@ def open_work(output: Path, fingerprint: dict[str, Any], resume: bool) -> Iterat
         lock.close()
 
 
+@contextmanager
+def only_one(output: Path) -> Iterator[None]:
+    """Refuse a second process for a whole run that opens several work folders for an output.
+
+    Raises:
+        MachineError: another process works on this output.
+    """
+    output = output.resolve()
+    path = output.parent / f".{output.name}.lock"
+    lock = _lock(path)
+    try:
+        yield
+    finally:
+        _remove(path)
+        lock.close()
+
+
 def _lock(path: Path) -> IO[bytes]:
     """Make the folder and lock it; the lock goes with the process, however it ends."""
     while True:

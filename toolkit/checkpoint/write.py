@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from gblm.model.reader import INDEX, SINGLE
 # Facts of the source folder that go along unchanged; weights, cards and records do not.
 SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*")
 NOT_COPIED = {
-    INDEX,
     "config.json",
     "MANIFEST.json",
     "recipe.json",
@@ -35,25 +34,24 @@ NOT_COPIED = {
 }
 
 
-def check_output(
-    output: Path, overwrite: bool, need_bytes: int = 0, source: Path | None = None
-) -> None:
+def check_output(output: Path, overwrite: bool, need_bytes: int = 0, *sources: Path) -> None:
     """Fail before any work: the name must be free, the parent writable, the disk large enough.
+
+    Nothing is made.
 
     Raises:
         InputError: the output exists and `overwrite` is not set, or it may not be replaced: it
-            is no model folder, or holds `source` or the current folder.
-        MachineError: the disk has less than `need_bytes` free, or the parent is not writable.
+            is no model folder, or holds one of `sources` or the current folder.
+        MachineError: the disk has less than `need_bytes` free, or the parent is not writable or
+            cannot be made.
     """
     if output.exists() and not overwrite:
         raise InputError(f"output {output} exists; choose another name or pass --overwrite.")
     if output.exists():
-        _check_replaceable(output, source)
-    parent = output.resolve().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MachineError(f"folder {parent} cannot be made: {error}") from error
+        _check_replaceable(output, sources)
+    parent = next(folder for folder in output.resolve().parents if folder.exists())
+    if not parent.is_dir():
+        raise MachineError(f"folder {output.parent} cannot be made: {parent} is a file.")
     if not os.access(parent, os.W_OK):
         raise MachineError(f"folder {parent} is not writable.")
     free = shutil.disk_usage(parent).free
@@ -78,6 +76,10 @@ def new_folder(output: Path, overwrite: bool = False, within: Path | None = None
     """
     check_output(output, overwrite)
     output = output.resolve()
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MachineError(f"folder {output.parent} cannot be made: {error}") from error
     work = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=within or output.parent))
     try:
         yield work
@@ -149,7 +151,8 @@ def side_files(source: Path) -> dict[str, Path]:
     for within in ("", TEMPLATES):
         for pattern in SIDE_FILES:
             for file in sorted((source / within).glob(pattern)):
-                if file.is_file() and file.name not in NOT_COPIED:
+                weights = ".safetensors" in file.name  # an index of weights that stay behind
+                if file.is_file() and not weights and file.name not in NOT_COPIED:
                     found[str(Path(within, file.name))] = inside(source, file.name, within)
     return found
 
@@ -175,12 +178,12 @@ def folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def _check_replaceable(output: Path, source: Path | None) -> None:
+def _check_replaceable(output: Path, sources: Iterable[Path]) -> None:
     """Refuse to delete the input, the current folder, or a folder of something else."""
     if not output.is_dir():
         raise InputError(f"output {output} is a file, not a folder.")
-    for kept in (Path.cwd(), source):
-        if kept is not None and kept.resolve().is_relative_to(output.resolve()):
+    for kept in (Path.cwd(), *sources):
+        if kept.resolve().is_relative_to(output.resolve()):
             raise InputError(f"output {output} cannot be replaced: it holds {kept}.")
     if any(output.iterdir()) and not (output / "config.json").exists():
         raise InputError(f"output {output} is no model folder and is not replaced; remove it.")

@@ -56,6 +56,7 @@ def command(
 
         result = answer(*_question(ctx, budget, recipe, given), progress)
     if write is not None:
+        write.parent.mkdir(parents=True, exist_ok=True)
         write_json(write, result["rows"][0]["recipe"])
     emit(ctx, result, lambda: _show(result))
 

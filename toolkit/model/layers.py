@@ -95,7 +95,8 @@ class Layers:
             if not name.startswith(self.prefix + ".") and name in self.reader:
                 _assign(self.model, name, self._read(name).to(self.device))
         if head:
-            self.model.tie_weights()
+            # As when transformers loads it: a head that is stored is not the embeddings.
+            self.model.tie_weights({n for n in self.model.state_dict() if n not in self.reader})
 
     def in_float32(self) -> Layers:
         """Return the same model, computing in float32; it reads the same open checkpoint."""

@@ -189,16 +189,27 @@ def named_skeleton(reader: Reader) -> nn.Module:
 
 
 def load_tokenizer(model: str | Path | ModelFolder) -> Any:
-    """Load the tokenizer of a model folder or hub id."""
+    """Load the tokenizer of a model folder or hub id.
+
+    Raises:
+        InputError: there is none, or it is another model's.
+    """
     from transformers import AutoTokenizer
 
     folder = ModelFolder.open(model)
     try:
-        return AutoTokenizer.from_pretrained(
+        found = AutoTokenizer.from_pretrained(
             folder.path, trust_remote_code=False, local_files_only=True
         )
     except Exception as error:
         raise InputError(f"{folder}: the tokenizer could not be loaded: {error}") from error
+    rows = folder.config.get("text_config", folder.config).get("vocab_size", found.vocab_size)
+    if found.vocab_size > rows:
+        raise InputError(
+            f"{folder}: the tokenizer knows {found.vocab_size} tokens, the model {rows}: it is "
+            "another model's."
+        )
+    return found
 
 
 def fast_dtype(stored: torch.dtype, device: str | torch.device = "cpu") -> torch.dtype:

@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,18 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gblm import __version__
-from gblm.calibrate.ranks import rank_device, ranks_from_environment
+from gblm.calibrate.ranks import Ranks, rank_device, ranks_from_environment
 from gblm.calibrate.text import check_sources, parse_mix
 from gblm.calibrate.walk import DecoderLayer
 from gblm.checkpoint.pack import Packing, check_room, write_packed
-from gblm.checkpoint.resume import GRADIENTS, WorkFolder, open_work, remove_leftovers, work_path
+from gblm.checkpoint.resume import (
+    GRADIENTS,
+    WorkFolder,
+    only_one,
+    open_work,
+    remove_leftovers,
+    work_path,
+)
 from gblm.checkpoint.write import check_output, folder_bytes
 from gblm.files import read_json
 from gblm.model.loading import check_device, fast_dtype, load_tokenizer
 from gblm.model.packed_reader import MANIFEST_FILE, RECIPE_FILE, REPORT_FILE
 from gblm.progress import Progress, no_progress
-from gblm.provenance import versions
+from gblm.provenance import computing_versions
 from gblm.prune.gradients import read_gradients, take_gradients
 from gblm.prune.job import Job, open_job
 from gblm.prune.layer import Pruned, prune_layer
@@ -180,19 +186,12 @@ def prune(
     target = output if isinstance(output, Output) else Output(Path(output))
     check_device(device)
     with ranks_from_environment(device) as ranks:
-        with open_job(recipe, ranks) as job:
-            if recipe.recover is None:
+        if recipe.recover is None:
+            with open_job(recipe, ranks) as job:
                 report = _Run.of(job, target).execute(progress)
-            else:
-                pruned = _prune_beside(job, recipe.recover, target, progress)
-        if recipe.recover is not None:
-            recover(
-                pruned, target.folder, recipe.recover, recipe.model, device=device,
-                overwrite=target.overwrite, resume=target.resume, progress=progress, ranks=ranks,
-            )  # fmt: skip
-            if ranks.leads:
-                shutil.rmtree(pruned)
-                report = read_json(target.folder / REPORT_FILE)
+        else:
+            with only_one(target.folder) if ranks.leads else nullcontext():
+                report = _prune_and_recover(recipe, recipe.recover, target, progress, ranks)
     if not ranks.leads:
         return {}
     logger.info(
@@ -204,10 +203,26 @@ def prune(
     return report | {"output": str(target.folder), "seconds": round(time.monotonic() - began, 1)}
 
 
+def _prune_and_recover(
+    recipe: Recipe, how: Recovering, target: Output, progress: Progress, ranks: Ranks
+) -> dict[str, Any]:
+    """Prune into a folder beside the output and recover from it; returns rank 0's report."""
+    with open_job(recipe, ranks) as job:
+        pruned = _prune_beside(job, how, target, progress)
+    recover(
+        pruned, target.folder, how, recipe.model, device=rank_device(recipe.device),
+        overwrite=target.overwrite, resume=target.resume, progress=progress, ranks=ranks,
+    )  # fmt: skip
+    if not ranks.leads:
+        return {}
+    shutil.rmtree(pruned)
+    return read_json(target.folder / REPORT_FILE)
+
+
 def _prune_beside(job: Job, how: Recovering, target: Output, progress: Progress) -> Path:
     """Prune into a folder beside the output, unless an earlier run has; returns the folder."""
     folder = target.folder.parent / f".{target.folder.name}.pruned"
-    check_output(target.folder, target.overwrite)
+    check_output(target.folder, target.overwrite, 0, job.folder.path)
     _check_recovery(job, how)
     if job.ranks.leads and how.minutes is None:
         # The model's own text is one stream: written so far, it holds what calibration takes, too.
@@ -337,8 +352,7 @@ class _Run:
             **self.packing.notes,
             "ranks": self.job.ranks.size,
             "dtype": str(self.job.layers.dtype),
-            "versions": {"gblm": __version__}
-            | {key: versions()[key] for key in ("torch", "transformers")},
+            "versions": computing_versions(),
         }
         with open_work(self.output.folder, fingerprint, self.output.resume) as work:
             yield work

@@ -43,6 +43,7 @@ from gblm.model.packed_reader import (
 from gblm.model.reader import Reader
 from gblm.packed import check_loadable
 from gblm.progress import Progress, no_progress
+from gblm.provenance import computing_versions
 from gblm.recipe import SHARD_SIZE, Recovering, read_recipe, shard_bytes
 from gblm.recover.needs import Extent, settle
 from gblm.recover.teacher import Head, Hidden, compare
@@ -79,10 +80,13 @@ class Task:
 
     def fingerprint(self) -> dict[str, Any]:
         """Give the facts that must be equal for an unfinished run to go on."""
+        with Reader(self.dense) as dense:
+            dense_sha256 = dense.sha256()
         return {
             "recover": self.how.model_dump(mode="json"),
             "packed_sha256": self.packed.sha256(),
-            "dense": str(self.dense),
+            "dense_sha256": dense_sha256,
+            "versions": computing_versions(),
             "dtype": str(self.dtype),
             "threads": torch.get_num_threads(),
             "ranks": self.ranks.size,
@@ -198,8 +202,9 @@ class _Run:
         told = self._told(steps, windows.shape[1])
         trainer.run(windows, hidden[TRAINING], dense_head, self.work, told)
         return _Found(
-            parts, before, measured(), trainer.losses, data.fingerprint(windows), windows.numel()
-        )
+            parts, before, measured(), trainer.losses, data.fingerprint(windows),
+            steps * how.batch_size * windows.shape[1],
+        )  # fmt: skip
 
     def _tokens(self) -> int:
         """Give the tokens to train on; those of a time are estimated once, and kept."""
@@ -217,7 +222,11 @@ class _Run:
         return tokens
 
     def _teach(self, model: Any, texts: Mapping[str, Tensor]) -> dict[str, Hidden]:
-        found = {name: Hidden(self.work / f"teacher-{name}") for name in texts}
+        # Other text under the same name is read anew.
+        found = {
+            name: Hidden(self.work / f"teacher-{data.fingerprint(windows)[:16]}")
+            for name, windows in texts.items()
+        }
         step = self.progress("the dense model reads", sum(map(len, texts.values())))
         for name, windows in texts.items():
             found[name].folder.mkdir(exist_ok=True)
@@ -264,7 +273,7 @@ def become(model: Any, task: Task) -> dict[str, Part]:
         head.weight = nn.Parameter(frozen, requires_grad=False)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name in packed.tied:
-        parameters[name].data.copy_(head.weight)
+        parameters[name].data = head.weight.data  # not in place: the dense head looks at the old
     for name in packed.dense_names():
         if (tensor := parameters.get(name)) is None:
             continue  # a buffer that transformers computes, though old checkpoints store it
@@ -289,6 +298,8 @@ def _dense_folder(packed: ModelFolder, given: str | Path | None) -> ModelFolder:
 def _check(task: Task, output: Path, overwrite: bool) -> Recovering:
     """Refuse what cannot go well, and decide what is trained."""
     packed, ranks = task.packed, task.ranks
+    for file in (RECIPE_FILE, REPORT_FILE):
+        read_json(packed.folder.path / file)  # needed at the end
     if task.how.batch_size < ranks.size:
         raise UsageError(f"{ranks.size} ranks cannot share {task.how.batch_size} windows a step.")
     linears = [packed.linears[name] for name in task.trained]
@@ -299,7 +310,7 @@ def _check(task: Task, output: Path, overwrite: bool) -> Recovering:
     if ranks.leads:
         remove_leftovers(output)
         need = extent.disk(how) - folder_bytes(work_path(output))
-        check_output(output, overwrite, need, packed.folder.path)
+        check_output(output, overwrite, need, packed.folder.path, task.dense.path)
     return how
 
 

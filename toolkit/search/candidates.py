@@ -263,12 +263,11 @@ def in_words(linears: Iterable[LinearSpec], allocation: Allocation) -> str:
 
 def _too_small(budget: Budget, model: Examined) -> str:
     """Say why nothing holds a budget, and what would."""
-    least = sum(
-        min(linear.num_bytes(model.sparse(linear, kind, STEPS[-1])) for kind in model.specs)
-        for linear in model.linears
-    )
+    steps = [Unstructured(STEPS[-1])] if model.has_unstructured else []
+    ways = partial(_ways, model, model.specs, [*model.judgement.patterns, *steps])
+    least = sum(min(map(linear.num_bytes, ways(linear))) for linear in model.linears)
     if budget.unit == "bits":
         need = f"{8 * least / model.weights:.2f}bits"
     else:
         need = f"{(least + model.rest_bytes) / 1e6:.1f}MB"
-    return f"budget {budget} is too small: {STEPS[-1]:.0%} of zeros still take about {need}."
+    return f"budget {budget} is too small: these patterns and values take {need} at least."
