@@ -209,17 +209,20 @@ def on_cpu() -> bool:
 
 def loading_options(server: Server) -> list[str]:
     """Let vLLM's default loader notice norms and biases that are missing in the checkpoint."""
-    if "--load-format" in server.options or ModelFolder.open(server.folder).kind != "packed":
+    if (
+        any(is_short_for("--load-format", o) for o in server.options)
+        or ModelFolder.open(server.folder).kind != "packed"
+    ):
         return []
     return ["--model-loader-extra-config", json.dumps(LOADER_CONFIG)]
 
 
 def _is_parallel(options: Sequence[str]) -> bool:
+    kinds = [f"--{kind}-parallel" for kind in ("tensor", "pipeline", "data")]
     return any(
-        o.startswith(
-            ("--tensor-parallel", "-tp", "--pipeline-parallel", "-pp", "--data-parallel", "-dp")
-        )
-        for o in options
+        option.replace("_", "-").startswith(("-tp", "-pp", "-dp", *kinds))
+        or any(is_short_for(kind, option) for kind in kinds)
+        for option in options
     )
 
 

@@ -66,7 +66,9 @@ def supervise(command: list[str], patience: int = PATIENCE) -> int:
 
 def patience_for(options: list[str]) -> int:
     """Count the seconds that vLLM may take to end: the last --shutdown-timeout and PATIENCE."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    # vLLM takes underscores and short forms.
+    options = [option.replace("_", "-") for option in options]
+    parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--shutdown-timeout", type=int, default=0)
     return int(parser.parse_known_args(options)[0].shutdown_timeout) + PATIENCE
 

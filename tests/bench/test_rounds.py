@@ -236,6 +236,12 @@ def test_sides_that_are_none_are_refused(tiny: Path) -> None:
         parse_sides([str(tiny), "llama.cpp:./nothing.gguf"], SETUP)
     with pytest.raises(UsageError, match="NAME="):
         parse_sides([str(tiny), "x=transformers:"], SETUP)
+    with pytest.raises(UsageError, match="go to vLLM, in which no side runs"):
+        parse_sides([f"transformers:{tiny}"], replace(SETUP, options=("--dtype", "float32")))
+    with pytest.raises(UsageError, match="'fast' is unknown"):
+        parse_sides([str(tiny)], replace(SETUP, backend="fast"))
+    with pytest.raises(UsageError, match="no side is one"):
+        parse_sides([str(tiny)], replace(SETUP, backend="dense"))
 
 
 @pytest.mark.parametrize(

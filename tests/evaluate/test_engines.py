@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,13 +12,16 @@ import pytest
 import torch
 
 from gblm.errors import InputError, UsageError
-from gblm.evaluate.perplexity import Drift, Protocol, measure, perplexity
-from gblm.evaluate.run import known_baseline
+from gblm.evaluate.perplexity import Drift, Protocol, measure, of_loss, perplexity
+from gblm.evaluate.run import Evaluation, known_baseline, run_evaluation
 from gblm.evaluate.subjects import Scores, Subject, TorchSubject, open_subject
+from gblm.export.onnx import decoder
 from gblm.kernels import native
 from gblm.model.folder import ModelFolder
 from gblm.model.loading import load_tokenizer
 from gblm.packed import SparseLinear
+from gblm.recipe import Recovering
+from gblm.recover.run import recover
 
 Pack = Callable[..., Path]
 # float32 on both sides; only the order of sums differs.
@@ -121,6 +125,36 @@ def test_drift_is_that_of_a_loop() -> None:
     assert found["drift_mean"] == pytest.approx(sum(changes) / 11, rel=1e-5)
     assert found["kl_mean"] == pytest.approx(sum(kls) / 11, rel=1e-4)
     assert found["top1"] == pytest.approx(same / 11)
+
+
+def test_what_is_no_number_agrees_with_nothing() -> None:
+    window = torch.tensor([0, 1, 2])
+    broken, drift = Scores.of(torch.full((3, 5), torch.nan), window), Drift()
+    drift.add(broken, broken)
+    assert drift.summary()["top1"] == 0
+    assert math.isnan(of_loss(math.nan))
+
+
+def test_a_model_of_that_name_elsewhere_is_no_baseline(
+    tiny: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GBLM_CACHE", str(tmp_path / "cache"))  # as on another machine
+    shutil.copytree(tiny, tmp_path / "here" / tiny.name)
+    monkeypatch.chdir(tmp_path / "here")
+    moved = Path(shutil.copytree(packed, tmp_path / "there" / "packed"))
+    assert known_baseline(ModelFolder.open(moved))[0] is None
+    with pytest.raises(UsageError, match=r"which is not here: give --baseline"):
+        recover(moved, tmp_path / "out", Recovering())
+    beside = Path(shutil.copytree(tiny, tmp_path / "there" / tiny.name))
+    assert known_baseline(ModelFolder.open(moved))[0] == ModelFolder.open(beside)
+
+
+def test_an_export_is_measured_at_more_tokens_than_its_cache_has_by_itself(
+    exported: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder, "CAPACITY", 16)
+    asked = Evaluation(str(exported), (Protocol(str(text_file), 64, 1),), without_baseline=True)
+    assert run_evaluation(asked).rows
 
 
 def test_drift_refuses_another_vocabulary() -> None:

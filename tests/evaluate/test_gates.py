@@ -84,6 +84,20 @@ def test_nothing_passes_by_being_no_number(value: float) -> None:
     assert "gate failed: ppl <= 100: " in outcome.sentence()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nothing_passes_beside_a_dense_model_that_is_broken(value: float) -> None:
+    broken = quality(FIGURES | {("dense", "a.txt, 8 windows"): {"perplexity": value}})
+    (outcome,) = judge([parse_gate("ppl(a.txt) <= 100x")], broken)
+    assert not outcome.passed
+
+
+def test_one_answer_of_a_hundred_is_one_point() -> None:
+    for right in range(1, 101):
+        scores = {("half", TASK): {"acc": (right - 1) / 100}, ("dense", TASK): {"acc": right / 100}}
+        (outcome,) = judge([parse_gate("acc(arc_easy) >= -1pt")], quality(scores))
+        assert outcome.passed, right
+
+
 @pytest.mark.parametrize(
     ("gate", "figures"),
     [

@@ -67,6 +67,17 @@ def test_every_engine_gives_the_same_scores(
         assert ("dense", metric) in found
 
 
+def test_each_filter_of_a_metric_has_a_row_of_its_own() -> None:
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness: make dev installs it")
+    from gblm.evaluate.harness import _rows
+
+    values = {"alias": "t", "exact_match,strict": 1.0, "exact_match,flexible": 0.0}
+    strict, flexible = _rows("half", Tasks(("t",)), "t", values)
+    assert (strict.value, flexible.value) == (1.0, 0.0)
+    assert strict.load.partition(", strict")[0] == flexible.load.partition(", flexible")[0]
+    assert strict.load != flexible.load
+
+
 @pytest.mark.slow
 def test_the_harness_loads_exports_by_itself(
     pack_tiny: Callable[..., Path], exported: Path, tmp_path: Path

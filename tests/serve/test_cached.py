@@ -64,7 +64,7 @@ def test_another_model_or_version_gets_a_folder_of_its_own(
     (other / "additional_chat_templates").mkdir()
     (other / "additional_chat_templates/tool_use.jinja").touch()
     places.append(place(other))
-    monkeypatch.setattr(cached, "__version__", "0.0.0")
+    monkeypatch.setattr(cached, "computing_versions", lambda: {"gblm": "0.0.0"})
     places.append(place(tiny))
     assert len(set(places)) == len(places)
 
@@ -137,7 +137,7 @@ def test_a_cache_that_cannot_be_written_is_told(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("GBLM_CACHE", str(tmp_path / "file"))
-    with pytest.raises(MachineError, match="cannot hold a folder to serve"):
+    with pytest.raises(MachineError, match="cannot hold bitmask-converted"):
         folder_to_serve(FIXTURES / "bitmask")
 
 

@@ -46,7 +46,8 @@ def test_vllm_is_told_to_miss_what_a_packed_folder_lacks(packed: Path, tiny: Pat
     words = command(server, loading_options(server))
     assert words[-6:-2] == [*loading_options(server), option, "{}"]
     assert loading_options(Server(tiny)) == []
-    assert loading_options(Server(packed, options=("--load-format", "fastsafetensors"))) == []
+    for option in ("--load-format", "--load_format", "--load-f"):
+        assert loading_options(Server(packed, options=(option, "fastsafetensors"))) == []
 
 
 def test_cpu_environment_bounds_the_cache_and_binds_all_cores(
@@ -57,9 +58,9 @@ def test_cpu_environment_bounds_the_cache_and_binds_all_cores(
     assert 1 <= int(env["VLLM_CPU_KVCACHE_SPACE"]) <= launch.MAX_KV_CACHE_GIB
     assert env["VLLM_CPU_OMP_THREADS_BIND"]
     assert env["GBLM_BACKEND"] == "dense"
-    assert "VLLM_CPU_OMP_THREADS_BIND" not in environment(
-        Server(tmp_path, options=("--tensor-parallel-size", "2")), {}
-    )
+    for option in ("--tensor-parallel-size", "--tensor_parallel_size", "--tens", "-tp"):
+        env = environment(Server(tmp_path, options=(option, "2")), {})
+        assert "VLLM_CPU_OMP_THREADS_BIND" not in env
     for option in ("--kv-cache-memory-bytes", "--kv_cache_memory_bytes", "--kv-cache-mem"):
         env = environment(Server(tmp_path, options=(option, "256M")), {})
         assert "VLLM_CPU_KVCACHE_SPACE" not in env

@@ -99,4 +99,5 @@ def test_what_does_not_end_is_killed_with_its_children() -> None:
 def test_patience_follows_the_last_shutdown_timeout() -> None:
     options = ["serve", "DIR", "--shutdown-timeout", "30", "--port", "1"]
     assert patience_for(options) == 30 + PATIENCE
-    assert patience_for([*options, "--shutdown-timeout=90"]) == 90 + PATIENCE
+    for later in ("--shutdown-timeout=90", "--shutdown_timeout=90", "--shutdown-t=90"):
+        assert patience_for([*options, later]) == 90 + PATIENCE

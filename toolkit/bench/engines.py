@@ -9,9 +9,11 @@ from gblm.bench.loop import LOOPS, LoopSide
 from gblm.bench.server import ServerSide
 from gblm.bench.sides import Setup, Side
 from gblm.errors import InputError, UsageError
+from gblm.kernels import BACKENDS
 from gblm.model.folder import ModelFolder, model_name
 
 ENGINES: dict[str, type[Side]] = {"vllm": ServerSide} | dict.fromkeys(LOOPS, LoopSide)
+VLLM = ("vllm", "vllm-offline")
 ONNX_FILE = "genai_config.json"
 
 
@@ -50,7 +52,8 @@ def parse_sides(texts: Sequence[str], setup: Setup) -> list[Side]:
     """Read all sides of a comparison and check that they can have their loads.
 
     Raises:
-        UsageError: there is none, two have one name, or one cannot have a load.
+        UsageError: there is none, two have one name, one cannot have a load, or no side has a use
+            for the backend or the options.
     """
     if not texts:
         raise UsageError("give a model, or several; the first one is the baseline.")
@@ -59,6 +62,14 @@ def parse_sides(texts: Sequence[str], setup: Setup) -> list[Side]:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise UsageError(f"two sides are called {twice!r}: give them names (NAME=MODEL).")
+    if setup.options and not any(side.engine in VLLM for side in sides):
+        raise UsageError(f"{' '.join(setup.options)}: these go to vLLM, in which no side runs.")
+    if setup.backend not in (None, *BACKENDS):
+        raise UsageError(
+            f"backend {setup.backend!r} is unknown: choose from {', '.join(BACKENDS)}."
+        )
+    if setup.backend and not any(side.backend for side in sides):
+        raise UsageError("--backend is of packed folders, and no side is one.")
     for side in sides:
         side.check()
     return sides

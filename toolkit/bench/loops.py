@@ -14,6 +14,7 @@ from typing import Any
 
 from gblm.bench.loop import Decoder, Engine, request_of, serve
 from gblm.bench.requests import Request
+from gblm.bench.sides import bound_to
 from gblm.errors import MachineError
 
 
@@ -35,7 +36,7 @@ class HfDecoder(Decoder):
     @property
     def vocabulary(self) -> int:
         """Count the tokens that the model knows."""
-        return int(self._model.config.vocab_size)
+        return int(self._model.config.get_text_config().vocab_size)
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -90,9 +91,7 @@ class VllmEngine(Engine):
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        if settings["threads"] is not None:
-            os.environ["OMP_NUM_THREADS"] = str(settings["threads"])
-            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{settings['threads'] - 1}"
+        os.environ |= bound_to(settings["threads"])
         if settings["backend"] is not None:
             from gblm.kernels import BACKEND_VARIABLE
 

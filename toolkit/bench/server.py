@@ -24,6 +24,7 @@ from gblm.bench.metrics import Target, samples
 from gblm.bench.requests import Load, Request, Seen
 from gblm.bench.sides import (
     Side,
+    bound_to,
     child_environment,
     last_error,
     memory_mb,
@@ -70,6 +71,7 @@ def running_server(
     options: tuple[str, ...],
     log: Path,
     shutdown_timeout: int = 5,
+    threads: int | None = None,
 ) -> Iterator[RunningServer]:
     """Start a server on a free port of 127.0.0.1 and stop it at the end.
 
@@ -79,6 +81,7 @@ def running_server(
         options: for vLLM.
         log: file that receives the server's output.
         shutdown_timeout: seconds that running requests get after SIGTERM.
+        threads: of vLLM; its own choice if None.
 
     Raises:
         MachineError: the server ended, or was not healthy in time; the log's end is quoted.
@@ -90,7 +93,7 @@ def running_server(
         command += ["--backend", backend]
     command += ["--", "--served-model-name", "model", *options]
     began, log_start = time.monotonic(), size_of(log)
-    env = child_environment()
+    env = child_environment() | bound_to(threads)
     env.pop(KEY_VARIABLE, None)  # nobody else reaches the server, and the load has no key
     with log.open("ab") as stream:
         process = subprocess.Popen(
@@ -119,7 +122,13 @@ class ServerSide(Side):
         self._stack = ExitStack()
         self._work = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
         self._server = self._stack.enter_context(
-            running_server(self.path, self.backend, self._options(), self.setup.log)
+            running_server(
+                self.path,
+                self.backend,
+                self._options(),
+                self.setup.log,
+                threads=self.setup.threads,
+            )
         )
         self._backends = self._server.backends()
 

@@ -30,8 +30,8 @@ TENSOR_FILES = ("*.safetensors", "*.onnx", "*.data")
 class Setup:
     """The setup is what all sides of a comparison share.
 
-    The log takes the output of their processes. Threads (of engines without a server) and the
-    backend (of packed weights) are the engine's choice if None; `options` go to vLLM. In each round
+    The log takes the output of their processes. Threads and the backend (of packed weights) are
+    the engine's choice if None; `options` go to vLLM. In each round
     all loads are put on every side. With `restart` a side starts anew in every round, so that one
     at a time is in memory; with `allow_noise` noisy rounds count, too.
     """
@@ -121,6 +121,15 @@ def child_environment() -> dict[str, str]:
     user sets another size: one that follows the free memory would differ between sides.
     """
     return {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ | {"PYTHONSAFEPATH": "1"}
+
+
+def bound_to(threads: int | None) -> dict[str, str]:
+    """Give the variables that bind vLLM on CPU to the first cores."""
+    if threads is None:
+        return {}
+    return {
+        "OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
+    }  # fmt: skip
 
 
 def memory_mb(pid: int) -> float:

@@ -17,6 +17,7 @@ from gblm.commands.common import (
     progress_bars,
     record_option,
     whole_number,
+    with_a_place,
 )
 from gblm.commands.records import hand_out, noise_option
 
@@ -74,11 +75,13 @@ def command() -> None:
     help="Start each side anew in every round. Default: all stay in memory together.",
 )  # fmt: skip
 @noise_option
-@click.option("--threads", type=click.IntRange(1), help="Of engines without a server.")
+@click.option(
+    "--threads", type=click.IntRange(1), help="Of each engine. Default: what it takes itself."
+)
 @backend_option
 @click.option(
     "--output", type=click.Path(path_type=Path, dir_okay=False), default=Path("bench.json"),
-    show_default=True, help="JSON file for the record.",
+    show_default=True, callback=with_a_place, help="JSON file for the record.",
 )  # fmt: skip
 @click.pass_context
 def sides(ctx: click.Context, /, words: tuple[str, ...], output: Path, **given: Any) -> None:
@@ -152,7 +155,7 @@ def kernels(
 @command.command("watch", cls=Command)
 @click.argument("url_a")
 @click.argument("url_b")
-@click.option("--duration", type=click.FloatRange(1), default=600, show_default=True,
+@click.option("--duration", type=click.FloatRange(1, 1e7), default=600, show_default=True,
               help="Seconds to watch.")  # fmt: skip
 @click.option("--rounds", type=int, default=12, show_default=True,
               help="Parts that this time is cut into, each with figures of its own.")  # fmt: skip

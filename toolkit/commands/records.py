@@ -32,9 +32,9 @@ def hand_out(
     Raises:
         GateError: the record is not valid.
     """
+    emit(ctx, record.as_json(), lambda: show(record, metrics))
     if output is not None:
         record.write(output)
-    emit(ctx, record.as_json(), lambda: show(record, metrics))
     if not record.verdict.valid:
         where = "" if output is None else f" in {output}"
         reasons = record.verdict.reasons

@@ -26,9 +26,7 @@ TITLE = "Pruned models"
     "layers",
     type=click.IntRange(0),
     multiple=True,
-    default=[0],
-    show_default=True,
-    help="Decoder layer whose masks are drawn. Repeatable.",
+    help="Decoder layer whose masks are drawn. Repeatable. Default: the first that has some.",
 )
 @click.pass_context
 def command(

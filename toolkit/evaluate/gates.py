@@ -166,5 +166,7 @@ def _figures(gate: Gate, quality: Record) -> Iterator[tuple[str, float]]:
             dense = quality.value(quality.baseline or "", row.load, metric)
             if dense is None:
                 continue
-            value = 100 * (value - dense) if gate.unit == "pt" else value / dense
+            dense = dense if math.isfinite(dense) else math.nan
+            # Rounded, so that one answer of a hundred is a point and no more.
+            value = round(100 * (value - dense), 9) if gate.unit == "pt" else value / dense
         yield row.load.partition(",")[0], value

@@ -159,8 +159,11 @@ def run_tasks(
     """
     rows: list[Row] = []
     for side, subject in sides.items():
-        found = _run(subject, tokenizer, max_length, tasks)
-        rows += [row for task, values in found.items() for row in _rows(side, tasks, task, values)]
+        for task, values in _run(subject, tokenizer, max_length, tasks).items():
+            found = list(_rows(side, tasks, task, values))
+            if not found and task in tasks.names:
+                raise InputError(f"task {task} gives none of {', '.join(METRICS)}.")
+            rows += found
     return rows
 
 
@@ -191,6 +194,7 @@ def _as_lm(subject: Subject, tokenizer: Any, max_length: int) -> Any:
 
 def _rows(side: str, tasks: Tasks, task: str, values: dict[str, Any]) -> Iterator[Row]:
     """Read the harness's "metric,filter" and "metric_stderr,filter"."""
+    filters = {key.partition(",")[2] for key in values if key.partition(",")[0] in METRICS}
     for key, value in values.items():
         metric, _, chosen = key.partition(",")
         if metric not in METRICS:
@@ -199,4 +203,5 @@ def _rows(side: str, tasks: Tasks, task: str, values: dict[str, Any]) -> Iterato
         # A mean of one example has none.
         half = ERRORS * error if isinstance(error, float) else None
         interval = None if half is None else (value - half, value + half)
-        yield Row(side, tasks.line(task), metric, METRICS[metric], float(value), (), interval)
+        load = tasks.line(task) + (f", {chosen}" if len(filters) > 1 else "")
+        yield Row(side, load, metric, METRICS[metric], float(value), (), interval)

@@ -125,7 +125,7 @@ def perplexity(model: nn.Module, windows: Tensor) -> float:
 
 def of_loss(mean: float) -> float:
     """Turn a mean cross-entropy in nats into a perplexity; infinite where float64 ends."""
-    return math.exp(mean) if mean < 700 else math.inf
+    return math.inf if mean >= 700 else math.exp(mean)
 
 
 @dataclass
@@ -148,7 +148,9 @@ class Drift:
         """
         self.changes.append((model.logprobs - dense.logprobs).abs())
         if model.top1 is not None and dense.top1 is not None:
-            self.same.append(model.top1 == dense.top1)
+            # The likeliest of NaN is the first token, on both sides.
+            both = (model.logprobs + dense.logprobs).isfinite()
+            self.same.append((model.top1 == dense.top1) & both)
         if model.full is None or dense.full is None:
             return
         if model.full.shape != dense.full.shape:

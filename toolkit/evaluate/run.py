@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gblm.cache import recall
 from gblm.checkpoint.inspect import sizes
-from gblm.errors import UsageError
+from gblm.errors import InputError, UsageError
 from gblm.evaluate.perplexity import Protocol, measure
 from gblm.evaluate.subjects import (
     ONNX_MODEL,
@@ -85,7 +85,8 @@ def run_evaluation(asked: Evaluation, progress: Progress = no_progress) -> Recor
             "are the model's."
         )
     tokenizer = load_tokenizer(home)
-    length = int(home.config.get("max_position_embeddings", 2048))
+    check_same_vocabulary(home, dense)
+    length = int(text_config(home).get("max_position_embeddings", 2048))
     _warn_of_long_windows(asked.protocols, length)
     if served is not None:
         served.connect(home)
@@ -109,16 +110,34 @@ def _sides(
 ) -> tuple[dict[str, Subject], dict[str, dict[str, Any]]]:
     """Load the model and its baseline, in one dtype where that can be; give facts of both, too."""
     name = served.name if served else model_name(asked.model)
+    longest = max((protocol.seq_len for protocol in asked.protocols), default=0)
     subject: Subject = served or open_subject(
-        ModelFolder.open(asked.model), asked.dtype, asked.device, asked.backend
+        ModelFolder.open(asked.model), asked.dtype, asked.device, asked.backend, longest
     )
     sides, facts = {name: subject}, {name: _facts(subject, folder)}
     if dense is not None:
         own = served is not None or folder_kind(dense) == "onnx"
         base = dense.name if dense.name != name else f"{name}, baseline"
-        sides[base] = open_subject(dense, "auto" if own else subject.dtype, asked.device)
+        dtype = "auto" if own else subject.dtype
+        sides[base] = open_subject(dense, dtype, asked.device, seq_len=longest)
         facts[base] = _facts(sides[base], dense)
     return sides, facts
+
+
+def text_config(folder: ModelFolder) -> dict[str, Any]:
+    """Give what config.json says of the text model."""
+    found: dict[str, Any] = folder.config.get("text_config", folder.config)
+    return found
+
+
+def check_same_vocabulary(folder: ModelFolder, dense: ModelFolder | None) -> None:
+    """Refuse a baseline that does not know the model's tokens."""
+    sizes = [text_config(one).get("vocab_size") for one in (folder, dense or folder)]
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"the model has {sizes[0]} tokens and the baseline {sizes[1]}: give the dense model "
+            "that it was made from."
+        )
 
 
 def _warn_of_long_windows(protocols: Sequence[Protocol], positions: int) -> None:
@@ -179,14 +198,15 @@ def known_baseline(folder: ModelFolder) -> tuple[ModelFolder | None, str]:
         return None, "MODEL is a dense folder, which names no model it was made from"
     if not isinstance(named, str):
         return None, f"{file.name} names no source model; give --baseline"
-    for place in (Path(named).expanduser(), folder.path.parent / named):
-        if (place / "config.json").is_file():
-            source = ModelFolder.open(place)
-            # An export of a packed folder: on to what that one was made from.
-            if source.kind == "packed" and place.resolve() != folder.path.resolve():
-                return known_baseline(source)
-            return source, f"named by {file.name}"
-    return None, f"{file.name} names {named}, which is not here; give --baseline"
+    # Known here by its whole path, elsewhere by its name: a folder beside this one.
+    place = folder.path.parent / Path(named).expanduser()
+    if not (place / "config.json").is_file():
+        return None, f"{file.name} names {named}, which is not here; give --baseline"
+    source = ModelFolder.open(place)
+    # An export of a packed folder: on to what that one was made from.
+    if source.kind == "packed" and folder_kind(folder) == "onnx":
+        return known_baseline(source)
+    return source, f"named by {file.name}"
 
 
 def _facts(subject: Subject, folder: ModelFolder | None) -> dict[str, Any]:

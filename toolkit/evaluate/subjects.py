@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gblm import packed
 from gblm.errors import UsageError
 from gblm.model.folder import ModelFolder
-from gblm.model.loading import auto_dtype
+from gblm.model.loading import auto_dtype, check_device
 
 ONNX_MODEL, ONNX_REPORT = "model.onnx", "onnx_report.json"
 
@@ -76,15 +76,16 @@ class OnnxSubject(Subject):
 
     engine = "onnx"
 
-    def __init__(self, folder: ModelFolder, dtype: str) -> None:
-        """Open the graph.
+    def __init__(self, folder: ModelFolder, dtype: str, seq_len: int) -> None:
+        """Open the graph, with room for so many tokens, if the model knows so many.
 
         Raises:
             UsageError: another dtype than that of the graph was asked for.
         """
-        from gblm.export.onnx.decoder import OnnxDecoder
+        from gblm.export.onnx.decoder import CAPACITY, OnnxDecoder
 
-        self.folder, self._decoder = folder, OnnxDecoder(folder.path)
+        decoder = OnnxDecoder(folder.path, capacity=max(CAPACITY, seq_len))
+        self.folder, self._decoder = folder, decoder
         self.dtype = self._decoder.dtype
         if dtype not in ("auto", self.dtype):
             raise UsageError(
@@ -106,7 +107,11 @@ def folder_kind(folder: ModelFolder) -> str:
 
 
 def open_subject(
-    folder: ModelFolder, dtype: str = "auto", device: str = "cpu", backend: str | None = None
+    folder: ModelFolder,
+    dtype: str = "auto",
+    device: str = "cpu",
+    backend: str | None = None,
+    seq_len: int = 0,
 ) -> Subject:
     """Load a model into the engine that it was made for.
 
@@ -115,6 +120,7 @@ def open_subject(
         dtype: see `gblm.model.loading.auto_dtype` for "auto".
         device: of dense and packed folders.
         backend: of packed weights; the best one if None.
+        seq_len: the longest window that it will score.
 
     Raises:
         UsageError: the folder cannot take these options.
@@ -122,8 +128,9 @@ def open_subject(
     """
     kind = folder_kind(folder)
     if kind != "onnx":
+        check_device(device)
         wanted = auto_dtype(folder, device) if dtype == "auto" else getattr(torch, dtype)
         return TorchSubject(packed.load_any(folder, backend, wanted, device), kind)
     if device != "cpu" or backend:
         raise UsageError("--device and --backend do not go with an exported folder.")
-    return OnnxSubject(folder, dtype)
+    return OnnxSubject(folder, dtype, seq_len)

@@ -290,9 +290,13 @@ def _dense_folder(packed: ModelFolder, given: str | Path | None) -> ModelFolder:
     named = given or recipe.get("model")
     if named is None:
         raise UsageError(f"{packed} names no dense model: give --baseline.")
-    if not given and "/" not in str(named) and not Path(named).is_dir():
+    if given:
+        return ModelFolder.open(given)
+    # Known here by its whole path, elsewhere by its name: a folder beside this one.
+    place = packed.path.parent / str(named)
+    if "/" not in str(named) and not place.is_dir():
         raise UsageError(f"{packed} was made from {named}, which is not here: give --baseline.")
-    return ModelFolder.open(str(named))
+    return ModelFolder.open(place if place.is_dir() else str(named))
 
 
 def _check(task: Task, output: Path, overwrite: bool) -> Recovering:

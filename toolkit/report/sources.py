@@ -81,7 +81,7 @@ def read_sources(paths: Sequence[Path], layers: Sequence[int]) -> Sources:
 
     Args:
         paths: JSON files and folders.
-        layers: decoder layers whose masks are shown.
+        layers: decoder layers whose masks are shown; each folder's first if empty.
 
     Raises:
         InputError: one is neither, is damaged, or was written by another version.
@@ -106,7 +106,7 @@ def read_folder(folder: Path, layers: Sequence[int]) -> Folder:
 
     Args:
         folder: as `gblm prune` or `gblm export pack` writes it.
-        layers: decoder layers whose masks are kept.
+        layers: decoder layers whose masks are kept; the first if empty.
 
     Raises:
         InputError: it is none, is damaged, or has no such layer.
@@ -120,6 +120,8 @@ def read_folder(folder: Path, layers: Sequence[int]) -> Folder:
     sparsity: dict[tuple[str, int], float] = {}
     masks: dict[tuple[str, int], Tensor] = {}
     with PackedReader(opened) as packed:
+        known = sorted({place[1] for place in map(_place, packed.linears) if place})
+        drawn = layers or known[:1]
         for linear in packed.linears.values():
             place = _place(linear.name)
             if place is None:
@@ -129,9 +131,8 @@ def read_folder(folder: Path, layers: Sequence[int]) -> Folder:
             linear.fmt.validate(linear.name, parts, linear.shape)
             mask = linear.fmt.mask(parts)
             sparsity[place] = 1 - int(mask.sum()) / mask.numel()
-            if place[1] in layers:
+            if place[1] in drawn:
                 masks[place] = mask
-    known = sorted({layer for _, layer in sparsity})
     missing = sorted(set(layers) - set(known))
     if missing:
         choices = f"{known[0]} to {known[-1]}" if known else "nothing"
