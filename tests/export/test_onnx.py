@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Pack, save_tiny_model
+from damage import damaged as spoiled
+from damage import tensors
 from torch import Tensor
 
 from gblm.commands.export import ONNX_PRECISIONS, ONNX_TARGETS
@@ -206,6 +208,13 @@ def test_coarser_arithmetic_explains_more(tiny: Path) -> None:
 
 def test_what_is_no_number_is_infinitely_far_off() -> None:
     assert deviation(torch.full((2, 3), torch.nan), torch.zeros(2, 3)) == torch.inf
+
+
+def test_a_model_that_gives_no_numbers_does_not_pass(tiny: Path, tmp_path: Path) -> None:
+    broken = tensors(lambda found: found["model.norm.weight"].fill_(torch.nan))
+    source = spoiled(tiny, tmp_path / "broken", broken)
+    with pytest.raises(GateError, match="differs from the original"):
+        export_onnx(source, tmp_path / "out", Wanted(validate=4))
 
 
 @pytest.mark.slow
