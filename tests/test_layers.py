@@ -14,7 +14,7 @@ FOLDERS = {"toolkit": "gblm", "export": "gblm.export", "serve": "gblm.serve"}
 # Layer → the layers it may import, besides itself. A layer is the first part below gblm.
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
-    "cache": set(),
+    "cache": {"errors"},
     "errors": set(),
     "progress": set(),
     "data": {"errors"},
