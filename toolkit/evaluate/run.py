@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gblm.cache import recall
@@ -54,6 +52,11 @@ class Evaluation:
     backend: str | None = None
     api_key: str | None = None
 
+    @property
+    def seq_len(self) -> int:
+        """Count the tokens of the longest windows; 0 without texts."""
+        return max((protocol.seq_len for protocol in self.protocols), default=0)
+
 
 def run_evaluation(asked: Evaluation, progress: Progress = no_progress) -> Record:
     """Measure everything.
@@ -86,8 +89,8 @@ def run_evaluation(asked: Evaluation, progress: Progress = no_progress) -> Recor
         )
     tokenizer = load_tokenizer(home)
     check_same_vocabulary(home, dense)
-    length = int(text_config(home).get("max_position_embeddings", 2048))
-    _warn_of_long_windows(asked.protocols, length)
+    length = int(home.text_config.get("max_position_embeddings", 2048))
+    _warn_of_long_windows(asked.seq_len, length)
     if served is not None:
         served.connect(home)
     sides, facts = _sides(asked, served, folder, dense)
@@ -110,29 +113,22 @@ def _sides(
 ) -> tuple[dict[str, Subject], dict[str, dict[str, Any]]]:
     """Load the model and its baseline, in one dtype where that can be; give facts of both, too."""
     name = served.name if served else model_name(asked.model)
-    longest = max((protocol.seq_len for protocol in asked.protocols), default=0)
     subject: Subject = served or open_subject(
-        ModelFolder.open(asked.model), asked.dtype, asked.device, asked.backend, longest
+        ModelFolder.open(asked.model), asked.dtype, asked.device, asked.backend, asked.seq_len
     )
     sides, facts = {name: subject}, {name: _facts(subject, folder)}
     if dense is not None:
         own = served is not None or folder_kind(dense) == "onnx"
         base = dense.name if dense.name != name else f"{name}, baseline"
         dtype = "auto" if own else subject.dtype
-        sides[base] = open_subject(dense, dtype, asked.device, seq_len=longest)
+        sides[base] = open_subject(dense, dtype, asked.device, seq_len=asked.seq_len)
         facts[base] = _facts(sides[base], dense)
     return sides, facts
 
 
-def text_config(folder: ModelFolder) -> dict[str, Any]:
-    """Give what config.json says of the text model."""
-    found: dict[str, Any] = folder.config.get("text_config", folder.config)
-    return found
-
-
 def check_same_vocabulary(folder: ModelFolder, dense: ModelFolder | None) -> None:
     """Refuse a baseline that does not know the model's tokens."""
-    sizes = [text_config(one).get("vocab_size") for one in (folder, dense or folder)]
+    sizes = [one.text_config.get("vocab_size") for one in (folder, dense or folder)]
     if sizes[0] != sizes[1]:
         raise InputError(
             f"the model has {sizes[0]} tokens and the baseline {sizes[1]}: give the dense model "
@@ -140,13 +136,12 @@ def check_same_vocabulary(folder: ModelFolder, dense: ModelFolder | None) -> Non
         )
 
 
-def _warn_of_long_windows(protocols: Sequence[Protocol], positions: int) -> None:
-    longest = max((protocol.seq_len for protocol in protocols), default=0)
-    if longest > positions:
+def _warn_of_long_windows(seq_len: int, positions: int) -> None:
+    if seq_len > positions:
         logger.warning(
             "windows of %d tokens are longer than the model's max_position_embeddings of %d: it "
             "never learned such places, so perplexity and drift say little; lower --seq-len",
-            longest, positions,
+            seq_len, positions,
         )  # fmt: skip
 
 
@@ -198,8 +193,7 @@ def known_baseline(folder: ModelFolder) -> tuple[ModelFolder | None, str]:
         return None, "MODEL is a dense folder, which names no model it was made from"
     if not isinstance(named, str):
         return None, f"{file.name} names no source model; give --baseline"
-    # Known here by its whole path, elsewhere by its name: a folder beside this one.
-    place = folder.path.parent / Path(named).expanduser()
+    place = folder.place_of(named)
     if not (place / "config.json").is_file():
         return None, f"{file.name} names {named}, which is not here; give --baseline"
     source = ModelFolder.open(place)

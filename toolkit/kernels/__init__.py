@@ -23,7 +23,9 @@ from gblm.kernels.plain import Dense, Reference
 from gblm.kernels.triton.backend import Triton
 from gblm.sparse.formats import Format, Shape, from_spec
 
-__all__ = ["BACKENDS", "Backend", "linear", "log_choice", "requested_backend", "select"]
+__all__ = [
+    "BACKENDS", "Backend", "check_backend", "linear", "log_choice", "requested_backend", "select",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,12 @@ BACKEND_VARIABLE = "GBLM_BACKEND"
 def requested_backend() -> str | None:
     """Read which backend the environment variable GBLM_BACKEND forces, if any."""
     return os.environ.get(BACKEND_VARIABLE) or None
+
+
+def check_backend(name: str) -> None:
+    """Raise UsageError for a name that no backend has."""
+    if name not in BACKENDS:
+        raise UsageError(f"backend {name!r} is unknown: choose from {', '.join(BACKENDS)}.")
 
 
 def select(
@@ -69,8 +77,8 @@ def select(
     Raises:
         UsageError: `forced` is unknown or refuses.
     """
-    if forced is not None and forced not in BACKENDS:
-        raise UsageError(f"backend {forced!r} is unknown: choose from {', '.join(BACKENDS)}.")
+    if forced is not None:
+        check_backend(forced)
     reasons: list[str] = []
     for backend in [BACKENDS[forced]] if forced else BACKENDS.values():
         reason = refusal(backend, fmt, shape, dtype, device)

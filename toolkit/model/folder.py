@@ -70,6 +70,12 @@ class ModelFolder:
         return self.path.resolve().name
 
     @property
+    def text_config(self) -> dict[str, Any]:
+        """Give what config.json says of the text model."""
+        found: dict[str, Any] = self.config.get("text_config", self.config)
+        return found
+
+    @property
     def dtype(self) -> str:
         """Name the dtype of config.json as torch does, such as "torch.bfloat16"; it may be none."""
         return f"torch.{self.config.get('dtype', self.config.get('torch_dtype'))}"
@@ -117,6 +123,13 @@ class ModelFolder:
             CheckpointError: the name or a link leads elsewhere.
         """
         return inside(self.path, name)
+
+    def place_of(self, named: str) -> Path:
+        """Say where a model that a recipe names would lie: where it was, or beside this folder.
+
+        On the machine that made this folder it is named by its whole path, elsewhere by its name.
+        """
+        return self.path.parent / Path(named).expanduser()
 
 
 def resolve(model: str | Path) -> Path:

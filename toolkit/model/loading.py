@@ -203,7 +203,7 @@ def load_tokenizer(model: str | Path | ModelFolder) -> Any:
         )
     except Exception as error:
         raise InputError(f"{folder}: the tokenizer could not be loaded: {error}") from error
-    rows = folder.config.get("text_config", folder.config).get("vocab_size", found.vocab_size)
+    rows = folder.text_config.get("vocab_size", found.vocab_size)
     if found.vocab_size > rows:
         raise InputError(
             f"{folder}: the tokenizer knows {found.vocab_size} tokens, the model {rows}: it is "

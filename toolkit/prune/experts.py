@@ -143,7 +143,7 @@ def check_count(layers: Layers, keep: int) -> int:
 
 def _smaller(folder: ModelFolder, count: int, keep: int) -> dict[str, Any]:
     """Return config.json with another number of experts."""
-    text = folder.config.get("text_config", folder.config)
+    text = folder.text_config
     names = [
         name
         for name, value in text.items()

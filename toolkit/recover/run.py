@@ -287,16 +287,15 @@ def _dense_folder(packed: ModelFolder, given: str | Path | None) -> ModelFolder:
     recipe = read_recipe(packed.path / RECIPE_FILE) if (packed.path / RECIPE_FILE).exists() else {}
     if recipe.get("recover"):
         raise InputError(f"{packed} was recovered already: start from the folder it was made from.")
-    named = given or recipe.get("model")
-    if named is None:
-        raise UsageError(f"{packed} names no dense model: give --baseline.")
     if given:
         return ModelFolder.open(given)
-    # Known here by its whole path, elsewhere by its name: a folder beside this one.
-    place = packed.path.parent / str(named)
-    if "/" not in str(named) and not place.is_dir():
+    if (named := recipe.get("model")) is None:
+        raise UsageError(f"{packed} names no dense model: give --baseline.")
+    if (place := packed.place_of(named)).is_dir():
+        return ModelFolder.open(place)
+    if "/" not in named:
         raise UsageError(f"{packed} was made from {named}, which is not here: give --baseline.")
-    return ModelFolder.open(place if place.is_dir() else str(named))
+    return ModelFolder.open(named)
 
 
 def _check(task: Task, output: Path, overwrite: bool) -> Recovering:
