@@ -1,15 +1,15 @@
 """What pruning and rounding cost real models, and how far these come back, dense integers alike.
 
     python benchmarks/recovery.py [--model smollm2|gemma3-270m|…] [--cells "8:16 int8" …]
-        [--preset recovered] [--dense-ends 1] [--shrinkage 0.33] [--tokens 65536] [--seed 0]
+        [--preset recovered] [--dense-ends 1] [--shrinkage 0.33] [--tokens 65536 …] [--seed 0]
         [--methods sparsegpt …] [--wikitext test.txt]
 
 Each cell, a pattern and a value type, prunes (`gblm prune --preset …`) and recovers (`gblm
-recover`) with one thread; "8:16@3.7bits int4" and "unstructured@3.2bits int4" spread a budget
-(`--budget`); "keep7 reap" removes experts of a mixture instead. `--preset fast --tokens 0` only
-prunes. KL and perplexity are those that `gblm recover` tells before and after, on 16 windows of 256
-tokens of texts that no step has seen. Cells are added to benchmarks/results/recovery-MODEL.json;
-another seed is another round of the same row.
+recover`, once for each of the `--tokens`) with one thread; "8:16@3.7bits int4" and
+"unstructured@3.2bits int4" spread a budget (`--budget`); "keep7 reap" removes experts of a mixture
+instead. `--preset fast --tokens 0` only prunes. KL and perplexity are those that `gblm recover`
+tells before and after, on 16 windows of 256 tokens of texts that no step has seen. Cells are added
+to benchmarks/results/recovery-MODEL.json; another seed is another round of the same row.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def measure(
 ) -> tuple[dict[str, Any], list[Row]]:
     """Prune and recover once; gives facts of both sides, and their rows."""
     pattern, values = cell.split()
-    pruned, recovered, held_out = folder / "pruned", folder / "recovered", texts(given, folder)
+    pruned, held_out = folder / "pruned", texts(given, folder)
     limit, stored = LIMITS.get(values, 0), "int4" if values in LIMITS else values
     spread, _, budget = pattern.partition("@")
     how = f"--preset {given.preset} --recover 0 --method {method} --values {stored}"
@@ -94,12 +94,6 @@ def measure(
         how += f" --dense-ends {given.dense_ends or 0}"
     how += "" if given.shrinkage is None else f" --shrinkage {given.shrinkage}"
     first, cpu = gblm(f"prune {model} {how} --output {pruned}", limit)
-    if given.tokens:
-        others = " ".join(f"--held-out {path}" for path in held_out.values())
-        more = f"--tokens {given.tokens} --seed {given.seed}"
-        then, cpu_more = gblm(f"recover {pruned} {more} {others} --output {recovered}", limit)
-    else:
-        more, then, cpu_more = "", evaluated(pruned, model, held_out), 0.0
     if limit:
         first["bits_per_weight"] -= 1 - parse(pattern).sparsity
     recipe = json.loads((pruned / "recipe.json").read_text())
@@ -110,18 +104,34 @@ def measure(
         "bits_per_weight": first["bits_per_weight"], "bytes": first["bytes_packed"],
         "provenance": provenance(), "prune": f"gblm prune {how}",
     }  # fmt: skip
-    # A recovery that does not lower KL leaves the model as it was: that is no row.
-    counts = [0, given.tokens] if then["kept"] else [0]
-    names = [side_name(pattern, values, epochs, n, **how_named) for n in counts]
-    sides = {
-        names[0]: facts | {"cpu_seconds": cpu},
+    before = side_name(pattern, values, epochs, **how_named)
+    sides: dict[str, Any] = {
+        before: facts | {"cpu_seconds": cpu},
         DENSE: {"bits_per_weight": 16.0, "bytes": first["bytes_dense"]},
     }
-    if then["kept"]:
-        more = f"gblm recover {more}"
-        sides[names[1]] = facts | {"cpu_seconds": cpu + cpu_more, "recover": more}
-        sides[names[1]]["losses"] = then["losses"]
-    return sides, _rows(names, then, held_out)
+    rows = []
+    if 0 in given.tokens:
+        rows = _rows(before, evaluated(pruned, model, held_out), held_out)
+    for tokens in filter(None, given.tokens):
+        how = f"--tokens {tokens} --seed {given.seed}"
+        then, cpu_more = recovered(pruned, how, held_out, limit)
+        rows = rows or _rows(before, then["before"], held_out)
+        # A recovery that does not lower KL leaves the model as it was: that is no row.
+        if then["kept"]:
+            name = side_name(pattern, values, epochs, tokens, **how_named)
+            more = {"recover": f"gblm recover {how}", "losses": then["losses"]}
+            sides[name] = facts | {"cpu_seconds": cpu + cpu_more} | more
+            rows += _rows(name, then["after"], held_out, dense=False)
+    return sides, rows
+
+
+def recovered(
+    pruned: Path, how: str, held_out: dict[str, str], limit: int
+) -> tuple[dict[str, Any], float]:
+    """Recover a model; gives what the command says, and the seconds of CPU it took."""
+    others = " ".join(f"--held-out {path}" for path in held_out.values())
+    with tempfile.TemporaryDirectory(dir=pruned.parent) as folder:
+        return gblm(f"recover {pruned} {how} {others} --output {folder}/recovered", limit)
 
 
 def remove(
@@ -137,40 +147,41 @@ def remove(
         "bits_per_weight": 16.0, "bytes": report["bytes_after"], "cpu_seconds": cpu,
         "provenance": provenance(), "experts": f"gblm experts {how}",
     }  # fmt: skip
-    return {name: facts}, _rows([name], evaluated(folder / "fewer", model, held_out), held_out)
+    return {name: facts}, _rows(name, evaluated(folder / "fewer", model, held_out), held_out)
 
 
-def _rows(names: list[str], then: dict[str, Any], held_out: dict[str, str]) -> list[Row]:
-    """Give the figures of each text: of the sides before and after, and of the dense model."""
+def _rows(
+    side: str, found: dict[str, Any], held_out: dict[str, str], *, dense: bool = True
+) -> list[Row]:
+    """Give a side's figures of each text, and with `dense` the dense model's."""
     rows = []
     for text, path in held_out.items():
-        key = Path(path).name
-        if key not in then["before"]:
+        of_text = found.get(Path(path).name)
+        if of_text is None:
             continue
-        for name, found in zip(names, (then["before"][key], then["after"][key]), strict=False):
-            rows += [Row.of_rounds(name, text, m, unit, [found[m]]) for m, unit in METRICS.items()]
-        dense = then["after"][key]["perplexity_dense"]
-        rows.append(Row.of_rounds(DENSE, text, "perplexity", "", [dense]))
+        rows += [Row.of_rounds(side, text, m, unit, [of_text[m]]) for m, unit in METRICS.items()]
+        if dense:
+            perplexity = [of_text["perplexity_dense"]]
+            rows.append(Row.of_rounds(DENSE, text, "perplexity", "", perplexity))
     return rows
 
 
 def evaluated(pruned: Path, model: Path, held_out: dict[str, str]) -> dict[str, Any]:
     """Measure a model that is not recovered, but for the text that the dense model writes."""
-    found: dict[str, Any] = {"before": {}, "after": {}, "kept": False}
     paths = [path for path in held_out.values() if path != "self"]
     record = pruned.parent / "eval.json"
     words = " ".join(f"--text {path}" for path in paths) + " --seq-len 256 --max-windows 16"
     gblm(f"eval {pruned} --baseline {model} {words} --output {record}")
     read = Record.read(record)
     side = next(name for name in read.sides if name != read.baseline)
-    for path, text in zip(paths, read.loads, strict=True):
-        figures = {
+    return {
+        Path(path).name: {
             "kl": read.value(side, text, "kl_mean"), "top1": read.value(side, text, "top1"),
             "perplexity": read.value(side, text, "perplexity"),
             "perplexity_dense": read.value(read.baseline or "", text, "perplexity"),
-        }  # fmt: skip
-        found["before"][Path(path).name] = found["after"][Path(path).name] = figures
-    return found
+        }
+        for path, text in zip(paths, read.loads, strict=True)
+    }  # fmt: skip
 
 
 def gblm(arguments: str, limit: int = 0) -> tuple[dict[str, Any], float]:
@@ -317,7 +328,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=("fast", "recovered"), default="recovered")
     parser.add_argument("--dense-ends", type=int)
     parser.add_argument("--shrinkage", type=float)
-    parser.add_argument("--tokens", type=int, default=65536)
+    parser.add_argument("--tokens", nargs="+", type=int, default=(65536,))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--wikitext", type=Path)
     given = parser.parse_args()
