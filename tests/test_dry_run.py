@@ -120,11 +120,11 @@ def test_the_command_writes_nothing(gblm: Run, tiny: Path, text_file: Path, tmp_
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ([], "recovered: sparsegpt, 8:16 or dense, int4, spread to 3.7bits, on 4 samples of 32 "
+        ([], "recovered: alps, 8:16 or dense, int4, spread to 3.7bits, on 4 samples of 32 "
              "tokens, reconstructed, recovered on 65536 tokens"),
         (["--budget", "4bits", "--preset", "fast"], "fast: sparsegpt, 8:16 or dense, int4, spread "
                                                     "to 4bits, on 4 samples of 32 tokens"),
-        (["--values", "int8"], "recovered: sparsegpt, 8:16, int8, 1 layer dense at each end"),
+        (["--values", "int8"], "recovered: alps, 8:16, int8, 1 layer dense at each end"),
     ],
 )  # fmt: skip
 def test_the_default_is_said_before_it_starts(

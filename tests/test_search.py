@@ -317,7 +317,7 @@ def test_a_predicted_recipe_is_one_that_prune_takes(
     assert done.code == 0, done
     assert "int4 dense (over budget)" in done.out
     recipe = Recipe.from_file(tmp_path / "recipe.json")
-    assert (recipe.method, recipe.rounding) == ("sparsegpt", "obs")
+    assert (recipe.method, recipe.rounding) == ("alps", "obs")
     assert recipe.calibration is not None
     assert recipe.calibration.order == "sequential"
     assert recipe.recover is not None

@@ -13,6 +13,7 @@ from conftest import content
 from killing import killed_run
 from safetensors.torch import load_file
 from test_families import save_family
+from weights import stored
 
 from gblm.checkpoint.inspect import verify
 from gblm.errors import UsageError
@@ -184,11 +185,11 @@ def test_the_dense_pattern_asks_no_method_for_statistics(
         phases.append(phase)
         return lambda: None
 
-    for method in ("gblm", "magnitude", "sparsegpt"):
+    for method in ("gblm", "magnitude", "sparsegpt", "alps"):
         prune(with_steps(recipe, method=method, **fields), tmp_path / method, progress)
-    assert phases == ["pruning"] * 3
+    assert phases == ["pruning"] * 4
     want = content(tmp_path / "magnitude")["model.safetensors"]
-    for method in ("gblm", "sparsegpt"):
+    for method in ("gblm", "sparsegpt", "alps"):
         assert content(tmp_path / method)["model.safetensors"] == want
     text = (tmp_path / "gblm" / "README.md").read_text()
     assert "# tiny: dense int4:64, dense int4:128" in text
@@ -202,3 +203,23 @@ def test_refit_needs_something_that_was_pruned(recipe: Recipe, tmp_path: Path) -
         prune(with_steps(recipe, pattern="dense", refit={}), tmp_path / "out")
     mixed = [{"targets": ["layers.0.*"], "pattern": "dense"}]
     prune(with_steps(recipe, layers=mixed, refit={}), tmp_path / "out")
+
+
+def test_only_inputs_of_pruned_linears_are_decomposed(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {"method": "alps", "values": "int4", "rounding": "obs"}
+    eigh, sizes = torch.linalg.eigh, list[int]()
+    monkeypatch.setattr(torch.linalg, "eigh", lambda m: (sizes.append(len(m)), eigh(m))[1])
+    prune(with_steps(recipe, pattern="dense", **fields), tmp_path / "dense")
+    assert not sizes
+    prune(with_steps(recipe, **fields), tmp_path / "sparse")
+    assert sorted(sizes) == [64] * 4 + [128] * 4
+    sizes.clear()
+    mixed = [{"targets": ["mlp.*"], "pattern": "dense"}]
+    prune(with_steps(recipe, layers=mixed, **fields), tmp_path / "mixed")
+    assert sorted(sizes) == [64] * 2 + [128] * 2
+    found = {name: stored(tmp_path / name) for name in ("sparse", "mixed")}
+    for local in ("q_proj", "k_proj", "v_proj"):
+        name = f"model.layers.0.self_attn.{local}"
+        assert torch.equal(found["mixed"][name][1].weight, found["sparse"][name][1].weight), local

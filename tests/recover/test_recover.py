@@ -454,11 +454,7 @@ def test_without_a_method_the_command_prunes_and_recovers(
     assert "8:16 or dense, int4, spread to 3.7bits, on 2 samples of 32 tokens" in done.err
     assert "recovered on 1024 tokens" in done.out
     recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
-    assert (recipe["method"], recipe["values"], recipe["head"]) == (
-        "sparsegpt",
-        "int4:auto",
-        "int8",
-    )
+    assert (recipe["method"], recipe["values"], recipe["head"]) == ("alps", "int4:auto", "int8")
     assert recipe["recover"]["text"] == text_file.name
     done = gblm("prune", tiny, *short, "--method", "gblm", "--output", tmp_path / "paper")
     recipe = json.loads((tmp_path / "paper" / "recipe.json").read_text())

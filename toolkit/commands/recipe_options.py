@@ -40,7 +40,7 @@ FAST: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "fast": FAST,
-    "recovered": FAST | {"reconstruct": 2, "recover": 65536},
+    "recovered": FAST | {"method": "alps", "reconstruct": 2, "recover": 65536},
 }
 
 

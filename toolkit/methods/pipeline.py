@@ -33,7 +33,7 @@ class Pipeline:
         refit: moves the kept weights to the least squares; None leaves them as the method does.
         rounding: how kept weights become codes, where values are integers; see
             `gblm.sparse.values`. With "obs" and a dense pattern it is GPTQ; without `refit`,
-            SparseGPT rounds while it prunes.
+            SparseGPT rounds while it prunes. The damping is the method's, where it has one.
     """
 
     method: Method
@@ -56,16 +56,21 @@ class Pipeline:
         """Name the norm of the gradients that the method reads, if it reads any."""
         return getattr(self.method, "gradient_norm", "l2")
 
-    def prepare(self, stats: Stats, name: str = "") -> Stats:
+    def prepare(self, stats: Stats, name: str = "", dense: bool = False) -> Stats:
         """Derive what several linears with the same input share; see `Method.prepare`.
+
+        Args:
+            stats: the statistics named in `needs`; not changed.
+            name: of the first of these linears, for messages.
+            dense: whether nothing is to be pruned, so that the method is not asked.
 
         Raises:
             InputError: the Hessian is not positive definite even with damping 1.
         """
-        prepared = dict(self.method.prepare(stats, name))
+        prepared = {} if dense else dict(self.method.prepare(stats, name))
         if self.rounding == "obs" and "inverse_factor" not in prepared:
-            prepared |= prepare_obs(stats, DAMPING, name)
-        if self.refit is not None:
+            prepared |= prepare_obs(stats, getattr(self.method, "damping", DAMPING), name)
+        if self.refit is not None and not dense:
             prepared["hessian"] = stats["hessian"]
         elif "hessian" not in self.method.needs:
             # It has been factored, and is the largest thing here.

@@ -21,7 +21,6 @@ from gblm.checkpoint.pack import check_packable
 from gblm.errors import UsageError
 from gblm.methods.pipeline import Pipeline, make_pipeline
 from gblm.methods.scores import Magnitude
-from gblm.methods.sparsegpt import SparseGPT
 from gblm.model.folder import ModelFolder
 from gblm.model.layers import Layers, stream
 from gblm.model.linears import prunable
@@ -163,9 +162,9 @@ def _without_a_mask(pipeline: Pipeline) -> Pipeline:
     """Return the steps where all patterns are dense: no method is asked, and nothing to refit."""
     if pipeline.refit is not None:
         raise UsageError("refit moves what pruning leaves, and the pattern dense prunes nothing.")
-    # SparseGPT factors what its rounding reads, with a damping of its own.
-    factored = isinstance(pipeline.method, SparseGPT) and pipeline.rounding == "obs"
-    return pipeline if factored else replace(pipeline, method=Magnitude())
+    # The rounding takes the damping of a method that has one.
+    damps = pipeline.rounding == "obs" and hasattr(pipeline.method, "damping")
+    return pipeline if damps else replace(pipeline, method=Magnitude())
 
 
 def _text(recipe: Recipe, pipeline: Pipeline) -> Calibration | None:

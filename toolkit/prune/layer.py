@@ -14,6 +14,7 @@ from gblm.calibrate.walk import DecoderLayer
 from gblm.errors import InputError
 from gblm.prune.job import Job
 from gblm.recipe import Reconstruction
+from gblm.sparse.patterns import Dense
 from gblm.sparse.values import SCALE_DTYPE
 from gblm.sparse.weights import SparseWeight
 
@@ -102,7 +103,9 @@ class _Pruning:
                 raise InputError(
                     f"{name} was never used on the calibration text; leave it dense: --ignore."
                 )
-            prepared = self._job.pipeline.prepare(_on(device, stats), name)
+            # Linears with the same input are one in a server, and all of them dense or none.
+            dense = isinstance(self._job.formats[name].pattern, Dense)
+            prepared = self._job.pipeline.prepare(_on(device, stats), name, dense)
             self._input, self._prepared = stats, prepared
             # Half a gigabyte at 11,008 inputs, and used up by `prepare`.
             stats.pop("hessian", None)
