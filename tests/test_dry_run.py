@@ -125,6 +125,7 @@ def test_the_command_writes_nothing(gblm: Run, tiny: Path, text_file: Path, tmp_
         (["--budget", "4bits", "--preset", "fast"], "fast: sparsegpt, 8:16 or dense, int4, spread "
                                                     "to 4bits, on 4 samples of 32 tokens"),
         (["--values", "int8"], "recovered: alps, 8:16, int8, 1 layer dense at each end"),
+        (["--pattern", "dense"], "recovered: dense, int4, on 4 samples of 32 tokens"),
     ],
 )  # fmt: skip
 def test_the_default_is_said_before_it_starts(

@@ -258,6 +258,8 @@ def with_preset(preset: str | None = None, **options: Any) -> dict[str, Any]:
     # Codes alone are rounded; with a floating --values the head is left floating, too.
     if given.get("values") == "float":
         leave |= {"rounding", "head"}
+    if given.get("pattern") == "dense":
+        leave |= {"dense_ends"}
     own = {name: value for name, value in PRESETS[preset].items() if name not in leave}
     return {"preset": preset} | own | given
 
@@ -268,13 +270,14 @@ def _in_words(
 ) -> str:  # fmt: skip
     """Say what a preset and the options beside it come to."""
     budget, ends = rest.get("budget"), rest.get("dense_ends")
-    words = [f"{preset}: {method}", pattern + " or dense" * bool(budget), values]
+    words = [] if pattern == "dense" else [method]
+    words += [pattern + " or dense" * bool(budget), values]
     words += [f"spread to {budget}"] if budget else []
     words += [f"{ends} layer{'s' * (ends > 1)} dense at each end"] if ends else []
     words += [f"on {num_samples} samples of {seq_len} tokens"]
     words += ["reconstructed"] if rest.get("reconstruct") else []
     words += [f"recovered on {rest['recover']} tokens"] if rest.get("recover") else []
-    return ", ".join(words)
+    return f"{preset}: {', '.join(words)}"
 
 
 def _fields(**chosen: Any) -> dict[str, Any]:
