@@ -155,7 +155,7 @@ class Recovering(Fields):
         "only, at almost no memory; auto takes weights where the machine can hold them.",
     )
     learning_rate: float = Field(
-        default=1.5e-3,
+        default=7e-4,
         gt=0,
         description="Of a weight's values, relative to their size (root mean square), at its "
         "highest; norms and factors take multiples of it.",
