@@ -2,7 +2,7 @@
 
     python benchmarks/recovery.py [--model smollm2|gemma3-270m|…] [--cells "8:16 int8" …]
         [--preset recovered] [--dense-ends 1] [--shrinkage 0.33] [--tokens 65536 …] [--seed 0]
-        [--methods sparsegpt …] [--wikitext test.txt]
+        [--methods alps …] [--wikitext test.txt]
 
 Each cell, a pattern and a value type, prunes (`gblm prune --preset …`) and recovers (`gblm
 recover`, once for each of the `--tokens`) with one thread; "8:16@3.7bits int4" and
@@ -58,9 +58,9 @@ def record_of(model: str) -> Path:
 
 def side_name(
     pattern: str, values: str, epochs: int = 0, tokens: int = 0, *,
-    ends: int = 0, method: str = "sparsegpt", whole: bool = False,
+    ends: int = 0, method: str = "alps", whole: bool = False,
 ) -> str:  # fmt: skip
-    """Name a row, such as "int8 8:16, sparsegpt, reconstructed, recovered on 65536 tokens"."""
+    """Name a row, such as "int8 8:16, alps, reconstructed, recovered on 65536 tokens"."""
     words = [f"{values} {pattern}"]
     words += [f"{pages.counted(ends, 'layer')} dense at each end"] if ends else []
     if "@" in pattern:
@@ -324,7 +324,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default=MODELS[0])
     parser.add_argument("--cells", nargs="+", default=CELLS)
-    parser.add_argument("--methods", nargs="+", default=("sparsegpt",))
+    parser.add_argument("--methods", nargs="+", default=("alps",))
     parser.add_argument("--preset", choices=("fast", "recovered"), default="recovered")
     parser.add_argument("--dense-ends", type=int)
     parser.add_argument("--shrinkage", type=float)
