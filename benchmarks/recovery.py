@@ -83,7 +83,7 @@ def texts(given: argparse.Namespace, folder: Path) -> dict[str, str]:
 def measure(
     model: Path, cell: str, method: str, given: argparse.Namespace, folder: Path
 ) -> tuple[dict[str, Any], list[Row]]:
-    """Prune and recover once; gives facts of both sides, and their rows."""
+    """Prune once, recover on each number of tokens; gives facts of all sides, and their rows."""
     pattern, values = cell.split()
     pruned, held_out = folder / "pruned", texts(given, folder)
     limit, stored = LIMITS.get(values, 0), "int4" if values in LIMITS else values
@@ -113,13 +113,13 @@ def measure(
     if 0 in given.tokens:
         rows = _rows(before, evaluated(pruned, model, held_out), held_out)
     for tokens in filter(None, given.tokens):
-        how = f"--tokens {tokens} --seed {given.seed}"
-        then, cpu_more = recovered(pruned, how, held_out, limit)
+        training = f"--tokens {tokens} --seed {given.seed}"
+        then, cpu_more = recovered(pruned, training, held_out, limit)
         rows = rows or _rows(before, then["before"], held_out)
         # A recovery that does not lower KL leaves the model as it was: that is no row.
         if then["kept"]:
             name = side_name(pattern, values, epochs, tokens, **how_named)
-            more = {"recover": f"gblm recover {how}", "losses": then["losses"]}
+            more = {"recover": f"gblm recover {training}", "losses": then["losses"]}
             sides[name] = facts | {"cpu_seconds": cpu + cpu_more} | more
             rows += _rows(name, then["after"], held_out, dense=False)
     return sides, rows

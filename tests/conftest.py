@@ -68,6 +68,16 @@ def any_cpu_computes_as_stored() -> Iterator[Callable[[], dict[str, bool]]]:
 
 
 @pytest.fixture
+def threads() -> Iterator[None]:
+    """Set PyTorch's threads back after a test that changes how many there are."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def own_cpu(
     any_cpu_computes_as_stored: Callable[[], dict[str, bool]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import product as product_of
 
 import pytest
@@ -28,13 +27,6 @@ pytestmark = pytest.mark.skipif(
 )
 VALUES = ("float", "int8", "int4")
 MASKS = ("dense", "any", "2:4", "4:8", "8:16")
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def small(values: str, mask: str) -> Case:

@@ -61,14 +61,14 @@ def test_unpack_is_the_exact_inverse_of_prepare(weight: Case) -> None:
         assert same_bits(scales, weight.scales.repeat_interleave(pieces, 1))
 
 
-def test_panels_of_equal_weights_are_equal_byte_for_byte() -> None:
+def test_panels_of_equal_weights_are_equal_byte_for_byte(threads: None) -> None:
+    many = torch.get_num_threads()
     for values in VALUES:
         weight = case((37, 96), values, "any")
-        before = torch.get_num_threads()
+        torch.set_num_threads(many)
         panels = weight.panels
         torch.set_num_threads(1)
         assert torch.equal(weight.panels, panels)
-        torch.set_num_threads(before)
 
 
 def poke(name: str, index: int, value: float) -> Change:

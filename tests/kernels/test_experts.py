@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import product as product_of
 
@@ -22,13 +22,6 @@ VALUES = ("float", "int8", "int4")
 HIDDEN, INNER, COUNT, CHOSEN = 96, 160, 6, 2
 TOKENS = (0, 1, 2, 7, 64)
 Layer = tuple[list[list[Tensor]], Tensor, Tensor]
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @cache
