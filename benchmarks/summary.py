@@ -55,7 +55,7 @@ def table() -> str:
         "*descriptions* and WikiText-2 no step has seen anything, of pydoc another part. vLLM on "
         f"CPU, compiled, one thread, {decoding.num_rounds(speed)} interleaved rounds; the first "
         "ratio is to bf16, the second to the dense integers of the same value type. Heads have 8 "
-        "bits, and are the embeddings, too; when speeds were measured those were still bf16. "
+        "bits, and are the embeddings, too. "
         f"{pages.origins(made, 'torch')}"
     )
 
