@@ -37,8 +37,8 @@ from gblm.record import Record
 SHAPES = ("smollm2", "tinyllama", "olmoe", "olmoe7b")
 BASELINE = "dense bf16 (vLLM)"
 LLAMA_CPP = {"float": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
-# vLLM's own integers, where they are at their best.
-VLLM = {"int8": "W8A8"}
+# vLLM's own integers. On CPUs with AMX its W4A16 rounds activations, too (VLLM_CPU_INT4_W4A8).
+VLLM = {"int8": "W8A8", "int4": "W4A16"}
 RIVALS = {f"llama.cpp {kind}": values for values, kind in LLAMA_CPP.items()}
 RIVALS |= {f"{kind} (vLLM)": values for values, kind in VLLM.items()}
 SHORT = {"float": "bf16", "int8": "int8", "int4": "int4"}

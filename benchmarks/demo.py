@@ -155,6 +155,7 @@ def print_table(summary: dict[str, Any]) -> None:
         cells = (values.get(name) for name in SIDES)  # None: no figure that stands
         shown = ("–" if cell is None else f"{cell:.{digits}f}" for cell in cells)
         print(f"{label:32}" + "".join(f"{cell:>12}" for cell in shown))
+    print("dense int4 is rounded to the nearest, as a control of speed; for its quality see README")
     for protocol in summary["protocols"]:
         print(f"perplexity, KL: {protocol}")
 
