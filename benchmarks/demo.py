@@ -26,11 +26,11 @@ MODEL, DENSE, SPARSE = (RUN / name for name in ("smollm2", "smollm2-int4", "smol
 EVAL, BENCH, SUMMARY = RUN / "eval.json", RUN / "bench.json", RUN / "summary.json"
 SIDES = {"dense bf16": MODEL, "dense int4": DENSE, "sparse int4": SPARSE}
 # The default of `gblm prune`, on less text, so that the whole takes minutes.
-PRUNE = "--num-samples 16 --reconstruct 1 --recover 16384"
+PRUNE = "--num-samples 16 --reconstruct 1 --recover 8192"
 # A text of a domain that no step has seen comes first; pydoc's is held out, but of a known one.
-WINDOWS = "--seq-len 512 --max-windows 16 --backend dense"
+WINDOWS = "--seq-len 256 --max-windows 16 --backend dense"
 PROMPT = 128
-LOAD = f"--prompt-len {PROMPT} --output-len 32 --num-prompts 8 --concurrency 1,8 --rounds 3"
+LOAD = f"--prompt-len {PROMPT} --output-len 24 --num-prompts 8 --concurrency 1,8 --rounds 3"
 VLLM = "--enforce-eager --max-model-len 1024"
 QUESTIONS = (
     "What is the capital of France?",
@@ -78,7 +78,7 @@ def summarise() -> dict[str, Any]:
     control = json.loads((DENSE / "sparsity_report.json").read_text())
     quality, bench = Record.read(EVAL), Record.read(BENCH)
     sizes = [report["bytes_dense"], control["bytes_packed"], report["bytes_packed"]]
-    one, eight = (f"8 prompts of {PROMPT} + 32 tokens, concurrency {width}" for width in (1, 8))
+    one, eight = (f"8 prompts of {PROMPT} + 24 tokens, concurrency {width}" for width in (1, 8))
     found = {
         "weights on disk, MB": {n: s / 1e6 for n, s in zip(SIDES, sizes, strict=True)},
         "memory when running, MB": _speeds(bench, one, "memory_mb"),
