@@ -78,7 +78,7 @@ def summarise() -> dict[str, Any]:
     control = json.loads((DENSE / "sparsity_report.json").read_text())
     quality, bench = Record.read(EVAL), Record.read(BENCH)
     sizes = [report["bytes_dense"], control["bytes_packed"], report["bytes_packed"]]
-    one, eight = (f"8 prompts of {PROMPT} + 24 tokens, concurrency {width}" for width in (1, 8))
+    one, eight = bench.loads
     found = {
         "weights on disk, MB": {n: s / 1e6 for n, s in zip(SIDES, sizes, strict=True)},
         "memory when running, MB": _speeds(bench, one, "memory_mb"),
