@@ -68,7 +68,7 @@ def side_name(
         anywhere = spread == "unstructured"
         words = [f"{values} {'zeros anywhere' if anywhere else f'{spread} or dense'}, {bits} bits"]
     words += ["GPTQ" if pattern == "dense" else method] + ["not shrunk"] * whole
-    words += ["reconstructed" + (f" {epochs} times" if epochs != 2 else "")] * bool(epochs)
+    words += ["reconstructed" + (f" {epochs} times" if epochs != 1 else "")] * bool(epochs)
     return ", ".join(words + [f"recovered on {tokens} tokens"] * bool(tokens))
 
 

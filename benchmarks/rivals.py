@@ -28,7 +28,7 @@ from gblm.calibrate.text import draw
 from gblm.evaluate.perplexity import Protocol
 from gblm.fetch import fetch
 from gblm.model.loading import load_tokenizer
-from gblm.recipe import MIX
+from gblm.recipe import MIX, Calibration
 from gblm.record import Record, Row
 
 RECORD = pages.RESULTS / "rivals.json"
@@ -57,7 +57,8 @@ def llama_cpp(model: Path, texts: Mapping[str, str], root: Path) -> Found:
         path = llama_cpp_files.make_gguf(model, kind, root / kind)
         yield measured(f"llama.cpp {kind}", path)
     source = llama_cpp_files.make_gguf(model, "BF16", root / "BF16")
-    calibration = draw(MIX, model, tokenizer, 64, 512, seed=0, bos=True)
+    text = Calibration(source=MIX, num_samples=64, seq_len=512)
+    calibration = draw(text, model, tokenizer)
     squares = llama_cpp_files.importance(model, calibration)
     for kind in MIXED:
         path = llama_cpp_files.quantise(source, kind, root / f"{kind}-imatrix", squares)

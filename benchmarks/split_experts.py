@@ -21,6 +21,7 @@ from gblm.calibrate.text import draw
 from gblm.checkpoint.write import copy_side_files
 from gblm.files import write_json
 from gblm.model.loading import load, load_tokenizer
+from gblm.recipe import Calibration
 
 EXPERTS, CHOSEN, ROUNDS, RIDGE = 8, 6, 10, 0.01
 FLAT = 2.0**-10
@@ -40,7 +41,7 @@ def split(source: Path, target: Path, chosen: int = CHOSEN) -> Path:
         layer.mlp.register_forward_pre_hook(
             lambda module, args, number=number: seen.__setitem__(number, args[0].flatten(0, 1))
         )
-    model(draw("pydoc", source, load_tokenizer(source), 16, 256, 0, True))
+    model(draw(Calibration(num_samples=16, seq_len=256), source, load_tokenizer(source)))
     tensors = {
         n: t for n, t in model.state_dict().items() if ".mlp." not in n and "lm_head" not in n
     }

@@ -19,11 +19,11 @@ TOKENS = 65536
 ROWS = (
     ("dense bf16 (vLLM)", BASELINE, DENSE),
     ("dense int8, GPTQ", row_name("dense", "int8"), side_name("dense", "int8")),
-    ("dense int4, recovered", row_name("dense", "int4"), side_name("dense", "int4", 2, TOKENS)),
+    ("dense int4, recovered", row_name("dense", "int4"), side_name("dense", "int4", 1, TOKENS)),
     (
         "int4 8:16 or dense, 3.7 bits, recovered: `gblm prune`",
         row_name("3.7bits", "int4"),
-        side_name("8:16@3.7bits", "int4", 2, TOKENS),
+        side_name("8:16@3.7bits", "int4", 1, TOKENS),
     ),
 )
 # Sides of the rivals, which are rows of the speeds.

@@ -97,11 +97,12 @@ def engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 def test_it_is_written_once_and_cut_into_windows(tiny: Path, engines: list[Path]) -> None:
     tokenizer = load_tokenizer(tiny)
-    windows = text.draw("self", tiny, tokenizer, 3, 20, 0, bos=True)
+    own = Calibration(source="self", num_samples=3, seq_len=20)
+    windows = text.draw(own, tiny, tokenizer)
     assert windows.shape == (3, 20)
-    assert torch.equal(windows, text.draw("self", tiny, tokenizer, 3, 20, 0, bos=True))
+    assert torch.equal(windows, text.draw(own, tiny, tokenizer))
     assert engines == [tiny]
-    longer = text.draw("self", tiny, tokenizer, 6, 20, 0, bos=True)
+    longer = text.draw(own.model_copy(update={"num_samples": 6}), tiny, tokenizer)
     assert torch.equal(windows, longer[:3])
 
 
@@ -114,12 +115,26 @@ def test_two_processes_at_once_write_it_once(tiny: Path, engines: list[Path]) ->
     assert engines == [tiny]
 
 
-def test_a_recovery_is_measured_on_text_behind_what_it_trains_on(
-    tiny: Path, text_file: Path, engines: list[Path]
+OWN = Calibration(source="self", num_samples=8, seq_len=32, bos=False)
+
+
+@pytest.mark.parametrize(
+    ("before", "read"),
+    [
+        (None, 0),
+        (Calibration(source="pydoc", num_samples=8, seq_len=32), 0),
+        (OWN.model_copy(update={"seed": 1}), 0),
+        (OWN, 8),
+    ],
+    ids=["nothing", "other text", "another seed", "own text"],
+)
+def test_recovery_trains_behind_what_pruning_read_and_is_measured_behind_that(
+    tiny: Path, text_file: Path, engines: list[Path], before: Calibration | None, read: int
 ) -> None:
     how = Recovering(text=f"{text_file}:1,self:2", held_out=("self",), seq_len=32, bos=False)
-    windows = read_texts(how, tiny, load_tokenizer(tiny), 6 * 32)
-    stream = own_text.own_text(tiny, load_tokenizer(tiny), 20 * 32, how.seed)
+    tokenizer = load_tokenizer(tiny)
+    windows = read_texts(how, before, tiny, tokenizer, 6 * 32)
+    stream = own_text.own_text(tiny, tokenizer, (read + 20) * 32, how.seed)[read * 32 :]
     assert windows[TRAINING][2:].flatten().tolist() == stream[: 4 * 32]
     assert windows["self"].flatten().tolist() == stream[4 * 32 :]
     assert engines == [tiny]

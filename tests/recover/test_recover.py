@@ -344,7 +344,8 @@ def test_a_mix_has_its_shares(tiny: Path, text_file: Path, tmp_path: Path) -> No
     other = tmp_path / "digits.txt"
     other.write_text("0123456789" * 400)
     tokenizer = run_module.load_tokenizer(tiny)
-    windows = text.draw(f"{text_file}:1,{other}:3", tiny, tokenizer, 8, 16, 0, bos=False)
+    mix = Calibration(source=f"{text_file}:1,{other}:3", num_samples=8, seq_len=16, bos=False)
+    windows = text.draw(mix, tiny, tokenizer)
     digits = [tokenizer.decode(row).isdigit() for row in windows]
     assert digits == [False] * 2 + [True] * 6
 

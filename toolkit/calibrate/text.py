@@ -17,6 +17,7 @@ from torch import Tensor
 from gblm import data
 from gblm.calibrate.own_text import own_text
 from gblm.errors import UsageError
+from gblm.recipe import Calibration
 
 SELF = "self"
 
@@ -77,19 +78,14 @@ def count_windows(mix: str, num_samples: int) -> dict[str, int]:
     return counts
 
 
-def draw(
-    mix: str, folder: Path, tokenizer: Any, num_samples: int, seq_len: int, seed: int, bos: bool
-) -> Tensor:
+def draw(text: Calibration, folder: Path, tokenizer: Any, behind: int = 0) -> Tensor:
     """Draw the windows of a run.
 
     Args:
-        mix: see `parse_mix`.
+        text: says from what, how many, how long, and which.
         folder: of the dense model, which writes the source `self`.
         tokenizer: of the model.
-        num_samples: how many windows are drawn, over all sources.
-        seq_len: tokens per window.
-        seed: of the draw.
-        bos: windows begin with what the tokenizer puts before a prompt.
+        behind: tokens at the beginning of the model's own text that are left out.
 
     Returns:
         [num_samples, seq_len] int64, source after source; every source has at least one window.
@@ -97,20 +93,26 @@ def draw(
     Raises:
         GblmError: a source cannot be read, or is too short; there are more sources than windows.
     """
-    counts = count_windows(mix, num_samples).items()
-    return torch.cat(
-        [_one(source, folder, tokenizer, count, seq_len, seed, bos) for source, count in counts]
-    )
+
+    def of(source: str, count: int) -> Tensor:
+        if source != SELF:
+            documents = data.read_documents(source, "calibration")
+            return data.calibration_windows(
+                documents, tokenizer, count, text.seq_len, text.seed, text.bos
+            )
+        first = data.start_tokens(tokenizer) if text.bos else []
+        length = text.seq_len - len(first)
+        ids = torch.tensor(own_text(folder, tokenizer, behind + count * length, text.seed)[behind:])
+        start = torch.tensor(first, dtype=torch.int64).expand(count, -1)
+        return torch.cat([start, ids.view(count, length)], dim=1)
+
+    counts = count_windows(text.source, text.num_samples)
+    return torch.cat([of(source, count) for source, count in counts.items()])
 
 
-def _one(
-    source: str, folder: Path, tokenizer: Any, count: int, seq_len: int, seed: int, bos: bool
-) -> Tensor:
-    if source != SELF:
-        documents = data.read_documents(source, "calibration")
-        return data.calibration_windows(documents, tokenizer, count, seq_len, seed, bos)
-    first = data.start_tokens(tokenizer) if bos else []
-    length = seq_len - len(first)
-    ids = torch.tensor(own_text(folder, tokenizer, count * length, seed)[: count * length])
-    start = torch.tensor(first, dtype=torch.int64).expand(count, -1)
-    return torch.cat([start, ids.view(count, length)], dim=1)
+def own_tokens(text: Calibration, tokenizer: Any) -> int:
+    """Count the tokens of the model's own text that `draw` reads."""
+    if SELF not in text.source:
+        return 0  # and files of that name, which may be elsewhere by now, are not looked for
+    count = count_windows(text.source, text.num_samples).get(SELF, 0)
+    return count * (text.seq_len - len(data.start_tokens(tokenizer) if text.bos else []))

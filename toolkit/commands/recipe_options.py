@@ -40,7 +40,7 @@ FAST: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "fast": FAST,
-    "recovered": FAST | {"method": "alps", "reconstruct": 2, "recover": 65536},
+    "recovered": FAST | {"method": "alps", "num_samples": 128, "reconstruct": 1, "recover": 65536},
 }
 
 

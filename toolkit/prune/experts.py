@@ -162,10 +162,7 @@ def _smaller(folder: ModelFolder, count: int, keep: int) -> dict[str, Any]:
 def _uses(layers: Layers, text: Calibration, progress: Progress) -> dict[str, list[Use]]:
     """Run the text through the layers; returns each expert's use, by full name of their module."""
     folder, found = layers.reader.folder.path, dict[str, list[Use]]()
-    windows = draw(
-        text.source, folder, load_tokenizer(folder), text.num_samples, text.seq_len, text.seed,
-        text.bos,
-    )  # fmt: skip
+    windows = draw(text, folder, load_tokenizer(folder))
     step = progress("experts", len(layers))
     with tempfile.TemporaryDirectory(prefix="gblm-experts-") as scratch:
         way = Walk(needs=frozenset(), scratch=Path(scratch), runs=True)

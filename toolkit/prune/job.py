@@ -83,11 +83,7 @@ class Job:
         text = self.recipe.calibration
         if text is None:
             return None
-        tokenizer = load_tokenizer(self.folder)
-        return draw(
-            text.source, self.folder.path, tokenizer, text.num_samples, text.seq_len, text.seed,
-            text.bos,
-        )  # fmt: skip
+        return draw(text, self.folder.path, load_tokenizer(self.folder))
 
     @cached_property
     def calibration_sha256(self) -> str | None:

@@ -226,7 +226,8 @@ def _prune_beside(job: Job, how: Recovering, target: Output, progress: Progress)
     _check_recovery(job, how)
     if job.ranks.leads and how.minutes is None:
         # The model's own text is one stream: written so far, it holds what calibration takes, too.
-        read_texts(how, job.folder.path, load_tokenizer(job.folder), how.tokens)
+        text, tokenizer = job.recipe.calibration, load_tokenizer(job.folder)
+        read_texts(how, text, job.folder.path, tokenizer, how.tokens)
     done = job.ranks.leads and target.resume and _is_pruned(folder, job)
     if not job.ranks.agree(int(done)):
         _Run.of(job, replace(target, folder=folder, overwrite=True)).execute(progress)

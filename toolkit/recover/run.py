@@ -44,7 +44,7 @@ from gblm.model.reader import Reader
 from gblm.packed import check_loadable
 from gblm.progress import Progress, no_progress
 from gblm.provenance import computing_versions
-from gblm.recipe import SHARD_SIZE, Recovering, read_recipe, shard_bytes
+from gblm.recipe import SHARD_SIZE, Calibration, Recovering, read_recipe, shard_bytes
 from gblm.recover.needs import Extent, settle
 from gblm.recover.teacher import Head, Hidden, compare
 from gblm.recover.texts import TRAINING, read_texts
@@ -58,6 +58,7 @@ class Task:
     """A recovery whose inputs have been opened and checked, but nothing computed yet."""
 
     packed: PackedReader
+    recipe: dict[str, Any]
     dense: ModelFolder
     how: Recovering
     device: str
@@ -67,6 +68,12 @@ class Task:
     def dtype(self) -> torch.dtype:
         """Name the dtype that both models compute in."""
         return fast_dtype(self.packed.dtype, self.device)
+
+    @property
+    def before(self) -> Calibration | None:
+        """Give the text that pruning read; None if it read nothing."""
+        text = self.recipe.get("calibration")
+        return Calibration.from_dict(text) if text else None
 
     @property
     def head_name(self) -> str | None:
@@ -139,7 +146,9 @@ def recover(
     joined = ranks_from_environment(device) if ranks is None else nullcontext(ranks)
     with joined as ranks, PackedReader(source) as reader:
         rename_as_in_memory(reader)
-        task = Task(reader, _dense_folder(source, dense), how, device, ranks)
+        file = source.path / RECIPE_FILE
+        recipe = read_recipe(file) if file.exists() else {}
+        task = Task(reader, recipe, _dense_folder(source, recipe, dense), how, device, ranks)
         task = replace(task, how=_check(task, target, overwrite))
         work: AbstractContextManager[Any]
         work = open_work(target, task.fingerprint(), resume) if ranks.leads else nullcontext()
@@ -177,7 +186,8 @@ class _Run:
     def execute(self) -> _Found:
         """Take the teacher's states, then train, measuring before and after."""
         task, how = self.task, self.task.how
-        texts = read_texts(how, task.dense.path, self.tokenizer, self._tokens())
+        tokens = self._tokens()
+        texts = read_texts(how, task.before, task.dense.path, self.tokenizer, tokens)
         model: Any = load(task.dense, task.dtype, task.device)
         experts.unfuse(model, every=task.ranks.size > 1)
         dense_head = Head(model)
@@ -283,8 +293,9 @@ def become(model: Any, task: Task) -> dict[str, Part]:
     return parts
 
 
-def _dense_folder(packed: ModelFolder, given: str | Path | None) -> ModelFolder:
-    recipe = read_recipe(packed.path / RECIPE_FILE) if (packed.path / RECIPE_FILE).exists() else {}
+def _dense_folder(
+    packed: ModelFolder, recipe: Mapping[str, Any], given: str | Path | None
+) -> ModelFolder:
     if recipe.get("recover"):
         raise InputError(f"{packed} was recovered already: start from the folder it was made from.")
     if given:
@@ -356,7 +367,7 @@ def _write(task: Task, found: _Found, output: Path, overwrite: bool) -> dict[str
         logger.warning(
             "KL to the dense model did not fall: the folder keeps the weights as they were"
         )
-    recipe = read_recipe(source / RECIPE_FILE) | {"recover": task.how.model_dump(mode="json")}
+    recipe = task.recipe | {"recover": task.how.model_dump(mode="json")}
     size = shard_bytes(recipe.get("max_shard_size", SHARD_SIZE))
     with new_folder(output, overwrite) as folder:
         shards = ShardWriter(folder, size)

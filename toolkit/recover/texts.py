@@ -8,19 +8,24 @@ from typing import Any
 from torch import Tensor
 
 from gblm import data
-from gblm.calibrate.text import SELF, count_windows, draw
+from gblm.calibrate.text import SELF, draw, own_tokens
 from gblm.errors import UsageError
-from gblm.recipe import Recovering
+from gblm.recipe import Calibration, Recovering
 from gblm.recover.needs import HELD_OUT_WINDOWS
 
 TRAINING = "training"
 
 
-def read_texts(how: Recovering, folder: Path, tokenizer: Any, tokens: int) -> dict[str, Tensor]:
+def read_texts(
+    how: Recovering, before: Calibration | None, folder: Path, tokenizer: Any, tokens: int
+) -> dict[str, Tensor]:
     """Draw the windows of training, and the held-out ones of each text by its name.
+
+    Of the model's own text comes first what pruning read, then training's, then the held-out one.
 
     Args:
         how: names the texts.
+        before: what pruning read; None if it read nothing.
         folder: of the dense model, which may write some of them.
         tokenizer: of the model.
         tokens: how many are trained on.
@@ -32,12 +37,18 @@ def read_texts(how: Recovering, folder: Path, tokenizer: Any, tokens: int) -> di
         GblmError: a text cannot be read or is too short, or two have one name.
     """
     count = max(how.batch_size, tokens // how.seq_len)
+    training = Calibration(
+        source=how.text, num_samples=count, seq_len=how.seq_len, seed=how.seed, bos=how.bos
+    )
+    own = training.model_copy(update={"source": SELF, "num_samples": HELD_OUT_WINDOWS})
+    read = own_tokens(before, tokenizer) if before and before.seed == how.seed else 0
+    trained = read + own_tokens(training, tokenizer)
     # First what lies furthest in the model's own text: so it is written in one go.
-    own = _behind_the_trained(how, folder, tokenizer, count) if SELF in how.held_out else None
-    found = {TRAINING: draw(how.text, folder, tokenizer, count, how.seq_len, how.seed, how.bos)}
+    last = draw(own, folder, tokenizer, trained) if SELF in how.held_out else None
+    found = {TRAINING: draw(training, folder, tokenizer, read)}
     for source in how.held_out:
-        if own is not None and source == SELF:
-            found[SELF] = own
+        if last is not None and source == SELF:
+            found[SELF] = last
             continue
         if Path(source).name in found:
             raise UsageError(f"two held-out texts are called {Path(source).name}: rename one.")
@@ -46,10 +57,3 @@ def read_texts(how: Recovering, folder: Path, tokenizer: Any, tokens: int) -> di
             bos=how.bos,
         )  # fmt: skip
     return found
-
-
-def _behind_the_trained(how: Recovering, folder: Path, tokenizer: Any, count: int) -> Tensor:
-    """Give the windows of the model's own text that follow those that are trained on."""
-    trained = count_windows(how.text, count).get(SELF, 0)
-    windows = trained + HELD_OUT_WINDOWS
-    return draw(SELF, folder, tokenizer, windows, how.seq_len, how.seed, how.bos)[trained:]

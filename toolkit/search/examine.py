@@ -189,6 +189,5 @@ def _windows(recipe: Recipe, job: Job) -> Tensor:
     text = recipe.calibration
     if text is None:
         raise UsageError("a budget needs calibration text; the recipe has none.")
-    samples, length = min(text.num_samples, SAMPLES), min(text.seq_len, SEQ_LEN)
-    tokenizer = load_tokenizer(job.folder)
-    return draw(text.source, job.folder.path, tokenizer, samples, length, text.seed, text.bos)
+    few = {"num_samples": min(text.num_samples, SAMPLES), "seq_len": min(text.seq_len, SEQ_LEN)}
+    return draw(text.model_copy(update=few), job.folder.path, load_tokenizer(job.folder))
