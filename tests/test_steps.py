@@ -160,9 +160,7 @@ def test_gptq_is_rounding_with_the_dense_pattern(
     [
         ({"rounding": "obs"}, "goes with codes"),
         ({"reconstruct": {}, "calibration": None}, "calibration text"),
-        ({"calibration": {"prefix": "dense"}}, "prefix"),
         ({"reconstruct": {"epochs": 0}}, "epochs"),
-        ({"stats": "somewhere"}, "stats"),
         ({"refit": {"iterations": 0}}, "iterations"),
     ],
 )

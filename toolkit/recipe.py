@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -32,16 +32,6 @@ class Fields(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    gone: ClassVar[dict[str, Any]] = {}
-    """Fields of earlier releases with the one value at which they still may stand in a file."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _leave_out_gone(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict):
-            return fields
-        return {k: v for k, v in fields.items() if k not in cls.gone or cls.gone[k] != v}
-
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Self:
         """Check the fields and build one.
@@ -60,8 +50,6 @@ class Fields(BaseModel):
 
 class Calibration(Fields):
     """The text that statistics and gradients are taken on."""
-
-    gone: ClassVar[dict[str, Any]] = {"prefix": "pruned", "batch_size": 1}
 
     source: str = Field(
         default="pydoc",
@@ -130,8 +118,6 @@ class Reconstruction(Fields):
 class Recovering(Fields):
     """The whole pruned model is trained towards the dense one; see `gblm.recover`."""
 
-    gone: ClassVar[dict[str, Any]] = {"dtype": "auto"}
-
     tokens: int = Field(default=65536, ge=1, description="Tokens to train on, each once.")
     minutes: float | None = Field(
         default=None,
@@ -168,8 +154,6 @@ class Recovering(Fields):
 
 class Recipe(Fields):
     """One pruning run: a model, and all that is done to it."""
-
-    gone: ClassVar[dict[str, Any]] = {"stats": None, "targets": []}
 
     model: str = Field(description="A local HF folder or a hub id.")
     method: str = Field(default="gblm", description="One of {}.")
