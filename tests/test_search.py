@@ -26,7 +26,7 @@ from gblm.search.candidates import (
     recipe_for,
 )
 from gblm.search.examine import Examined, Space, examine
-from gblm.search.sensitivity import GRID, SHARE, Curve, Judgement, column_costs, curve
+from gblm.search.sensitivity import GRID, OF_ZEROS, Curve, Judgement, column_costs, curve
 from gblm.sparse.formats import Format, format_for
 from gblm.sparse.patterns import NM, Dense, Unstructured, parse
 from gblm.sparse.values import FLOAT, parse_values
@@ -119,7 +119,7 @@ def test_predicted_errors_are_those_of_the_sweep(text: str) -> None:
     method = SparseGPT()
     pruned = method.prune(weight, method.prepare({"hessian": hessian}), parse(text))
     error = weight - pruned.weight
-    real = SHARE * 0.25 * float((error @ hessian * error).sum())
+    real = OF_ZEROS * 0.25 * float((error @ hessian * error).sum())
     assert found.loss(format_for(parse(text))) == pytest.approx(real, rel=0.2)
 
 
