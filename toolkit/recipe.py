@@ -104,7 +104,7 @@ class Refitting(Fields):
 class Reconstruction(Fields):
     """Each pruned layer is trained towards the dense one; see `gblm.calibrate.reconstruct`."""
 
-    epochs: int = Field(default=2, ge=1, description="Passes over the calibration samples.")
+    epochs: int = Field(default=1, ge=1, description="Passes over the calibration samples.")
     learning_rate: float = Field(
         default=0.004,
         gt=0,
