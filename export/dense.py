@@ -85,7 +85,7 @@ def _unpacked(
         if linear is None:
             return packed.tensor(name)
         parts = packed.parts(linear.name)
-        linear.fmt.check_readable(linear.name, parts, linear.shape)
+        linear.fmt.validate(linear.name, parts, linear.shape)
         step()
         return linear.fmt.expand(parts, dtype or packed.dtype)
 

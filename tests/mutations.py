@@ -119,8 +119,8 @@ LIST: dict[str, list[tuple[str, str, str]]] = {
          "first = max(first, next(globs, first))"),
         ("manifest-target", "if not TARGET.fullmatch(target):", "if not TARGET.match(target):"),
         ("format-pattern", "if not FORMATS[name].holds(parsed):", "if False:"),
-        ("halves-read", "first_wrong(self.mask(parts), pattern.unit, pattern.unit_most)",
-         "first_wrong(self.mask(parts), pattern.unit, pattern.unit_most + 1)"),
+        ("halves-read", "first_wrong(mask, pattern.unit, pattern.unit_most)",
+         "first_wrong(mask, pattern.unit, pattern.unit_most + 1)"),
     ],
     "test_resume.py": [
         ("resume-hash", 'if line["layer"] != index or line["sha256"] != sha256(path):',

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Pack
-from damage import DAMAGES, UP, damaged, tensors
+from damage import UP, damaged, tensors
 from safetensors.torch import load_file
 
 from gblm.checkpoint.inspect import inspect, verify
@@ -31,20 +31,6 @@ def test_packing_a_dense_export_gives_the_packed_weights_back(
     ours, again = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "again"))
     assert ours.keys() == again.keys()
     assert all(ours[name].equal(again[name]) for name in ours)
-
-
-def test_masks_older_than_the_rule_of_8_16_become_any_masks(
-    pack_tiny: Pack, tmp_path: Path
-) -> None:
-    base, damage, match = DAMAGES["six of eight kept in a half"]
-    old = damaged(pack_tiny("magnitude", *base), tmp_path / "old", damage)
-    with pytest.raises(CheckpointError, match=match):
-        verify(ModelFolder.open(old))
-    export_dense(ModelFolder.open(old), tmp_path / "dense")
-    with pytest.raises(PatternError, match=r"hold 6 non-zeros; 8:16 .* `--pattern 0\.5`"):
-        export_pack(tmp_path / "dense", tmp_path / "again", pattern="8:16")
-    export_pack(tmp_path / "dense", tmp_path / "again", pattern="0.5")
-    verify(ModelFolder.open(tmp_path / "again"), against=ModelFolder.open(tmp_path / "dense"))
 
 
 def test_packing_never_prunes(tiny: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from functools import lru_cache
 
@@ -28,8 +27,6 @@ __all__ = [
     "make_format",
 ]
 
-# Earlier releases dropped whole tiles, too; their masks are stored like any other.
-TILES = re.compile(r"^[0-9]{1,4}x[0-9]{1,4}@(0?\.[0-9]+|0)$")
 FORMATS: dict[str, type[Format]] = {
     "nm": NMFormat,
     "bitmask": BitmaskFormat,
@@ -78,7 +75,7 @@ def make_format(name: str, pattern: str, values: str = "float") -> Format:
             f"format {name!r} is unknown: this version reads {', '.join(FORMATS)}."
         )
     try:
-        parsed, kind = parse(TILES.sub(r"\1", pattern)), parse_values(values)
+        parsed, kind = parse(pattern), parse_values(values)
     except PatternError as error:
         raise CheckpointError(f"manifest: {error}") from error
     if not FORMATS[name].holds(parsed):

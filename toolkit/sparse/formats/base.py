@@ -228,16 +228,6 @@ class Format(ABC):
                 "The file is damaged."
             )
 
-    def check_rule(self, name: str, parts: Parts) -> None:  # noqa: B027
-        """Raise CheckpointError when the mask breaks a rule of the pattern beyond its counts.
-
-        Kernels rely on it; unpacking does without.
-
-        Args:
-            name: of the linear, for the message.
-            parts: of these only the bitmask is read; its counts have been checked.
-        """
-
     @abstractmethod
     def check_mask_data(self, name: str, parts: Parts, shape: Shape) -> None:
         """Raise CheckpointError when masks, counts and offsets do not agree."""
@@ -281,12 +271,7 @@ class Format(ABC):
                 )
 
     def validate(self, name: str, parts: Parts, shape: Shape) -> None:
-        """Check parts that come from a file, as multiplying needs it."""
-        self.check_readable(name, parts, shape)
-        self.check_rule(name, parts)
-
-    def check_readable(self, name: str, parts: Parts, shape: Shape) -> None:
-        """Check parts as far as unpacking needs it: the layout first, then the data itself."""
+        """Check parts that come from a file: the layout first, then the data itself."""
         headers = {part: (tuple(t.shape), t.dtype) for part, t in parts.items()}
         self.check_layout(name, headers, shape)
         self.check_data(name, parts, shape)

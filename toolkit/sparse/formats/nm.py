@@ -79,18 +79,12 @@ class NMFormat(RectangleFormat):
                 f"{name}.bitmask: row {row}, columns {col}.. keep {count} weights; {pattern} "
                 f"stores exactly {exactly}. The file is damaged."
             )
-
-    def check_rule(self, name: str, parts: Parts) -> None:
-        """See Format.check_rule: the halves of 8:16."""
-        pattern = self.pattern
         if pattern.unit == pattern.group_m:
             return
-        if found := first_wrong(self.mask(parts), pattern.unit, pattern.unit_most):
+        if found := first_wrong(mask, pattern.unit, pattern.unit_most):
             row, col, count = found
             raise CheckpointError(
                 f"{name}.bitmask: row {row}, columns {col}..{col + pattern.unit - 1} keep {count} "
                 f"weights; {pattern} keeps {pattern.keep_n - pattern.unit_most} to "
-                f"{pattern.unit_most} in each half of a group. The file is damaged, or older than "
-                "this rule: `gblm export dense` reads it, and `gblm export pack --pattern 0.5` "
-                "packs what that wrote."
+                f"{pattern.unit_most} in each half of a group. The file is damaged."
             )
