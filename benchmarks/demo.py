@@ -25,8 +25,8 @@ RUN = Path("runs/demo")
 MODEL, DENSE, SPARSE = (RUN / name for name in ("smollm2", "smollm2-int4", "smollm2-sparse"))
 EVAL, BENCH, SUMMARY = RUN / "eval.json", RUN / "bench.json", RUN / "summary.json"
 SIDES = {"dense bf16": MODEL, "dense int4": DENSE, "sparse int4": SPARSE}
-# The default of `gblm prune`, on less text, so that the whole takes minutes.
-PRUNE = "--num-samples 16 --recover 8192"
+# The default of `gblm prune`, on less text: of its own no more than the model writes in one go.
+PRUNE = "--num-samples 14 --recover 8192"
 # A text of a domain that no step has seen comes first; pydoc's is held out, but of a known one.
 WINDOWS = "--seq-len 256 --max-windows 16 --backend dense"
 PROMPT = 128

@@ -157,11 +157,16 @@ def test_an_export_is_measured_at_more_tokens_than_its_cache_has_by_itself(
     assert run_evaluation(asked).rows
 
 
-def test_drift_refuses_another_vocabulary() -> None:
-    window = torch.tensor([0, 1, 2])
-    ours, theirs = (Scores.of(torch.zeros(3, size), window) for size in (5, 6))
-    with pytest.raises(InputError, match="5 tokens"):
-        Drift().add(ours, theirs)
+def test_a_baseline_with_another_vocabulary_is_refused(
+    tiny: Path, text_file: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+    asked = Evaluation(str(tiny), (Protocol(str(text_file), 64, 1),), baseline=str(other))
+    with pytest.raises(InputError, match="has 258 tokens and the baseline 300"):
+        run_evaluation(asked)
 
 
 def test_the_dense_model_is_found_from_what_was_made_of_it(

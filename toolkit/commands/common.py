@@ -204,11 +204,6 @@ def report_error(error: Exception, state: dict[str, Any]) -> int:
         error = MachineError(f"{error.filename or 'the system'}: {error.strerror or error}.")
     elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         error = MachineError(f"out of memory: {error}. Lower --seq-len, or use another device.")
-    return fail(error, state)
-
-
-def fail(error: BaseException, state: dict[str, Any]) -> int:
-    """Print an error as every command does, and give its exit code."""
     known = isinstance(error, GblmError)
     code = error.exit_code if isinstance(error, GblmError) else 1
     if state.get("verbose") or not known:

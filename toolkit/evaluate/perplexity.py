@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from gblm import data
-from gblm.errors import InputError
 from gblm.evaluate.subjects import Scores, Subject, TorchSubject
 from gblm.progress import Progress, no_progress
 from gblm.record import Row
@@ -141,10 +140,7 @@ class Drift:
 
         Args:
             model: what is judged.
-            dense: what it is held against, on the same window.
-
-        Raises:
-            InputError: their vocabularies differ.
+            dense: what it is held against, on the same window, with the same vocabulary.
         """
         self.changes.append((model.logprobs - dense.logprobs).abs())
         if model.top1 is not None and dense.top1 is not None:
@@ -153,11 +149,6 @@ class Drift:
             self.same.append((model.top1 == dense.top1) & both)
         if model.full is None or dense.full is None:
             return
-        if model.full.shape != dense.full.shape:
-            raise InputError(
-                f"the model has {model.full.shape[-1]} tokens and the baseline "
-                f"{dense.full.shape[-1]}: give the dense model that it was made from."
-            )
         theirs = dense.full.to(model.full.device)
         self.divergences.append((theirs.exp() * (theirs - model.full)).sum(-1).cpu())
 
