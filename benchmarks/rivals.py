@@ -1,12 +1,14 @@
-"""Rivals on SmolLM2-135M, unpruned: llama.cpp and ONNX Runtime.
+"""Rivals on SmolLM2-135M, unpruned: llama.cpp, ONNX Runtime and llm-compressor's GPTQ.
 
-    python benchmarks/rivals.py [--wikitext test.txt]
+    python benchmarks/rivals.py [--by llama.cpp onnxruntime llmcompressor] [--wikitext test.txt]
 
-Needs what benchmarks/rivals/ lists. What calibrates does so on the text of `gblm prune`, and texts
-and windows are those of recovery.py, whose rows stand beside. llama.cpp's Q8_0 and Q4_0 have every
+Needs what benchmarks/rivals/ lists, each rival for itself; the others' rows stay. What calibrates
+does so on the text of `gblm prune`, and texts and windows are those of recovery.py, whose rows
+stand beside. llama.cpp's Q8_0 and Q4_0 have every
 matrix of one type, the embeddings, which are the head, too; with an importance matrix files are as
-its own quantiser mixes them. ONNX Runtime's graphs are those of `gblm export onnx`. Writes
-benchmarks/results/rivals.json.
+its own quantiser mixes them. ONNX Runtime's graphs are those of `gblm export onnx`. Of
+llm-compressor's GPTQ the weights count that it leaves in PyTorch, and the file that it saves, whose
+head and embeddings have 16 bits. Writes benchmarks/results/rivals.json.
 """
 
 from __future__ import annotations
@@ -16,18 +18,21 @@ import importlib.metadata
 import math
 import tempfile
 from collections.abc import Iterator, Mapping
-from itertools import chain
+from dataclasses import replace
 from pathlib import Path
 
 import llama_cpp_files
 import pages
 import recovery
+import torch
 from pages import gblm
+from torch import Tensor
 
 from gblm.calibrate.text import draw
-from gblm.evaluate.perplexity import Protocol
+from gblm.evaluate.perplexity import Protocol, perplexity
 from gblm.fetch import fetch
 from gblm.model.loading import load_tokenizer
+from gblm.provenance import provenance
 from gblm.recipe import MIX, Calibration
 from gblm.record import Record, Row
 
@@ -35,6 +40,8 @@ RECORD = pages.RESULTS / "rivals.json"
 PURE = ("Q8_0", "Q4_0")
 MIXED = ("Q4_0", "Q4_K_M")
 ONNX = ("fp32", "int8", "int4")
+GROUPS = (96, 32)
+TEXT = Calibration(source=MIX, num_samples=128, seq_len=512)
 # Words in the rows of recovery.py that stand beside: what it makes of the model in the end.
 OURS = ("int8 dense", "int4:32 dense", "recovered")
 # Name, bytes, and perplexity by text.
@@ -43,11 +50,7 @@ Found = Iterator[tuple[str, int, dict[str, float]]]
 
 def llama_cpp(model: Path, texts: Mapping[str, str], root: Path) -> Found:
     """Measure each GGUF type; files are made in root, `texts` are held out, by column."""
-    tokenizer = load_tokenizer(model)
-    windows = {
-        name: Protocol(text, 256, max_windows=16).windows(tokenizer).tolist()
-        for name, text in texts.items()
-    }
+    windows = {name: own.tolist() for name, own in _windows(model, texts).items()}
 
     def measured(name: str, path: Path) -> tuple[str, int, dict[str, float]]:
         losses = {text: llama_cpp_files.mean_loss(path, own) for text, own in windows.items()}
@@ -57,12 +60,43 @@ def llama_cpp(model: Path, texts: Mapping[str, str], root: Path) -> Found:
         path = llama_cpp_files.make_gguf(model, kind, root / kind)
         yield measured(f"llama.cpp {kind}", path)
     source = llama_cpp_files.make_gguf(model, "BF16", root / "BF16")
-    text = Calibration(source=MIX, num_samples=64, seq_len=512)
-    calibration = draw(text, model, tokenizer)
-    squares = llama_cpp_files.importance(model, calibration)
+    squares = llama_cpp_files.importance(model, draw(TEXT, model, load_tokenizer(model)))
     for kind in MIXED:
         path = llama_cpp_files.quantise(source, kind, root / f"{kind}-imatrix", squares)
         yield measured(f"llama.cpp {kind}, importance matrix", path)
+
+
+def _windows(model: Path, texts: Mapping[str, str]) -> dict[str, Tensor]:
+    tokenizer = load_tokenizer(model)
+    protocols = {name: Protocol(text, 256, max_windows=16) for name, text in texts.items()}
+    return {name: protocol.windows(tokenizer) for name, protocol in protocols.items()}
+
+
+def llm_compressor(model: Path, texts: Mapping[str, str], root: Path) -> Found:
+    """Measure GPTQ with groups of few columns and of more, as sequential as it comes."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from transformers import AutoModelForCausalLM
+
+    samples = draw(TEXT, model, load_tokenizer(model))
+    ones = torch.ones_like(samples)
+    text = {"input_ids": samples.tolist(), "attention_mask": ones.tolist()}
+    for group in GROUPS:
+        rounded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        codes = QuantizationArgs(num_bits=4, strategy="group", group_size=group, actorder="static")
+        scheme = QuantizationScheme(targets=["Linear"], weights=codes)
+        oneshot(
+            model=rounded, dataset=Dataset.from_dict(text), num_calibration_samples=len(samples),
+            recipe=GPTQModifier(config_groups={"linears": scheme}, ignore=["lm_head"]),
+            max_seq_length=TEXT.seq_len, pipeline="sequential",
+        )  # fmt: skip
+        found = {name: perplexity(rounded, own) for name, own in _windows(model, texts).items()}
+        folder = root / str(group)
+        rounded.to(torch.bfloat16).save_pretrained(folder, save_compressed=True)
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        yield f"llm-compressor int4:{group}, GPTQ", size, found
 
 
 def onnx(model: Path, texts: Mapping[str, str], root: Path) -> Found:
@@ -76,6 +110,11 @@ def onnx(model: Path, texts: Mapping[str, str], root: Path) -> Found:
             found[name] = Record.read(record).rows[0].value or math.inf
         size = sum(path.stat().st_size for path in folder.glob("model.onnx*"))
         yield f"ONNX Runtime {precision}", size, found
+
+
+# By the packages that measure them.
+RIVALS = {"llama.cpp": llama_cpp, "onnxruntime": onnx, "llmcompressor": llm_compressor}
+PACKAGES = {"llama.cpp": "llama-cpp-python"}
 
 
 def table() -> str:
@@ -100,31 +139,32 @@ def table() -> str:
     return (
         f"{pages.table(['SmolLM2-135M', 'MB', *texts], shown)}\n\nPerplexity, 16 windows of 256 "
         "tokens of each text, which no step has seen; each in its own engine's arithmetic, ours in "
-        "PyTorch's. "
-        "llama-cpp-python "
-        f"{rivals.provenance['llama_cpp']}, onnxruntime "
-        f"{rivals.provenance['packages']['onnxruntime']}. "
-        f"{pages.origins([rivals.as_json(), *recovery.made(ours, picked)], 'torch')}"
+        f"PyTorch's. {', '.join(dict.fromkeys(own['by'] for own in rivals.sides.values()))}. "
+        f"{pages.origins([*rivals.sides.values(), *recovery.made(ours, picked)], 'torch')}"
     )
 
 
 def main() -> None:
     """Make the files, measure, write the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--by", nargs="+", choices=RIVALS, default=list(RIVALS))
     parser.add_argument("--wikitext", type=Path)
     given = parser.parse_args()
-    sides, rows = {}, []
+    old = Record.read(RECORD)
+    sides, rows = dict(old.sides), list(old.rows)
     with tempfile.TemporaryDirectory() as work:
         texts = recovery.texts(given, Path(work))
         del texts["self"]  # which is no held-out text of a rival
         where = fetch("smollm2"), texts, Path(work)
-        for name, size, perplexities in chain(llama_cpp(*where), onnx(*where)):
-            sides[name] = {"bytes": size}
-            rows += [Row(name, t, "perplexity", "", v) for t, v in perplexities.items()]
-    record = Record("rivals", sides, tuple(rows), command=pages.made_by())
-    facts = {"llama_cpp": importlib.metadata.version("llama-cpp-python"), "model": "smollm2"}
-    record.provenance.update(facts)
-    pages.save(record, RECORD)
+        for package in given.by:
+            name = PACKAGES.get(package, package)
+            by = f"{name} {importlib.metadata.version(name)}"
+            for side, size, perplexities in RIVALS[package](*where):
+                sides[side] = {"bytes": size, "by": by, "provenance": provenance()}
+                rows = [row for row in rows if row.side != side]
+                rows += [Row(side, t, "perplexity", "", v) for t, v in perplexities.items()]
+    made = {"command": pages.made_by(), "provenance": provenance() | {"model": "smollm2"}}
+    pages.save(replace(old, sides=sides, rows=tuple(rows), **made), RECORD)
 
 
 if __name__ == "__main__":
