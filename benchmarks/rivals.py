@@ -4,11 +4,11 @@
 
 Needs what benchmarks/rivals/ lists, each rival for itself; the others' rows stay. What calibrates
 does so on the text of `gblm prune`, and texts and windows are those of recovery.py, whose rows
-stand beside. llama.cpp's Q8_0 and Q4_0 have every
-matrix of one type, the embeddings, which are the head, too; with an importance matrix files are as
-its own quantiser mixes them. ONNX Runtime's graphs are those of `gblm export onnx`. Of
-llm-compressor's GPTQ the weights count that it leaves in PyTorch, and the file that it saves, whose
-head and embeddings have 16 bits. Writes benchmarks/results/rivals.json.
+stand beside. llama.cpp's Q8_0 and Q4_0 have every matrix of one type, the embeddings, which are the
+head, too; with an importance matrix files are as its own quantiser mixes them. ONNX Runtime's
+graphs are those of `gblm export onnx`. llm-compressor's GPTQ is judged by the weights that it
+leaves in PyTorch; head and embeddings of the file that it saves have 16 bits. Writes
+benchmarks/results/rivals.json.
 """
 
 from __future__ import annotations
@@ -73,26 +73,26 @@ def _windows(model: Path, texts: Mapping[str, str]) -> dict[str, Tensor]:
 
 
 def llm_compressor(model: Path, texts: Mapping[str, str], root: Path) -> Found:
-    """Measure GPTQ with groups of few columns and of more, as sequential as it comes."""
+    """Measure GPTQ, decoder layer after decoder layer, for each number of columns of a group."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
     from transformers import AutoModelForCausalLM
 
-    samples = draw(TEXT, model, load_tokenizer(model))
-    ones = torch.ones_like(samples)
-    text = {"input_ids": samples.tolist(), "attention_mask": ones.tolist()}
+    windows, samples = _windows(model, texts), draw(TEXT, model, load_tokenizer(model))
+    seen = torch.ones_like(samples).tolist()
+    text = Dataset.from_dict({"input_ids": samples.tolist(), "attention_mask": seen})
     for group in GROUPS:
         rounded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         codes = QuantizationArgs(num_bits=4, strategy="group", group_size=group, actorder="static")
         scheme = QuantizationScheme(targets=["Linear"], weights=codes)
         oneshot(
-            model=rounded, dataset=Dataset.from_dict(text), num_calibration_samples=len(samples),
+            model=rounded, dataset=text, num_calibration_samples=len(samples),
             recipe=GPTQModifier(config_groups={"linears": scheme}, ignore=["lm_head"]),
             max_seq_length=TEXT.seq_len, pipeline="sequential",
         )  # fmt: skip
-        found = {name: perplexity(rounded, own) for name, own in _windows(model, texts).items()}
+        found = {name: perplexity(rounded, own) for name, own in windows.items()}
         folder = root / str(group)
         rounded.to(torch.bfloat16).save_pretrained(folder, save_compressed=True)
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -112,9 +112,12 @@ def onnx(model: Path, texts: Mapping[str, str], root: Path) -> Found:
         yield f"ONNX Runtime {precision}", size, found
 
 
-# By the packages that measure them.
-RIVALS = {"llama.cpp": llama_cpp, "onnxruntime": onnx, "llmcompressor": llm_compressor}
-PACKAGES = {"llama.cpp": "llama-cpp-python"}
+# What measures each, and the package that it needs.
+RIVALS = {
+    "llama.cpp": (llama_cpp, "llama-cpp-python"),
+    "onnxruntime": (onnx, "onnxruntime"),
+    "llmcompressor": (llm_compressor, "llmcompressor"),
+}
 
 
 def table() -> str:
@@ -156,11 +159,11 @@ def main() -> None:
         texts = recovery.texts(given, Path(work))
         del texts["self"]  # which is no held-out text of a rival
         where = fetch("smollm2"), texts, Path(work)
-        for package in given.by:
-            name = PACKAGES.get(package, package)
-            by = f"{name} {importlib.metadata.version(name)}"
-            for side, size, perplexities in RIVALS[package](*where):
-                sides[side] = {"bytes": size, "by": by, "provenance": provenance()}
+        for measure, package in map(RIVALS.__getitem__, given.by):
+            by = f"{package} {importlib.metadata.version(package)}"
+            facts = {"by": by, "command": pages.made_by(), "provenance": provenance()}
+            for side, size, perplexities in measure(*where):
+                sides[side] = {"bytes": size, **facts}
                 rows = [row for row in rows if row.side != side]
                 rows += [Row(side, t, "perplexity", "", v) for t, v in perplexities.items()]
     made = {"command": pages.made_by(), "provenance": provenance() | {"model": "smollm2"}}
