@@ -42,8 +42,8 @@ class Writer:
 def test_without_a_template_it_runs_freely_from_the_start_token(tiny: Path) -> None:
     tokenizer = load_tokenizer(tiny)
     writer = Writer(tokenizer)
-    ids = own_text._round(writer, tokenizer, 0)
-    assert len(ids) == own_text.ROUND * len(tokenizer("word")["input_ids"])
+    ids = own_text._round(writer, tokenizer, 0, 3)
+    assert len(ids) == 3 * len(tokenizer("word")["input_ids"])
     assert set(writer.asked) == {("<s>", False)}
 
 
@@ -51,7 +51,7 @@ def test_the_model_asks_and_answers_itself_in_the_template(tiny: Path) -> None:
     tokenizer = load_tokenizer(tiny)
     tokenizer.chat_template = CHAT
     writer = Writer(tokenizer)
-    ids = own_text._round(writer, tokenizer, 0)
+    ids = own_text._round(writer, tokenizer, 0, 2)
     assert ("<user>", True) in writer.asked
     assert ("<user>word\n<assistant>", True) in writer.asked
     assert "<user>word\n<assistant>word" in tokenizer.decode(ids)
@@ -64,6 +64,7 @@ def test_engines_continue_prompts_reproducibly(
     tiny: Path, engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(own_text, "LENGTH", 12)
+    monkeypatch.setattr(own_text, "BATCH", 1)
     prompts = [[256], [256, 70, 71]]
     with engine(tiny) as sample:
         first = sample(prompts, 3, [False, False])
@@ -90,7 +91,8 @@ def engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
     monkeypatch.setattr(own_text, "cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setattr(own_text, "LENGTH", 16)
-    monkeypatch.setattr(own_text, "ROUND", 2)
+    monkeypatch.setattr(own_text, "FIRST", 2)
+    monkeypatch.setattr(own_text, "MOST", 4)
     monkeypatch.setattr(own_text, "_engine", lambda: engine)
     return opened
 
@@ -121,22 +123,24 @@ OWN = Calibration(source="self", num_samples=8, seq_len=32, bos=False)
 @pytest.mark.parametrize(
     ("before", "read"),
     [
-        (None, 0),
-        (Calibration(source="pydoc", num_samples=8, seq_len=32), 0),
-        (OWN.model_copy(update={"seed": 1}), 0),
+        (None, 4),
+        (Calibration(source="pydoc", num_samples=8, seq_len=32), 4),
+        (OWN.model_copy(update={"seed": 1}), 4),
+        (OWN.model_copy(update={"num_samples": 2}), 4),
         (OWN, 8),
+        (OWN.model_copy(update={"seq_len": 33}), 9),
     ],
-    ids=["nothing", "other text", "another seed", "own text"],
+    ids=["nothing", "other text", "another seed", "less text", "more text", "part of a window"],
 )
-def test_recovery_trains_behind_what_pruning_read_and_is_measured_behind_that(
+def test_recovery_is_measured_behind_what_it_and_pruning_read(
     tiny: Path, text_file: Path, engines: list[Path], before: Calibration | None, read: int
 ) -> None:
     how = Recovering(text=f"{text_file}:1,self:2", held_out=("self",), seq_len=32, bos=False)
     tokenizer = load_tokenizer(tiny)
     windows = read_texts(how, before, tiny, tokenizer, 6 * 32)
-    stream = own_text.own_text(tiny, tokenizer, (read + 20) * 32, how.seed)[read * 32 :]
+    stream = own_text.own_text(tiny, tokenizer, (read + 16) * 32, how.seed)
     assert windows[TRAINING][2:].flatten().tolist() == stream[: 4 * 32]
-    assert windows["self"].flatten().tolist() == stream[4 * 32 :]
+    assert windows["self"].flatten().tolist() == stream[read * 32 :]
     assert engines == [tiny]
 
 

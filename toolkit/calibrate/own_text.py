@@ -26,8 +26,12 @@ from gblm.errors import MachineError
 from gblm.files import write_json
 
 logger = logging.getLogger(__name__)
-# Tokens of a sequence, sequences of each kind in a round.
-LENGTH, ROUND = 512, 16
+# Tokens of a sequence.
+LENGTH = 512
+# Sequences of each kind in a round: twice as many each time, for larger batches write faster.
+FIRST, MOST = 16, 64
+# Sequences that transformers writes at a time: their cache lies in memory.
+BATCH = 32
 
 
 # Continues prompts (token ids) at temperature 1 by up to LENGTH tokens, given a seed and, for each
@@ -47,7 +51,7 @@ def own_text(folder: Path, tokenizer: Any, num_tokens: int, seed: int) -> list[i
     Raises:
         MachineError: the engine that writes it failed.
     """
-    facts = json.dumps([folder.resolve().name, _weights(folder), seed, LENGTH, ROUND])
+    facts = json.dumps([folder.resolve().name, _weights(folder), seed, LENGTH, FIRST, MOST])
     kept = cache_folder() / "own-text" / hashlib.sha256(facts.encode()).hexdigest()[:16]
     found, _ = _read(kept, num_tokens)
     if len(found) >= num_tokens:
@@ -59,7 +63,8 @@ def own_text(folder: Path, tokenizer: Any, num_tokens: int, seed: int) -> list[i
             kept.mkdir(parents=True, exist_ok=True)
             with _engine()(folder) as sample:
                 while len(found) < num_tokens:
-                    text = _round(sample, tokenizer, (seed << 24) + 2 * number)
+                    count = min(FIRST << number, MOST)
+                    text = _round(sample, tokenizer, (seed << 24) + 2 * number, count)
                     write_json(kept / f"{number}.json", text)
                     found, number = found + text, number + 1
                     logger.info("round %d of that text is written", number)
@@ -75,23 +80,23 @@ def _read(kept: Path, num_tokens: int) -> tuple[list[int], int]:
     return found, number
 
 
-def _round(sample: Sampler, tokenizer: Any, seed: int) -> list[int]:
+def _round(sample: Sampler, tokenizer: Any, seed: int, count: int) -> list[int]:
     """Write free text and, with the template's own tokens, chats of one question and one answer."""
     start = tokenizer.bos_token_id
     start = tokenizer.eos_token_id if start is None else start
-    free = [[start]] * ROUND
+    free = [[start]] * count
     if tokenizer.chat_template is None:
-        return _joined(sample(free, seed, [False] * ROUND))
+        return _joined(sample(free, seed, [False] * count))
     # What the template writes before a question.
     mark = "\ue000"
     ask = _ids(tokenizer, _template(tokenizer, mark).partition(mark)[0])
-    rows = sample(free + [ask] * ROUND, seed, [False] * ROUND + [True] * ROUND)
-    questions = tokenizer.batch_decode(rows[ROUND:], skip_special_tokens=True)
+    rows = sample(free + [ask] * count, seed, [False] * count + [True] * count)
+    questions = tokenizer.batch_decode(rows[count:], skip_special_tokens=True)
     asked = [_ids(tokenizer, _template(tokenizer, question)) for question in questions]
     logger.info("free text and questions are written; now the answers")
-    answers = sample(asked, seed + 1, [True] * ROUND)
+    answers = sample(asked, seed + 1, [True] * count)
     chats = [question + answer for question, answer in zip(asked, answers, strict=True)]
-    return _joined(rows[:ROUND] + chats)
+    return _joined(rows[:count] + chats)
 
 
 def _joined(rows: Sequence[Sequence[int]]) -> list[int]:
@@ -165,20 +170,25 @@ def in_transformers(folder: Path) -> Iterator[Sampler]:
     stops = model.generation_config.eos_token_id
     stops = set(stops) if isinstance(stops, list) else {stops}
 
-    def sample(
-        prompts: Sequence[Sequence[int]], seed: int, ends: Sequence[bool]
-    ) -> list[list[int]]:
+    def batch(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         longest = max(map(len, prompts))
         pads = [longest - len(prompt) for prompt in prompts]
         ids = torch.tensor([[0] * pad + list(p) for pad, p in zip(pads, prompts, strict=True)])
         mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads])
-        torch.manual_seed(seed)
         with torch.inference_mode():
             out = model.generate(
                 input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0,
                 top_p=1.0, max_new_tokens=LENGTH, pad_token_id=0, eos_token_id=-1,
             )  # fmt: skip
-        rows = out[:, longest:].tolist()
+        found: list[list[int]] = out[:, longest:].tolist()
+        return found
+
+    def sample(
+        prompts: Sequence[Sequence[int]], seed: int, ends: Sequence[bool]
+    ) -> list[list[int]]:
+        torch.manual_seed(seed)
+        batches = [prompts[at : at + BATCH] for at in range(0, len(prompts), BATCH)]
+        rows = [row for some in batches for row in batch(some)]
         return [_until(row, stops) if end else row for row, end in zip(rows, ends, strict=True)]
 
     yield sample

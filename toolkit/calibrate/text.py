@@ -78,14 +78,13 @@ def count_windows(mix: str, num_samples: int) -> dict[str, int]:
     return counts
 
 
-def draw(text: Calibration, folder: Path, tokenizer: Any, behind: int = 0) -> Tensor:
+def draw(text: Calibration, folder: Path, tokenizer: Any) -> Tensor:
     """Draw the windows of a run.
 
     Args:
         text: says from what, how many, how long, and which.
         folder: of the dense model, which writes the source `self`.
         tokenizer: of the model.
-        behind: tokens at the beginning of the model's own text that are left out.
 
     Returns:
         [num_samples, seq_len] int64, source after source; every source has at least one window.
@@ -102,7 +101,7 @@ def draw(text: Calibration, folder: Path, tokenizer: Any, behind: int = 0) -> Te
             )
         first = data.start_tokens(tokenizer) if text.bos else []
         length = text.seq_len - len(first)
-        ids = torch.tensor(own_text(folder, tokenizer, behind + count * length, text.seed)[behind:])
+        ids = torch.tensor(own_text(folder, tokenizer, count * length, text.seed))
         start = torch.tensor(first, dtype=torch.int64).expand(count, -1)
         return torch.cat([start, ids.view(count, length)], dim=1)
 

@@ -146,8 +146,7 @@ def recover(
     joined = ranks_from_environment(device) if ranks is None else nullcontext(ranks)
     with joined as ranks, PackedReader(source) as reader:
         rename_as_in_memory(reader)
-        file = source.path / RECIPE_FILE
-        recipe = read_recipe(file) if file.exists() else {}
+        recipe = read_recipe(source.path / RECIPE_FILE)
         task = Task(reader, recipe, _dense_folder(source, recipe, dense), how, device, ranks)
         task = replace(task, how=_check(task, target, overwrite))
         work: AbstractContextManager[Any]
@@ -312,8 +311,7 @@ def _dense_folder(
 def _check(task: Task, output: Path, overwrite: bool) -> Recovering:
     """Refuse what cannot go well, and decide what is trained."""
     packed, ranks = task.packed, task.ranks
-    for file in (RECIPE_FILE, REPORT_FILE):
-        read_json(packed.folder.path / file)  # needed at the end
+    read_json(packed.folder.path / REPORT_FILE)  # needed at the end
     if task.how.batch_size < ranks.size:
         raise UsageError(f"{ranks.size} ranks cannot share {task.how.batch_size} windows a step.")
     linears = [packed.linears[name] for name in task.trained]

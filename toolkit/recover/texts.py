@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def read_texts(
 ) -> dict[str, Tensor]:
     """Draw the windows of training, and the held-out ones of each text by its name.
 
-    Of the model's own text comes first what pruning read, then training's, then the held-out one.
+    The model's own text is held out behind what pruning and training read of it.
 
     Args:
         how: names the texts.
@@ -40,15 +41,12 @@ def read_texts(
     training = Calibration(
         source=how.text, num_samples=count, seq_len=how.seq_len, seed=how.seed, bos=how.bos
     )
-    own = training.model_copy(update={"source": SELF, "num_samples": HELD_OUT_WINDOWS})
-    read = own_tokens(before, tokenizer) if before and before.seed == how.seed else 0
-    trained = read + own_tokens(training, tokenizer)
-    # First what lies furthest in the model's own text: so it is written in one go.
-    last = draw(own, folder, tokenizer, trained) if SELF in how.held_out else None
-    found = {TRAINING: draw(training, folder, tokenizer, read)}
+    # The furthest of it comes first: so it is written in one go.
+    own = _own_text_held_out(training, before, folder, tokenizer) if SELF in how.held_out else None
+    found = {TRAINING: draw(training, folder, tokenizer)}
     for source in how.held_out:
-        if last is not None and source == SELF:
-            found[SELF] = last
+        if own is not None and source == SELF:
+            found[SELF] = own
             continue
         if Path(source).name in found:
             raise UsageError(f"two held-out texts are called {Path(source).name}: rename one.")
@@ -57,3 +55,14 @@ def read_texts(
             bos=how.bos,
         )  # fmt: skip
     return found
+
+
+def _own_text_held_out(
+    training: Calibration, before: Calibration | None, folder: Path, tokenizer: Any
+) -> Tensor:
+    """Draw windows of the model's own text that neither pruning nor training reads."""
+    length = own_tokens(training.model_copy(update={"source": SELF, "num_samples": 1}), tokenizer)
+    texts = [text for text in (training, before) if text and text.seed == training.seed]
+    read = math.ceil(max(own_tokens(text, tokenizer) for text in texts) / length)
+    own = {"source": SELF, "num_samples": read + HELD_OUT_WINDOWS}
+    return draw(training.model_copy(update=own), folder, tokenizer)[read:]
