@@ -1,8 +1,8 @@
 """What pruning and rounding cost real models, and how far these come back, dense integers alike.
 
     python benchmarks/recovery.py [--model smollm2|gemma3-270m|…] [--cells "8:16 int8" …]
-        [--preset recovered] [--dense-ends 1] [--shrinkage 0.33] [--tokens 65536 …] [--seed 0]
-        [--methods alps …] [--wikitext test.txt]
+        [--preset recovered] [--dense-ends 1] [--shrinkage 0.33] [--head int8] [--methods alps …]
+        [--tokens 65536 …] [--seed 0] [--wikitext test.txt]
 
 Each cell, a pattern and a value type, prunes (`gblm prune --preset …`) and recovers (`gblm
 recover`, once for each of the `--tokens`) with one thread; "8:16@3.7bits int4" and
@@ -58,7 +58,7 @@ def record_of(model: str) -> Path:
 
 def side_name(
     pattern: str, values: str, epochs: int = 0, tokens: int = 0, *,
-    ends: int = 0, method: str = "alps", whole: bool = False,
+    head: str = "", ends: int = 0, method: str = "alps", whole: bool = False,
 ) -> str:  # fmt: skip
     """Name a row, such as "int8 8:16, alps, reconstructed, recovered on 65536 tokens"."""
     words = [f"{values} {pattern}"]
@@ -67,6 +67,7 @@ def side_name(
         spread, bits = pattern.removesuffix("bits").split("@")
         anywhere = spread == "unstructured"
         words = [f"{values} {'zeros anywhere' if anywhere else f'{spread} or dense'}, {bits} bits"]
+    words += ["int4 head"] * (head == "int4")
     words += ["GPTQ" if pattern == "dense" else method] + ["not shrunk"] * whole
     words += ["reconstructed" + (f" {epochs} times" if epochs != 1 else "")] * bool(epochs)
     return ", ".join(words + [f"recovered on {tokens} tokens"] * bool(tokens))
@@ -93,12 +94,14 @@ def measure(
     if (given.dense_ends is not None or pattern == "dense") and not budget:
         how += f" --dense-ends {given.dense_ends or 0}"
     how += "" if given.shrinkage is None else f" --shrinkage {given.shrinkage}"
+    head = given.head or "int8" * bool(limit)
+    how += f" --head {head}" * bool(head)
     first, cpu = gblm(f"prune {model} {how} --output {pruned}", limit)
     if limit:
         first["bits_per_weight"] -= 1 - parse(pattern).sparsity
     recipe = json.loads((pruned / "recipe.json").read_text())
     epochs = 0 if recipe["reconstruct"] is None else recipe["reconstruct"]["epochs"]
-    how_named = {"ends": recipe["dense_ends"], "method": method}
+    how_named = {"ends": recipe["dense_ends"], "method": method, "head": recipe["head"]}
     how_named["whole"] = (recipe["calibration"] or {}).get("shrinkage") == 0
     facts = {
         "bits_per_weight": first["bits_per_weight"], "bytes": first["bytes_packed"],
@@ -261,10 +264,10 @@ def _table(model: str, record: Record) -> str:
         cells = [_cell(record, side, text) for text in texts]
         seconds = facts.get("cpu_seconds")
         rows.append([
-            side, f"{facts['bits_per_weight']:.2f}", *cells,
+            side, f"{facts['bits_per_weight']:.2f}", f"{facts['bytes'] / 1e6:.0f}", *cells,
             "–" if seconds is None else f"{seconds / 60:.0f}",
         ])  # fmt: skip
-    header = [pages.MODELS[model], "bits/weight", *texts, "CPU minutes"]
+    header = [pages.MODELS[model], "bits/weight", "MB", *texts, "CPU minutes"]
     where = pages.origins(made(record, _shown(record)), "torch")
     return (
         f"{pages.table(header, rows)}\n\nPerplexity · KL to the dense model in nats; 16 windows of "
@@ -274,10 +277,10 @@ def _table(model: str, record: Record) -> str:
 
 
 def _shown(record: Record) -> dict[str, Any]:
-    """Give the sides that are not in `plain`, those of most bits first."""
+    """Give the sides that are not in `plain`, the largest first."""
     hidden = _plain_names(SPARSE)
     found = {side: facts for side, facts in record.sides.items() if side not in hidden}
-    return dict(sorted(found.items(), key=lambda item: -item[1]["bits_per_weight"]))
+    return dict(sorted(found.items(), key=lambda item: -item[1]["bytes"]))
 
 
 def made(record: Record, sides: Iterable[str]) -> list[Mapping[str, Any]]:
@@ -304,11 +307,11 @@ def draw(frontier: Any, curves: Any) -> None:
             curves.plot(*_curve(facts["losses"]), label=label)
         if side != DENSE:
             color, marker = "C1" if " dense, GPTQ" in side else "C0", "o" if recovered else "x"
-            point = facts["bits_per_weight"], record.value(side, text, "kl")
+            point = facts["bytes"] / 1e6, record.value(side, text, "kl")
             frontier.plot(*point, color=color, marker=marker)
     curves.set(xlabel="tokens", ylabel="KL to the dense model, nats, on the text of training")
     curves.legend(fontsize="x-small")
-    frontier.set(xlabel="bits a weight", ylabel=f"KL to the dense model, nats, on {text}")
+    frontier.set(xlabel="MB", ylabel=f"KL to the dense model, nats, on {text}")
     frontier.set_title("dense orange, sparse blue; recovered ●, not yet ×", fontsize="small")
 
 
@@ -328,6 +331,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=("fast", "recovered"), default="recovered")
     parser.add_argument("--dense-ends", type=int)
     parser.add_argument("--shrinkage", type=float)
+    parser.add_argument("--head", choices=("float", "int8", "int4"))
     parser.add_argument("--tokens", nargs="+", type=int, default=(65536,))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--wikitext", type=Path)

@@ -14,16 +14,17 @@ from safetensors.torch import load_file
 from test_families import save_family
 
 import gblm.packed
+from gblm.calibrate.text import draw
 from gblm.checkpoint.inspect import inspect, verify
 from gblm.errors import CheckpointError, PatternError
 from gblm.export.dense import export_dense
 from gblm.export.pack import export_pack
 from gblm.model.folder import ModelFolder
-from gblm.model.loading import load
+from gblm.model.loading import load, load_tokenizer
 from gblm.model.packed_reader import PackedReader
 from gblm.model.reader import Reader
 from gblm.prune import prune
-from gblm.recipe import Recipe
+from gblm.recipe import Calibration, Recipe
 from gblm.sparse import passes
 from gblm.sparse.values import parse_values, quantize
 
@@ -46,7 +47,7 @@ def magnitude(model: Path, **fields: object) -> Recipe:
 
 
 @pytest.mark.parametrize(("values", "tied"), [("int8", True), ("int8", False), ("int4", True)])
-def test_head_is_the_rounded_source_and_with_8_bits_the_embeddings_too(
+def test_head_is_the_rounded_source_and_the_embeddings_that_are_tied_to_it(
     pack_tiny: Pack, tiny: Path, tiny_untied: Path, values: str, tied: bool
 ) -> None:
     source = tiny if tied else tiny_untied
@@ -55,10 +56,11 @@ def test_head_is_the_rounded_source_and_with_8_bits_the_embeddings_too(
         Reader(ModelFolder.open(source)) as dense,
     ):
         linear = packed.linears["lm_head"]
-        assert linear.fmt.spec == f"dense/dense/{values}:64"
+        spec = f"{values}:{64 if values == 'int8' else 32}"
+        assert linear.fmt.spec == f"dense/dense/{spec}"
         weight = dense.tensor(EMBEDDINGS if tied else "lm_head.weight")
         every = torch.ones_like(weight, dtype=torch.bool)
-        want = quantize(weight, every, parse_values(f"{values}:64"))
+        want = quantize(weight, every, parse_values(spec))
         found = linear.fmt.unpack(packed.parts("lm_head"))
         assert torch.equal(found.codes, want.codes)
         assert torch.equal(found.scales, want.scales)
@@ -66,9 +68,9 @@ def test_head_is_the_rounded_source_and_with_8_bits_the_embeddings_too(
         assert packed.folder.config["tie_word_embeddings"] is False
         manifest = packed.manifest.to_config()
         assert manifest["groups"][-1] == {
-            "format": "dense", "pattern": "dense", "values": f"{values}:64", "targets": ["lm_head"]
+            "format": "dense", "pattern": "dense", "values": spec, "targets": ["lm_head"]
         }  # fmt: skip
-        if (values, tied) == ("int8", True):
+        if tied:
             assert EMBEDDINGS not in packed
             assert manifest["tied"] == {"model.embed_tokens": "lm_head"}
             loaded = gblm.packed.load(packed.folder, "reference")
@@ -114,6 +116,25 @@ def test_rounding_some_rows_at_a_time_changes_nothing(
     monkeypatch.setattr(passes, "BLOCK", 64 * 50)
     prune(magnitude(tiny, head="int4"), tmp_path / "out")
     assert content(tmp_path / "out")["model.safetensors"] == content(want)["model.safetensors"]
+
+
+def test_4_bits_are_rounded_so_that_errors_make_up_for_each_other(
+    tiny: Path, text_file: Path, tmp_path: Path
+) -> None:
+    calibration = Calibration(source=str(text_file), num_samples=8, seq_len=64)
+    how = {"pattern": "dense", "values": "int8", "head": "int4", "calibration": calibration}
+    tokenizer, dense = load_tokenizer(tiny), load(tiny)
+    ids = draw(calibration, tiny, tokenizer)
+    errors = []
+    for rounding in ("nearest", "obs"):
+        folder = tmp_path / rounding
+        prune(Recipe(model=str(tiny), method="magnitude", rounding=rounding, **how), folder)
+        model = gblm.packed.load(folder, "reference")
+        with torch.no_grad():
+            states = model.model(input_ids=ids).last_hidden_state.float()
+        head = model.get_input_embeddings().weight.float()
+        errors.append((states @ (head - dense.get_output_embeddings().weight.float()).T).norm())
+    assert errors[1] < 0.8 * errors[0]
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -181,7 +202,7 @@ def test_missing_head_is_found(pack_tiny: Pack, tmp_path: Path) -> None:
          r"embed_tokens\.weight is the packed lm_head, .* but it is stored as well"),
         (tied_as({"model.embed_tokens": "x"}), "the second must be packed, and no other"),
         (tied_as({"lm_head": "lm_head"}), "the second must be packed, and no other"),
-        (tied_as({"model.embed_tokens": "model.layers.0.mlp.up_proj"}), "dense codes of 8 bits"),
+        (tied_as({"model.embed_tokens": "model.layers.0.mlp.up_proj"}), "in dense codes"),
         (tied_as({"model.norm2": "lm_head"}), r"tensor model\.embed_tokens\.weight is missing"),
         (tied_as({}), r"tensor model\.embed_tokens\.weight is missing"),
         (tied_as(["lm_head"]), "manifest: tied: Input should be a valid dictionary"),
@@ -239,6 +260,6 @@ def test_head_on_the_command_line(gblm: Run, tiny: Path, tmp_path: Path) -> None
     done = gblm("export", "pack", tiny, *words)
     assert done.code == 0, done
     assert "int4:64" in gblm("inspect", packed).out
-    assert "output head int4:64" in done.out
+    assert "output head and embeddings int4:32" in done.out
     done = gblm("prune", tiny, "--head", "fp8", "--output", tmp_path / "no")
     assert done.code == 2

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from conftest import content
@@ -105,8 +106,8 @@ WAYS: list[dict[str, Any]] = [
      "calibration": {"order": "sequential"}},
     {"method": "sparsegpt", "dtype": "float32", "values": "int4", "layers": MIXED},
     {"method": "wanda", "pattern": "2:4", "dtype": "float32", **STEPS},
-    {"method": "wanda", "pattern": "2:4", "dtype": "float32", "values": "int4", "rounding": "obs",
-     "calibration": {"order": "sequential"}, **STEPS},
+    {"method": "wanda", "pattern": "2:4", "dtype": "float32", "values": "int4", "head": "int4",
+     "rounding": "obs", "calibration": {"order": "sequential"}, **STEPS},
 ]  # fmt: skip
 
 
@@ -119,6 +120,19 @@ def test_every_way_goes_on_in_the_same_bytes(
     recipe = Recipe.from_dict(fields | way | {"calibration": calibration})
     prune(recipe, tmp_path / "whole")
     cut_off(recipe)
+    prune(recipe, tmp_path / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_cut_off_behind_the_last_layer_the_head_is_rounded_as_before(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe.from_dict(recipe.to_dict() | WAYS[-1] | {"calibration": recipe.calibration})
+    prune(recipe, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(resume.WorkFolder, "mark_complete", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prune(recipe, tmp_path / "out")
     prune(recipe, tmp_path / "out")
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 

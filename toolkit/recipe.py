@@ -178,8 +178,8 @@ class Recipe(Fields):
     )
     head: Literal["float", "int8", "int4"] = Field(
         default="float",
-        description="How the output head is stored: as it is, or rounded to codes. A head that is "
-        "tied to the embeddings takes their place, too, with int8; with int4 they stay.",
+        description="How the output head is stored: as it is, or rounded to codes, which take the "
+        "place of embeddings that are tied to it, too. int4 has groups of 32 columns.",
     )
     rounding: Literal["nearest", "obs"] = Field(
         default="nearest",

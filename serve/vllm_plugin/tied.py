@@ -14,6 +14,7 @@ from gblm.errors import MachineError
 from gblm.serve.vllm_plugin.head import PackedHeadMethod
 from gblm.serve.vllm_plugin.linear import NoteChoice
 from gblm.sparse.formats import Format
+from gblm.sparse.formats.bits import unpack_nibbles
 from gblm.sparse.weights import dequantize_rows
 
 
@@ -45,6 +46,8 @@ class TiedEmbeddingMethod(QuantizeMethodBase):
     def embedding(self, layer: torch.nn.Module, input_: Tensor) -> Tensor:
         """Look up: ids [...] → embeddings [..., hidden]."""
         codes, scales = (layer.get_parameter(part)[input_] for part in ("values", "scales"))
+        if codes.dtype == torch.uint8:
+            codes = unpack_nibbles(codes, 2 * codes.shape[-1])
         return dequantize_rows(codes, scales, self.dtype)
 
     def apply(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor:

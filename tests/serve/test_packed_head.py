@@ -134,11 +134,13 @@ def test_panels_replace_a_weight_that_nothing_else_needs(
         assert torch.equal(owner.quant_method.embedding(owner, ids), weight.weight[:5])
 
 
-@pytest.mark.parametrize(("rank", "num_ranks"), [(0, 1), (1, 2)])
+@pytest.mark.parametrize(
+    ("values", "rank", "num_ranks"), [("int8:64", 0, 1), ("int8:64", 1, 2), ("int4:32", 0, 1)]
+)
 def test_embeddings_are_rows_of_a_head_that_is_tied_to_them(
-    rank: int, num_ranks: int, monkeypatch: pytest.MonkeyPatch
+    values: str, rank: int, num_ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fmt, weight = codes_for("dense/dense/int8:64")
+    fmt, weight = codes_for(f"dense/dense/{values}")
     embeddings, head = create_tied(fmt, monkeypatch, rank, num_ranks)
     load(head, fmt.pack("lm_head", weight))
     for layer in (embeddings, head):

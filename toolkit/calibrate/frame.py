@@ -86,6 +86,27 @@ def loss(layers: Layers, sample: Tensor, hidden: Tensor) -> Tensor:
     return value
 
 
+@torch.no_grad()
+def last_hidden(layers: Layers, hidden: Tensor) -> Tensor:
+    """Give what enters the output head, from the last decoder layer's output.
+
+    Args:
+        layers: with its frame loaded.
+        hidden: [samples, tokens, hidden].
+
+    Returns:
+        The same shape.
+    """
+
+    def stub(index: int, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden
+
+    ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+    with _stubs(layers, stub):
+        found: Tensor = layers.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return found
+
+
 @contextmanager
 def _stubs(layers: Layers, stub: Stub) -> Iterator[None]:
     """Replace the decoder layers' forward by `stub(index, hidden_states, …)`."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gblm.calibrate.activations import Activations, place, stream_bytes
 from gblm.calibrate.experts import Use, counted, lend, scarce
-from gblm.calibrate.frame import Call, capture
+from gblm.calibrate.frame import Call, capture, last_hidden
 from gblm.calibrate.ranks import ALONE, Ranks
 from gblm.calibrate.stats import Stat, accumulators, shrink_
 from gblm.calibrate.streams import Streams
@@ -131,7 +131,7 @@ class DecoderLayer:
         self.uses: dict[str, Use] = {}
         self.streams: Streams | None = None
         self.passed = not samples.calls
-        self._device, self._samples, self._how, self._ranks = layers.device, samples, how, ranks
+        self._layers, self._samples, self._how, self._ranks = layers, samples, how, ranks
         self.few: set[str] = set()
 
     @torch.no_grad()
@@ -196,6 +196,20 @@ class DecoderLayer:
                 self._samples.hidden[batch] = outputs
         self.passed = self.passed or keep
 
+    @torch.no_grad()
+    def observe_head(self) -> dict[str, Tensor]:
+        """Run this layer, the last, unless it has been, for the statistics of the head's input."""
+        if not self.passed:
+            self.run()
+        stats = accumulators(self._how.needs)
+        for batch in range(len(self._samples.calls)):
+            for one in self._states(batch).split(1):
+                inputs = last_hidden(self._layers, one)
+                for stat in stats.values():
+                    stat.update(inputs, 1)
+        join({"head": stats}, self._ranks)
+        return values("the model", {"head": stats}, self._how.shrinkage)["head"]
+
     def _show_on_the_way(self, see: See) -> set[str]:
         """Run the layer once and show each linear before it runs, but for those of experts.
 
@@ -228,7 +242,7 @@ class DecoderLayer:
 
     def _states(self, batch: int) -> Tensor:
         """Give the hidden states [samples, tokens, hidden] that enter the layer."""
-        return self._samples.hidden.get(batch, self._device)
+        return self._samples.hidden.get(batch, self._layers.device)
 
 
 class _Observation:

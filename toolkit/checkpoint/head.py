@@ -1,12 +1,11 @@
-"""The output head as codes: rounded to the nearest, in the format `dense`, as a group of its own.
+"""The output head as codes: in the format `dense`, as a group of its own.
 
-Codes of 8 bits of a head that is tied to the embeddings stand for these, too. Codes of 4 bits are a
-copy: the embeddings stay as they are, for an error in them goes through every layer.
+The codes of a head that is tied to the embeddings stand for these, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,10 @@ from gblm.sparse.formats.manifest import Group
 from gblm.sparse.passes import all_finite, row_blocks
 from gblm.sparse.patterns import Dense
 from gblm.sparse.values import parse_values, quantize
+from gblm.sparse.weights import SparseWeight
+
+# Logits feel every error of the head, so that 4 bits need more scales than in a linear.
+GROUPED = {"int4": "int4:32"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Head:
         fmt: `dense`, with integer values.
         shape: [out, in].
         dtype: of the source tensor.
+        rounding: makes codes of some rows; None rounds to the nearest.
     """
 
     name: str
@@ -41,17 +45,13 @@ class Head:
     fmt: Format
     shape: Shape
     dtype: torch.dtype
+    rounding: Callable[[Tensor], SparseWeight] | None = None
 
     @property
     def tied(self) -> dict[str, str]:
-        """Map the embeddings that it stands for to its name; none if they are stored as well."""
-        same = self.source != f"{self.name}.weight" and not self.fmt.values.in_nibbles
-        return {self.source.removesuffix(".weight"): self.name} if same else {}
-
-    @property
-    def replaces(self) -> bool:
-        """Tell whether the tensor that it is made from is not stored."""
-        return bool(self.tied) or self.source == f"{self.name}.weight"
+        """Map the embeddings that it stands for to its name; none if it has a weight of its own."""
+        embeddings = self.source.removesuffix(".weight")
+        return {} if embeddings == self.name else {embeddings: self.name}
 
     @property
     def weights(self) -> int:
@@ -65,8 +65,8 @@ class Head:
 
     @property
     def added_bytes(self) -> int:
-        """Tell by how many bytes the model grows; they are negative where the head has a weight."""
-        return self.num_bytes - self.replaces * self.weights * self.dtype.itemsize
+        """Tell by how many bytes the model grows; they are negative."""
+        return self.num_bytes - self.weights * self.dtype.itemsize
 
     @property
     def group(self) -> Group:
@@ -92,14 +92,17 @@ class Head:
         """
         pieces, zeros = list[Parts](), 0
         for rows in self._blocks(reader):
-            every = torch.ones_like(rows, dtype=torch.bool)
-            weight = quantize(rows, every, self.fmt.values, self.name)
+            weight = (self.rounding or self._to_the_nearest)(rows)
             pieces.append(self.fmt.pack(self.name, weight))
             zeros += weight.zeros
         parts = self.fmt.join(pieces)
         row = weight_row(self.name, self.fmt, self.shape, self.dtype, zeros, parts)
         row["embeddings"] = bool(self.tied)
         return {f"{self.name}.{part}": t for part, t in parts.items()}, row
+
+    def _to_the_nearest(self, rows: Tensor) -> SparseWeight:
+        every = torch.ones_like(rows, dtype=torch.bool)
+        return quantize(rows, every, self.fmt.values, self.name)
 
     def _blocks(self, reader: Reader) -> Iterator[Tensor]:
         """Give some rows at a time, for a head has up to a billion weights."""
@@ -137,7 +140,7 @@ def output_head(layers: Layers, values: str) -> Head | None:
     if len(shape) != 2 or not dtype.is_floating_point:
         raise CheckpointError(f"{source} is {list(shape)} {dtype}, no floating matrix.")
     try:
-        kind = parse_values(values).resolve(name, shape[1])
+        kind = parse_values(GROUPED.get(values, values)).resolve(name, shape[1])
     except PatternError as error:
         raise PatternError(
             f"{name}: {shape[1]} columns do not divide into groups of 32, 64 or 128. Leave the "

@@ -152,7 +152,7 @@ def write_packed(
             for name, tensor in tensors.items():
                 shards.add(name, tensor)
         head_row = _add_head(packing.head, reader, shards)
-        if packing.head is not None and packing.head.replaces:
+        if packing.head is not None:
             done.add(packing.head.source)
         for tensor_name in reader:
             if tensor_name not in done:

@@ -32,7 +32,7 @@ PLAIN = (
 )  # fmt: skip
 FAST: dict[str, Any] = {
     "method": "sparsegpt", "pattern": "8:16", "values": "int4", "budget": "3.7bits",
-    "head": "int8", "dense_ends": 1, "rounding": "obs", "calibration": MIX, "num_samples": 64,
+    "head": "int4", "dense_ends": 1, "rounding": "obs", "calibration": MIX, "num_samples": 64,
     "seq_len": 512, "order": "sequential", "shrinkage": 0.33,
 }  # fmt: skip
 # The steps follow docs/methods.md, the choice docs/results.md. What the papers did is what a recipe
@@ -255,12 +255,13 @@ def with_preset(preset: str | None = None, **options: Any) -> dict[str, Any]:
         raise click.UsageError("--dense-ends does not go with --budget, which decides that itself.")
     spread = "budget" in given or not given.keys() & {"pattern", "values", "dense_ends"}
     leave = {"dense_ends"} if spread else {"budget"}
-    # Codes alone are rounded; with a floating --values the head is left floating, too.
-    if given.get("values") == "float":
-        leave |= {"rounding", "head"}
+    # Codes alone are rounded.
+    leave |= {"rounding"} if given.get("values") == "float" else set()
     if given.get("pattern") == "dense":
         leave |= {"dense_ends"}
     own = {name: value for name, value in PRESETS[preset].items() if name not in leave}
+    if "head" in own:  # like the linears
+        own["head"] = given.get("values", own["values"]).partition(":")[0]
     return {"preset": preset} | own | given
 
 

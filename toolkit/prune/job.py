@@ -67,6 +67,12 @@ class Job:
         """Tell whether the method reads gradient norms."""
         return "grad_norm" in self.pipeline.needs
 
+    @property
+    def rounds_head(self) -> bool:
+        """Tell whether the head is rounded by the errors of its codes; 8 bits leave hardly any."""
+        by_errors = self.pipeline.rounding == "obs" and self.recipe.calibration is not None
+        return self.head is not None and self.head.fmt.values.in_nibbles and by_errors
+
     @cached_property
     def model_sha256(self) -> str:
         """Hash the model's config.json and weights; reading them all takes a while."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from gblm.calibrate.reconstruct import reconstruct
 from gblm.calibrate.walk import DecoderLayer
+from gblm.checkpoint.head import Head
 from gblm.errors import InputError
 from gblm.prune.job import Job
 from gblm.recipe import Reconstruction
@@ -66,6 +69,25 @@ def prune_layer(
         return Pruned({})
     # Not in the order of the calls: what is written should not depend on it.
     return Pruned({f"{layer.name}.{local}": weights[local] for local in chosen}, others)
+
+
+@torch.no_grad()
+def round_head(job: Job, last: DecoderLayer) -> Head:
+    """Choose how the head is rounded, by what enters it; every rank calls this, and rank 0 chooses.
+
+    Args:
+        job: has a head that is to be packed.
+        last: the last decoder layer, pruned.
+    """
+    head, stats = cast(Head, job.head), last.observe_head()
+    if not job.ranks.leads:
+        return head
+    rounding = partial(
+        job.pipeline.prune,
+        stats=job.pipeline.prepare(_on(job.layers.device, stats), head.name, dense=True),
+        pattern=Dense(), values=head.fmt.values, name=head.name,
+    )  # fmt: skip
+    return replace(head, rounding=rounding)
 
 
 class _Pruning:

@@ -19,6 +19,7 @@ from torch import Tensor
 from gblm.calibrate.ranks import Ranks, rank_device, ranks_from_environment
 from gblm.calibrate.text import check_sources, parse_mix
 from gblm.calibrate.walk import DecoderLayer
+from gblm.checkpoint.head import Head
 from gblm.checkpoint.pack import Packing, check_room, write_packed
 from gblm.checkpoint.resume import (
     GRADIENTS,
@@ -36,7 +37,7 @@ from gblm.progress import Progress, no_progress
 from gblm.provenance import computing_versions
 from gblm.prune.gradients import read_gradients, take_gradients
 from gblm.prune.job import Job, open_job
-from gblm.prune.layer import Pruned, prune_layer
+from gblm.prune.layer import Pruned, prune_layer, round_head
 from gblm.recipe import Recipe, Recovering, published
 from gblm.recover.needs import Extent, settle
 from gblm.recover.run import recover
@@ -273,7 +274,8 @@ class _Run:
         job = self.job
         with self._work() as work, self._scratch() as scratch:
             first = job.ranks.agree(len(work.finished) if work else 0)
-            if first < len(job.layers):
+            head = job.head
+            if first < len(job.layers) or job.rounds_head:
                 folder = work_path(self.output.folder) / GRADIENTS
                 take_gradients(job, folder, scratch, progress)
                 gradients = partial(read_gradients, job, folder)
@@ -281,11 +283,13 @@ class _Run:
                 for layer in job.walk(scratch):
                     if layer.index < first:
                         self._restore(layer, work)
-                        continue
-                    # No variable: it would hold this layer until the next one is pruned.
-                    self._keep(prune_layer(job, layer, gradients), work)
-                    step()
-            return self._publish(work) if work is not None else {}
+                    else:
+                        # No variable: it would hold this layer until the next one is pruned.
+                        self._keep(prune_layer(job, layer, gradients), work)
+                        step()
+                    if job.rounds_head and layer.index + 1 == len(job.layers):
+                        head = round_head(job, layer)
+            return self._publish(work, head) if work is not None else {}
 
     def _keep(self, pruned: Pruned, work: WorkFolder | None) -> None:
         """Make a pruned decoder layer durable, on rank 0."""
@@ -336,11 +340,11 @@ class _Run:
         for parameter in layer.module.parameters():
             self.job.ranks.broadcast_(parameter.data)
 
-    def _publish(self, work: WorkFolder) -> dict[str, Any]:
-        target = self.output
+    def _publish(self, work: WorkFolder, head: Head | None) -> dict[str, Any]:
+        target, packing = self.output, replace(self.packing, head=head)
         work.mark_complete(target.folder)
         pieces = ((layer.packed(), layer.rows) for layer in work.finished)
-        return write_packed(self.packing, pieces, target.folder, target.overwrite, work.path)
+        return write_packed(packing, pieces, target.folder, target.overwrite, work.path)
 
     @contextmanager
     def _work(self) -> Iterator[WorkFolder | None]:

@@ -61,10 +61,10 @@ def pack_nibbles(codes: Tensor) -> Tensor:
 
 
 def unpack_nibbles(packed: Tensor, count: int) -> Tensor:
-    """Unpack [rows, ceil(count/2)] uint8 to [rows, count] int8."""
+    """Unpack [..., ceil(count/2)] uint8 to [..., count] int8."""
     # Shifts of int8 keep the sign.
     pairs = torch.stack([(packed << 4).view(torch.int8), packed.view(torch.int8)], -1) >> 4
-    return pairs.reshape(packed.shape[0], -1)[:, :count]
+    return pairs.flatten(-2)[..., :count]
 
 
 def pack_ragged(codes: Tensor, counts: Tensor) -> Tensor:

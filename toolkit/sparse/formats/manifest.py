@@ -86,11 +86,11 @@ class Manifest(BaseModel):
                     raise CheckpointError(f"manifest: target {target[:80]!r} is no module name.")
         for embeddings, head in manifest.tied.items():
             fmt = manifest.format_of(head)
-            codes = fmt is not None and (fmt.name, fmt.values.kind) == ("dense", "int8")
+            codes = fmt is not None and fmt.name == "dense" and not fmt.values.is_float
             if not codes or manifest.format_of(embeddings) is not None:
                 raise CheckpointError(
                     f"manifest: {embeddings[:80]!r} is tied to {head[:80]!r}: of the two the "
-                    "second must be packed, and no other, in dense codes of 8 bits."
+                    "second must be packed, and no other, in dense codes."
                 )
         return manifest
 
