@@ -47,7 +47,7 @@ def main() -> None:
     # A small cache, so that memory shows the weights.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     gblm(f"fetch smollm2 --output {MODEL}")
-    gblm(f"export pack {MODEL} --pattern dense --values int4 --head int8 --output {DENSE}")
+    gblm(f"export pack {MODEL} --pattern dense --values int4 --head int4 --output {DENSE}")
     gblm(f"prune {MODEL} {PRUNE} --output {SPARSE}")
     gblm(f"inspect {SPARSE} --verify")
     texts = f"--text {pages.descriptions(RUN)} --text pydoc"

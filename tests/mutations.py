@@ -165,7 +165,8 @@ LIST: dict[str, list[tuple[str, str, str]]] = {
          "if False:"),
     ],
     "test_head.py": [
-        ("tied-stored", "return bool(self.tied) or self.source", "return self.source"),
+        ("tied-stored", "done.add(packing.head.source)", "done.add(packing.head.name)"),
+        ("head-nearest", "(self.rounding or self._to_the_nearest)", "self._to_the_nearest"),
         ("tied-expanded", "model.get_parameter(name).data = rows",
          "model.get_parameter(name).data = 0 * rows"),
     ],

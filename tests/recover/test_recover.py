@@ -47,7 +47,7 @@ def how(text_file: Path) -> Recovering:
 
 @pytest.mark.parametrize("train", ["weights", "scales"])
 @pytest.mark.parametrize(
-    ("pattern", "values", "head"), [("2:4", "float", "float"), ("0.5", "int4", "int8")]
+    ("pattern", "values", "head"), [("2:4", "float", "float"), ("0.5", "int4", "int4")]
 )
 def test_it_lowers_kl_and_keeps_every_mask(
     pack_tiny: Pack,
@@ -455,7 +455,7 @@ def test_without_a_method_the_command_prunes_and_recovers(
     assert "8:16 or dense, int4, spread to 3.7bits, on 2 samples of 32 tokens" in done.err
     assert "recovered on 1024 tokens" in done.out
     recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
-    assert (recipe["method"], recipe["values"], recipe["head"]) == ("alps", "int4:auto", "int8")
+    assert (recipe["method"], recipe["values"], recipe["head"]) == ("alps", "int4:auto", "int4")
     assert recipe["recover"]["text"] == text_file.name
     done = gblm("prune", tiny, *short, "--method", "gblm", "--output", tmp_path / "paper")
     recipe = json.loads((tmp_path / "paper" / "recipe.json").read_text())
