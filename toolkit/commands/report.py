@@ -21,13 +21,6 @@ TITLE = "Pruned models"
     type=click.Path(path_type=Path, dir_okay=False),
     help="The tables alone.",
 )
-@click.option(
-    "--layer",
-    "layers",
-    type=click.IntRange(0),
-    multiple=True,
-    help="Decoder layer whose masks are drawn. Repeatable. Default: the first that has some.",
-)
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -35,7 +28,6 @@ def command(
     runs: tuple[Path, ...],
     html: Path | None,
     markdown: Path | None,
-    layers: tuple[int, ...],
 ) -> None:
     """Show RUNS, which are record files (--output of bench and eval) and packed folders.
 
@@ -48,7 +40,7 @@ def command(
     from gblm.report.page import markdown as in_markdown
     from gblm.report.sources import read_sources
 
-    sources = read_sources(runs, sorted(set(layers)))
+    sources = read_sources(runs)
     written = []
     for path, make in ((html, in_html), (markdown, in_markdown)):
         if path is not None:

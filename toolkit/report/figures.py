@@ -13,9 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from markupsafe import Markup
-from torch import Tensor
 
 from gblm.errors import MachineError
 from gblm.record import Ratio, Record
@@ -32,8 +30,6 @@ STYLE = {
 WIDTH = 5.2
 # A name longer than this is cut in a picture; tables have it whole.
 LONGEST = 34
-# Of a mask's picture: at most so many cells down and across.
-CELLS = (72, 96)
 QUALITY, TIME = "perplexity", "tpot_ms_p50"
 
 
@@ -188,7 +184,9 @@ def _sparsity(folder: Folder, low: float, high: float) -> Figure:
 
     def paint(canvas: Any) -> None:
         axes = canvas.subplots()
-        image = _cells(axes, values, low, high)
+        axes.grid(visible=False)
+        image = axes.imshow(values, cmap="Blues", vmin=low, vmax=high, aspect="auto",
+                            interpolation="none")  # fmt: skip
         axes.set_yticks(range(len(parts)), [part.rpartition(".")[2] for part in parts])
         every = max(1, math.ceil(len(depth) / 12))
         axes.set_xticks(range(0, len(depth), every), depth[::every])
@@ -199,41 +197,6 @@ def _sparsity(folder: Folder, low: float, high: float) -> Figure:
     return draw(f"Sparsity, {folder.name}", note, 0.9 + 0.22 * len(parts), paint)
 
 
-def masks(folders: Sequence[Folder]) -> Iterator[Figure]:
-    """Draw each folder's masks, linear by linear on one scale."""
-    for place in dict.fromkeys(place for folder in folders for place in folder.masks):
-        own = {folder.name: folder.masks[place] for folder in folders if place in folder.masks}
-        cells = torch.cat([downsample(mask).flatten() for mask in own.values()])
-        # All but the rarest cells.
-        low, high = (float(torch.quantile(cells, share)) for share in (0.02, 0.98))
-        for name, mask in own.items():
-            yield _mask(f"Layer {place[1]}, {place[0]}, {name}", mask, *_scale(low, high))
-
-
-def _mask(title: str, mask: Tensor, low: float, high: float) -> Figure:
-    """Draw a mask [out, in] bool from above, the kept share of its columns over it."""
-    rows, columns = mask.shape
-    tall = min(4.0, max(1.2, 4.4 * rows / columns))
-
-    def paint(canvas: Any) -> None:
-        top, axes = canvas.subplots(2, 1, sharex=True, height_ratios=(0.6, tall))
-        kept = mask.float().mean(dim=0)
-        top.fill_between(range(columns), kept, step="mid", color=COLOURS[0], linewidth=0)
-        top.set(ylim=(0, 1), ylabel="kept")
-        _cells(axes, downsample(mask), low, high, extent=(-0.5, columns - 0.5, rows - 0.5, -0.5))
-        axes.set(xlabel="column", ylabel="row")
-
-    note = f"white {low:.0%} kept or less, blue {high:.0%} or more"
-    return draw(title, note, 1.4 + tall, paint)
-
-
-def downsample(mask: Tensor) -> Tensor:
-    """Average a mask [out, in] to kept shares [at most CELLS] float32."""
-    size = (min(mask.shape[0], CELLS[0]), min(mask.shape[1], CELLS[1]))
-    pooled: Tensor = torch.nn.functional.adaptive_avg_pool2d(mask.float()[None, None], size)
-    return pooled[0, 0]
-
-
 def short(name: str) -> str:
     """Cut a name to what fits a picture."""
     return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
@@ -242,13 +205,6 @@ def short(name: str) -> str:
 def _scale(low: float, high: float) -> tuple[float, float]:
     """Give limits of colours; where all is the same they are those of any share."""
     return (low, high) if high > low else (0.0, 1.0)
-
-
-def _cells(axes: Any, values: Any, low: float, high: float, **more: Any) -> Any:
-    """Draw a table as colours; NaN leaves a gap."""
-    axes.grid(visible=False)
-    return axes.imshow(values, cmap="Blues", vmin=low, vmax=high, aspect="auto",
-                       interpolation="none", **more)  # fmt: skip
 
 
 def _look(index: int) -> dict[str, str]:

@@ -39,7 +39,6 @@ def html(sources: Sources, title: str) -> str:
         ],
         folders=[folder.table for folder in sources.folders],
         sparsities=list(figures.sparsities(sources.folders)),
-        masks=list(figures.masks(sources.folders)),
         environments=list(sources.environments()),
     ) + "\n"  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What a report is made of: records, and facts, sparsities and masks of folders."""
+"""What a report is made of: records, and facts and sparsities of packed folders."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from gblm.checkpoint.inspect import inspect
 from gblm.errors import InputError
@@ -25,15 +23,13 @@ GROUPED = ("pattern", "dtype", "linears", "weights", "sparsity", "bits_per_weigh
 class Folder:
     """A folder is a packed model; the command makes it again, None if it does not say.
 
-    Sparsities go by part of a decoder layer and its index, such as ("self_attn.q_proj", 0); so do
-    the masks [out, in] bool of the layers that are asked for.
+    Sparsities go by part of a decoder layer and its index, such as ("self_attn.q_proj", 0).
     """
 
     name: str
     table: Table
     command: str | None = None
     sparsity: dict[tuple[str, int], float] = field(default_factory=dict)
-    masks: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -76,12 +72,11 @@ class Sources:
             yield Table(", ".join(files), "", ("", ""), rows)
 
 
-def read_sources(paths: Sequence[Path], layers: Sequence[int]) -> Sources:
+def read_sources(paths: Sequence[Path]) -> Sources:
     """Read records and packed folders.
 
     Args:
         paths: JSON files and folders.
-        layers: decoder layers whose masks are shown; each folder's first if empty.
 
     Raises:
         InputError: one is neither, is damaged, or was written by another version.
@@ -91,7 +86,7 @@ def read_sources(paths: Sequence[Path], layers: Sequence[int]) -> Sources:
         if not path.is_dir():
             found.records.append((path.name, Record.read(path)))
             continue
-        folder = read_folder(path, layers)
+        folder = read_folder(path)
         if any(folder.name == other.name for other in found.folders):
             raise InputError(
                 f"{path}: two folders are called {folder.name!r}; rename one of them, as names "
@@ -101,27 +96,23 @@ def read_sources(paths: Sequence[Path], layers: Sequence[int]) -> Sources:
     return found
 
 
-def read_folder(folder: Path, layers: Sequence[int]) -> Folder:
+def read_folder(folder: Path) -> Folder:
     """Read one folder.
 
     Args:
         folder: as `gblm prune` or `gblm export pack` writes it.
-        layers: decoder layers whose masks are kept; the first if empty.
 
     Raises:
-        InputError: it is none, is damaged, or has no such layer.
+        InputError: it is none, or is damaged.
     """
     opened = ModelFolder.open(folder)
     if opened.kind != "packed":
         raise InputError(
-            f"{folder}: is no packed folder, so there are no masks to show; give folders that "
+            f"{folder}: is no packed folder; give folders that "
             "`gblm prune` or `gblm export pack` wrote, and record files."
         )
     sparsity: dict[tuple[str, int], float] = {}
-    masks: dict[tuple[str, int], Tensor] = {}
     with PackedReader(opened) as packed:
-        known = sorted({place[1] for place in map(_place, packed.linears) if place})
-        drawn = layers or known[:1]
         for linear in packed.linears.values():
             place = _place(linear.name)
             if place is None:
@@ -131,19 +122,11 @@ def read_folder(folder: Path, layers: Sequence[int]) -> Folder:
             linear.fmt.validate(linear.name, parts, linear.shape)
             mask = linear.fmt.mask(parts)
             sparsity[place] = 1 - int(mask.sum()) / mask.numel()
-            if place[1] in drawn:
-                masks[place] = mask
-    missing = sorted(set(layers) - set(known))
-    if missing:
-        choices = f"{known[0]} to {known[-1]}" if known else "nothing"
-        raise InputError(
-            f"{folder}: there is no packed linear in layer {missing[0]}; --layer takes {choices}."
-        )
     name, recipe = folder.resolve().name, folder / RECIPE_FILE
     made = read_json(recipe) if recipe.exists() else {}
     command = f"gblm prune MODEL --recipe {name}/{RECIPE_FILE} --output {name}" if made else None
     table = _table(name, inspect(opened), made.get("method"))
-    return Folder(name, table, command, sparsity, masks)
+    return Folder(name, table, command, sparsity)
 
 
 def _table(name: str, facts: dict[str, Any], method: object) -> Table:
