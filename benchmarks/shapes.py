@@ -53,7 +53,7 @@ def model_folder(root: Path, name: str) -> Path:
     return folder if (folder := root / name).exists() else split(fetch("smollm2"), folder)
 
 
-def make_packed(model: Path, pattern: str, values: str, head: str, folder: Path) -> None:
+def make_packed(model: Path, pattern: str, values: str, folder: Path) -> None:
     """Pack a model, its zeros chosen by magnitude: speed and size do not depend on the method.
 
     A pattern such as "3.5bits" is a budget that is spread over 8:16 and dense linears.
@@ -63,7 +63,7 @@ def make_packed(model: Path, pattern: str, values: str, head: str, folder: Path)
         command, words = "export pack", "--pattern dense"
     elif pattern.endswith("bits"):
         words = f"--preset fast --budget {pattern} --pattern 8:16"
-    gblm(f"{command} '{model}' {words} --values {values} --head {head} --output '{folder}'")
+    gblm(f"{command} '{model}' {words} --values {values} --head {values} --output '{folder}'")
 
 
 def shape_folder(root: Path, size: str) -> Path:
