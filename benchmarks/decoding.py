@@ -34,7 +34,7 @@ from gblm.kernels import native
 from gblm.model.folder import ModelFolder
 from gblm.record import Record
 
-SHAPES = ("smollm2", "tinyllama", "olmoe", "olmoe7b")
+SHAPES = ("smollm2", "gemma3-270m", "tinyllama", "olmoe", "olmoe7b")
 BASELINE = "dense bf16 (vLLM)"
 LLAMA_CPP = {"float": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 # vLLM's own integers. On CPUs with AMX its W4A16 rounds activations, too (VLLM_CPU_INT4_W4A8).
@@ -127,13 +127,17 @@ def bits_per_weight(folder: Path) -> float:
 
 def table() -> str:
     """Give one table for each record that there is."""
-    paths = [p for shape in SHAPES for p in sorted(pages.RESULTS.glob(f"decoding-{shape}-*.json"))]
-    return "\n\n".join(_table(path.stem, Record.read(path)) for path in paths)
+    paths = {shape: sorted(pages.RESULTS.glob(f"decoding-{shape}-*.json")) for shape in SHAPES}
+    return "\n\n".join(
+        _table(shape, path.stem.removeprefix(f"decoding-{shape}-"), Record.read(path))
+        for shape, found in paths.items()
+        for path in found
+    )
 
 
-def _table(name: str, record: Record) -> str:
+def _table(shape: str, machine: str, record: Record) -> str:
     """Divide the medians by those of vLLM's bf16 and of our dense control in the same rounds."""
-    _, shape, threads, *isa = name.split("-")
+    threads, *isa = machine.split("-")
     others = "× vLLM bf16, × dense" if BASELINE in record.sides else "× dense"
     header = [
         ", ".join([pages.MODELS[shape], pages.counted(int(threads), "thread"), *isa]),

@@ -118,11 +118,12 @@ def test_rounding_some_rows_at_a_time_changes_nothing(
     assert content(tmp_path / "out")["model.safetensors"] == content(want)["model.safetensors"]
 
 
+@pytest.mark.parametrize("values", ["int8", "float"])
 def test_4_bits_are_rounded_so_that_errors_make_up_for_each_other(
-    tiny: Path, text_file: Path, tmp_path: Path
+    tiny: Path, text_file: Path, tmp_path: Path, values: str
 ) -> None:
     calibration = Calibration(source=str(text_file), num_samples=8, seq_len=64)
-    how = {"pattern": "dense", "values": "int8", "head": "int4", "calibration": calibration}
+    how = {"pattern": "2:4", "values": values, "head": "int4", "calibration": calibration}
     tokenizer, dense = load_tokenizer(tiny), load(tiny)
     ids = draw(calibration, tiny, tokenizer)
     errors = []

@@ -209,7 +209,7 @@ class Recipe(Fields):
 
     @model_validator(mode="after")
     def _steps_fit(self) -> Recipe:
-        kinds = {self.values, *(choice.values or self.values for choice in self.layers)}
+        kinds = {self.values, *(choice.values or self.values for choice in self.layers), self.head}
         if self.rounding != "nearest" and kinds == {"float"}:
             raise ValueError(
                 f"rounding {self.rounding} goes with codes: give values int8 or int4, or leave "
