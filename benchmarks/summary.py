@@ -19,11 +19,15 @@ TOKENS = 65536
 ROWS = (
     ("dense bf16 (vLLM)", BASELINE, DENSE),
     ("dense int8, GPTQ", row_name("dense", "int8"), side_name("dense", "int8")),
-    ("dense int4, recovered", row_name("dense", "int4"), side_name("dense", "int4", 1, TOKENS)),
+    (
+        "dense int4, recovered",
+        row_name("dense", "int4"),
+        side_name("dense", "int4", 1, TOKENS, head="int4"),
+    ),
     (
         "int4 8:16 or dense, 3.7 bits, recovered: `gblm prune`",
         row_name("3.7bits", "int4"),
-        side_name("8:16@3.7bits", "int4", 1, TOKENS),
+        side_name("8:16@3.7bits", "int4", 1, TOKENS, head="int4"),
     ),
 )
 # Sides of the rivals, which are rows of the speeds.
@@ -54,8 +58,9 @@ def table() -> str:
         f"{pages.table(header, rows)}\n\nPerplexity of three texts, 16 windows × 256 tokens: of "
         "*descriptions* and WikiText-2 no step has seen anything, of pydoc another part. vLLM on "
         f"CPU, compiled, one thread, {decoding.num_rounds(speed)} interleaved rounds; the first "
-        "ratio is to bf16, the second to the dense integers of the same value type. Heads have 8 "
-        "bits, and are the embeddings, too. "
+        "ratio is to bf16, the second to the dense integers of the same value type. Heads have the "
+        f"values of the linears, those of the speeds {decoding.heads(speed)}; they are the "
+        "embeddings, too. "
         f"{pages.origins(made, 'torch')}"
     )
 
