@@ -32,8 +32,8 @@ PLAIN = (
 )  # fmt: skip
 FAST: dict[str, Any] = {
     "method": "sparsegpt", "pattern": "8:16", "values": "int4", "budget": "3.7bits",
-    "head": "int4", "dense_ends": 1, "rounding": "obs", "calibration": MIX, "num_samples": 64,
-    "seq_len": 512, "order": "sequential", "shrinkage": 0.33,
+    "dense_ends": 1, "rounding": "obs", "calibration": MIX, "num_samples": 64, "seq_len": 512,
+    "order": "sequential", "shrinkage": 0.33,
 }  # fmt: skip
 # The steps follow docs/methods.md, the choice docs/results.md. What the papers did is what a recipe
 # says of itself.
@@ -260,7 +260,7 @@ def with_preset(preset: str | None = None, **options: Any) -> dict[str, Any]:
     if given.get("pattern") == "dense":
         leave |= {"dense_ends"}
     own = {name: value for name, value in PRESETS[preset].items() if name not in leave}
-    if "head" in own:  # like the linears
+    if "values" in own:  # the head has those of the linears
         own["head"] = given.get("values", own["values"]).partition(":")[0]
     return {"preset": preset} | own | given
 

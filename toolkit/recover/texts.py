@@ -41,7 +41,7 @@ def read_texts(
     training = Calibration(
         source=how.text, num_samples=count, seq_len=how.seq_len, seed=how.seed, bos=how.bos
     )
-    # The furthest of it comes first: so it is written in one go.
+    # What lies furthest in the model's own text comes first: so it is written in one go.
     own = _own_text_held_out(training, before, folder, tokenizer) if SELF in how.held_out else None
     found = {TRAINING: draw(training, folder, tokenizer)}
     for source in how.held_out:
