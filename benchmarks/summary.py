@@ -84,7 +84,7 @@ def larger() -> str:
 
 
 def figure() -> str:
-    """Draw what SmolLM2 loses for its bytes and for its time, and recoveries over tokens, as SVG."""
+    """Draw what SmolLM2 loses for its bytes and its time, and recoveries over tokens, as SVG."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
