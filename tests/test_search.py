@@ -377,4 +377,4 @@ def test_an_output_in_the_way_is_refused_before_a_budget_is_spread(
     done = gblm("prune", tiny, "--calibration", text_file, *TEXT, "--output", "out")
     assert done.code == 4, done
     assert "exists; choose another name" in done.err
-    assert "predicted to take" not in done.err
+    assert "bits per weight" not in done.err

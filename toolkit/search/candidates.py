@@ -129,10 +129,7 @@ def best(
 ) -> Recipe:
     """Give the recipe of the candidate with the least predicted loss; see `answer`."""
     row = answer(recipe, budget, space, progress)["rows"][0]
-    logger.info(
-        "%s: %s, %.2f bits per weight, predicted to take perplexity %.2f times as high",
-        budget, row["what"], row["bits_per_weight"], row["ratio"],
-    )  # fmt: skip
+    logger.info("%s: %s, %.2f bits per weight", budget, row["what"], row["bits_per_weight"])
     return Recipe.from_dict(row["recipe"])
 
 
