@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import Outcome
+from test_families import save_family
 
 from gblm.errors import GblmError
 from gblm.prune import Output, dry_run, prune
@@ -135,3 +136,15 @@ def test_the_default_is_said_before_it_starts(
     done = gblm("prune", tiny, *text, *words, "--output", "out", "--dry-run")
     assert done.code == 0, done
     assert f"preset {says}" in done.err
+
+
+def test_presets_pack_no_head_that_vllm_could_not_serve(
+    gblm: Run, text_file: Path, tmp_path: Path
+) -> None:
+    text = ["--calibration", text_file, "--num-samples", 4, "--seq-len", 32]
+    heads = {}
+    for family in ("gemma2", "gemma3 text"):
+        model = save_family(family, tmp_path / family)
+        words = [*text, "--pattern", "dense", "--output", "out", "--dry-run", "--json"]
+        heads[family] = json.loads(gblm("prune", model, *words).out)["head"]
+    assert heads == {"gemma2": "float", "gemma3 text": "int4:32"}

@@ -262,7 +262,20 @@ def with_preset(preset: str | None = None, **options: Any) -> dict[str, Any]:
     own = {name: value for name, value in PRESETS[preset].items() if name not in leave}
     if "values" in own:  # the head has those of the linears
         own["head"] = given.get("values", own["values"]).partition(":")[0]
+        if _without_head(given.get("model")):
+            own["head"] = "float"
     return {"preset": preset} | own | given
+
+
+def _without_head(model: str | None) -> bool:
+    """Tell whether vLLM could not serve the model with a packed output head, and log that."""
+    from gblm.model.folder import ModelFolder
+    from gblm.serve.vllm_cli import WITHOUT_HEAD
+
+    kind = model and ModelFolder.open(model).text_config.get("model_type")
+    if kind in WITHOUT_HEAD:
+        logger.info("head float: vLLM's %s has no place for a packed one", kind)
+    return kind in WITHOUT_HEAD
 
 
 def _in_words(
