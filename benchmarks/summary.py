@@ -58,8 +58,8 @@ def table() -> str:
         f"{pages.table(header, rows)}\n\nPerplexity of three texts, 16 windows × 256 tokens: of "
         "*descriptions* and WikiText-2 no step has seen anything, of pydoc another part. vLLM on "
         f"CPU, compiled, one thread, {decoding.num_rounds(speed)} interleaved rounds; the first "
-        "ratio is to bf16, the second to the dense integers of the same value type. The head, which "
-        "is the embeddings, too, is rounded like the linears in MB and perplexities, and is "
+        "ratio is to bf16, the second to the dense integers of the same value type. The head, "
+        "which is the embeddings, too, is rounded like the linears in MB and perplexities, and is "
         f"{decoding.heads(speed)} in the speeds. "
         f"{pages.origins(made, 'torch')}"
     )

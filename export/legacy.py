@@ -102,10 +102,6 @@ def export_legacy(
 def packable(reader: LegacyReader, linears: tuple[str, ...]) -> list[str]:
     """List the linears that are stored sparse and have columns that our formats can hold.
 
-    Args:
-        reader: of the folder.
-        linears: of the decoder layers, by full name.
-
     Raises:
         InputError: there are none.
     """

@@ -68,10 +68,6 @@ class Server:
 def check_access(server: Server, environment: Mapping[str, str]) -> None:
     """Refuse a server that strangers could use; say what a key leaves open.
 
-    Args:
-        server: where it is to listen, and vLLM's options.
-        environment: of vLLM.
-
     Raises:
         InputError: the file with the key cannot be read.
         UsageError: other machines would get in without a key, or past it, though the user does not

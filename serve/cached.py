@@ -20,7 +20,7 @@ from gblm.checkpoint.write import folder_bytes, side_files
 from gblm.export.legacy import export_legacy
 from gblm.export.pack import export_pack
 from gblm.files import sha256
-from gblm.model.folder import ModelFolder, legacy_format, model_name
+from gblm.model.folder import ModelFolder, model_name
 from gblm.model.reader import Reader
 from gblm.progress import Progress, no_progress
 from gblm.provenance import computing_versions
@@ -44,7 +44,7 @@ def folder_to_serve(
             cache then holds nothing new.
     """
     source = ModelFolder.open(model)
-    if is_legacy(source.config):
+    if is_legacy(source):
         return _made(
             model, source, "converted", lambda out: export_legacy(source, out, False, progress)
         )
@@ -56,15 +56,14 @@ def folder_to_serve(
     return source.path
 
 
-def is_legacy(config: dict[str, Any]) -> bool:
-    """Tell whether compressed-tensors wrote a config.json that vLLM refuses and gblm converts.
+def is_legacy(folder: ModelFolder) -> bool:
+    """Tell whether compressed-tensors wrote a folder that vLLM refuses and gblm converts.
 
     vLLM serves plain weights beside a `sparsity_config`, unless that names targets.
     """
-    name = legacy_format(config)
-    return name is not None and (
-        name != "dense" or bool(config["quantization_config"]["sparsity_config"].get("targets"))
-    )
+    if folder.legacy_format != "dense":
+        return folder.legacy_format is not None
+    return bool(folder.config["quantization_config"]["sparsity_config"].get("targets"))
 
 
 def _made(model: str | Path, source: ModelFolder, title: str, make: Callable[[Path], Any]) -> Path:

@@ -58,10 +58,6 @@ class Guard:
     def __init__(self, app: App, environment: Mapping[str, str] = os.environ) -> None:
         """Read the settings.
 
-        Args:
-            app: what is guarded.
-            environment: with the variables of `settings`.
-
         Raises:
             ValueError: there is a variable for keys, but something else than digests in it, or no
                 size.

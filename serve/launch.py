@@ -46,12 +46,7 @@ SAMPLED_ROWS, SAMPLED_TENSORS = 64, 8
 
 
 def command(server: Server, loading: Sequence[str] = ()) -> list[str]:
-    """Write the command line that starts vLLM, whose own options come last and win.
-
-    Args:
-        server: what to serve.
-        loading: see `loading_options`.
-    """
+    """Write the command line that starts vLLM, whose own options come last and win."""
     return [
         sys.executable, "-m", "gblm.serve.supervise", "serve", str(server.folder),
         "--host", server.host,

@@ -66,10 +66,6 @@ def check_version() -> None:
 def check_packed(config: dict[str, Any], manifest: Manifest) -> None:
     """Refuse packed weights that vLLM has no place for, or changes at load.
 
-    Args:
-        config: of the model, as in config.json.
-        manifest: of its packed weights.
-
     Raises:
         InputError: vLLM's architecture multiplies with the embeddings, or reorders rows.
     """

@@ -63,10 +63,6 @@ class SparseLinear(nn.Module):
     def check(self, name: str, dtype: torch.dtype | None) -> None:
         """Check the loaded parts.
 
-        Args:
-            name: of the module, for messages.
-            dtype: as `prepare` takes it.
-
         Raises:
             CheckpointError: they are no weight of this format, or leave the range of the dtype.
         """

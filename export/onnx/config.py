@@ -24,9 +24,6 @@ WAY_OUT = "`gblm serve` and `gblm export dense` take it"
 def graph_config(folder: ModelFolder) -> dict[str, Any]:
     """Write a config.json that transformers reads as before, and the builder rightly.
 
-    Args:
-        folder: the model, dense or packed.
-
     Raises:
         InputError: the builder makes no graph, or a wrong one, of such a model.
     """

@@ -205,12 +205,6 @@ def build(source: Path, output: Path, precision: str, target: str) -> None:
     The builder prints, changes the working environment and leaks memory, so it runs in a process of
     its own. It fetches nothing.
 
-    Args:
-        source: the folder.
-        output: a folder for the graph, genai_config.json and the tokenizer.
-        precision: as the builder names it.
-        target: cpu or cuda.
-
     Raises:
         InputError: the builder does not know the model.
     """

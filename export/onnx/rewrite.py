@@ -213,10 +213,6 @@ def _transposed(weight: ir.Value) -> Tensor:
 def linears_behind(weights: Sequence[str], known: Callable[[str], bool]) -> tuple[str, ...]:
     """Name a checkpoint's linears behind weights of a graph, in the order of their rows.
 
-    Args:
-        weights: names of initializers that are to be one weight.
-        known: whether the checkpoint has a linear of that name.
-
     Returns:
         Names; none when a weight is no linear's.
     """

@@ -177,9 +177,13 @@ def quantization(fixture: str) -> dict[str, Any]:
     return config["quantization_config"]
 
 
+def declaring(fields: dict[str, Any] | None) -> ModelFolder:
+    return ModelFolder(Path(), {"quantization_config": fields})
+
+
 def test_only_what_vllm_refuses_is_converted() -> None:
     for fixture in CONVERTED:
-        assert is_legacy({"quantization_config": quantization(fixture)})
+        assert is_legacy(declaring(quantization(fixture)))
     sparse = quantization("bitmask")
     plain = sparse["sparsity_config"] | {"format": "dense", "targets": []}
     for fields in (
@@ -190,10 +194,10 @@ def test_only_what_vllm_refuses_is_converted() -> None:
         sparse | {"sparsity_config": {}},
         sparse | {"sparsity_config": plain},
     ):
-        assert not is_legacy({"quantization_config": fields})
+        assert not is_legacy(declaring(fields))
     for name in ("os:system", "../x", "__import__('os')", "", None, 7, ["marlin-24"]):
         config = sparse | {"sparsity_config": sparse["sparsity_config"] | {"format": name}}
-        assert not is_legacy({"quantization_config": config})
+        assert not is_legacy(declaring(config))
 
 
 @pytest.mark.vllm

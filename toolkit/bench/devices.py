@@ -66,9 +66,6 @@ class Device:
 def cpu(threads: int) -> Iterator[Device]:
     """Set PyTorch's threads for the block, and set them back.
 
-    Args:
-        threads: of PyTorch.
-
     Raises:
         UsageError: there are not so many cores.
         MachineError: the kernels are not built.

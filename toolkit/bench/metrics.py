@@ -62,11 +62,6 @@ class Target:
     def of(cls, name: str, url: str, key_file: Path | None = None) -> Target:
         """Check a server's address, and read its key.
 
-        Args:
-            name: A or B.
-            url: of the server, or of its metrics.
-            key_file: holds the API key.
-
         Raises:
             UsageError: this is not an http or https address, or it has more than host and path.
             InputError: the file holds no key.

@@ -42,12 +42,6 @@ Sampler = Callable[[Sequence[Sequence[int]], int, Sequence[bool]], list[list[int
 def own_text(folder: Path, tokenizer: Any, num_tokens: int, seed: int) -> list[int]:
     """Return the first `num_tokens` token ids of the endless text that the model writes.
 
-    Args:
-        folder: of the dense model.
-        tokenizer: of the model.
-        num_tokens: how many are wanted.
-        seed: of the draw.
-
     Raises:
         MachineError: the engine that writes it failed.
     """

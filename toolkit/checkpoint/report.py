@@ -135,13 +135,7 @@ checks `MANIFEST.json`. This is `recipe.json`, which `gblm prune --recipe` repea
 
 
 def model_card(recipe: dict[str, Any], report: dict[str, Any], licence: dict[str, Any]) -> str:
-    """Write the model card: Markdown with a metadata header for model hubs.
-
-    Args:
-        recipe: as it is published.
-        report: see `summary`.
-        licence: of the dense model, see `licence_of`.
-    """
+    """Write the model card: Markdown with a metadata header for model hubs."""
     facts = ModelCardData(
         base_model=recipe["model"] if HUB_NAME.fullmatch(recipe["model"]) else None,
         base_model_relation="quantized",

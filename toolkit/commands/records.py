@@ -23,12 +23,6 @@ def hand_out(
 ) -> None:
     """Write a record where it is wanted, show it, and end with 5 where figures are missing.
 
-    Args:
-        ctx: of the command.
-        record: what was measured.
-        output: file to write.
-        metrics: to be shown; all if empty.
-
     Raises:
         GateError: the record is not valid.
     """

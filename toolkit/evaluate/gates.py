@@ -111,11 +111,6 @@ def parse_gate(text: str) -> Gate:
 def check_gates(gates: Sequence[Gate], texts: Sequence[str], tasks: Sequence[str]) -> None:
     """Refuse gates on what will not be measured, before anything is.
 
-    Args:
-        gates: parsed.
-        texts: names of those that will be measured.
-        tasks: names of those that will be run.
-
     Raises:
         UsageError: the text or the task is missing.
     """

@@ -147,12 +147,6 @@ def run_tasks(
 ) -> list[Row]:
     """Run the tasks on each side, on the same examples.
 
-    Args:
-        tasks: what is asked.
-        sides: models by name.
-        tokenizer: of all of them.
-        max_length: tokens that fit.
-
     Raises:
         UsageError: the engine of a side cannot do it.
         InputError: the harness could not load or run a task.

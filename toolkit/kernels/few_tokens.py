@@ -26,6 +26,7 @@ class FewTokens(Backend):
     packed = True
     needs = "cuda"
     max_tokens: ClassVar[int]
+    max_columns: ClassVar[int]
 
     def refuses(
         self, fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device
@@ -37,9 +38,14 @@ class FewTokens(Backend):
     def refuses_device(self, device: torch.device) -> str | None:
         """Say why a device cannot run the kernels, for people; None when it can."""
 
-    @abstractmethod
     def refuses_weight(self, fmt: Format, shape: Shape, dtype: torch.dtype) -> str | None:
         """Say why a weight cannot be served on any device, for people; None when it can."""
+        if fmt.name == "dense":
+            return "a dense weight has no zeros to leave out"
+        if reason := dtype_refusal(dtype):
+            return reason
+        too_many = shape[1] > self.max_columns
+        return f"{shape[1]} columns are more than {self.max_columns}" if too_many else None
 
     def linear(self, x: Tensor, prepared: Sequence[Tensor], fmt: Format, shape: Shape) -> Tensor:
         """Multiply on the current stream, without waiting for the device."""
@@ -82,19 +88,3 @@ def dtype_refusal(dtype: torch.dtype) -> str | None:
     if dtype in DTYPES:
         return None
     return f"activations must be bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
-
-
-def weight_refusal(fmt: Format, shape: Shape, dtype: torch.dtype, most: int) -> str | None:
-    """Say why kernels for any mask cannot serve a weight, for people; None when they can.
-
-    Args:
-        fmt: the weight's format.
-        shape: the weight's [out, in].
-        dtype: the activations' dtype.
-        most: the largest number of columns that the kernels take.
-    """
-    if fmt.name == "dense":
-        return "a dense weight has no zeros to leave out"
-    if reason := dtype_refusal(dtype):
-        return reason
-    return f"{shape[1]} columns are more than {most}" if shape[1] > most else None

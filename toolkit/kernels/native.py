@@ -104,10 +104,6 @@ def compiler() -> str:
 def prepare(source: Source, name: str = "weight") -> Tensor:
     """Turn a weight into panels.
 
-    Args:
-        source: the weight; its tensors are on CPU.
-        name: what messages call the linear.
-
     Returns:
         [bytes] uint8, in huge pages where the system has them.
 

@@ -38,10 +38,6 @@ class Method(ABC):
     def prepare(self, stats: Stats, name: str = "") -> Stats:
         """Derive what several linears with the same input share; called once per input.
 
-        Args:
-            stats: the statistics named in `needs`; not changed.
-            name: of the first of these linears, for messages.
-
         Returns:
             What `prune` reads; by default the statistics as they are.
         """

@@ -62,7 +62,7 @@ def round_obs(
 
     GPTQ (https://arxiv.org/abs/2210.17323) with columns in their order, whose error includes what
     the mask drops, and scales of the least squared error, weighed by what an error costs. A group's
-    scale and zero point are fitted when the sweep reaches it; those of a whole row, before it.
+    scale is fitted when the sweep reaches it; that of a whole row, before it.
 
     Args:
         weight: [out, in] floating point; before pruning, so that its error can be made up for.
@@ -72,7 +72,7 @@ def round_obs(
         name: of the linear, for messages.
 
     Returns:
-        The mask, codes, scales, zero points, and as `weight` what they stand for, in the given
+        The mask, codes, scales, and as `weight` what they stand for, in the given
         dtype.
 
     Raises:

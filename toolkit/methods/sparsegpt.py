@@ -97,7 +97,7 @@ class SparseGPT(Method):
             name: of the linear, for messages.
 
         Returns:
-            The mask, codes, scales, zero points, and as `weight` what they stand for, in the given
+            The mask, codes, scales, and as `weight` what they stand for, in the given
             dtype.
 
         Raises:

@@ -133,13 +133,7 @@ class Sweep:
         self._rounds, self._grid = rounds, grid
 
     def run(self, start: int, stop: int, levels: list[Level]) -> None:
-        """Settle columns start..stop, whose updates from columns before `start` are made.
-
-        Args:
-            start: first column.
-            stop: the column after the last.
-            levels: nested ranges of columns, widest first.
-        """
+        """Settle columns start..stop, whose updates from columns before `start` are made."""
         level, *finer = levels
         for low in range(start, stop, level.width):
             high = min(low + level.width, stop)

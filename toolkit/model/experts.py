@@ -202,10 +202,6 @@ def unfuse(model: nn.Module, every: bool = False) -> None:
 
     Blocks are renamed as the family's files call them, where transformers renames them.
 
-    Args:
-        model: of transformers.
-        every: see Experts.
-
     Raises:
         CheckpointError: config.json claims absurdly many experts, or more for a token than there
             are.

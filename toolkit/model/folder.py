@@ -83,12 +83,28 @@ class ModelFolder:
     @property
     def quant_method(self) -> str | None:
         """Tell how config.json says the weights are stored; None where it declares nothing."""
-        return quant_method(self.config)
+        fields = self.config.get("quantization_config")
+        if fields is None:
+            return None
+        return str(fields.get("quant_method")) if isinstance(fields, dict) else "unknown"
 
     @property
     def legacy_format(self) -> str | None:
-        """Name the sparse format that compressed-tensors wrote the weights in, or None."""
-        return legacy_format(self.config)
+        """Name the sparse format that compressed-tensors wrote the weights in, or None.
+
+        "dense" are plain weights, or codes of pruned ones, beside a `sparsity_config`, which vLLM
+        refuses all the same.
+        """
+        if self.quant_method != LEGACY_METHOD:
+            return None
+        fields = self.config["quantization_config"]
+        if fields.get("format") == "marlin-24":
+            return "marlin-24"
+        sparse = fields.get("sparsity_config")
+        name = sparse.get("format") if isinstance(sparse, dict) else None
+        if name == "dense" and fields.get("config_groups") and not has_pruned_codes(fields):
+            return None
+        return name if isinstance(name, str) and name in LEGACY_FORMATS else None
 
     @property
     def kind(self) -> Kind:
@@ -189,32 +205,6 @@ def _check_sizes(path: Path, config: dict[str, Any]) -> None:
             raise CheckpointError(
                 f"{path}: {name} is {str(text[name])[:40]!r}, not a whole number above 0."
             )
-
-
-def quant_method(config: dict[str, Any]) -> str | None:
-    """Return how config.json says the weights are stored; None where it declares nothing."""
-    fields = config.get("quantization_config")
-    if fields is None:
-        return None
-    return str(fields.get("quant_method")) if isinstance(fields, dict) else "unknown"
-
-
-def legacy_format(config: dict[str, Any]) -> str | None:
-    """Return the name in LEGACY_FORMATS of what compressed-tensors wrote; None for all else.
-
-    "dense" are plain weights, or codes of pruned ones, beside a `sparsity_config`, which vLLM
-    refuses all the same.
-    """
-    if quant_method(config) != LEGACY_METHOD:
-        return None
-    fields = config["quantization_config"]
-    if fields.get("format") == "marlin-24":
-        return "marlin-24"
-    sparse = fields.get("sparsity_config")
-    name = sparse.get("format") if isinstance(sparse, dict) else None
-    if name == "dense" and fields.get("config_groups") and not has_pruned_codes(fields):
-        return None
-    return name if isinstance(name, str) and name in LEGACY_FORMATS else None
 
 
 def has_pruned_codes(fields: dict[str, Any]) -> bool:

@@ -71,10 +71,6 @@ def linears(layer: nn.Module) -> dict[str, nn.Linear]:
 def prunable(model: nn.Module, ignore: tuple[str, ...] = ()) -> dict[str, nn.Linear]:
     """Choose the linears to prune, by full name.
 
-    Args:
-        model: a causal language model.
-        ignore: glob patterns that leave names out.
-
     Raises:
         UsageError: a pattern matches no linear, or none is left.
     """

@@ -132,10 +132,6 @@ def names_in_memory(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
 
     Files on the hub keep the names of the classes of their time, and transformers translates them.
     Text models without experts have had one set of names throughout.
-
-    Args:
-        model: with or without weights.
-        stored: names of tensors in the model's files.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key

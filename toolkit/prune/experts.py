@@ -187,13 +187,7 @@ def _best(worth: list[float], keep: int) -> list[int]:
 
 
 def _left(layers: Layers, stored: Reader, kept: Kept) -> Iterator[tuple[str, Tensor]]:
-    """Give the tensors of the smaller model one by one, called as the source's files call them.
-
-    Args:
-        layers: of the model.
-        stored: its files, as they are.
-        kept: see Kept.
-    """
+    """Give the tensors of the smaller model one by one, called as the source's files call them."""
     names = names_in_memory(layers.model, stored)
     stored_name = {names.get(name, name): name for name in stored}
     # Tensors with a row for each expert, and where each expert's own tensors go.

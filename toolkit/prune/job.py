@@ -133,10 +133,6 @@ class Job:
 def open_job(recipe: Recipe, ranks: Ranks = ALONE) -> Iterator[Job]:
     """Open a recipe's model and check whatever its headers can tell; no weight or text is read.
 
-    Args:
-        recipe: all inputs of the run.
-        ranks: the processes that share the calibration samples.
-
     Raises:
         GblmError: the run would be refused: a method, pattern or value type is unknown or does not
             fit the model, or the model is none that can be pruned.

@@ -73,12 +73,7 @@ def prune_layer(
 
 @torch.no_grad()
 def round_head(job: Job, last: DecoderLayer) -> Head:
-    """Choose how the head is rounded, by what enters it; every rank calls this, and rank 0 chooses.
-
-    Args:
-        job: has a head that is to be packed.
-        last: the last decoder layer, pruned.
-    """
+    """Choose how to round the head, by what enters it; every rank calls this, rank 0 chooses."""
     head, stats = cast(Head, job.head), last.observe_head()
     if not job.ranks.leads:
         return head

@@ -102,10 +102,6 @@ def extent(job: Job) -> Extent:
 def dry_run(recipe: Recipe, output: Output) -> dict[str, Any]:
     """Check a pruning run and tell what it will write; nothing is pruned.
 
-    Args:
-        recipe: all inputs of the run.
-        output: where it would write.
-
     Returns:
         Plain JSON types. "groups": the linears by pattern and values, with their bits per weight.
         "bytes_packed": of all tensors of the packed folder, or at most so many if "exact" is False.

@@ -62,14 +62,7 @@ class Trainer:
     def __init__(
         self, model: Any, parts: Mapping[str, Part], how: Recovering, ranks: Ranks
     ) -> None:
-        """Freeze the model but for the tensors that have parts.
-
-        Args:
-            model: a transformers model in the dtype of the computation.
-            parts: by full name of the tensor.
-            how: learning rate, batch size and seed.
-            ranks: the processes that share each batch.
-        """
+        """Freeze the model but for the tensors that have parts."""
         self.model, self.parts, self.how, self.ranks = model, parts, how, ranks
         self.head = Head(model)
         self.losses: list[float] = []

@@ -19,10 +19,6 @@ from gblm.report.tables import Table, record_tables
 def html(sources: Sources, title: str) -> str:
     """Make the page.
 
-    Args:
-        sources: what it shows.
-        title: of the page.
-
     Raises:
         MachineError: matplotlib, which draws the pictures, is not installed.
     """
@@ -44,12 +40,7 @@ def html(sources: Sources, title: str) -> str:
 
 
 def markdown(sources: Sources, title: str) -> str:
-    """Make a page of tables.
-
-    Args:
-        sources: what it shows.
-        title: of the page.
-    """
+    """Make a page of tables."""
     lines = [f"# {escape(title)}", ""]
     for heading, words in (
         ("**INVALID measurements:**", sources.invalid),

@@ -75,9 +75,6 @@ class Sources:
 def read_sources(paths: Sequence[Path]) -> Sources:
     """Read records and packed folders.
 
-    Args:
-        paths: JSON files and folders.
-
     Raises:
         InputError: one is neither, is damaged, or was written by another version.
     """
@@ -98,9 +95,6 @@ def read_sources(paths: Sequence[Path]) -> Sources:
 
 def read_folder(folder: Path) -> Folder:
     """Read one folder.
-
-    Args:
-        folder: as `gblm prune` or `gblm export pack` writes it.
 
     Raises:
         InputError: it is none, or is damaged.

@@ -23,12 +23,7 @@ class Table:
 
 
 def record_tables(record: Record, metrics: Collection[str] = ()) -> Iterator[Table]:
-    """Show the figures of a record: a table of its sides, then its rows.
-
-    Args:
-        record: what was measured.
-        metrics: to be shown; all if empty.
-    """
+    """Show the figures of a record: a table of its sides, then its rows."""
     keys = tuple(dict.fromkeys(key for facts in record.sides.values() for key in facts))
     if keys:
         rows = tuple((side, *(said(facts.get(key)) for key in keys))

@@ -49,13 +49,7 @@ Loss = Callable[[LinearSpec, Format], float]
 
 
 def linears_of(reader: Reader, names: Iterable[str], scope: Scope) -> tuple[LinearSpec, ...]:
-    """Describe the linears to prune, in order.
-
-    Args:
-        reader: of the checkpoint.
-        names: the full names of the linears.
-        scope: where the method counts an unstructured sparsity.
-    """
+    """Describe the linears to prune, in order."""
     first_of = {part: parts[0] for parts in FUSED for part in parts}
     found = []
     for name in names:

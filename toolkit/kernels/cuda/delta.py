@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gblm.kernels.cuda.device import THREADS, CudaBackend, Device
 from gblm.kernels.cuda.nvrtc import Variant
-from gblm.kernels.few_tokens import aligned, weight_refusal
+from gblm.kernels.few_tokens import aligned
 from gblm.sparse.formats import Format, Parts, Shape
 
 RUNS, WORD, LONGEST = 32, 8, 16
@@ -29,10 +29,7 @@ class Delta(CudaBackend):
 
     name = "delta"
     max_tokens = MAX_TOKENS
-
-    def refuses_weight(self, fmt: Format, shape: Shape, dtype: torch.dtype) -> str | None:
-        """Refuse dense weights, activations of other dtypes, and very long rows."""
-        return weight_refusal(fmt, shape, dtype, MAX_COLUMNS)
+    max_columns = MAX_COLUMNS
 
     def prepare(
         self, fmt: Format, parts: Parts, shape: Shape, dtype: torch.dtype = torch.bfloat16

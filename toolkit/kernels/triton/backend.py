@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gblm.kernels.cuda.device import OLDEST
-from gblm.kernels.few_tokens import FewTokens, weight_refusal
+from gblm.kernels.few_tokens import FewTokens
 from gblm.sparse.formats import Format, Parts, Shape
 from gblm.sparse.formats.bits import byte_offsets, unpack_bits
 
@@ -47,6 +47,7 @@ class Triton(FewTokens):
     name = "triton"
     formats = ("nm", "bitmask", "dense")
     max_tokens = MAX_TOKENS
+    max_columns = MAX_COLUMNS
 
     def __init__(self, units_of: Callable[[Tensor], int] | None = None) -> None:
         """Take `units_of`, which counts the compute units of a tensor's device."""
@@ -55,10 +56,6 @@ class Triton(FewTokens):
     def refuses_device(self, device: torch.device) -> str | None:
         """Refuse other devices than CUDA's, old ones, and a missing Triton."""
         return refusal(device)
-
-    def refuses_weight(self, fmt: Format, shape: Shape, dtype: torch.dtype) -> str | None:
-        """Refuse dense weights, activations of other dtypes, and very long rows."""
-        return weight_refusal(fmt, shape, dtype, MAX_COLUMNS)
 
     def prepare(
         self, fmt: Format, parts: Parts, shape: Shape, dtype: torch.dtype = torch.bfloat16

@@ -37,10 +37,6 @@ FORMATS: dict[str, type[Format]] = {
 def format_for(pattern: Pattern, values: ValueType = FLOAT) -> Format:
     """Make the first format of the table that holds a pattern's weights.
 
-    Args:
-        pattern: which positions may be kept.
-        values: how kept values are stored; see `ValueType.resolve`.
-
     Raises:
         PatternError: there is none.
     """

@@ -29,18 +29,15 @@ class BitmaskFormat(Format):
         return isinstance(pattern, Unstructured)
 
     def values_shape(self, shape: Shape) -> tuple[int, ...]:
-        """See Format.values_shape."""
         return (-1,)
 
     def mask_layout(self, shape: Shape) -> dict[str, TensorSpec]:
-        """See Format.mask_layout."""
         return {
             "bitmask": TensorSpec((shape[0], shape[1] // 8), torch.uint8),
             "row_offsets": TensorSpec((shape[0] + 1,), torch.int64),
         }
 
     def store(self, kept: Tensor, mask: Tensor) -> Tensor:
-        """See Format.store."""
         if not self.values.in_nibbles:
             return kept
         return pack_ragged(kept, mask.sum(dim=1, dtype=torch.int64))
@@ -52,13 +49,11 @@ class BitmaskFormat(Format):
         return unpack_ragged(parts["values"], parts["row_offsets"].diff())
 
     def mask_parts(self, mask: Tensor) -> dict[str, Tensor]:
-        """See Format.mask_parts."""
         offsets = torch.zeros(mask.shape[0] + 1, dtype=torch.int64)
         offsets[1:] = mask.sum(dim=1, dtype=torch.int64).cumsum(0)
         return {"bitmask": pack_bits(mask), "row_offsets": offsets}
 
     def rows(self, parts: Parts, start: int, stop: int) -> dict[str, Tensor]:
-        """See Format.rows."""
         offsets = parts["row_offsets"]
         begins = self._begins(offsets)
         cut = {name: parts[name][start:stop] for name in self.parts}
@@ -67,18 +62,15 @@ class BitmaskFormat(Format):
         return cut
 
     def join(self, pieces: Sequence[Parts]) -> dict[str, Tensor]:
-        """See Format.join."""
         counts = torch.cat([parts["row_offsets"].diff() for parts in pieces])
         return super().join(pieces) | {"row_offsets": functional.pad(counts.cumsum(0), (1, 0))}
 
     def padding(self, parts: Parts) -> Tensor:
-        """See Format.padding."""
         counts = parts["row_offsets"].diff()
         last = byte_offsets(counts)[1:][counts % 2 == 1] - 1
         return parts["values"][last] >> 4
 
     def check_mask_data(self, name: str, parts: Parts, shape: Shape) -> None:
-        """See Format.check_mask_data."""
         offsets = parts["row_offsets"]
         counts = row_counts(parts["bitmask"])
         wrong = (offsets.diff() != counts).nonzero()

@@ -23,7 +23,6 @@ class DenseFormat(RectangleFormat):
         return isinstance(pattern, Dense)
 
     def kept_per_row(self, columns: int) -> int:
-        """See RectangleFormat.kept_per_row."""
         return columns
 
     def columns(self, parts: Parts) -> int:
@@ -31,14 +30,12 @@ class DenseFormat(RectangleFormat):
         return parts["values"].shape[1] * (2 if self.values.in_nibbles else 1)
 
     def shape_of(self, name: str, headers: Headers) -> Shape:
-        """See Format.shape_of."""
         shape = headers["values"][0]
         if len(shape) != 2 or min(shape) < 1:
             raise CheckpointError(f"{name}.values: shape {list(shape)} is impossible.")
         return shape[0], shape[1] * (2 if self.values.in_nibbles else 1)
 
     def mask_layout(self, shape: Shape) -> dict[str, TensorSpec]:
-        """See Format.mask_layout."""
         return {}
 
     def take(self, values: Tensor, mask: Tensor) -> Tensor:
@@ -46,16 +43,13 @@ class DenseFormat(RectangleFormat):
         return values
 
     def mask_parts(self, mask: Tensor) -> dict[str, Tensor]:
-        """See Format.mask_parts."""
         return {}
 
     def mask(self, parts: Parts) -> Tensor:
-        """See Format.mask."""
         shape = (parts["values"].shape[0], self.columns(parts))
         return torch.ones(shape, dtype=torch.bool, device=parts["values"].device)
 
     def scatter(self, parts: Parts) -> Tensor:
-        """See Format.scatter."""
         return self.kept(parts)
 
     def check_mask_data(self, name: str, parts: Parts, shape: Shape) -> None:

@@ -32,15 +32,12 @@ class NMFormat(RectangleFormat):
         return isinstance(pattern, NM)
 
     def kept_per_row(self, columns: int) -> int:
-        """See RectangleFormat.kept_per_row."""
         return columns // self.pattern.group_m * self.pattern.keep_n
 
     def columns(self, parts: Parts) -> int:
-        """See RectangleFormat.columns."""
         return 8 * parts["bitmask"].shape[1]
 
     def mask_layout(self, shape: Shape) -> dict[str, TensorSpec]:
-        """See Format.mask_layout."""
         return {"bitmask": TensorSpec((shape[0], shape[1] // 8), torch.uint8)}
 
     def stored_mask(self, mask: Tensor) -> Tensor:
@@ -66,11 +63,9 @@ class NMFormat(RectangleFormat):
         return torch.stack((first, keep_n - first), dim=-1)
 
     def mask_parts(self, mask: Tensor) -> dict[str, Tensor]:
-        """See Format.mask_parts."""
         return {"bitmask": pack_bits(mask)}
 
     def check_mask_data(self, name: str, parts: Parts, shape: Shape) -> None:
-        """See Format.check_mask_data."""
         pattern = self.pattern
         mask, exactly = self.mask(parts), pattern.keep_n
         if found := first_wrong(mask, pattern.group_m, most=exactly, least=exactly):

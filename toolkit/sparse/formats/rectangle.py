@@ -22,12 +22,10 @@ class RectangleFormat(Format):
         """Tell `in` of the weight."""
 
     def values_shape(self, shape: Shape) -> tuple[int, ...]:
-        """See Format.values_shape."""
         kept = self.kept_per_row(shape[1])
         return shape[0], (kept + 1) // 2 if self.values.in_nibbles else kept
 
     def store(self, kept: Tensor, mask: Tensor) -> Tensor:
-        """See Format.store."""
         values = kept.reshape(mask.shape[0], -1)
         return pack_nibbles(values) if self.values.in_nibbles else values
 
@@ -39,6 +37,5 @@ class RectangleFormat(Format):
         return unpack_nibbles(values, self.kept_per_row(self.columns(parts)))
 
     def padding(self, parts: Parts) -> Tensor:
-        """See Format.padding."""
         odd = self.kept_per_row(self.columns(parts)) % 2
         return parts["values"][:, -1] >> 4 if odd else parts["values"][:0, 0]
