@@ -159,7 +159,8 @@ class Recipe(Fields):
     method: str = Field(default="gblm", description="One of {}.")
     pattern: str = Field(
         default="2:4",
-        description="2:4, 4:8, 8:16, any N:M (N kept of M), a sparsity such as 0.5, dense.",
+        description="2:4, 4:8, 8:16, any N:M (N kept of M), dense, or a sparsity such as 0.5 "
+        "(with a budget: unstructured).",
     )
     values: str = Field(
         default="float",
@@ -202,8 +203,8 @@ class Recipe(Fields):
     )
     dtype: DType = Field(
         default="auto",
-        description="Of the computation; auto is the checkpoint's, or float32 where the CPU would "
-        "emulate that. Stored values keep the checkpoint's.",
+        description="Of the computation; auto is the checkpoint's, or float32 where the CPU "
+        "multiplies that faster. Stored values keep the checkpoint's.",
     )
     device: str = Field(default="cpu", description="cpu, cuda, cuda:N")
 

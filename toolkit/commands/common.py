@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 LOG_SECONDS = 15.0
 LONGEST_MESSAGE = 800
 F = TypeVar("F", bound=Callable[..., Any])
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class Command(click.Command):
@@ -93,12 +92,6 @@ def whole_number(word: str) -> int:
 
 
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing folder.")
-device_option = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N")
-dtype_option = click.option(
-    "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,
-    help="Of the computation; auto is the checkpoint's, or float32 where the CPU multiplies "
-    "that faster. Stored values keep the checkpoint's.",
-)  # fmt: skip
 backend_option = click.option(
     "--backend", help="Kernel for packed weights: cpu, mma_sp, delta, triton, "
     "reference (all packed) or dense (expanded at load). Default: the first that does not refuse.",

@@ -12,14 +12,14 @@ import click
 from gblm.commands.common import (
     Command,
     backend_option,
-    device_option,
-    dtype_option,
     options,
     progress_bars,
     record_option,
 )
+from gblm.commands.recipe_options import field_options
 from gblm.commands.records import hand_out
 from gblm.errors import UsageError
+from gblm.recipe import Recipe
 
 if TYPE_CHECKING:
     from gblm.evaluate.perplexity import Protocol
@@ -62,8 +62,7 @@ task_options = options(
 @text_options
 @task_options
 @click.option("--gate", "gates", multiple=True, help="A bound, such as 'ppl <= 1.10x'; repeatable.")
-@dtype_option
-@device_option
+@field_options(Recipe, "dtype", "device")
 @backend_option
 @click.option(
     "--api-key-file",

@@ -9,8 +9,6 @@ import click
 
 from gblm.commands.common import (
     Command,
-    device_option,
-    dtype_option,
     emit,
     megabytes,
     overwrite_option,
@@ -42,9 +40,7 @@ TEXT = ("num_samples", "seq_len", "seed", "bos")
     help=Calibration.model_fields["source"].description,
 )
 @field_options(Calibration, *TEXT)
-@device_option
-@dtype_option
-@field_options(Recipe, "max_shard_size")
+@field_options(Recipe, "device", "dtype", "max_shard_size")
 @overwrite_option
 @click.pass_context
 def command(

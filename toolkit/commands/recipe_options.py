@@ -15,7 +15,7 @@ from click.core import ParameterSource
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from gblm.commands.common import Command, device_option, dtype_option, options
+from gblm.commands.common import Command, options
 from gblm.progress import Progress, no_progress
 from gblm.recipe import MIX, Calibration, Recipe
 
@@ -148,7 +148,7 @@ search_options = options(
     field_options(Recipe, "method", "pattern", "values", defaults=False),
     click.option("--calibration", help=Calibration.model_fields["source"].description),
     field_options(Calibration, "num_samples", "seq_len", defaults=False),
-    device_option,
+    field_options(Recipe, "device"),
     field_options(Recipe, "ignore", defaults=False),
     click.option(
         "--recipe",
@@ -179,7 +179,7 @@ recipe_options = options(
     ),
     field_options(Recipe, "head", "max_shard_size", defaults=False),
     field_options(Calibration, "seed", "bos", "order", "shrinkage", defaults=False),
-    dtype_option,
+    field_options(Recipe, "dtype"),
 )
 
 

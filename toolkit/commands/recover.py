@@ -9,14 +9,13 @@ import click
 
 from gblm.commands.common import (
     Command,
-    device_option,
     emit,
     overwrite_option,
     progress_bars,
     table,
 )
 from gblm.commands.recipe_options import field_options
-from gblm.recipe import Recovering
+from gblm.recipe import Recipe, Recovering
 
 HEADER = ("text", "KL, nats", "same top-1", "perplexity", "dense")
 # What else a recovery may be told stands in the field "recover" of a recipe.
@@ -30,7 +29,7 @@ FIELDS = (
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to make.")
 @click.option("--baseline", help="The dense model. Default: the one it was made from.")
 @field_options(Recovering, *FIELDS)
-@device_option
+@field_options(Recipe, "device")
 @overwrite_option
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where it was.")
 @click.pass_context
