@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from alike import IDS, assert_same_tensors, exported, logits
 from conftest import Once, save_byte_tokenizer
 from damage import config, damaged, tensors
 from safetensors.torch import load_file
@@ -43,7 +44,6 @@ from gblm.recover.run import recover
 from gblm.search.candidates import answer, parse_budget
 from gblm.search.examine import Space, examine
 
-IDS = torch.arange(40).reshape(2, 20) * 5
 NAMES = {"mixtral": "block_sparse_moe.experts.3.w2", "olmoe": "mlp.experts.3.down_proj"}
 
 
@@ -55,11 +55,6 @@ def make(once: Once) -> Callable[[str], Path]:
 
 def _save(family: str, folder: Path) -> None:
     save_family(family, folder)
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 @pytest.mark.parametrize("family", EXPERTS)
@@ -346,10 +341,7 @@ def test_names_choose_single_experts(make: Callable[[str], Path], tmp_path: Path
     assert ways["model.layers.1.mlp.experts.3.up_proj"] == ("0.75", "int4:64")
     assert ways["model.layers.1.mlp.experts.0.gate_proj"] == ("2:4", "int8:64")
     assert ways["model.layers.0.mlp.experts.3.up_proj"] == ("2:4", None)
-    verify(ModelFolder.open(tmp_path / "out"))
-    export_dense(ModelFolder.open(tmp_path / "out"), tmp_path / "dense")
-    want = logits(load(tmp_path / "dense"))
-    assert torch.equal(logits(packed.load(tmp_path / "out", "dense")), want)
+    exported(tmp_path / "out", tmp_path / "dense")
 
 
 def test_all_experts_of_a_family_are_one_line(make: Callable[[str], Path], tmp_path: Path) -> None:
@@ -372,9 +364,7 @@ def test_a_dense_folder_with_zeros_is_packed_to_the_same_bytes(
     source = load_file(make(family) / "model.safetensors")
     assert load_file(tmp_path / "dense/model.safetensors").keys() == source.keys()
     export_pack(tmp_path / "dense", tmp_path / "b")
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert_same_tensors(tmp_path / "a", tmp_path / "b")
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from alike import assert_same_tensors, logits
 from conftest import Pack, Run, content, save_tiny_model
 from damage import Damage, config, damaged, tensors
-from safetensors.torch import load_file
 from test_families import save_family
 
 import gblm.packed
@@ -28,14 +28,7 @@ from gblm.recipe import Calibration, Recipe
 from gblm.sparse import passes
 from gblm.sparse.values import parse_values, quantize
 
-IDS = torch.arange(24).reshape(2, 12)
 EMBEDDINGS = "model.embed_tokens.weight"
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model(input_ids=IDS).logits
-        return found
 
 
 def tied_as(tied: object) -> Damage:
@@ -147,10 +140,7 @@ def test_packing_a_dense_folder_makes_the_same_head(
     verify(ModelFolder.open(tmp_path / "out"))
     assert report["head"]["embeddings"] is tied
     assert json.loads((tmp_path / "out/recipe.json").read_text())["head"] == "int8"
-    ours = pack_tiny("magnitude", "dense", "int8", "int8", tied)
-    first, second = (load_file(f / "model.safetensors") for f in (ours, tmp_path / "out"))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_same_tensors(pack_tiny("magnitude", "dense", "int8", "int8", tied), tmp_path / "out")
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3 text", "qwen3", "phi3 (fused)"])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from alike import exported, logits
 from conftest import Run
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -17,11 +18,9 @@ from weights import stored
 import gblm.packed
 from gblm.checkpoint.inspect import inspect, verify
 from gblm.errors import PatternError, UsageError
-from gblm.export.dense import export_dense
 from gblm.model.folder import ModelFolder
 from gblm.model.layers import Layers
 from gblm.model.linears import prunable
-from gblm.model.loading import load
 from gblm.model.reader import Reader
 from gblm.prune import prune
 from gblm.prune.choose import choose
@@ -85,15 +84,8 @@ def test_each_linear_is_stored_as_chosen(folder: Path, tiny: Path) -> None:
 
 
 def test_logits_are_those_of_the_dense_export(folder: Path, tmp_path: Path) -> None:
-    export_dense(ModelFolder.open(folder), tmp_path / "dense")
-    assert verify(ModelFolder.open(folder), against=ModelFolder.open(tmp_path / "dense"))["ok"]
-    ids = torch.arange(24).reshape(2, 12)
-    with torch.no_grad():
-        want = load(tmp_path / "dense")(input_ids=ids).logits
-        for backend in ("reference", "dense"):
-            assert torch.equal(gblm.packed.load(folder, backend)(input_ids=ids).logits, want)
-        best = gblm.packed.load(folder)(input_ids=ids).logits
-    assert (best - want).float().norm() < 0.08 * want.float().norm()
+    want = exported(folder, tmp_path / "dense")
+    assert (logits(gblm.packed.load(folder)) - want).float().norm() < 0.08 * want.float().norm()
 
 
 def test_bits_are_counted_by_group(folder: Path, recipe: Recipe) -> None:

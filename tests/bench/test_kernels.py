@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from alike import NEEDS_KERNELS
 from conftest import Outcome
 
 from gblm.bench import kernels as bench
@@ -22,9 +23,6 @@ from gblm.kernels import native
 from gblm.record import Record
 
 Run = Callable[..., Outcome]
-needs_kernels = pytest.mark.skipif(
-    native.refusal() is not None, reason="no CPU kernels: make dev builds them"
-)
 
 
 def host(timer: Any = None, cold: int = 0) -> Device:
@@ -102,7 +100,7 @@ def test_a_drawn_weight_follows_its_format(text: str) -> None:
     fmt.validate("w", fmt.pack("w", weight), (1100, 96))
 
 
-@needs_kernels
+@NEEDS_KERNELS
 @pytest.mark.parametrize("text", ["nm/2:4", "bitmask/0.5/int8", "dense/dense/int4:32"])
 def test_all_copies_give_the_same_product(text: str) -> None:
     linear = packed_linear(Asked(text), "cpu", torch.randn(32, 64), host(cold=20_000))
@@ -129,7 +127,7 @@ def test_vllm_baselines_are_linears() -> None:
 
 
 @pytest.mark.slow
-@needs_kernels
+@NEEDS_KERNELS
 def test_the_command_measures_a_tiny_shape(gblm: Run, tmp_path: Path) -> None:
     done = gblm(
         "bench", "kernels", "--shapes", "48x64", "--tokens", "1,2", "--rounds", 2, "--no-vllm",
@@ -151,7 +149,7 @@ def test_the_command_measures_a_tiny_shape(gblm: Run, tmp_path: Path) -> None:
     assert record.provenance["machine"]["cpu"]
 
 
-@needs_kernels
+@NEEDS_KERNELS
 def test_the_table_names_every_linear(gblm: Run) -> None:
     done = gblm("bench", "kernels", "--shapes", "16x32", "--tokens", 1, "--rounds", 1, "--no-vllm",
                 "--formats", "nm/2:4", "--allow-noise")  # fmt: skip
@@ -161,7 +159,7 @@ def test_the_table_names_every_linear(gblm: Run) -> None:
     assert "instruction set " in done.out
 
 
-@needs_kernels
+@NEEDS_KERNELS
 @pytest.mark.parametrize(
     ("words", "code", "sentence"),
     [

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from alike import assert_same_tensors
 from conftest import Pack
 from damage import UP, damaged, tensors
-from safetensors.torch import load_file
 
 from gblm.checkpoint.inspect import inspect, verify
 from gblm.errors import CheckpointError, InputError, MachineError, PatternError
@@ -28,9 +28,7 @@ def test_packing_a_dense_export_gives_the_packed_weights_back(
     assert found["format"] == inspect(ModelFolder.open(folder))["groups"][0]["format"]
     assert found["format"] != "nm" or found["pattern"] == pattern
     verify(ModelFolder.open(tmp_path / "again"), against=ModelFolder.open(tmp_path / "dense"))
-    ours, again = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "again"))
-    assert ours.keys() == again.keys()
-    assert all(ours[name].equal(again[name]) for name in ours)
+    assert_same_tensors(folder, tmp_path / "again")
 
 
 def test_packing_never_prunes(tiny: Path, tmp_path: Path) -> None:

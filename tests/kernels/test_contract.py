@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from alike import NEEDS_KERNELS
 from pairs import pairwise
 from weights import product, weight_of
 
 from gblm.errors import PatternError, UsageError
-from gblm.kernels import BACKENDS, Backend, linear, native, select
+from gblm.kernels import BACKENDS, Backend, linear, select
 from gblm.kernels.few_tokens import FewTokens
 from gblm.sparse.formats import Format, format_for, from_spec
 from gblm.sparse.patterns import parse
@@ -26,9 +27,6 @@ TOKENS = (1, 2, 3, 17, 65)
 CPU = torch.device("cpu")
 # Columns that the compiled kernels take at once.
 UNITS = {"float": 8}
-needs_kernels = pytest.mark.skipif(
-    native.refusal() is not None, reason=f"no CPU kernels: {native.refusal()}; make dev builds them"
-)
 
 
 def storable(pattern: str, values: str, shape: tuple[int, int], *_: object) -> bool:
@@ -99,7 +97,7 @@ PAIRS += [("cpu", *case)
 
 @pytest.mark.parametrize(
     ("backend", "pattern", "values", "shape", "dtype"),
-    [pytest.param(*case, marks=needs_kernels if case[0] == "cpu" else ()) for case in PAIRS],
+    [pytest.param(*case, marks=NEEDS_KERNELS if case[0] == "cpu" else ()) for case in PAIRS],
     ids=str,
 )
 def test_other_backends_give_what_reference_gives(
@@ -114,7 +112,7 @@ def test_other_backends_give_what_reference_gives(
 
 
 OPS = [
-    pytest.param(*case, marks=[*([needs_kernels] if case[0] == "cpu" else []),
+    pytest.param(*case, marks=[*([NEEDS_KERNELS] if case[0] == "cpu" else []),
                                *([pytest.mark.slow] if case[1] != "int8:32" else [])])
     for case in pairwise(["reference", "cpu", "dense"], ["float", "int8:32", "int4:row"],
                          ["2:4", "0.5"])
@@ -147,7 +145,7 @@ def test_op_passes_opcheck_and_compiles_as_one_graph(
         torch.testing.assert_close(compiled(tokens), expected)
 
 
-@needs_kernels
+@NEEDS_KERNELS
 def test_first_backend_that_does_not_refuse_wins() -> None:
     fmt = make("2:4", "float")
     order = list(BACKENDS)

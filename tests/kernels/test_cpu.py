@@ -6,6 +6,7 @@ from itertools import product as product_of
 
 import pytest
 import torch
+from alike import NEEDS_KERNELS
 from cpu_cases import (
     LEAST,
     SUBNORMAL,
@@ -22,9 +23,7 @@ from cpu_cases import (
 
 from gblm.kernels import native
 
-pytestmark = pytest.mark.skipif(
-    native.refusal() is not None, reason=f"no CPU kernels: {native.refusal()}; make dev builds them"
-)
+pytestmark = NEEDS_KERNELS
 VALUES = ("float", "int8", "int4")
 MASKS = ("dense", "any", "2:4", "4:8", "8:16")
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from alike import NEEDS_KERNELS
 from cpu_cases import MASKS, Case, case, from_codes, from_values, keep_mask, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,9 +19,7 @@ from torch import Tensor
 from gblm.kernels import native
 from gblm.sparse.weights import same_bits
 
-pytestmark = pytest.mark.skipif(
-    native.refusal() is not None, reason=f"no CPU kernels: {native.refusal()}; make dev builds them"
-)
+pytestmark = NEEDS_KERNELS
 VALUES = ("float", "int8", "int4")
 Change = Callable[[native.Source], dict[str, object]]
 

@@ -9,15 +9,14 @@ from itertools import product as product_of
 
 import pytest
 import torch
+from alike import NEEDS_KERNELS
 from cpu_cases import MASKS, activations, case, seeded
 from torch import Tensor
 from torch.nn import functional
 
 from gblm.kernels import experts, native
 
-pytestmark = pytest.mark.skipif(
-    native.refusal() is not None, reason=f"no CPU kernels: {native.refusal()}; make dev builds them"
-)
+pytestmark = NEEDS_KERNELS
 VALUES = ("float", "int8", "int4")
 HIDDEN, INNER, COUNT, CHOSEN = 96, 160, 6, 2
 TOKENS = (0, 1, 2, 7, 64)
