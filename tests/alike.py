@@ -16,6 +16,7 @@ from gblm.model.folder import ModelFolder
 from gblm.model.loading import load
 
 IDS = torch.arange(40).reshape(2, 20) * 5
+EXACT = ("reference", "dense")
 NEEDS_KERNELS = pytest.mark.skipif(
     native.refusal() is not None, reason=f"no CPU kernels: {native.refusal()}; make dev builds them"
 )
@@ -33,11 +34,11 @@ def assert_same_tensors(one: Path, other: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def exported(folder: Path, dense: Path) -> torch.Tensor:
+def exported(folder: Path, dense: Path, backends: tuple[str, ...] = EXACT) -> torch.Tensor:
     """Export a packed folder; gives the export's logits, which are the packed model's, too."""
     export_dense(ModelFolder.open(folder), dense)
     assert verify(ModelFolder.open(folder), against=ModelFolder.open(dense))["ok"]
     want = logits(load(dense))
-    for backend in ("reference", "dense"):
+    for backend in backends:
         assert torch.equal(logits(packed.load(folder, backend)), want)
     return want

@@ -341,7 +341,7 @@ def test_names_choose_single_experts(make: Callable[[str], Path], tmp_path: Path
     assert ways["model.layers.1.mlp.experts.3.up_proj"] == ("0.75", "int4:64")
     assert ways["model.layers.1.mlp.experts.0.gate_proj"] == ("2:4", "int8:64")
     assert ways["model.layers.0.mlp.experts.3.up_proj"] == ("2:4", None)
-    exported(tmp_path / "out", tmp_path / "dense")
+    exported(tmp_path / "out", tmp_path / "dense", ("dense",))
 
 
 def test_all_experts_of_a_family_are_one_line(make: Callable[[str], Path], tmp_path: Path) -> None:
