@@ -1,11 +1,11 @@
 """Tokens per second in vLLM: dense models, sparse ones and rivals, all in the same rounds.
 
     python benchmarks/decoding.py [--shape smollm2|tinyllama|…] [--cells "8:16 int4" …]
-        [--threads 1] [--rounds 7] [--llama-cpp] [--without-bf16]
+        [--threads 1] [--rounds 7] [--rivals llama.cpp vllm] [--without-bf16]
 
 Shapes have random weights: speed does not depend on them. All sides are `gblm bench`'s and
-stay loaded, so that one round runs each of them once; its limits of noise hold. With --llama-cpp
-GGUF files of the same bits are sides; they run one sequence at a time. Writes
+stay loaded, so that one round runs each of them once; its limits of noise hold. Of rivals
+llama.cpp runs one sequence at a time. Writes
 benchmarks/results/decoding-<shape>-<threads>.json, on a CPU without AVX-512
 decoding-<shape>-<threads>-<instruction set>.json.
 """
@@ -54,8 +54,15 @@ LOADS = {
 STARTED = {"memory_mb": "memory, MB", "load_s": "load, s"}
 
 
-def make_folders(root: Path, shape: str, cells: Sequence[str]) -> dict[str, Path]:
-    """Make the model folders by the names of their rows; those that exist are used again."""
+def make_folders(root: Path, shape: str, cells: Sequence[str], rivals: bool) -> dict[str, Path]:
+    """Make the model folders by the names of their rows; those that exist are used again.
+
+    Args:
+        root: where they lie.
+        shape: of the models.
+        cells: pattern and values of each.
+        rivals: whether vLLM's own integers of as many bits are to be there, too.
+    """
     model = model_folder(root, shape)
     folders = {BASELINE: model}
     for cell in cells:
@@ -65,9 +72,7 @@ def make_folders(root: Path, shape: str, cells: Sequence[str]) -> dict[str, Path
         if not folder.exists():
             make_packed(model, pattern, values, folder)
         folders[row_name(pattern, values)] = folder
-    # vLLM's own integers of experts are not made here.
-    rivals = {} if "num_experts" in ModelFolder.open(model).config else VLLM
-    for kind in (rivals[values] for values in rivals if any(values in cell for cell in cells)):
+    for kind in (VLLM[values] for values in VLLM if rivals and any(values in c for c in cells)):
         folder = root / f"{shape}-{kind}"
         if not folder.exists():
             vllm_rivals.make_folder(model, kind, folder)
@@ -219,12 +224,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "gblm-shapes")
-    parser.add_argument("--llama-cpp", action="store_true", help="needs gguf, llama-cpp-python")
+    parser.add_argument("--rivals", nargs="+", default=(), choices=("llama.cpp", "vllm"),
+                        help="of as many bits; llama.cpp needs gguf and llama-cpp-python, and "
+                        "vLLM's integers are none of experts")  # fmt: skip
     parser.add_argument("--without-bf16", action="store_true",
                         help="where memory has no room for it beside the others")  # fmt: skip
     given = parser.parse_args()
-    folders, gguf = make_folders(given.folder, given.shape, given.cells), {}
-    for values in dict.fromkeys(cell.split()[1] for cell in given.cells) if given.llama_cpp else ():
+    folders = make_folders(given.folder, given.shape, given.cells, "vllm" in given.rivals)
+    every, gguf = dict.fromkeys(cell.split()[1] for cell in given.cells), {}
+    for values in every if "llama.cpp" in given.rivals else ():
         kind = LLAMA_CPP[values]
         path = given.folder / f"{given.shape}-{kind}.gguf"
         if not path.exists():
