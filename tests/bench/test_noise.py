@@ -60,7 +60,7 @@ QUIET = {"steal": 0.0, "other_load": 0.01, "read_limit_gb_s": 20.0}
     [
         ({"steal": 0.05}, "5.0% of the CPU time was stolen"),
         ({"other_load": 0.25}, "25.0% of the CPU time went to other processes"),
-        ({"read_limit_gb_s": 16.9}, "memory was read at 16.9 GB/s, 20.0 GB/s in the best round"),
+        ({"read_limit_gb_s": 16.9}, "memory was read at 16.9 GB/s, 20.0 GB/s in the best rounds"),
     ],
 )
 def test_a_round_is_noisy_for_one_reason(changed: dict[str, float], sentence: str) -> None:
@@ -68,6 +68,14 @@ def test_a_round_is_noisy_for_one_reason(changed: dict[str, float], sentence: st
     kept, (note,), reasons = judge("load", rounds)
     assert (kept, reasons) == ([0], [])
     assert note.startswith(f"load: round 2 is left out: b: {sentence}")
+
+
+def test_one_burst_makes_no_other_round_noisy() -> None:
+    reads = (13.0, 14.0, 18.3, 13.5, 14.2, 11.8)
+    rounds = [{"a": QUIET | {"read_limit_gb_s": read}} for read in reads]
+    kept, (note,), reasons = judge("load", rounds)
+    assert (kept, reasons) == ([0, 1, 2, 3, 4], [])
+    assert "memory was read at 11.8 GB/s, 14.2 GB/s in the best rounds" in note
 
 
 def test_quiet_rounds_are_kept_and_noise_can_be_allowed() -> None:

@@ -112,26 +112,25 @@ def reader(threads: int | None, patience: int = PATIENCE) -> Callable[[], float 
 
     The threads are those of the sides: two CPUs of a virtual machine may lie on one core or on two,
     which changes what two threads read, but not what a side with one thread does. While memory is
-    slower than it was before, it is read again, so many times at most, a second apart.
+    slower than it was before, see `noise.best`, it is read again, so many times at most.
     """
     if native.refusal():
         return lambda: None
     now = noise.reader(time.perf_counter, READS, READ_BYTES)
-    best = 0.0
+    told: list[float] = []
 
     def settled() -> float:
-        nonlocal best
         limit, before = 0.0, torch.get_num_threads()
         torch.set_num_threads(threads or before)
         try:
             for _ in range(patience):
                 time.sleep(SETTLE_SECONDS)
                 limit = now()
-                best = max(best, limit)
-                if not noise.reason({"read_limit_gb_s": limit}, best):
+                if not noise.reason({"read_limit_gb_s": limit}, noise.best([*told, limit])):
                     break
         finally:
             torch.set_num_threads(before)
+        told.append(limit)
         return limit
 
     return settled
