@@ -6,10 +6,11 @@
 
 Each cell, a pattern and a value type, prunes (`gblm prune --preset …`) and recovers (`gblm
 recover`, once for each of the `--tokens`) with one thread; "8:16@3.7bits int4" and
-"unstructured@3.2bits int4" spread a budget (`--budget`); "keep7 reap" removes experts of a mixture
-instead. `--preset fast --tokens 0` only prunes. KL and perplexity are those that `gblm recover`
-tells before and after, on 16 windows of 256 tokens of texts that no step has seen. Cells are added
-to benchmarks/results/recovery-MODEL.json; another seed is another round of the same row.
+"unstructured@3.2bits int4" spread a budget (`--budget`), "dense@3.7bits int3" over dense int3 and
+int4; "keep7 reap" removes experts of a mixture instead. `--preset fast --tokens 0` only prunes. KL
+and perplexity are those that `gblm recover` tells before and after, on 16 windows of 256 tokens of
+texts that no step has seen. Cells are added to benchmarks/results/recovery-MODEL.json; another seed
+is another round of the same row.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import resource
 import statistics
 import tempfile
@@ -30,17 +32,29 @@ from shapes import SPLIT, model_folder
 
 from gblm.provenance import provenance
 from gblm.record import Record, Row
-from gblm.sparse.patterns import parse
 
 MODELS = ("smollm2", "gemma3-270m", SPLIT)
 CELLS = ("8:16 int8", "dense int4", "8:16 int4", "dense int8", "2:4 int8", "0.5 int8")
 METRICS = {"kl": "nats", "top1": "", "perplexity": ""}
-# No packed value type has three bits: they are stored as int4, and counted as what they are.
-LIMITS = {"int3": 3}
-NARROW = """
+# No packed value type has three bits: such codes are stored in bytes, and counted as what they are.
+# A budget for dense ones is spread over linears of three and of four bits.
+NARROW, NARROW_BITS = "int3", 3
+WITH_NARROW = f"""
 from dataclasses import replace
+from gblm.commands import recipe_options
+from gblm.search.allocate import LinearSpec
+from gblm.search.examine import Space
 from gblm.sparse.values import KINDS
-KINDS["int4"] = replace(KINDS["int4"], limit={limit})
+
+KINDS["{NARROW}"] = replace(KINDS["int8"], limit={2 ** (NARROW_BITS - 1) - 1})
+recipe_options.space_of = lambda *_: Space(("{NARROW}:auto", "int4:auto"), ())
+stored = LinearSpec.num_bytes
+
+def counted(linear, fmt):
+    unused = linear.weights * {8 - NARROW_BITS} // 8
+    return stored(linear, fmt) - unused * (fmt.values.kind == "{NARROW}")
+
+LinearSpec.num_bytes = counted
 from gblm.cli import main
 main()
 """
@@ -65,10 +79,10 @@ def side_name(
     words += [f"{pages.counted(ends, 'layer')} dense at each end"] if ends else []
     if "@" in pattern:
         spread, bits = pattern.removesuffix("bits").split("@")
-        anywhere = spread == "unstructured"
-        words = [f"{values} {'zeros anywhere' if anywhere else f'{spread} or dense'}, {bits} bits"]
+        spreads = {"unstructured": "zeros anywhere", "dense": "or int4 dense"}
+        words = [f"{values} {spreads.get(spread, f'{spread} or dense')}, {bits} bits"]
     words += ["int4 head"] * (head == "int4")
-    words += ["GPTQ" if pattern == "dense" else method] + ["not shrunk"] * whole
+    words += ["GPTQ" if pattern.startswith("dense") else method] + ["not shrunk"] * whole
     words += ["reconstructed" + (f" {epochs} times" if epochs != 1 else "")] * bool(epochs)
     return ", ".join(words + [f"recovered on {tokens} tokens"] * bool(tokens))
 
@@ -87,24 +101,24 @@ def measure(
     """Prune once, recover on each number of tokens; gives facts of all sides, and their rows."""
     pattern, values = cell.split()
     pruned, held_out = folder / "pruned", texts(given, folder)
-    limit, stored = LIMITS.get(values, 0), "int4" if values in LIMITS else values
+    narrow = values == NARROW
     spread, _, budget = pattern.partition("@")
-    how = f"--preset {given.preset} --recover 0 --method {method} --values {stored}"
+    how = f"--preset {given.preset} --recover 0 --method {method} --values {values}"
     how += f" --seed {given.seed} --pattern {spread}" + f" --budget {budget}" * bool(budget)
     if (given.dense_ends is not None or pattern == "dense") and not budget:
         how += f" --dense-ends {given.dense_ends or 0}"
     how += "" if given.shrinkage is None else f" --shrinkage {given.shrinkage}"
-    head = given.head or "int8" * bool(limit)
+    head = given.head or "int8" * narrow
     how += f" --head {head}" * bool(head)
-    first, cpu = gblm(f"prune {model} {how} --output {pruned}", limit)
-    if limit:
-        first["bits_per_weight"] -= 1 - parse(pattern).sparsity
+    first, cpu = gblm(f"prune {model} {how} --output {pruned}", narrow)
     recipe = json.loads((pruned / "recipe.json").read_text())
+    unused, weights = _unused(json.loads((pruned / "sparsity_report.json").read_text())["tensors"])
     epochs = 0 if recipe["reconstruct"] is None else recipe["reconstruct"]["epochs"]
     how_named = {"ends": recipe["dense_ends"], "method": method, "head": recipe["head"]}
     how_named["whole"] = (recipe["calibration"] or {}).get("shrinkage") == 0
     facts = {
-        "bits_per_weight": first["bits_per_weight"], "bytes": first["bytes_packed"],
+        "bits_per_weight": first["bits_per_weight"] - 8 * unused / weights,
+        "bytes": first["bytes_packed"] - unused,
         "provenance": provenance(), "prune": f"gblm prune {how}",
     }  # fmt: skip
     before = side_name(pattern, values, epochs, **how_named)
@@ -114,10 +128,10 @@ def measure(
     }
     rows = []
     if 0 in given.tokens:
-        rows = _rows(before, evaluated(pruned, model, held_out), held_out)
+        rows = _rows(before, evaluated(pruned, model, held_out, narrow), held_out)
     for tokens in filter(None, given.tokens):
         training = f"--tokens {tokens} --seed {given.seed}"
-        then, cpu_more = recovered(pruned, training, held_out, limit)
+        then, cpu_more = recovered(pruned, training, held_out, narrow)
         rows = rows or _rows(before, then["before"], held_out)
         # A recovery that does not lower KL leaves the model as it was: that is no row.
         if then["kept"]:
@@ -128,13 +142,20 @@ def measure(
     return sides, rows
 
 
+def _unused(linears: list[dict[str, Any]]) -> tuple[int, int]:
+    """Count the bytes that codes of three bits take beyond their own, and all weights."""
+    weights = [math.prod(linear["shape"]) for linear in linears]
+    narrow = [linear.get("values", "").startswith(NARROW) for linear in linears]
+    return sum(itertools.compress(weights, narrow)) * (8 - NARROW_BITS) // 8, sum(weights)
+
+
 def recovered(
-    pruned: Path, how: str, held_out: dict[str, str], limit: int
+    pruned: Path, how: str, held_out: dict[str, str], narrow: bool
 ) -> tuple[dict[str, Any], float]:
     """Recover a model; gives what the command says, and the seconds of CPU it took."""
     others = " ".join(f"--held-out {path}" for path in held_out.values())
     with tempfile.TemporaryDirectory(dir=pruned.parent) as folder:
-        return gblm(f"recover {pruned} {how} {others} --output {folder}/recovered", limit)
+        return gblm(f"recover {pruned} {how} {others} --output {folder}/recovered", narrow)
 
 
 def remove(
@@ -169,12 +190,14 @@ def _rows(
     return rows
 
 
-def evaluated(pruned: Path, model: Path, held_out: dict[str, str]) -> dict[str, Any]:
+def evaluated(
+    pruned: Path, model: Path, held_out: dict[str, str], narrow: bool = False
+) -> dict[str, Any]:
     """Measure a model that is not recovered, but for the text that the dense model writes."""
     paths = [path for path in held_out.values() if path != "self"]
     record = pruned.parent / "eval.json"
     words = " ".join(f"--text {path}" for path in paths) + " --seq-len 256 --max-windows 16"
-    gblm(f"eval {pruned} --baseline {model} {words} --output {record}")
+    gblm(f"eval {pruned} --baseline {model} {words} --output {record}", narrow)
     read = Record.read(record)
     side = next(name for name in read.sides if name != read.baseline)
     return {
@@ -187,15 +210,15 @@ def evaluated(pruned: Path, model: Path, held_out: dict[str, str]) -> dict[str, 
     }  # fmt: skip
 
 
-def gblm(arguments: str, limit: int = 0) -> tuple[dict[str, Any], float]:
+def gblm(arguments: str, narrow: bool = False) -> tuple[dict[str, Any], float]:
     """Run a command with one thread; gives what it says and the seconds of CPU it took.
 
     Args:
         arguments: of the command.
-        limit: the largest code of int4 values, if they are to be fewer.
+        narrow: whether there are codes of three bits.
     """
     began = resource.getrusage(resource.RUSAGE_CHILDREN)
-    begin = ("-c", NARROW.format(limit=limit)) if limit else ("-m", "gblm")
+    begin = ("-c", WITH_NARROW) if narrow else ("-m", "gblm")
     found = pages.alone(*begin, "--json", "--no-progress", *arguments.split())
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     return found, round(ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime, 1)

@@ -126,7 +126,7 @@ def table() -> str:
     texts = rivals.loads
     # What is stored as int4 and counted as three bits is no file of ours.
     # Rows of older recipes, which did not shrink, are no rivals either.
-    made = [side for side in ours.sides if not side.startswith(tuple(recovery.LIMITS))]
+    made = [side for side in ours.sides if not side.startswith(recovery.NARROW)]
     made = [side for side in made if ", not shrunk" not in side]
     picked = [side for side in made if side == recovery.DENSE or any(map(side.count, OURS))]
     rows = [(rivals.sides[side]["bytes"], rivals, side) for side in rivals.sides]
