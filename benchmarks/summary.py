@@ -59,8 +59,7 @@ def table() -> str:
         "*descriptions* and WikiText-2 no step has seen anything, of pydoc another part. vLLM on "
         f"CPU, compiled, one thread, {decoding.num_rounds(speed)} interleaved rounds; the first "
         "ratio is to bf16, the second to the dense integers of the same value type. The head, "
-        "which is the embeddings, too, is rounded like the linears in MB and perplexities, and is "
-        f"{decoding.heads(speed)} in the speeds. "
+        "which is the embeddings, too, is rounded like the linears. "
         f"{pages.origins(made, 'torch')}"
     )
 
