@@ -6,8 +6,8 @@
 
 Each cell, a pattern and a value type, prunes (`gblm prune --preset …`) and recovers (`gblm
 recover`, once for each of the `--tokens`) with one thread; "8:16@3.7bits int4" and
-"unstructured@3.2bits int4" spread a budget (`--budget`), "dense@3.7bits int3" over dense int3 and
-int4; "keep7 reap" removes experts of a mixture instead. `--preset fast --tokens 0` only prunes. KL
+"unstructured@3.2bits int4" spread a budget (`--budget`), "dense@3.7bits mixed" by value types
+alone; "keep7 reap" removes experts of a mixture instead. `--preset fast --tokens 0` only prunes. KL
 and perplexity are those that `gblm recover` tells before and after, on 16 windows of 256 tokens of
 texts that no step has seen. Cells are added to benchmarks/results/recovery-MODEL.json; another seed
 is another round of the same row.
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import resource
 import statistics
 import tempfile
@@ -36,29 +35,9 @@ from gblm.record import Record, Row
 MODELS = ("smollm2", "gemma3-270m", SPLIT)
 CELLS = ("8:16 int8", "dense int4", "8:16 int4", "dense int8", "2:4 int8", "0.5 int8")
 METRICS = {"kl": "nats", "top1": "", "perplexity": ""}
-# No packed value type has three bits: such codes are stored in bytes, and counted as what they are.
-# A budget for dense ones is spread over linears of three and of four bits.
-NARROW, NARROW_BITS = "int3", 3
-WITH_NARROW = f"""
-from dataclasses import replace
-from gblm.commands import recipe_options
-from gblm.search.allocate import LinearSpec
-from gblm.search.examine import Space
-from gblm.sparse.values import KINDS
-
-KINDS["{NARROW}"] = replace(KINDS["int8"], limit={2 ** (NARROW_BITS - 1) - 1})
-recipe_options.space_of = lambda *_: Space(("{NARROW}:auto", "int4:auto"), ())
-stored = LinearSpec.num_bytes
-
-def counted(linear, fmt):
-    unused = linear.weights * {8 - NARROW_BITS} // 8
-    return stored(linear, fmt) - unused * (fmt.values.kind == "{NARROW}")
-
-LinearSpec.num_bytes = counted
-from gblm.cli import main
-main()
-"""
 DENSE = "dense bf16"
+# Values of a cell that leaves them to the budget.
+MIXED = "mixed"
 # What `plain` shows, of what there is.
 METHODS = ("magnitude", "wanda", "gblm", "sparsegpt", "alps")
 SPARSE = ("2:4", "4:8", "8:16", "0.5")
@@ -79,7 +58,7 @@ def side_name(
     words += [f"{pages.counted(ends, 'layer')} dense at each end"] if ends else []
     if "@" in pattern:
         spread, bits = pattern.removesuffix("bits").split("@")
-        spreads = {"unstructured": "zeros anywhere", "dense": "or int4 dense"}
+        spreads = {"unstructured": "zeros anywhere", "dense": "dense"}
         words = [f"{values} {spreads.get(spread, f'{spread} or dense')}, {bits} bits"]
     words += ["int4 head"] * (head == "int4")
     words += ["GPTQ" if pattern.startswith("dense") else method] + ["not shrunk"] * whole
@@ -101,24 +80,21 @@ def measure(
     """Prune once, recover on each number of tokens; gives facts of all sides, and their rows."""
     pattern, values = cell.split()
     pruned, held_out = folder / "pruned", texts(given, folder)
-    narrow = values == NARROW
     spread, _, budget = pattern.partition("@")
-    how = f"--preset {given.preset} --recover 0 --method {method} --values {values}"
+    how = f"--preset {given.preset} --recover 0 --method {method}"
     how += f" --seed {given.seed} --pattern {spread}" + f" --budget {budget}" * bool(budget)
+    how += f" --values {values}" * (values != MIXED)
     if (given.dense_ends is not None or pattern == "dense") and not budget:
         how += f" --dense-ends {given.dense_ends or 0}"
     how += "" if given.shrinkage is None else f" --shrinkage {given.shrinkage}"
-    head = given.head or "int8" * narrow
-    how += f" --head {head}" * bool(head)
-    first, cpu = gblm(f"prune {model} {how} --output {pruned}", narrow)
+    how += f" --head {given.head}" * bool(given.head)
+    first, cpu = gblm(f"prune {model} {how} --output {pruned}")
     recipe = json.loads((pruned / "recipe.json").read_text())
-    unused, weights = _unused(json.loads((pruned / "sparsity_report.json").read_text())["tensors"])
     epochs = 0 if recipe["reconstruct"] is None else recipe["reconstruct"]["epochs"]
     how_named = {"ends": recipe["dense_ends"], "method": method, "head": recipe["head"]}
     how_named["whole"] = (recipe["calibration"] or {}).get("shrinkage") == 0
     facts = {
-        "bits_per_weight": first["bits_per_weight"] - 8 * unused / weights,
-        "bytes": first["bytes_packed"] - unused,
+        "bits_per_weight": first["bits_per_weight"], "bytes": first["bytes_packed"],
         "provenance": provenance(), "prune": f"gblm prune {how}",
     }  # fmt: skip
     before = side_name(pattern, values, epochs, **how_named)
@@ -128,10 +104,10 @@ def measure(
     }
     rows = []
     if 0 in given.tokens:
-        rows = _rows(before, evaluated(pruned, model, held_out, narrow), held_out)
+        rows = _rows(before, evaluated(pruned, model, held_out), held_out)
     for tokens in filter(None, given.tokens):
         training = f"--tokens {tokens} --seed {given.seed}"
-        then, cpu_more = recovered(pruned, training, held_out, narrow)
+        then, cpu_more = recovered(pruned, training, held_out)
         rows = rows or _rows(before, then["before"], held_out)
         # A recovery that does not lower KL leaves the model as it was: that is no row.
         if then["kept"]:
@@ -142,20 +118,11 @@ def measure(
     return sides, rows
 
 
-def _unused(linears: list[dict[str, Any]]) -> tuple[int, int]:
-    """Count the bytes that codes of three bits take beyond their own, and all weights."""
-    weights = [math.prod(linear["shape"]) for linear in linears]
-    narrow = [linear.get("values", "").startswith(NARROW) for linear in linears]
-    return sum(itertools.compress(weights, narrow)) * (8 - NARROW_BITS) // 8, sum(weights)
-
-
-def recovered(
-    pruned: Path, how: str, held_out: dict[str, str], narrow: bool
-) -> tuple[dict[str, Any], float]:
+def recovered(pruned: Path, how: str, held_out: dict[str, str]) -> tuple[dict[str, Any], float]:
     """Recover a model; gives what the command says, and the seconds of CPU it took."""
     others = " ".join(f"--held-out {path}" for path in held_out.values())
     with tempfile.TemporaryDirectory(dir=pruned.parent) as folder:
-        return gblm(f"recover {pruned} {how} {others} --output {folder}/recovered", narrow)
+        return gblm(f"recover {pruned} {how} {others} --output {folder}/recovered")
 
 
 def remove(
@@ -190,14 +157,12 @@ def _rows(
     return rows
 
 
-def evaluated(
-    pruned: Path, model: Path, held_out: dict[str, str], narrow: bool = False
-) -> dict[str, Any]:
+def evaluated(pruned: Path, model: Path, held_out: dict[str, str]) -> dict[str, Any]:
     """Measure a model that is not recovered, but for the text that the dense model writes."""
     paths = [path for path in held_out.values() if path != "self"]
     record = pruned.parent / "eval.json"
     words = " ".join(f"--text {path}" for path in paths) + " --seq-len 256 --max-windows 16"
-    gblm(f"eval {pruned} --baseline {model} {words} --output {record}", narrow)
+    gblm(f"eval {pruned} --baseline {model} {words} --output {record}")
     read = Record.read(record)
     side = next(name for name in read.sides if name != read.baseline)
     return {
@@ -210,16 +175,10 @@ def evaluated(
     }  # fmt: skip
 
 
-def gblm(arguments: str, narrow: bool = False) -> tuple[dict[str, Any], float]:
-    """Run a command with one thread; gives what it says and the seconds of CPU it took.
-
-    Args:
-        arguments: of the command.
-        narrow: whether there are codes of three bits.
-    """
+def gblm(arguments: str) -> tuple[dict[str, Any], float]:
+    """Run a command with one thread; gives what it says and the seconds of CPU it took."""
     began = resource.getrusage(resource.RUSAGE_CHILDREN)
-    begin = ("-c", WITH_NARROW) if narrow else ("-m", "gblm")
-    found = pages.alone(*begin, "--json", "--no-progress", *arguments.split())
+    found = pages.alone("-m", "gblm", "--json", "--no-progress", *arguments.split())
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     return found, round(ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime, 1)
 

@@ -124,10 +124,8 @@ def table() -> str:
     """Put size and perplexities of ours, dense and recovered, beside what others make."""
     rivals, ours = Record.read(RECORD), Record.read(recovery.record_of("smollm2"))
     texts = rivals.loads
-    # What is stored as int4 and counted as three bits is no file of ours.
-    # Rows of older recipes, which did not shrink, are no rivals either.
-    made = [side for side in ours.sides if not side.startswith(recovery.NARROW)]
-    made = [side for side in made if ", not shrunk" not in side]
+    # Rows of older recipes, which did not shrink, are no rivals.
+    made = [side for side in ours.sides if ", not shrunk" not in side]
     picked = [side for side in made if side == recovery.DENSE or any(map(side.count, OURS))]
     rows = [(rivals.sides[side]["bytes"], rivals, side) for side in rivals.sides]
     rows += [(ours.sides[side]["bytes"], ours, side) for side in picked]

@@ -97,12 +97,13 @@ def test_inputs_that_are_always_zero_cost_nothing() -> None:
 
 def test_more_zeros_and_coarser_codes_are_never_better(model: Examined) -> None:
     for own in model.curves.values():
-        for kind in ("float", "int8", "int4"):
+        for kind in ("float", "int8", "int4", "int3"):
             losses = own.sparse[kind]
             assert len(losses) == len(GRID)
             # Small weights may be nearer to zero than to a code: rounding is no lower bound.
-            assert losses[-1] > losses[30] >= losses[0] - 1e-12 or kind == "int4"
+            assert losses[-1] > losses[30] >= losses[0] - 1e-12 or kind in ("int4", "int3")
         assert own.sparse["float"][0] == 0 < own.sparse["int8"][0] < own.sparse["int4"][0]
+        assert own.sparse["int4"][0] < own.sparse["int3"][0]
         assert own.fixed["2:4", "float"] > 0.9 * own.sparse["float"][50]
 
 
@@ -246,7 +247,7 @@ def test_every_candidate_holds_its_budget_and_becomes_a_recipe(
 ) -> None:
     limit = parse_budget(text).limit(model.weights, model.rest_bytes)
     found = allocations(model, limit)
-    assert list(found)[:2] == ["int8 dense", "int4 dense"]
+    assert list(found)[:3] == ["int8 dense", "int4 dense", "int3 dense"]
     assert any("measured" in name for name in found)
     refit = base.model_copy(update={"refit": Refitting()})
     for name, allocation in found.items():
@@ -352,6 +353,23 @@ def test_prune_spreads_a_budget_by_itself(
     again = gblm("prune", *words, "--output", "again")
     assert again.code == 0, again
     assert Recipe.from_file(tmp_path / "again" / "recipe.json") == recipe
+
+
+def test_without_zeros_a_budget_decides_the_bits(
+    gblm: Run, tiny: Path, text_file: Path, tmp_path: Path
+) -> None:
+    words = [tiny, "--calibration", text_file, *TEXT, "--recover", 0, "--pattern", "dense",
+             "--budget", "3.9bits", "--output", "out", "--json"]  # fmt: skip
+    done = gblm("prune", *words)
+    assert done.code == 0, done
+    report = json.loads(done.out)
+    assert 3.4 < report["bits_per_weight"] <= 3.9
+    recipe = Recipe.from_file(tmp_path / "out" / "recipe.json")
+    ways = (recipe, *recipe.layers)
+    assert {way.pattern for way in ways} == {"dense"}
+    assert {"int4:auto", "int3:auto"} <= {way.values for way in ways}
+    assert recipe.head == "int4"
+    assert gblm("prune", tiny, "--values", "int3", "--output", "no").code == 4
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ INT8 = ValueType("int8", ROW)
 @pytest.mark.parametrize(
     ("text", "values"),
     [("float", FLOAT), ("int8", ValueType("int8", AUTO)), ("int8:auto", ValueType("int8", AUTO)),
-     ("int8:128", ValueType("int8", 128)), ("int4:row", ValueType("int4", ROW))],
+     ("int8:128", ValueType("int8", 128)), ("int4:row", ValueType("int4", ROW)),
+     ("int3:96", ValueType("int3", 96))],
 )  # fmt: skip
 def test_specs_are_read_and_written(text: str, values: ValueType) -> None:
     assert parse_values(text) == values
@@ -27,7 +28,7 @@ def test_specs_are_read_and_written(text: str, values: ValueType) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "int3", "int8:0", "int8:", "int8:7", "int8:12800", "float:128", "float:auto", "INT8",
+    ["", "int2", "int8:0", "int8:", "int8:7", "int8:12800", "float:128", "float:auto", "INT8",
      "int8:128/..", "int8 ", "bf16", "int4:-1", "uint8"],
 )  # fmt: skip
 def test_bad_specs_are_refused(text: str) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from gblm.kernels import BACKENDS, linear
 from gblm.provenance import provenance
-from gblm.sparse.formats import format_for
+from gblm.sparse.formats import Format, format_for
 from gblm.sparse.patterns import NM, Dense, Pattern, Unstructured
 from gblm.sparse.values import FLOAT, KINDS, ValueType, quantize
 from gblm.sparse.weights import SparseWeight
@@ -65,7 +65,8 @@ def _self_test(name: str) -> str:
     patterns: tuple[Pattern, ...] = (
         NM(2, 4), NM(4, 8), NM(8, 16), Unstructured(0.5), Dense(),
     )  # fmt: skip
-    kinds = (FLOAT, *(ValueType(kind, 32) for kind in KINDS if kind != FLOAT.kind))
+    integers = (ValueType(kind, 32) for kind in KINDS if kind != FLOAT.kind)
+    kinds = (FLOAT, *(values for values in integers if values.bits in Format.bits))
     for pattern, values in product(patterns, kinds):
         weight = torch.randn(48, 64, generator=generator)
         sparse = SparseWeight.cut(weight, pattern.keep(weight.abs(), "row"))

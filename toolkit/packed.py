@@ -90,8 +90,9 @@ class SparseLinear(nn.Module):
             dtype = dtype or parts["values"].dtype
             parts["values"] = parts["values"].to(dtype)
         dtype, where = dtype or torch.bfloat16, parts["values"].device
+        self.fmt, known = self.fmt.as_kernels_know(parts)
         backend, reasons = kernels.select(self.fmt, self.shape, dtype, where, forced)
-        prepared = backend.prepare(self.fmt, parts, self.shape, dtype)
+        prepared = backend.prepare(self.fmt, known, self.shape, dtype)
         for part in self.fmt.parts:
             delattr(self, part)
         for index, tensor in enumerate(prepared):

@@ -24,7 +24,7 @@ from gblm.export.onnx.runtime import DATA_FILE, DOMAIN, DOMAIN_VERSION, MODEL_FI
 from gblm.kernels import BACKENDS
 from gblm.model.folder import ModelFolder
 from gblm.model.packed_reader import PackedReader
-from gblm.sparse.formats import Format, Shape, from_spec, join_formats
+from gblm.sparse.formats import Format, Parts, Shape, from_spec, join_formats
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -280,7 +280,8 @@ def packed_panels(reader: PackedReader, linears: Sequence[str]) -> tuple[Panels,
         pieces.append(parts)
     shape = (sum(linear.shape[0] for linear in packed), packed[0].shape[1])
     joined = fmt.join(pieces)
-    return _prepare(linears[0], fmt, joined, shape), fmt.expand(joined, torch.float32).float()
+    known = fmt.as_kernels_know(joined)
+    return _prepare(linears[0], *known, shape), fmt.expand(joined, torch.float32).float()
 
 
 def is_bfloat16(weight: Tensor) -> bool:
@@ -288,7 +289,7 @@ def is_bfloat16(weight: Tensor) -> bool:
     return bool((weight == weight.to(torch.bfloat16)).all())
 
 
-def _prepare(name: str, fmt: Format, parts: dict[str, Tensor], shape: Shape) -> Panels:
+def _prepare(name: str, fmt: Format, parts: Parts, shape: Shape) -> Panels:
     backend = BACKENDS["cpu"]
     if reason := backend.refuses(fmt, shape, torch.bfloat16, torch.device("cpu")):
         raise InputError(f"{name}: the operator cannot take this weight: {reason}.")

@@ -73,6 +73,7 @@ def damaged(exported: Path, tmp_path: Path) -> Path:
         ("2:4", "int4", "int8", True),
         ("dense", "int4", "int4", False),
         ("dense", "int4", "int4", True),
+        ("dense", "int3", "int4", True),
     ],
 )
 def test_packed_weights_stay_packed_and_compute_the_same(

@@ -21,6 +21,7 @@ CASES = [("nm", "2:4"), ("nm", "4:8"), ("nm", "8:16"), ("nm", "1:4"), ("nm", "3:
          ("bitmask", "0.5"), ("bitmask", "0.9"), ("bitmask", "0"),
          ("dense", "dense")]  # fmt: skip
 INTEGERS = ["int8:row", "int4:row", "int8:32", "int4:32", "int8:64", "int4:64"]
+NARROW = ["int3:row", "int3:32"]
 SHAPES = [(1, 8), (3, 16), (16, 64), (7, 40), (5, 192)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -37,14 +38,14 @@ def test_every_format_is_tested() -> None:
 def fits(case: tuple[str, str], values: str, shape: tuple[int, int], *_: object) -> bool:
     try:
         make_format(*case, values).check_shape("w", shape)
-    except PatternError:
+    except (CheckpointError, PatternError):
         return False
     return True
 
 
 @pytest.mark.parametrize(
     ("case", "values", "shape", "dtype"),
-    pairwise(CASES, ["float", *INTEGERS], SHAPES, DTYPES, allowed=fits),
+    pairwise(CASES, ["float", *INTEGERS, *NARROW], SHAPES, DTYPES, allowed=fits),
     ids=str,
 )
 def test_unpack_is_the_exact_inverse_of_pack(
@@ -240,6 +241,24 @@ def test_spec_round_trips(name: str, pattern: str, values: str) -> None:
 def test_hostile_or_unsettled_values_are_refused(values: str) -> None:
     with pytest.raises(CheckpointError, match="manifest: "):
         make_format("nm", "2:4", values)
+
+
+@pytest.mark.parametrize("values", NARROW)
+def test_kernels_see_three_bits_as_four(values: str) -> None:
+    fmt, shape = make_format("dense", "dense", values), (5, 192)
+    codes, groups = torch.arange(-4, 4).to(torch.int8).repeat(5, 24), fmt.layout(shape)["scales"]
+    every = torch.ones(shape, dtype=torch.bool)
+    scales = torch.rand(groups.shape, dtype=torch.float32).add(1).bfloat16()
+    parts = fmt.pack("w", SparseWeight.from_codes(codes, scales, every, torch.bfloat16))
+    assert parts["values"].shape == (5, 3 * 192 // 8)
+    assert from_spec(fmt.spec) == fmt
+    known, wider = fmt.as_kernels_know(parts)
+    assert known.spec == f"dense/dense/{values.replace('int3', 'int4')}"
+    known.validate("w", wider, shape)
+    assert all(torch.equal(one.unpack(its).codes, codes)
+               for one, its in ((fmt, parts), (known, wider)))  # fmt: skip
+    sparse = make_format("nm", "2:4", "int4:32")
+    assert sparse.as_kernels_know({})[0] is sparse
 
 
 def test_folders_of_values_that_went_are_told_how_to_go_on() -> None:

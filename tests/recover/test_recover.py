@@ -47,7 +47,8 @@ def how(text_file: Path) -> Recovering:
 
 @pytest.mark.parametrize("train", ["weights", "scales"])
 @pytest.mark.parametrize(
-    ("pattern", "values", "head"), [("2:4", "float", "float"), ("0.5", "int4", "int4")]
+    ("pattern", "values", "head"),
+    [("2:4", "float", "float"), ("0.5", "int4", "int4"), ("dense", "int3", "int4")],
 )
 def test_it_lowers_kl_and_keeps_every_mask(
     pack_tiny: Pack,

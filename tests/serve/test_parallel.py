@@ -18,8 +18,9 @@ pytestmark = pytest.mark.vllm
 TWICE = ("first", "again", "prompts")
 # Pattern, values, how many heads hold keys and values, for two ranks to split or both to hold; and
 # whether q/k/v and gate/up are fused on disk.
-CASES = (("2:4", "int4:32", 2, False), ("0.5", "float", 1, False), ("0.5", "int8:32", 1, True))
-BOUNDS = {"float": 0.1, "int4:32": 0.3, "int8:32": 0.3}
+CASES = (("2:4", "int4:32", 2, False), ("0.5", "float", 1, False), ("0.5", "int8:32", 1, True),
+         ("dense", "int3:32", 2, False))  # fmt: skip
+BOUNDS = {"float": 0.1, "int4:32": 0.3, "int8:32": 0.3, "int3:32": 0.3}
 
 
 def pack(root: Path, pattern: str, values: str, kv_heads: int = 2, fused: bool = False) -> Path:

@@ -169,7 +169,7 @@ def _in_a_layer(name: str) -> bool:
 
 def _kept(packed: PackedReader, linear: PackedLinear) -> int:
     """Count the kept positions; bytes of 4-bit codes do not tell, because rows are padded."""
-    if not linear.fmt.values.in_nibbles:
+    if linear.fmt.values.bits >= 8:
         return math.prod(linear.headers["values"][0])
     if "row_offsets" in linear.fmt.parts:
         return int(packed.tensor(f"{linear.name}.row_offsets")[-1])

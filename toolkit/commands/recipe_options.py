@@ -259,9 +259,12 @@ def with_preset(preset: str | None = None, **options: Any) -> dict[str, Any]:
     leave |= {"rounding"} if given.get("values") == "float" else set()
     if given.get("pattern") == "dense":
         leave |= {"dense_ends"}
+        # A budget for dense linears decides their bits.
+        leave |= {"values"} if "budget" in given else set()
     own = {name: value for name, value in PRESETS[preset].items() if name not in leave}
-    if "values" in own:  # the head has those of the linears
-        own["head"] = given.get("values", own["values"]).partition(":")[0]
+    if "values" in PRESETS[preset]:  # the head has those of the linears, but no fewer than 4 bits
+        kind = given.get("values", PRESETS[preset]["values"]).partition(":")[0]
+        own["head"] = "int4" if kind == "int3" else kind
         if _without_head(given.get("model")):
             own["head"] = "float"
     return {"preset": preset} | own | given
@@ -279,13 +282,13 @@ def _without_head(model: str | None) -> bool:
 
 
 def _in_words(
-    *, preset: str, method: str, pattern: str, values: str, num_samples: int, seq_len: int,
-    **rest: Any,
+    *, preset: str, method: str, pattern: str, num_samples: int, seq_len: int,
+    values: str = "of so many bits as fit", **rest: Any,
 ) -> str:  # fmt: skip
     """Say what a preset and the options beside it come to."""
     budget, ends = rest.get("budget"), rest.get("dense_ends")
     words = [] if pattern == "dense" else [method]
-    words += [pattern + " or dense" * bool(budget), values]
+    words += [pattern + " or dense" * bool(budget and pattern != "dense"), values]
     words += [f"spread to {budget}"] if budget else []
     words += [f"{ends} layer{'s' * (ends > 1)} dense at each end"] if ends else []
     words += [f"on {num_samples} samples of {seq_len} tokens"]

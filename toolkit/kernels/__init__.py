@@ -94,6 +94,8 @@ def refusal(
     """Say why a backend cannot serve such a weight, for people; None when it can."""
     if backend.formats and fmt.name not in backend.formats:
         return f"it does not know the format {fmt.name}"
+    if backend.formats and fmt.values.bits not in Format.bits:
+        return f"it does not know values of {fmt.values.bits} bits"
     return backend.refuses(fmt, shape, dtype, device)
 
 

@@ -347,8 +347,8 @@ def _check_teacher(task: Task) -> int:
 
 
 def _kept(linear: PackedLinear) -> int:
-    """Count the values of a linear, 4-bit codes at most."""
-    return math.prod(linear.headers["values"][0]) * (1 + linear.fmt.values.in_nibbles)
+    """Count the values of a linear, codes of less than 8 bits at most."""
+    return linear.fmt.values.count(math.prod(linear.headers["values"][0]))
 
 
 def _mean_kl(texts: Mapping[str, Mapping[str, float]]) -> float:

@@ -166,7 +166,7 @@ def _within(model: Examined, limit: float) -> Iterator[tuple[str, Allocation | N
         ways = partial(_ways, model, list(kinds), list(patterns))
         return measured(model.linears, ways, limit, model.loss)
 
-    for kind in model.specs:
+    for kind in model.kinds_with_zeros:
         for pattern in patterns:
             every = {x.name: model.fmt(x, kind, pattern) for x in model.linears}
             holds = total_bytes(model.linears, every) <= limit
@@ -183,7 +183,7 @@ def _ways(
 ) -> Iterator[Format]:
     """List what a linear may become: dense, or of one of the patterns, with each kind of values."""
     for kind in kinds:
-        for pattern in (Dense(), *patterns):
+        for pattern in (Dense(), *(patterns if kind in model.kinds_with_zeros else ())):
             yield model.fmt(linear, kind, pattern)
 
 

@@ -23,7 +23,7 @@ from gblm.search.allocate import LinearSpec, linears_of
 from gblm.search.sensitivity import Curve, Judgement, measure
 from gblm.sparse.formats import Format, format_for
 from gblm.sparse.patterns import NM, Dense, Pattern, Unstructured, parse
-from gblm.sparse.values import ValueType, parse_values
+from gblm.sparse.values import KINDS, ValueType, parse_values
 
 logger = logging.getLogger(__name__)
 # Text of the cheap pass: more of it moves the curves by less than they are off anyway.
@@ -40,7 +40,7 @@ class Space:
     They may always stay dense.
     """
 
-    values: tuple[str, ...] = ("float", "int8:auto", "int4:auto")
+    values: tuple[str, ...] = ("float", "int8:auto", "int4:auto", "int3:auto")
     patterns: tuple[str, ...] = ("unstructured", "2:4", "8:16")
 
     @property
@@ -102,6 +102,11 @@ class Examined:
         return {
             x.name: factor * sum(own.values()) / max(total, TINY) for x, factor in drawn.items()
         }
+
+    @property
+    def kinds_with_zeros(self) -> list[str]:
+        """Name the kinds of values that may stand beside zeros."""
+        return [kind for kind in self.specs if KINDS[kind].bits in Format.bits]
 
     def fmt(self, linear: LinearSpec, kind: str, pattern: Pattern) -> Format:
         """Give the format of a linear with a pattern and a kind of values."""

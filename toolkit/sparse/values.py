@@ -36,7 +36,8 @@ class Kind:
     """One kind of value: an entry of KINDS, which is all that a new kind needs.
 
     Attributes:
-        bits: that a value takes on disk and in memory: 16 (floats), 8, or 4 (two codes a byte).
+        bits: that a value takes on disk: 16 (floats), 8, 4 (two codes a byte) or 3 (eight codes in
+            three bytes, of linears without zeros alone; in memory they take 4).
         limit: the largest code; −limit − 1 is the least. Floats have 0.
         column_unit: the CPU kernels take a multiple of so many columns.
         about: how people call it, for the help of the command line.
@@ -52,6 +53,7 @@ KINDS: dict[str, Kind] = {
     "float": Kind(16, 0, 8, "as they are"),
     "int8": Kind(8, 127, 32, "codes of 8 bits with group scales"),
     "int4": Kind(4, 7, 32, "codes of 4 bits with group scales"),
+    "int3": Kind(3, 3, 32, "codes of 3 bits with group scales, for the pattern dense"),
 }
 # Kinds of earlier releases; folders of theirs are told how to go on.
 GONE = ("uint4", "fp8")
@@ -96,17 +98,17 @@ class ValueType:
 
     @property
     def bits(self) -> int:
-        """Count the bits of a value on disk and in memory: 16, 8 or 4."""
+        """Count the bits of a value on disk: 16, 8, 4 or 3."""
         return KINDS[self.kind].bits
 
     @property
     def limit(self) -> int:
-        """Give the largest code, 127 or 7; for kinds with codes only."""
+        """Give the largest code: 127, 7 or 3; for kinds with codes only."""
         return KINDS[self.kind].limit
 
     @property
     def least(self) -> int:
-        """Give the least code, −128 or −8, which has no opposite; for kinds with codes only."""
+        """Give the least code: −128, −8 or −4, without an opposite; for kinds with codes only."""
         return -self.limit - 1
 
     @property
@@ -121,8 +123,12 @@ class ValueType:
 
     @property
     def code_dtype(self) -> torch.dtype:
-        """Give the dtype of codes on disk: int8, or uint8 where two share a byte."""
-        return torch.uint8 if self.in_nibbles else torch.int8
+        """Give the dtype of codes on disk: int8, or uint8 where several share a byte."""
+        return torch.int8 if self.bits == 8 else torch.uint8
+
+    def count(self, stored: int) -> int:
+        """Count the values in so many stored elements, at most."""
+        return stored * 8 // self.bits if self.bits < 8 else stored
 
     def group(self, columns: int) -> int:
         """Count the columns that share a scale; for kinds with codes only, `resolve`d."""

@@ -78,7 +78,10 @@ def make_format(name: str, pattern: str, values: str = "float") -> Format:
         raise CheckpointError(f"format {name!r} cannot hold weights of pattern {pattern!r}.")
     if not kind.is_float and kind.group_size == AUTO:
         raise CheckpointError(f"manifest: values {values!r} leave the group size open.")
-    return FORMATS[name](parsed, kind)
+    try:
+        return FORMATS[name](parsed, kind)
+    except PatternError as error:
+        raise CheckpointError(f"manifest: {error}") from error
 
 
 @lru_cache(maxsize=64)

@@ -55,8 +55,12 @@ class Format(ABC):
 
     name: ClassVar[str]
     own_parts: ClassVar[tuple[str, ...]]
+    bits: ClassVar[tuple[int, ...]] = (16, 8, 4)
+    """Of the values that it stores; kernels know those of 16, 8 and 4."""
 
     def __init__(self, pattern: Pattern, values: ValueType = FLOAT) -> None:
+        if values.bits not in self.bits:
+            raise PatternError(f"values {values} are for dense linears, not for pattern {pattern}.")
         if not values.is_float and values.group_size == AUTO:
             raise PatternError(f"values {values}: resolve the group size before packing.")
         self.pattern = pattern
@@ -198,6 +202,10 @@ class Format(ABC):
     def scatter(self, parts: Parts) -> Tensor:
         """Put values in their dtype, or codes, at their places: [out, in], zero elsewhere."""
         return expand_bits(self.kept(parts), parts["bitmask"])
+
+    def as_kernels_know(self, parts: Parts) -> tuple[Format, Parts]:
+        """Give a format, and checked parts in it, that kernels read."""
+        return self, parts
 
     def rows(self, parts: Parts, start: int, stop: int) -> dict[str, Tensor]:
         """Cut out the parts of the rows start ≤ row < stop, as views where possible."""

@@ -1,8 +1,8 @@
-"""Bits of a mask and 4-bit codes, packed into bytes.
+"""Bits of a mask and codes of 4 and 3 bits, packed into bytes.
 
 Bit i, least significant first, of a mask's byte b is column 8·b + i. Codes lie two a byte, low
 nibble first, in two's complement; every row starts at a byte, and one with an odd number of codes
-ends in a nibble of zero.
+ends in a nibble of zero. Of 3-bit codes eight lie in three bytes, the first in the lowest bits.
 """
 
 from __future__ import annotations
@@ -65,6 +65,26 @@ def unpack_nibbles(packed: Tensor, count: int) -> Tensor:
     # Shifts of int8 keep the sign.
     pairs = torch.stack([(packed << 4).view(torch.int8), packed.view(torch.int8)], -1) >> 4
     return pairs.flatten(-2)[..., :count]
+
+
+def pack_eights(codes: Tensor) -> Tensor:
+    """Pack [rows, n] int8 codes of −4..3, n a multiple of 8, to [rows, 3·n/8] uint8."""
+    eights = (codes & 7).to(torch.int32).unflatten(-1, (-1, 8))
+    words = (eights << _places_of_eight(codes.device)).sum(-1, dtype=torch.int32)
+    return torch.stack([words & 255, words >> 8 & 255, words >> 16], -1).to(torch.uint8).flatten(-2)
+
+
+def unpack_eights(packed: Tensor) -> Tensor:
+    """Unpack [..., 3·n/8] uint8 to [..., n] int8."""
+    low, middle, high = packed.to(torch.int32).unflatten(-1, (-1, 3)).unbind(-1)
+    words = (low | middle << 8 | high << 16).unsqueeze(-1)
+    # Shifts of int32 keep the sign.
+    codes: Tensor = words << 29 - _places_of_eight(packed.device) >> 29
+    return codes.to(torch.int8).flatten(-2)
+
+
+def _places_of_eight(device: torch.device) -> Tensor:
+    return torch.arange(0, 24, 3, dtype=torch.int32, device=device)
 
 
 def pack_ragged(codes: Tensor, counts: Tensor) -> Tensor:

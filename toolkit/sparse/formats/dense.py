@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from gblm.errors import CheckpointError
-from gblm.sparse.formats.base import Headers, Parts, Shape, TensorSpec
+from gblm.sparse.formats.base import Format, Headers, Parts, Shape, TensorSpec
+from gblm.sparse.formats.bits import pack_nibbles
 from gblm.sparse.formats.rectangle import RectangleFormat
 from gblm.sparse.patterns import Dense, Pattern
 
 
 class DenseFormat(RectangleFormat):
-    """The format stores values [out, in], of 4-bit codes [out, in/2] bytes, and no mask."""
+    """The format stores values [out, in], of 4-bit codes [out, in/2] bytes, and no mask.
+
+    It alone stores codes of 3 bits, [out, 3·in/8] bytes.
+    """
 
     name = "dense"
+    bits = (*Format.bits, 3)
     own_parts = ("values",)
 
     @classmethod
@@ -27,13 +34,20 @@ class DenseFormat(RectangleFormat):
 
     def columns(self, parts: Parts) -> int:
         """See RectangleFormat.columns; `in` is even, so there is no padding."""
-        return parts["values"].shape[1] * (2 if self.values.in_nibbles else 1)
+        return self.values.count(parts["values"].shape[1])
+
+    def as_kernels_know(self, parts: Parts) -> tuple[Format, Parts]:
+        """See Format.as_kernels_know: 3-bit codes become 4-bit ones."""
+        if self.values.bits in Format.bits:
+            return self, parts
+        wider = DenseFormat(self.pattern, replace(self.values, kind="int4"))
+        return wider, {**parts, "values": pack_nibbles(self.kept(parts))}
 
     def shape_of(self, name: str, headers: Headers) -> Shape:
         shape = headers["values"][0]
         if len(shape) != 2 or min(shape) < 1:
             raise CheckpointError(f"{name}.values: shape {list(shape)} is impossible.")
-        return shape[0], shape[1] * (2 if self.values.in_nibbles else 1)
+        return shape[0], self.values.count(shape[1])
 
     def mask_layout(self, shape: Shape) -> dict[str, TensorSpec]:
         return {}
