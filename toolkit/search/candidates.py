@@ -154,7 +154,12 @@ def allocations(model: Examined, limit: float) -> dict[str, Allocation]:
 def _controls(model: Examined) -> Iterator[tuple[str, Allocation]]:
     for kind in model.specs:
         if kind != "float":
-            yield f"{kind} dense", {x.name: model.fmt(x, kind, Dense()) for x in model.linears}
+            yield f"{kind} dense", _alike(model, kind, Dense())
+
+
+def _alike(model: Examined, kind: str, pattern: Pattern) -> Allocation:
+    """Give all linears the same."""
+    return {linear.name: model.fmt(linear, kind, pattern) for linear in model.linears}
 
 
 def _within(model: Examined, limit: float) -> Iterator[tuple[str, Allocation | None]]:
@@ -168,14 +173,25 @@ def _within(model: Examined, limit: float) -> Iterator[tuple[str, Allocation | N
 
     for kind in model.kinds_with_zeros:
         for pattern in patterns:
-            every = {x.name: model.fmt(x, kind, pattern) for x in model.linears}
+            every = _alike(model, kind, pattern)
             holds = total_bytes(model.linears, every) <= limit
             yield f"{kind} {pattern}", every if holds else None
             yield f"{kind} {pattern} or dense, measured", least_loss([kind], [pattern])
         if steps:
             yield f"{kind} measured", least_loss([kind], steps)
-    yield "dense measured", least_loss(model.specs, [])
-    yield "mixed measured", least_loss(model.specs, [*patterns, *steps])
+    yield "dense measured", least_loss(_around(model, limit), [])
+
+
+def _around(model: Examined, limit: float) -> list[str]:
+    """Name the two kinds of values between whose dense models the budget lies, or the nearest.
+
+    Choosing among more of them is better by prediction, and worse: docs/log.md, 2026-12-02.
+    """
+    linears = model.linears
+    sizes = {kind: total_bytes(linears, _alike(model, kind, Dense())) for kind in model.specs}
+    fitting = sorted((kind for kind in sizes if sizes[kind] <= limit), key=sizes.__getitem__)
+    above = sorted(sizes.keys() - fitting, key=sizes.__getitem__)
+    return [*fitting[-1:], *above[:1]]
 
 
 def _ways(
