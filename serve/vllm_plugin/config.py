@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 from vllm.model_executor.layers.fused_moe import RoutedExperts
-from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    register_weight_loader_v2_supported_method,
+)
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
@@ -33,6 +36,15 @@ from gblm.sparse.formats import Format, join_formats
 from gblm.sparse.formats.manifest import QUANT_METHOD, Manifest
 
 logger = logging.getLogger(__name__)
+
+
+@register_weight_loader_v2_supported_method
+class NarrowLinearMethod(SparseLinearMethod):
+    """The method serves a linear whose codes have fewer bits than kernels know."""
+
+    def _prepare(self, layer: torch.nn.Module, parts: dict[str, torch.Tensor]) -> None:
+        self.fmt, known = self.fmt.as_kernels_know(parts)
+        super()._prepare(layer, dict(known))
 
 
 class SparseConfig(QuantizationConfig):
@@ -112,7 +124,8 @@ class SparseConfig(QuantizationConfig):
         if fmt is None:
             return DenseLinearMethod(prefix)
         self.num_created += 1
-        return SparseLinearMethod(fmt, prefix, self.note_choice)
+        kind = SparseLinearMethod if fmt.values.bits in Format.bits else NarrowLinearMethod
+        return kind(fmt, prefix, self.note_choice)
 
     def note_choice(self, backend: Backend, reasons: Sequence[str]) -> None:
         """Take note of a prepared linear; the last one writes the log line of the model.

@@ -92,9 +92,8 @@ class SparseLinearMethod(LinearMethodBase):
 
     def _prepare(self, layer: torch.nn.Module, parts: dict[str, Tensor]) -> None:
         forced, device = kernels.requested_backend(), parts["values"].device
-        self.fmt, known = self.fmt.as_kernels_know(parts)
         backend, reasons = kernels.select(self.fmt, self.shape, self.dtype, device, forced)
-        prepared = backend.prepare(self.fmt, known, self.shape, self.dtype)
+        prepared = backend.prepare(self.fmt, parts, self.shape, self.dtype)
         self.note_choice(backend, reasons)
         for part in self.fmt.parts:
             delattr(layer, part)
