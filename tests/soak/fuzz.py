@@ -47,7 +47,7 @@ from gblm.model.packed_reader import MANIFEST_FILE, PackedReader
 from gblm.prune import prune
 from gblm.recipe import Recipe
 
-PATTERNS, KINDS = ("2:4", "1:4", "0.5", "dense"), ("float", "int8", "int4")
+PATTERNS, KINDS = ("2:4", "1:4", "0.5", "dense"), ("float", "int8", "int4", "int3")
 CASE_SECONDS = 60
 # Address space that a case may take beyond what the process has; the folders hold some 100 KB.
 MORE_BYTES = 1 << 30
@@ -69,7 +69,7 @@ def base_folders(root: Path) -> list[Files]:
     found = []
     for pattern in PATTERNS:
         for values in KINDS:
-            if (pattern, values) == ("dense", "float"):
+            if values == ("float" if pattern == "dense" else "int3"):
                 continue
             out = root / f"{pattern.replace(':', 'of')}-{values}"
             recipe = Recipe(
@@ -192,7 +192,7 @@ def plain_weight(fmt: Any, parts: dict[str, torch.Tensor], shape: tuple[int, int
         if "row_offsets" in lists:
             size = (len(kept) + 1) // 2 if fmt.values.in_nibbles else len(kept)
             own, begin = values[begin : begin + size], begin + size
-        stored = nibbles(own) if fmt.values.in_nibbles else own
+        stored = codes_of(own, fmt.values.bits) if fmt.values.bits < 8 else own
         found = dict(zip(kept, stored, strict=False))
         line = [0.0] * shape[1]
         for column in kept:
@@ -207,10 +207,11 @@ def is_kept(lists: dict[str, Any], row: int, column: int) -> bool:
     return "bitmask" not in lists or bool(lists["bitmask"][row][column // 8] >> column % 8 & 1)
 
 
-def nibbles(stored: list[int]) -> list[int]:
-    """4-bit codes of bytes, low nibble first."""
-    codes = [half for byte in stored for half in (byte & 15, byte >> 4)]
-    return [code - 16 if code > 7 else code for code in codes]
+def codes_of(stored: list[int], bits: int) -> list[int]:
+    """Codes of few bits, of bytes that hold them one after the other, the lowest bits first."""
+    whole = sum(byte << 8 * place for place, byte in enumerate(stored))
+    codes = [whole >> at & (1 << bits) - 1 for at in range(0, 8 * len(stored) - bits + 1, bits)]
+    return [code - (1 << bits) if code >> bits - 1 else code for code in codes]
 
 
 def scaled(
