@@ -487,7 +487,7 @@ def test_experts_without_tokens_take_what_is_cheapest(
     # vLLM's plugin, where it was loaded before, adds a handler.
     (said,) = {line for line in caplog.messages if "no token" in line}
     assert said.startswith("no token of the text reaches 6 experts, which therefore take what is")
-    best = next(row for row in found["rows"] if row["name"] == "mixed measured")
+    best = next(row for row in found["rows"] if row["name"] == "int4 measured")
     chosen = Recipe.from_dict(best["recipe"])
     with open_job(chosen) as job:
         formats = job.formats
