@@ -136,7 +136,7 @@ def test_a_curve_is_a_line_between_its_points() -> None:
 def test_sensitivities_are_drawn_together_and_keep_their_sum(model: Examined) -> None:
     raw, drawn = {}, {}
     for linear in model.linears:
-        choice = model.sparse(linear, "float", 0.5)
+        choice = model.fmt(linear, "float", Unstructured(0.5))
         raw[linear] = model.curves[linear.name].loss(choice)
         drawn[linear] = model.loss(linear, choice)
     assert sum(drawn.values()) == pytest.approx(sum(raw.values()))
@@ -370,6 +370,9 @@ def test_without_zeros_a_budget_decides_the_bits(
     assert {"int4:auto", "int3:auto"} <= {way.values for way in ways}
     assert recipe.head == "int4"
     assert gblm("prune", tiny, "--values", "int3", "--output", "no").code == 4
+    done = gblm("prune", *words[:-2], "alone", "--values", "int3", "--json")
+    assert done.code == 0, done
+    assert 3.1 < json.loads(done.out)["bits_per_weight"] < 3.3
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ class Examined:
         The mean is geometric; all of them at TYPICAL add up to as much as before.
         """
         kind = next(iter(self.specs))
-        own = {x: self.curves[x.name].loss(self.sparse(x, kind, TYPICAL)) for x in self.linears}
+        own = {linear: self.curves[linear.name].at(kind, TYPICAL) for linear in self.linears}
         logs = {x: math.log(max(loss / x.weights, TINY)) for x, loss in own.items()}
         mean = sum(x.weights * log for x, log in logs.items()) / self.weights
         drawn = {x: math.exp((mean - log) * (1 - TRUST)) for x, log in logs.items()}
@@ -111,10 +111,6 @@ class Examined:
     def fmt(self, linear: LinearSpec, kind: str, pattern: Pattern) -> Format:
         """Give the format of a linear with a pattern and a kind of values."""
         return format_for(pattern, self.judgement.values[linear.name][kind])
-
-    def sparse(self, linear: LinearSpec, kind: str, sparsity: float) -> Format:
-        """Give the format of a linear with zeros anywhere."""
-        return self.fmt(linear, kind, Unstructured(round(sparsity, 4)))
 
 
 def examine(recipe: Recipe, space: Space, progress: Progress = no_progress) -> Examined:

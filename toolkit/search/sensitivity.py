@@ -75,8 +75,12 @@ class Curve:
             return self.sparse[kind][0]
         if not isinstance(pattern, Unstructured):
             return self.fixed[str(pattern), kind]
+        return self.at(kind, pattern.sparsity)
+
+    def at(self, kind: str, sparsity: float) -> float:
+        """Give the loss of zeros anywhere, between two points of GRID on the line through them."""
         known = self.sparse[kind]
-        place = pattern.sparsity / GRID[1]
+        place = sparsity / GRID[1]
         low = min(int(place), len(GRID) - 2)
         return known[low] + (place - low) * (known[low + 1] - known[low])
 
