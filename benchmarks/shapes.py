@@ -11,7 +11,13 @@ from pages import gblm
 from safetensors.torch import save_file
 from split_experts import split
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, OlmoeConfig, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    OlmoeConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+)
 
 from gblm.fetch import fetch
 from gblm.model.folder import ModelFolder
@@ -41,6 +47,12 @@ SHAPES: dict[str, PreTrainedConfig] = {
     ),
     "olmoe": OlmoeConfig(num_hidden_layers=4, **OLMOE, **COMMON),
     "olmoe7b": OlmoeConfig(num_hidden_layers=16, **OLMOE, **COMMON),
+    # Qwen3-30B-A3B, of whose 48 decoder layers one is in memory at a time.
+    "qwen3moe": Qwen3MoeConfig(
+        hidden_size=2048, moe_intermediate_size=768, num_hidden_layers=2, num_attention_heads=32,
+        num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
+        architectures=["Qwen3MoeForCausalLM"], **COMMON,
+    ),
 }  # fmt: skip
 
 
