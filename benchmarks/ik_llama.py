@@ -1,6 +1,6 @@
-"""ik_llama.cpp as a rival: the loop that runs a GGUF file in it, see rivals/ik_llama.cpp.
+"""ik_llama.cpp as a rival: the loop that runs a GGUF file in it.
 
-IK_LLAMA names the shim that is built as that file says.
+IK_LLAMA names the library that is built as rivals/ik_llama.cpp says; PYTHONPATH finds this module.
 """
 
 from __future__ import annotations
