@@ -125,8 +125,8 @@ def table() -> str:
     header = ["2:4", "peak RAM, GB", "peak disk, GB", "seconds", "load before"]
     return (
         f"{pages.table(header, cells)}\n\nThe load average at the start tells how many other "
-        f"processes shared the {record.provenance['machine']['cores']} cores. Each row's commit "
-        f"stands in the record. {pages.origin(record.as_json(), 'torch', 'transformers')}"
+        f"processes shared the {record.provenance['machine']['cores']} cores. "
+        f"{pages.origins(record.sides.values(), 'torch', 'transformers')}"
     )
 
 
