@@ -20,9 +20,7 @@ from pages import made_by
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 RECORDS = sorted(RESULTS.glob("*.json"))
 # Made before records held their command; a new recording takes its file off this list.
-WITHOUT_COMMAND = {
-    "budget", "memory", "published-code",
-}  # fmt: skip
+WITHOUT_COMMAND = {"budget", "published-code"}
 
 
 def found(record: Any, *keys: str) -> Iterator[Any]:
