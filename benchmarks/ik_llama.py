@@ -41,7 +41,10 @@ class IkDecoder(Decoder):
     def run(self, tokens: Sequence[int]) -> int:
         """Append tokens; gives the most likely next one."""
         count = len(tokens)
-        return int(self._lib.ik_run(self._model, (ctypes.c_int32 * count)(*tokens), count))
+        found = int(self._lib.ik_run(self._model, (ctypes.c_int32 * count)(*tokens), count))
+        if found < 0:
+            raise RuntimeError(f"{ENGINE} does not decode {count} more tokens")
+        return found
 
 
 if __name__ == "__main__":

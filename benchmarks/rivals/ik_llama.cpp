@@ -1,13 +1,12 @@
 // What benchmarks/ik_llama.py needs of ik_llama.cpp, in functions without structures.
 //
 //     git clone https://github.com/ikawrakow/ik_llama.cpp && cd ik_llama.cpp
-//     git checkout 8337e4cd3861406fc04e0854b1409cd1b027fbc9
+//     git checkout COMMIT   # that of benchmarks/ik_llama.py
 //     cmake -B build -DGGML_NATIVE=ON -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
 //     cmake --build build --target llama
 //     g++ -O2 -std=c++20 -shared -fPIC -Iinclude -Iggml/include GBLM/benchmarks/rivals/ik_llama.cpp
 //         -Lbuild/src -lllama -Wl,-rpath,$PWD/build/src:$PWD/build/ggml/src -o libik_shim.so
 #include <algorithm>
-#include <vector>
 
 #include "llama.h"
 
