@@ -54,6 +54,8 @@ LOADS = {
     "decode 8": (Load(96, 8, 17, concurrency=8), "tpot_ms_p50", 8),
     "prefill 512": (Load(4, 512, 1), "ttft_ms_p50", 512),
 }
+# The loads need little of a cache, which counts as memory.
+OPTIONS = ("--dtype", "bfloat16", "--kv-cache-memory-bytes", "256M")
 # What else the table shows, as far as the record has it: of whole processes, and of their starts.
 STARTED = {"memory_mb": "memory, MB", "load_s": "load, s"}
 
@@ -105,7 +107,7 @@ def measure(
     alone = tuple(load for load in loads if load.concurrency == 1)
     with tempfile.TemporaryDirectory() as work:
         setup = Setup(loads, Path(work) / "log", threads=threads, rounds=rounds,
-                      options=("--dtype", "bfloat16"))  # fmt: skip
+                      options=OPTIONS)  # fmt: skip
         sides = [LoopSide(name, "vllm-offline", ModelFolder.open(path), setup)
                  for name, path in folders.items()]  # fmt: skip
         sides += [LoopSide(name, name.partition(" ")[0], path, replace(setup, loads=alone))
