@@ -14,13 +14,15 @@ if TYPE_CHECKING:
     from gblm.model.reader import Reader
 
 HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+NORMS = ("q_norm", "k_norm")
 
 
 def make_gguf(model: Path, kind: str, target: Path) -> Path:
     """Write a dense LLaMA or OLMoE as GGUF, all matrices of one kind, as "Q8_0"; no vocabulary.
 
     In LLaMA llama.cpp rotates neighbours where transformers rotates halves: rows of q and k change
-    places. Routers stay as they are, as llama.cpp's own files have them.
+    places. Routers stay as they are, as llama.cpp's own files have them. ik_llama.cpp knows no
+    OLMoE: its file is a Qwen3-MoE, which normalises q and k head by head, for speed alone.
     """
     import gguf
     from transformers import AutoConfig
@@ -30,7 +32,7 @@ def make_gguf(model: Path, kind: str, target: Path) -> Path:
 
     config = json.loads((model / "config.json").read_text())
     kinds = gguf.MODEL_ARCH
-    arch = {"llama": kinds.LLAMA, "olmoe": kinds.OLMOE}[config["model_type"]]
+    arch = {"llama": kinds.LLAMA, "olmoe": kinds.QWEN3MOE}[config["model_type"]]
     writer = gguf.GGUFWriter(target, gguf.MODEL_ARCH_NAMES[arch])
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
@@ -39,19 +41,23 @@ def make_gguf(model: Path, kind: str, target: Path) -> Path:
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_dimension_count(config["hidden_size"] // config["num_attention_heads"])
+    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(AutoConfig.from_pretrained(model).rope_parameters["rope_theta"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("none")
     if num_experts := config.get("num_experts"):
         writer.add_expert_count(num_experts)
         writer.add_expert_used_count(config["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(config["intermediate_size"])
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
     with Reader(ModelFolder.open(model)) as reader:
         for name, tensor in _matrices(reader, num_experts or 0):
             part = name.split(".")[-2]
             if arch == kinds.LLAMA and part in HEADS:
                 tensor = neighbours(tensor, config[HEADS[part]])
+            if part in NORMS:
+                tensor = tensor[:head_dim]
             plain = tensor.ndim == 1 or part == "gate"
             quantised = gguf.GGMLQuantizationType["F32" if plain else kind]
             data = gguf.quants.quantize(tensor, quantised)
