@@ -54,8 +54,8 @@ LOADS = {
     "decode 8": (Load(96, 8, 17, concurrency=8), "tpot_ms_p50", 8),
     "prefill 512": (Load(4, 512, 1), "ttft_ms_p50", 512),
 }
-# The loads need little of a cache, which counts as memory.
-OPTIONS = ("--dtype", "bfloat16", "--kv-cache-memory-bytes", "256M")
+# The loads need little of a KV cache, which counts as memory.
+OPTIONS = ("--dtype", "bfloat16", "--kv-cache-memory-bytes=256M")
 # What else the table shows, as far as the record has it: of whole processes, and of their starts.
 STARTED = {"memory_mb": "memory, MB", "load_s": "load, s"}
 

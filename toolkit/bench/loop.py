@@ -64,7 +64,7 @@ class LoopSide(Side):
                 [sys.executable, "-m", LOOPS[self.engine], str(self.path),
                  json.dumps(settings)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream,
-                start_new_session=True, env=child_environment(),
+                start_new_session=True, env=child_environment(setup.options),
             )  # fmt: skip
         try:
             self._load_seconds = float(self._answer()["load_s"])

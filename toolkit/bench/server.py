@@ -93,7 +93,7 @@ def running_server(
         command += ["--backend", backend]
     command += ["--", "--served-model-name", "model", *options]
     began, log_start = time.monotonic(), size_of(log)
-    env = child_environment() | bound_to(threads)
+    env = child_environment(options) | bound_to(threads)
     env.pop(KEY_VARIABLE, None)  # nobody else reaches the server, and the load has no key
     with log.open("ab") as stream:
         process = subprocess.Popen(

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,13 +115,16 @@ class Side(ABC):
         return sum(file.stat().st_size for file in files)
 
 
-def child_environment() -> dict[str, str]:
-    """Give the environment of engines and load generators.
+def child_environment(options: Sequence[str] = ()) -> dict[str, str]:
+    """Give the environment of engines, which have these options, and of load generators.
 
     Imports never come from the current folder. On CPU every vLLM gets a cache of 1 GiB, unless the
     user sets another size: one that follows the free memory would differ between sides.
     """
-    return {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ | {"PYTHONSAFEPATH": "1"}
+    # vLLM would take the variable where the option is given, too.
+    given = any(word.partition("=")[0] == "--kv-cache-memory-bytes" for word in options)
+    cache = {} if given else {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    return cache | os.environ | {"PYTHONSAFEPATH": "1"}
 
 
 def bound_to(threads: int | None) -> dict[str, str]:
