@@ -10,11 +10,7 @@ from pathlib import Path
 import pytest
 
 from gblm.bench import server
-from gblm.bench.sides import (
-    last_error,
-    memory_mb,
-    size_of,
-)
+from gblm.bench.sides import child_environment, last_error, memory_mb, size_of
 from gblm.errors import MachineError
 
 
@@ -28,6 +24,16 @@ def test_memory_is_that_of_a_tree_of_processes() -> None:
         assert memory_mb(process.pid) > 96
         assert memory_mb(os.getpid()) - before > 96
         process.communicate(b"\n")
+
+
+def test_caches_have_one_size_unless_the_user_sets_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = "VLLM_CPU_KVCACHE_SPACE"
+    monkeypatch.delenv(space, raising=False)
+    assert child_environment(("--dtype", "bfloat16"))[space] == "1"
+    for words in (("--kv-cache-memory-bytes", "256M"), ("--kv-cache-memory-bytes=256M",)):
+        assert space not in child_environment(words)
+    monkeypatch.setenv(space, "7")
+    assert child_environment()[space] == "7"
 
 
 def test_the_last_error_of_this_run_is_quoted(tmp_path: Path) -> None:
