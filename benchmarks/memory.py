@@ -26,7 +26,7 @@ from gblm.provenance import provenance
 from gblm.record import Record, Row
 
 RECORD = pages.RESULTS / "memory.json"
-METHODS = ("wanda", "gblm", "alps")
+METHODS = ("wanda", "gblm", "sparsegpt", "alps")
 SIZES = ("smollm2", "tinyllama", "llama2", "olmoe", "qwen3moe")
 # Samples and tokens of them: fewer for large shapes.
 TEXT, LARGE = {"smollm2": (16, 256)}, (4, 128)
