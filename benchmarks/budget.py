@@ -20,7 +20,7 @@ from gblm.provenance import provenance
 from gblm.record import Record, Row
 
 RECORD = pages.RESULTS / "budget.json"
-BUDGET, UNPRUNED, METRIC = "3.1bits", "unpruned", "perplexity"
+BUDGET, UNPRUNED, METRIC = "3.7bits", "unpruned", "perplexity"
 TEXT = "--text pydoc --seq-len 512 --max-windows 32 --no-baseline"
 
 
@@ -48,7 +48,8 @@ def measure(folder: Path) -> None:
         }  # fmt: skip
         rows.append(perplexity(row["name"], made, folder / f"{number}.json"))
     origin = provenance() | {"search": {"budget": BUDGET}, "pass": {"seconds": seconds}}
-    record = Record("search", sides, tuple(rows), UNPRUNED, provenance=origin)
+    command = pages.made_by()
+    record = Record("search", sides, tuple(rows), UNPRUNED, provenance=origin, command=command)
     pages.save(record, RECORD)
 
 
