@@ -38,7 +38,8 @@ def measure(folder: Path) -> None:
     rows = [perplexity(UNPRUNED, model, folder / "unpruned.json")]
     for number, row in enumerate(found["rows"]):
         made, recipe = folder / str(number), folder / f"{number}.recipe.json"
-        recipe.write_text(json.dumps(row["recipe"]))
+        # Predictions are of what pruning and rounding cost, before anything is trained.
+        recipe.write_text(json.dumps(row["recipe"] | {"reconstruct": None, "recover": None}))
         if not made.exists():
             pages.gblm(f"prune --recipe '{recipe}' --output '{made}'")
         report = json.loads((made / "sparsity_report.json").read_text())
@@ -83,7 +84,7 @@ def table() -> str:
     return (
         f"{pages.table(header, rows)}\n\nBudget {record.provenance['search']['budget']}; one seed. "
         f"Perplexity: {load}. Calibration: 16 × 256 tokens of the other part of that text; "
-        "sparsegpt, sequential, rounding obs. The pass took "
+        "alps, sequential, rounding obs, nothing trained. The pass took "
         f"{record.provenance['pass']['seconds']:.0f} s. "
         f"{pages.origin(record.as_json(), 'torch', 'transformers')}"
     )
