@@ -90,7 +90,7 @@ class SparseLinear(nn.Module):
             dtype = dtype or parts["values"].dtype
             parts["values"] = parts["values"].to(dtype)
         dtype, where = dtype or torch.bfloat16, parts["values"].device
-        self.fmt, known = self.fmt.as_kernels_know(parts)
+        self.fmt, known = self.fmt.widened(), self.fmt.widen(parts)
         backend, reasons = kernels.select(self.fmt, self.shape, dtype, where, forced)
         prepared = backend.prepare(self.fmt, known, self.shape, dtype)
         for part in self.fmt.parts:

@@ -280,8 +280,8 @@ def packed_panels(reader: PackedReader, linears: Sequence[str]) -> tuple[Panels,
         pieces.append(parts)
     shape = (sum(linear.shape[0] for linear in packed), packed[0].shape[1])
     joined = fmt.join(pieces)
-    known = fmt.as_kernels_know(joined)
-    return _prepare(linears[0], *known, shape), fmt.expand(joined, torch.float32).float()
+    wide = fmt.widened(), fmt.widen(joined)
+    return _prepare(linears[0], *wide, shape), fmt.expand(joined, torch.float32).float()
 
 
 def is_bfloat16(weight: Tensor) -> bool:

@@ -28,7 +28,12 @@ from gblm.errors import CheckpointError, UsageError
 from gblm.kernels import Backend
 from gblm.serve.vllm_cli import check_packed, check_version
 from gblm.serve.vllm_plugin import metrics
-from gblm.serve.vllm_plugin.experts import Arriving, DenseExperts, experts_method
+from gblm.serve.vllm_plugin.experts import (
+    Arriving,
+    DenseExperts,
+    ExpertLinear,
+    experts_method,
+)
 from gblm.serve.vllm_plugin.head import EmbeddingMethod, HeadMethod, PackedHeadMethod
 from gblm.serve.vllm_plugin.linear import DenseLinearMethod, SparseLinearMethod
 from gblm.serve.vllm_plugin.tied import TiedEmbeddingMethod, TiedHeadMethod
@@ -43,8 +48,25 @@ class NarrowLinearMethod(SparseLinearMethod):
     """The method serves a linear whose codes have fewer bits than kernels know."""
 
     def _prepare(self, layer: torch.nn.Module, parts: dict[str, torch.Tensor]) -> None:
-        self.fmt, known = self.fmt.as_kernels_know(parts)
+        self.fmt, known = self.fmt.widened(), self.fmt.widen(parts)
         super()._prepare(layer, dict(known))
+
+
+class WideArriving(Arriving):
+    """Collects the parts of a layer's experts, and widens codes of fewer bits than kernels know."""
+
+    def __init__(self, layer: RoutedExperts, prefix: str, manifest: Manifest) -> None:
+        """See Arriving."""
+        super().__init__(layer, prefix, manifest)
+        self.stored = {linear.name: linear for linear in self.linears.values()}
+        for key, linear in self.linears.items():
+            self.linears[key] = linear._replace(fmt=linear.fmt.widened())
+
+    def _cut(
+        self, linear: ExpertLinear, parts: dict[str, torch.Tensor], is_down: bool
+    ) -> dict[str, torch.Tensor]:
+        stored = self.stored[linear.name]
+        return dict(stored.fmt.widen(super()._cut(stored, parts, is_down)))
 
 
 class SparseConfig(QuantizationConfig):
@@ -143,7 +165,7 @@ class SparseConfig(QuantizationConfig):
         self._chosen.clear()
 
     def _experts_method(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase:
-        arriving = Arriving(layer, prefix, self.manifest)
+        arriving = WideArriving(layer, prefix, self.manifest)
         if not arriving.is_packed:
             return DenseExperts(layer.moe_config, prefix)
         self.num_created += len(arriving.linears)

@@ -252,13 +252,14 @@ def test_kernels_see_three_bits_as_four(values: str) -> None:
     parts = fmt.pack("w", SparseWeight.from_codes(codes, scales, every, torch.bfloat16))
     assert parts["values"].shape == (5, 3 * 192 // 8)
     assert from_spec(fmt.spec) == fmt
-    known, wider = fmt.as_kernels_know(parts)
+    known, wider = fmt.widened(), fmt.widen(parts)
     assert known.spec == f"dense/dense/{values.replace('int3', 'int4')}"
     known.validate("w", wider, shape)
     assert all(torch.equal(one.unpack(its).codes, codes)
                for one, its in ((fmt, parts), (known, wider)))  # fmt: skip
     sparse = make_format("nm", "2:4", "int4:32")
-    assert sparse.as_kernels_know({})[0] is sparse
+    assert sparse.widened() is sparse
+    assert sparse.widen(parts) is parts
 
 
 def test_folders_of_values_that_went_are_told_how_to_go_on() -> None:

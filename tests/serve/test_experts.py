@@ -26,6 +26,7 @@ ROLES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 FORMATS = ("nm/2:4", "bitmask/0.5", "dense/dense")
 SPECS = [f"{fmt}/{values}".removesuffix("/float")
          for fmt, values in product_of(FORMATS, ("float", "int8:64", "int4:row"))]  # fmt: skip
+SPECS += ["dense/dense/int3:64"]
 PREFIX = "model.layers.0.mlp.experts"
 Weights = dict[tuple[int, str], SparseWeight]
 
@@ -95,9 +96,9 @@ def load(
 
 
 def arriving(layer: Any, spec: str, all_packed: bool = False) -> Any:
-    from gblm.serve.vllm_plugin.experts import Arriving
+    from gblm.serve.vllm_plugin.config import WideArriving
 
-    return Arriving(layer, PREFIX, manifest(spec, all_packed))
+    return WideArriving(layer, PREFIX, manifest(spec, all_packed))
 
 
 def grouped(layer: Any, spec: str, all_packed: bool = False) -> Any:
@@ -118,7 +119,7 @@ def test_each_linear_is_cut_to_its_rank(spec: str, rank: int) -> None:
     parts = found.finish(layer)
     assert not [*layer.parameters()]
     for key, weight in weights.items():
-        own = from_spec("dense/dense") if key == (1, "w1") else fmt
+        own = from_spec("dense/dense") if key == (1, "w1") else fmt.widened()
         dim = 1 if key[1] == "w2" else 0
         size = INNER // 2
         want = weight.weight.narrow(dim, rank * size, size)

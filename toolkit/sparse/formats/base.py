@@ -203,9 +203,13 @@ class Format(ABC):
         """Put values in their dtype, or codes, at their places: [out, in], zero elsewhere."""
         return expand_bits(self.kept(parts), parts["bitmask"])
 
-    def as_kernels_know(self, parts: Parts) -> tuple[Format, Parts]:
-        """Give a format, and checked parts in it, that kernels read."""
-        return self, parts
+    def widened(self) -> Format:
+        """Give the format in which kernels read such a weight."""
+        return self
+
+    def widen(self, parts: Parts) -> Parts:
+        """Turn checked parts into those of `widened()`."""
+        return parts
 
     def rows(self, parts: Parts, start: int, stop: int) -> dict[str, Tensor]:
         """Cut out the parts of the rows start ≤ row < stop, as views where possible."""

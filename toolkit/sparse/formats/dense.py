@@ -36,12 +36,17 @@ class DenseFormat(RectangleFormat):
         """See RectangleFormat.columns; `in` is even, so there is no padding."""
         return self.values.count(parts["values"].shape[1])
 
-    def as_kernels_know(self, parts: Parts) -> tuple[Format, Parts]:
-        """See Format.as_kernels_know: 3-bit codes become 4-bit ones."""
+    def widened(self) -> Format:
+        """See Format.widened: 3-bit codes become 4-bit ones."""
         if self.values.bits in Format.bits:
-            return self, parts
-        wider = DenseFormat(self.pattern, replace(self.values, kind="int4"))
-        return wider, {**parts, "values": pack_nibbles(self.kept(parts))}
+            return self
+        return DenseFormat(self.pattern, replace(self.values, kind="int4"))
+
+    def widen(self, parts: Parts) -> Parts:
+        """See Format.widen."""
+        if self.values.bits in Format.bits:
+            return parts
+        return {**parts, "values": pack_nibbles(self.kept(parts))}
 
     def shape_of(self, name: str, headers: Headers) -> Shape:
         shape = headers["values"][0]
