@@ -20,7 +20,7 @@ from pages import made_by
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 RECORDS = sorted(RESULTS.glob("*.json"))
 # Made before records held their command; a new recording takes its file off this list.
-WITHOUT_COMMAND = {"budget", "published-code"}
+WITHOUT_COMMAND = {"published-code"}
 
 
 def found(record: Any, *keys: str) -> Iterator[Any]:
@@ -53,7 +53,7 @@ def test_the_list_of_those_without_a_command_names_no_other_file() -> None:
 
 # Older than the code they measure: a new recording takes its file off this list.
 STALE = {
-    "budget", "onnx-smollm2-1", "published-code", "recovery-gemma3-270m",
+    "onnx-smollm2-1", "published-code", "recovery-gemma3-270m",
     "recovery-smollm2", "rivals", "soak",
 }  # fmt: skip
 
