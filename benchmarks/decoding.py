@@ -179,9 +179,11 @@ def heads(record: Record) -> str:
     return next((str(f["head"]) for f in record.sides.values() if "head" in f), "int8")
 
 
-def num_rounds(record: Record) -> int:
-    """Count the rounds of a record."""
-    return max(len(row.rounds) for row in record.rows)
+def num_rounds(record: Record) -> str:
+    """Say how many rounds stand, which noise may make fewer of one load than of another."""
+    numbers = {len(row.rounds) for row in record.rows if row.load}
+    least, most = min(numbers), max(numbers)
+    return f"{least}" if least == most else f"{least} to {most}"
 
 
 def speed(record: Record, side: str, work: str) -> float | None:

@@ -84,7 +84,7 @@ def one_round(
     sides: Sequence[Side], read_limit: Callable[[], float | None], step: Callable[[], None]
 ) -> dict[Load, Round]:
     """Put every load on every side once; loads on the outside where all sides run already."""
-    loads = sides[0].setup.loads
+    loads = max((side.setup.loads for side in sides), key=len)
     found: dict[Load, Round] = {load: {} for load in loads}
 
     def put(side: Side, load: Load) -> None:
