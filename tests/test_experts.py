@@ -237,6 +237,11 @@ def test_with_all_tokens_an_expert_is_pruned_as_the_mlp_that_it_is(
         if "mlp" in parts:
             parts[3:5] = ["block_sparse_moe", "experts", str(CHOSEN), roles[parts[4]]]
         assert torch.equal(mixture[".".join(parts)], tensor), name
+    before = load_file(tmp_path / "mixture/model.safetensors")
+    routers = [name for name in before if name.endswith("gate.weight")]
+    assert routers
+    for name in routers:
+        assert torch.equal(mixture[name], before[name]), name
 
 
 def samples(text_file: Path, folder: Path, count: int) -> list[torch.Tensor]:

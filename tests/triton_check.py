@@ -195,6 +195,7 @@ EXPERT_CASES = [
     ("bitmask/0.5/int8:32", (33, 96), BF16),
     ("bitmask/0.5/int4:row", (21, 72), FP16),
     ("nm/4:8/int4:96", (7, 288), BF16),
+    ("nm/8:16/int8:32", (11, 160), BF16),
 ]
 HIDDEN, INNER = 64, 32
 

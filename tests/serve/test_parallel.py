@@ -36,13 +36,16 @@ def pack(root: Path, pattern: str, values: str, kv_heads: int = 2, fused: bool =
     return root / "packed"
 
 
-def test_two_ranks_answer_as_the_dense_model(tmp_path: Path, best_backend: str) -> None:
+def test_two_ranks_answer_as_the_dense_model(
+    tmp_path: Path, mixture: Path, best_backend: str
+) -> None:
     """Each of the two processes is a rank of all these engines, as under torchrun."""
     ask(
         *(
             tensor_parallel(pack(tmp_path / str(number), *case), case[1], best_backend)
             for number, case in enumerate(CASES)
         ),
+        experts_on_two_ranks(mixture, best_backend),
         cut_groups(tmp_path / "cut"),
         two_stages(pack(tmp_path / "stages", "0.5", "float")),
         ranks=2,
@@ -57,6 +60,23 @@ def tensor_parallel(packed: Path, values: str, backend: str) -> Question:
     assert is_same(expanded, want)
     assert farthest(kernel, want) < BOUNDS[values]
     assert f"8 linears run on backend {backend} (packed in memory)" in kernel.log
+
+
+def experts_on_two_ranks(made: Path, backend: str) -> Question:
+    """Each rank has a slice of every expert; on the backend cpu whole ones as well."""
+    packed, ways = made / "packed", [{}, {"enable_expert_parallel": True}]
+    want, expanded, *kernels = yield [
+        engine(*folder, TWICE, tensor_parallel_size=2, **way)
+        for folder, way in (
+            ((made / "dense", None), {}), ((packed, "dense"), {}),
+            *(((packed, backend), way) for way in ways[: 2 if backend == "cpu" else 1]),
+        )
+    ]  # fmt: skip
+    assert is_same(expanded, want)
+    for kernel in kernels:
+        assert farthest(kernel, want) < 0.3
+        if backend == "cpu":
+            assert "linears run on backend cpu (packed in memory)" in kernel.log
 
 
 def cut_groups(root: Path) -> Question:
