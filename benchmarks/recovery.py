@@ -253,9 +253,11 @@ def _table(model: str, record: Record) -> str:
         ])  # fmt: skip
     header = [pages.MODELS[model], "bits/weight", "MB", *texts, "CPU minutes"]
     where = pages.origins(made(record, _shown(record)), "torch")
+    several = any(len(row.rounds) > 1 for row in record.rows)
+    seeds = ", medians over the seeds" if several else "; one seed"
     return (
         f"{pages.table(header, rows)}\n\nPerplexity · KL to the dense model in nats; 16 windows of "
-        "256 tokens of each text, which no step has seen, medians over the seeds. "
+        f"256 tokens of each text, which no step has seen{seeds}. "
         f"*descriptions* are those of scikit-learn's data sets. {where}"
     )
 

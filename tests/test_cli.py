@@ -6,11 +6,13 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner
 from conftest import Outcome, Pack
 
@@ -86,6 +88,17 @@ def test_mistakes_get_one_sentence_and_their_exit_code(
     assert sentence in done.err.replace("\n", " "), done
     assert "Traceback" not in done.err
     assert done.out == ""
+
+
+def test_memory_that_is_not_there_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA: no room."), caught.value):
+        assert common.report_error(error, {}) == 3
+        said = capsys.readouterr().err
+        assert said.startswith("gblm: error: out of memory: ")
+        assert said.endswith(". Lower --seq-len, or use another device.\n")
+        assert ".." not in said
 
 
 def changed(**fields: object) -> Callable[[Path], None]:
@@ -294,13 +307,25 @@ def test_progress_bars_stay_away_without_a_terminal(gblm: Run, tiny: Path, text_
     assert "%|" not in done.err
 
 
-def test_without_a_terminal_progress_is_a_line_now_and_then(
+def test_without_a_terminal_a_line_breaks_the_silence(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(common, "LOG_SECONDS", 0.0)
-    with caplog.at_level("INFO", logger="gblm"):
-        step = common.LoggedSteps()("pruning", 3)
-        for _ in range(3):
-            step()
-    # vLLM's plugin, where it was loaded before, adds a handler.
-    assert list(dict.fromkeys(caplog.messages)) == ["pruning: 1 of 3", "pruning: 2 of 3"]
+    monkeypatch.setattr(common, "LOG_SECONDS", 0.03)
+    counted = common.Counted()
+
+    def told(words: str) -> None:
+        while words not in caplog.messages:
+            time.sleep(0.01)
+
+    with caplog.at_level("INFO", logger="gblm"), common.heartbeat(lambda: counted.words):
+        told("still at work")
+        step = counted("pruning", 2)
+        told("pruning: 0 of 2")
+        step()
+        told("pruning: 1 of 2")
+        step()
+        caplog.clear()
+        told("still at work")
+    caplog.clear()
+    time.sleep(0.1)
+    assert not caplog.messages

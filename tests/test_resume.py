@@ -11,14 +11,15 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
 from conftest import content
 from damage import flip
 from killing import killed_run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from gblm.checkpoint import resume
 from gblm.checkpoint.resume import open_work, work_path
-from gblm.errors import InputError, MachineError
+from gblm.errors import CheckpointError, InputError, MachineError
 from gblm.prune import Output, prune
 from gblm.recipe import Calibration, Recipe
 
@@ -81,6 +82,7 @@ def test_finished_layers_are_not_made_again(
     caplog.set_level(logging.INFO, "gblm")
     work = cut_off(recipe)
     assert "1 finished decoder layers and the gradients are kept" in caplog.text
+    assert "the same command goes on" in caplog.text
     assert not (tmp_path / "out").exists()
     steps = []
 
@@ -159,6 +161,21 @@ def test_the_rest_of_another_recipe_is_refused(
         prune(other, tmp_path / "out")
     prune(other, Output(tmp_path / "out", resume=False))
     assert json.loads((tmp_path / "out/recipe.json").read_text())["pattern"] == "2:4"
+
+
+def test_after_bad_input_the_same_command_would_not_go_on(
+    recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Path(shutil.copytree(recipe.model, tmp_path / "model"))
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = torch.nan
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    damaged = recipe.model_copy(update={"model": str(model), "method": "wanda"})
+    with pytest.raises(CheckpointError, match="holds NaN or Inf"):
+        prune(damaged, tmp_path / "out")
+    assert "kept in" in caplog.text
+    assert "--no-resume starts anew" in caplog.text
+    assert "the same command" not in caplog.text
 
 
 def test_a_changed_model_is_another_run(recipe: Recipe, tmp_path: Path, cut_off: CutOff) -> None:

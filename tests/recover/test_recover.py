@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import Outcome, content, save_tiny_model
 from killing import killed_recovery
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 from weights import stored
 
@@ -25,7 +25,7 @@ from gblm.checkpoint.write import file_hashes
 from gblm.errors import GblmError, InputError, MachineError, UsageError
 from gblm.model.folder import ModelFolder
 from gblm.model.loading import load
-from gblm.prune import prune
+from gblm.prune import Output, dry_run, prune
 from gblm.prune import run as prune_module
 from gblm.recipe import Calibration, Recipe, Recovering
 from gblm.recover import needs
@@ -305,6 +305,15 @@ def test_nan_stops_training_and_keeps_the_last_state(
     assert not (tmp_path / "out").exists()
 
 
+def test_after_its_last_step_a_model_that_diverged_is_not_written(
+    pack_tiny: Pack, how: Recovering, tmp_path: Path
+) -> None:
+    once = how.model_copy(update={"tokens": 4 * 32, "learning_rate": 1e30})
+    with pytest.raises(InputError, match=r"diverged at step 1 .*lower --learning-rate"):
+        recover(pack_tiny("wanda", "2:4"), tmp_path / "out", once)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_recovered_folder_is_refused(pack_tiny: Pack, how: Recovering, tmp_path: Path) -> None:
     recover(pack_tiny("wanda", "2:4"), tmp_path / "once", how)
     with pytest.raises(InputError, match="recovered already"):
@@ -315,6 +324,21 @@ def test_another_teacher_is_refused(pack_tiny: Pack, how: Recovering, tmp_path: 
     other = save_tiny_model(tmp_path / "other", intermediate_size=256)
     with pytest.raises(InputError, match="is not the dense model of"):
         recover(pack_tiny("wanda", "2:4"), tmp_path / "out", how, other)
+
+
+def test_a_teacher_with_other_weights_must_be_given(
+    how: Recovering, text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, packed = save_tiny_model(tmp_path / "model"), tmp_path / "packed"
+    prune(Recipe(model=str(model), method="magnitude", calibration=None), packed)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"] *= 2
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"is not as it was when .*--baseline"):
+        recover(packed, tmp_path / "out", how)
+    assert not run_module.work_path(tmp_path / "out").exists()
+    recover(packed, tmp_path / "out", how, model)
+    assert "is not as it was" in caplog.text
 
 
 def test_a_dense_folder_is_refused(
@@ -413,16 +437,17 @@ def test_recovery_goes_on_from_what_an_earlier_run_had_pruned(
         ({"text": "nowhere.txt"}, "nowhere.txt does not exist"),
         ({"held_out": ("pile",)}, "'pile' is neither"),
         ({"text": "pydoc:0"}, "write sources as"),
+        ({"tokens": 10**14}, "GB are needed"),
     ],
 )
-def test_texts_are_refused_before_anything_is_pruned(
+def test_what_recovery_lacks_is_refused_before_anything_is_pruned(
     recipe: Recipe, how: Recovering, tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
-    with pytest.raises(GblmError, match=message):
-        prune(
-            recipe.model_copy(update={"recover": how.model_copy(update=change)}), tmp_path / "out"
-        )
-    assert not list(tmp_path.iterdir())
+    recipe = recipe.model_copy(update={"recover": how.model_copy(update=change)})
+    for run in (prune, dry_run):
+        with pytest.raises(GblmError, match=message):
+            run(recipe, Output(tmp_path / "out"))
+        assert not list(tmp_path.iterdir())
 
 
 def test_memory_decides_what_is_trained_and_whether(

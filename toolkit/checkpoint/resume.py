@@ -187,13 +187,12 @@ def open_work(output: Path, fingerprint: dict[str, Any], resume: bool) -> Iterat
             logger.info("going on after %d finished decoder layers", len(work.finished))
         try:
             yield work
-        except BaseException:
+        except BaseException as error:
             if work.kept:
-                logger.warning(
-                    "%s kept in %s: the same command goes on from there, --no-resume starts anew.",
-                    work.kept,
-                    path,
-                )
+                way = "--no-resume starts anew"
+                if not isinstance(error, InputError):  # other input would be another run
+                    way = f"the same command goes on from there, {way}"
+                logger.warning("%s kept in %s: %s.", work.kept, path, way)
             else:
                 _remove(path)
             raise

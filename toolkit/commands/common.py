@@ -6,10 +6,11 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ import click
 from gblm.errors import GblmError, MachineError
 
 logger = logging.getLogger(__name__)
-LOG_SECONDS = 15.0
+LOG_SECONDS, AT_WORK = 15.0, "still at work"
 LONGEST_MESSAGE = 800
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -143,7 +144,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 @contextmanager
 def progress_bars(ctx: click.Context) -> Iterator[Callable[[str, int], Callable[[], None]]]:
-    """Show progress on stderr: bars on a terminal, elsewhere a line every 15 seconds.
+    """Show progress on stderr: bars on a terminal, elsewhere a line after 15 silent seconds.
 
     Transformers' own bars are switched off.
 
@@ -168,35 +169,81 @@ def progress_bars(ctx: click.Context) -> Iterator[Callable[[str, int], Callable[
             task = bars.add_task(name, total=steps)
             return lambda: bars.advance(task)
 
-        yield phase if shown or not wanted else LoggedSteps()
+        counted = Counted()
+        life = heartbeat(lambda: counted.words if bars.finished else None)
+        with life if wanted else nullcontext():
+            yield phase if shown or not wanted else counted
 
 
-class LoggedSteps:
-    """Logs how many steps of a phase are done, every 15 seconds at most over all phases."""
+class Counted:
+    """Counts the steps of the last phase, for those who see no bars."""
 
     def __init__(self) -> None:
-        self.told = time.monotonic()
+        self.words = AT_WORK
 
     def __call__(self, name: str, steps: int) -> Callable[[], None]:
         """Take a phase and its number of steps, return what to call per step."""
         done = 0
+        self.words = f"{name}: 0 of {steps}"
 
         def step() -> None:
             nonlocal done
             done += 1
-            if time.monotonic() - self.told >= LOG_SECONDS and done < steps:
-                self.told = time.monotonic()
-                logger.info("%s: %d of %d", name, done, steps)
+            self.words = f"{name}: {done} of {steps}" if done < steps else AT_WORK
 
         return step
+
+
+class _Ear(logging.Handler):
+    """Hears when something was logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard = time.monotonic()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.heard = time.monotonic()
+
+
+@contextmanager
+def heartbeat(words: Callable[[], str | None]) -> Iterator[None]:
+    """Log some words when our log was silent for 15 seconds: engines start without a line."""
+    ear, over, ours = _Ear(), threading.Event(), logging.getLogger("gblm")
+
+    def watch() -> None:
+        while not over.wait(LOG_SECONDS / 15):
+            text = words()
+            if text and time.monotonic() - ear.heard >= LOG_SECONDS:
+                logger.info("%s", text)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    ours.addHandler(ear)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        ours.removeHandler(ear)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether memory ran out; for that of a CPU PyTorch has no class of its own."""
+    kind, text = type(error), str(error)
+    return (
+        kind is MemoryError
+        or kind.__name__ == "OutOfMemoryError"
+        or (kind is RuntimeError and "DefaultCPUAllocator: can't allocate memory" in text)
+    )
 
 
 def report_error(error: Exception, state: dict[str, Any]) -> int:
     """Print one sentence and give the exit code; with -v, or for a bug, the traceback, too."""
     if isinstance(error, OSError):
         error = MachineError(f"{error.filename or 'the system'}: {error.strerror or error}.")
-    elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        error = MachineError(f"out of memory: {error}. Lower --seq-len, or use another device.")
+    elif is_out_of_memory(error):
+        what = str(error).strip().rstrip(".") or "nothing is free"
+        error = MachineError(f"out of memory: {what}. Lower --seq-len, or use another device.")
     known = isinstance(error, GblmError)
     code = error.exit_code if isinstance(error, GblmError) else 1
     if state.get("verbose") or not known:

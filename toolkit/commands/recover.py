@@ -20,7 +20,7 @@ from gblm.recipe import Recipe, Recovering
 HEADER = ("text", "KL, nats", "same top-1", "perplexity", "dense")
 # What else a recovery may be told stands in the field "recover" of a recipe.
 FIELDS = (
-    "tokens", "minutes", "text", "held_out", "train", "learning_rate", "seq_len", "seed",
+    "tokens", "minutes", "text", "held_out", "train", "learning_rate", "seq_len", "seed", "bos",
 )  # fmt: skip
 
 

@@ -115,7 +115,7 @@ def dry_run(recipe: Recipe, output: Output) -> dict[str, Any]:
         if job.recipe.calibration is not None:
             check_sources(parse_mix(job.recipe.calibration.source))
         if recipe.recover is not None:
-            _check_recovery(job, recipe.recover)
+            _check_recovery(job, recipe.recover, output)
         reader, packed = job.layers.reader, {name: job.most_bytes(name) for name in job.formats}
         dense = sum(map(reader.num_bytes, reader))
         pruned = sum(reader.num_bytes(f"{name}.weight") for name in packed)
@@ -219,8 +219,7 @@ def _prune_and_recover(
 def _prune_beside(job: Job, how: Recovering, target: Output, progress: Progress) -> Path:
     """Prune into a folder beside the output, unless an earlier run has; returns the folder."""
     folder = target.folder.parent / f".{target.folder.name}.pruned"
-    check_output(target.folder, target.overwrite, 0, job.folder.path)
-    _check_recovery(job, how)
+    _check_recovery(job, how, target)
     if job.ranks.leads and how.minutes is None:
         # The model's own text is one stream: written so far, it holds what calibration takes, too.
         text, tokenizer = job.recipe.calibration, load_tokenizer(job.folder)
@@ -231,10 +230,13 @@ def _prune_beside(job: Job, how: Recovering, target: Output, progress: Progress)
     return folder
 
 
-def _check_recovery(job: Job, how: Recovering) -> None:
-    """Refuse a recovery, before anything is pruned, whose text or memory is not there."""
+def _check_recovery(job: Job, how: Recovering, target: Output) -> None:
+    """Refuse a recovery, before anything is pruned, whose text, memory or disk is not there."""
+    size = extent(job)
     check_sources((*parse_mix(how.text), *how.held_out))
-    settle(how, extent(job), str(job.layers.device))
+    how = settle(how, size, str(job.layers.device))
+    need = size.disk(how) - folder_bytes(work_path(target.folder))
+    check_output(target.folder, target.overwrite, need, job.folder.path)
 
 
 def _is_pruned(folder: Path, job: Job) -> bool:

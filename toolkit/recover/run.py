@@ -149,8 +149,11 @@ def recover(
         recipe = read_recipe(source.path / RECIPE_FILE)
         task = Task(reader, recipe, _dense_folder(source, recipe, dense), how, device, ranks)
         task = replace(task, how=_check(task, target, overwrite))
-        work: AbstractContextManager[Any]
-        work = open_work(target, task.fingerprint(), resume) if ranks.leads else nullcontext()
+        work: AbstractContextManager[Any] = nullcontext()
+        if ranks.leads:
+            facts = task.fingerprint()
+            _check_origin(task, facts["dense_sha256"], given=dense is not None)
+            work = open_work(target, facts, resume)
         with work:
             ranks.agree(0)  # the others wait for the folder
             found = _Run(task, work_path(target), progress).execute()
@@ -210,8 +213,13 @@ class _Run:
         logger.info("%d steps of training begin", steps)
         told = self._told(steps, windows.shape[1])
         trainer.run(windows, hidden[TRAINING], dense_head, self.work, told)
+        after = measured()
+        if after and not math.isfinite(_mean_kl(after)):
+            raise InputError(
+                f"recovery diverged at step {steps} (KL {_mean_kl(after)}): lower --learning-rate."
+            )
         return _Found(
-            parts, before, measured(), trainer.losses, data.fingerprint(windows),
+            parts, before, after, trainer.losses, data.fingerprint(windows),
             steps * how.batch_size * windows.shape[1],
         )  # fmt: skip
 
@@ -344,6 +352,20 @@ def _check_teacher(task: Task) -> int:
                     f"{'missing' if found is None else list(found)}, not {list(shape)}."
                 )
         return sum(math.prod(shape) for shape, _ in dense.headers.values())
+
+
+def _check_origin(task: Task, dense_sha256: str, given: bool) -> None:
+    """Refuse a dense model with other files than the packed one was made from, unless it was given.
+
+    Folders that `gblm prune` did not make name no origin.
+    """
+    made_from = read_json(task.packed.folder.path / MANIFEST_FILE).get("model_sha256")
+    if made_from in (None, dense_sha256):
+        return
+    found = f"{task.dense} is not as it was when {task.packed.folder} was made from it"
+    if not given:
+        raise InputError(f"{found}: --baseline {task.dense} trains towards it all the same.")
+    logger.warning("%s, or another model: it is trained towards all the same", found)
 
 
 def _kept(linear: PackedLinear) -> int:
