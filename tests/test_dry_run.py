@@ -11,7 +11,9 @@ import pytest
 from conftest import Outcome
 from test_families import save_family
 
+from gblm.commands import recipe_options
 from gblm.errors import GblmError
+from gblm.kernels import native
 from gblm.prune import Output, dry_run, prune
 from gblm.recipe import Calibration, Recipe
 
@@ -138,6 +140,22 @@ def test_the_default_is_said_before_it_starts(
     done = gblm("prune", tiny, *text, *words, "--output", "out", "--dry-run")
     assert done.code == 0, done
     assert f"preset {says}" in done.err
+
+
+@pytest.mark.parametrize(
+    ("isa", "given", "advised"),
+    [("avx2", {}, True), ("avx512", {}, False), ("avx2", {"pattern": "dense"}, False),
+     ("avx2", {"values": "int8"}, False)],
+)  # fmt: skip
+def test_where_zeros_are_slower_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    isa: str, given: dict[str, str], advised: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(native, "refusal", lambda: None)
+    monkeypatch.setattr(native, "instruction_set", lambda: isa)
+    with caplog.at_level("INFO", logger="gblm"):
+        recipe_options._advise(**recipe_options.with_preset(**given))
+    assert ("AVX2 alone" in caplog.text) is advised
 
 
 def test_presets_pack_no_head_that_vllm_could_not_serve(

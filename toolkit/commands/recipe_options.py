@@ -203,6 +203,7 @@ def read_recipe(
         chosen = with_preset(**given)
         if chosen["preset"] != "paper":
             logger.info("preset %s", _in_words(**chosen))
+            _advise(**chosen)
         if "budget" not in chosen:
             return Recipe.from_dict(_fields(**chosen))
         from gblm.search.candidates import best, parse_budget
@@ -295,6 +296,18 @@ def _in_words(
     words += ["reconstructed"] if rest.get("reconstruct") else []
     words += [f"recovered on {rest['recover']} tokens"] if rest.get("recover") else []
     return f"{preset}: {', '.join(words)}"
+
+
+def _advise(*, pattern: str, values: str | None = None, **rest: Any) -> None:
+    """Say so where the CPU of this machine is not faster for the zeros, see docs/kernels.md."""
+    from gblm.kernels import native
+
+    if pattern == "dense" or (values or "").partition(":")[0] != "int4" or native.refusal():
+        return
+    if native.instruction_set() == "avx2":
+        logger.info(
+            "with AVX2 alone, as here, int4 with zeros decodes slower than without: --pattern dense"
+        )
 
 
 def _fields(**chosen: Any) -> dict[str, Any]:
