@@ -43,7 +43,7 @@ ONNX = ("fp32", "int8", "int4")
 GROUPS = (96, 32)
 TEXT = Calibration(source=MIX, num_samples=128, seq_len=512)
 # Words in the rows of recovery.py that stand beside: what it makes of the model in the end.
-OURS = ("int8 dense", "int4:32 dense", "recovered")
+OURS = ("int8 dense", "recovered")
 # Name, bytes, and perplexity by text.
 Found = Iterator[tuple[str, int, dict[str, float]]]
 
