@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gblm.kernels import BACKENDS, linear
+from gblm.kernels import BACKENDS, linear, native
 from gblm.provenance import provenance
 from gblm.sparse.formats import Format, format_for
 from gblm.sparse.patterns import NM, Dense, Pattern, Unstructured
@@ -51,6 +51,11 @@ def doctor() -> dict[str, Any]:
         "warnings": _warnings(installed),
         "ok": all(result in ("ok", NO_DEVICE) for result in backends.values()),
     }
+
+
+def has_avx2_alone() -> bool:
+    """Tell whether the CPU kernels find AVX2 and no more, see docs/kernels.md."""
+    return native.refusal() is None and native.instruction_set() == "avx2"
 
 
 def _self_test(name: str) -> str:

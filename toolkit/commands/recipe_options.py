@@ -299,12 +299,12 @@ def _in_words(
 
 
 def _advise(*, pattern: str, values: str | None = None, **rest: Any) -> None:
-    """Say so where the CPU of this machine is not faster for the zeros, see docs/kernels.md."""
-    from gblm.kernels import native
+    """Say so where the CPU of this machine is not faster for the zeros."""
+    from gblm.doctor import has_avx2_alone
 
-    if pattern == "dense" or (values or "").partition(":")[0] != "int4" or native.refusal():
+    if pattern == "dense" or (values or "").partition(":")[0] != "int4":
         return
-    if native.instruction_set() == "avx2":
+    if has_avx2_alone():
         logger.info(
             "with AVX2 alone, as here, int4 with zeros decodes slower than without: --pattern dense"
         )
