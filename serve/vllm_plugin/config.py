@@ -167,6 +167,11 @@ class SparseConfig(QuantizationConfig):
     def _experts_method(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase:
         arriving = WideArriving(layer, prefix, self.manifest)
         if not arriving.is_packed:
+            if layer.use_ep and torch.device(layer.moe_config.device).type == "cpu":
+                raise UsageError(
+                    f"{prefix} is not packed, and vLLM's own experts have no expert parallelism on "
+                    "CPU: leave --enable-expert-parallel out."
+                )
             return DenseExperts(layer.moe_config, prefix)
         self.num_created += len(arriving.linears)
         return experts_method(layer, arriving, self.note_choice)
