@@ -20,7 +20,8 @@ import click
 from gblm.errors import GblmError, MachineError
 
 logger = logging.getLogger(__name__)
-LOG_SECONDS, AT_WORK = 15.0, "still at work"
+LOG_SECONDS = 15.0
+AT_WORK = "still at work"
 LONGEST_MESSAGE = 800
 F = TypeVar("F", bound=Callable[..., Any])
 
