@@ -157,7 +157,7 @@ build/gpu/gblm:
 	mkdir -p $@
 	ln -sfn $(CURDIR)/toolkit/* $(CURDIR)/export $(CURDIR)/serve $@/
 
-test-gpu: build/gpu/gblm ## on a machine with a CUDA device: 8 minutes of what it must prove, then speed: build/gpu.json
+test-gpu: build/gpu/gblm ## on a machine with a CUDA device: at most 8 minutes of what it must prove, then speed: build/gpu.json
 	PYTHONPATH=build/gpu timeout 290 $(GPU_PYTHON) -m pytest -m gpu tests/test_gpu.py; proved=$$?; \
 	PYTHONPATH=build/gpu timeout 190 $(GPU_PYTHON) -m gblm bench kernels --device cuda \
 		--tokens 1,4,16,64,256,4096 --output build/gpu.json && exit $$proved

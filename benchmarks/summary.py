@@ -57,8 +57,10 @@ def table() -> str:
     made = [speed.as_json(), *recovery.made(quality, (side for *_, side in ROWS))]
     return (
         f"{pages.table(header, rows)}\n\nPerplexity of three texts, 16 windows × 256 tokens: of "
-        "*descriptions* and WikiText-2 no step has seen anything, of pydoc another part. vLLM on "
-        f"CPU, compiled, one thread, {decoding.num_rounds(speed)} interleaved rounds; the first "
+        "*descriptions* and WikiText-2 no step has seen anything, of pydoc they have seen another "
+        "part; in PyTorch, without the [rounding of activations](docs/log.md"
+        "#2026-12-02-what-rounded-activations-cost) of the kernels. vLLM on CPU, compiled, "
+        f" one thread, {decoding.num_rounds(speed)} interleaved rounds; the first "
         "ratio is to bf16, the second to the dense integers of the same value type. The head, "
         "which is the embeddings, too, is rounded like the linears. "
         f"{pages.origins(made, 'torch')}"
@@ -79,7 +81,8 @@ def larger() -> str:
     made = [record.as_json() for record in records.values()]
     return (
         f"{pages.table(header, rows)}\n\nRandom weights, so speed alone; one thread, interleaved "
-        f"rounds. OLMoE's bf16 found no room beside the others. {pages.origins(made, 'torch')}"
+        "rounds. OLMoE's bf16 found no room beside the others; llama.cpp and ik_llama.cpp run its "
+        f"weights as a Qwen3-MoE. {pages.origins(made, 'torch')}"
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import click
 
 from gblm import __version__
+from gblm.commands.common import global_options, report_error
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "prune": ("gblm.commands.prune", "Prune a model and write it packed."),
@@ -64,16 +65,14 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup,
+    params=list(global_options()),
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(__version__, prog_name="gblm")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, logs on stderr.")
-@click.option("-q", "--quiet", is_flag=True, help="Errors only.")
-@click.option("-v", "--verbose", count=True, help="More log lines; tracebacks.")
-@click.option("--no-progress", is_flag=True, help="No progress bars or lines.")
-@click.pass_context
-def cli(ctx: click.Context, /, **flags: Any) -> None:
+def cli() -> None:
     """Prune LLaMA-family models, pack the zeros away, serve the packed model."""
-    ctx.ensure_object(dict).update({k: v for k, v in flags.items() if v})
 
 
 def main() -> NoReturn:
@@ -91,8 +90,6 @@ def main() -> NoReturn:
         click.echo("gblm: interrupted.", err=True)
         code = _say("interrupted", 130, state)
     except Exception as error:
-        from gblm.commands.common import report_error
-
         code = report_error(error, state)
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -22,8 +22,8 @@ from gblm.kernels.experts import grouped, join
 from gblm.model import experts, loading
 from gblm.model.folder import ModelFolder
 from gblm.model.loading import (
-    auto_class,
     check_device,
+    from_files,
     model_config,
     named_skeleton,
 )
@@ -162,23 +162,15 @@ def load(
     """
     source, target = ModelFolder.open(folder), check_device(device)
     check_loadable(source)
-    path = source.path
     try:
         config = model_config(source)
         config.quantization_config |= {"backend": backend, "device": str(target)}
-        model = auto_class(config).from_pretrained(
-            path,
-            config=config,
-            dtype=dtype or "auto",
-            trust_remote_code=False,
-            use_safetensors=True,
-            local_files_only=True,
-        )
+        model = from_files(source, config, dtype)
     except GblmError:
         raise
     except Exception as error:
         raise CheckpointError(f"{folder} could not be loaded by transformers: {error}") from error
-    return model.to(target).eval()
+    return model.to(target)
 
 
 def check_loadable(folder: ModelFolder) -> None:

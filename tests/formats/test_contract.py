@@ -215,7 +215,7 @@ def test_stored_halves_of_8_16_that_keep_too_many_are_refused() -> None:
 
 
 def test_pack_refuses_a_dense_weight() -> None:
-    dense = SparseWeight.from_zeros(torch.ones(4, 8))
+    dense = SparseWeight.cut(torch.ones(4, 8), torch.ones(4, 8).bool())
     with pytest.raises(PatternError, match=r"w: row 0, columns 0\.\.3 hold 4 non-zeros; 2:4"):
         make_format("nm", "2:4").pack("w", dense)
 
@@ -282,7 +282,7 @@ def test_a_format_never_loses_or_makes_up_codes() -> None:
 
 
 def test_dense_refuses_a_mask_with_holes() -> None:
-    weight = SparseWeight.from_zeros(torch.eye(8))
+    weight = SparseWeight.cut(torch.eye(8), torch.eye(8).bool())
     with pytest.raises(PatternError, match="w: row 0, column 1 is dropped; dense keeps all"):
         make_format("dense", "dense").pack("w", weight)
 
@@ -308,10 +308,10 @@ def test_bit_order_is_least_significant_first() -> None:
 def test_disk_layout_is_pinned() -> None:
     """docs/format.md, example; a change here needs a new manifest version."""
     weight = torch.tensor([[1.0, 0, 2, 0, 0, 3, 0, 4], [0, 5, 6, 0, 7, 0, 0, 0]])
-    nm = make_format("nm", "2:4").pack("w", SparseWeight.from_zeros(weight))
+    nm = make_format("nm", "2:4").pack("w", SparseWeight.cut(weight, weight.bool()))
     assert nm["values"].tolist() == [[1, 2, 3, 4], [5, 6, 7, 0]]
     assert nm["bitmask"].tolist() == [[0b10100101], [0b00110110]]
-    ragged = make_format("bitmask", "0.5").pack("w", SparseWeight.from_zeros(weight))
+    ragged = make_format("bitmask", "0.5").pack("w", SparseWeight.cut(weight, weight.bool()))
     assert ragged["values"].tolist() == [1, 2, 3, 4, 5, 6, 7]
     assert ragged["bitmask"].tolist() == [[0b10100101], [0b00010110]]
     assert ragged["row_offsets"].tolist() == [0, 4, 7]

@@ -27,7 +27,7 @@ fmt, weight = make_format("nm", "2:4"), torch.tensor([[1.0, 0, 2, 0, 0, 3, 0, 4]
 backend, reasons = select(fmt, (1, 8), torch.bfloat16, torch.device("cpu"))
 print(backend.name, reasons)
 from gblm.sparse.weights import SparseWeight
-parts = fmt.pack("w", SparseWeight.from_zeros(weight))
+parts = fmt.pack("w", SparseWeight.cut(weight, weight.bool()))
 prepared = backend.prepare(fmt, parts, (1, 8))
 print(linear(torch.ones(1, 8).bfloat16(), prepared, (1, 8), fmt, backend).item())
 """

@@ -129,7 +129,7 @@ def test_gates_far_from_zero_are_open_or_shut(instructions: str) -> None:
     weight = torch.zeros(64, 32, dtype=torch.bfloat16)
     weight[:32] = torch.eye(32)  # gates
     weight[32:, 0] = 1  # what they let through
-    panels = panels_of(format_for(parse("0.5")), SparseWeight.from_zeros(weight))
+    panels = panels_of(format_for(parse("0.5")), SparseWeight.cut(weight, weight.bool()))
     session = make_session(panels, 32, 32, op="GatedLinear")
     x = torch.arange(-128.0, 128.0, 8).reshape(1, 1, 32)
     x[0, 0, 0] = 1
@@ -161,7 +161,7 @@ def test_extreme_activations_stay_what_they_are() -> None:
 
 @pytest.mark.parametrize("value", [0.0, 6.1e-5, 5.96e-8, 65504.0, -1.0, 1 / 3, float("inf")])
 def test_float16_is_read_and_written_exactly(value: float) -> None:
-    identity = SparseWeight.from_zeros(torch.eye(32, dtype=torch.bfloat16))
+    identity = SparseWeight.cut(torch.eye(32, dtype=torch.bfloat16), torch.eye(32).bool())
     panels = panels_of(format_for(parse("0.5")), identity)
     x = torch.zeros(1, 1, 32, dtype=torch.float16)
     x[0, 0, 0] = value

@@ -26,21 +26,23 @@ LONGEST_MESSAGE = 800
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+def global_options() -> Iterator[click.Option]:
+    """Make the options that stand before a command's name or behind it; the context keeps them."""
+    for names, kind, text in (
+        (["--json", "as_json"], {"is_flag": True}, "One JSON object on stdout, logs on stderr."),
+        (["-q", "--quiet"], {"is_flag": True}, "Errors only."),
+        (["-v", "--verbose"], {"count": True}, "More log lines; tracebacks."),
+        (["--no-progress"], {"is_flag": True}, "No progress bars or lines."),
+    ):
+        yield click.Option(names, help=text, expose_value=False, callback=_keep, **kind)
+
+
 class Command(click.Command):
     """A command that also takes the global options behind its name."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.params += [
-            click.Option(["--json", "as_json"], is_flag=True, expose_value=False, callback=_keep,
-                         help="One JSON object on stdout, logs on stderr."),
-            click.Option(["-q", "--quiet"], is_flag=True, expose_value=False, callback=_keep,
-                         help="Errors only."),
-            click.Option(["-v", "--verbose"], count=True, expose_value=False, callback=_keep,
-                         help="More log lines; tracebacks."),
-            click.Option(["--no-progress"], is_flag=True, expose_value=False, callback=_keep,
-                         help="No progress bars or lines."),
-        ]  # fmt: skip
+        self.params += global_options()
 
     def invoke(self, ctx: click.Context) -> Any:
         """Set up logging, then run."""
@@ -93,6 +95,9 @@ def whole_number(word: str) -> int:
     return int(word)
 
 
+folder_option = click.option(
+    "--output", type=click.Path(path_type=Path), required=True, help="Folder to make."
+)
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing folder.")
 backend_option = click.option(
     "--backend", help="Kernel for packed weights: cpu, mma_sp, delta, triton, "

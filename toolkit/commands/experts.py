@@ -10,6 +10,7 @@ import click
 from gblm.commands.common import (
     Command,
     emit,
+    folder_option,
     megabytes,
     overwrite_option,
     progress_bars,
@@ -23,7 +24,7 @@ TEXT = ("num_samples", "seq_len", "seed", "bos")
 @click.command("experts", cls=Command)
 @click.argument("model")
 @click.option("--keep", type=click.IntRange(1), required=True, help="Experts that a layer keeps.")
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to make.")
+@folder_option
 @click.option(
     "--by",
     type=click.Choice(("reap", "frequency")),

@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from gblm.commands.common import (
     Command,
     emit,
+    folder_option,
     head_note,
     megabytes,
     options,
@@ -28,9 +29,7 @@ ONNX_TARGETS = ("cpu", "cuda")
 ONNX_PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 output_options = options(
     click.argument("source"),
-    click.option(
-        "--output", type=click.Path(path_type=Path), required=True, help="Folder to make."
-    ),
+    folder_option,
     overwrite_option,
 )
 

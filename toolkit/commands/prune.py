@@ -9,6 +9,7 @@ import click
 
 from gblm.commands.common import (
     emit,
+    folder_option,
     head_note,
     megabytes,
     overwrite_option,
@@ -23,7 +24,7 @@ OWN = frozenset({"output", "overwrite", "resume", "dry_run"})
 
 @click.command("prune", cls=RecipeCommand)
 @click.argument("model", required=False)
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to make.")
+@folder_option
 @recipe_options
 @overwrite_option
 @click.option(

@@ -10,6 +10,7 @@ import click
 from gblm.commands.common import (
     Command,
     emit,
+    folder_option,
     overwrite_option,
     progress_bars,
     table,
@@ -26,7 +27,7 @@ FIELDS = (
 
 @click.command("recover", cls=Command)
 @click.argument("packed")
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to make.")
+@folder_option
 @click.option("--baseline", help="The dense model. Default: the one it was made from.")
 @field_options(Recovering, *FIELDS)
 @field_options(Recipe, "device")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,6 +16,9 @@ from gblm.errors import CheckpointError, InputError, MachineError, UsageError
 from gblm.model import experts
 from gblm.model.folder import ModelFolder
 from gblm.model.reader import Reader
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 # Of x86 and arm64, what multiplies a dtype faster than float32; PyTorch emulates it without.
@@ -47,17 +50,23 @@ def load(
         check_shapes(reader)
     config = model_config(folder)
     try:
-        loaded: nn.Module = auto_class(config).from_pretrained(
-            folder.path,
-            config=config,
-            dtype=dtype or "auto",
-            trust_remote_code=False,
-            use_safetensors=True,
-            local_files_only=True,
-        )
+        loaded: nn.Module = from_files(folder, config, dtype)
     except Exception as error:
         raise InputError(f"{folder} could not be loaded by transformers: {error}") from error
-    return loaded.to(target).eval()
+    return loaded.to(target)
+
+
+def from_files(folder: ModelFolder, config: Any, dtype: torch.dtype | None) -> PreTrainedModel:
+    """Let transformers load a model from files that have been checked; None keeps their dtype."""
+    loaded: PreTrainedModel = auto_class(config).from_pretrained(
+        folder.path,
+        config=config,
+        dtype=dtype or "auto",
+        trust_remote_code=False,
+        use_safetensors=True,
+        local_files_only=True,
+    )
+    return loaded.eval()
 
 
 def skeleton(folder: ModelFolder, num_tensors: int, buffers: bool = False) -> nn.Module:

@@ -37,11 +37,6 @@ class SparseWeight:
         return cls((weight.detach().view(bits) * mask).view(weight.dtype), mask)
 
     @classmethod
-    def from_zeros(cls, weight: Tensor) -> SparseWeight:
-        """Read the mask off a dense weight: every non-zero is kept (−0.0 counts as zero)."""
-        return cls.cut(weight, weight.bool())
-
-    @classmethod
     def from_codes(
         cls, codes: Tensor, scales: Tensor, mask: Tensor, dtype: torch.dtype
     ) -> SparseWeight:
