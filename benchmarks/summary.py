@@ -60,7 +60,7 @@ def table() -> str:
         "*descriptions* and WikiText-2 no step has seen anything, of pydoc they have seen another "
         "part; in PyTorch, without the [rounding of activations](docs/log.md"
         "#2026-12-02-what-rounded-activations-cost) of the kernels. vLLM on CPU, compiled, "
-        f" one thread, {decoding.num_rounds(speed)} interleaved rounds; the first "
+        f"one thread, {decoding.num_rounds(speed)} interleaved rounds; the first "
         "ratio is to bf16, the second to the dense integers of the same value type. The head, "
         "which is the embeddings, too, is rounded like the linears. "
         f"{pages.origins(made, 'torch')}"
