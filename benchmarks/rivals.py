@@ -40,7 +40,8 @@ RECORD = pages.RESULTS / "rivals.json"
 PURE = ("Q8_0", "Q4_0")
 MIXED = ("Q4_0", "Q4_K_M")
 ONNX = ("fp32", "int8", "int4")
-GROUPS = (96, 32)
+# Bits and columns of a group that llm-compressor rounds to.
+CODES = ((4, 96), (4, 32), (3, 96))
 TEXT = Calibration(source=MIX, num_samples=128, seq_len=512)
 # Words in the rows of recovery.py that stand beside: what it makes of the model in the end.
 OURS = ("int8 dense", "recovered")
@@ -73,7 +74,7 @@ def _windows(model: Path, texts: Mapping[str, str]) -> dict[str, Tensor]:
 
 
 def llm_compressor(model: Path, texts: Mapping[str, str], root: Path) -> Found:
-    """Measure GPTQ, decoder layer after decoder layer, for each number of columns of a group."""
+    """Measure GPTQ, decoder layer after decoder layer, for each kind of codes."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from datasets import Dataset
     from llmcompressor import oneshot
@@ -83,9 +84,11 @@ def llm_compressor(model: Path, texts: Mapping[str, str], root: Path) -> Found:
     windows, samples = _windows(model, texts), draw(TEXT, model, load_tokenizer(model))
     seen = torch.ones_like(samples).tolist()
     text = Dataset.from_dict({"input_ids": samples.tolist(), "attention_mask": seen})
-    for group in GROUPS:
+    for bits, group in CODES:
         rounded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        codes = QuantizationArgs(num_bits=4, strategy="group", group_size=group, actorder="static")
+        codes = QuantizationArgs(
+            num_bits=bits, strategy="group", group_size=group, actorder="static"
+        )
         scheme = QuantizationScheme(targets=["Linear"], weights=codes)
         oneshot(
             model=rounded, dataset=text, num_calibration_samples=len(samples),
@@ -93,10 +96,10 @@ def llm_compressor(model: Path, texts: Mapping[str, str], root: Path) -> Found:
             max_seq_length=TEXT.seq_len, pipeline="sequential",
         )  # fmt: skip
         found = {name: perplexity(rounded, own) for name, own in windows.items()}
-        folder = root / str(group)
+        folder = root / f"int{bits}-{group}"
         rounded.to(torch.bfloat16).save_pretrained(folder, save_compressed=True)
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        yield f"llm-compressor int4:{group}, GPTQ", size, found
+        yield f"llm-compressor int{bits}:{group}, GPTQ", size, found
 
 
 def onnx(model: Path, texts: Mapping[str, str], root: Path) -> Found:
@@ -124,10 +127,7 @@ def table() -> str:
     """Put size and perplexities of ours, dense and recovered, beside what others make."""
     rivals, ours = Record.read(RECORD), Record.read(recovery.record_of("smollm2"))
     texts = rivals.loads
-    # Rows of older recipes, which did not shrink, are no rivals; nor is int3 stored in four bits.
-    older = [side for side in ours.sides if ", not shrunk" in side or side.startswith("int3 dense")]
-    made = [side for side in ours.sides if side not in older]
-    picked = [side for side in made if side == recovery.DENSE or any(map(side.count, OURS))]
+    picked = [side for side in ours.sides if side == recovery.DENSE or any(map(side.count, OURS))]
     rows = [(rivals.sides[side]["bytes"], rivals, side) for side in rivals.sides]
     rows += [(ours.sides[side]["bytes"], ours, side) for side in picked]
     shown = [

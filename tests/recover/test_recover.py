@@ -214,6 +214,16 @@ def test_held_out_texts_have_names_of_their_own(
         recover(pack_tiny(), tmp_path / "out", both)
 
 
+def test_a_text_that_is_trained_on_and_held_out_is_named(
+    pack_tiny: Pack, how: Recovering, tmp_path: Path, text_file: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    recover(pack_tiny(), tmp_path / "one", how.model_copy(update={"held_out": ("pydoc",)}))
+    assert "is trained on, too" not in caplog.text
+    recover(pack_tiny(), tmp_path / "two", how)
+    assert f"{text_file} is trained on, too" in caplog.text
+
+
 def test_the_rest_of_another_recovery_is_not_continued(
     pack_tiny: Pack, how: Recovering, tmp_path: Path
 ) -> None:

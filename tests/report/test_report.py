@@ -16,7 +16,7 @@ from record_cases import PYDOC, quality_record, speed_record
 from gblm.errors import InputError, MachineError
 from gblm.record import Record, Row
 from gblm.report import figures
-from gblm.report.page import html, markdown
+from gblm.report.page import html
 from gblm.report.sources import Sources, read_sources
 from gblm.report.tables import cell, number, record_tables
 
@@ -55,11 +55,11 @@ def test_what_eval_writes_is_shown(
     assert sources.records == [("record.json", record)]
     kl = record.value(packed.name, record.loads[0], "kl_mean")
     assert kl is not None
-    for page in (html(sources, "x"), markdown(sources, "x")):
-        assert "gate passed: ppl" in page
-        assert "gate failed: top1" in page
-        assert number(kl, 4) in page
-        assert "gblm eval" in page
+    page = html(sources, "x")
+    assert "gate passed: ppl" in page
+    assert "gate failed: top1" in page
+    assert number(kl, 4) in page
+    assert "gblm eval" in page
 
 
 def test_a_figure_stands_with_its_interval_and_its_ratio() -> None:
@@ -107,9 +107,9 @@ def test_ratios_over_rounds_are_drawn() -> None:
 
 def test_an_invalid_record_says_why() -> None:
     sources = shown(speed_record({"dense": 20.0, "half": 10.0}, reason="7 preemptions"))
-    for page in (html(sources, "x"), markdown(sources, "x")):
-        assert "INVALID" in page
-        assert "0.json: 7 preemptions" in page
+    page = html(sources, "x")
+    assert "INVALID" in page
+    assert "0.json: 7 preemptions" in page
 
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(1)>&{{7*7}}$x_1$ -->'
@@ -125,9 +125,6 @@ def test_words_of_a_record_stay_words() -> None:
     assert "{{7*7}}" in page
     for sign in ("<script", "<img", "<!--"):
         assert sign not in page, sign
-    text = markdown(sources, HOSTILE)
-    body = "\n".join(line for line in text.splitlines() if line[:4] != "    ")
-    assert "<script" not in body.replace("\\<", "")
 
 
 def test_the_page_loads_and_runs_nothing() -> None:
@@ -149,7 +146,7 @@ def test_folders_show_their_sparsity(pack_tiny: Callable[..., Path]) -> None:
     assert "pruned with wanda" in page
     assert "<image" in page
     assert page.count("<svg") == 1
-    assert "| 0.5 | bfloat16 | 14 |" in markdown(sources, "x")
+    assert folder.table.rows[0][:3] == ("0.5", "bfloat16", "14")
 
 
 def test_folders_that_are_none_or_alike_are_refused(
@@ -180,7 +177,6 @@ def test_without_matplotlib_one_sentence_says_how_to_get_it(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MachineError, match=r"pip install 'gblm-toolkit\[report\]'"):
         html(sources, "x")
-    assert "| 27.5 (2) |" in markdown(sources, "x").replace("| perplexity ", "")
 
 
 def test_numbers_are_read_by_people() -> None:
@@ -188,16 +184,13 @@ def test_numbers_are_read_by_people() -> None:
     assert found == ["0", "1", "12.3", "1234", "0.0123", "2.5e+07", "∞"]
 
 
-def test_the_command_writes_both_and_needs_one(
+def test_the_command_writes_the_page(
     gblm: Callable[..., Outcome], pack_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     quality_record({"half": 27.5, "smol": 13.75}).write(tmp_path / "a.json")
-    done = gblm("--json", "report", "a.json", pack_tiny(), "--html", "r/x.html",
-                "--markdown", "x.md")  # fmt: skip
+    done = gblm("--json", "report", "a.json", pack_tiny(), "--output", "r/x.html")
     assert done.code == 0, done
-    assert json.loads(done.out) == {"written": ["r/x.html", "x.md"], "records": 1, "folders": 1}
-    assert "<svg" in (tmp_path / "r/x.html").read_text()
-    assert "| 27.5 (2) |" in (tmp_path / "x.md").read_text()
-    refused = gblm("report", "a.json")
-    assert refused.code == 2
-    assert "give --html FILE" in refused.err
+    assert json.loads(done.out) == {"output": "r/x.html", "records": 1, "folders": 1}
+    page = (tmp_path / "r/x.html").read_text()
+    assert "<svg" in page
+    assert "27.5 (2)" in page

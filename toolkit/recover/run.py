@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from gblm import data
 from gblm.calibrate.parts import Part, SparsePart, Train, Vector, sparse_part
 from gblm.calibrate.ranks import Ranks, rank_device, ranks_from_environment
+from gblm.calibrate.text import parse_mix
 from gblm.checkpoint.pack import write_side_files
 from gblm.checkpoint.report import summary, weight_row
 from gblm.checkpoint.resume import open_work, remove_leftovers, work_path
@@ -320,6 +321,9 @@ def _check(task: Task, output: Path, overwrite: bool) -> Recovering:
     """Refuse what cannot go well, and decide what is trained."""
     packed, ranks = task.packed, task.ranks
     read_json(packed.folder.path / REPORT_FILE)  # needed at the end
+    for text in parse_mix(task.how.text).keys() & set(task.how.held_out):
+        if Path(text).is_file():  # named sets have a held-out part
+            logger.warning("%s is trained on, too: its KL tells nothing of other text", text)
     if task.how.batch_size < ranks.size:
         raise UsageError(f"{ranks.size} ranks cannot share {task.how.batch_size} windows a step.")
     linears = [packed.linears[name] for name in task.trained]

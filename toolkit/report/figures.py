@@ -59,8 +59,7 @@ def draw(title: str, note: str, height: float, paint: Callable[[Any], None]) -> 
         from matplotlib.figure import Figure as Canvas
     except ImportError as error:
         raise MachineError(
-            "the pictures of a page need matplotlib: pip install 'gblm-toolkit[report]', or write "
-            "--markdown alone."
+            "the pictures of a page need matplotlib: pip install 'gblm-toolkit[report]'."
         ) from error
     with mpl.rc_context(STYLE), warnings.catch_warnings():
         # Of signs that the font does not have.

@@ -1,4 +1,4 @@
-"""The tables of a report: rows of text, the same on the page and in Markdown."""
+"""The tables of a report: rows of text, the same on the page and on the command line."""
 
 from __future__ import annotations
 
