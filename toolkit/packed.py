@@ -10,10 +10,12 @@ import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gblm import kernels
 from gblm.errors import CheckpointError, GblmError, InputError
@@ -21,25 +23,13 @@ from gblm.kernels import Backend
 from gblm.kernels.experts import grouped, join
 from gblm.model import experts, loading
 from gblm.model.folder import ModelFolder
-from gblm.model.loading import (
-    check_device,
-    from_files,
-    model_config,
-    named_skeleton,
-)
+from gblm.model.loading import check_device, from_files, model_config, named_skeleton
 from gblm.model.packed_reader import PackedLinear, PackedReader
 from gblm.sparse.formats import VALUE_DTYPES, Format, Shape
+from gblm.sparse.formats.manifest import QUANT_METHOD, VERSION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-from typing import Any
-
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
-
-from gblm.sparse.formats.manifest import QUANT_METHOD, VERSION
 
 # Old LLaMA checkpoints hold what is computed from config.json.
 LEFT_OVER = ".rotary_emb.inv_freq"
