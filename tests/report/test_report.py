@@ -184,7 +184,7 @@ def test_numbers_are_read_by_people() -> None:
     assert found == ["0", "1", "12.3", "1234", "0.0123", "2.5e+07", "∞"]
 
 
-def test_the_command_writes_the_page(
+def test_the_command_writes_the_page_and_needs_a_place_for_it(
     gblm: Callable[..., Outcome], pack_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     quality_record({"half": 27.5, "smol": 13.75}).write(tmp_path / "a.json")
@@ -194,3 +194,9 @@ def test_the_command_writes_the_page(
     page = (tmp_path / "r/x.html").read_text()
     assert "<svg" in page
     assert "27.5 (2)" in page
+    refused = gblm("report", "a.json")
+    assert refused.code == 2
+    assert "--output" in refused.err
+    refused = gblm("report", "a.json", "--output", "a.json/x.html")
+    assert refused.code == 2
+    assert "no folder that can be written to" in refused.err

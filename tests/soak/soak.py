@@ -242,7 +242,7 @@ def agreement(record: Record, own: dict[str, dict[str, Any]], metric: str) -> di
         "generators_ms": {side: own[side][key] for side in "ab"},
         "ratio": found and found.median, "low": found and found.low, "high": found and found.high,
         "generators_ratio": ratio,
-        "agrees": found is not None and bool(found.low <= ratio <= found.high),
+        "agrees": found is not None and found.low <= ratio <= found.high,
     }  # fmt: skip
 
 

@@ -149,7 +149,8 @@ def one_run(
         "seconds": round(found["duration"], 1),
         "requests_per_s": found["completed"] / found["duration"],
         "output_tok_s": found["output_throughput"],
-        **{key: found[key] for key in ("mean_ttft_ms", "mean_tpot_ms", "p99_ttft_ms")},
+        # vLLM's are numpy's, which compare to a bool that JSON does not know.
+        **{key: float(found[key]) for key in ("mean_ttft_ms", "mean_tpot_ms", "p99_ttft_ms")},
     }
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from gblm.commands.common import Command, emit
+from gblm.commands.common import Command, emit, with_a_place
 
 TITLE = "Pruned models"
 
@@ -14,8 +14,8 @@ TITLE = "Pruned models"
 @click.command("report", cls=Command)
 @click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option(
-    "--output", required=True, type=click.Path(path_type=Path, dir_okay=False),
-    help="The page: one self-contained HTML file.",
+    "--output", required=True, type=click.Path(path_type=Path, dir_okay=False, writable=True),
+    callback=with_a_place, help="The page: one self-contained HTML file.",
 )  # fmt: skip
 @click.pass_context
 def command(ctx: click.Context, /, runs: tuple[Path, ...], output: Path) -> None:

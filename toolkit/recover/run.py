@@ -321,9 +321,6 @@ def _check(task: Task, output: Path, overwrite: bool) -> Recovering:
     """Refuse what cannot go well, and decide what is trained."""
     packed, ranks = task.packed, task.ranks
     read_json(packed.folder.path / REPORT_FILE)  # needed at the end
-    for text in parse_mix(task.how.text).keys() & set(task.how.held_out):
-        if Path(text).is_file():  # named sets have a held-out part
-            logger.warning("%s is trained on, too: its KL tells nothing of other text", text)
     if task.how.batch_size < ranks.size:
         raise UsageError(f"{ranks.size} ranks cannot share {task.how.batch_size} windows a step.")
     linears = [packed.linears[name] for name in task.trained]
@@ -332,6 +329,9 @@ def _check(task: Task, output: Path, overwrite: bool) -> Recovering:
     extent = Extent(config, shapes, kept, _check_teacher(task), task.dtype)
     how = settle(task.how, extent, task.device)
     if ranks.leads:
+        for text in parse_mix(how.text).keys() & set(how.held_out):
+            if Path(text).is_file():  # named sets have a held-out part
+                logger.warning("%s is trained on, too: its KL tells nothing of other text", text)
         remove_leftovers(output)
         need = extent.disk(how) - folder_bytes(work_path(output))
         check_output(output, overwrite, need, packed.folder.path, task.dense.path)
