@@ -36,7 +36,7 @@ import psutil
 import torch
 from random_damage import Files, mutate
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, OlmoeConfig, PreTrainedConfig
 from transformers import logging as transformers_logging
 
 import gblm.packed
@@ -47,7 +47,11 @@ from gblm.model.packed_reader import MANIFEST_FILE, PackedReader
 from gblm.prune import prune
 from gblm.recipe import Recipe
 
-PATTERNS, KINDS = ("2:4", "1:4", "0.5", "dense"), ("float", "int8", "int4", "int3")
+PATTERNS, KINDS = ("2:4", "1:4", "8:16", "0.5", "dense"), ("float", "int8", "int4", "int3")
+SIZES: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 64, "tie_word_embeddings": False,
+}  # fmt: skip
 CASE_SECONDS = 60
 # Address space that a case may take beyond what the process has; the folders hold some 100 KB.
 MORE_BYTES = 1 << 30
@@ -59,13 +63,16 @@ class FoundError(Exception):
 
 
 def base_folders(root: Path) -> list[Files]:
-    """The intact folders: every format with every value type, some of them in two shards."""
+    """The intact folders: a dense model and a mixture, every format with every value type."""
+    mixture = SIZES | {"head_dim": 16, "num_experts": 2, "num_experts_per_tok": 1}
+    models = LlamaConfig(**SIZES), OlmoeConfig(**mixture)
+    return [files for config in models for files in folders_of(config, root / config.model_type)]
+
+
+def folders_of(config: PreTrainedConfig, root: Path) -> list[Files]:
+    """A model's folder of every format with every value type, some of them in two shards."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, vocab_size=64, tie_word_embeddings=False,
-    )  # fmt: skip
-    LlamaForCausalLM(config).bfloat16().save_pretrained(root / "dense")
+    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(root / "dense")
     found = []
     for pattern in PATTERNS:
         for values in KINDS:
