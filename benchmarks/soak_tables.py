@@ -100,7 +100,8 @@ def fuzz(step: Step) -> list[list[str]]:
     loaded = step["loaded as stored"] + step["loaded unchanged"]
     return [
         [
-            f"{step['cases']} damaged folders of {step['folders']} formats and value types",
+            f"{step['cases']} damaged copies of {step['folders']} folders, of each format and "
+            "value type",
             f"{step['refused']} refused in a sentence, {loaded} loaded as they are stored, "
             f"{len(step['found'])} other",
         ]
