@@ -44,10 +44,6 @@ def test_a_record_says_where_it_comes_from(path: Path) -> None:
     assert any(found(record, "command", "commands"))
 
 
-# Older than the code they measure: a new recording takes its file off this list.
-STALE = {"rivals"}
-
-
 def git(*words: str) -> subprocess.CompletedProcess[str]:
     root = RESULTS.parent.parent
     return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, check=False)
@@ -89,7 +85,7 @@ def test_a_record_is_of_the_code_it_measures(path: Path) -> None:
         names = git("diff", "--name-only", clean, "HEAD", "--", *measures).stdout.split()
         stale += [name for name in names if code(clean, name) != code("HEAD", name)]
         stale += [commit] * commit.endswith("-dirty")
-    assert bool(stale) == (path.stem in STALE), stale
+    assert not stale
     assert record["provenance"]["measures"] == list(measures)
 
 
