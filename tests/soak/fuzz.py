@@ -63,14 +63,14 @@ class FoundError(Exception):
 
 
 def base_folders(root: Path) -> list[Files]:
-    """The intact folders: a dense model and a mixture, every format with every value type."""
+    """Make the intact folders: those of a dense model, and those of a mixture of experts."""
     mixture = SIZES | {"head_dim": 16, "num_experts": 2, "num_experts_per_tok": 1}
     models = LlamaConfig(**SIZES), OlmoeConfig(**mixture)
     return [files for config in models for files in folders_of(config, root / config.model_type)]
 
 
 def folders_of(config: PreTrainedConfig, root: Path) -> list[Files]:
-    """A model's folder of every format with every value type, some of them in two shards."""
+    """Prune a model to every format with every value type; some folders have two shards."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(root / "dense")
     found = []
