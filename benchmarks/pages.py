@@ -20,7 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 # How tables call the models.
 MODELS = {
     "smollm2": "SmolLM2-135M", "gemma3-270m": "Gemma 3 270M", "tinyllama": "1.1B LLaMA shape",
-    "llama2": "LLaMA-2-7B shape", "olmoe": "OLMoE shape, 4 of 16 layers",
+    "llama2": "LLaMA-2-7B shape", "olmoe": "OLMoE shape, 3 of 16 layers",
     "olmoe7b": "OLMoE-1B-7B shape", "qwen3moe": "Qwen3-30B-A3B shape, 2 of 48 layers",
     "smollm2-experts": "SmolLM2-135M split into experts",
 }  # fmt: skip

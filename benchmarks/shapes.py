@@ -45,7 +45,7 @@ SHAPES: dict[str, PreTrainedConfig] = {
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=32, architectures=["LlamaForCausalLM"], **COMMON,
     ),
-    "olmoe": OlmoeConfig(num_hidden_layers=4, **OLMOE, **COMMON),
+    "olmoe": OlmoeConfig(num_hidden_layers=3, **OLMOE, **COMMON),
     "olmoe7b": OlmoeConfig(num_hidden_layers=16, **OLMOE, **COMMON),
     # Qwen3-30B-A3B, of whose 48 decoder layers one is in memory at a time.
     "qwen3moe": Qwen3MoeConfig(
