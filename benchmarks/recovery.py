@@ -186,7 +186,10 @@ def gblm(arguments: str) -> tuple[dict[str, Any], float]:
 
 
 def add(path: Path, sides: dict[str, Any], rows: list[Row]) -> None:
-    """Put a run into the record; a row that is there gets another round, but not the dense one."""
+    """Put a run into the record; a row that is there gets another round, but not the dense one.
+
+    What its other seeds took, and where they ran, stands in `seeds` beside what the first did.
+    """
     old = Record.read(path) if path.exists() else Record("recovery", {}, (), DENSE)
     found = {(row.side, row.load, row.metric): row for row in old.rows}
     for row in rows:
@@ -195,6 +198,9 @@ def add(path: Path, sides: dict[str, Any], rows: list[Row]) -> None:
             continue
         rounds = (*(found[key].rounds if key in found else ()), *row.rounds)
         found[key] = Row.of_rounds(row.side, row.load, row.metric, row.unit, rounds)
+    for side in (sides.keys() & old.sides.keys()) - {DENSE}:
+        facts = old.sides[side]
+        sides[side] = facts | {"seeds": [*facts.get("seeds", ()), sides[side]]}
     grown = replace(
         old, sides=old.sides | sides, rows=tuple(found.values()),
         provenance=provenance(), command=pages.made_by(),
@@ -246,10 +252,10 @@ def _table(model: str, record: Record) -> str:
     rows = []
     for side, facts in _shown(record).items():
         cells = [_cell(record, side, text) for text in texts]
-        seconds = facts.get("cpu_seconds")
+        took = [seed["cpu_seconds"] for seed in _seeds(facts) if side != DENSE]
         rows.append([
             side, f"{facts['bits_per_weight']:.2f}", f"{facts['bytes'] / 1e6:.0f}", *cells,
-            "–" if seconds is None else f"{seconds / 60:.0f}",
+            f"{statistics.median(took) / 60:.0f}" if took else "–",
         ])  # fmt: skip
     header = [pages.MODELS[model], "bits/weight", "MB", *texts, "CPU minutes"]
     where = pages.origins(made(record, _shown(record)), "torch")
@@ -271,7 +277,12 @@ def _shown(record: Record) -> dict[str, Any]:
 
 def made(record: Record, sides: Iterable[str]) -> list[Mapping[str, Any]]:
     """Give what says where some rows come from; the dense model's come with every other one."""
-    return [record.sides[side] for side in sides if side != DENSE]
+    return [seed for side in sides if side != DENSE for seed in _seeds(record.sides[side])]
+
+
+def _seeds(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Give the facts of each seed of a row, the first one's first."""
+    return [facts, *facts.get("seeds", ())]
 
 
 def _cell(record: Record, side: str, text: str) -> str:

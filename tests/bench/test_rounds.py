@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
@@ -189,6 +190,23 @@ def test_slow_memory_is_waited_for_but_not_for_ever(monkeypatch: pytest.MonkeyPa
     assert [read() for _ in range(4)] == [40.0, 41.0, 20.0, 42.0]
 
 
+@pytest.mark.parametrize(("allow", "tries"), [(False, [2, 3, 1]), (True, [1, 1, 1])])
+def test_a_noisy_load_runs_again_but_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch, allow: bool, tries: list[int]
+) -> None:
+    stolen = iter([0.5, 0.0, *[0.5] * rounds.TRIES, 0.0])
+    monkeypatch.setattr(rounds.noise, "measured", lambda _: nullcontext({"steal": next(stolen)}))
+    diary: list[str] = []
+    setup = replace(SETUP, rounds=3, allow_noise=allow)
+    side = Fake("a", diary, setup)
+    found = [one_round([side], lambda: None, lambda: None)[LOAD]["a"] for _ in tries]
+    assert [seen.noise["tries"] for seen in found] == tries
+    assert len(diary) == sum(tries)
+    notes = record_of([side], {LOAD: [{"a": seen} for seen in found]}, {}).verdict.notes
+    told = [note for note in notes if "made again" in note]
+    assert told == ([] if allow else ["3 of 6 runs of a load were noisy and made again."])
+
+
 def test_where_noise_is_allowed_slow_memory_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -201,7 +219,8 @@ def test_where_noise_is_allowed_slow_memory_is_not_waited_for(
 
 def test_with_restart_one_side_at_a_time_is_there() -> None:
     diary: list[str] = []
-    sides = [Fake(name, diary, replace(SETUP, restart=True)) for name in "ab"]
+    setup = replace(SETUP, restart=True, allow_noise=True)
+    sides = [Fake(name, diary, setup) for name in "ab"]
     found = one_round(sides, lambda: 9.0, lambda: None)
     assert diary == ["start a", "a 1", "stop a", "start b", "b 1", "stop b"]
     assert found[LOAD]["b"].noise["read_limit_gb_s"] == 9.0
