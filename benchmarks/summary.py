@@ -14,22 +14,8 @@ from recovery import DENSE, side_name
 
 from gblm.record import Record
 
-TOKENS = 65536
-# Label, row of the speeds, side of the recovery.
-ROWS = (
-    ("dense bf16 (vLLM)", BASELINE, DENSE),
-    ("dense int8, GPTQ", row_name("dense", "int8"), side_name("dense", "int8")),
-    (
-        "dense int4, recovered",
-        row_name("dense", "int4"),
-        side_name("dense", "int4", 1, TOKENS, head="int4"),
-    ),
-    (
-        "int4 8:16 or dense, 3.7 bits, recovered: `gblm prune`",
-        row_name("3.7bits", "int4"),
-        side_name("8:16@3.7bits", "int4", 1, TOKENS, head="int4"),
-    ),
-)
+# Models, and the tokens that theirs are recovered on.
+MODELS = {"smollm2": 65536, "gemma3-270m": 32768}
 # Sides of the rivals, which are rows of the speeds.
 RIVALS = ("llama.cpp Q8_0", "llama.cpp Q4_0")
 # Random weights, so speed alone; and what stands beside our sparse row.
@@ -39,28 +25,44 @@ CONTROL, OURS = row_name("dense", "int4"), row_name("8:16", "int4")
 TEXTS = ("descriptions", "WikiText-2", "pydoc")
 
 
+def sides(tokens: int) -> list[tuple[str, str, str]]:
+    """Give the rows of a model: label, row of the speeds, and side of the recovery."""
+    budget, dense = ("8:16@3.7bits", "int4", 1, tokens), ("dense", "int4", 1, tokens)
+    return [
+        ("dense bf16 (vLLM)", BASELINE, DENSE),
+        ("dense int4, recovered", row_name("dense", "int4"), side_name(*dense, head="int4")),
+        (
+            "int4 8:16 or dense, 3.7 bits, recovered: `gblm prune`",
+            row_name("3.7bits", "int4"),
+            side_name(*budget, head="int4"),
+        ),
+    ]
+
+
 def table() -> str:
-    """Give a row of vLLM's bf16, then ours, all speeds of the same rounds."""
-    speed = Record.read(pages.RESULTS / "decoding-smollm2-1.json")
-    quality = Record.read(recovery.record_of("smollm2"))
-    header = [
-        "SmolLM2-135M", "MB", *TEXTS, *(f"{work}, tok/s (× bf16, × dense)" for work in LOADS),
-    ]  # fmt: skip
-    rows = [
-        [
-            label, f"{quality.sides[side]['bytes'] / 1e6:.0f}",
-            *(pages.perplexity(quality.value(side, text, "perplexity") or 0) for text in TEXTS),
-            *(decoding.cell(speed, name, work) for work in LOADS),
-        ]
-        for label, name, side in ROWS
-    ]  # fmt: skip
-    made = [speed.as_json(), *recovery.made(quality, (side for *_, side in ROWS))]
+    """Give for each model a row of vLLM's bf16, then ours, all its speeds of the same rounds."""
+    speeds = {m: Record.read(pages.RESULTS / f"decoding-{m}-1.json") for m in MODELS}
+    header = ["model", "MB", *TEXTS, *(f"{work}, tok/s (× bf16, × dense)" for work in LOADS)]
+    rows, made = [], [speed.as_json() for speed in speeds.values()]
+    for model, tokens in MODELS.items():
+        quality = Record.read(recovery.record_of(model))
+        rows += [
+            [
+                f"{pages.MODELS[model]}: {label}",
+                f"{quality.sides[side]['bytes'] / 1e6:.0f}",
+                *(pages.perplexity(quality.value(side, text, "perplexity") or 0) for text in TEXTS),
+                *(decoding.cell(speeds[model], name, work) for work in LOADS),
+            ]
+            for label, name, side in sides(tokens)
+        ]  # fmt: skip
+        made += recovery.made(quality, (side for *_, side in sides(tokens)))
+    rounds = " and ".join(decoding.num_rounds(speed) for speed in speeds.values())
     return (
         f"{pages.table(header, rows)}\n\nPerplexity of three texts, 16 windows × 256 tokens: of "
         "*descriptions* and WikiText-2 no step has seen anything, of pydoc they have seen another "
         "part; in PyTorch, without the [rounding of activations](docs/log.md"
         "#2026-12-02-what-rounded-activations-cost) of the kernels. vLLM on CPU, compiled, "
-        f"one thread, {decoding.num_rounds(speed)} interleaved rounds; the first "
+        f"one thread, {rounds} interleaved rounds; the first "
         "ratio is to bf16, the second to the dense integers of the same value type. The head, "
         "which is the embeddings, too, is rounded like the linears. "
         f"{pages.origins(made, 'torch')}"
@@ -97,9 +99,11 @@ def figure() -> str:
     recovery.draw(frontier, curves)
     speed = Record.read(pages.RESULTS / "decoding-smollm2-1.json")
     ours, others = Record.read(recovery.record_of("smollm2")), Record.read(rivals.RECORD)
-    sides = [(label, name, ours, side) for label, name, side in ROWS]
-    sides += [(name, name, others, name) for name in RIVALS]
-    for label, name, quality, side in sides:
+    int8 = (row_name("dense", "int8"), side_name("dense", "int8"))
+    shown = [(label, name, ours, side) for label, name, side in sides(MODELS["smollm2"])]
+    shown += [("dense int8, GPTQ", int8[0], ours, int8[1])]
+    shown += [(name, name, others, name) for name in RIVALS]
+    for label, name, quality, side in shown:
         took = 1e3 / (decoding.speed(speed, name, "decode 1") or math.nan)
         times.plot(took, quality.value(side, TEXTS[0], "perplexity"), "o", label=label)
     times.set(xlabel="ms a token, one sequence", ylabel=f"perplexity of {TEXTS[0]}")

@@ -14,6 +14,7 @@ from typing import Any
 
 import pages
 import pytest
+import summary
 from decoding import control_of
 from pages import made_by
 
@@ -136,10 +137,14 @@ def test_ratios_of_a_decoding_table_are_those_of_its_speeds() -> None:
 
 
 def test_ratios_of_the_readmes_table_are_those_of_its_speeds() -> None:
-    ((columns, speeds, _),) = tables_of_speeds("README.md", "SmolLM2-135M")
-    measured = [number for number in range(len(columns)) if speeds["dense bf16 (vLLM)"][number]]
-    assert measured
-    assert assert_ratios(columns, speeds) == 2 * len(measured) * (len(speeds) - 1)
+    ((columns, speeds, _),) = tables_of_speeds("README.md", "model")
+    names = [name.split(": ", 1) for name in speeds]
+    assert {model for model, _ in names} == {pages.MODELS[model] for model in summary.MODELS}
+    for model in {model for model, _ in names}:
+        own = {label: speeds[f"{model}: {label}"] for of, label in names if of == model}
+        measured = [number for number in range(len(columns)) if own["dense bf16 (vLLM)"][number]]
+        assert measured
+        assert assert_ratios(columns, own) == 2 * len(measured) * (len(own) - 1)
 
 
 def test_ratios_of_the_readmes_larger_shapes_are_those_of_their_speeds() -> None:
