@@ -230,7 +230,7 @@ def _plain(model: str, record: Record) -> str:
         names = [side_name(pattern, values, method=method) for pattern in shown]
         found = [name for name in names if name in record.sides]
         if found:
-            seconds = statistics.median(record.sides[name]["cpu_seconds"] for name in found)
+            seconds = statistics.median(seed["cpu_seconds"] for seed in made(record, found))
             cells = [_cell(record, name, text) for name in names]
             rows.append([f"{values}, {method}", *cells, f"{seconds / 60:.1f}"])
             sides += found
@@ -252,7 +252,7 @@ def _table(model: str, record: Record) -> str:
     rows = []
     for side, facts in _shown(record).items():
         cells = [_cell(record, side, text) for text in texts]
-        took = [seed["cpu_seconds"] for seed in _seeds(facts) if side != DENSE]
+        took = [seed["cpu_seconds"] for seed in made(record, [side])]
         rows.append([
             side, f"{facts['bits_per_weight']:.2f}", f"{facts['bytes'] / 1e6:.0f}", *cells,
             f"{statistics.median(took) / 60:.0f}" if took else "–",
@@ -276,13 +276,9 @@ def _shown(record: Record) -> dict[str, Any]:
 
 
 def made(record: Record, sides: Iterable[str]) -> list[Mapping[str, Any]]:
-    """Give what says where some rows come from; the dense model's come with every other one."""
-    return [seed for side in sides if side != DENSE for seed in _seeds(record.sides[side])]
-
-
-def _seeds(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """Give the facts of each seed of a row, the first one's first."""
-    return [facts, *facts.get("seeds", ())]
+    """Give the facts of each seed of some rows; the dense model's come with every other one."""
+    every = (record.sides[side] for side in sides if side != DENSE)
+    return [seed for facts in every for seed in (facts, *facts.get("seeds", ()))]
 
 
 def _cell(record: Record, side: str, text: str) -> str:

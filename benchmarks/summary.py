@@ -39,13 +39,18 @@ def sides(tokens: int) -> list[tuple[str, str, str]]:
     ]
 
 
+def speeds_of(model: str) -> Record:
+    """Read a model's record of decoding.py with one thread."""
+    return Record.read(pages.RESULTS / f"decoding-{model}-1.json")
+
+
 def table() -> str:
     """Give for each model a row of vLLM's bf16, then ours, all its speeds of the same rounds."""
-    speeds = {m: Record.read(pages.RESULTS / f"decoding-{m}-1.json") for m in MODELS}
+    speeds = {model: speeds_of(model) for model in MODELS}
     header = ["model", "MB", *TEXTS, *(f"{work}, tok/s (× bf16, × dense)" for work in LOADS)]
     rows, made = [], [speed.as_json() for speed in speeds.values()]
     for model, tokens in MODELS.items():
-        quality = Record.read(recovery.record_of(model))
+        quality, of_model = Record.read(recovery.record_of(model)), sides(tokens)
         rows += [
             [
                 f"{pages.MODELS[model]}: {label}",
@@ -53,9 +58,9 @@ def table() -> str:
                 *(pages.perplexity(quality.value(side, text, "perplexity") or 0) for text in TEXTS),
                 *(decoding.cell(speeds[model], name, work) for work in LOADS),
             ]
-            for label, name, side in sides(tokens)
+            for label, name, side in of_model
         ]  # fmt: skip
-        made += recovery.made(quality, (side for *_, side in sides(tokens)))
+        made += recovery.made(quality, (side for *_, side in of_model))
     rounds = " and ".join(decoding.num_rounds(speed) for speed in speeds.values())
     return (
         f"{pages.table(header, rows)}\n\nPerplexity of three texts, 16 windows × 256 tokens: of "
@@ -71,7 +76,7 @@ def table() -> str:
 
 def larger() -> str:
     """Give one sequence's speed on larger shapes: vLLM, llama.cpp, ours without zeros and with."""
-    records = {pages.MODELS[n]: Record.read(pages.RESULTS / f"decoding-{n}-1.json") for n in LARGER}
+    records = {pages.MODELS[name]: speeds_of(name) for name in LARGER}
     rows = []
     for shape, record in records.items():
         found = {side: decoding.speed(record, side, "decode 1")
@@ -97,11 +102,11 @@ def figure() -> str:
     drawn = Figure(figsize=(16, 5), layout="constrained")
     frontier, times, curves = drawn.subplots(1, 3)
     recovery.draw(frontier, curves)
-    speed = Record.read(pages.RESULTS / "decoding-smollm2-1.json")
+    speed = speeds_of("smollm2")
     ours, others = Record.read(recovery.record_of("smollm2")), Record.read(rivals.RECORD)
-    int8 = (row_name("dense", "int8"), side_name("dense", "int8"))
     shown = [(label, name, ours, side) for label, name, side in sides(MODELS["smollm2"])]
-    shown += [("dense int8, GPTQ", int8[0], ours, int8[1])]
+    int8 = ("dense", "int8")
+    shown.append(("dense int8, GPTQ", row_name(*int8), ours, side_name(*int8)))
     shown += [(name, name, others, name) for name in RIVALS]
     for label, name, quality, side in shown:
         took = 1e3 / (decoding.speed(speed, name, "decode 1") or math.nan)

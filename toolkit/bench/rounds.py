@@ -90,13 +90,16 @@ def one_round(
     found: dict[Load, Round] = {load: {} for load in loads}
 
     def put(side: Side, load: Load) -> None:
-        for tries in range(1, 2 if side.setup.allow_noise else TRIES + 1):
+        most = 1 if side.setup.allow_noise else TRIES
+        for tries in range(1, most + 1):
             limit = read_limit()
             with noise.measured([side.process]) as heard:
                 seen = side.load(load)
             seen.noise = heard | {"read_limit_gb_s": limit, "tries": tries}
-            if noise.reason(heard) is None:
+            why = noise.reason(heard)
+            if why is None:
                 break
+            logger.info("%s, %s, try %d of %d: %s", side.name, load.words, tries, most, why)
         found[load][side.name] = seen
         step()
 
