@@ -21,7 +21,7 @@ import json
 import resource
 import statistics
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -253,19 +253,29 @@ def _table(model: str, record: Record) -> str:
     for side, facts in _shown(record).items():
         cells = [_cell(record, side, text) for text in texts]
         took = [seed["cpu_seconds"] for seed in made(record, [side])]
-        rows.append([
-            side, f"{facts['bits_per_weight']:.2f}", f"{facts['bytes'] / 1e6:.0f}", *cells,
-            f"{statistics.median(took) / 60:.0f}" if took else "–",
-        ])  # fmt: skip
-    header = [pages.MODELS[model], "bits/weight", "MB", *texts, "CPU minutes"]
+        minutes = [f"{statistics.median(took) / 60:.0f}", f"{len(took)}"] if took else ["–", "–"]
+        numbers = f"{facts['bits_per_weight']:.2f}", f"{facts['bytes'] / 1e6:.0f}"
+        rows.append([side, *numbers, *cells, *minutes])
+    header = [pages.MODELS[model], "bits/weight", "MB", *texts, "CPU minutes", "seeds"]
     where = pages.origins(made(record, _shown(record)), "torch")
-    several = any(len(row.rounds) > 1 for row in record.rows)
-    seeds = ", medians over the seeds" if several else "; one seed"
     return (
         f"{pages.table(header, rows)}\n\nPerplexity · KL to the dense model in nats; 16 windows of "
-        f"256 tokens of each text, which no step has seen{seeds}. "
+        f"256 tokens of each text, which no step has seen; {seeds(record, _shown(record))}. "
         f"*descriptions* are those of scikit-learn's data sets. {where}"
     )
+
+
+def seeds(record: Record, sides: Container[str]) -> str:
+    """Say of how many seeds rows are medians, and how far apart the perplexities of one lie."""
+    # What the dense model writes is another text with each seed.
+    rows = [r for r in record.rows if r.metric == "perplexity" and r.load != "self"]
+    found = [row.rounds for row in rows if row.side in sides and row.side != DENSE]
+    numbers = {len(rounds) for rounds in found}
+    if numbers == {1}:
+        return "one seed"
+    apart = max(max(rounds) / min(rounds) - 1 for rounds in found)
+    of = "up to " * (len(numbers) > 1) + str(max(numbers))
+    return f"medians of {of} seeds, which lie up to {100 * apart:.1f} % apart"
 
 
 def _shown(record: Record) -> dict[str, Any]:
@@ -285,9 +295,7 @@ def _cell(record: Record, side: str, text: str) -> str:
     perplexity, kl = (record.value(side, text, metric) for metric in ("perplexity", "kl"))
     if perplexity is None:
         return "–"
-    row = record.row(side, text, "perplexity")
-    seeds = f" ({len(row.rounds)} seeds)" if row and len(row.rounds) > 1 else ""
-    return pages.perplexity(perplexity) + (f" · {kl:.2f}" if kl is not None else "") + seeds
+    return pages.perplexity(perplexity) + (f" · {kl:.2f}" if kl is not None else "")
 
 
 def draw(frontier: Any, curves: Any) -> None:

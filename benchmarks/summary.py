@@ -48,7 +48,7 @@ def table() -> str:
     """Give for each model a row of vLLM's bf16, then ours, all its speeds of the same rounds."""
     speeds = {model: speeds_of(model) for model in MODELS}
     header = ["model", "MB", *TEXTS, *(f"{work}, tok/s (× bf16, × dense)" for work in LOADS)]
-    rows, made = [], [speed.as_json() for speed in speeds.values()]
+    rows, made, seeds = [], [speed.as_json() for speed in speeds.values()], []
     for model, tokens in MODELS.items():
         quality, of_model = Record.read(recovery.record_of(model)), sides(tokens)
         rows += [
@@ -60,16 +60,18 @@ def table() -> str:
             ]
             for label, name, side in of_model
         ]  # fmt: skip
-        made += recovery.made(quality, (side for *_, side in of_model))
+        recovered = [side for *_, side in of_model]
+        made += recovery.made(quality, recovered)
+        seeds.append(f"{pages.MODELS[model]}: {recovery.seeds(quality, recovered)}")
     rounds = " and ".join(decoding.num_rounds(speed) for speed in speeds.values())
     return (
         f"{pages.table(header, rows)}\n\nPerplexity of three texts, 16 windows × 256 tokens: of "
         "*descriptions* and WikiText-2 no step has seen anything, of pydoc they have seen another "
         "part; in PyTorch, without the [rounding of activations](docs/log.md"
-        "#2026-12-02-what-rounded-activations-cost) of the kernels. vLLM on CPU, compiled, "
-        f"one thread, {rounds} interleaved rounds; the first "
-        "ratio is to bf16, the second to the dense integers of the same value type. The head, "
-        "which is the embeddings, too, is rounded like the linears. "
+        "#2026-12-02-what-rounded-activations-cost) of the kernels. "
+        f"{'; '.join(seeds)}. vLLM on CPU, compiled, one thread, {rounds} interleaved rounds; "
+        "the first ratio is to bf16, the second to the dense integers of the same value type. "
+        "The head, which is the embeddings, too, is rounded like the linears. "
         f"{pages.origins(made, 'torch')}"
     )
 
